@@ -1,0 +1,415 @@
+"""Every generation knob, once: its name, its neutral default, its check and its one line of help.
+
+The names and meanings are those of transformers' `GenerationConfig`; the merge order of
+`resolve` is that of its `_prepare_generation_config`. Flags of the command line are made from
+the fields of `Params`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+Seed = int | tuple[int, ...] | None
+
+
+def knob(default: Any, help: str, *, like: str = "transformers") -> Any:
+    """A field of `Params`: `help` becomes the flag's help, `like` says whose meaning it has."""
+    return field(default=default, metadata={"help": help, "like": like})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Params:
+    """The knobs of one generation, checked. `None` means "not set" wherever it is a default.
+
+    Raises:
+        ValueError: a value breaks its rule; the message names the knob, the rule and the value.
+    """
+
+    # How long
+    max_length: int | None = knob(None, "length of prompt and new tokens together")
+    max_new_tokens: int | None = knob(None, "number of new tokens, at most (default: 20)")
+    min_length: int = knob(0, "no end of text before this length, prompt included")
+    min_new_tokens: int | None = knob(None, "no end of text before this many new tokens")
+    early_stopping: bool | str = knob(False, "beams: true, false or 'never'")
+    max_time: float | None = knob(None, "seconds after which generation stops")
+    stop_strings: tuple[str, ...] | None = knob(None, "texts that end the generation")
+
+    # Which search
+    do_sample: bool = knob(False, "draw tokens at random; without it the likeliest is taken")
+    num_beams: int = knob(1, "width of the beam search")
+    num_beam_groups: int = knob(1, "groups of diverse beam search")
+    diversity_penalty: float = knob(0.0, "taken off a token for each earlier group that chose it")
+    length_penalty: float = knob(1.0, "beams: a score is divided by length ** length_penalty")
+    num_return_sequences: int = knob(1, "sequences returned for each prompt")
+    seed: Seed = knob(None, "sampling repeats torch.manual_seed(seed)", like="fastgen")
+
+    # What the distribution becomes
+    temperature: float = knob(1.0, "logits are divided by it before sampling")
+    top_k: int = knob(50, "sample from the k likeliest tokens; 0 for all")
+    top_p: float = knob(1.0, "sample from the smallest set of tokens with this probability")
+    min_p: float | None = knob(None, "drop tokens less likely than min_p times the likeliest")
+    top_h: float | None = knob(None, "keep tokens up to this share of the entropy")
+    typical_p: float = knob(1.0, "sample from the locally typical tokens of this mass")
+    epsilon_cutoff: float = knob(0.0, "drop tokens less likely than this")
+    eta_cutoff: float = knob(0.0, "drop tokens less likely than an entropy-dependent bound")
+    repetition_penalty: float = knob(1.0, "logits of tokens already there are divided by it")
+    encoder_repetition_penalty: float = knob(1.0, "logits of the prompt's tokens multiplied by it")
+    frequency_penalty: float = knob(
+        0.0, "taken off a token's logit for each time it was generated", like="OpenAI"
+    )
+    presence_penalty: float = knob(
+        0.0, "taken off a token's logit once it was generated", like="OpenAI"
+    )
+    logit_bias: tuple[tuple[int, float], ...] | None = knob(
+        None, "{token: bias} added to the logits", like="OpenAI"
+    )
+    no_repeat_ngram_size: int = knob(0, "n-grams of this size occur at most once")
+    encoder_no_repeat_ngram_size: int = knob(0, "n-grams of the prompt do not occur again")
+    bad_words_ids: tuple[tuple[int, ...], ...] | None = knob(None, "sequences never generated")
+    sequence_bias: tuple[tuple[tuple[int, ...], float], ...] | None = knob(
+        None, "[[ids, bias], ...] added where a sequence would be completed"
+    )
+    renormalize_logits: bool = knob(False, "scores are log-probabilities after all processors")
+    forced_bos_token_id: int | None = knob(None, "the token that follows a one-token prompt")
+    forced_eos_token_id: tuple[int, ...] | None = knob(None, "the token forced at max_length")
+    remove_invalid_values: bool = knob(False, "nan and infinite logits become finite")
+    exponential_decay_length_penalty: tuple[int, float] | None = knob(
+        None, "[start, factor]: end of text grows likelier after `start` new tokens"
+    )
+    suppress_tokens: tuple[int, ...] | None = knob(None, "tokens never generated")
+    begin_suppress_tokens: tuple[int, ...] | None = knob(None, "tokens not generated first")
+    guidance_scale: float | None = knob(None, "classifier-free guidance: its scale")
+    watermarking_config: Any = knob(None, "a watermark's settings, as transformers writes them")
+    token_healing: bool = knob(False, "regenerate the prompt's last token so that words can join")
+
+    # Guessing several tokens at once
+    prompt_lookup_num_tokens: int | None = knob(None, "tokens guessed from the text so far")
+    max_matching_ngram_size: int | None = knob(None, "longest n-gram looked up (default: 2)")
+    num_assistant_tokens: int = knob(20, "tokens an assistant model guesses")
+    num_assistant_tokens_schedule: str = knob("constant", "'constant' or 'heuristic'")
+    assistant_confidence_threshold: float = knob(0.4, "the assistant stops below this probability")
+
+    # What comes back
+    return_dict_in_generate: bool = knob(False, "return a GenerateOutput")
+    output_scores: bool = knob(False, "keep the processed scores of each step")
+    output_logits: bool = knob(False, "keep the raw logits of each step")
+    top_logprobs: int = knob(0, "log-probabilities of this many likeliest tokens", like="fastgen")
+
+    # Special tokens
+    pad_token_id: int | None = knob(None, "fills rows that finish early")
+    bos_token_id: int | None = knob(None, "starts the text when there is no prompt")
+    eos_token_id: tuple[int, ...] | None = knob(None, "ends the text; several are allowed")
+
+    def __post_init__(self) -> None:
+        for name, kind in _KINDS.items():
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, kind(name, value))
+        for name, (rule, holds) in _RULES.items():
+            value = getattr(self, name)
+            if value is not None and not holds(value):
+                raise ValueError(f"{name} must be {rule}, got {value!r}")
+        _check_together(self)
+
+
+def _integer(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise ValueError(f"{name} must be an integer, got {value!r}")
+    return int(value.__index__())
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool | str) or not hasattr(value, "__float__"):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+    return float(value)
+
+
+def _flag(name: str, value: Any) -> bool:
+    if value not in (True, False):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
+
+
+def _integers(name: str, value: Any) -> tuple[int, ...]:
+    value = _plain(value)
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        value = [value]
+    return tuple(_integer(name, item) for item in value)
+
+
+def _integer_lists(name: str, value: Any) -> tuple[tuple[int, ...], ...]:
+    value = _plain(value)
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise ValueError(f"{name} must be a list of lists of token ids, got {value!r}")
+    rows = []
+    for row in value:
+        if not isinstance(row, Sequence) or isinstance(row, str) or not row:
+            raise ValueError(f"{name} must hold non-empty lists of token ids, got {row!r}")
+        rows.append(_integers(name, row))
+    if not rows:
+        raise ValueError(f"{name} must not be empty")
+    return tuple(rows)
+
+
+def _strings(name: str, value: Any) -> tuple[str, ...]:
+    strings = (value,) if isinstance(value, str) else tuple(value)
+    if not strings or not all(isinstance(text, str) and text for text in strings):
+        raise ValueError(f"{name} must be a non-empty text or a list of them, got {value!r}")
+    return strings
+
+
+def _seed(name: str, value: Any) -> int | tuple[int, ...]:
+    value = _plain(value)
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return tuple(_integer(name, item) for item in value)
+    return _integer(name, value)
+
+
+def _biases(name: str, value: Any) -> tuple[tuple[tuple[int, ...], float], ...]:
+    """{ids: bias} or [[ids, bias], ...], as SequenceBiasLogitsProcessor takes them."""
+    pairs = list(value.items()) if isinstance(value, Mapping) else list(value)
+    if not pairs:
+        raise ValueError(f"{name} must not be empty")
+    out = []
+    for pair in pairs:
+        if len(pair) != 2 or not isinstance(pair[1], float):
+            raise ValueError(f"{name} must pair token ids with a float, got {pair!r}")
+        out.append((_integer_lists(name, [pair[0]])[0], pair[1]))
+    return tuple(out)
+
+
+def _logit_bias(name: str, value: Any) -> tuple[tuple[int, float], ...]:
+    """{token: bias}; JSON's text keys are taken as the ids that they spell."""
+    pairs = list(value.items()) if isinstance(value, Mapping) else list(value)
+    return tuple(
+        (_integer(name, int(token) if isinstance(token, str) else token), _number(name, bias))
+        for token, bias in pairs
+    )
+
+
+def _decay(name: str, value: Any) -> tuple[int, float]:
+    if not isinstance(value, Sequence) or len(value) != 2:
+        raise ValueError(f"{name} must be (start, factor), got {value!r}")
+    return _integer(name, value[0]), _number(name, value[1])
+
+
+def _early_stopping(name: str, value: Any) -> bool | str:
+    if value not in (True, False, "never"):
+        raise ValueError(f"{name} must be True, False or 'never', got {value!r}")
+    return value if isinstance(value, str) else bool(value)
+
+
+def _plain(value: Any) -> Any:
+    """Arrays and tensors as lists; everything else as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+_BY_ANNOTATION = {
+    "int": _integer,
+    "int | None": _integer,
+    "float": _number,
+    "float | None": _number,
+    "bool": _flag,
+    "tuple[int, ...] | None": _integers,
+    "tuple[tuple[int, ...], ...] | None": _integer_lists,
+    "tuple[str, ...] | None": _strings,
+    "tuple[tuple[tuple[int, ...], float], ...] | None": _biases,
+    "tuple[tuple[int, float], ...] | None": _logit_bias,
+    "tuple[int, float] | None": _decay,
+    "Seed": _seed,
+}
+_KINDS = {
+    knob.name: _BY_ANNOTATION[str(knob.type)]
+    for knob in fields(Params)
+    if str(knob.type) in _BY_ANNOTATION
+} | {"early_stopping": _early_stopping}
+
+_POSITIVE = ("positive", lambda value: value > 0)
+_NOT_NEGATIVE = ("zero or more", lambda value: value >= 0)
+_FRACTION = ("between 0 and 1", lambda value: 0 <= value <= 1)
+_RULES: dict[str, tuple[str, Any]] = {
+    "max_length": _POSITIVE,
+    "max_new_tokens": _POSITIVE,
+    "min_length": _NOT_NEGATIVE,
+    "min_new_tokens": _NOT_NEGATIVE,
+    "max_time": _POSITIVE,
+    "num_beams": _POSITIVE,
+    "num_beam_groups": _POSITIVE,
+    "num_return_sequences": _POSITIVE,
+    "top_k": _NOT_NEGATIVE,
+    "top_p": ("zero or more", lambda value: value >= 0),
+    "min_p": _FRACTION,
+    "top_h": ("above 0, at most 1", lambda value: 0 < value <= 1),
+    "typical_p": ("above 0", lambda value: value > 0),
+    "epsilon_cutoff": ("at least 0, below 1", lambda value: 0 <= value < 1),
+    "eta_cutoff": ("at least 0, below 1", lambda value: 0 <= value < 1),
+    "repetition_penalty": _POSITIVE,
+    "encoder_repetition_penalty": _POSITIVE,
+    "no_repeat_ngram_size": _NOT_NEGATIVE,
+    "encoder_no_repeat_ngram_size": _NOT_NEGATIVE,
+    "prompt_lookup_num_tokens": _POSITIVE,
+    "max_matching_ngram_size": _POSITIVE,
+    "num_assistant_tokens": _POSITIVE,
+    "assistant_confidence_threshold": _FRACTION,
+    "num_assistant_tokens_schedule": (
+        "'constant' or 'heuristic'",
+        lambda value: value in ("constant", "heuristic"),
+    ),
+    "top_logprobs": _NOT_NEGATIVE,
+}
+
+
+def _check_together(params: Params) -> None:
+    """The rules that tie several knobs."""
+    if params.do_sample and not (params.temperature > 0 and math.isfinite(params.temperature)):
+        raise ValueError(
+            f"temperature must be a number above 0 when sampling, got {params.temperature!r}; "
+            "for the likeliest token use do_sample=False"
+        )
+    if params.num_beams == 1 and not params.do_sample and params.num_return_sequences > 1:
+        raise ValueError(
+            f"num_return_sequences={params.num_return_sequences} needs do_sample=True or "
+            "num_beams > 1: greedy search finds one sequence"
+        )
+    if params.num_beams > 1 and params.num_return_sequences > params.num_beams:
+        raise ValueError(
+            f"num_return_sequences={params.num_return_sequences} must be at most "
+            f"num_beams={params.num_beams}"
+        )
+    suppressed = set(params.suppress_tokens or ())
+    for name in ("forced_bos_token_id", "forced_eos_token_id"):
+        forced = getattr(params, name)
+        forced = {forced} if isinstance(forced, int) else set(forced or ())
+        if forced and forced <= suppressed:
+            raise ValueError(f"{name}={sorted(forced)} is also in suppress_tokens")
+
+
+NAMES = frozenset(knob.name for knob in fields(Params))
+
+# Knobs of transformers that change nothing here: accepted, so that scripts run unchanged.
+INERT = {
+    "use_cache": "keys and values are always kept; the tokens are the same",
+    "cache_implementation": "there is one cache, in place",
+    "cache_config": "there is one cache, in place",
+    "max_cache_len": "the cache is as long as the call needs",
+    "prefill_chunk_size": "prompts are always prefilled in chunks",
+    "compile_config": "nothing is compiled",
+    "disable_compile": "nothing is compiled",
+    "decoder_start_token_id": "for encoder-decoder models",
+    "synced_gpus": "for several GPUs",
+    "transformers_version": "a note of the file's writer",
+}
+
+# Knobs of transformers that ask for something else than what they are set to here.
+UNSUPPORTED = {
+    "output_attentions": "the graph does not compute attention weights apart",
+    "output_hidden_states": "the graph returns logits alone",
+    "penalty_alpha": "contrastive search has left transformers for remote code",
+    "dola_layers": "DoLa has left transformers for remote code and needs hidden states",
+    "constraints": "constrained beam search has left transformers for remote code",
+    "force_words_ids": "constrained beam search has left transformers for remote code",
+    "low_memory": "transformers no longer supports it; beams share their prompt here anyway",
+    "use_mtp": "multi-token prediction heads are not exported",
+    "speculation_type": "draft heads are not exported",
+    "is_assistant": "set on a draft model by transformers itself",
+    "assistant_early_exit": "the graph has one exit",
+    "assistant_lookbehind": "an assistant must share the model's tokenizer",
+    "target_lookbehind": "an assistant must share the model's tokenizer",
+    "assistant_ensemble_weight": "it changes the distribution",
+    "continuous_batching_config": "deprecated in transformers",
+    "inputs_embeds": "the graph takes token ids",
+    "position_ids": "positions follow from the attention_mask",
+    "past_key_values": "the cache belongs to the call",
+    "custom_generate": "remote code is not run",
+    "trust_remote_code": "remote code is not run",
+}
+
+
+def resolve(
+    model_defaults: Mapping[str, Any],
+    config: Mapping[str, Any] | None,
+    kwargs: Mapping[str, Any],
+) -> Params:
+    """Merge as transformers does: keywords, then the passed config, the model's own, the defaults.
+
+    An explicit keyword `None` switches a knob off (`top_k=None`); a `None` in a config means
+    "not set there". The length that nobody set is 20 new tokens (see `prompt`).
+
+    Args:
+        model_defaults: the exported generation_config.json.
+        config: a GenerationConfig's fields, or None.
+        kwargs: the call's own keywords.
+
+    Raises:
+        ValueError: a keyword that is unknown, unsupported or set to a bad value.
+    """
+    merged = {name: value for name, value in model_defaults.items() if value is not None}
+    merged = {name: value for name, value in merged.items() if name in NAMES}
+    if config is not None:
+        given = {name: value for name, value in config.items() if value is not None}
+        check_names(given)
+        merged |= {name: value for name, value in given.items() if name in NAMES}
+    check_names(kwargs)
+    merged |= {
+        name: _OFF.get(name, value) if value is None else value
+        for name, value in kwargs.items()
+        if name in NAMES
+    }
+    return Params(**merged)
+
+
+# What an explicit `None` means where the field itself has no None.
+_OFF: dict[str, Any] = {
+    knob.name: knob.default for knob in fields(Params) if knob.default is not None
+} | {"top_k": 0}
+
+
+def check_names(kwargs: Mapping[str, Any]) -> None:
+    """Raise for keywords that are unknown, or known and asking for what is not done here."""
+    for name, value in kwargs.items():
+        if name in NAMES or name in INERT or name.startswith("_"):
+            continue
+        if name in UNSUPPORTED:
+            if value in (None, False, 0, 0.0) or _is_default(name, value):
+                continue
+            raise ValueError(f"{name}={value!r} is not supported: {UNSUPPORTED[name]}")
+        near = difflib.get_close_matches(name, sorted(NAMES | set(ARGUMENTS)), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"{name} is not a keyword of generate{hint}")
+
+
+# The arguments of `generate` that are objects rather than knobs (see generator).
+ARGUMENTS = (
+    "attention_mask",
+    "generation_config",
+    "logits_processor",
+    "stopping_criteria",
+    "prefix_allowed_tokens_fn",
+    "negative_prompt_ids",
+    "negative_prompt_attention_mask",
+    "assistant_model",
+    "tokenizer",
+    "streamer",
+)
+
+_INHERITED_DEFAULTS = {"assistant_lookbehind": 10, "target_lookbehind": 10}
+
+
+def _is_default(name: str, value: Any) -> bool:
+    return name in _INHERITED_DEFAULTS and bool(value == _INHERITED_DEFAULTS[name])
+
+
+__all__ = [
+    "ARGUMENTS",
+    "INERT",
+    "NAMES",
+    "UNSUPPORTED",
+    "Params",
+    "check_names",
+    "replace",
+    "resolve",
+]
