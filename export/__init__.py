@@ -1,0 +1,13 @@
+"""From a transformers model to a model directory: the one place that knows torch.
+
+pipeline    the export, step by step          source     hub, directory or object -> model
+attention   what attention becomes            graph      model -> graph
+trim        rewriting rules                   check      whether both say the same
+bundle      the model directory               demo       trains the embedded demo model
+"""
+
+from fastgen.export.attention import UnsupportedModel
+from fastgen.export.check import Mismatch
+from fastgen.export.pipeline import export
+
+__all__ = ["Mismatch", "UnsupportedModel", "export"]

@@ -1,0 +1,278 @@
+"""What attention becomes in the graph: one GroupQueryAttention node a layer, on shared buffers.
+
+transformers routes nearly every decoder through `AttentionInterface` and
+`AttentionMaskInterface`, and every new key and value through `Cache.update`. So three small
+parts stand in for all models: an attention function, a mask function and a cache.
+
+A model is run twice. `recording` runs it as it is and notes, for each layer, the shapes of its
+keys and values and what its mask is (`Layer`); whatever GroupQueryAttention cannot express is
+refused here, by name. `tracing` runs it again under torch's exporter and emits the nodes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import DynamicCache
+
+NAME = "fastgen"  # what `attn_implementation` is while a model is exported
+FURTHEST = 1 << 21  # distances up to which a mask is looked at; a longer window is no window
+
+# Keywords that models pass to every attention function and that do not change its result:
+# what they mean is in the mask, in `layer`, or concerns training.
+_HARMLESS = {
+    "position_ids", "use_cache", "output_router_logits", "output_attentions", "cache_position",
+    "sliding_window", "is_causal", "position_embeddings", "past_key_values", "logits_to_keep",
+    "output_hidden_states", "return_dict", "deterministic", "num_items_in_batch",
+}  # fmt: skip
+
+
+class UnsupportedModel(ValueError):
+    """A model that cannot be exported, and why."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One attention layer that owns keys and values."""
+
+    num_heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    window: int | None = None  # tokens a query sees, itself included; None for all
+    softcap: float = 0.0
+    sinks: bool = False
+
+
+@dataclass
+class Feed:
+    """The graph's inputs that the attention nodes read."""
+
+    past: list[tuple[torch.Tensor, torch.Tensor]]  # a layer: [rows, kv_heads, capacity, head_dim]
+    seqlens_k: torch.Tensor
+    total_sequence_length: torch.Tensor
+    query_seqlens: torch.Tensor
+
+
+@dataclass
+class Pass:
+    """One run of the model: what was found (recording) and what was emitted (tracing)."""
+
+    layers: list[Layer] = field(default_factory=list)
+    feed: Feed | None = None  # None while recording
+    present: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    pending: tuple[torch.Tensor, torch.Tensor] | None = None  # keys and values not attended yet
+    windows: dict[int, int | None] = field(default_factory=dict)  # id of a mask -> its window
+    masks: list[torch.Tensor] = field(default_factory=list)  # kept alive: ids stay unique
+
+
+_current: Pass | None = None
+
+
+@contextlib.contextmanager
+def _running(run: Pass) -> Iterator[Pass]:
+    global _current
+    if _current is not None:
+        raise RuntimeError("another export is running in this process")
+    _current = run
+    try:
+        yield run
+    finally:
+        _current = None
+
+
+def recording() -> contextlib.AbstractContextManager[Pass]:
+    """A pass that notes the layers; plain causal attention of float tensors is computed."""
+    return _running(Pass())
+
+
+def tracing(layers: list[Layer], feed: Feed) -> contextlib.AbstractContextManager[Pass]:
+    """A pass that emits one GroupQueryAttention node for each of `layers`, in their order."""
+    return _running(Pass(layers=layers, feed=feed))
+
+
+class PassingCache(DynamicCache):
+    """Hands the new keys and values through: the past lives in the attention node's buffers."""
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):  # type: ignore[no-untyped-def]
+        if _current is None:
+            raise RuntimeError("PassingCache is used outside of an export")
+        if _current.pending is not None:
+            raise UnsupportedModel(
+                f"layer {layer_idx} writes keys and values before those of the layer below were "
+                "attended: its attention does not go through transformers' AttentionInterface"
+            )
+        _current.pending = (key_states, value_states)
+        return key_states, value_states
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("update_conv_state", "update_recurrent_state", "update_indexer"):
+            raise UnsupportedModel(
+                f"it keeps state besides keys and values (Cache.{name}), which the graph does not"
+            )
+        return super().__getattribute__(name)
+
+
+def attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,  # [rows, num_heads, new, head_dim]
+    key: torch.Tensor,  # [rows, kv_heads, new, head_dim]
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:  # [rows, new, num_heads, head_dim]
+    """The function that stands behind `attn_implementation="fastgen"`."""
+    if _current is None:
+        raise RuntimeError("attention 'fastgen' is only for exporting; use eager or sdpa to run")
+    pending, _current.pending = _current.pending, None
+    if pending is None or pending[0] is not key or pending[1] is not value:
+        raise UnsupportedModel("a layer attends to keys and values that it did not just write")
+    softcap = float(kwargs.pop("softcap", None) or 0.0)
+    sinks = kwargs.pop("s_aux", None)
+    for name, extra in kwargs.items():
+        if extra is not None and name not in _HARMLESS:
+            raise UnsupportedModel(
+                f"its attention takes {name!r}, which the graph has no place for"
+            )
+    if _current.feed is None:
+        layer = _describe(query, key, value, attention_mask, scaling, softcap, sinks is not None)
+        _current.layers.append(layer)
+        return _reference(query, key, value, layer, sinks), None
+    return _emit(query, key, value, sinks), None
+
+
+def _describe(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    softcap: float,
+    sinks: bool,
+) -> Layer:
+    assert _current is not None
+    number = len(_current.layers)
+    _, num_heads, _, head_dim = query.shape
+    if not key.shape[-1] == value.shape[-1] == head_dim:
+        raise UnsupportedModel(
+            f"layer {number}: queries, keys and values have sizes {head_dim}, {key.shape[-1]} and "
+            f"{value.shape[-1]}; GroupQueryAttention needs one size"
+        )
+    if key.shape[1] != value.shape[1] or num_heads % key.shape[1]:
+        raise UnsupportedModel(
+            f"layer {number}: {num_heads} query heads over {key.shape[1]} key heads"
+        )
+    if mask is not None and id(mask) not in _current.windows:
+        raise UnsupportedModel(
+            f"layer {number}: its mask is not one of transformers' causal or sliding-window masks"
+        )
+    return Layer(
+        num_heads=num_heads,
+        kv_heads=key.shape[1],
+        head_dim=head_dim,
+        scale=float(head_dim**-0.5 if scaling is None else scaling),
+        window=None if mask is None else _current.windows[id(mask)],
+        softcap=softcap,
+        sinks=sinks,
+    )
+
+
+def _reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layer: Layer,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Plain attention, so that a recording pass runs on sensible numbers."""
+    groups = layer.num_heads // layer.kv_heads
+    key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
+    scores = query @ key.transpose(-1, -2) * layer.scale
+    causal = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    weights = scores.masked_fill(~causal, -torch.inf).softmax(-1)
+    return (weights @ value).transpose(1, 2).contiguous()
+
+
+def _emit(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None
+) -> torch.Tensor:
+    assert _current is not None and _current.feed is not None
+    feed, number = _current.feed, len(_current.present)
+    layer, (past_key, past_value) = _current.layers[number], feed.past[number]
+    rows, _, new, _ = query.shape
+    width = layer.num_heads * layer.head_dim
+
+    def flat(
+        states: torch.Tensor,
+    ) -> torch.Tensor:  # to [rows, new, heads * dim]
+        return states.transpose(1, 2).reshape(rows, new, -1)
+
+    attributes: dict[str, Any] = {
+        "num_heads": layer.num_heads, "kv_num_heads": layer.kv_heads, "scale": layer.scale,
+    }  # fmt: skip
+    if layer.window is not None:
+        attributes["local_window_size"] = layer.window
+    if layer.softcap:
+        attributes["softcap"] = layer.softcap
+    head_sink = None if sinks is None else sinks.reshape(-1)
+    out, present_key, present_value = torch.onnx.ops.symbolic_multi_out(
+        "com.microsoft::GroupQueryAttention",
+        # cos, sin, position_ids, attention_bias | sink | k_scale, v_scale, q_norm, k_norm
+        [flat(query), flat(key), flat(value), past_key, past_value, feed.seqlens_k,
+         feed.total_sequence_length, None, None, None, None, head_sink, None, None, None, None,
+         feed.query_seqlens],
+        attributes,
+        dtypes=[torch.float32] * 3,
+        shapes=[[rows, new, width], past_key.shape, past_value.shape],
+        version=1,
+    )  # fmt: skip
+    _current.present.append((present_key, present_value))
+    return out.reshape(rows, new, layer.num_heads, layer.head_dim)
+
+
+def mask(**kwargs: Any) -> torch.Tensor | None:
+    """The mask function beside `attention`: a token while recording, nothing in the graph.
+
+    GroupQueryAttention masks by itself. While recording, each mask is an empty tensor whose
+    identity tells `attention` which window it stands for.
+    """
+    if _current is None or _current.feed is not None:
+        return None
+    token = torch.empty(kwargs["batch_size"], 1, kwargs["q_length"], kwargs["kv_length"])
+    _current.masks.append(token)
+    _current.windows[id(token)] = window_of(kwargs["mask_function"])
+    return token
+
+
+def window_of(mask_function: Any) -> int | None:
+    """How many tokens a query sees, itself included, by asking the mask itself; None for all.
+
+    Raises:
+        UnsupportedModel: the mask is neither causal nor a sliding window (it is chunked, say).
+    """
+    first = torch.tensor(0)
+    seen = []
+    for position in (2 * FURTHEST, 2 * FURTHEST + 777):
+        keys = position - torch.arange(-1, FURTHEST)  # from the next token to the far past
+        allowed = torch.as_tensor(mask_function(first, first, torch.tensor(position), keys))
+        allowed = allowed.expand(keys.shape[0])
+        if bool(allowed[0]):
+            raise UnsupportedModel("its mask is not causal")
+        count = int(allowed.sum())
+        if not bool(allowed[1 : count + 1].all()):
+            raise UnsupportedModel("its mask has holes: neither causal nor a sliding window")
+        seen.append(count)
+    if seen[0] != seen[1]:
+        raise UnsupportedModel("its mask depends on the position (chunked attention)")
+    return None if seen[0] == FURTHEST else seen[0]
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, mask)

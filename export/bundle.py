@@ -1,0 +1,124 @@
+"""The model directory: written beside its place, renamed when it is complete."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from fastgen.export.attention import Layer
+from fastgen.export.source import Source
+
+import fastgen
+from fastgen.model import FORMAT, INFO, ModelError
+
+REPORT = "report.json"
+
+
+@contextmanager
+def directory(out: Path, force: bool) -> Iterator[Path]:
+    """A temporary neighbour of `out` that takes its place at the end, or leaves nothing.
+
+    Raises:
+        ModelError: `out` exists and `force` is False, or is something that is not ours to replace.
+    """
+    check_free(out, force)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        os.chmod(temporary, 0o777 & ~_umask())
+        yield temporary
+        _replace(temporary, out, force)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_free(out: Path, force: bool) -> None:
+    """Raise before any work is done if `out` cannot be written."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ModelError(f"{out} exists and is not a directory")
+    if not any(out.iterdir()):
+        return
+    if not force:
+        raise ModelError(f"{out} exists: choose another name, or replace it with --force")
+    if not (out / INFO).is_file():
+        raise ModelError(f"{out} is not a fastgen model directory: --force does not replace it")
+
+
+def _replace(new: Path, out: Path, force: bool) -> None:
+    check_free(out, force)  # it may have come meanwhile
+    if not out.exists():
+        new.rename(out)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
+    out.rename(old / "model")
+    try:
+        new.rename(out)
+    except OSError:
+        (old / "model").rename(out)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def describe(source: Source, layers: Sequence[Layer], precision: str) -> dict[str, Any]:
+    """The content of `fastgen.json`, but for the files' sizes."""
+    config = source.model.config.get_text_config(decoder=True)
+    limit = getattr(config, "max_position_embeddings", None)
+    return {
+        "format": FORMAT,
+        "fastgen": fastgen.__version__,
+        "precision": precision,
+        "model_type": source.model.config.model_type,
+        "name": source.name,
+        "parameters": sum(p.numel() for p in source.model.parameters()),
+        "vocab_size": source.model.get_output_embeddings().weight.shape[0],
+        "max_length": limit,
+        "hard_limit": limit is not None and not _computes(source, limit),
+        "layers": [[layer.kv_heads, layer.head_dim] for layer in layers],
+    }
+
+
+def _computes(source: Source, position: int) -> bool:
+    """Whether the model can compute a token at `position`, the first beyond its limit."""
+    ids = torch.zeros(1, 1, dtype=torch.long)
+    try:
+        with torch.no_grad():
+            source.model(input_ids=ids, position_ids=torch.full_like(ids, position))
+    except (IndexError, RuntimeError):
+        return False
+    return True
+
+
+def write_configuration(source: Source, to: Path) -> None:
+    """config.json, generation_config.json and the tokenizer's files."""
+    (to / "config.json").write_text(source.model.config.to_json_string(use_diff=False))
+    defaults = source.model.generation_config.to_dict()
+    defaults = {name: value for name, value in defaults.items() if value is not None}
+    write_json(to / "generation_config.json", defaults)
+    if source.tokenizer is not None:
+        source.tokenizer.save_pretrained(to)
+
+
+def seal(to: Path, description: dict[str, Any]) -> None:
+    """Write `fastgen.json`: from now on the directory is a model."""
+    files = {p.name: p.stat().st_size for p in sorted(to.iterdir()) if p.name != INFO}
+    write_json(to / INFO, description | {"files": files})
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,227 @@
+"""Whether the exported model says what the original says: logits, and a greedy continuation.
+
+The original runs row by row without padding. The export runs as it will run: ragged rows in one
+batch, a prefill and then token by token, through fastgen's own engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from fastgen.export.attention import Layer
+from numpy.typing import NDArray
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from fastgen import CausalLM
+from fastgen.model import Model
+from fastgen.pick import log_softmax
+
+DECODED = 8  # last tokens of each probe that are fed one at a time
+NEW_TOKENS = 24  # of the greedy continuation
+TIE = 1e-4  # two best logits nearer than this times the largest are a tie: either may win
+
+TEXTS = (
+    "The quick brown fox jumps over the lazy dog.",
+    "In the beginning there was a language model, and it was slow. People waited for every word, "
+    "and while they waited they wrote benchmarks.\n\n1. Measure before you believe.\n",
+    "def generate(ids, max_new_tokens=20):\n    \"\"\"Return the ids and what follows them.\"\"\"\n"
+    "    for _ in range(max_new_tokens):\n        ids = ids + [pick(model(ids))]\n    return ids\n"
+    "\nUnicode: na\u00efve caf\u00e9, \u4f60\u597d, \U0001f642. Numbers: 3.14159, 2,718, 1e-5.",
+)  # fmt: skip
+
+
+class Mismatch(ValueError):
+    """The export disagrees with the original beyond the tolerance."""
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What an export may differ by; the defaults are those of fp32.
+
+    Attributes:
+        max_difference: of a logit, as a share of the largest logit.
+        kl: mean Kullback-Leibler divergence in nats.
+        top1: share of positions with the same likeliest token (ties aside).
+        greedy: whether the greedy continuation must be the same (ties aside).
+    """
+
+    max_difference: float = 1e-3
+    kl: float = 1e-6
+    top1: float = 1.0
+    greedy: bool = True
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How two sets of logits compare. `max_difference` is a share of the largest logit."""
+
+    positions: int
+    max_difference: float
+    mean_difference: float
+    kl: float
+    top1: float
+    ties: int
+
+    def summary(self) -> str:
+        return (
+            f"max {self.max_difference:.1e}, mean {self.mean_difference:.1e} of the largest "
+            f"logit, KL {self.kl:.1e}, top-1 {self.top1:.2%}"
+        )
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """How two greedy continuations compare."""
+
+    tokens: int
+    same: int
+    ties: int
+
+    def summary(self) -> str:
+        tie = f" ({self.ties} rows part at a tie)" if self.ties else ""
+        return f"{self.same} of {self.tokens} greedy tokens the same{tie}"
+
+
+def probes(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast | None, layers: Sequence[Layer]
+) -> list[NDArray[np.int64]]:
+    """Ragged rows of ids: real text where there is a tokenizer, one row longer than a window."""
+    config = model.config.get_text_config(decoder=True)
+    limit = getattr(config, "max_position_embeddings", None) or 1 << 20
+    vocab = model.get_input_embeddings().num_embeddings
+    if tokenizer is not None:
+        rows = [np.array(tokenizer(text)["input_ids"], np.int64) for text in TEXTS]
+        rows = [row[row < vocab] for row in rows]
+    else:
+        random = np.random.default_rng(0)
+        rows = [random.integers(0, vocab, length) for length in (11, 37, 90)]
+    windows = [layer.window for layer in layers if layer.window is not None]
+    if windows and min(windows) <= 512:  # a longer one costs more than it tells
+        row = np.resize(rows[-1], max(len(rows[-1]), min(windows) + 40))
+        rows[-1] = row
+    room = limit - NEW_TOKENS
+    if room < 2:
+        raise ValueError(f"the model takes only {limit} positions: too few to be checked")
+    return [row[: max(2, min(len(row), room))] for row in rows if len(row) > 1]
+
+
+def reference_logits(
+    model: PreTrainedModel, rows: Sequence[NDArray[np.int64]]
+) -> list[NDArray[np.float32]]:
+    """The original's logits, float32 [length, vocab] of each row, without padding or cache."""
+    out = []
+    with torch.no_grad():
+        for row in rows:
+            ids = torch.from_numpy(row)[None]
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+            out.append(logits[0].float().numpy())
+    return out
+
+
+def reference_continuation(
+    model: PreTrainedModel, rows: Sequence[NDArray[np.int64]]
+) -> list[NDArray[np.int64]]:
+    """What the original's own `generate` adds to each row, greedily and to full length."""
+    from transformers import GenerationConfig
+
+    greedy = GenerationConfig(max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
+    greedy.pad_token_id = 0
+    kept, model.generation_config = model.generation_config, greedy
+    try:
+        out = []
+        for row in rows:
+            ids = torch.from_numpy(row)[None]
+            ids = model.generate(ids, attention_mask=torch.ones_like(ids))
+            out.append(ids[0, len(row) :].numpy())
+        return out
+    finally:
+        model.generation_config = kept
+
+
+def exported_logits(model: Model, rows: Sequence[NDArray[np.int64]]) -> list[NDArray[np.float32]]:
+    """The export's logits of the same rows: one ragged prefill, then token by token together."""
+    cache = model.new_cache(len(rows), 2 * max(len(row) for row in rows))
+    heads = [row[: max(1, len(row) - DECODED)] for row in rows]
+    positions = np.minimum(
+        np.arange(max(len(head) for head in heads)), np.array([[len(h) - 1] for h in heads])
+    )
+    logits = model.forward(heads, cache, logits_positions=positions)
+    parts = [[logits[i, : len(head)].copy()] for i, head in enumerate(heads)]
+    for step in range(max(len(row) - len(head) for row, head in zip(rows, heads, strict=True))):
+        # A row that is through repeats its last token: the others must not notice.
+        at = [min(len(head) + step, len(row) - 1) for row, head in zip(rows, heads, strict=True)]
+        logits = model.forward([row[a : a + 1] for row, a in zip(rows, at, strict=True)], cache)
+        for i, (row, head) in enumerate(zip(rows, heads, strict=True)):
+            if len(head) + step < len(row):
+                parts[i].append(logits[i].copy())
+    return [np.concatenate(part) for part in parts]
+
+
+def compare(
+    reference: Sequence[NDArray[np.float32]], found: Sequence[NDArray[np.float32]]
+) -> Agreement:
+    """Compare logits [length, vocab] of the same rows."""
+    one, two = np.concatenate(reference), np.concatenate(found)
+    scale = float(np.abs(one).max()) or 1.0
+    difference = np.abs(one - two)
+    p, q = log_softmax(one), log_softmax(two)
+    best, other = one.argmax(1), two.argmax(1)
+    places = np.arange(len(one))
+    parted = best != other
+    ties = parted & (one[places, best] - one[places, other] <= TIE * scale)
+    return Agreement(
+        positions=len(one),
+        max_difference=float(difference.max()) / scale,
+        mean_difference=float(difference.mean()) / scale,
+        kl=max(0.0, float((np.exp(p) * (p - q)).sum(1, dtype=np.float64).mean())),
+        top1=float(1 - (parted & ~ties).mean()),
+        ties=int(ties.sum()),
+    )
+
+
+def compare_continuation(
+    directory: Path, rows: Sequence[NDArray[np.int64]], expected: Sequence[NDArray[np.int64]]
+) -> Continuation:
+    """Continue `rows` in one ragged batch through `CausalLM.generate` and compare."""
+    model = CausalLM(directory)
+    model.generation_config.__dict__.clear()
+    out = model.generate(
+        [row.tolist() for row in rows],
+        max_new_tokens=NEW_TOKENS,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    same = ties = 0
+    for i, tokens in enumerate(expected):
+        found = np.array(out.sequences[i][-NEW_TOKENS:])
+        parted = np.flatnonzero(found != tokens)
+        if not len(parted):
+            same += len(tokens)
+            continue
+        step = int(parted[0])
+        logits = out.logits[step][i]
+        tie = logits[found[step]] - logits[tokens[step]] <= TIE * np.abs(logits).max()
+        ties += int(tie)
+        same += len(tokens) if tie else step
+    return Continuation(tokens=NEW_TOKENS * len(rows), same=same, ties=ties)
+
+
+def judge(logits: Agreement, greedy: Continuation, tolerance: Tolerance) -> list[str]:
+    """What lies beyond the tolerance, one line each; empty if all is well."""
+    wrong = []
+    if not logits.max_difference <= tolerance.max_difference:
+        wrong.append(
+            f"a logit differs by {logits.max_difference:.2e} of the largest, "
+            f"{tolerance.max_difference:.0e} is allowed"
+        )
+    if not logits.kl <= tolerance.kl:
+        wrong.append(f"KL divergence is {logits.kl:.2e}, {tolerance.kl:.0e} is allowed")
+    if not logits.top1 >= tolerance.top1:
+        wrong.append(f"top-1 agreement is {logits.top1:.2%}, {tolerance.top1:.2%} is asked")
+    if tolerance.greedy and greedy.same != greedy.tokens:
+        wrong.append(f"only {greedy.same} of {greedy.tokens} greedy tokens are the same")
+    return wrong

@@ -1,0 +1,526 @@
+"""Train the embedded demo model: a small Llama on the text of CPython's own documentation strings.
+
+    python export/demo.py OUT_DIR
+
+`OUT_DIR` becomes a plain transformers directory (`from_pretrained` reads it), with two files
+besides: `held_out.txt`, the documents that training never saw, each followed by the end-of-text
+token, and `training.json`, what was trained and how well it predicts those documents.
+
+The data flows corpus -> split -> tokenizer -> windows -> training -> directory. Nothing is
+downloaded, and everything random is drawn from `Recipe.seed`: the same interpreter, torch and
+processor give the same weights. Another Python release has other docstrings, hence another
+model; `training.json` has the corpus' digest for that reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import inspect
+import json
+import math
+import platform
+import random
+import re
+import sys
+import sysconfig
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from pydoc_data.topics import topics
+from types import ModuleType
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.functional import cross_entropy, dropout
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+END = "<|endoftext|>"
+
+# Not documentation of the library, though installed inside it.
+SKIPPED_PACKAGES = frozenset({"test", "tests", "idlelib", "turtledemo"})
+
+# Where a reader meets what these modules define: nobody calls `posixpath.join`.
+PUBLIC_NAMES = {
+    "_codecs": "codecs",
+    "_collections": "collections",
+    "_collections_abc": "collections.abc",
+    "_functools": "functools",
+    "_io": "io",
+    "_operator": "operator",
+    "_pydecimal": "decimal",
+    "_pyio": "io",
+    "_signal": "signal",
+    "_strptime": "time",
+    "_weakrefset": "weakref",
+    "builtins": "",
+    "genericpath": "os.path",
+    "nt": "os",
+    "posix": "os",
+    "posixpath": "os.path",
+}
+
+# Modules in C that every interpreter has loaded before it reads a script: they have no source to
+# parse, and looking at what is loaded runs nobody's code.
+COMPILED_MODULES = (
+    "_codecs",
+    "_collections",
+    "_functools",
+    "_io",
+    "_operator",
+    "_signal",
+    "_thread",
+    "builtins",
+    "itertools",
+    "nt" if sys.platform == "win32" else "posix",
+    "sys",
+    "time",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Every constant of the training, each with its reason."""
+
+    seed: int = 7  # of the initial weights, the dropout, the order of documents and the windows
+    held_out_bytes: int = 60_000  # 3% of the corpus, and little enough to ship
+    vocab_size: int = 2048  # 3.1 bytes a token, for a fifth of the weights
+    context: int = 512  # a class with its methods, or a screenful of a topic
+    hidden_size: int = 192  # with 4 layers and tied embeddings: 2.1 million weights, 8.5 MB in fp32
+    layers: int = 4  # deeper and narrower is slower a token, and no better at this size
+    intermediate_size: int = 576  # three times the hidden size: what grouped keys save goes here
+    heads: int = 6  # of 32 numbers each
+    key_value_heads: int = 2  # grouped, so that the demo exercises what large models do
+    rows: int = 4  # small batches: the time is fixed, and steps are worth more than smooth ones
+    steps: int = 3200  # some 8 passes over the corpus, 25 minutes of one core with bfloat16
+    warm_up: int = 150  # steps until the full rate, which diverges from a cold start
+    rate: float = 3e-3  # what a width of 192 bears
+    final_rate: float = 3e-5  # of the cosine's end
+    weight_decay: float = 0.1  # the corpus is smaller than the model could learn by heart
+    dropout: float = 0.1  # for the same reason; on embeddings and on what each block adds
+    betas: tuple[float, float] = (0.9, 0.98)  # a longer memory of variance: the batches are noisy
+    clip: float = 1.0  # largest norm of a gradient
+    document_starts: float = 0.25  # share of windows that start as a prompt does: at a beginning
+    evaluate_every: int = 200  # steps between looks at the held-out text
+    bfloat16: bool = True  # products in bfloat16: 1.6 times faster where the processor has them
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train the model and write its directory."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("out", type=Path, metavar="OUT_DIR", help="the directory to write")
+    parser.add_argument("--steps", type=int, default=Recipe.steps, help="default: %(default)s")
+    parser.add_argument("--threads", type=int, default=1, help="of torch; default: %(default)s")
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(arguments.threads)
+    build(arguments.out, Recipe(steps=arguments.steps))
+
+
+def build(out: Path, recipe: Recipe) -> None:
+    """Make the demo model of `recipe` in the directory `out`, showing progress on stdout."""
+    documents = corpus()
+    training, held_out = split(documents, recipe.held_out_bytes)
+    random.Random(recipe.seed).shuffle(training)  # so that neighbours tell nothing of each other
+    tokenizer = train_tokenizer(training, recipe)
+    training_ids = encode(tokenizer, training)
+    held_out_ids = encode(tokenizer, held_out)
+    torch.manual_seed(recipe.seed)
+    model = make_model(recipe, tokenizer)
+    facts = {
+        "corpus_sha256": hashlib.sha256(END.join(documents).encode()).hexdigest(),
+        "corpus_documents": len(documents),
+        "corpus_bytes": size(documents),
+        "training_tokens": len(training_ids),
+        "held_out_bytes": size(held_out),
+        "held_out_tokens": len(held_out_ids),
+        "parameters": model.num_parameters(),
+    }
+    print(*(f"{name}: {value}" for name, value in facts.items()), sep="\n", flush=True)
+    started = time.monotonic()
+    best_step = train(model, training_ids, held_out_ids, recipe)
+    facts |= {"seconds": round(time.monotonic() - started), "best_step": best_step}
+    facts |= quality(held_out_loss(model, held_out_ids, recipe), facts)
+    write(out, model, tokenizer, held_out, facts | versions() | {"recipe": asdict(recipe)})
+    print(*(f"{name}: {value}" for name, value in facts.items()), sep="\n", flush=True)
+
+
+# ---------------------------------------------------------------------------------- the corpus
+
+
+def corpus() -> list[str]:
+    """The documents: pydoc's topics, then the modules and classes of the standard library.
+
+    A document is a module with its functions, or a class with its methods, laid out as a manual
+    would; a docstring that occurs twice is kept once.
+    """
+    seen: set[str] = set()
+    documents = distinct_topics()
+    for name, tree in sources():
+        documents += source_documents(name, tree, seen)
+    for name in COMPILED_MODULES:
+        documents += compiled_documents(sys.modules[name], seen)
+    return [document for document in dict.fromkeys(documents) if document]
+
+
+def distinct_topics() -> list[str]:
+    """pydoc's topics without those that are a section of a longer one, which is said twice.
+
+    A section held out while its chapter is learnt would make the held-out loss a lie.
+    """
+    seen: set[str] = set()
+    kept: list[str] = []
+    for text in sorted(topics.values(), key=lambda text: (-len(text), text)):
+        paragraphs = text.strip().split("\n\n")
+        known = sum(len(each) for each in paragraphs if each in seen)
+        seen.update(paragraphs)
+        if known < len(text) / 2:
+            kept.append(text.strip())
+    return kept
+
+
+def sources() -> Iterator[tuple[str, ast.Module]]:
+    """Each module of the standard library that has a source, by name and parsed, never imported."""
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        # A part that is no identifier cannot be imported: site-packages, lib-dynload.
+        if SKIPPED_PACKAGES.isdisjoint(parts) and all(part.isidentifier() for part in parts):
+            with warnings.catch_warnings():  # of escapes in the library's own strings
+                warnings.simplefilter("ignore")
+                tree = ast.parse(path.read_bytes())
+            name = ".".join(part for part in parts if part != "__init__")
+            yield PUBLIC_NAMES.get(name, name), tree
+
+
+def source_documents(name: str, tree: ast.Module, seen: set[str]) -> Iterator[str]:
+    """The documents of one parsed module: its own, then one for each class."""
+    functions, classes = definitions(tree)
+    entries = [entry(f"{name}.{signature(node)}", doc(node, seen)) for node in functions]
+    yield layout(f"The {name} module", doc(tree, seen), entries)
+    while classes:
+        node = classes.pop(0)
+        functions, inner = definitions(node)
+        classes += inner
+        bases = ", ".join(ast.unparse(base) for base in node.bases)
+        title = f"class {name}.{node.name}({bases})" if bases else f"class {name}.{node.name}"
+        own = doc(node, seen)
+        methods = [entry(f"{node.name}.{signature(each)}", doc(each, seen)) for each in functions]
+        yield layout(title, own, methods)
+
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def definitions(node: ast.AST) -> tuple[list[Function], list[ast.ClassDef]]:
+    """The functions and classes of `node`'s body, also those under an `if` or a `try`."""
+    functions: list[Function] = []
+    classes: list[ast.ClassDef] = []
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, Function):
+            functions.append(child)
+        elif isinstance(child, ast.ClassDef):
+            classes.append(child)
+        elif isinstance(child, ast.stmt | ast.excepthandler):
+            inner_functions, inner_classes = definitions(child)
+            functions += inner_functions
+            classes += inner_classes
+    return functions, classes
+
+
+def signature(node: Function) -> str:
+    """`name(parameters)`, without annotations: the docstrings seldom speak of them."""
+    for argument in ast.walk(node.args):
+        if isinstance(argument, ast.arg):
+            argument.annotation = None
+    return f"{node.name}({ast.unparse(node.args)})"
+
+
+def doc(node: ast.Module | ast.ClassDef | Function, seen: set[str]) -> str:
+    """The cleaned docstring of `node`, or nothing if there is none or it is in `seen` already."""
+    return unseen(ast.get_docstring(node), seen)
+
+
+def unseen(text: object, seen: set[str]) -> str:
+    """`text` cleaned, and added to `seen`; nothing if it was there, or is no text."""
+    cleaned = inspect.cleandoc(text).strip() if isinstance(text, str) else ""
+    if cleaned in seen:
+        return ""
+    seen.add(cleaned)
+    return cleaned
+
+
+def compiled_documents(module: ModuleType, seen: set[str]) -> Iterator[str]:
+    """As `source_documents`, of a module in C: from the strings its objects carry."""
+    name = PUBLIC_NAMES.get(module.__name__, module.__name__)
+    prefix = f"{name}." if name else ""
+    public = [(key, value) for key, value in sorted(vars(module).items()) if key[0] != "_"]
+    entries = [
+        entry(prefix + key + compiled_signature(value), unseen(value.__doc__, seen))
+        for key, value in public
+        if inspect.isbuiltin(value)
+    ]
+    yield layout(f"The {name or 'builtins'} module", unseen(module.__doc__, seen), entries)
+    for key, value in public:
+        if isinstance(value, type):
+            own = unseen(value.__doc__, seen)
+            methods = [
+                entry(f"{key}.{each}{compiled_signature(member)}", unseen(member.__doc__, seen))
+                for each, member in sorted(vars(value).items())
+                if each[0] != "_"
+            ]
+            yield layout(f"class {prefix}{key}", own, methods)
+
+
+def compiled_signature(value: object) -> str:
+    """The parameters that an object in C declares; nothing for an attribute."""
+    text = getattr(value, "__text_signature__", None)
+    if text is None:
+        return "(...)" if callable(value) else ""
+    return re.sub(r"\$\w+(, )?(/, |/)?", "", text).replace(", /)", ")")
+
+
+def entry(header: str, text: str) -> str:
+    """A function in a document: its header, and its docstring indented as pydoc does."""
+    if not text:
+        return ""
+    indented = "\n".join(f"    {line}".rstrip() for line in text.splitlines())
+    return f"{header}\n{indented}"
+
+
+def layout(title: str, text: str, entries: list[str]) -> str:
+    """A document of a title, a docstring and entries; nothing if there is nothing but a title."""
+    parts = [part for part in (text, *entries) if part]
+    return "\n\n".join((title, *parts)) if parts else ""
+
+
+def split(documents: list[str], held_out_bytes: int) -> tuple[list[str], list[str]]:
+    """Training and held-out documents: those of the smallest digests are held out.
+
+    A digest depends on nothing but the document, so a changed corpus moves few others across.
+    A document that would exceed `held_out_bytes` is passed over.
+    """
+    held_out: list[str] = []
+    for document in sorted(documents, key=lambda text: hashlib.sha256(text.encode()).digest()):
+        if size([*held_out, document]) <= held_out_bytes:
+            held_out.append(document)
+        elif size(held_out) > 0.95 * held_out_bytes:
+            break
+    kept_back = set(held_out)
+    return [document for document in documents if document not in kept_back], held_out
+
+
+def size(documents: list[str]) -> int:
+    """Bytes of the documents, the end-of-text token after each not counted."""
+    return sum(len(document.encode()) for document in documents)
+
+
+# ------------------------------------------------------------------------ tokenizer and windows
+
+
+def train_tokenizer(documents: list[str], recipe: Recipe) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of the documents: any text can be encoded, and decodes to itself."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=recipe.vocab_size,
+        special_tokens=[END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END,
+        eos_token=END,
+        pad_token=END,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_max_length=recipe.context,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> torch.Tensor:
+    """Token ids int64 `[tokens]` of an end-of-text token, then each document and another one."""
+    ids = [tokenizer.eos_token_id]
+    for encoding in tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]:
+        ids += [*encoding, tokenizer.eos_token_id]
+    return torch.tensor(ids)
+
+
+def windows(ids: torch.Tensor, end: int, recipe: Recipe) -> Iterator[torch.Tensor]:
+    """Batches int64 `[rows, context + 1]` without end, from places drawn by the recipe's seed.
+
+    A prompt is the beginning of a document that no end-of-text token precedes, unless it is
+    empty and that token stands for it: some windows start at a document, half of those with it.
+    """
+    generator = torch.Generator().manual_seed(recipe.seed)
+    last = len(ids) - recipe.context - 1
+    ends = (ids[:last] == end).nonzero().flatten()
+    offsets = torch.arange(recipe.context + 1)
+    while True:
+        anywhere = torch.randint(last + 1, (recipe.rows,), generator=generator)
+        document = ends[torch.randint(len(ends), (recipe.rows,), generator=generator)]
+        document = document + torch.randint(2, (recipe.rows,), generator=generator)
+        at_start = torch.rand(recipe.rows, generator=generator) < recipe.document_starts
+        yield ids[torch.where(at_start, document, anywhere)[:, None] + offsets]
+
+
+# ---------------------------------------------------------------------------------- the training
+
+
+def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """The untrained model, with dropout, which transformers' Llama has for attention alone."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=recipe.hidden_size,
+        intermediate_size=recipe.intermediate_size,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.key_value_heads,
+        max_position_embeddings=recipe.context,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        use_cache=True,
+    )
+    model = LlamaForCausalLM(config)
+    ids = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**ids)
+    # A padding token's embedding has no gradient; here it is the end-of-text token's as well.
+    model.model.embed_tokens.padding_idx = None
+
+    def drop(module: torch.nn.Module, _: object, output: torch.Tensor) -> torch.Tensor:
+        return dropout(output, recipe.dropout, module.training)
+
+    model.model.embed_tokens.register_forward_hook(drop)
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.register_forward_hook(drop)
+        layer.mlp.down_proj.register_forward_hook(drop)
+    return model
+
+
+def train(
+    model: LlamaForCausalLM, ids: torch.Tensor, held_out: torch.Tensor, recipe: Recipe
+) -> int:
+    """Train `model` in place, leave it with the best held-out loss, and return that one's step."""
+    optimizer = make_optimizer(model, recipe)
+    batches = windows(ids, model.config.eos_token_id, recipe)
+    best_loss, best_step, best_weights = math.inf, 0, {}
+    recent, started = 0.0, time.monotonic()
+    for step in range(1, recipe.steps + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step, recipe)
+        recent += train_step(model, optimizer, next(batches), recipe) / recipe.evaluate_every
+        if step % recipe.evaluate_every == 0 or step == recipe.steps:
+            loss = held_out_loss(model, held_out, recipe)
+            seconds = time.monotonic() - started
+            print(
+                f"step {step}/{recipe.steps}  loss {recent:.3f}  held out {loss:.4f}"
+                f"  {seconds:.0f} s  {step * recipe.rows * recipe.context / seconds:.0f} tokens/s",
+                flush=True,
+            )
+            recent = 0.0
+            if loss < best_loss:
+                best_loss, best_step = loss, step
+                best_weights = {key: each.clone() for key, each in model.state_dict().items()}
+    model.load_state_dict(best_weights)
+    return best_step
+
+
+def make_optimizer(model: LlamaForCausalLM, recipe: Recipe) -> torch.optim.Optimizer:
+    """AdamW that decays matrices but not the scales of normalisation, which belong near one."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [each for each in parameters if each.ndim > 1]},
+        {"params": [each for each in parameters if each.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
+    )
+
+
+def rate(step: int, recipe: Recipe) -> float:
+    """The learning rate: a linear rise, then half a cosine down."""
+    if step <= recipe.warm_up:
+        return recipe.rate * step / recipe.warm_up
+    done = (step - recipe.warm_up) / max(1, recipe.steps - recipe.warm_up)
+    falling = (1 + math.cos(math.pi * done)) / 2
+    return recipe.final_rate + (recipe.rate - recipe.final_rate) * falling
+
+
+def train_step(
+    model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, batch: torch.Tensor, recipe: Recipe
+) -> float:
+    """One step on `batch` `[rows, context + 1]`, in place; returns its mean loss."""
+    model.train()
+    with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bfloat16):
+        loss = losses(model, batch).mean()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+
+def losses(model: LlamaForCausalLM, batch: torch.Tensor) -> torch.Tensor:
+    """Of each token of `batch` `[rows, length]` but a row's first: the nats it takes, flat."""
+    logits = model(input_ids=batch[:, :-1], use_cache=False).logits
+    return cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
+
+
+@torch.inference_mode()
+def held_out_loss(model: LlamaForCausalLM, ids: torch.Tensor, recipe: Recipe) -> float:
+    """Mean nats a token of `ids` in fp32, each predicted once, in windows of the context."""
+    model.eval()
+    starts = range(0, len(ids) - 1, recipe.context)
+    parts = [losses(model, ids[None, start : start + recipe.context + 1]) for start in starts]
+    return torch.cat(parts).mean().item()
+
+
+# ---------------------------------------------------------------------------------- the directory
+
+
+def quality(loss: float, facts: dict) -> dict:
+    """The held-out loss in its three usual units: nats a token, perplexity, bits a byte."""
+    bits = loss / math.log(2) * (facts["held_out_tokens"] - 1)
+    return {
+        "held_out_loss": round(loss, 4),
+        "held_out_perplexity": round(math.exp(loss), 3),
+        "held_out_bits_per_byte": round(bits / facts["held_out_bytes"], 4),
+    }
+
+
+def versions() -> dict:
+    """What a difference between two trainings of one recipe could come from."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def write(
+    out: Path,
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    held_out: list[str],
+    facts: dict,
+) -> None:
+    """Write the model's directory."""
+    out.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    text = "".join(document + END for document in held_out)
+    (out / "held_out.txt").write_text(text, encoding="utf-8", newline="\n")
+    (out / "training.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

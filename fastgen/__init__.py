@@ -1,0 +1,44 @@
+"""transformers' `generate`, without torch: numpy, onnxruntime and tokenizers.
+
+How a prompt becomes text, file by file:
+
+    params      every knob, its default and its check
+    prompt      ids, masks, tensors -> left-padded rows            tokenizer   text <-> ids
+    request     the rows of one call and what they share
+    model       new ids + cache -> logits                          cache       keys and values
+    processors  logits -> logits, one function a knob              watermark   two of them
+    pick        logits -> token, torch's random numbers included
+    stop        when a row ends                                    output      what comes out
+    batch       THE LOOP: rows join, step, leave
+    generator   what people hold: CausalLM, load, generate
+    hub         a name -> a model directory
+    __main__    the command line
+"""
+
+from __future__ import annotations
+
+import os
+
+# onnxruntime reports telemetry by default; its own switch works only before it is imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+from fastgen.generator import CausalLM, generate, load
+from fastgen.model import ModelError
+from fastgen.output import GenerateOutput, Token
+from fastgen.params import Params
+from fastgen.tokenizer import Tokenizer
+
+CausalLMModelForOnnxGeneration = CausalLM  # the name that fastgpt's users know
+
+__version__ = "0.1.0"
+__all__ = [
+    "CausalLM",
+    "CausalLMModelForOnnxGeneration",
+    "GenerateOutput",
+    "ModelError",
+    "Params",
+    "Token",
+    "Tokenizer",
+    "generate",
+    "load",
+]

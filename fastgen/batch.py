@@ -1,0 +1,199 @@
+"""THE LOOP: rows join by prefill, step together, and leave when they have ended.
+
+One prompt, a ragged batch, several sequences of one prompt, a stream and a server's requests
+are all rows here. `step` is: logits, processors, pick, stop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastgen import pick, stop
+from fastgen.cache import Cache
+from fastgen.model import Model
+from fastgen.request import Request, Row, by_request, context
+
+CHUNK = 256  # tokens of one row that are prefilled at a time
+TOGETHER = 512  # tokens of several rows that are prefilled at a time
+
+
+@dataclass(frozen=True)
+class Event:
+    """One new token of one row."""
+
+    row: Row
+    token: int
+    logprob: float
+    top_logprobs: tuple[tuple[int, float], ...] | None
+
+
+class Batch:
+    """The rows that run, in the first slots of one cache."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.rows: list[Row] = []
+        self.cache = model.new_cache(rows=0, capacity=0)
+
+    def add(self, request: Request) -> None:
+        """Let the rows of `request` join: their prompts are prefilled, once each."""
+        first = len(self.rows)
+        copies = len(request.rows) // len(request.prompts)
+        # Shortest first: in a chunk, the rows that have more to come are then neighbours.
+        order = np.argsort([len(prompt) for prompt in request.prompts], kind="stable")
+        self.cache.reserve(first + len(request.rows), request.max_length + CHUNK)
+        logits = prefill(self.model, self.cache, [request.prompts[i] for i in order], first)
+        if copies > 1:
+            parents = first + np.repeat(np.arange(len(order)), copies)
+            self.cache.take(np.concatenate([np.arange(first), parents]))
+        for place, prompt in enumerate(order):
+            for row in request.rows[prompt * copies : (prompt + 1) * copies]:
+                row.logits = logits[place]
+                self.rows.append(row)
+
+    def step(self) -> list[Event]:
+        """Advance every row by one token."""
+        logits = self._logits()
+        events: list[Event] = []
+        for places in self._alike():
+            # Without a copy where all rows are alike, as they are outside of a server.
+            mine = logits if len(places) == len(self.rows) else logits[places]
+            events += _advance([self.rows[i] for i in places], mine)
+        for request, _ in by_request(self.rows):
+            if request.deadline.passed():
+                request.end("time")
+        self._leave()
+        return events
+
+    def _alike(self) -> list[list[int]]:
+        """Places of the rows that share their processors and their kind of pick."""
+        groups: dict[tuple[int, bool], list[int]] = {}
+        for place, row in enumerate(self.rows):
+            key = (id(row.request.chain), row.request.params.do_sample)
+            groups.setdefault(key, []).append(place)
+        return list(groups.values())
+
+    def _logits(self) -> NDArray[np.float32]:
+        """float32 [rows, vocab] for the next token: of the prefill, or of a step."""
+        running = [row for row in self.rows if row.logits is None]
+        joined = [row for row in self.rows if row.logits is not None]  # always the last slots
+        parts: list[NDArray[np.float32]] = []
+        if running:
+            last = [row.ids[row.length - 1 : row.length] for row in running]
+            parts.append(self.model.forward(last, self.cache)[:, 0])
+        for row in joined:
+            assert row.logits is not None
+            parts.append(row.logits[None])
+            row.logits = None
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _leave(self) -> None:
+        """Free the slots of rows that have ended; the rest move up, as few as possible."""
+        stay = [row for row in self.rows if not row.finish_reason or _lingering(row)]
+        if len(stay) == len(self.rows):
+            return
+        slots = {id(row): slot for slot, row in enumerate(self.rows)}
+        holes = [i for i, row in enumerate(self.rows[: len(stay)]) if row not in stay]
+        late = [row for row in stay if slots[id(row)] >= len(stay)]
+        rows = self.rows[: len(stay)]
+        for hole, row in zip(holes, late, strict=True):
+            rows[hole] = row
+        self.cache.take([slots[id(row)] for row in rows])
+        self.rows = rows
+
+
+def _advance(rows: Sequence[Row], logits: NDArray[np.float32]) -> list[Event]:
+    """Process, pick and push for rows that are alike."""
+    request = rows[0].request
+    scores = logits if request.chain is None else request.chain(context(rows), logits)
+    if request.params.do_sample:
+        draws = [row.request.uniform(row, scores.shape[1]) for row in rows]
+        tokens = pick.sample(scores, draws)
+    else:
+        tokens = pick.greedy(scores)
+    logprobs = _logprobs(rows, scores, tokens)
+    groups = by_request(rows)
+    for request, places in groups:
+        request.keep([rows[i].index for i in places], logits[places], scores[places])
+    events = []
+    for row, token, logprob in zip(rows, tokens.tolist(), logprobs, strict=True):
+        row.push(token)
+        top = row.request.top_logprobs[row.index]
+        events.append(Event(row, token, logprob, top[-1] if top else None))
+        row.finish_reason = row.finish_reason or _reason(row)
+    for request, places in groups:
+        if request.criteria:
+            _ask([rows[i] for i in places], scores[places])
+    return events
+
+
+def _reason(row: Row) -> str | None:
+    """Why `row`, which has a new token, has ended; None if it has not."""
+    request = row.request
+    if int(row.ids[row.length - 1]) in request.eos:
+        return "eos"
+    if request.stop_text is not None and request.stop_text(row.history):
+        return "stop_string"
+    return "length" if row.length >= request.max_length else None
+
+
+def _ask(rows: Sequence[Row], scores: NDArray[np.float32]) -> None:
+    """End rows of one request by its callers' criteria."""
+    ids = np.stack([row.history for row in rows])
+    for row, ended in zip(rows, stop.asked(rows[0].request.criteria, ids, scores), strict=True):
+        if ended:
+            row.finish_reason = row.finish_reason or "criterion"
+
+
+def _lingering(row: Row) -> bool:
+    return row.request.lingers and not row.request.done and row.length < row.request.max_length
+
+
+def _logprobs(
+    rows: Sequence[Row], scores: NDArray[np.float32], tokens: NDArray[np.int64]
+) -> list[float]:
+    if not any(row.request.logprobs for row in rows):
+        return [float("nan")] * len(rows)
+    return [float(value) for value in pick.logprob_of(scores, tokens)]
+
+
+def prefill(
+    model: Model, cache: Cache, prompts: Sequence[NDArray[np.int64]], first: int
+) -> NDArray[np.float32]:
+    """Append `prompts`, shortest first, to the slots from `first` on, in chunks.
+
+    Returns:
+        float32 [prompts, vocab]: the logits after the last token of each.
+    """
+    out = np.empty((len(prompts), model.info.vocab_size), np.float32)
+    start = 0
+    while start < len(prompts):
+        end = start + 1
+        while end < len(prompts) and (end + 1 - start) * min(CHUNK, len(prompts[end])) <= TOGETHER:
+            end += 1
+        _prefill(model, cache, prompts[start:end], first + start, out[start:end])
+        start = end
+    return out
+
+
+def _prefill(
+    model: Model,
+    cache: Cache,
+    prompts: Sequence[NDArray[np.int64]],
+    first: int,
+    out: NDArray[np.float32],
+) -> None:
+    done, at = 0, 0  # rows that are complete; tokens that the others have
+    while done < len(prompts):
+        chunk = [prompt[at : at + CHUNK] for prompt in prompts[done:]]
+        at += CHUNK
+        ended = sum(len(prompt) <= at for prompt in prompts[done:])
+        # Only a chunk in which a prompt ends needs logits.
+        positions = None if ended else np.zeros((len(chunk), 0), np.int64)
+        logits = model.forward(chunk, cache, first + done, positions)
+        out[done : done + ended] = logits[:ended, 0] if ended else 0
+        done += ended

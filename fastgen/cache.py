@@ -1,0 +1,95 @@
+"""Keys and values of every layer, written in place: slot r of the buffers belongs to row r.
+
+Three verbs: `take` (reorder, drop, repeat), `trim` (roll back) and `reserve` (let rows join).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Cache:
+    """Buffers for `rows` sequences of up to `capacity` tokens.
+
+    Layers whose keys have one shape share one array, float32
+    `[2 * layers, rows, kv_heads, capacity, head_dim]`, keys and values in turn, so that moving
+    rows is one assignment. The memory is zeroed lazily by the operating system: what is not
+    reached costs nothing.
+
+    Attributes:
+        lengths: int64 [rows], the tokens that each slot holds.
+        bindings: what the model bound to these buffers, by shape of call; dropped when they move.
+    """
+
+    def __init__(self, shapes: Sequence[tuple[int, int]], rows: int, capacity: int) -> None:
+        self.shapes = tuple(shapes)
+        self.rows = rows
+        self.capacity = capacity
+        self.lengths = np.zeros(rows, np.int64)
+        self.bindings: dict[Any, Any] = {}
+        self._layers = {
+            shape: [i for i, other in enumerate(self.shapes) if other == shape]
+            for shape in dict.fromkeys(self.shapes)
+        }
+        self._buffers = self._allocate()
+
+    def _allocate(self) -> dict[tuple[int, int], NDArray[np.float32]]:
+        return {
+            (heads, dim): np.zeros((2 * len(layers), self.rows, heads, self.capacity, dim), "f4")
+            for (heads, dim), layers in self._layers.items()
+        }
+
+    def slots(self, first: int, rows: int) -> Iterator[NDArray[np.float32]]:
+        """Views `[rows, kv_heads, capacity, head_dim]` of each layer's key and value, in order."""
+        places = {
+            layer: (shape, 2 * place)
+            for shape, layers in self._layers.items()
+            for place, layer in enumerate(layers)
+        }
+        for layer in range(len(self.shapes)):
+            shape, place = places[layer]
+            for half in (place, place + 1):
+                yield self._buffers[shape][half, first : first + rows]
+
+    def take(self, parents: Sequence[int] | NDArray[np.int64], start: int = 0) -> None:
+        """Slot i becomes what slot `parents[i]` was; slots past the end of `parents` are emptied.
+
+        Args:
+            parents: one slot for each of the first `len(parents)` slots.
+            start: tokens before it are known to be equal and stay where they are.
+        """
+        parents = np.asarray(parents, np.int64)
+        moved = np.flatnonzero(parents != np.arange(len(parents)))
+        sources = parents[moved]
+        lengths = self.lengths[parents]
+        if len(moved):
+            end = int(self.lengths[sources].max())
+            if end > start:
+                for buffer in self._buffers.values():
+                    buffer[:, moved, :, start:end] = buffer[:, sources, :, start:end]
+        self.lengths[: len(parents)] = lengths
+        self.lengths[len(parents) :] = 0
+
+    def trim(self, slot: int, length: int) -> None:
+        """Forget what `slot` holds from `length` on."""
+        if not 0 <= length <= self.lengths[slot]:
+            raise ValueError(f"slot {slot} holds {self.lengths[slot]} tokens, not {length}")
+        self.lengths[slot] = length
+
+    def reserve(self, rows: int, capacity: int) -> None:
+        """Make room for at least `rows` rows of `capacity` tokens; what is held stays."""
+        if rows <= self.rows and capacity <= self.capacity:
+            return
+        old, old_rows, old_lengths = self._buffers, self.rows, self.lengths
+        self.rows, self.capacity = max(rows, self.rows), max(capacity, self.capacity)
+        self._buffers = self._allocate()
+        self.bindings.clear()
+        self.lengths = np.zeros(self.rows, np.int64)
+        self.lengths[:old_rows] = old_lengths
+        used = int(old_lengths.max(initial=0))
+        for shape, buffer in old.items():
+            self._buffers[shape][:, :old_rows, :, :used] = buffer[:, :, :, :used]

@@ -1,0 +1,156 @@
+"""From a name to a model directory: on disk, on the hub, in the cache, or the embedded one.
+
+Whatever is written is written beside its place and renamed when it is complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fastgen.model import INFO, ModelError
+
+DEMO = Path(__file__).parent / "demo"
+PRECISION = "fp32"  # of an export where none is asked for
+
+# What a transformers repository holds that an export does not read.
+NOT_READ = ["*.h5", "*.msgpack", "*.ot", "*.onnx*", "*.gguf", "*.tflite", "coreml/*", "onnx/*"]
+
+
+def directory(name_or_path: str | os.PathLike[str] | None) -> Path:
+    """The model directory behind a name: None is the demo model; a path; a hub repository.
+
+    Raises:
+        ModelError: it does not exist, or is not a fastgen directory.
+    """
+    if name_or_path is None:
+        return DEMO
+    path = Path(name_or_path)
+    if path.exists() or not _is_hub_id(name_or_path):
+        return path
+    found = snapshot(str(name_or_path), None, None)
+    if not (found / INFO).is_file():
+        raise ModelError(
+            f"the hub repository {name_or_path} holds no fastgen model ({INFO}); for a "
+            "transformers model use CausalLM.from_pretrained, or `fastgen export`"
+        )
+    return found
+
+
+def exported(
+    name_or_path: str | os.PathLike[str], precision: str | None, revision: str | None
+) -> Path:
+    """A fastgen directory for any model: itself, or its export in the cache, made if need be.
+
+    Raises:
+        ModelError: there is no such model, or it is one of another precision.
+    """
+    path = Path(name_or_path)
+    if path.exists() or not _is_hub_id(name_or_path):
+        source = path
+        if not source.is_dir():
+            raise ModelError(f"{source} is not a directory, nor a hub id")
+        key = str(source.resolve()) + _fingerprint(source)
+    else:
+        source = snapshot(str(name_or_path), revision, NOT_READ)
+        key = str(name_or_path) + source.name
+    if (source / INFO).is_file():
+        return _of_precision(source, precision)
+    wanted = precision or PRECISION
+    name = re.sub(r"[^\w.-]+", "--", str(name_or_path).strip("/"))[-60:]
+    out = cache_directory() / f"{name}-{wanted}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    if not (out / INFO).is_file():
+        with _locked(out.with_name(out.name + ".lock")):
+            if not (out / INFO).is_file():  # another process may have made it meanwhile
+                _export(source, out, wanted)
+    return out
+
+
+def snapshot(repository: str, revision: str | None, ignore: list[str] | None) -> Path:
+    """Download (or find in the hub's own cache) a repository, with its progress bars.
+
+    Raises:
+        ModelError: it cannot be reached or does not exist.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(repository, revision=revision, ignore_patterns=ignore)
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise ModelError(
+            f"{repository} is neither a directory here nor a repository that can be had from the "
+            f"hub: {reason}"
+        ) from error
+
+
+def cache_directory() -> Path:
+    """Where exports of `from_pretrained` are kept: FASTGEN_CACHE, or ~/.cache/fastgen."""
+    chosen = os.environ.get("FASTGEN_CACHE")
+    return Path(chosen) if chosen else Path.home() / ".cache" / "fastgen"
+
+
+def _is_hub_id(name: str | os.PathLike[str]) -> bool:
+    return bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name))) and not str(name).startswith(".")
+
+
+def _fingerprint(source: Path) -> str:
+    """Names, sizes and times of a directory's files: an edited model is another model."""
+    stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(source.iterdir())]
+    return repr(stats)
+
+
+def _of_precision(source: Path, precision: str | None) -> Path:
+    from fastgen.model import ModelInfo
+
+    found = ModelInfo.read(source).precision
+    if precision is not None and precision != found:
+        raise ModelError(f"{source} was exported as {found}, not {precision}")
+    return source
+
+
+def _export(source: Path, out: Path, precision: str) -> None:
+    try:
+        from fastgen.export import pipeline
+    except ImportError as error:
+        raise ModelError(
+            f"{source} is a transformers model; exporting it needs torch and transformers: "
+            f"pip install 'fastgen[export]' ({error})"
+        ) from error
+    pipeline.export(source, out, precision=precision)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock file, which goes when the process does; others wait."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        release = _lock(file)
+        try:
+            yield
+        finally:
+            release()
+
+
+def _lock(file: Any) -> Any:
+    if os.name == "nt":
+        import msvcrt
+
+        def seek_and(mode: int) -> None:
+            file.seek(0)
+            msvcrt.locking(file.fileno(), mode, 1)  # type: ignore[attr-defined,unused-ignore]
+
+        seek_and(msvcrt.LK_LOCK)  # type: ignore[attr-defined,unused-ignore]
+        return lambda: seek_and(msvcrt.LK_UNLCK)  # type: ignore[attr-defined,unused-ignore]
+    import fcntl
+
+    fcntl.flock(file, fcntl.LOCK_EX)
+    return lambda: fcntl.flock(file, fcntl.LOCK_UN)

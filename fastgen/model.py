@@ -1,0 +1,242 @@
+"""Token ids in, logits out: one onnxruntime session on a model directory.
+
+A step of any kind (prefill, decode, verifying a guess, scoring) is one `forward`: new tokens of
+some neighbouring rows, right-padded, written into a `Cache` in place.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from fastgen.cache import Cache
+from fastgen.threads import physical_cores
+
+FORMAT = 1  # of the model directory; `fastgen.json` says which one a directory has
+GRAPH = "model.onnx"
+INFO = "fastgen.json"
+KEPT_BINDINGS = 16  # shapes of call that stay bound to a cache
+
+
+class ModelError(ValueError):
+    """A model directory that cannot be used: what was found and what was expected."""
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What `fastgen.json` says of a model.
+
+    Attributes:
+        precision: "fp32", "int8" or "int4".
+        model_type: transformers' name of the architecture.
+        vocab_size: rows of the embedding; ids are below it.
+        max_length: positions that the model was made for; None without limit.
+        hard_limit: whether it cannot compute a position beyond them (learned positions).
+        layers: (kv_heads, head_dim) of each layer.
+        files: size in bytes of every file of the directory.
+    """
+
+    precision: str
+    model_type: str
+    vocab_size: int
+    max_length: int | None
+    hard_limit: bool
+    layers: tuple[tuple[int, int], ...]
+    files: dict[str, int]
+
+    @staticmethod
+    def read(directory: Path) -> ModelInfo:
+        """Read and check `fastgen.json` and the sizes of the files that it lists.
+
+        Raises:
+            ModelError: not a model directory, another format, or a missing or truncated file.
+        """
+        if not directory.is_dir():
+            raise ModelError(f"{directory} is not a directory")
+        path = directory / INFO
+        if not path.is_file():
+            if (directory / "config.json").is_file():
+                raise ModelError(
+                    f"{directory} is a transformers model (it has no {INFO}): export it with "
+                    f"`fastgen export {directory} OUT`, or load it with CausalLM.from_pretrained"
+                )
+            raise ModelError(f"{directory} is not a fastgen model directory: it has no {INFO}")
+        try:
+            found = json.loads(path.read_text())
+            version = found["format"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ModelError(f"{path} is damaged: {error!r}") from error
+        if version != FORMAT:
+            raise ModelError(
+                f"{path} has format {version}, this fastgen reads format {FORMAT}: "
+                "export the model again"
+            )
+        try:
+            info = ModelInfo(
+                precision=found["precision"],
+                model_type=found["model_type"],
+                vocab_size=found["vocab_size"],
+                max_length=found["max_length"],
+                hard_limit=found["hard_limit"],
+                layers=tuple((heads, dim) for heads, dim in found["layers"]),
+                files=found["files"],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ModelError(f"{path} is damaged: {error!r}") from error
+        for name, size in info.files.items():
+            actual = (directory / name).stat().st_size if (directory / name).is_file() else None
+            if actual is None:
+                raise ModelError(f"{directory} lacks {name} ({size:,} bytes): copy it whole")
+            if actual != size:
+                raise ModelError(
+                    f"{directory / name} has {actual:,} bytes where {size:,} were exported: "
+                    "it is truncated or was changed; copy or export the model again"
+                )
+        return info
+
+
+class Model:
+    """A session and the shapes around it. Threads may share it, each with a cache of its own.
+
+    Args:
+        directory: a model directory (DESIGN: `fastgen.json`, `model.onnx` and its data).
+        threads: how many threads a step may use; None for the physical cores.
+
+    Raises:
+        ModelError: see `ModelInfo.read`; or the graph's inputs are not those of this version.
+    """
+
+    def __init__(self, directory: Path, threads: int | None = None) -> None:
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads must be positive, got {threads}")
+        self.directory = directory
+        self.info = ModelInfo.read(directory)
+        self.threads = threads or physical_cores()
+        self.session = _session(directory / GRAPH, self.threads)
+        self._check_graph()
+
+    def _check_graph(self) -> None:
+        layers = range(len(self.info.layers))
+        past = [f"past_key_values.{i}.{kind}" for i in layers for kind in ("key", "value")]
+        present = [f"present.{i}.{kind}" for i in layers for kind in ("key", "value")]
+        for what, found, expected in (
+            ("inputs", self.session.get_inputs(), [*_Call.INPUTS, *past]),
+            ("outputs", self.session.get_outputs(), ["logits", *present]),
+        ):
+            names = [value.name for value in found]
+            if sorted(names) != sorted(expected):
+                odd = sorted(set(names) ^ set(expected))
+                raise ModelError(
+                    f"{self.directory / GRAPH} has {len(names)} {what}, expected {len(expected)}; "
+                    f"the difference: {', '.join(odd[:6])}"
+                )
+        self.past_names, self.present_names = past, present
+
+    def new_cache(self, rows: int, capacity: int) -> Cache:
+        """An empty cache for `rows` rows of up to `capacity` tokens."""
+        return Cache(self.info.layers, rows, capacity)
+
+    def forward(
+        self,
+        new: Sequence[NDArray[np.int64]],
+        cache: Cache,
+        first: int = 0,
+        logits_positions: NDArray[np.int64] | None = None,
+    ) -> NDArray[np.float32]:
+        """Append new tokens to the rows in slots `first`, `first + 1`, ... and return logits.
+
+        Args:
+            new: int64 [count] for each row; rows may differ in length, none may be empty.
+            cache: holds the rows so far; it must have room for the longest of `new` in each row.
+            logits_positions: int64 [rows, keep], which of the new tokens want logits; None for
+                the last of each row.
+
+        Returns:
+            float32 [rows, keep, vocab]. It is the memory of the binding: valid until the next
+            call of the same shape.
+        """
+        counts = [len(ids) for ids in new]
+        width, keep = max(counts), 1 if logits_positions is None else logits_positions.shape[1]
+        call = self._bound(cache, first, len(new), width, keep)
+        held = cache.lengths[first : first + len(new)]
+        for row, ids in enumerate(new):
+            call.input_ids[row, : counts[row]] = ids
+            call.input_ids[row, counts[row] :] = 0
+        call.query_seqlens[:] = counts
+        np.add(held[:, None], np.arange(width), out=call.position_ids)
+        if min(counts) < width:  # a padded position is never read; it only has to be a legal one
+            np.minimum(call.position_ids, held[:, None] + call.query_seqlens[:, None] - 1,
+                       out=call.position_ids)  # fmt: skip
+        held += call.query_seqlens
+        call.seqlens_k[:] = held - 1
+        call.total_sequence_length[...] = max(int(held.max()), width)
+        if logits_positions is None:
+            call.logits_positions[:, 0] = call.query_seqlens - 1
+        else:
+            call.logits_positions[:] = logits_positions
+        self.session.run_with_iobinding(call.binding)
+        return call.logits
+
+    def _bound(self, cache: Cache, first: int, rows: int, width: int, keep: int) -> _Call:
+        key = (first, rows, width, keep)
+        call = cache.bindings.pop(key, None) or _Call(self, cache, *key)
+        cache.bindings[key] = call  # the latest comes last
+        if len(cache.bindings) > KEPT_BINDINGS:
+            del cache.bindings[next(iter(cache.bindings))]
+        return call
+
+
+class _Call:
+    """One shape of call, bound once: a step writes into these arrays and runs."""
+
+    INPUTS = (
+        "input_ids", "position_ids", "query_seqlens", "seqlens_k", "total_sequence_length",
+        "logits_positions",
+    )  # fmt: skip
+
+    def __init__(
+        self, model: Model, cache: Cache, first: int, rows: int, width: int, keep: int
+    ) -> None:
+        self.input_ids = np.zeros((rows, width), np.int64)
+        self.position_ids = np.zeros((rows, width), np.int64)
+        self.query_seqlens = np.zeros(rows, np.int32)
+        self.seqlens_k = np.zeros(rows, np.int32)
+        self.total_sequence_length = np.zeros((), np.int32)
+        self.logits_positions = np.zeros((rows, keep), np.int64)
+        self.logits = np.zeros((rows, keep, model.info.vocab_size), np.float32)
+        self.binding = model.session.io_binding()
+        for name in self.INPUTS:
+            _bind(self.binding.bind_input, name, getattr(self, name))
+        _bind(self.binding.bind_output, "logits", self.logits)
+        views = cache.slots(first, rows)
+        for past, present, view in zip(model.past_names, model.present_names, views, strict=True):
+            _bind(self.binding.bind_input, past, view)
+            _bind(self.binding.bind_output, present, view)
+
+
+def _bind(bind: Any, name: str, array: NDArray[Any]) -> None:
+    bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+
+def _session(path: Path, threads: int) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # Shapes differ from call to call: a memory plan for each would be kept and never used again.
+    options.enable_mem_pattern = False
+    # Threads spin within a step, where they are needed again at once, and sleep after it.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    try:
+        return onnxruntime.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"], enable_fallback=False
+        )
+    except Exception as error:  # onnxruntime raises classes of its own, derived from Exception
+        raise ModelError(f"onnxruntime cannot load {path}: {error}") from error

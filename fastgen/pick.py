@@ -1,0 +1,145 @@
+"""Scores in, tokens out: the likeliest, or a draw that repeats torch's.
+
+A draw is an exponential race: with q_i exponential, argmax(p_i / q_i) is i with probability
+p_i (Yellott 1977; "Gumbel-max" in logarithms). torch's CPU `multinomial` does just that with
+MT19937 and 53-bit doubles, so the same seed gives the same tokens here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Scores = NDArray[np.float32]
+
+
+class Stream:
+    """torch's CPU generator for the rows of one call: one block of `rows * vocab` draws a step.
+
+    The block of a step is drawn for finished rows too, as torch does, so what a row draws does
+    not depend on when its neighbours stop. A row with a seed of its own is a stream of one row.
+
+    Args:
+        seed: what `torch.manual_seed` would take; None for fresh entropy.
+        rows: rows that share the stream.
+    """
+
+    def __init__(self, seed: int | None = None, rows: int = 1) -> None:
+        if seed is None:
+            seed = int(np.random.SeedSequence().generate_state(1)[0])
+        mt = np.random.MT19937()
+        mt._legacy_seeding(seed & 0xFFFFFFFF)
+        self._draw = np.random.Generator(mt)
+        self.rows = rows
+        self.step = -1
+        self._block: NDArray[np.uint64] = np.empty((0, 0), np.uint64)
+
+    def row(self, step: int, row: int, size: int) -> NDArray[np.float64]:
+        """Uniform doubles [size] in [0, 1) of `row` at `step`, counted from 0.
+
+        Steps may not go back; those that are skipped are drawn and dropped.
+        """
+        while self.step < step:
+            self._block = self._words(self.rows * size).reshape(self.rows, size)
+            self.step += 1
+        return _doubles(self._block[row])
+
+    def exponentials(self, rows: int, size: int) -> NDArray[np.float32]:
+        """A fresh block [rows, size] of exponential draws, as `Tensor.exponential_` makes it."""
+        return exponential(_doubles(self._words(rows * size))).reshape(rows, size)
+
+    def uniforms(self, count: int) -> NDArray[np.float32]:
+        """Uniform float32 [count] in [0, 1), as `torch.rand` makes them."""
+        words = self._draw.integers(0, 1 << 32, count, np.uint64).astype(np.uint32)
+        return (words & np.uint32(0xFFFFFF)).astype(np.float32) / np.float32(1 << 24)
+
+    def _words(self, count: int) -> NDArray[np.uint64]:
+        """[count] words of 64 bits: two of MT19937's, the first one high."""
+        return self._draw.integers(0, np.iinfo(np.uint64).max, count, np.uint64, endpoint=True)
+
+
+def _doubles(words: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """The 53 low bits of each word as a double in [0, 1)."""
+    return np.asarray((words & np.uint64((1 << 53) - 1)) * 2.0**-53, np.float64)
+
+
+def exponential(uniform: NDArray[np.float64]) -> NDArray[np.float32]:
+    """torch's transform of uniform doubles to exponential float32."""
+    return (-np.log1p(-uniform)).astype(np.float32)
+
+
+def greedy(scores: Scores) -> NDArray[np.int64]:
+    """The likeliest token of each row [rows]; the first of equals."""
+    return np.asarray(scores.argmax(axis=1), np.int64)
+
+
+def softmax(scores: Scores) -> Scores:
+    """Probabilities [rows, vocab] of scores."""
+    out: Scores = scores - scores.max(axis=-1, keepdims=True)
+    np.exp(out, out=out)
+    out /= out.sum(axis=-1, keepdims=True)
+    return out
+
+
+def log_softmax(scores: Scores) -> Scores:
+    """Log-probabilities [rows, vocab] of scores."""
+    out: Scores = scores - scores.max(axis=-1, keepdims=True)
+    out -= np.log(np.exp(out).sum(axis=-1, keepdims=True))
+    return out
+
+
+def sample(scores: Scores, uniform: Sequence[NDArray[np.float64]]) -> NDArray[np.int64]:
+    """One token of each row, drawn from softmax(scores): what torch's multinomial gives.
+
+    Args:
+        scores: float32 [rows, vocab]; -inf for what may not come.
+        uniform: doubles [vocab] for each row (see `Stream.row`).
+    """
+    return np.array([_race(row, u) for row, u in zip(scores, uniform, strict=True)], np.int64)
+
+
+def _race(scores: Scores, uniform: NDArray[np.float64]) -> int:
+    """argmax of p / -log1p(-u), computed only where it can be won.
+
+    -log1p(-u) >= u, so p / u bounds a token's result from above. The tokens whose bound reaches
+    the best result known so far (that of the best bound) are few; no other can win, ties
+    included. The slack covers the rounding to float32 of p, of the exponential and of their ratio.
+    """
+    top = scores.max()
+    if not np.isfinite(top):
+        raise ValueError(f"no token can be drawn: the largest score is {top}")
+    alive = np.flatnonzero(scores > top - 104.0)  # exp(-104) is 0 in float32, denormals included
+    shares = np.exp(scores[alive] - top)
+    probabilities = shares / np.exp(scores - top).sum(dtype=np.float32)
+    draws = uniform[alive]
+    with np.errstate(divide="ignore"):
+        bound = probabilities / draws
+    best = int(bound.argmax())
+    reached = probabilities[best] / exponential(draws[best : best + 1])[0]
+    rivals = np.flatnonzero(bound >= reached * (1 - 1e-5))
+    with np.errstate(divide="ignore"):
+        results = probabilities[rivals] / exponential(draws[rivals])
+    return int(alive[rivals[results.argmax()]])
+
+
+def top_logprobs(scores: Scores, count: int) -> list[list[tuple[int, float]]]:
+    """The `count` likeliest tokens of each row with their log-probabilities, best first."""
+    logprobs = log_softmax(scores)
+    count = min(count, scores.shape[1])
+    out = []
+    for row in logprobs:
+        ids = np.argpartition(-row, count - 1)[:count]
+        ids = ids[np.argsort(-row[ids], kind="stable")]
+        out.append([(int(i), float(row[i])) for i in ids])
+    return out
+
+
+def logprob_of(scores: Scores, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Log-probability [rows] of one token of each row."""
+    top = scores.max(axis=1, keepdims=True)
+    norm = np.log(np.exp(scores - top).sum(axis=1, dtype=np.float64))
+    chosen: Any = np.take_along_axis(scores, tokens[:, None], axis=1) - top
+    return np.asarray(chosen[:, 0] - norm, np.float64)

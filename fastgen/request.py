@@ -1,0 +1,194 @@
+"""What one call asks for: its rows, and what they share (knobs, processors, chance, limits)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastgen import pick
+from fastgen.params import Params
+from fastgen.processors import Context, Processor
+from fastgen.stop import Criterion, Deadline, StopText
+
+
+@dataclass(eq=False)
+class Row:
+    """One sequence while it grows.
+
+    Attributes:
+        index: its place among the rows of the call, which is its place in the result.
+        prompt: int64, the tokens that the model sees, without padding.
+        ids: int64 [max_length], the prompt as given (padding included), then what was generated.
+        length: how much of `ids` there is.
+        logits: float32 [vocab] for the next token, when they are known already.
+        finish_reason: set once it has ended (see `output.Token`).
+    """
+
+    request: Request
+    index: int
+    prompt: NDArray[np.int64]
+    ids: NDArray[np.int64]
+    length: int
+    pad: int
+    logits: NDArray[np.float32] | None = None
+    finish_reason: str | None = None
+
+    @property
+    def history(self) -> NDArray[np.int64]:
+        """int64 [length]: the ids so far."""
+        return self.ids[: self.length]
+
+    @property
+    def generated(self) -> NDArray[np.int64]:
+        """int64 [new]: what was generated so far."""
+        return self.ids[self.request.prompt_length : self.length]
+
+    def push(self, token: int) -> None:
+        self.ids[self.length] = token
+        self.length += 1
+
+
+@dataclass(eq=False)
+class Request:
+    """The rows of one call and what they share.
+
+    Attributes:
+        prompt_length: width of the prompt, padding included.
+        max_length: length, padding included, at which rows end.
+        chain: the processors; None where there is nothing to do. Requests with equal knobs may
+            share one, and rows that share one are processed together.
+        streams: the source of chance: one for all rows, or one for each; empty when greedy.
+        scores, logits: a step: float32 [rows, vocab], if asked for.
+        top_logprobs: a row: a step: the likeliest tokens, if asked for.
+    """
+
+    params: Params
+    prompts: Sequence[NDArray[np.int64]]
+    padded: NDArray[np.int64]
+    pads: NDArray[np.int64]
+    max_length: int
+    chain: Processor | None = None
+    criteria: Sequence[Criterion] = ()
+    stop_text: StopText | None = None
+    logprobs: bool = False  # whether tokens carry their log-probability
+    streams: list[pick.Stream] = field(default_factory=list)
+    scores: list[NDArray[np.float32]] = field(default_factory=list)
+    logits: list[NDArray[np.float32]] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        params = self.params
+        self.deadline = Deadline(params.max_time)
+        self.eos = frozenset(params.eos_token_id or ())
+        copies = params.num_return_sequences if params.num_beams == 1 else 1
+        for place, prompt in enumerate(self.prompts):
+            for copy in range(copies):
+                ids = np.zeros(self.max_length, np.int64)
+                ids[: self.prompt_length] = self.padded[place]
+                pad = int(self.pads[place])
+                row = Row(self, place * copies + copy, prompt, ids, self.prompt_length, pad)
+                self.rows.append(row)
+        self.top_logprobs: list[list[tuple[tuple[int, float], ...]]] = [[] for _ in self.rows]
+        if params.do_sample:
+            self.streams = streams(params.seed, len(self.rows))
+
+    @property
+    def prompt_length(self) -> int:
+        return int(self.padded.shape[1])
+
+    @property
+    def pad_token_id(self) -> int:
+        """What fills rows that end early: the pad token, or the first end-of-text token."""
+        if self.params.pad_token_id is not None:
+            return self.params.pad_token_id
+        return self.params.eos_token_id[0] if self.params.eos_token_id else 0
+
+    @property
+    def lingers(self) -> bool:
+        """Whether rows that have ended go on until all have: transformers, without an eos."""
+        return not self.eos
+
+    @property
+    def done(self) -> bool:
+        return all(row.finish_reason for row in self.rows)
+
+    def end(self, reason: str) -> None:
+        """End the rows that have not ended."""
+        for row in self.rows:
+            row.finish_reason = row.finish_reason or reason
+
+    def uniform(self, row: Row, size: int) -> NDArray[np.float64]:
+        """The draws [size] of `row` for its next token."""
+        step = row.length - self.prompt_length
+        if len(self.streams) == 1:
+            return self.streams[0].row(step, row.index, size)
+        return self.streams[row.index].row(step, 0, size)
+
+    def keep(
+        self, rows: Sequence[int], logits: NDArray[np.float32], scores: NDArray[np.float32]
+    ) -> None:
+        """Record what `output_logits`, `output_scores` and `top_logprobs` ask for, of one step.
+
+        Args:
+            rows: indices of the rows that still run.
+            logits: float32 [running rows, vocab], as the model gave them.
+            scores: the same after the processors.
+        """
+        if self.params.output_logits:
+            self.logits.append(self._of_all(rows, logits))
+        if self.params.output_scores:
+            self.scores.append(self._of_all(rows, scores))
+        if self.params.top_logprobs:
+            best = pick.top_logprobs(scores, self.params.top_logprobs)
+            for row, pairs in zip(rows, best, strict=True):
+                self.top_logprobs[row].append(tuple(pairs))
+
+    def _of_all(self, rows: Sequence[int], values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """`values` with a line for each row of the call; ended rows are certain to be padding."""
+        full = np.full((len(self.rows), values.shape[1]), -np.inf, np.float32)
+        full[:, self.pad_token_id] = 0
+        full[rows] = values
+        return full
+
+    def sequences(self) -> NDArray[np.int64]:
+        """int64 [rows, length]: prompts and what followed, padded on the right."""
+        width = max(row.length for row in self.rows)
+        out = np.full((len(self.rows), width), self.pad_token_id, np.int64)
+        for row in self.rows:
+            out[row.index, : row.length] = row.history
+        return out
+
+
+def streams(seed: int | Sequence[int] | None, rows: int) -> list[pick.Stream]:
+    """One stream that `rows` share, or one for each where each has a seed.
+
+    Raises:
+        ValueError: another number of seeds than of rows.
+    """
+    if seed is None or isinstance(seed, int):
+        return [pick.Stream(seed, rows)]
+    if len(seed) != rows:
+        raise ValueError(f"seed has {len(seed)} values for {rows} rows: give one, or one a row")
+    return [pick.Stream(one) for one in seed]
+
+
+def by_request(rows: Sequence[Row]) -> list[tuple[Request, list[int]]]:
+    """The requests behind `rows`, each with the places of its rows."""
+    groups: dict[int, tuple[Request, list[int]]] = {}
+    for place, row in enumerate(rows):
+        groups.setdefault(id(row.request), (row.request, []))[1].append(place)
+    return list(groups.values())
+
+
+def context(rows: Sequence[Row]) -> Context:
+    """What processors see of `rows`."""
+    return Context(
+        ids=[row.history for row in rows],
+        prompt_lengths=np.array([row.request.prompt_length for row in rows]),
+        pads=np.array([row.pad for row in rows]),
+        batch_ids=np.array([row.index for row in rows]),
+        max_lengths=np.array([row.request.max_length for row in rows]),
+    )

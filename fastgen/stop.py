@@ -1,0 +1,89 @@
+"""When a row ends: its length, the clock, an end-of-text token, a text, or a caller's criterion."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastgen.params import Params
+
+# Whether the text of a row, int64 [length], ends with its last token.
+StopText = Callable[[NDArray[np.int64]], bool]
+
+DEFAULT_NEW_TOKENS = 20
+
+# input_ids int64 [rows, length], scores float32 [rows, vocab] -> bool [rows] (or one for all)
+Criterion = Callable[[NDArray[np.int64], NDArray[np.float32]], Any]
+
+
+def length_limit(
+    params: Params, width: int, longest: int, model_limit: int | None, hard_limit: bool
+) -> int:
+    """The length, prompt and padding included, at which rows end: transformers' `max_length`.
+
+    Args:
+        params: the knobs of the call.
+        width: tokens of the prompt, padding included.
+        longest: tokens of the longest prompt, without padding.
+        model_limit: positions that the model was made for; None for any.
+        hard_limit: whether the model cannot compute a position beyond the limit.
+
+    Raises:
+        ValueError: no room for a new token, or more than the model can compute.
+    """
+    if model_limit is not None and longest > model_limit:
+        raise ValueError(f"the prompt has {longest} tokens, the model takes at most {model_limit}")
+    if params.max_new_tokens is not None:
+        limit = width + params.max_new_tokens
+    elif params.max_length is not None:
+        limit = params.max_length
+    else:
+        limit = width + DEFAULT_NEW_TOKENS
+        limit = limit if model_limit is None else min(limit, model_limit)
+    if width >= limit:
+        raise ValueError(
+            f"the prompt has {width} tokens and max_length is {limit}: there is no room for a new "
+            "one; set max_new_tokens"
+        )
+    if model_limit is not None and longest + limit - width > model_limit:
+        text = f"{longest} prompt tokens and {limit - width} new ones exceed the {model_limit} "
+        text += "positions that the model was made for"
+        if hard_limit:
+            raise ValueError(f"{text}: lower max_new_tokens to {model_limit - longest}")
+        warnings.warn(text, UserWarning, stacklevel=5)
+    return limit
+
+
+class Deadline:
+    """`max_time` seconds from now."""
+
+    def __init__(self, max_time: float | None) -> None:
+        self._end = None if max_time is None else time.monotonic() + max_time
+
+    def passed(self) -> bool:
+        return self._end is not None and time.monotonic() > self._end
+
+
+def asked(
+    criteria: Sequence[Criterion], ids: NDArray[np.int64], scores: NDArray[np.float32]
+) -> NDArray[np.bool_]:
+    """Which rows [rows] any of the callers' criteria ends.
+
+    Raises:
+        ValueError: a criterion returns neither one truth nor one for each row.
+    """
+    done = np.zeros(len(ids), np.bool_)
+    for criterion in criteria:
+        answer = np.asarray(criterion(ids, scores))
+        if answer.shape not in ((), (len(ids),)):
+            raise ValueError(
+                f"{criterion!r} returned shape {answer.shape}, expected one truth value or "
+                f"({len(ids)},)"
+            )
+        done |= answer.astype(np.bool_)
+    return done

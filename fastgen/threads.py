@@ -1,0 +1,41 @@
+"""How many threads a session gets: the physical cores that this process may use."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def physical_cores() -> int:
+    """Physical cores among the CPUs of this process, within its cgroup's quota; at least one.
+
+    A second hardware thread of a core adds nothing to work that is bound by memory or by the
+    vector units, which is all that a language model does.
+    """
+    cpus = usable_cpus()
+    cores = {_core_of(cpu) for cpu in cpus}
+    return max(1, min(len(cores), _quota(len(cpus))))
+
+
+def usable_cpus() -> list[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def _core_of(cpu: int) -> tuple[str, ...]:
+    """A name for the core behind a logical CPU; the CPU itself where the system does not say."""
+    topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
+    try:
+        return tuple((topology / name).read_text() for name in ("physical_package_id", "core_id"))
+    except OSError:
+        return (str(cpu),)
+
+
+def _quota(cpus: int) -> int:
+    """CPUs that the cgroup (version 2) grants, rounded up; `cpus` where there is no limit."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return cpus if quota == "max" else -(-int(quota) // int(period))
+    except (OSError, ValueError):
+        return cpus

@@ -1,0 +1,114 @@
+"""Text to ids and back, and text that grows token by token without half a character."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+FILE = "tokenizer.json"
+REPLACEMENT = "\ufffd"  # what bytes that are no character (yet) decode to
+LONGEST_PARTIAL = 3  # bytes of a UTF-8 character that can be there without it being complete
+
+
+class Tokenizer:
+    """A `tokenizer.json` and what `tokenizer_config.json` says of it.
+
+    Raises:
+        ValueError: the file is missing or damaged.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        import tokenizers
+
+        path = directory / FILE
+        if not path.is_file():
+            raise ValueError(
+                f"{directory} has no {FILE}: the model was exported for ids only; pass token ids"
+            )
+        try:
+            self.backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises plain Exception
+            raise ValueError(f"{path} is damaged: {error}") from error
+        self.backend.no_padding()
+        self.backend.no_truncation()
+        self.config = _json(directory / "tokenizer_config.json")
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`, with the special tokens that the model's template adds."""
+        ids = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return [int(i) for i in ids]
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of `ids`; bytes that are no character become U+FFFD."""
+        text = self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+        return str(text)
+
+    def token(self, index: int) -> str | None:
+        """The vocabulary's own spelling of a token; None for an id that it does not have."""
+        spelling = self.backend.id_to_token(int(index))
+        return None if spelling is None else str(spelling)
+
+    def index(self, token: str) -> int | None:
+        """The id of a token as the vocabulary spells it."""
+        return self.backend.token_to_id(token)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included."""
+        return int(self.backend.get_vocab_size(with_added_tokens=True))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    return dict(content)
+
+
+class TextStream:
+    """Turns a row's tokens into text as they come.
+
+    A character whose bytes are spread over tokens is held back until it is complete. The joined
+    pieces are the decoded text of the new tokens in the context of the prompt, so a word that
+    starts with a space keeps it.
+    """
+
+    CONTEXT = 6  # tokens of the prompt that are decoded along
+
+    def __init__(
+        self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = (), skip_special_tokens: bool = True
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        self._ids = [int(i) for i in prompt_ids[-self.CONTEXT :]] if len(prompt_ids) else []
+        self._read = len(self._ids)  # tokens whose text has been given out whole
+        self._shown = len(self._text())  # characters of the window that have been given out
+
+    def push(self, token: int) -> str:
+        """The text that `token` completes; "" while a character is incomplete."""
+        self._ids.append(int(token))
+        text = self._text()
+        held = min(len(text) - len(text.rstrip(REPLACEMENT)), LONGEST_PARTIAL)
+        piece = text[self._shown : len(text) - held]
+        self._shown = max(self._shown, len(text) - held)
+        if not held and piece:
+            self._slide()
+        return piece
+
+    def end(self) -> str:
+        """What was held back."""
+        return self._text()[self._shown :]
+
+    def _text(self) -> str:
+        return self._tokenizer.decode(self._ids, self._skip)
+
+    def _slide(self) -> None:
+        """Keep only the tokens since the last whole piece, as context for the next."""
+        del self._ids[: self._read]
+        self._read = len(self._ids)
+        self._shown = len(self._text())

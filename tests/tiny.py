@@ -1,0 +1,71 @@
+"""Tiny random models of every architecture that the tests run, built from their configurations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+VOCAB = 99
+
+_WIDE: dict[str, Any] = {
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+_WINDOW = {"sliding_window": 8}
+
+# Every architecture that fastgen promises, and what its configuration needs besides the usual.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
+    "llama": {},
+    "mistral": _WINDOW,
+    "qwen2": {},
+    "qwen3": {"head_dim": 16},
+    "gemma": {"head_dim": 16},
+    "gemma2": {"head_dim": 16, **_WINDOW, "query_pre_attn_scalar": 16, "num_hidden_layers": 4},
+    "gemma3_text": {"head_dim": 16, **_WINDOW, "num_hidden_layers": 6,
+                    "query_pre_attn_scalar": 16, "sliding_window_pattern": 3},
+    "phi": {},
+    "phi3": {},
+    "gpt_neox": {},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "gpt_bigcode": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
+    "stablelm": {},
+    "starcoder2": _WINDOW,
+    "olmo2": {},
+    "smollm3": {"num_hidden_layers": 4, "no_rope_layer_interval": 2},
+    "granite": {"embedding_multiplier": 2.0, "logits_scaling": 3.0, "residual_multiplier": 0.5,
+                "attention_multiplier": 0.3},
+    "cohere": {},
+    "nemotron": {},
+    "glm4": {"head_dim": 8},
+    "ernie4_5": {"head_dim": 8},
+}  # fmt: skip
+
+
+def config_of(kind: str, **changes: Any) -> Any:
+    settings = {**_WIDE, **ARCHITECTURES.get(kind, {}), **changes}
+    known = set(AutoConfig.for_model(kind).to_dict()) | {"num_hidden_layers", "vocab_size"}
+    if kind in ("gpt2", "gpt_bigcode"):
+        settings = {k: v for k, v in settings.items() if k in known or k.startswith("n_")}
+    if kind == "opt":
+        settings.pop("intermediate_size")
+    return AutoConfig.for_model(kind, **settings)
+
+
+def build(kind: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A random model whose logits spread enough that its likeliest token is clear."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config_of(kind, **changes)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.12)
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+__all__ = ["ARCHITECTURES", "VOCAB", "build", "config_of", "transformers"]
