@@ -164,7 +164,7 @@ class CausalLM:
     def stream(
         self, prompt: Any, *, skip_special_tokens: bool = True, **kwargs: Any
     ) -> Iterator[Token]:
-        """Generate token by token.
+        """Generate token by token. (Beams change until the end: with them, all come at the end.)
 
         Args:
             prompt: a text, or ids as `generate` takes them; of several rows, each `Token` says
@@ -250,8 +250,6 @@ class CausalLM:
         }
         mask, config = kwargs.pop("attention_mask", None), kwargs.pop("generation_config", None)
         params = self._params(config, kwargs)
-        if params.num_beams > 1:
-            raise ValueError("num_beams > 1 cannot be streamed: beams change until the end")
         if isinstance(prompt, str):
             prompt = [prompt]
         if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], str):

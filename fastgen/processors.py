@@ -607,11 +607,11 @@ def _in_top_h(values: np.ndarray, share: float) -> np.ndarray:
     top = np.flatnonzero(_largest(values, min(100, len(values))))  # 100: the paper's own cap
     top = top[np.argsort(-values[top], kind="stable")]
     log_probabilities = log_softmax(values[top])
-    probabilities = np.exp(log_probabilities)
-    # An underflowed probability makes a term nan, and with it all later sums: all are cut.
+    probabilities = softmax(log_probabilities)
+    entropy = -np.nansum(log_probabilities * probabilities)
+    # An underflowed probability makes its term nan, and with it all later sums: all are cut.
     terms = -probabilities * np.log(probabilities)
-    bound = np.nansum(terms) * np.float32(share)
-    inside = _cumulative(terms) <= bound
+    inside = _cumulative(terms) <= np.float32(share) * entropy
     inside[0] = True
     mask = np.zeros(len(values), dtype=bool)
     mask[top[inside]] = True

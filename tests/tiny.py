@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
-import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 VOCAB = 99
 
@@ -62,10 +68,24 @@ def build(kind: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(config_of(kind, **changes)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, 0.12)
+            noise = torch.randn_like(parameter)
+            parameter.copy_(0.12 * noise if parameter.ndim > 1 else parameter + 0.1 * noise)
     model.generation_config.pad_token_id = 0
     return model
 
 
-__all__ = ["ARCHITECTURES", "VOCAB", "build", "config_of", "transformers"]
+TEXT = """The quick brown fox jumps over the lazy dog. import numpy as np; return the value of x.
+Every good boy deserves fudge; naïve café 你好 🙂 and so it goes, on and on, one by one."""
+
+
+@functools.cache
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE whose ids all lie in a tiny model's vocabulary but not all are reached."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=VOCAB - 2, special_tokens=["<pad>", "<s>", "</s>"])
+    backend.train_from_iterator([TEXT], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )

@@ -1,0 +1,253 @@
+"""The command line: export, generate, chat, info. Every knob of `Params` is a flag of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+import fastgen
+from fastgen.params import Params
+
+QUIET_EXIT = 130  # Ctrl-C, as shells count it
+
+
+def knob_flags(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give `command` one flag for every knob; those that are not set stay None."""
+    for knob in reversed(dataclasses.fields(Params)):
+        flag, default = "--" + knob.name.replace("_", "-"), knob.default
+        shown = "" if default is None else f" [default: {str(default).lower()}]"
+        options: dict[str, Any] = {"default": None, "help": knob.metadata["help"] + shown}
+        kind = str(knob.type)
+        if kind == "bool":
+            flag = f"{flag}/--no-{flag[2:]}"
+        elif kind.removesuffix(" | None") in ("int", "float"):
+            options["type"] = {"int": int, "float": float}[kind.removesuffix(" | None")]
+        elif kind == "tuple[str, ...] | None":
+            options["multiple"] = True
+            options["default"] = ()
+        else:
+            options["type"] = JSON
+        command = click.option(flag, **options)(command)
+    return command
+
+
+class _Json(click.ParamType[Any]):
+    """A JSON value; what is not JSON is taken as text."""
+
+    name = "json"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return json.loads(value) if isinstance(value, str) else value
+        except ValueError:
+            return value
+
+
+JSON = _Json()
+
+
+def _given(knobs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in knobs.items() if value is not None and value != ()}
+
+
+@contextlib.contextmanager
+def _clear_errors() -> Iterator[None]:
+    """Errors that a user can mend are one line; nothing else is hidden."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise click.UsageError(" ".join(str(error).split())) from error
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(fastgen.__version__, prog_name="fastgen")
+def cli() -> None:
+    """Run small language models on a CPU: transformers' generate, without torch."""
+
+
+@cli.command()
+@click.argument("model")
+@click.argument("out", required=False, type=click.Path(path_type=Path))
+@click.option("--precision", default="fp32", show_default=True, help="fp32, int8 or int4")
+@click.option("--force", is_flag=True, help="replace OUT if it is a model directory")
+@click.option("--allow-mismatch", is_flag=True, help="keep an export that differs too much")
+@click.option("--revision", help="branch, tag or commit of a hub repository")
+def export(
+    model: str, out: Path | None, precision: str, force: bool, allow_mismatch: bool,
+    revision: str | None,
+) -> None:  # fmt: skip
+    """Export MODEL, a hub id or a transformers directory, to the model directory OUT.
+
+    Needs torch and transformers (pip install 'fastgen[export]'); running the result does not.
+    OUT is by default the model's name and the precision, such as distilgpt2-fp32.
+    """
+    with _clear_errors():
+        try:
+            from fastgen.export import pipeline
+        except ImportError as error:
+            raise ValueError(
+                f"exporting needs torch and transformers: pip install 'fastgen[export]' ({error})"
+            ) from error
+        name = Path(model.rstrip("/")).name
+        pipeline.export(
+            model,
+            out or Path(f"{name}-{precision}"),
+            precision=precision,
+            force=force,
+            allow_mismatch=allow_mismatch,
+            revision=revision,
+        )
+
+
+@cli.command()
+@click.argument("prompt", required=False)
+@click.option("--model", "-m", help="model directory or hub id [default: the embedded demo model]")
+@click.option("--file", "-f", type=click.Path(path_type=Path), help="read the prompt from a file")
+@click.option("--json", "as_json", is_flag=True, help="print one JSON object a sequence")
+@click.option("--threads", type=int, help="threads of a step [default: physical cores]")
+@knob_flags
+def generate(
+    prompt: str | None, model: str | None, file: Path | None, as_json: bool, threads: int | None,
+    **knobs: Any,
+) -> None:  # fmt: skip
+    """Continue PROMPT; without one it is read from --file or standard input."""
+    with _clear_errors():
+        text = _prompt(prompt, file)
+        loaded = _load(model, threads)
+        knobs = {"max_new_tokens": 64} | _given(knobs) if _open_ended(knobs) else _given(knobs)
+        if as_json:
+            for line in _records(loaded, text, knobs):
+                click.echo(json.dumps(line, ensure_ascii=False))
+        elif knobs.get("num_beams", 1) > 1 or knobs.get("num_return_sequences", 1) > 1:
+            texts = loaded.complete(text, **knobs)
+            for one in [texts] if isinstance(texts, str) else texts:
+                click.echo(text + one)
+        else:
+            click.echo(text, nl=False)
+            for token in loaded.stream(text, **knobs):
+                click.echo(token.text, nl=False)
+                sys.stdout.flush()
+            click.echo()
+
+
+def _open_ended(knobs: dict[str, Any]) -> bool:
+    return knobs.get("max_new_tokens") is None and knobs.get("max_length") is None
+
+
+def _prompt(prompt: str | None, file: Path | None) -> str:
+    if prompt is not None and file is not None:
+        raise ValueError("pass the prompt as an argument or with --file, not both")
+    if file is not None:
+        text = file.read_text(encoding="utf-8")
+    elif prompt is None or prompt == "-":
+        if prompt is None and sys.stdin.isatty():
+            raise ValueError("no prompt: pass it as an argument, with --file or on standard input")
+        text = sys.stdin.read().rstrip("\n")
+    else:
+        text = prompt
+    if not text:
+        raise ValueError("the prompt is empty")
+    return text
+
+
+def _load(model: str | None, threads: int | None) -> fastgen.CausalLM:
+    if model is None:
+        click.echo("fastgen: no --model given, using the embedded demo model", err=True)
+    return fastgen.load(model, threads=threads)
+
+
+def _records(
+    loaded: fastgen.CausalLM, text: str, knobs: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    rows: dict[int, list[fastgen.Token]] = {}
+    for token in loaded.stream(text, **knobs):
+        rows.setdefault(token.row, []).append(token)
+    for tokens in rows.values():
+        record: dict[str, Any] = {
+            "prompt": text,
+            "text": "".join(token.text for token in tokens),
+            "ids": [token.id for token in tokens],
+            "finish_reason": tokens[-1].finish_reason,
+        }
+        if knobs.get("top_logprobs"):
+            record["top_logprobs"] = [token.top_logprobs for token in tokens]
+        yield record
+
+
+@cli.command()
+@click.argument("directory", required=False, type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="print JSON")
+def info(directory: Path | None, as_json: bool) -> None:
+    """Say what a model DIRECTORY holds and what its export found (default: the demo model)."""
+    from fastgen import hub
+    from fastgen.model import INFO, ModelInfo
+
+    with _clear_errors():
+        place = hub.directory(directory)
+        found = ModelInfo.read(place)
+        said = json.loads((place / INFO).read_text(encoding="utf-8"))
+        report = place / "report.json"
+        checked = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
+        if as_json:
+            click.echo(json.dumps(said | {"report": checked}, ensure_ascii=False, indent=2))
+            return
+        size = sum(found.files.values())
+        limit = found.max_length or "any number of"
+        lines = {
+            "model": f"{said.get('name', place.name)} ({found.model_type})",
+            "weights": f"{said.get('parameters', 0):,}",
+            "precision": found.precision,
+            "size": f"{size / 1e6:,.1f} MB in {len(found.files)} files",
+            "vocabulary": f"{found.vocab_size:,} tokens",
+            "context": f"{limit} positions",
+            "layers": f"{len(found.layers)} with keys and values",
+            "tokenizer": "yes" if (place / "tokenizer.json").is_file() else "no (ids only)",
+            "exported by": f"fastgen {said.get('fastgen', '?')}",
+        } | _checked(checked)
+        for name, value in lines.items():
+            click.echo(f"{name:<12} {value}")
+
+
+def _checked(report: dict[str, Any]) -> dict[str, str]:
+    if not report:
+        return {"report": "none"}
+    logits, greedy = report["logits"], report["greedy"]
+    return {
+        "logits": f"max difference {logits['max_difference']:.1e} of the largest, "
+        f"KL {logits['kl']:.1e}, top-1 {logits['top1']:.2%}",
+        "greedy": f"{greedy['same']} of {greedy['tokens']} tokens as the original",
+        "mismatch": "; ".join(report["mismatch"]) or "none",
+    }
+
+
+def main() -> None:
+    """Run the command line; a broken pipe and Ctrl-C end it quietly."""
+    try:
+        code = cli.main(standalone_mode=False, prog_name="fastgen")
+        sys.stdout.flush()
+    except click.exceptions.Abort:
+        sys.exit(QUIET_EXIT)
+    except KeyboardInterrupt:
+        sys.exit(QUIET_EXIT)
+    except BrokenPipeError:
+        # What is still buffered would raise again while the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except click.ClickException as error:
+        click.echo(f"fastgen: {error.format_message()}", err=True)
+        sys.exit(2)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

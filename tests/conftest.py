@@ -1,0 +1,39 @@
+"""Models that the tests share: each is built and exported once, at most."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # tests that want a hub start one of their own
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import tiny
+import torch
+import transformers
+from fastgen.export import export
+from transformers import PreTrainedModel
+
+import fastgen
+
+torch.set_num_threads(2)
+transformers.logging.set_verbosity_error()
+
+Pair = tuple[PreTrainedModel, fastgen.CausalLM]
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
+    """`pair(kind, **config changes)`: a tiny transformers model and its export, loaded."""
+
+    @functools.cache
+    def make(kind: str, **changes: object) -> Pair:
+        model = tiny.build(kind, **changes)
+        directory: Path = tmp_path_factory.mktemp("models") / kind
+        export(model, directory, tokenizer=tiny.tokenizer(), progress=None)
+        return model, fastgen.load(directory)
+
+    return make

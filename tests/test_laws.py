@@ -1,0 +1,170 @@
+"""What must hold whatever the model says."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+import tiny
+from test_parity import ragged
+
+import fastgen
+from fastgen import batch
+from fastgen.tokenizer import TextStream
+
+KINDS = ["gpt2", "llama", "gemma2"]
+SAMPLING = {"do_sample": True, "top_k": 20, "top_p": 0.95, "temperature": 0.9}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_batched_is_single(pair, kind):
+    _, model = pair(kind)
+    rows = ragged(4, (2, 31, 7, 19, 5, 1, 26, 12))
+    together = model.generate(rows, max_new_tokens=12)
+    for row, out in zip(rows, together, strict=True):
+        alone = model.generate(row, max_new_tokens=12)[0]
+        assert out[31 - len(row) :][: len(alone)] == alone
+        assert set(out[31 - len(row) + len(alone) :]) <= {0}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sampling_with_a_seed_a_row_is_single(pair, kind):
+    _, model = pair(kind)
+    rows = ragged(5, (2, 17, 7, 9, 5, 1, 13, 12))
+    seeds = [11, 12, 13, 14, 11, 2**40, 0, 7]
+    together = model.generate(rows, max_new_tokens=12, seed=seeds, **SAMPLING)
+    for row, seed, out in zip(rows, seeds, together, strict=True):
+        alone = model.generate(row, max_new_tokens=12, seed=seed, **SAMPLING)[0]
+        assert out[17 - len(row) :][: len(alone)] == alone
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("chunk", [1, 5, 16])
+def test_chunked_prefill_is_whole(pair, kind, chunk, monkeypatch):
+    _, model = pair(kind)
+    rows = ragged(6, (40, 33, 2))
+    whole = model.generate(rows, max_new_tokens=8)
+    monkeypatch.setattr(batch, "CHUNK", chunk)
+    monkeypatch.setattr(batch, "TOGETHER", 3 * chunk)
+    assert model.generate(rows, max_new_tokens=8) == whole
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_streamed_is_returned(pair, kind):
+    _, model = pair(kind)
+    for knobs in ({}, {"seed": 3, **SAMPLING}):
+        rows = ragged(7, (4, 9))
+        tokens = list(model.stream(rows, max_new_tokens=10, **knobs))
+        whole = model.generate(rows, max_new_tokens=10, **knobs)
+        for place, out in enumerate(whole):
+            mine = [token.id for token in tokens if token.row == place]
+            assert out[9:][: len(mine)] == mine
+            assert all(token.logprob <= 0 for token in tokens)
+
+
+def test_streamed_text_is_completed_text(pair):
+    _, model = pair("llama")
+    text = "The quick na\u00efve \u4f60\u597d fox"
+    knobs = {"max_new_tokens": 40, "seed": 1, "do_sample": True, "top_k": 0}
+    pieces = [token.text for token in model.stream(text, **knobs)]
+    assert "".join(pieces) == model.complete(text, **knobs)
+    assert model.complete([text], **knobs) == [model.complete(text, **knobs)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_first_of_several_sequences_is_a_prompt_prefilled_once(pair, kind):
+    _, model = pair(kind)
+    rows = ragged(8, (4, 9))
+    out = model.generate(rows, num_return_sequences=3, seed=[1, 2, 3, 4, 5, 6], max_new_tokens=9,
+                         **SAMPLING)  # fmt: skip
+    for place, seed in enumerate([1, 2, 3, 4, 5, 6]):
+        row = rows[place // 3]
+        alone = model.generate(row, seed=seed, max_new_tokens=9, **SAMPLING)[0]
+        assert out[place][9 - len(row) :][: len(alone)] == alone
+
+
+def test_rows_that_join_late_change_nothing(pair):
+    """A server's rows: they join while others run, and leave at different times."""
+    _, model = pair("llama")
+    rows = ragged(9, (5, 12, 3, 20))
+    alone = [model.generate(row, max_new_tokens=4 + 3 * i)[0] for i, row in enumerate(rows)]
+    running = batch.Batch(model.model)
+    requests = []
+    for i, row in enumerate(rows):
+        params = model._params(None, {"max_new_tokens": 4 + 3 * i})
+        requests.append(model._request(params, model._read(row, None, params)))
+        running.add(requests[-1])
+        running.step()
+    while running.rows:
+        running.step()
+    for request, expected in zip(requests, alone, strict=True):
+        assert request.sequences()[0].tolist() == expected
+
+
+def test_threads_may_share_a_model(pair):
+    _, model = pair("gpt2")
+    rows = [ragged(seed, (6,))[0] for seed in range(6)]
+    expected = [model.generate(row, max_new_tokens=12) for row in rows]
+    found: dict[int, object] = {}
+
+    def run(place: int) -> None:
+        found[place] = model.generate(rows[place], max_new_tokens=12)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(rows))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[i] for i in range(len(rows))] == expected
+
+
+def test_a_step_allocates_nothing_that_grows_with_the_context(pair):
+    _, model = pair("llama")
+    running = batch.Batch(model.model)
+    params = model._params(None, {"max_new_tokens": 60, "eos_token_id": None})
+    running.add(model._request(params, model._read(ragged(1, (5, 9)), None, params)))
+    running.step()
+    running.step()
+    buffers = [view.ctypes.data for view in running.cache.slots(0, 2)]
+    bound = dict(running.cache.bindings)
+    for _ in range(50):
+        running.step()
+        assert [view.ctypes.data for view in running.cache.slots(0, 2)] == buffers
+        assert running.cache.bindings == bound
+
+
+def test_inputs_are_not_changed(pair):
+    _, model = pair("gpt2")
+    ids = np.array([[0, 5, 6], [7, 8, 9]])
+    mask = np.array([[0, 1, 1], [1, 1, 1]])
+    model.generate(ids, attention_mask=mask, max_new_tokens=3)
+    assert ids.tolist() == [[0, 5, 6], [7, 8, 9]] and mask.tolist() == [[0, 1, 1], [1, 1, 1]]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_streamed_text_never_shows_half_a_character(pair, seed):
+    _, model = pair("gpt2")
+    tokenizer: fastgen.Tokenizer = model.tokenizer
+    random = np.random.default_rng(seed)
+    text = "".join(random.choice(list("ab \u00ef\u4f60\U0001f642\u597d\u00e9")) for _ in range(30))
+    ids = tokenizer.encode(text)
+    cut = int(random.integers(0, 4))
+    stream = TextStream(tokenizer, ids[:cut])
+    context = tokenizer.decode(ids[:cut])
+    pieces = [stream.push(i) for i in ids[cut:]]
+    assert not any("\ufffd" in piece for piece in pieces[1:]) or "\ufffd" in context
+    shown = "".join([*pieces, stream.end()])
+    if "\ufffd" not in context:
+        assert context + shown == tokenizer.decode(ids)
+
+
+def test_broken_bytes_come_out_as_they_decode(pair):
+    _, model = pair("gpt2")
+    tokenizer = model.tokenizer
+    random = np.random.default_rng(0)
+    for _ in range(50):
+        ids = random.integers(3, tiny.VOCAB - 2, 25).tolist()
+        stream = TextStream(tokenizer)
+        shown = "".join([*(stream.push(i) for i in ids), stream.end()])
+        assert shown == tokenizer.decode(ids)

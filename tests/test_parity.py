@@ -1,0 +1,62 @@
+"""Every architecture: the export says what transformers says, prefill and decode, ragged rows."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+NEW = 16
+
+
+def ragged(seed: int, lengths: tuple[int, ...] = (3, 11, 18)) -> list[list[int]]:
+    random = np.random.default_rng(seed)
+    return [random.integers(3, tiny.VOCAB, length).tolist() for length in lengths]
+
+
+def left_padded(rows: list[list[int]], pad: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask
+
+
+@pytest.mark.parametrize("kind", tiny.ARCHITECTURES)
+def test_greedy_tokens_and_logits_are_those_of_transformers(pair, kind):
+    theirs, ours = pair(kind)
+    rows = ragged(1)
+    ids, mask = left_padded(rows)
+    settings = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    settings |= {"return_dict_in_generate": True, "output_logits": True}
+    expected = theirs.generate(ids, attention_mask=mask, **settings)
+    found = ours.generate(rows, **settings)
+    scale = max(float(step.abs().max()) for step in expected.logits)
+    for step, (a, b) in enumerate(zip(expected.logits, found.logits, strict=True)):
+        assert np.abs(a.numpy() - b).max() <= 2e-5 * scale, f"step {step}"
+    assert found.sequences == expected.sequences.tolist()
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gemma2", "gemma3_text", "starcoder2"])
+def test_window_layers_are_exported_as_such(pair, kind):
+    theirs, ours = pair(kind)
+    row = ragged(2, (60,))
+    expected = theirs.generate(torch.tensor(row), max_new_tokens=NEW, do_sample=False,
+                               eos_token_id=None, pad_token_id=0)  # fmt: skip
+    assert ours.generate(row, max_new_tokens=NEW, eos_token_id=None) == expected.tolist()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma2"])
+def test_padded_arrays_come_back_as_transformers_lays_them_out(pair, kind):
+    theirs, ours = pair(kind)
+    ids, mask = left_padded(ragged(3))
+    expected = theirs.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False)
+    for mine in (
+        ours.generate(ids, attention_mask=mask, max_new_tokens=NEW),
+        ours.generate(ids, max_new_tokens=NEW),  # the mask is inferred from the padding
+    ):
+        assert isinstance(mine, torch.Tensor)
+        assert torch.equal(mine, expected)
+    array = ours.generate(ids.numpy(), attention_mask=mask.numpy(), max_new_tokens=NEW)
+    assert isinstance(array, np.ndarray) and array.dtype == np.int64
+    assert np.array_equal(array, expected.numpy())
