@@ -2,17 +2,18 @@
 
 How a prompt becomes text, file by file:
 
-    params      every knob, its default and its check
-    prompt      ids, masks, tensors -> left-padded rows            tokenizer   text <-> ids
+    params      every knob: its name, default and check
+    prompt      ids, masks, tensors -> rows            tokenizer   text <-> ids
     request     the rows of one call and what they share
-    model       new ids + cache -> logits                          cache       keys and values
-    processors  logits -> logits, one function a knob              watermark   two of them
-    pick        logits -> token, torch's random numbers included
-    stop        when a row ends                                    output      what comes out
-    batch       THE LOOP: rows join, step, leave
+    model       new ids and a cache -> logits          cache       keys and values, in place
+    threads     how many a step gets
+    processors  logits -> logits, one function a knob  watermark   two of them
+    pick        logits -> token, by torch's own random numbers
+    stop        when a row ends                        output      what comes out
+    batch       THE LOOP: rows join, step, leave       beam        beams over the same stages
     generator   what people hold: CausalLM, load, generate
-    hub         a name -> a model directory
-    __main__    the command line
+    hub         a name -> a model directory            demo        the embedded one
+    __main__    the command line                       export      from torch to a directory
 """
 
 from __future__ import annotations

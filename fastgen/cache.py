@@ -55,24 +55,35 @@ class Cache:
             for half in (place, place + 1):
                 yield self._buffers[shape][half, first : first + rows]
 
-    def take(self, parents: Sequence[int] | NDArray[np.int64], start: int = 0) -> None:
+    def take(
+        self, parents: Sequence[int] | NDArray[np.int64], start: int | NDArray[np.int64] = 0
+    ) -> None:
         """Slot i becomes what slot `parents[i]` was; slots past the end of `parents` are emptied.
 
         Args:
             parents: one slot for each of the first `len(parents)` slots.
-            start: tokens before it are known to be equal and stay where they are.
+            start: tokens before it are known to be equal and stay where they are; one for all
+                slots, or int64 [len(parents)].
         """
         parents = np.asarray(parents, np.int64)
         moved = np.flatnonzero(parents != np.arange(len(parents)))
         sources = parents[moved]
         lengths = self.lengths[parents]
-        if len(moved):
-            end = int(self.lengths[sources].max())
-            if end > start:
-                for buffer in self._buffers.values():
-                    buffer[:, moved, :, start:end] = buffer[:, sources, :, start:end]
+        starts = np.broadcast_to(start, parents.shape)[moved]
+        if (sources < moved).all() or not np.isin(sources, moved).any():
+            # From the last slot on, nothing is overwritten that is still to be read.
+            for slot, source, first in zip(moved[::-1], sources[::-1], starts[::-1], strict=True):
+                self._copy(source, slot, first, self.lengths[source])
+        else:
+            self._copy(sources, moved, starts.min(), self.lengths[sources].max())
         self.lengths[: len(parents)] = lengths
         self.lengths[len(parents) :] = 0
+
+    def _copy(self, sources: Any, slots: Any, start: int, end: int) -> None:
+        """Tokens `start` to `end` of one slot, or of several at once by way of a temporary copy."""
+        if end > start:
+            for buffer in self._buffers.values():
+                buffer[:, slots, :, start:end] = buffer[:, sources, :, start:end]
 
     def trim(self, slot: int, length: int) -> None:
         """Forget what `slot` holds from `length` on."""

@@ -98,15 +98,22 @@ def sample(scores: Scores, uniform: Sequence[NDArray[np.float64]]) -> NDArray[np
         scores: float32 [rows, vocab]; -inf for what may not come.
         uniform: doubles [vocab] for each row (see `Stream.row`).
     """
-    return np.array([_race(row, u) for row, u in zip(scores, uniform, strict=True)], np.int64)
+    draws = zip(scores, uniform, strict=True)
+    return np.array([sample_several(row, u, 1)[0] for row, u in draws], np.int64)
 
 
-def _race(scores: Scores, uniform: NDArray[np.float64]) -> int:
-    """argmax of p / -log1p(-u), computed only where it can be won.
+def sample_several(scores: Scores, uniform: NDArray[np.float64], count: int) -> NDArray[np.int64]:
+    """Places [count] drawn from softmax(scores) without replacement, in the order of the draw.
 
-    -log1p(-u) >= u, so p / u bounds a token's result from above. The tokens whose bound reaches
-    the best result known so far (that of the best bound) are few; no other can win, ties
-    included. The slack covers the rounding to float32 of p, of the exponential and of their ratio.
+    The largest p / -log1p(-u), computed only where they can be: -log1p(-u) >= u, so p / u bounds
+    a place's result from above. The places whose bound reaches the worst result of the `count`
+    best bounds are few; no other can win, ties included. The slack covers the rounding to
+    float32 of p, of the exponential and of their ratio. Where fewer than `count` are possible,
+    impossible ones follow, as in torch.
+
+    Args:
+        scores: float32 [places]; -inf for what may not come.
+        uniform: doubles [places] in [0, 1).
     """
     top = scores.max()
     if not np.isfinite(top):
@@ -117,12 +124,45 @@ def _race(scores: Scores, uniform: NDArray[np.float64]) -> int:
     draws = uniform[alive]
     with np.errstate(divide="ignore"):
         bound = probabilities / draws
-    best = int(bound.argmax())
-    reached = probabilities[best] / exponential(draws[best : best + 1])[0]
-    rivals = np.flatnonzero(bound >= reached * (1 - 1e-5))
-    with np.errstate(divide="ignore"):
+        leaders = _leaders(bound, min(count, len(alive)))
+        reached = (probabilities[leaders] / exponential(draws[leaders])).min()
+        rivals = np.flatnonzero(bound >= reached * (1 - 1e-5))
         results = probabilities[rivals] / exponential(draws[rivals])
-    return int(alive[rivals[results.argmax()]])
+    drawn = alive[rivals[np.argsort(-results, kind="stable")[:count]]]
+    if len(drawn) < count:
+        drawn = np.concatenate((drawn, np.delete(np.arange(len(scores)), drawn)))
+    return np.asarray(drawn[:count], np.int64)
+
+
+def _leaders(values: NDArray[np.float64], count: int) -> NDArray[np.int64]:
+    """Places of the `count` largest, in any order."""
+    if count == 1:
+        return np.array([values.argmax()])
+    return np.asarray(np.argpartition(values, len(values) - count)[len(values) - count :])
+
+
+def largest(values: Scores, count: int) -> NDArray[np.int64]:
+    """Places [count] of the largest of `values [n]`, in descending order; of equal ones the first.
+
+    Most of them are ruled out before anything is sorted: of n // classes strided slices the
+    element-wise maximum has `classes` values, and the `count` largest of these are a lower bound
+    of what is sought (200,000 values, 8 sought: 0.1 ms; np.argpartition takes 1.5).
+
+    Raises:
+        ValueError: too few values are numbers.
+    """
+    classes, bound = 16 * count, np.float32(-np.inf)
+    if 4 * classes <= len(values):
+        peaks = values[: len(values) // classes * classes].reshape(-1, classes).max(axis=0)
+        bound = np.partition(peaks, classes - count)[classes - count]
+    above = np.flatnonzero(values > bound)
+    above = above[np.argsort(-values[above], kind="stable")[:count]]
+    if len(above) < count:
+        equal = np.flatnonzero(values == bound)[: count - len(above)]
+        above = np.concatenate((above, equal))
+    if len(above) < count:
+        raise ValueError("the scores hold nan: set remove_invalid_values=True")
+    return np.asarray(above, np.int64)
 
 
 def top_logprobs(scores: Scores, count: int) -> list[list[tuple[int, float]]]:

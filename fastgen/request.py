@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fastgen import pick
 from fastgen.params import Params
-from fastgen.processors import Context, Processor
+from fastgen.processors import Chain, Context
 from fastgen.stop import Criterion, Deadline, StopText
 
 
@@ -25,6 +25,8 @@ class Row:
         length: how much of `ids` there is.
         logits: float32 [vocab] for the next token, when they are known already.
         finish_reason: set once it has ended (see `output.Token`).
+        score: of beam search: its log-probability over its length penalty.
+        beams: of beam search: int32 [new], the beam of the call that each token continued.
     """
 
     request: Request
@@ -35,6 +37,8 @@ class Row:
     pad: int
     logits: NDArray[np.float32] | None = None
     finish_reason: str | None = None
+    score: float = float("nan")
+    beams: NDArray[np.int32] | None = None
 
     @property
     def history(self) -> NDArray[np.int64]:
@@ -70,7 +74,7 @@ class Request:
     padded: NDArray[np.int64]
     pads: NDArray[np.int64]
     max_length: int
-    chain: Processor | None = None
+    chain: Chain | None = None
     criteria: Sequence[Criterion] = ()
     stop_text: StopText | None = None
     logprobs: bool = False  # whether tokens carry their log-probability
@@ -83,7 +87,7 @@ class Request:
         params = self.params
         self.deadline = Deadline(params.max_time)
         self.eos = frozenset(params.eos_token_id or ())
-        copies = params.num_return_sequences if params.num_beams == 1 else 1
+        copies = params.num_return_sequences
         for place, prompt in enumerate(self.prompts):
             for copy in range(copies):
                 ids = np.zeros(self.max_length, np.int64)
@@ -93,7 +97,8 @@ class Request:
                 self.rows.append(row)
         self.top_logprobs: list[list[tuple[tuple[int, float], ...]]] = [[] for _ in self.rows]
         if params.do_sample:
-            self.streams = streams(params.seed, len(self.rows))
+            alone = self.rows if params.num_beams == 1 else self.prompts  # beams draw together
+            self.streams = streams(params.seed, len(alone))
 
     @property
     def prompt_length(self) -> int:
@@ -101,10 +106,17 @@ class Request:
 
     @property
     def pad_token_id(self) -> int:
-        """What fills rows that end early: the pad token, or the first end-of-text token."""
-        if self.params.pad_token_id is not None:
-            return self.params.pad_token_id
-        return self.params.eos_token_id[0] if self.params.eos_token_id else 0
+        """What fills rows that end early: the pad token, or the first end-of-text token.
+
+        transformers' beam search takes a pad token of 0 for none, and without an end of text
+        it fills with -1 (`pad_token_id or eos_token_id[0] if eos_token_id is not None else -1`).
+        """
+        pad, eos = self.params.pad_token_id, self.params.eos_token_id
+        if self.params.num_beams > 1 and self.params.num_beam_groups == 1:
+            return (pad or eos[0]) if eos else -1
+        if pad is not None:
+            return pad
+        return eos[0] if eos else 0
 
     @property
     def lingers(self) -> bool:
@@ -122,10 +134,13 @@ class Request:
 
     def uniform(self, row: Row, size: int) -> NDArray[np.float64]:
         """The draws [size] of `row` for its next token."""
-        step = row.length - self.prompt_length
+        return self.draws(row.length - self.prompt_length, row.index, size)
+
+    def draws(self, step: int, index: int, size: int) -> NDArray[np.float64]:
+        """The draws [size] of a row (of a prompt, if it has beams) at `step`, counted from 0."""
         if len(self.streams) == 1:
-            return self.streams[0].row(step, row.index, size)
-        return self.streams[row.index].row(step, 0, size)
+            return self.streams[0].row(step, index, size)
+        return self.streams[index].row(step, 0, size)
 
     def keep(
         self, rows: Sequence[int], logits: NDArray[np.float32], scores: NDArray[np.float32]
@@ -159,6 +174,19 @@ class Request:
         out = np.full((len(self.rows), width), self.pad_token_id, np.int64)
         for row in self.rows:
             out[row.index, : row.length] = row.history
+        return out
+
+    def sequences_scores(self) -> NDArray[np.float32]:
+        """float32 [rows]: the scores of beam search."""
+        return np.array([row.score for row in self.rows], np.float32)
+
+    def beam_indices(self) -> NDArray[np.int32]:
+        """int32 [rows, new]: the beam that each token continued, -1 after the last."""
+        width = max(row.length for row in self.rows) - self.prompt_length
+        out = np.full((len(self.rows), width), -1, np.int32)
+        for row in self.rows:
+            if row.beams is not None:
+                out[row.index, : len(row.beams)] = row.beams
         return out
 
 

@@ -593,7 +593,7 @@ def theirs_of(model, knobs: dict, prompt: np.ndarray, mask: np.ndarray, allowed,
 def test_chain_equals_that_of_transformers(model, knobs, seed, prompt, new, constrained):
     rng = np.random.default_rng(seed)
     prompts, beams = 2, knobs["num_beams"]
-    rows, length = prompts * beams, prompt + new
+    rows = prompts * beams
     pads = rng.integers(0, prompt, prompts)
     mask = (np.arange(prompt) >= pads[:, None]).astype(np.int64)
     ids = rng.integers(0, 12, (prompts, prompt)) * mask
@@ -621,10 +621,14 @@ def test_chain_equals_that_of_transformers(model, knobs, seed, prompt, new, cons
         pads=pads,
         batch_ids=np.arange(rows) // beams,
     )
-    expected = torch_of(theirs, ids, logits)
     ours = chain(rows_seen, logits)
-    assert ours.shape == (rows, VOCAB) and length == ids.shape[1]
-    np.testing.assert_array_equal(np.isneginf(ours), np.isneginf(expected))
+    try:
+        expected = torch_of(theirs, ids, logits)
+    except ValueError:  # top_h and eta_cutoff, where a row has no token left
+        assert not np.isfinite(ours).any(axis=1).all()
+        return
+    # remove_invalid_values makes equals of the banned: which of these stay is arbitrary.
+    ours, expected = (np.where(x < -1e37, -INF, x) for x in (ours, expected))
     np.testing.assert_allclose(ours, expected, rtol=2e-5, atol=1e-5)
 
 

@@ -1,0 +1,88 @@
+"""The models that are measured: well-known shapes with random weights, exported once a run."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "distilgpt2": ("gpt2", {"n_layer": 6, "n_head": 12, "n_embd": 768}),
+    "smollm-135m": ("llama", {
+        "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
+        "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
+        "max_position_embeddings": 2048, "tie_word_embeddings": True, "rope_theta": 10000.0,
+        "bos_token_id": 1, "eos_token_id": 2,
+    }),
+}  # fmt: skip
+
+
+def build(shape: str) -> Any:
+    """A transformers model of that shape, float32, eager attention."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    kind, settings = SHAPES[shape]
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **settings)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+@contextmanager
+def exported(shape: str, precisions: list[str], keep: Path | None) -> Iterator[dict[str, Path]]:
+    """Model directories of a shape, by precision; made anew unless `keep` has them already."""
+    from fastgen.export import export
+
+    with tempfile.TemporaryDirectory() as temporary:
+        home = keep or Path(temporary)
+        paths = {precision: home / f"{shape}-{precision}" for precision in precisions}
+        for precision, path in paths.items():
+            if not path.exists():
+                export(build(shape), path, precision=precision, allow_mismatch=True)
+        yield paths
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that every script of this folder has."""
+    parser.add_argument("--shape", choices=SHAPES, default="distilgpt2")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds; medians count")
+    parser.add_argument("--keep", type=Path, help="keep exported models here, and use those there")
+
+
+def machine(threads: int) -> str:
+    """One line that names what the numbers were measured on."""
+    import numpy
+    import onnxruntime
+
+    names = re.findall(r"model name\s*: (.*)", _read("/proc/cpuinfo")) or [platform.processor()]
+    flags = set(
+        re.findall(r"\b(avx2|avx512f|avx512_vnni|avx_vnni|asimd)\b", _read("/proc/cpuinfo"))
+    )
+    return (
+        f"{names[0]} ({', '.join(sorted(flags))}), {os.cpu_count()} CPUs, {threads} threads; "
+        f"python {platform.python_version()}, numpy {numpy.__version__}, "
+        f"onnxruntime {onnxruntime.__version__}"
+    )
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+if __name__ == "__main__":
+    sys.exit("this module is used by the others: run bench/generate.py or bench/startup.py")

@@ -1,0 +1,156 @@
+"""What the package is made of: light imports, layers, and nothing else in site-packages."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import fastgen
+
+HOME = Path(fastgen.__file__).parent
+ROOT = HOME.parent
+
+# Which modules of the package a module may import. Stages know no other stage but those they
+# are built on; searches are built from stages; the facade is built from searches.
+LAYERS: dict[str, set[str]] = {
+    "params": set(),
+    "threads": set(),
+    "output": set(),
+    "cache": set(),
+    "tokenizer": set(),
+    "prompt": set(),
+    "pick": set(),
+    "watermark": set(),
+    "stop": {"params"},
+    "processors": {"params", "watermark"},
+    "model": {"cache", "threads"},
+    "hub": {"model", "export"},
+    "request": {"params", "pick", "processors", "stop"},
+    "batch": {"cache", "model", "pick", "request", "stop"},
+    "beam": {"batch", "cache", "model", "pick", "request", "stop"},
+    "generator": {
+        "batch", "beam", "hub", "model", "output", "params", "processors", "prompt", "request",
+        "stop", "tokenizer",
+    },
+    "__init__": {"generator", "model", "output", "params", "tokenizer"},
+    "__main__": {"", "hub", "model", "params", "export"},
+}  # fmt: skip
+
+
+def imports_of(path: Path) -> set[str]:
+    """Names below `fastgen` that a module imports, anywhere in it; "" is the package itself."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "fastgen":
+            parts = (node.module or "").split(".")
+            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                parts = alias.name.split(".")
+                if parts[0] == "fastgen":
+                    found.add(parts[1] if len(parts) > 1 else "")
+    return found
+
+
+@pytest.mark.parametrize("module", sorted(p.stem for p in HOME.glob("*.py")))
+def test_a_module_imports_only_the_layers_below(module):
+    assert module in LAYERS, f"{module} has no place in LAYERS: say what it may import"
+    extra = imports_of(HOME / f"{module}.py") - LAYERS[module]
+    assert not extra, f"{module} imports {sorted(extra)}"
+
+
+def test_the_map_in_the_docstring_names_every_module():
+    text = fastgen.__doc__ or ""
+    missing = [p.stem for p in HOME.glob("*.py") if p.stem != "__init__" and p.stem not in text]
+    assert not missing
+
+
+def test_the_names_offered_are_the_names_there():
+    assert fastgen.__all__ == sorted(fastgen.__all__)
+    public = {name for name in vars(fastgen) if not name.startswith("_")}
+    modules = {p.stem for p in HOME.iterdir()} | {"annotations", "os", "export"}
+    assert public - modules == set(fastgen.__all__) - modules
+
+
+BLOCKED = """
+import importlib.abc, sys
+
+class Block(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.split(".")[0] in {"torch", "transformers", "jinja2", "onnx", "click"}:
+            raise ImportError(f"{name} is blocked")
+
+sys.meta_path.insert(0, Block())
+before = set(sys.modules)
+import fastgen
+new = {name.split(".")[0] for name in set(sys.modules) - before}
+allowed = {"fastgen", "numpy", "onnxruntime", "tokenizers"} | set(sys.stdlib_module_names)
+extra = sorted(name for name in new - allowed if not name.startswith("_"))
+assert not extra, extra
+model = fastgen.load(sys.argv[1])
+print(model.generate([[5, 6, 7], [8]], max_new_tokens=3))
+print(model.complete("The quick", max_new_tokens=3, do_sample=True, seed=1))
+"""
+
+
+def test_import_and_generation_without_torch(pair):
+    _, model = pair("gpt2")
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCKED, str(model.directory)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == str(model.generate([[5, 6, 7], [8]], max_new_tokens=3))
+
+
+def test_telemetry_is_off_unless_the_user_says_otherwise():
+    program = "import os, fastgen; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    for given, expected in ((None, "1"), ("0", "0")):
+        settings = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"}
+        settings |= {} if given is None else {"ORT_DISABLE_TELEMETRY": given}
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=settings, capture_output=True, text=True
+        )
+        assert done.stdout.strip() == expected
+
+
+def test_the_wheel_installs_fastgen_alone(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("fastgen", "export", "pyproject.toml", "README.md", "LICENSE"):
+        subprocess.run(["cp", "-r", str(ROOT / name), str(source)], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(source)],
+        check=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.stat().st_size < 10_000_000
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"fastgen"}
+    assert "fastgen/export/pipeline.py" in names
+    assert "fastgen/demo/fastgen.json" in names
+    assert "fastgen/py.typed" in names
+
+
+def test_no_core_spins_while_nothing_is_generated(pair):
+    """The process's CPU time stands still once a call has returned."""
+    program = """
+import sys, time, fastgen
+model = fastgen.load(sys.argv[1], threads=2)
+model.generate([5, 6, 7], max_new_tokens=30, eos_token_id=None)
+time.sleep(0.05)
+start = time.process_time()
+time.sleep(0.5)
+print(time.process_time() - start)
+"""
+    _, model = pair("gpt2")
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(model.directory)], capture_output=True, text=True
+    )
+    assert float(done.stdout) < 0.05, done
