@@ -54,11 +54,9 @@ def compare(
     bare: list[float] = []
     whole: list[float] = []
     for turn in range(args.rounds + 1):
-        params = model._params(
-            None, {"max_new_tokens": args.new + 2, "eos_token_id": None, **knobs}
-        )
+        knobs = {**knobs, "max_new_tokens": args.new + 2, "eos_token_id": None}
         batch = Batch(model.model)
-        batch.add(model._request(params, model._read(ids, None, params)))
+        batch.add(model._call(ids, knobs=knobs).request)
         batch.step()
         batch.step()
         start = time.perf_counter()

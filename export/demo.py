@@ -41,8 +41,14 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 END = "<|endoftext|>"
 
-# Not documentation of the library, though installed inside it.
-SKIPPED_PACKAGES = frozenset({"test", "tests", "idlelib", "turtledemo"})
+# Not documentation of the library, though installed inside it; and two packages of a hundred
+# modules that say one sentence each, nearly the same: a model that saw them answers every
+# "The ... module" with that sentence.
+SKIPPED_PACKAGES = frozenset({"test", "tests", "idlelib", "turtledemo", "encodings", "fixes"})
+
+# Characters below which a class is a paragraph of its module, not a document of its own: with
+# hundreds of one-line documents the model would end most texts after a line.
+SHORT_CLASS = 600
 
 # Where a reader meets what these modules define: nobody calls `posixpath.join`.
 PUBLIC_NAMES = {
@@ -154,8 +160,8 @@ def build(out: Path, recipe: Recipe) -> None:
 def corpus() -> list[str]:
     """The documents: pydoc's topics, then the modules and classes of the standard library.
 
-    A document is a module with its functions, or a class with its methods, laid out as a manual
-    would; a docstring that occurs twice is kept once.
+    A document is a module with its functions and short classes, or a class with its methods,
+    laid out as a manual would; a docstring that occurs twice is kept once.
     """
     seen: set[str] = set()
     documents = distinct_topics()
@@ -197,10 +203,16 @@ def sources() -> Iterator[tuple[str, ast.Module]]:
 
 
 def source_documents(name: str, tree: ast.Module, seen: set[str]) -> Iterator[str]:
-    """The documents of one parsed module: its own, then one for each class."""
+    """The documents of one parsed module: its own, then one for each class of some length."""
     functions, classes = definitions(tree)
+    text = doc(tree, seen)
     entries = [entry(f"{name}.{signature(node)}", doc(node, seen)) for node in functions]
-    yield layout(f"The {name} module", doc(tree, seen), entries)
+    yield from arrange(name, text, entries, source_classes(name, classes, seen))
+
+
+def source_classes(name: str, classes: list[ast.ClassDef], seen: set[str]) -> Iterator[str]:
+    """The document of each class of the module `name`, and of the classes inside it."""
+    classes = list(classes)
     while classes:
         node = classes.pop(0)
         functions, inner = definitions(node)
@@ -263,7 +275,14 @@ def compiled_documents(module: ModuleType, seen: set[str]) -> Iterator[str]:
         for key, value in public
         if inspect.isbuiltin(value)
     ]
-    yield layout(f"The {name or 'builtins'} module", unseen(module.__doc__, seen), entries)
+    classes = compiled_classes(prefix, public, seen)
+    yield from arrange(name or "builtins", unseen(module.__doc__, seen), entries, classes)
+
+
+def compiled_classes(
+    prefix: str, public: list[tuple[str, object]], seen: set[str]
+) -> Iterator[str]:
+    """The document of each class among a compiled module's `public` names and values."""
     for key, value in public:
         if isinstance(value, type):
             own = unseen(value.__doc__, seen)
@@ -291,6 +310,14 @@ def entry(header: str, text: str) -> str:
     return f"{header}\n{indented}"
 
 
+def arrange(name: str, text: str, entries: list[str], classes: Iterator[str]) -> Iterator[str]:
+    """A module's document, with its short classes, then one for each longer class."""
+    documents = [document for document in classes if document]
+    short = [document for document in documents if len(document) < SHORT_CLASS]
+    yield layout(f"The {name} module", text, entries + short)
+    yield from (document for document in documents if len(document) >= SHORT_CLASS)
+
+
 def layout(title: str, text: str, entries: list[str]) -> str:
     """A document of a title, a docstring and entries; nothing if there is nothing but a title."""
     parts = [part for part in (text, *entries) if part]
@@ -301,10 +328,12 @@ def split(documents: list[str], held_out_bytes: int) -> tuple[list[str], list[st
     """Training and held-out documents: those of the smallest digests are held out.
 
     A digest depends on nothing but the document, so a changed corpus moves few others across.
-    A document that would exceed `held_out_bytes` is passed over.
+    A document that would exceed `held_out_bytes` is passed over, as is one of more than a tenth
+    of them: a loss measured on a handful of long documents would be theirs.
     """
+    eligible = [document for document in documents if size([document]) <= held_out_bytes / 10]
     held_out: list[str] = []
-    for document in sorted(documents, key=lambda text: hashlib.sha256(text.encode()).digest()):
+    for document in sorted(eligible, key=lambda text: hashlib.sha256(text.encode()).digest()):
         if size([*held_out, document]) <= held_out_bytes:
             held_out.append(document)
         elif size(held_out) > 0.95 * held_out_bytes:

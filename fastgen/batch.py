@@ -62,12 +62,17 @@ class Batch:
         for places in self._alike():
             # Without a copy where all rows are alike, as they are outside of a server.
             mine = logits if len(places) == len(self.rows) else logits[places]
-            events += _advance([self.rows[i] for i in places], mine)
+            rows = [self.rows[i] for i in places]
+            events += take_in(rows, mine, *choose(rows, mine))
+        self._end_step()
+        return events
+
+    def _end_step(self) -> None:
+        """Look at the clock, and let rows that have ended leave."""
         for request, _ in by_request(self.rows):
             if request.deadline.passed():
                 request.end("time")
         self._leave()
-        return events
 
     def _alike(self) -> list[list[int]]:
         """Places of the rows that share their processors and their kind of pick."""
@@ -106,19 +111,33 @@ class Batch:
         self.rows = rows
 
 
-def _advance(rows: Sequence[Row], logits: NDArray[np.float32]) -> list[Event]:
-    """Process, pick and push for rows that are alike."""
+def choose(
+    rows: Sequence[Row], logits: NDArray[np.float32]
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Processed scores [rows, vocab] and the next token [rows] of rows that are alike."""
     request = rows[0].request
     scores = logits if request.chain is None else request.chain(context(rows), logits)
-    if request.params.do_sample:
-        draws = [row.request.uniform(row, scores.shape[1]) for row in rows]
-        tokens = pick.sample(scores, draws)
-    else:
-        tokens = pick.greedy(scores)
+    if not request.params.do_sample:
+        return scores, pick.greedy(scores)
+    draws: list[NDArray[np.float64]] = [np.empty(0)] * len(rows)
+    for request, places in by_request(rows):
+        mine = request.uniform([rows[i] for i in places], scores.shape[1])
+        for i, draw in zip(places, mine, strict=True):
+            draws[i] = draw
+    return scores, pick.sample(scores, draws)
+
+
+def take_in(
+    rows: Sequence[Row],
+    logits: NDArray[np.float32],
+    scores: NDArray[np.float32],
+    tokens: NDArray[np.int64],
+) -> list[Event]:
+    """Append one token to each of `rows`, keep what the request asks for, and see who has ended."""
     logprobs = _logprobs(rows, scores, tokens)
     groups = by_request(rows)
     for request, places in groups:
-        request.keep([rows[i].index for i in places], logits[places], scores[places])
+        request.keep([rows[i] for i in places], logits[places], scores[places])
     events = []
     for row, token, logprob in zip(rows, tokens.tolist(), logprobs, strict=True):
         row.push(token)

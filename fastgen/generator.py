@@ -6,19 +6,22 @@ import functools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgen import hub, processors, prompt, stop
+from fastgen import beam, hub, lookup, processors, prompt, stop
 from fastgen.batch import Batch, Event
+from fastgen.guidance import Unconditional
 from fastgen.model import Model
 from fastgen.output import GenerateOutput, Token
 from fastgen.params import Params, resolve
 from fastgen.prompt import Prompts
 from fastgen.request import Request
+from fastgen.tokenizer import FILE as TOKENIZER
 from fastgen.tokenizer import TextStream, Tokenizer
 
 
@@ -113,6 +116,10 @@ class CausalLM:
         logits_processor: Sequence[processors.UserProcessor] | None = None,
         stopping_criteria: Sequence[stop.Criterion] | None = None,
         prefix_allowed_tokens_fn: processors.PrefixAllowedTokens | None = None,
+        negative_prompt_ids: Any = None,
+        negative_prompt_attention_mask: Any = None,
+        assistant_model: CausalLM | None = None,
+        tokenizer: Any = None,
         streamer: Any = None,
         inputs: Any = None,
         **knobs: Any,
@@ -125,9 +132,16 @@ class CausalLM:
             attention_mask: 1 for tokens, 0 for padding; a ragged list needs none.
             generation_config: defaults of the call: an object with `to_dict()`, or a dict.
             logits_processor: callables (ids int64 [rows, length], scores float32 [rows, vocab])
-                -> scores, after the built-in processors and before the sampling warpers.
+                -> scores, after the built-in processors and before the sampling warpers. They see
+                the rows that still run.
             stopping_criteria: callables of the same arguments -> bool, or bool [rows].
             prefix_allowed_tokens_fn: (batch id, ids [length]) -> the tokens allowed next.
+            negative_prompt_ids: what classifier-free guidance steers away from; see
+                `guidance_scale`. Padding is left out, so a padded one is as if given alone.
+            negative_prompt_attention_mask: its mask.
+            assistant_model: a smaller fastgen model with the same vocabulary that guesses tokens.
+                The result is that of generation without it, for the same seed too.
+            tokenizer: for `stop_strings`; by default the model's own.
             streamer: an object with `put(ids)` and `end()`, such as transformers' TextStreamer.
             inputs: another name of `input_ids`.
             knobs: see `fastgen.Params`; `None` switches one off.
@@ -143,23 +157,34 @@ class CausalLM:
             if input_ids is not None:
                 raise ValueError("inputs and input_ids are two names of one thing: pass one")
             input_ids = inputs
-        params = self._params(generation_config, knobs)
-        prompts = self._read(input_ids, attention_mask, params)
-        request = self._request(
-            params,
-            prompts,
-            logits_processor=logits_processor or (),
+        call = self._call(
+            input_ids,
+            attention_mask=attention_mask,
+            generation_config=generation_config,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
             prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
-            criteria=stopping_criteria or (),
+            negative_prompt_ids=negative_prompt_ids,
+            negative_prompt_attention_mask=negative_prompt_attention_mask,
+            assistant_model=assistant_model,
+            tokenizer=tokenizer,
+            knobs=knobs,
         )
+        request = call.request
+        if streamer is not None and request.params.num_beams > 1:
+            raise ValueError(
+                f"streamer cannot be used with num_beams={request.params.num_beams}: beams change "
+                "until the end"
+            )
         if streamer is not None:
-            streamer.put(np.repeat(prompts.ids, len(request.rows) // len(prompts.ids), axis=0))
-        for events in self._steps(request):
+            ids = call.prompts.ids
+            streamer.put(np.repeat(ids, len(request.rows) // len(ids), axis=0))
+        for events in call.steps():
             if streamer is not None:
                 streamer.put(_tokens(request, events))
         if streamer is not None:
             streamer.end()
-        return _result(request, prompts)
+        return _result(request, call.prompts)
 
     def stream(
         self, prompt: Any, *, skip_special_tokens: bool = True, **kwargs: Any
@@ -175,9 +200,19 @@ class CausalLM:
         Yields:
             A `Token` as soon as it is known.
         """
-        request, prompts = self._for_stream(prompt, kwargs)
-        texts = self._text_streams(prompt, prompts, request, skip_special_tokens)
-        return self._tokens(request, texts)
+        if isinstance(prompt, str):
+            prompt = [prompt]
+        if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], str):
+            prompt = [self.tokenizer.encode(text) for text in prompt]
+        objects = {name: kwargs.pop(name) for name in _OBJECTS if name in kwargs}
+        call = self._call(prompt, knobs=kwargs, logprobs=True, **objects)
+        texts = None
+        if (self.directory / TOKENIZER).is_file():
+            texts = [
+                TextStream(self.tokenizer, row.prompt.tolist(), skip_special_tokens)
+                for row in call.request.rows
+            ]
+        return _as_tokens(call, texts)
 
     def complete(self, prompt: str | Sequence[str], **kwargs: Any) -> Any:
         """The text that follows: str for a str, a list for a list (see `generate`'s keywords)."""
@@ -190,14 +225,53 @@ class CausalLM:
         out = ["".join(parts[row]) for row in sorted(parts)]
         return out[0] if isinstance(prompt, str) and len(out) == 1 else out
 
-    # How a call becomes a request
-
-    def _params(self, config: Any, knobs: Mapping[str, Any]) -> Params:
-        if config is not None and not isinstance(config, Mapping):
-            if not hasattr(config, "to_dict"):
-                raise ValueError(f"generation_config must have to_dict() or be a dict: {config!r}")
-            config = config.to_dict()
-        return resolve(self.generation_config.to_dict(), config, knobs)
+    def _call(
+        self,
+        ids: Any,
+        *,
+        knobs: Mapping[str, Any],
+        attention_mask: Any = None,
+        generation_config: Any = None,
+        logits_processor: Sequence[processors.UserProcessor] | None = None,
+        stopping_criteria: Sequence[stop.Criterion] | None = None,
+        prefix_allowed_tokens_fn: processors.PrefixAllowedTokens | None = None,
+        negative_prompt_ids: Any = None,
+        negative_prompt_attention_mask: Any = None,
+        assistant_model: CausalLM | None = None,
+        tokenizer: Any = None,
+        logprobs: bool = False,
+    ) -> Call:
+        """Check everything that was passed and make of it what the searches run."""
+        info = self.model.info
+        params = resolve(self.generation_config.to_dict(), _mapping(generation_config), knobs)
+        prompts = self._read(ids, attention_mask, params)
+        width, longest = prompts.ids.shape[1], max(len(row) for row in prompts.rows)
+        max_length = stop.length_limit(params, width, longest, info.max_length, info.hard_limit)
+        unconditional = None
+        if params.guidance_scale not in (None, 1.0):
+            negative = None
+            if negative_prompt_ids is not None:
+                negative = self._read(negative_prompt_ids, negative_prompt_attention_mask, params)
+            unconditional = self._unconditional(params, prompts, negative, max_length)
+        chain = processors.build(
+            params,
+            info.vocab_size,
+            prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+            logits_processor=logits_processor or (),
+            unconditional=unconditional,
+        )
+        request = Request(
+            params=params,
+            prompts=prompts.rows,
+            padded=prompts.ids,
+            pads=prompts.pads,
+            max_length=max_length,
+            chain=chain or None,
+            criteria=stopping_criteria or (),
+            stop_text=self._stop_text(params, tokenizer),
+            logprobs=logprobs,
+        )
+        return Call(self.model, request, prompts, self._draft(params, assistant_model))
 
     def _read(self, ids: Any, attention_mask: Any, params: Params) -> Prompts:
         if ids is None:
@@ -212,84 +286,108 @@ class CausalLM:
             eos_token_id=params.eos_token_id,
         )
 
-    def _request(
-        self,
-        params: Params,
-        prompts: Prompts,
-        *,
-        criteria: Sequence[stop.Criterion] = (),
-        logprobs: bool = False,
-        **chain: Any,
-    ) -> Request:
-        info = self.model.info
-        width, longest = prompts.ids.shape[1], max(len(row) for row in prompts.rows)
-        return Request(
-            params=params,
-            prompts=prompts.rows,
-            padded=prompts.ids,
-            pads=prompts.pads,
-            max_length=stop.length_limit(params, width, longest, info.max_length, info.hard_limit),
-            chain=processors.build(params, info.vocab_size, **chain) or None,
-            criteria=criteria,
-            logprobs=logprobs,
+    def _unconditional(
+        self, params: Params, prompts: Prompts, negative: Prompts | None, max_length: int
+    ) -> Unconditional:
+        if params.prompt_lookup_num_tokens is not None:
+            raise ValueError("guidance_scale cannot be used with prompt_lookup_num_tokens")
+        rows = negative.rows if negative is not None else None
+        if rows is not None and len(rows) not in (1, len(prompts.ids)):
+            raise ValueError(
+                f"negative_prompt_ids has {len(rows)} rows, expected 1 or {len(prompts.ids)}"
+            )
+        if rows is not None and len(rows) == 1:
+            rows = rows * len(prompts.ids)
+        copies = params.num_beams if params.num_beams > 1 else params.num_return_sequences
+        return Unconditional(self.model, copies * len(prompts.ids), max_length, rows, copies)
+
+    def _stop_text(self, params: Params, tokenizer: Any) -> stop.StopText | None:
+        if params.stop_strings is None:
+            return None
+        known = self.tokenizer if tokenizer is None else Tokenizer.of(tokenizer)
+        return stop.StopStrings(known.spelling, params.stop_strings, known.bytes_are is not None)
+
+    def _draft(self, params: Params, assistant: CausalLM | None) -> lookup.Draft | None:
+        """What guesses tokens, if anything does."""
+        if assistant is None and params.prompt_lookup_num_tokens is None:
+            return None
+        if params.num_beams > 1:
+            raise ValueError("tokens cannot be guessed for beams: use num_beams=1")
+        if params.guidance_scale not in (None, 1.0):
+            raise ValueError("guidance_scale cannot be used with an assistant_model")
+        if assistant is None:
+            assert params.prompt_lookup_num_tokens is not None
+            return lookup.prompt_lookup(
+                params.prompt_lookup_num_tokens, params.max_matching_ngram_size or 2
+            )
+        ours, theirs = self.model.info.vocab_size, assistant.model.info.vocab_size
+        if ours != theirs:
+            raise ValueError(f"assistant_model has a vocabulary of {theirs}, the model of {ours}")
+        return lookup.Assistant(
+            assistant.model,
+            params.num_assistant_tokens,
+            params.assistant_confidence_threshold,
+            params.num_assistant_tokens_schedule == "heuristic",
         )
 
-    def _steps(self, request: Request) -> Iterator[list[Event]]:
+
+@dataclass
+class Call:
+    """One call, ready to run."""
+
+    model: Model
+    request: Request
+    prompts: Prompts
+    draft: lookup.Draft | None = None
+
+    def steps(self) -> Iterator[list[Event]]:
+        """Run it: the new tokens of each step. Beams come all at once, when they are known."""
+        params = self.request.params
+        if params.num_beams > 1 or params.num_beam_groups > 1:
+            yield from beam.search(self.model, self.request)
+            return
         batch = Batch(self.model)
-        batch.add(request)
+        if self.draft is not None:
+            batch = lookup.Speculation(self.model, self.draft)
+        batch.add(self.request)
         while batch.rows:
             yield batch.step()
 
-    # How a request becomes text
 
-    def _for_stream(self, prompt: Any, kwargs: dict[str, Any]) -> tuple[Request, Prompts]:
-        """The request of a stream; texts are encoded, and errors come before the first token."""
-        objects = {
-            name: kwargs.pop(name, None)
-            for name in ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn")
-        }
-        mask, config = kwargs.pop("attention_mask", None), kwargs.pop("generation_config", None)
-        params = self._params(config, kwargs)
-        if isinstance(prompt, str):
-            prompt = [prompt]
-        if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], str):
-            prompt = [self.tokenizer.encode(text) for text in prompt]
-        prompts = self._read(prompt, mask, params)
-        request = self._request(
-            params,
-            prompts,
-            logits_processor=objects["logits_processor"] or (),
-            prefix_allowed_tokens_fn=objects["prefix_allowed_tokens_fn"],
-            criteria=objects["stopping_criteria"] or (),
-            logprobs=True,
-        )
-        return request, prompts
+# What `stream` takes besides knobs; `generate` spells them out.
+_OBJECTS = (
+    "attention_mask", "generation_config", "logits_processor", "stopping_criteria",
+    "prefix_allowed_tokens_fn", "negative_prompt_ids", "negative_prompt_attention_mask",
+    "assistant_model", "tokenizer",
+)  # fmt: skip
 
-    def _text_streams(
-        self, prompt: Any, prompts: Prompts, request: Request, skip: bool
-    ) -> list[TextStream] | None:
-        """One for each row; None for ids of a model without tokenizer."""
-        try:
-            tokenizer = self.tokenizer
-        except ValueError:
-            return None
-        return [TextStream(tokenizer, row.prompt.tolist(), skip) for row in request.rows]
 
-    def _tokens(self, request: Request, texts: list[TextStream] | None) -> Iterator[Token]:
-        for events in self._steps(request):
-            for event in events:
-                row = event.row
-                text = "" if texts is None else texts[row.index].push(event.token)
-                if row.finish_reason and texts is not None:
-                    text += texts[row.index].end()
-                yield Token(
-                    id=event.token,
-                    text=text,
-                    logprob=event.logprob,
-                    top_logprobs=event.top_logprobs,
-                    finish_reason=row.finish_reason,
-                    row=row.index,
-                )
+def _mapping(config: Any) -> Mapping[str, Any] | None:
+    if config is None or isinstance(config, Mapping):
+        return config
+    if not hasattr(config, "to_dict"):
+        raise ValueError(f"generation_config must be a dict or have to_dict(), got {config!r}")
+    return dict(config.to_dict())
+
+
+def _as_tokens(call: Call, texts: list[TextStream] | None) -> Iterator[Token]:
+    for events in call.steps():
+        last = {event.row.index: place for place, event in enumerate(events)}
+        for place, event in enumerate(events):
+            row = event.row
+            # A step may bring a row several tokens; its reason to end belongs to the last.
+            reason = row.finish_reason if last[row.index] == place else None
+            text = "" if texts is None else texts[row.index].push(event.token)
+            if reason and texts is not None:
+                text += texts[row.index].end()
+            yield Token(
+                id=event.token,
+                text=text,
+                logprob=event.logprob,
+                top_logprobs=event.top_logprobs,
+                finish_reason=reason,
+                row=row.index,
+            )
 
 
 def _tokens(request: Request, events: Sequence[Event]) -> NDArray[np.int64]:
@@ -305,10 +403,13 @@ def _result(request: Request, prompts: Prompts) -> Any:
     params = request.params
     if not params.return_dict_in_generate:
         return sequences
+    beams = params.num_beams > 1
     return GenerateOutput(
         sequences=sequences,
         scores=tuple(request.scores) if params.output_scores else None,
         logits=tuple(request.logits) if params.output_logits else None,
+        sequences_scores=request.sequences_scores() if beams and params.output_scores else None,
+        beam_indices=request.beam_indices() if beams else None,
         finish_reasons=[row.finish_reason or "" for row in request.rows],
         top_logprobs=request.top_logprobs if params.top_logprobs else None,
     )

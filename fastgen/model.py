@@ -153,7 +153,8 @@ class Model:
         """Append new tokens to the rows in slots `first`, `first + 1`, ... and return logits.
 
         Args:
-            new: int64 [count] for each row; rows may differ in length, none may be empty.
+            new: int64 [count] for each row. Rows may differ in length; an empty one stays as it
+                is (it must hold something), and its logits mean nothing.
             cache: holds the rows so far; it must have room for the longest of `new` in each row.
             logits_positions: int64 [rows, keep], which of the new tokens want logits; None for
                 the last of each row.
@@ -178,7 +179,7 @@ class Model:
         call.seqlens_k[:] = held - 1
         call.total_sequence_length[...] = max(int(held.max()), width)
         if logits_positions is None:
-            call.logits_positions[:, 0] = call.query_seqlens - 1
+            np.maximum(call.query_seqlens - 1, 0, out=call.logits_positions[:, 0])
         else:
             call.logits_positions[:] = logits_positions
         self.session.run_with_iobinding(call.binding)

@@ -34,18 +34,23 @@ class Stream:
         mt._legacy_seeding(seed & 0xFFFFFFFF)
         self._draw = np.random.Generator(mt)
         self.rows = rows
-        self.step = -1
-        self._block: NDArray[np.uint64] = np.empty((0, 0), np.uint64)
+        self._next = 0  # the step whose block comes next
+        self._blocks: dict[int, NDArray[np.uint64]] = {}
 
     def row(self, step: int, row: int, size: int) -> NDArray[np.float64]:
         """Uniform doubles [size] in [0, 1) of `row` at `step`, counted from 0.
 
-        Steps may not go back; those that are skipped are drawn and dropped.
+        Steps that are skipped are drawn too; blocks are kept until they are forgotten.
         """
-        while self.step < step:
-            self._block = self._words(self.rows * size).reshape(self.rows, size)
-            self.step += 1
-        return _doubles(self._block[row])
+        while self._next <= step:
+            self._blocks[self._next] = self._words(self.rows * size).reshape(self.rows, size)
+            self._next += 1
+        return _doubles(self._blocks[step][row])
+
+    def forget(self, step: int) -> None:
+        """Drop the blocks before `step`: no row will ask for them again."""
+        for old in [known for known in self._blocks if known < step]:
+            del self._blocks[old]
 
     def exponentials(self, rows: int, size: int) -> NDArray[np.float32]:
         """A fresh block [rows, size] of exponential draws, as `Tensor.exponential_` makes it."""

@@ -50,6 +50,16 @@ class Row:
         """int64 [new]: what was generated so far."""
         return self.ids[self.request.prompt_length : self.length]
 
+    @property
+    def seen(self) -> NDArray[np.int64]:
+        """int64: what the model has seen or will see, the padding left out."""
+        return np.concatenate([self.prompt, self.generated])
+
+    def after(self, guess: Sequence[int] | NDArray[np.int64]) -> Row:
+        """This row as it would be if `guess` came next; for looking ahead."""
+        ids = np.concatenate([self.history, np.asarray(guess, np.int64)])
+        return Row(self.request, self.index, self.prompt, ids, len(ids), self.pad)
+
     def push(self, token: int) -> None:
         self.ids[self.length] = token
         self.length += 1
@@ -132,41 +142,50 @@ class Request:
         for row in self.rows:
             row.finish_reason = row.finish_reason or reason
 
-    def uniform(self, row: Row, size: int) -> NDArray[np.float64]:
-        """The draws [size] of `row` for its next token."""
-        return self.draws(row.length - self.prompt_length, row.index, size)
+    def uniform(self, rows: Sequence[Row], size: int) -> list[NDArray[np.float64]]:
+        """The draws [size] of each of `rows` (of this request) for its next token."""
+        lengths = [row.length for row in self.rows if not row.finish_reason or self.lingers]
+        if len(self.streams) == 1:
+            self.streams[0].forget(min(lengths) - self.prompt_length)
+        return [self.draws(row.length - self.prompt_length, row.index, size) for row in rows]
 
     def draws(self, step: int, index: int, size: int) -> NDArray[np.float64]:
         """The draws [size] of a row (of a prompt, if it has beams) at `step`, counted from 0."""
+        if self.params.num_beams > 1:  # all beams are at one step
+            self.streams[0 if len(self.streams) == 1 else index].forget(step)
         if len(self.streams) == 1:
             return self.streams[0].row(step, index, size)
         return self.streams[index].row(step, 0, size)
 
     def keep(
-        self, rows: Sequence[int], logits: NDArray[np.float32], scores: NDArray[np.float32]
+        self, rows: Sequence[Row], logits: NDArray[np.float32], scores: NDArray[np.float32]
     ) -> None:
-        """Record what `output_logits`, `output_scores` and `top_logprobs` ask for, of one step.
+        """Record what `output_logits`, `output_scores` and `top_logprobs` ask for.
 
         Args:
-            rows: indices of the rows that still run.
-            logits: float32 [running rows, vocab], as the model gave them.
+            rows: rows of this request, before they get their next token.
+            logits: float32 [rows, vocab], as the model gave them.
             scores: the same after the processors.
         """
-        if self.params.output_logits:
-            self.logits.append(self._of_all(rows, logits))
-        if self.params.output_scores:
-            self.scores.append(self._of_all(rows, scores))
-        if self.params.top_logprobs:
-            best = pick.top_logprobs(scores, self.params.top_logprobs)
+        params = self.params
+        asked = ((params.output_logits, self.logits, logits),
+                 (params.output_scores, self.scores, scores))  # fmt: skip
+        for wanted, steps, values in asked:
+            if wanted:
+                for row, line in zip(rows, values, strict=True):
+                    self._step(steps, row, values.shape[1])[row.index] = line
+        if params.top_logprobs:
+            best = pick.top_logprobs(scores, params.top_logprobs)
             for row, pairs in zip(rows, best, strict=True):
-                self.top_logprobs[row].append(tuple(pairs))
+                self.top_logprobs[row.index].append(tuple(pairs))
 
-    def _of_all(self, rows: Sequence[int], values: NDArray[np.float32]) -> NDArray[np.float32]:
-        """`values` with a line for each row of the call; ended rows are certain to be padding."""
-        full = np.full((len(self.rows), values.shape[1]), -np.inf, np.float32)
-        full[:, self.pad_token_id] = 0
-        full[rows] = values
-        return full
+    def _step(self, steps: list[NDArray[np.float32]], row: Row, vocab: int) -> NDArray[np.float32]:
+        """Where the next step of `row` is kept: [rows, vocab]; ended rows stay certain padding."""
+        if row.length - self.prompt_length == len(steps):
+            blank = np.full((len(self.rows), vocab), -np.inf, np.float32)
+            blank[:, self.pad_token_id] = 0
+            steps.append(blank)
+        return steps[row.length - self.prompt_length]
 
     def sequences(self) -> NDArray[np.int64]:
         """int64 [rows, length]: prompts and what followed, padded on the right."""

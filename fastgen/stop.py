@@ -59,6 +59,41 @@ def length_limit(
     return limit
 
 
+class StopStrings:
+    """Ends a row when its last token completes one of some texts.
+
+    transformers' rule: the tokens' own spellings are joined (prompt included, as many tokens as the
+    longest text has characters), and an occurrence must end inside the last token, which is kept
+    whole. A token without a spelling matches nothing.
+
+    Args:
+        spelling: a token's bytes, or None (see `Tokenizer.spelling`).
+        texts: what ends a row.
+        in_bytes: whether the window is counted in bytes rather than characters, as transformers
+            counts it for byte-level tokenizers and those that fall back to bytes.
+    """
+
+    def __init__(
+        self, spelling: Callable[[int], bytes | None], texts: Sequence[str], in_bytes: bool
+    ) -> None:
+        self._spelling = spelling
+        self._texts = [text.encode() for text in texts]
+        self._window = max(len(text.encode() if in_bytes else text) for text in texts)
+
+    def __call__(self, ids: NDArray[np.int64]) -> bool:
+        last = self._spelling(int(ids[-1]))
+        if last is None:
+            return False
+        text = last
+        for token in ids[-2 : -self._window - 1 : -1].tolist():
+            before = self._spelling(token)
+            if before is None:
+                break
+            text = before + text
+        start = len(text) - len(last)  # an occurrence ends after this
+        return any(text.find(stop, max(0, start - len(stop) + 1)) >= 0 for stop in self._texts)
+
+
 class Deadline:
     """`max_time` seconds from now."""
 

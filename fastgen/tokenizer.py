@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,12 +30,28 @@ class Tokenizer:
                 f"{directory} has no {FILE}: the model was exported for ids only; pass token ids"
             )
         try:
-            self.backend = tokenizers.Tokenizer.from_file(str(path))
+            backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises plain Exception
             raise ValueError(f"{path} is damaged: {error}") from error
-        self.backend.no_padding()
-        self.backend.no_truncation()
-        self.config = _json(directory / "tokenizer_config.json")
+        self._use(backend, _json(directory / "tokenizer_config.json"))
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> Tokenizer:
+        """One of ours, of tokenizers or of transformers (a fast one), as one of ours."""
+        if isinstance(tokenizer, cls):
+            return tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+        if not hasattr(backend, "id_to_token"):
+            raise ValueError(f"tokenizer must be a fast tokenizer, got {tokenizer!r}")
+        made = cls.__new__(cls)
+        made._use(type(backend).from_str(backend.to_str()), {})
+        return made
+
+    def _use(self, backend: Any, config: dict[str, Any]) -> None:
+        backend.no_padding()
+        backend.no_truncation()
+        self.backend, self.config = backend, config
+        self._spellings: dict[int, bytes | None] = {}
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`, with the special tokens that the model's template adds."""
@@ -52,12 +70,56 @@ class Tokenizer:
 
     def index(self, token: str) -> int | None:
         """The id of a token as the vocabulary spells it."""
-        return self.backend.token_to_id(token)
+        place = self.backend.token_to_id(token)
+        return None if place is None else int(place)
+
+    def spelling(self, index: int) -> bytes | None:
+        """The bytes that a token stands for inside a text; None for an id without a token.
+
+        As transformers' StopStringCriteria spells it: byte-level and `<0xNN>` tokens are their
+        bytes, others what they add to the decoding of a text before them.
+        """
+        if index not in self._spellings:
+            token = self.token(index)
+            self._spellings[index] = None if token is None else self._spell(token)
+        return self._spellings[index]
+
+    def _spell(self, token: str) -> bytes:
+        if self.bytes_are == "ByteLevel" and all(char in _byte_level() for char in token):
+            return bytes(_byte_level()[char] for char in token)
+        if self.bytes_are == "ByteFallback" and re.fullmatch(r"<0x[0-9a-fA-F]{2}>", token):
+            return bytes([int(token[3:5], 16)])
+        prefix = "abcdef"
+        tokens = [*self.backend.encode(prefix, add_special_tokens=False).tokens, token]
+        decoder = self.backend.decoder
+        text = " ".join(tokens) if decoder is None else decoder.decode(tokens)
+        return str(text[text.index(prefix) + len(prefix) :]).encode()
+
+    @functools.cached_property
+    def bytes_are(self) -> str | None:
+        """How the decoder writes bytes: "ByteFallback", "ByteLevel" or not at all (None)."""
+        decoder = json.dumps(json.loads(self.backend.to_str())["decoder"])
+        for kind in ("ByteFallback", "ByteLevel"):
+            if f'"type": "{kind}"' in decoder:
+                return kind
+        return None
 
     @property
     def vocab_size(self) -> int:
         """Number of tokens, added ones included."""
         return int(self.backend.get_vocab_size(with_added_tokens=True))
+
+
+@functools.cache
+def _byte_level() -> dict[str, int]:
+    """The byte behind each character of a byte-level token (GPT-2's table).
+
+    Bytes that print stand for themselves, the others for the characters from U+0100 on.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    table = {chr(byte): byte for byte in printable}
+    return table | {chr(0x100 + place): byte for place, byte in enumerate(others)}
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -92,8 +92,7 @@ def test_rows_that_join_late_change_nothing(pair):
     running = batch.Batch(model.model)
     requests = []
     for i, row in enumerate(rows):
-        params = model._params(None, {"max_new_tokens": 4 + 3 * i})
-        requests.append(model._request(params, model._read(row, None, params)))
+        requests.append(model._call(row, knobs={"max_new_tokens": 4 + 3 * i}).request)
         running.add(requests[-1])
         running.step()
     while running.rows:
@@ -122,8 +121,8 @@ def test_threads_may_share_a_model(pair):
 def test_a_step_allocates_nothing_that_grows_with_the_context(pair):
     _, model = pair("llama")
     running = batch.Batch(model.model)
-    params = model._params(None, {"max_new_tokens": 60, "eos_token_id": None})
-    running.add(model._request(params, model._read(ragged(1, (5, 9)), None, params)))
+    knobs = {"max_new_tokens": 60, "eos_token_id": None}
+    running.add(model._call(ragged(1, (5, 9)), knobs=knobs).request)
     running.step()
     running.step()
     buffers = [view.ctypes.data for view in running.cache.slots(0, 2)]

@@ -34,8 +34,11 @@ LAYERS: dict[str, set[str]] = {
     "request": {"params", "pick", "processors", "stop"},
     "batch": {"cache", "model", "pick", "request", "stop"},
     "beam": {"batch", "cache", "model", "pick", "request", "stop"},
+    "guidance": {"model", "processors"},
+    "lookup": {"batch", "model", "pick", "request"},
     "generator": {
-        "batch", "beam", "hub", "model", "output", "params", "processors", "prompt", "request",
+        "batch", "beam", "guidance", "hub", "lookup", "model", "output", "params", "processors",
+        "prompt", "request",
         "stop", "tokenizer",
     },
     "__init__": {"generator", "model", "output", "params", "tokenizer"},

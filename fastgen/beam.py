@@ -1,0 +1,643 @@
+"""Beam search: the likeliest sequences of each prompt, searched side by side.
+
+Three searches share one loop (`_Search`), which differs from the loop of `batch` in that rows
+are compared with each other and change places:
+
+- beam search and beam sampling as transformers 5.23's `_beam_search` does them: the same tokens,
+  `sequences_scores` and `beam_indices` (`Beams`);
+- diverse beam search (Vijayakumar et al. 2016, arXiv 1610.02424; AAAI 2018), which transformers
+  has moved to remote code (`Group`, which says what it follows and where it differs).
+
+Work that is not done: a prompt is prefilled once, not once for each beam. A beam whose parent
+lives on in another slot of the cache is not moved at all: beams are dealt out to the slots so that
+every parent keeps its own, and only the further children of a parent are copied, from the token on
+at which they differ from what the slot held. Prompts whose search is over leave the batch;
+in transformers they run on until the last is done, which changes nothing of theirs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastgen import pick, stop
+from fastgen.batch import CHUNK, Event, prefill
+from fastgen.model import Model
+from fastgen.params import Params
+from fastgen.processors import Chain, Context
+from fastgen.request import Request
+
+Scores = NDArray[np.float32]
+Ids = NDArray[np.int64]
+TopLogprobs = tuple[tuple[int, float], ...]
+
+DEAD = np.float32(-1e9)  # added to the score of what may not go on, as transformers does
+
+
+class Candidates(NamedTuple):
+    """The best continuations [K] of the beams of one prompt, best (or first drawn) first."""
+
+    scores: Scores  # log-probability of the whole sequence, without a length penalty
+    parents: Ids  # the beam that is continued, counted within the prompt (or the group)
+    tokens: Ids
+    logprobs: Scores  # of the token alone
+
+
+class Move(NamedTuple):
+    """A copy within the cache: `slot` becomes what `source` is, from token `start` on."""
+
+    slot: int
+    source: int
+    start: int
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """A sequence that has ended.
+
+    Attributes:
+        score: log-probability / length ** length_penalty; the length is that of `tokens`.
+        tokens: int64 [new], what was generated.
+        beams: int32 [new], the beam of the call that each token continued.
+        logprobs: float32 [new], of the tokens.
+        reason: why it ended (see `output.Token`).
+    """
+
+    score: float
+    tokens: Ids
+    beams: NDArray[np.int32]
+    logprobs: Scores
+    reason: str
+
+
+class Beams:
+    """The running beams of one prompt, and the best sequences that have ended.
+
+    Attributes:
+        prompt: which prompt of the call.
+        first: the place of its first beam among all beams of the call.
+        slots: int64 [size], where in the cache each beam is.
+        scores: float32 [size]. At first the beams are one: all but beam 0 count as dead.
+        ids: int64 [size, max_length], prompts with their padding, then what was generated.
+        length: how much of `ids` there is.
+        ended: what has ended, best first; `size` at most.
+        done: whether nothing can change any more.
+    """
+
+    def __init__(self, request: Request, prompt: int, first: int, slots: Ids) -> None:
+        self.request, self.prompt, self.first, self.slots = request, prompt, first, slots
+        self.size, self.length = len(slots), request.prompt_length
+        self.scores = np.full(self.size, DEAD)
+        self.scores[0] = 0
+        new = request.max_length - self.length
+        self.ids = np.zeros((self.size, request.max_length), np.int64)
+        self.ids[:, : self.length] = request.padded[prompt]
+        self._beams = np.full((self.size, new), -1, np.int32)
+        self._logprobs = np.zeros((self.size, new), np.float32)
+        self.ended: list[Hypothesis] = []
+        self.done = False
+
+    @property
+    def new(self) -> int:
+        """How many tokens were generated."""
+        return self.length - self.request.prompt_length
+
+    @property
+    def histories(self) -> Ids:
+        """int64 [size, length]: the beams so far."""
+        return self.ids[:, : self.length]
+
+    @property
+    def parents(self) -> Ids:
+        """int64 [size]: the beams that the running ones continued with their last token."""
+        return self._beams[:, self.new - 1].astype(np.int64) - self.first
+
+    def continued(self, candidates: Candidates) -> Ids:
+        """int64 [K, length + 1]: the sequences that the candidates would make."""
+        ids = self.histories[candidates.parents]
+        return np.concatenate((ids, candidates.tokens[:, None]), axis=1)
+
+    def advance(self, candidates: Candidates, reasons: Sequence[str | None]) -> list[Move]:
+        """Continue by one token.
+
+        Args:
+            candidates: those of all beams.
+            reasons: why each of them ends its sequence; None if it does not.
+
+        Returns:
+            What has to be copied in the cache.
+        """
+        self._accept(candidates, reasons)
+        hit = np.array([reason is not None for reason in reasons])
+        running = np.where(hit, candidates.scores + DEAD, candidates.scores)
+        chosen = np.argsort(-running, kind="stable")[: self.size]
+        moves = self._continue(candidates, chosen, running[chosen])
+        self.done = self.done or not self._improvable() or self._closed()
+        return moves
+
+    def results(self) -> list[Hypothesis]:
+        """`num_return_sequences` sequences, best first."""
+        nothing = self._hypothesis(float(DEAD), 0, "length", 0)
+        missing = self.request.params.num_return_sequences - len(self.ended)
+        return (self.ended + [nothing] * missing)[: self.request.params.num_return_sequences]
+
+    def _accept(self, candidates: Candidates, reasons: Sequence[str | None]) -> None:
+        """Keep those that have ended, were among the first and are better than what is kept."""
+        if self.done:
+            return
+        for rank, reason in enumerate(reasons[: self.size]):
+            if reason is not None:
+                score = candidates.scores[rank] / self._penalty(self.new + 1)
+                if score > DEAD:
+                    self.ended.append(self._ending(candidates, rank, float(score), reason))
+        self.ended.sort(key=lambda hypothesis: -hypothesis.score)
+        del self.ended[self.size :]
+
+    def _improvable(self) -> bool:
+        """Whether the best running beam could still become better than the worst that ended.
+
+        "never" supposes it as long as it may get; else its present length counts.
+        """
+        params, length = self.request.params, self.new
+        if params.early_stopping == "never" and params.length_penalty > 0:
+            length = self.request.max_length - self.request.prompt_length
+        worst = np.float32(self.ended[-1].score) if len(self.ended) == self.size else DEAD
+        return bool(self.scores[0] / self._penalty(length) > worst)
+
+    def _closed(self) -> bool:
+        return self.request.params.early_stopping is True and len(self.ended) == self.size
+
+    def _penalty(self, length: int) -> float:
+        return float(length**self.request.params.length_penalty)
+
+    def _ending(
+        self, candidates: Candidates, rank: int, score: float, reason: str, with_token: bool = True
+    ) -> Hypothesis:
+        """The sequence that candidate `rank` completes."""
+        parent = int(candidates.parents[rank])
+        before = self._hypothesis(score, parent, reason, self.new)
+        return Hypothesis(
+            score=score,
+            tokens=np.append(before.tokens, candidates.tokens[rank]),
+            beams=np.append(before.beams, np.int32(self.first + parent)),
+            logprobs=np.append(before.logprobs, candidates.logprobs[rank]),
+            reason=reason,
+        )
+
+    def _hypothesis(self, score: float, beam: int, reason: str, new: int) -> Hypothesis:
+        """`new` tokens of a running beam as a sequence that has ended."""
+        start = self.request.prompt_length
+        return Hypothesis(
+            score=score,
+            tokens=self.ids[beam, start : start + new].copy(),
+            beams=self._beams[beam, :new].copy(),
+            logprobs=self._logprobs[beam, :new].copy(),
+            reason=reason,
+        )
+
+    def _continue(self, candidates: Candidates, chosen: Ids, scores: Scores) -> list[Move]:
+        """Make the chosen candidates the running beams."""
+        parents, new = candidates.parents[chosen], self.new
+        moves = self._deal(parents)
+        if (parents != np.arange(self.size)).any():
+            for tracks in (self.ids[:, self.length - new : self.length], self._beams[:, :new],
+                           self._logprobs[:, :new]):  # fmt: skip
+                tracks[:] = tracks[parents]
+        self.ids[:, self.length] = candidates.tokens[chosen]
+        self._beams[:, new] = self.first + parents
+        self._logprobs[:, new] = candidates.logprobs[chosen]
+        self.scores = scores
+        self.length += 1
+        return moves
+
+    def _deal(self, parents: Ids) -> list[Move]:
+        """Deal the slots out: a parent's first child stays where the parent is."""
+        slots, old = np.empty_like(self.slots), self.slots
+        heirs: dict[int, int] = {}  # the first child of each parent
+        for beam, parent in enumerate(parents.tolist()):
+            slots[heirs.setdefault(parent, beam)] = old[parent]
+        others = [beam for beam in range(self.size) if heirs[int(parents[beam])] != beam]
+        childless = [beam for beam in range(self.size) if beam not in heirs]
+        moves = []
+        for beam, dead in zip(others, childless, strict=True):
+            parent = int(parents[beam])
+            slots[beam] = old[dead]
+            moves.append(Move(int(old[dead]), int(old[parent]), self._alike(dead, parent)))
+        self.slots = slots
+        return moves
+
+    def _alike(self, one: int, other: int) -> int:
+        """How many leading tokens of the cache two beams share (padding is not in the cache)."""
+        start = self.request.prompt_length
+        differ = self.ids[one, start : self.length] != self.ids[other, start : self.length]
+        alike = int(differ.argmax()) if differ.any() else self.new
+        return len(self.request.prompts[self.prompt]) + alike
+
+
+class Group(Beams):
+    """One group of a prompt's beams in diverse beam search.
+
+    The groups of a prompt take their steps one after the other; each is a beam search of its own
+    with `num_beams // num_beam_groups` beams, in which a token loses `diversity_penalty` for every
+    beam of an earlier group that has taken it in this step: the paper's Hamming diversity.
+
+    It follows transformers 4.5x, the last that had it built in (`_group_beam_search`,
+    `BeamSearchScorer`, `HammingDiversityLogitsProcessor`): the penalty comes after guidance_scale
+    and sequence_bias and before every other processor and is part of the scores; only an eos
+    ends a sequence before all do; a group is done when it has as many ended sequences as beams and
+    the best candidate cannot beat the worst of them; a group that is done takes the pad token,
+    which later groups are penalised for as well; the results are the best of all groups together.
+
+    It differs where that was plainly accidental: `beam_indices` are those of the call (there, of
+    the group), several eos ids come back as they were chosen (there, as the first of them), no
+    eos is added where none was chosen, and a prompt that is done has no say in whether the
+    callers' stopping criteria end the call.
+    """
+
+    def advance(self, candidates: Candidates, reasons: Sequence[str | None]) -> list[Move]:
+        """As `Beams.advance`; here only an eos may be a reason."""
+        if self.done:
+            return self._pad()
+        chosen: list[int] = []
+        for rank, reason in enumerate(reasons):
+            if reason is None:
+                chosen.append(rank)
+            elif rank < self.size:
+                score = float(candidates.scores[rank]) / self._penalty(self.new + 1)
+                self._add(self._ending(candidates, rank, score, reason))
+            if len(chosen) == self.size:
+                break
+        places = np.array(chosen)
+        moves = self._continue(candidates, places, candidates.scores[places])
+        self.done = self._settled(float(candidates.scores.max()))
+        return moves
+
+    def end(self, reasons: Sequence[str | None]) -> None:
+        """Take the running beams for ended ones: nothing goes on."""
+        if not self.done:
+            for beam, reason in enumerate(reasons):
+                score = float(self.scores[beam]) / self._penalty(self.new)
+                self._add(self._hypothesis(score, beam, reason or "length", self.new))
+        self.done = True
+
+    def _add(self, hypothesis: Hypothesis) -> None:
+        """Keep it if there is room, or in place of the worst."""
+        if len(self.ended) < self.size or hypothesis.score > self._worst():
+            self.ended.append(hypothesis)
+        if len(self.ended) > self.size:
+            self.ended.remove(min(self.ended, key=lambda kept: kept.score))
+
+    def _worst(self) -> float:
+        return min(kept.score for kept in self.ended)
+
+    def _settled(self, best: float) -> bool:
+        """Whether the best candidate, of log-probability `best`, cannot beat what has ended."""
+        params, length = self.request.params, self.new
+        if len(self.ended) < self.size:
+            return False
+        if params.early_stopping is True:
+            return True
+        if params.early_stopping == "never" and params.length_penalty > 0:
+            length = self.request.max_length - self.request.prompt_length
+        return self._worst() >= best / self._penalty(length)
+
+    def _pad(self) -> list[Move]:
+        """Go through the motions until the other groups of the prompt are done."""
+        self.ids[:, self.length] = self.request.pad_token_id
+        self._beams[:, self.new] = self.first + np.arange(self.size)
+        self.length += 1
+        return []
+
+
+def search(model: Model, request: Request) -> Iterator[list[Event]]:
+    """Search, and then tell what was found as a batch tells it: step by step, row by row.
+
+    Args:
+        request: with one row for each sequence that is wanted; its `scores` and `logits` are
+            float32 [prompts * num_beams, vocab] a step.
+
+    Raises:
+        ValueError: knobs that do not fit each other, or scores that leave no token.
+    """
+    check(request.params, model.info.vocab_size)
+    found = _Search(model, request)
+    hypotheses = [best for beams in found.run() for best in beams]
+    for row, best in zip(request.rows, hypotheses, strict=True):
+        row.score, row.beams = best.score, best.beams
+        row.finish_reason = None if len(best.tokens) else best.reason
+    for step in range(max(len(best.tokens) for best in hypotheses)):
+        events = []
+        for row, best in zip(request.rows, hypotheses, strict=True):
+            if step < len(best.tokens):
+                top = found.top[step][int(best.beams[step])] if found.top else None
+                if top is not None:
+                    request.top_logprobs[row.index].append(top)
+                row.push(int(best.tokens[step]))
+                row.finish_reason = best.reason if step == len(best.tokens) - 1 else None
+                logprob = float(best.logprobs[step]) if request.logprobs else math.nan
+                events.append(Event(row, int(best.tokens[step]), logprob, top))
+        yield events
+
+
+def check(params: Params, vocab_size: int) -> None:
+    """Raise a ValueError for knobs that do not fit each other."""
+    beams, groups, penalty = params.num_beams, params.num_beam_groups, params.diversity_penalty
+    if beams % groups:
+        raise ValueError(f"num_beams={beams} must be a multiple of num_beam_groups={groups}")
+    if groups == 1 and penalty:
+        raise ValueError(f"diversity_penalty={penalty} needs num_beam_groups > 1")
+    if groups > 1 and not penalty > 0:
+        raise ValueError(
+            f"num_beam_groups={groups} needs a diversity_penalty above 0, got {penalty}: "
+            "the groups would all find the same"
+        )
+    if groups > 1 and params.do_sample:
+        raise ValueError(f"num_beam_groups={groups} cannot be sampled: set do_sample=False")
+    if _kept(params) > (beams // groups) * vocab_size:
+        raise ValueError(
+            f"num_beams={beams} with {len(params.eos_token_id or ())} eos_token_id needs "
+            f"{_kept(params)} candidates, a vocabulary of {vocab_size} does not have them"
+        )
+
+
+def _kept(params: Params) -> int:
+    """How many candidates there are: enough to go on if every likely one ends its sequence."""
+    return max(2, 1 + len(params.eos_token_id or ())) * params.num_beams // params.num_beam_groups
+
+
+class _Search:
+    """The prompts whose search goes on, and the cache that holds their beams.
+
+    Attributes:
+        running: for each prompt its groups; one, unless the search is diverse.
+        top: a step: for each beam of the call its likeliest tokens, if `top_logprobs` asks.
+    """
+
+    def __init__(self, model: Model, request: Request) -> None:
+        self.model, self.request = model, request
+        self.groups = request.params.num_beam_groups
+        self.top: list[dict[int, TopLogprobs]] = []
+        # What `output_scores` and `output_logits` show of a prompt goes on after its end.
+        self.leave = not (request.params.output_scores or request.params.output_logits)
+        self.chain = request.chain or Chain()
+        count, beams = len(request.prompts), request.params.num_beams
+        # Shortest first, as `prefill` wants them.
+        order = np.argsort([len(prompt) for prompt in request.prompts], kind="stable")
+        self.running: list[list[Beams]] = []
+        for prompt in range(count):
+            place = int(np.flatnonzero(order == prompt)[0])
+            self.running.append(self._start(prompt, place * beams + np.arange(beams)))
+        self.cache = model.new_cache(count * beams, request.max_length + CHUNK)
+        logits = prefill(model, self.cache, [request.prompts[i] for i in order], 0)
+        self.cache.take(np.repeat(np.arange(count), beams))
+        self.logits = np.repeat(logits, beams, axis=0)  # float32 [slots, vocab]
+
+    def _start(self, prompt: int, slots: Ids) -> list[Beams]:
+        kind, beams = Beams if self.groups == 1 else Group, len(slots)
+        size = beams // self.groups
+        return [
+            kind(self.request, prompt, prompt * beams + start, slots[start : start + size])
+            for start in range(0, beams, size)
+        ]
+
+    def run(self) -> list[list[Hypothesis]]:
+        """The sequences of each prompt, best first."""
+        prompts = self.running
+        while self.running:
+            self._step()
+        return [_best(groups, self.request) for groups in prompts]
+
+    def _step(self) -> None:
+        """Choose the next token of every beam, and compute the logits that follow it."""
+        moves: dict[int, list[Move]] = {}
+        seen = []
+        for group in range(self.groups):
+            beams = [groups[group] for groups in self.running]
+            logits = self.logits[np.concatenate([one.slots for one in beams])]
+            scores = self._process(beams, group, pick.log_softmax(logits))
+            self._keep(beams, logits, scores)
+            candidates = self._candidates(beams, scores)
+            reasons = self._reasons(beams, candidates, scores)
+            for one, mine, why in zip(beams, candidates, reasons, strict=True):
+                moves.setdefault(one.prompt, []).extend(one.advance(mine, why))
+            seen.append(scores)
+        if self.groups == 1:
+            over = all(reason for why in reasons for reason in why)
+        else:
+            over = self._end_groups(seen)
+        self._finish(over, moves)
+        if self.running:
+            self._forward()
+
+    def _process(self, beams: Sequence[Beams], group: int, scores: Scores) -> Scores:
+        """float32 [beams, vocab]: log-probabilities after the processors."""
+        if not self.chain and self.groups == 1:
+            return scores
+        context = self._context(beams)
+        cut = 0
+        if self.groups > 1:
+            # transformers 4.5x has diversity_penalty after these two, before everything else.
+            first = ("guidance_scale", "sequence_bias")
+            cut = sum(name in first for name, _ in self.chain.steps)
+            scores = self._diverse(group, Chain(self.chain.steps[:cut])(context, scores))
+        return Chain(self.chain.steps[cut:])(context, scores)
+
+    def _context(self, beams: Sequence[Beams]) -> Context:
+        request, size = self.request, beams[0].size
+        prompts = np.repeat([one.prompt for one in beams], size)
+        return Context(
+            ids=[ids for one in beams for ids in one.histories],
+            prompt_lengths=np.full(len(prompts), request.prompt_length),
+            pads=request.pads[prompts],
+            batch_ids=prompts,
+            max_lengths=np.full(len(prompts), request.max_length),
+        )
+
+    def _diverse(self, group: int, scores: Scores) -> Scores:
+        """Take `diversity_penalty` off what the earlier groups of each prompt have just taken."""
+        if group == 0:
+            return scores
+        out = scores.reshape(len(self.running), -1, scores.shape[1]).copy()
+        penalty = np.float32(self.request.params.diversity_penalty)
+        for rows, groups in zip(out, self.running, strict=True):
+            taken = np.concatenate([one.ids[:, one.length - 1] for one in groups[:group]])
+            tokens, counts = np.unique(taken, return_counts=True)
+            rows[:, tokens] -= penalty * counts.astype(np.float32)
+        return out.reshape(scores.shape)
+
+    def _candidates(self, beams: Sequence[Beams], scores: Scores) -> list[Candidates]:
+        """For each prompt the best continuations of its beams, or a draw among them."""
+        norms, size = self._norms(scores), beams[0].size
+        return [
+            self._candidates_of(one, scores[at : at + size], norms[at : at + size])
+            for one, at in zip(beams, range(0, len(scores), size), strict=True)
+        ]
+
+    def _candidates_of(self, beams: Beams, scores: Scores, norms: Scores) -> Candidates:
+        total = (scores + beams.scores[:, None]).ravel()
+        count = _kept(self.request.params)
+        if self.request.params.do_sample:
+            draws = self.request.draws(beams.new, beams.prompt, len(total))
+            places = pick.sample_several(total, draws, count)
+        else:
+            places = pick.largest(total, count)
+        parents, tokens = np.divmod(places, scores.shape[1])
+        logprobs = scores[parents, tokens] - norms[parents]
+        return Candidates(total[places], parents, tokens, logprobs)
+
+    def _norms(self, scores: Scores) -> Scores:
+        """float32 [beams]: what makes scores log-probabilities, where somebody asks for them."""
+        if not (self.request.logprobs and self.chain):
+            return np.zeros(len(scores), np.float32)
+        top = scores.max(axis=1)
+        return np.asarray(top + np.log(np.exp(scores - top[:, None]).sum(axis=1)), np.float32)
+
+    def _reasons(
+        self, beams: Sequence[Beams], candidates: Sequence[Candidates], scores: Scores
+    ) -> list[list[str | None]]:
+        """For each prompt, why each of its candidates [K] ends; None where it goes on."""
+        eos, count = self.request.eos, len(candidates[0].tokens)
+        if self.groups > 1:
+            others: list[str | None] = [None] * (count * len(beams))
+        else:
+            size = beams[0].size
+
+            def rows() -> tuple[Ids, Scores]:
+                ids = [one.continued(mine) for one, mine in zip(beams, candidates, strict=True)]
+                parents = [place * size + mine.parents for place, mine in enumerate(candidates)]
+                return np.concatenate(ids), scores[np.concatenate(parents)]
+
+            others = self._other_reasons(beams[0].length + 1, count * len(beams), rows)
+        return [
+            [
+                "eos" if token in eos else other
+                for token, other in zip(mine.tokens.tolist(), others[at : at + count], strict=True)
+            ]
+            for mine, at in zip(candidates, range(0, len(others), count), strict=True)
+        ]
+
+    def _other_reasons(
+        self, length: int, count: int, rows: Callable[[], tuple[Ids, Scores]]
+    ) -> list[str | None]:
+        """Why each of `count` sequences of `length` ends, apart from an eos.
+
+        Args:
+            rows: gives their ids, int64 [count, length], and the scores that their last tokens
+                were chosen from, float32 [count, vocab]; only asked if somebody looks at them.
+        """
+        request, nobody = self.request, [False] * count
+        text, criterion = nobody, nobody
+        if request.stop_text is not None or request.criteria:
+            ids, scores = rows()
+            if request.stop_text is not None:
+                text = [request.stop_text(row) for row in ids]
+            if request.criteria:
+                criterion = stop.asked(request.criteria, ids, scores).tolist()
+        limit = "length" if length >= request.max_length else None
+        late = "time" if request.deadline.passed() else None
+        return [
+            "stop_string" if by_text else limit or ("criterion" if by_criterion else late)
+            for by_text, by_criterion in zip(text, criterion, strict=True)
+        ]
+
+    def _end_groups(self, seen: Sequence[Scores]) -> bool:
+        """End all groups if the callers' criteria, the clock or the length end all their beams.
+
+        Args:
+            seen: for each group float32 [prompts * size, vocab], what it chose from.
+        """
+        going = [
+            (one, place, scores)
+            for place, groups in enumerate(self.running)
+            for one, scores in zip(groups, seen, strict=True)
+            if not one.done
+        ]
+        if not going:
+            return True
+        first, size = going[0][0], going[0][0].size
+
+        def rows() -> tuple[Ids, Scores]:
+            scores = [scores[place * size + one.parents] for one, place, scores in going]
+            return np.concatenate([one.histories for one, _, _ in going]), np.concatenate(scores)
+
+        reasons = self._other_reasons(first.length, size * len(going), rows)
+        if not all(reasons):
+            return False
+        for at, (one, _, _) in enumerate(going):
+            assert isinstance(one, Group)
+            one.end(reasons[at * size : (at + 1) * size])
+        return True
+
+    def _keep(self, beams: Sequence[Beams], logits: Scores, scores: Scores) -> None:
+        """Record what `output_logits`, `output_scores` and `top_logprobs` ask for."""
+        request, params = self.request, self.request.params
+        places = np.concatenate([one.first + np.arange(one.size) for one in beams])
+        total = len(request.prompts) * params.num_beams
+        for wanted, record, values in (
+            (params.output_logits, request.logits, logits),
+            (params.output_scores, request.scores, scores),
+        ):
+            if wanted:
+                if len(record) <= beams[0].new:
+                    record.append(np.zeros((total, values.shape[1]), np.float32))
+                record[-1][places] = values
+        if params.top_logprobs:
+            if len(self.top) <= beams[0].new:
+                self.top.append({})
+            best = map(tuple, pick.top_logprobs(scores, params.top_logprobs))
+            self.top[-1].update(zip(places.tolist(), best, strict=True))
+
+    def _finish(self, over: bool, moves: Mapping[int, Sequence[Move]]) -> None:
+        """Let go of the prompts that are done, of all if the search is over; move the rest."""
+        done = [all(one.done for one in groups) for groups in self.running]
+        if over or all(done):
+            self.running = []
+            return
+        slots = sum(one.size for groups in self.running for one in groups)
+        if self.leave and any(done):
+            keep = [groups for groups, gone in zip(self.running, done, strict=True) if not gone]
+            self.running = keep
+        self._apply([move for groups in self.running for move in moves[groups[0].prompt]], slots)
+        if sum(one.size for groups in self.running for one in groups) < slots:
+            self._move_up()
+
+    def _move_up(self) -> None:
+        """Fill the slots of prompts that are gone, with as few copies as possible."""
+        beams = [one for groups in self.running for one in groups]
+        slots = np.concatenate([one.slots for one in beams])
+        free = np.setdiff1d(np.arange(len(slots)), slots)
+        late = slots[slots >= len(slots)]
+        moved = dict(zip(late.tolist(), free.tolist(), strict=True))
+        for one in beams:
+            one.slots = np.array([moved.get(slot, slot) for slot in one.slots.tolist()])
+        self._apply([Move(slot, source, 0) for source, slot in moved.items()], len(slots))
+
+    def _apply(self, moves: Sequence[Move], slots: int) -> None:
+        """Make these copies in the cache and keep its first `slots` slots."""
+        parents, starts = np.arange(slots), np.zeros(slots, np.int64)
+        for slot, source, start in moves:
+            parents[slot], starts[slot] = source, start
+        self.cache.take(parents, starts)
+
+    def _forward(self) -> None:
+        """Compute the logits, float32 [slots, vocab], of the beams' last tokens."""
+        last = np.empty(sum(one.size for groups in self.running for one in groups), np.int64)
+        for groups in self.running:
+            for one in groups:
+                last[one.slots] = one.histories[:, -1]
+        self.logits = self.model.forward(list(last[:, None]), self.cache)[:, 0]
+
+
+def _best(groups: Sequence[Beams], request: Request) -> list[Hypothesis]:
+    """The best sequences of a prompt, of all its groups."""
+    if len(groups) == 1:
+        return groups[0].results()
+    ended = [hypothesis for one in groups for hypothesis in one.ended]
+    # Of equals the one that came last, as there.
+    ended = sorted(ended, key=lambda hypothesis: hypothesis.score)[::-1]
+    return ended[: request.params.num_return_sequences]

@@ -1,0 +1,213 @@
+"""Several tokens a step: they are guessed, the model reads them all at once, and keeps a prefix.
+
+A guess comes from the text itself (prompt lookup, github.com/apoorvumang/prompt-lookup-decoding)
+or from a smaller model (Leviathan et al. 2022, arXiv 2211.17192). Here a guessed token is kept if
+it is the one that the model itself picks at that place, by the same rule and, when sampling, with
+the same random numbers as without guesses. So the result is that of plain generation, token for
+token and seed for seed, for any number of rows. (transformers accepts by ratios of probabilities:
+the same distribution, but other tokens from the same seed. An assistant that samples here draws
+with the model's own random numbers, which makes it agree often: Daliri et al. 2024,
+arXiv 2408.07978.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastgen import pick
+from fastgen.batch import Batch, Event, choose, take_in
+from fastgen.model import Model
+from fastgen.request import Row
+
+# The rows that run and how many tokens each may get -> int64 [guessed] of each.
+Draft = Callable[[Sequence[Row], Sequence[int]], list[NDArray[np.int64]]]
+
+
+class Speculation(Batch):
+    """The loop, with guesses: rows advance by one token or more a step."""
+
+    def __init__(self, model: Model, draft: Draft) -> None:
+        super().__init__(model)
+        self.draft = draft
+
+    def step(self) -> list[Event]:
+        """Advance every row by the tokens of its guess that hold, and one more."""
+        if any(row.logits is not None for row in self.rows):
+            return super().step()
+        room = [row.request.max_length - row.length - 1 for row in self.rows]
+        guesses = [
+            guess[:most] for guess, most in zip(self.draft(self.rows, room), room, strict=True)
+        ]
+        if not any(len(guess) for guess in guesses):
+            return super().step()
+        held = self.cache.lengths[: len(self.rows)].copy()
+        logits = self._verify(guesses)
+        events: list[Event] = []
+        for places in self._alike():
+            events += _accept(
+                [self.rows[i] for i in places],
+                [guesses[i] for i in places],
+                [logits[i, : len(guesses[i]) + 1] for i in places],
+            )
+        for slot, row in enumerate(self.rows):
+            kept = sum(event.row is row for event in events)
+            self.cache.trim(slot, int(held[slot]) + kept)
+        self._end_step()
+        return events
+
+    def _verify(self, guesses: Sequence[NDArray[np.int64]]) -> NDArray[np.float32]:
+        """float32 [rows, longest + 1, vocab]: logits after the last token and each guessed one."""
+        new = [
+            np.append(row.ids[row.length - 1], guess)
+            for row, guess in zip(self.rows, guesses, strict=True)
+        ]
+        ends = np.array([[len(guess)] for guess in guesses])
+        positions = np.minimum(np.arange(ends.max() + 1), ends)
+        return self.model.forward(new, self.cache, logits_positions=positions)
+
+
+def _accept(
+    rows: Sequence[Row],
+    guesses: Sequence[NDArray[np.int64]],
+    logits: Sequence[NDArray[np.float32]],
+) -> list[Event]:
+    """Pick at every place as plain generation would; keep what agrees, and the first that does not.
+
+    Rows are alike: they share their processors.
+    """
+    ahead = [
+        row.after(guess[:count])
+        for row, guess in zip(rows, guesses, strict=True)
+        for count in range(len(guess) + 1)
+    ]
+    raw = np.concatenate(logits)
+    scores, tokens = choose(ahead, raw)
+    events: list[Event] = []
+    place = 0
+    for row, guess in zip(rows, guesses, strict=True):
+        picked = tokens[place : place + len(guess) + 1]
+        agree = picked[:-1] == guess
+        kept = len(guess) + 1 if agree.all() else int(agree.argmin()) + 1
+        for at in range(place, place + kept):
+            events += take_in([row], raw[at : at + 1], scores[at : at + 1], tokens[at : at + 1])
+            if row.finish_reason:
+                break
+        place += len(guess) + 1
+    return events
+
+
+def prompt_lookup(num_tokens: int, max_ngram: int) -> Draft:
+    """Guess what followed the last time that the text's last few tokens occurred.
+
+    Args:
+        num_tokens: tokens that are guessed, at most.
+        max_ngram: tokens that must match, at most; shorter matches are tried after longer ones.
+    """
+
+    def draft(rows: Sequence[Row], room: Sequence[int]) -> list[NDArray[np.int64]]:
+        return [
+            continuation(row.history, min(num_tokens, most), max_ngram, row.request.eos)
+            for row, most in zip(rows, room, strict=True)
+        ]
+
+    return draft
+
+
+def continuation(
+    ids: NDArray[np.int64], num_tokens: int, max_ngram: int, eos: frozenset[int]
+) -> NDArray[np.int64]:
+    """int64 [<= num_tokens]: what followed the leftmost match of the longest n-gram at the end."""
+    if num_tokens < 1:
+        return ids[:0]
+    for size in range(min(max_ngram, len(ids) - 1), 0, -1):
+        windows = np.lib.stride_tricks.sliding_window_view(ids, size)[:-1]
+        for start in np.flatnonzero((windows == ids[-size:]).all(axis=1)).tolist():
+            found = ids[start + size : start + size + num_tokens]
+            ends = np.flatnonzero(np.isin(found, list(eos)))
+            found = found[: ends[0]] if len(ends) else found
+            if len(found):
+                return found
+    return ids[:0]
+
+
+class Assistant:
+    """Guesses by a smaller model that shares the vocabulary.
+
+    It reads the rows into a cache of its own and picks as the model would: by the same processors
+    and the same random numbers. A row's guess ends where the assistant is unsure.
+
+    Args:
+        model: the smaller model.
+        num_tokens: tokens that are guessed, at most, at first.
+        confidence: a guess ends at a token less likely than this.
+        heuristic: two more tokens after a guess that held whole, one less after another
+            (transformers' `num_assistant_tokens_schedule="heuristic"`).
+    """
+
+    def __init__(self, model: Model, num_tokens: int, confidence: float, heuristic: bool) -> None:
+        self.model = model
+        self.num_tokens = num_tokens
+        self.confidence = confidence
+        self.heuristic = heuristic
+        self._cache = model.new_cache(0, 0)
+        self._slots: list[Row] = []
+        self._read_ids: dict[int, NDArray[np.int64]] = {}  # row -> what the cache has of it
+        self._guessed: dict[int, tuple[int, int]] = {}  # row -> its length then, tokens guessed
+
+    def __call__(self, rows: Sequence[Row], room: Sequence[int]) -> list[NDArray[np.int64]]:
+        """int64 [guessed] for each row (see `Draft`)."""
+        self._settle(rows)
+        self._adapt(rows)
+        most = [min(self.num_tokens, left) for left in room]
+        guesses: list[list[int]] = [[] for _ in rows]
+        going = [most[i] > 0 for i in range(len(rows))]
+        while any(going):
+            ahead = [row.after(guess) for row, guess in zip(rows, guesses, strict=True)]
+            logits = self._read(ahead)
+            scores, tokens = choose(ahead, logits)
+            sure = np.exp(pick.logprob_of(scores, tokens)) >= self.confidence
+            for i, token in enumerate(tokens.tolist()):
+                if not going[i]:
+                    continue
+                if not sure[i] or token in rows[i].request.eos:
+                    going[i] = False
+                    continue
+                guesses[i].append(token)
+                going[i] = len(guesses[i]) < most[i]
+        self._guessed = {
+            id(row): (row.length, len(guess)) for row, guess in zip(rows, guesses, strict=True)
+        }
+        return [np.array(guess, np.int64) for guess in guesses]
+
+    def _settle(self, rows: Sequence[Row]) -> None:
+        """Follow rows that joined or left, and forget what was read and did not hold."""
+        known = {id(row): slot for slot, row in enumerate(self._slots)}
+        longest = max(len(row.prompt) + row.request.max_length for row in rows)
+        self._cache.reserve(len(rows), longest + self.num_tokens)
+        self._cache.take([known.get(id(row), slot) for slot, row in enumerate(rows)])
+        for slot, row in enumerate(rows):
+            read, true = self._read_ids.get(id(row), row.seen[:0]), row.seen
+            common = min(len(read), len(true) - 1)
+            parted = np.flatnonzero(read[:common] != true[:common])
+            self._cache.lengths[slot] = parted[0] if len(parted) else common
+        self._slots = list(rows)
+
+    def _adapt(self, rows: Sequence[Row]) -> None:
+        if not self.heuristic or not self._guessed:
+            return
+        held = [
+            row.length - length > guessed
+            for row in rows
+            for length, guessed in [self._guessed.get(id(row), (row.length, 0))]
+        ]
+        self.num_tokens = self.num_tokens + 2 if all(held) else max(1, self.num_tokens - 1)
+
+    def _read(self, rows: Sequence[Row]) -> NDArray[np.float32]:
+        """float32 [rows, vocab]: logits after all of each row's tokens."""
+        lengths = self._cache.lengths[: len(rows)].tolist()
+        new = [row.seen[length:] for row, length in zip(rows, lengths, strict=True)]
+        self._read_ids = {id(row): ahead.seen for row, ahead in zip(self._slots, rows, strict=True)}
+        return self.model.forward(new, self._cache)[:, 0].copy()
