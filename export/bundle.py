@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +20,80 @@ from fastgen.export.source import Source
 import fastgen
 from fastgen.model import FORMAT, INFO, ModelError
 
+try:
+    import fcntl
+except ImportError:  # Windows: what a killed export leaves stays
+    fcntl = None  # type: ignore[assignment]
+
 REPORT = "report.json"
+OF_THIS_MACHINE = {"name_or_path", "is_local", "local_files_only", "vocab_file", "tokenizer_file"}
+STALE = 10.0  # seconds after which a temporary directory that nobody claims is removed
 
 
 @contextmanager
 def directory(out: Path, force: bool) -> Iterator[Path]:
     """A temporary neighbour of `out` that takes its place at the end, or leaves nothing.
 
+    A process that is killed cannot clean up: the next one that writes `out` does it.
+
     Raises:
         ModelError: `out` exists and `force` is False, or is something that is not ours to replace.
     """
+    out = Path(os.path.abspath(out))
     check_free(out, force)
+    made = [parent for parent in (out.parent, *out.parents) if not parent.exists()]
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    _remove_stale(out)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.new.", dir=out.parent))
     try:
         os.chmod(temporary, 0o777 & ~_umask())
-        yield temporary
-        _replace(temporary, out, force)
+        with _claimed(temporary):
+            yield temporary
+            _replace(temporary, out, force)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):  # it holds something by now
+                parent.rmdir()
+
+
+@contextmanager
+def _claimed(place: Path) -> Iterator[bool]:
+    """Hold a lock on a directory, which goes when the process does.
+
+    Yields whether we have it: False if another process holds it, or directories cannot be locked.
+    """
+    if fcntl is None:
+        yield False
+        return
+    handle = os.open(place, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(handle)
+
+
+def _remove_stale(out: Path) -> None:
+    """Remove what exports of `out` left that were killed: nobody claims it, and it is not new."""
+    pattern = re.compile(rf"\.{re.escape(out.name)}\.(new|old)\.[a-z0-9_]{{8}}")
+    for place in out.parent.iterdir():
+        kind = pattern.fullmatch(place.name)
+        if kind is None or not place.is_dir():
+            continue
+        if kind[1] == "old" and not out.exists():
+            continue  # it holds the one model that is left
+        with suppress(OSError):
+            # Between being made and being claimed a directory looks abandoned.
+            if time.time() - place.stat().st_mtime < STALE:
+                continue
+            with _claimed(place) as abandoned:
+                if abandoned:
+                    shutil.rmtree(place, ignore_errors=True)
 
 
 def check_free(out: Path, force: bool) -> None:
@@ -106,12 +163,18 @@ def _computes(source: Source, position: int) -> bool:
 
 def write_configuration(source: Source, to: Path) -> None:
     """config.json, generation_config.json and the tokenizer's files."""
-    (to / "config.json").write_text(source.model.config.to_json_string(use_diff=False))
+    config = json.loads(source.model.config.to_json_string(use_diff=False))
+    # Where the model came from is in `fastgen.json`, as a name; here it may be a path.
+    config.pop("_name_or_path", None)
+    write_json(to / "config.json", config)
     defaults = source.model.generation_config.to_dict()
     defaults = {name: value for name, value in defaults.items() if value is not None}
     write_json(to / "generation_config.json", defaults)
     if source.tokenizer is not None:
         source.tokenizer.save_pretrained(to)
+        path = to / "tokenizer_config.json"
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        write_json(path, {k: v for k, v in kept.items() if k not in OF_THIS_MACHINE})
 
 
 def seal(to: Path, description: dict[str, Any]) -> None:

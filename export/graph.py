@@ -16,7 +16,6 @@ binds to the memory of the inputs.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import logging
 import warnings
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ from typing import Any
 import onnx_ir
 import onnx_ir.passes.common
 import torch
-from fastgen.export import attention
+from fastgen.export import attention, refuse
 from fastgen.export.attention import Feed, Layer, PassingCache, UnsupportedModel
 from transformers import PreTrainedModel
 
@@ -107,20 +106,12 @@ def layers_of(model: PreTrainedModel) -> list[Layer]:
     Raises:
         UnsupportedModel: with the model's type and the reason.
     """
-    kind = model.config.model_type
-    try:
+    with refuse.by_name(model.config.model_type):
         return _record(model)
-    except UnsupportedModel as error:
-        raise UnsupportedModel(f"{kind} cannot be exported: {error}") from error
 
 
 def _record(model: PreTrainedModel) -> list[Layer]:
-    if model.config.is_encoder_decoder:
-        raise UnsupportedModel("it is an encoder-decoder model")
-    if "position_ids" not in inspect.signature(model.forward).parameters:
-        raise UnsupportedModel("its forward takes no position_ids")
-    if model.get_output_embeddings() is None:
-        raise UnsupportedModel("it has no output embeddings (lm_head)")
+    refuse.model(model)
     rows, new = 2, 5
     ids = torch.arange(rows * new).reshape(rows, new) % model.config.get_text_config().vocab_size
     positions = torch.arange(new).expand(rows, new)

@@ -107,13 +107,21 @@ def export(
         else:
             loaded = source.load(model, revision)
         found += _about(loaded)
-    training = loaded.model.training
-    loaded.model.eval()
-    try:
+    with _evaluating(loaded.model):
         _export(loaded, out, precision, force, allow_mismatch, shown)
-    finally:
-        loaded.model.train(training)
     return out
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Without dropout; afterwards each module trains or does not, as before."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _about(loaded: Source) -> list[str]:
@@ -141,7 +149,8 @@ def _export(
     with bundle.directory(out, force) as temporary:
         with shown.step("convert") as found:
             converted = graph.convert(model, layers)
-            trim.trim(converted)
+            trim.trim(converted, description["max_length"])
+            description["hard_limit"] |= trim.rotations_are_tabled(converted)
             graph.save(converted, temporary / GRAPH)
             del converted
             size = sum(p.stat().st_size for p in temporary.iterdir())

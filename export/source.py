@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
+from fastgen.export import refuse
 from fastgen.export.attention import UnsupportedModel
+from fastgen.export.check import TEXTS
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
 from fastgen import hub
 from fastgen.model import ModelError
+from fastgen.tokenizer import Tokenizer
+
+SHORT = 160  # characters of somebody else's error message that are worth repeating
 
 
 @dataclass
@@ -26,7 +37,8 @@ class Source:
     """A model to export.
 
     Attributes:
-        model: float32, in eval mode.
+        name: what it is called: a hub id or a directory's own name, never a path.
+        model: in float32.
         tokenizer: one that has a `tokenizer.json`; None if the model is exported for ids only.
         note: why there is no tokenizer.
     """
@@ -41,56 +53,161 @@ def load(name_or_path: str | os.PathLike[str], revision: str | None = None) -> S
     """Load from a `save_pretrained` directory or a hub id, whatever the stored dtype is.
 
     Raises:
-        ModelError: there is no such model.
+        ModelError: there is no such model, or it is not complete.
         UnsupportedModel: it is not a causal language model that transformers knows.
     """
+    if not isinstance(name_or_path, str | os.PathLike):
+        raise ValueError(
+            "model must be a hub id, a directory or a transformers model, "
+            f"got {type(name_or_path).__name__}"
+        )
     path = Path(name_or_path)
-    if not path.is_dir():
-        if path.exists():
-            raise ModelError(f"{path} is a file; expected a directory or a hub id")
-        path = hub.snapshot(str(name_or_path), revision, hub.NOT_READ)
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{name_or_path} is not a transformers model: {error}") from error
-    try:
-        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32)
-    except (ValueError, KeyError) as error:
-        raise UnsupportedModel(
-            f"{config.model_type} cannot be exported: transformers has no causal language model "
-            f"for it, or cannot load this one: {error}"
-        ) from error
-    except OSError as error:
-        raise ModelError(f"{name_or_path} cannot be loaded: {error}") from error
+    if path.exists() and not path.is_dir():
+        raise ModelError(f"{path} is a file; expected a directory or a hub id")
+    name = str(name_or_path)
+    if path.is_dir():
+        name = name_of(path)
+    else:
+        path = hub.transformers_snapshot(name, revision)
+    config = _configuration(path)
+    with refuse.by_name(config.model_type):
+        refuse.configuration(config)
+        model = _model(path, config)
     tokenizer, note = _tokenizer(path)
-    return Source(str(name_or_path), model.eval(), tokenizer, note)
+    return Source(name, model.eval(), tokenizer, note)
 
 
 def of_object(model: PreTrainedModel, tokenizer: object | None) -> Source:
-    """A model object as a source; it is copied if it is not in float32."""
-    if any(p.dtype != torch.float32 for p in model.parameters() if p.is_floating_point()):
-        model = copy.deepcopy(model).float()
+    """A model object as a source; it is copied if it is not in float32 on the CPU."""
+    devices = {p.device.type for p in model.parameters()}
+    if "meta" in devices:
+        raise UnsupportedModel(f"{model.config.model_type} has no weights: it is on device 'meta'")
+    if devices != {"cpu"} or any(
+        p.dtype != torch.float32 for p in model.parameters() if p.is_floating_point()
+    ):
+        model = copy.deepcopy(model).float().cpu()
     fast, note = _fast(tokenizer) if tokenizer is not None else (None, "no tokenizer was given")
-    return Source(model.config.name_or_path or model.config.model_type, model, fast, note)
+    said = model.config.name_or_path
+    place = Path(said)
+    name = name_of(place) if said and (place.is_absolute() or place.exists()) else said
+    return Source(name or model.config.model_type, model, fast, note)
+
+
+def name_of(path: Path) -> str:
+    """What the model in a directory is called; the hub's own cache tells its id."""
+    parts = path.resolve().parts
+    if len(parts) > 2 and parts[-2] == "snapshots" and parts[-3].startswith("models--"):
+        return parts[-3].removeprefix("models--").replace("--", "/")
+    return parts[-1]
+
+
+def _configuration(path: Path) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        if "trust_remote_code" in str(error):
+            raise UnsupportedModel(
+                f"{name_of(path)} cannot be exported: it brings Python code of its own, which "
+                "fastgen does not run"
+            ) from error
+        raise ModelError(f"{path} is not a transformers model: {_short(error)}") from error
+
+
+def _model(path: Path, config: PretrainedConfig) -> PreTrainedModel:
+    """The weights, all of them: transformers makes up what a checkpoint lacks."""
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise UnsupportedModel("transformers has no causal language model of this type")
+    try:
+        with _no_bars():
+            model, found = AutoModelForCausalLM.from_pretrained(
+                path,
+                config=config,
+                dtype=torch.float32,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+    except OSError as error:
+        raise ModelError(f"{path} cannot be loaded: {_short(error)}") from error
+    except (ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise UnsupportedModel(f"transformers cannot load it: {_short(error)}") from error
+    missing = sorted(found["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ModelError(
+            f"{path} is not a whole causal language model: it lacks {', '.join(missing[:3])}{more}"
+        )
+    return model
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """The pipeline shows the loading as a step of its own."""
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
 
 
 def _tokenizer(path: Path) -> tuple[PreTrainedTokenizerFast | None, str]:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
-        return None, f"transformers cannot load its tokenizer: {str(error).splitlines()[0]}"
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # of all kinds: files of any age and origin are read
+        return None, f"transformers cannot load its tokenizer: {_short(error)}"
     return _fast(tokenizer)
 
 
 def _fast(tokenizer: object) -> tuple[PreTrainedTokenizerFast | None, str]:
-    """The tokenizer as one that has a `tokenizer.json`; a slow one is converted if it can be."""
-    if getattr(tokenizer, "is_fast", False):
-        return tokenizer, ""  # type: ignore[return-value]
-    from transformers.convert_slow_tokenizer import convert_slow_tokenizer
+    """The tokenizer as one that has a `tokenizer.json`, or why there is none.
+
+    A slow one is converted. Either way the file alone must give the ids that the tokenizer gives:
+    wrong ids in silence are worse than none.
+    """
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(
+            f"tokenizer must be a tokenizer of transformers, got {type(tokenizer).__name__}"
+        )
+    kind = type(tokenizer).__name__
+    if _is_empty(tokenizer):
+        # What transformers makes of a directory without a tokenizer's files.
+        return None, f"its {kind} has no vocabulary"
+    fast = tokenizer
+    if not tokenizer.is_fast:
+        try:
+            fast = _converted(tokenizer)
+        except Exception as error:  # converters fail in many ways
+            return None, f"its {kind} has no fast form: {_short(error)}"
+    alone = Tokenizer.of(fast)
+    if any(alone.encode(text) != tokenizer(text)["input_ids"] for text in TEXTS):
+        return None, f"its {kind} gives other ids than the tokenizer.json made of it"
+    return fast, ""  # type: ignore[return-value]
+
+
+def _is_empty(tokenizer: PreTrainedTokenizerBase) -> bool:
+    ids = {i for text in TEXTS for i in tokenizer(text, add_special_tokens=False)["input_ids"]}
+    return ids <= {tokenizer.unk_token_id}
+
+
+def _converted(slow: Any) -> PreTrainedTokenizerFast:
+    """A slow tokenizer as a fast one; added tokens keep their ids."""
+    from transformers.convert_slow_tokenizer import SpmConverter, convert_slow_tokenizer
 
     try:
-        backend = convert_slow_tokenizer(tokenizer)
-    except (ValueError, KeyError, AttributeError, NotImplementedError, ImportError) as error:
-        return None, f"{type(tokenizer).__name__} has no fast form: {error}"
-    special = getattr(tokenizer, "special_tokens_map", {})
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **special), ""
+        backend = convert_slow_tokenizer(slow)
+    except (ValueError, AttributeError):
+        if not str(getattr(slow, "vocab_file", "")).endswith(".model"):
+            raise
+        backend = SpmConverter(slow).converted()  # sentencepiece, of a class without a converter
+    for index, token in sorted(slow.added_tokens_decoder.items()):
+        backend.add_tokens([token])
+        if backend.token_to_id(token.content) != index:
+            raise ValueError(f"the token {token.content!r} would not keep its id {index}")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **slow.special_tokens_map)
+
+
+def _short(error: BaseException) -> str:
+    """The first line of an error, cut where it stops to be of use."""
+    line = (str(error).strip() or repr(error)).splitlines()[0]
+    return line if len(line) <= SHORT else line[:SHORT].rsplit(" ", 1)[0] + " ..."

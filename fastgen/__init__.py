@@ -4,6 +4,8 @@ How a prompt becomes text, file by file:
 
     params      every knob: its name, default and check
     prompt      ids, masks, tensors -> rows            tokenizer   text <-> ids
+    tensors     torch's, without torch                 chat        messages -> text
+    healing     the prompt's last token, again
     request     the rows of one call and what they share
     model       new ids and a cache -> logits          cache       keys and values, in place
     threads     how many a step gets
@@ -11,6 +13,8 @@ How a prompt becomes text, file by file:
     pick        logits -> token, by torch's own random numbers
     stop        when a row ends                        output      what comes out
     batch       THE LOOP: rows join, step, leave       beam        beams over the same stages
+    guidance    what it would say without the prompt   lookup      several tokens a step
+    call        one call, checked and ready to run     score       how likely given tokens are
     generator   what people hold: CausalLM, load, generate
     hub         a name -> a model directory            demo        the embedded one
     __main__    the command line                       export      from torch to a directory

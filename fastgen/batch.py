@@ -161,10 +161,13 @@ def _reason(row: Row) -> str | None:
 
 
 def _ask(rows: Sequence[Row], scores: NDArray[np.float32]) -> None:
-    """End rows of one request by its callers' criteria."""
-    ids = np.stack([row.history for row in rows])
-    for row, ended in zip(rows, stop.asked(rows[0].request.criteria, ids, scores), strict=True):
-        if ended:
+    """End rows of one request, equally long, by its callers' criteria, which see all its rows."""
+    request = rows[0].request
+    every = request.blank(scores.shape[1])
+    every[[row.index for row in rows]] = scores
+    ended = stop.asked(request.criteria, request.sequences()[:, : rows[0].length], every)
+    for row in rows:
+        if ended[row.index]:
             row.finish_reason = row.finish_reason or "criterion"
 
 

@@ -113,6 +113,11 @@ class Beams:
         return self.ids[:, : self.length]
 
     @property
+    def places(self) -> Ids:
+        """int64 [size]: where its beams are among all beams of the call."""
+        return self.first + np.arange(self.size)
+
+    @property
     def parents(self) -> Ids:
         """int64 [size]: the beams that the running ones continued with their last token."""
         return self._beams[:, self.new - 1].astype(np.int64) - self.first
@@ -309,7 +314,7 @@ class Group(Beams):
     def _pad(self) -> list[Move]:
         """Go through the motions until the other groups of the prompt are done."""
         self.ids[:, self.length] = self.request.pad_token_id
-        self._beams[:, self.new] = self.first + np.arange(self.size)
+        self._beams[:, self.new] = self.places
         self.length += 1
         return []
 
@@ -375,6 +380,8 @@ class _Search:
 
     Attributes:
         running: for each prompt its groups; one, unless the search is diverse.
+        together: the processors that all beams go through at once.
+        apart: those that each group goes through when its turn comes.
         top: a step: for each beam of the call its likeliest tokens, if `top_logprobs` asks.
     """
 
@@ -384,7 +391,12 @@ class _Search:
         self.top: list[dict[int, TopLogprobs]] = []
         # What `output_scores` and `output_logits` show of a prompt goes on after its end.
         self.leave = not (request.params.output_scores or request.params.output_logits)
-        self.chain = request.chain or Chain()
+        # transformers 4.5x has diversity_penalty after guidance_scale and sequence_bias, before the
+        # other processors. Without groups there is no such border.
+        steps = request.chain.steps if request.chain else ()
+        early = sum(name in ("guidance_scale", "sequence_bias") for name, _ in steps)
+        border = len(steps) if self.groups == 1 else early
+        self.together, self.apart = Chain(steps[:border]), Chain(steps[border:])
         count, beams = len(request.prompts), request.params.num_beams
         # Shortest first, as `prefill` wants them.
         order = np.argsort([len(prompt) for prompt in request.prompts], kind="stable")
@@ -414,18 +426,20 @@ class _Search:
 
     def _step(self) -> None:
         """Choose the next token of every beam, and compute the logits that follow it."""
+        everyone = [one for groups in self.running for one in groups]
+        logits = self.logits[np.concatenate([one.slots for one in everyone])]
+        scores = self._process(self.together, everyone, pick.log_softmax(logits))
         moves: dict[int, list[Move]] = {}
         seen = []
         for group in range(self.groups):
             beams = [groups[group] for groups in self.running]
-            logits = self.logits[np.concatenate([one.slots for one in beams])]
-            scores = self._process(beams, group, pick.log_softmax(logits))
-            self._keep(beams, logits, scores)
-            candidates = self._candidates(beams, scores)
-            reasons = self._reasons(beams, candidates, scores)
-            for one, mine, why in zip(beams, candidates, reasons, strict=True):
-                moves.setdefault(one.prompt, []).extend(one.advance(mine, why))
-            seen.append(scores)
+            mine = self._of_group(group, beams, scores)
+            candidates = self._candidates(beams, mine)
+            reasons = self._reasons(beams, candidates, mine)
+            for one, options, why in zip(beams, candidates, reasons, strict=True):
+                moves.setdefault(one.prompt, []).extend(one.advance(options, why))
+            seen.append(mine)
+        self._keep(everyone, logits, seen)
         if self.groups == 1:
             over = all(reason for why in reasons for reason in why)
         else:
@@ -434,18 +448,9 @@ class _Search:
         if self.running:
             self._forward()
 
-    def _process(self, beams: Sequence[Beams], group: int, scores: Scores) -> Scores:
-        """float32 [beams, vocab]: log-probabilities after the processors."""
-        if not self.chain and self.groups == 1:
-            return scores
-        context = self._context(beams)
-        cut = 0
-        if self.groups > 1:
-            # transformers 4.5x has diversity_penalty after these two, before everything else.
-            first = ("guidance_scale", "sequence_bias")
-            cut = sum(name in first for name, _ in self.chain.steps)
-            scores = self._diverse(group, Chain(self.chain.steps[:cut])(context, scores))
-        return Chain(self.chain.steps[cut:])(context, scores)
+    def _process(self, chain: Chain, beams: Sequence[Beams], scores: Scores) -> Scores:
+        """float32 [beams, vocab]: scores after some of the processors."""
+        return chain(self._context(beams), scores) if chain else scores
 
     def _context(self, beams: Sequence[Beams]) -> Context:
         request, size = self.request, beams[0].size
@@ -456,19 +461,23 @@ class _Search:
             pads=request.pads[prompts],
             batch_ids=prompts,
             max_lengths=np.full(len(prompts), request.max_length),
+            beams=np.concatenate([one.places for one in beams]),
         )
 
-    def _diverse(self, group: int, scores: Scores) -> Scores:
-        """Take `diversity_penalty` off what the earlier groups of each prompt have just taken."""
-        if group == 0:
+    def _of_group(self, group: int, beams: Sequence[Beams], scores: Scores) -> Scores:
+        """float32 [beams of the group, vocab]: what a group chooses from.
+
+        A token loses `diversity_penalty` for each beam of an earlier group that has just taken it.
+        """
+        if self.groups == 1:
             return scores
-        out = scores.reshape(len(self.running), -1, scores.shape[1]).copy()
+        mine = scores.reshape(len(self.running), self.groups, -1, scores.shape[1])[:, group].copy()
         penalty = np.float32(self.request.params.diversity_penalty)
-        for rows, groups in zip(out, self.running, strict=True):
-            taken = np.concatenate([one.ids[:, one.length - 1] for one in groups[:group]])
-            tokens, counts = np.unique(taken, return_counts=True)
-            rows[:, tokens] -= penalty * counts.astype(np.float32)
-        return out.reshape(scores.shape)
+        for rows, groups in zip(mine, self.running, strict=True):
+            taken = [token for one in groups[:group] for token in one.histories[:, -1].tolist()]
+            for token in taken:
+                rows[:, token] -= penalty
+        return self._process(self.apart, beams, mine.reshape(-1, scores.shape[1]))
 
     def _candidates(self, beams: Sequence[Beams], scores: Scores) -> list[Candidates]:
         """For each prompt the best continuations of its beams, or a draw among them."""
@@ -492,7 +501,7 @@ class _Search:
 
     def _norms(self, scores: Scores) -> Scores:
         """float32 [beams]: what makes scores log-probabilities, where somebody asks for them."""
-        if not (self.request.logprobs and self.chain):
+        if not (self.request.logprobs and self.request.chain):
             return np.zeros(len(scores), np.float32)
         top = scores.max(axis=1)
         return np.asarray(top + np.log(np.exp(scores - top[:, None]).sum(axis=1)), np.float32)
@@ -573,24 +582,28 @@ class _Search:
             one.end(reasons[at * size : (at + 1) * size])
         return True
 
-    def _keep(self, beams: Sequence[Beams], logits: Scores, scores: Scores) -> None:
-        """Record what `output_logits`, `output_scores` and `top_logprobs` ask for."""
+    def _keep(self, beams: Sequence[Beams], logits: Scores, seen: Sequence[Scores]) -> None:
+        """Record what `output_logits`, `output_scores` and `top_logprobs` ask for.
+
+        Args:
+            beams: those of all running prompts, group by group.
+            logits: float32 [beams, vocab], as the model gave them.
+            seen: for each group float32 [prompts * size, vocab], what it chose from.
+        """
         request, params = self.request, self.request.params
-        places = np.concatenate([one.first + np.arange(one.size) for one in beams])
-        total = len(request.prompts) * params.num_beams
-        for wanted, record, values in (
-            (params.output_logits, request.logits, logits),
-            (params.output_scores, request.scores, scores),
-        ):
-            if wanted:
-                if len(record) <= beams[0].new:
-                    record.append(np.zeros((total, values.shape[1]), np.float32))
-                record[-1][places] = values
+        if params.output_logits:
+            request.logits.append(logits)
+        if not (params.output_scores or params.top_logprobs):
+            return
+        shape = (len(self.running), -1, logits.shape[1])
+        scores = np.concatenate([rows.reshape(shape) for rows in seen], axis=1)
+        scores = scores.reshape(logits.shape)
+        if params.output_scores:
+            request.scores.append(scores)
         if params.top_logprobs:
-            if len(self.top) <= beams[0].new:
-                self.top.append({})
+            places = np.concatenate([one.places for one in beams]).tolist()
             best = map(tuple, pick.top_logprobs(scores, params.top_logprobs))
-            self.top[-1].update(zip(places.tolist(), best, strict=True))
+            self.top.append(dict(zip(places, best, strict=True)))
 
     def _finish(self, over: bool, moves: Mapping[int, Sequence[Move]]) -> None:
         """Let go of the prompts that are done, of all if the search is over; move the rest."""

@@ -6,21 +6,17 @@ import functools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgen import beam, hub, lookup, processors, prompt, stop
-from fastgen.batch import Batch, Event
-from fastgen.guidance import Unconditional
+from fastgen import chat, hub, processors, score, stop, tensors
+from fastgen.call import Call, Objects, prepare, read
 from fastgen.model import Model
-from fastgen.output import GenerateOutput, Token
-from fastgen.params import Params, resolve
-from fastgen.prompt import Prompts
-from fastgen.request import Request
+from fastgen.output import Token
+from fastgen.params import resolve
 from fastgen.tokenizer import FILE as TOKENIZER
 from fastgen.tokenizer import TextStream, Tokenizer
 
@@ -46,6 +42,14 @@ class Settings:
         return None  # transformers' configurations answer None for what is not set
 
 
+class Device(str):
+    """Where the model is: "cpu", with the attribute of torch's devices that scripts look at."""
+
+    @property
+    def type(self) -> str:
+        return str(self)
+
+
 class CausalLM:
     """A causal language model: transformers' `generate` on numpy and onnxruntime.
 
@@ -61,7 +65,7 @@ class CausalLM:
         ModelError: the directory cannot be used; the message says why.
     """
 
-    device = "cpu"
+    device = Device("cpu")
 
     def __init__(self, directory: str | os.PathLike[str], threads: int | None = None) -> None:
         self.directory = Path(directory)
@@ -110,9 +114,9 @@ class CausalLM:
     def generate(
         self,
         input_ids: Any = None,
+        generation_config: Any = None,
         *,
         attention_mask: Any = None,
-        generation_config: Any = None,
         logits_processor: Sequence[processors.UserProcessor] | None = None,
         stopping_criteria: Sequence[stop.Criterion] | None = None,
         prefix_allowed_tokens_fn: processors.PrefixAllowedTokens | None = None,
@@ -129,22 +133,28 @@ class CausalLM:
         Args:
             input_ids: a list of ints, a (ragged) list of lists, an integer array of one or two
                 dimensions, or a torch tensor. None starts from the model's bos token.
-            attention_mask: 1 for tokens, 0 for padding; a ragged list needs none.
             generation_config: defaults of the call: an object with `to_dict()`, or a dict.
+            attention_mask: 1 for tokens, 0 for padding; a ragged list needs none.
             logits_processor: callables (ids int64 [rows, length], scores float32 [rows, vocab])
                 -> scores, after the built-in processors and before the sampling warpers. They see
                 the rows that still run.
-            stopping_criteria: callables of the same arguments -> bool, or bool [rows].
+            stopping_criteria: callables (ids int64 [rows, length], scores float32 [rows, vocab])
+                -> bool, or bool [rows], after each token. They see all rows, ended ones padded;
+                the scores are those that the last token was chosen from.
             prefix_allowed_tokens_fn: (batch id, ids [length]) -> the tokens allowed next.
             negative_prompt_ids: what classifier-free guidance steers away from; see
                 `guidance_scale`. Padding is left out, so a padded one is as if given alone.
             negative_prompt_attention_mask: its mask.
             assistant_model: a smaller fastgen model with the same vocabulary that guesses tokens.
                 The result is that of generation without it, for the same seed too.
-            tokenizer: for `stop_strings`; by default the model's own.
+            tokenizer: for `stop_strings` and `token_healing`; by default the model's own.
             streamer: an object with `put(ids)` and `end()`, such as transformers' TextStreamer.
             inputs: another name of `input_ids`.
             knobs: see `fastgen.Params`; `None` switches one off.
+
+        Callables get torch tensors if the ids are one or if they are of transformers' classes,
+        such as a `LogitsProcessorList` or `StoppingCriteriaList`; else numpy arrays. (Where
+        transformers lets such an object replace a built-in one of its class, here both apply.)
 
         Returns:
             int64 [rows * num_return_sequences, length] in the kind that came in, padded as
@@ -170,21 +180,12 @@ class CausalLM:
             tokenizer=tokenizer,
             knobs=knobs,
         )
-        request = call.request
-        if streamer is not None and request.params.num_beams > 1:
-            raise ValueError(
-                f"streamer cannot be used with num_beams={request.params.num_beams}: beams change "
-                "until the end"
-            )
         if streamer is not None:
-            ids = call.prompts.ids
-            streamer.put(np.repeat(ids, len(request.rows) // len(ids), axis=0))
-        for events in call.steps():
-            if streamer is not None:
-                streamer.put(_tokens(request, events))
-        if streamer is not None:
-            streamer.end()
-        return _result(request, call.prompts)
+            call.tell(streamer)
+        else:
+            for _ in call.steps():
+                pass
+        return call.result()
 
     def stream(
         self, prompt: Any, *, skip_special_tokens: bool = True, **kwargs: Any
@@ -200,12 +201,8 @@ class CausalLM:
         Yields:
             A `Token` as soon as it is known.
         """
-        if isinstance(prompt, str):
-            prompt = [prompt]
-        if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], str):
-            prompt = [self.tokenizer.encode(text) for text in prompt]
         objects = {name: kwargs.pop(name) for name in _OBJECTS if name in kwargs}
-        call = self._call(prompt, knobs=kwargs, logprobs=True, **objects)
+        call = self._call(self._ids(prompt), knobs=kwargs, logprobs=True, **objects)
         texts = None
         if (self.directory / TOKENIZER).is_file():
             texts = [
@@ -219,155 +216,143 @@ class CausalLM:
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not texts:
             raise ValueError("no prompt was given: pass a text or a list of texts")
-        parts: dict[int, list[str]] = {}
-        for token in self.stream(texts, **kwargs):
-            parts.setdefault(token.row, []).append(token.text)
-        out = ["".join(parts[row]) for row in sorted(parts)]
+        out = self._written(texts, kwargs)
         return out[0] if isinstance(prompt, str) and len(out) == 1 else out
 
-    def _call(
+    def chat(
         self,
-        ids: Any,
+        messages: Sequence[Mapping[str, Any]],
         *,
-        knobs: Mapping[str, Any],
-        attention_mask: Any = None,
-        generation_config: Any = None,
-        logits_processor: Sequence[processors.UserProcessor] | None = None,
-        stopping_criteria: Sequence[stop.Criterion] | None = None,
-        prefix_allowed_tokens_fn: processors.PrefixAllowedTokens | None = None,
-        negative_prompt_ids: Any = None,
-        negative_prompt_attention_mask: Any = None,
-        assistant_model: CausalLM | None = None,
-        tokenizer: Any = None,
-        logprobs: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_variables: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The model's reply to a conversation, by its own chat template (extra `fastgen[chat]`).
+
+        Args:
+            messages: such as `[{"role": "user", "content": "Hi"}]`, oldest first.
+            tools: JSON schemas of functions, for templates that know of them.
+            template_variables: what else the template sees, such as `{"enable_thinking": False}`.
+            kwargs: the keywords of `generate`. Where no length is set, here or in the model's
+                defaults, a reply has 256 tokens at most.
+
+        Returns:
+            The reply without special tokens; a list with `num_return_sequences` above 1.
+        """
+        variables = dict(template_variables or {})
+        text = chat.prompt(self.directory, self.tokenizer.config, messages, tools, **variables)
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        known = {**self.generation_config.to_dict(), **kwargs}
+        if not any(known.get(n) for n in ("max_length", "max_new_tokens", "generation_config")):
+            kwargs["max_new_tokens"] = chat.MAX_NEW_TOKENS
+        out = self._written([ids], kwargs)
+        return out[0] if len(out) == 1 else out
+
+    def score(self, ids: Any, *, prefix: Any = None, attention_mask: Any = None) -> Any:
+        """The log-probability of each given token, as the model predicts it from those before.
+
+        Args:
+            ids: one text or row of ids, or several of them, as `generate` takes them.
+            prefix: one text or row of ids that comes before every row and is read only once:
+                then these are continuations, cut into tokens apart from it.
+            attention_mask: 0 for the padding of a rectangular array; it is left out.
+
+        Returns:
+            float32 [length] for one text or row, a list of them for several. The first token,
+            which nothing predicts, has nan; with a prefix it has its number too.
+
+        Raises:
+            ValueError: a row is empty, or longer (with the prefix) than the model takes.
+        """
+        before = None
+        if prefix is not None:
+            (before,) = self._rows(prefix)
+        rows = self._rows(ids, attention_mask, special=prefix is None)
+        limit = self.model.info.max_length
+        longest = max(map(len, rows)) + (0 if before is None else len(before))
+        if limit is not None and longest > limit:
+            raise ValueError(f"{longest} tokens cannot be scored: the model takes {limit} at most")
+        out = score.log_probabilities(self.model, rows, before)
+        return out[0] if _is_one(ids) else out
+
+    def perplexity(self, texts: Any) -> float:
+        """exp of the mean negative log-probability of all tokens of some texts (or rows of ids).
+
+        The first token of each is not counted: nothing predicts it.
+        """
+        found = self.score(texts)
+        return score.perplexity(found if isinstance(found, list) else [found])
+
+    def compute_transition_scores(
+        self,
+        sequences: Any,
+        scores: Sequence[Any],
+        beam_indices: Any = None,
+        normalize_logits: bool = False,
+    ) -> Any:
+        """The score of each generated token, as transformers' method of this name gives it.
+
+        Args:
+            sequences, scores, beam_indices: of a `GenerateOutput` with `output_scores=True`.
+            normalize_logits: whether scores become log-probabilities.
+
+        Returns:
+            float32 [rows, new], a tensor if `sequences` is one. What follows a row's end is 0.
+        """
+        out = score.transition_scores(
+            np.asarray(tensors.array(sequences)),
+            [tensors.array(step) for step in scores],
+            tensors.array(beam_indices),
+            normalize_logits,
+        )
+        return tensors.tensor(out) if tensors.is_tensor(sequences) else out
+
+    def _ids(self, prompt: Any, special: bool = True) -> Any:
+        """A text or several as ids; what is no text as it is."""
+        if isinstance(prompt, str):
+            prompt = [prompt]
+        if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], str):
+            return [self.tokenizer.encode(text, add_special_tokens=special) for text in prompt]
+        return prompt
+
+    def _rows(
+        self, ids: Any, attention_mask: Any = None, special: bool = True
+    ) -> list[NDArray[np.int64]]:
+        """int64 [length] of each text or row of ids, without padding."""
+        defaults = self.generation_config.to_dict()
+        special_tokens = {n: defaults.get(n) for n in ("pad_token_id", "eos_token_id")}
+        params = resolve(special_tokens, None, {})
+        return read(self.model, params, self._ids(ids, special), attention_mask).rows
+
+    def _written(self, prompts: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
+        """What `stream` writes, row by row."""
+        parts: dict[int, list[str]] = {}
+        for token in self.stream(prompts, **kwargs):
+            parts.setdefault(token.row, []).append(token.text)
+        return ["".join(parts[row]) for row in sorted(parts)]
+
+    def _call(
+        self, ids: Any, *, knobs: Mapping[str, Any], logprobs: bool = False, **objects: Any
     ) -> Call:
-        """Check everything that was passed and make of it what the searches run."""
-        info = self.model.info
-        params = resolve(self.generation_config.to_dict(), _mapping(generation_config), knobs)
-        prompts = self._read(ids, attention_mask, params)
-        width, longest = prompts.ids.shape[1], max(len(row) for row in prompts.rows)
-        max_length = stop.length_limit(params, width, longest, info.max_length, info.hard_limit)
-        unconditional = None
-        if params.guidance_scale not in (None, 1.0):
-            negative = None
-            if negative_prompt_ids is not None:
-                negative = self._read(negative_prompt_ids, negative_prompt_attention_mask, params)
-            unconditional = self._unconditional(params, prompts, negative, max_length)
-        chain = processors.build(
-            params,
-            info.vocab_size,
-            prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
-            logits_processor=logits_processor or (),
-            unconditional=unconditional,
-        )
-        request = Request(
-            params=params,
-            prompts=prompts.rows,
-            padded=prompts.ids,
-            pads=prompts.pads,
-            max_length=max_length,
-            chain=chain or None,
-            criteria=stopping_criteria or (),
-            stop_text=self._stop_text(params, tokenizer),
-            logprobs=logprobs,
-        )
-        return Call(self.model, request, prompts, self._draft(params, assistant_model))
-
-    def _read(self, ids: Any, attention_mask: Any, params: Params) -> Prompts:
-        if ids is None:
-            if params.bos_token_id is None:
-                raise ValueError("no input_ids were given and the model has no bos_token_id")
-            ids = [[params.bos_token_id]]
-        return prompt.read(
+        return prepare(
+            self.model,
+            self.generation_config.to_dict(),
+            lambda: self.tokenizer,
             ids,
-            attention_mask,
-            vocab_size=self.model.info.vocab_size,
-            pad_token_id=params.pad_token_id,
-            eos_token_id=params.eos_token_id,
-        )
-
-    def _unconditional(
-        self, params: Params, prompts: Prompts, negative: Prompts | None, max_length: int
-    ) -> Unconditional:
-        if params.prompt_lookup_num_tokens is not None:
-            raise ValueError("guidance_scale cannot be used with prompt_lookup_num_tokens")
-        rows = negative.rows if negative is not None else None
-        if rows is not None and len(rows) not in (1, len(prompts.ids)):
-            raise ValueError(
-                f"negative_prompt_ids has {len(rows)} rows, expected 1 or {len(prompts.ids)}"
-            )
-        if rows is not None and len(rows) == 1:
-            rows = rows * len(prompts.ids)
-        copies = params.num_beams if params.num_beams > 1 else params.num_return_sequences
-        return Unconditional(self.model, copies * len(prompts.ids), max_length, rows, copies)
-
-    def _stop_text(self, params: Params, tokenizer: Any) -> stop.StopText | None:
-        if params.stop_strings is None:
-            return None
-        known = self.tokenizer if tokenizer is None else Tokenizer.of(tokenizer)
-        return stop.StopStrings(known.spelling, params.stop_strings, known.bytes_are is not None)
-
-    def _draft(self, params: Params, assistant: CausalLM | None) -> lookup.Draft | None:
-        """What guesses tokens, if anything does."""
-        if assistant is None and params.prompt_lookup_num_tokens is None:
-            return None
-        if params.num_beams > 1:
-            raise ValueError("tokens cannot be guessed for beams: use num_beams=1")
-        if params.guidance_scale not in (None, 1.0):
-            raise ValueError("guidance_scale cannot be used with an assistant_model")
-        if assistant is None:
-            assert params.prompt_lookup_num_tokens is not None
-            return lookup.prompt_lookup(
-                params.prompt_lookup_num_tokens, params.max_matching_ngram_size or 2
-            )
-        ours, theirs = self.model.info.vocab_size, assistant.model.info.vocab_size
-        if ours != theirs:
-            raise ValueError(f"assistant_model has a vocabulary of {theirs}, the model of {ours}")
-        return lookup.Assistant(
-            assistant.model,
-            params.num_assistant_tokens,
-            params.assistant_confidence_threshold,
-            params.num_assistant_tokens_schedule == "heuristic",
+            Objects(**objects),
+            knobs,
+            logprobs,
         )
 
 
-@dataclass
-class Call:
-    """One call, ready to run."""
-
-    model: Model
-    request: Request
-    prompts: Prompts
-    draft: lookup.Draft | None = None
-
-    def steps(self) -> Iterator[list[Event]]:
-        """Run it: the new tokens of each step. Beams come all at once, when they are known."""
-        params = self.request.params
-        if params.num_beams > 1 or params.num_beam_groups > 1:
-            yield from beam.search(self.model, self.request)
-            return
-        batch = Batch(self.model)
-        if self.draft is not None:
-            batch = lookup.Speculation(self.model, self.draft)
-        batch.add(self.request)
-        while batch.rows:
-            yield batch.step()
+_OBJECTS = tuple(Objects.__dataclass_fields__)
 
 
-# What `stream` takes besides knobs; `generate` spells them out.
-_OBJECTS = (
-    "attention_mask", "generation_config", "logits_processor", "stopping_criteria",
-    "prefix_allowed_tokens_fn", "negative_prompt_ids", "negative_prompt_attention_mask",
-    "assistant_model", "tokenizer",
-)  # fmt: skip
-
-
-def _mapping(config: Any) -> Mapping[str, Any] | None:
-    if config is None or isinstance(config, Mapping):
-        return config
-    if not hasattr(config, "to_dict"):
-        raise ValueError(f"generation_config must be a dict or have to_dict(), got {config!r}")
-    return dict(config.to_dict())
+def _is_one(ids: Any) -> bool:
+    """Whether this is one text or one row of ids, rather than several."""
+    return isinstance(ids, str) or not (
+        isinstance(ids[0], str) or np.ndim(tensors.array(ids[0])) > 0
+    )
 
 
 def _as_tokens(call: Call, texts: list[TextStream] | None) -> Iterator[Token]:
@@ -388,31 +373,6 @@ def _as_tokens(call: Call, texts: list[TextStream] | None) -> Iterator[Token]:
                 finish_reason=reason,
                 row=row.index,
             )
-
-
-def _tokens(request: Request, events: Sequence[Event]) -> NDArray[np.int64]:
-    """int64 [rows]: the new token of each row, padding for those that have ended."""
-    out = np.full(len(request.rows), request.pad_token_id, np.int64)
-    for event in events:
-        out[event.row.index] = event.token
-    return out
-
-
-def _result(request: Request, prompts: Prompts) -> Any:
-    sequences = prompts.give_back(request.sequences())
-    params = request.params
-    if not params.return_dict_in_generate:
-        return sequences
-    beams = params.num_beams > 1
-    return GenerateOutput(
-        sequences=sequences,
-        scores=tuple(request.scores) if params.output_scores else None,
-        logits=tuple(request.logits) if params.output_logits else None,
-        sequences_scores=request.sequences_scores() if beams and params.output_scores else None,
-        beam_indices=request.beam_indices() if beams else None,
-        finish_reasons=[row.finish_reason or "" for row in request.rows],
-        top_logprobs=request.top_logprobs if params.top_logprobs else None,
-    )
 
 
 def load(

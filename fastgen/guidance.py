@@ -42,7 +42,7 @@ class Unconditional:
 
     def __call__(self, context: Context) -> NDArray[np.float32]:
         """float32 [rows, vocab]: the unconditional logits of the rows of `context`."""
-        rows = context.batch_ids.tolist()
+        rows = context.rows.tolist()
         if not self._slots:
             self._slots = rows
             return self._model.forward(self._starts(context), self._cache)[:, 0].copy()
@@ -54,4 +54,4 @@ class Unconditional:
     def _starts(self, context: Context) -> list[NDArray[np.int64]]:
         if self._negative is None:
             return [ids[-1:] for ids in context.ids]
-        return [self._negative[row // self._copies] for row in context.batch_ids]
+        return [self._negative[row // self._copies] for row in context.rows]

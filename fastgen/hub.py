@@ -19,7 +19,10 @@ DEMO = Path(__file__).parent / "demo"
 PRECISION = "fp32"  # of an export where none is asked for
 
 # What a transformers repository holds that an export does not read.
-NOT_READ = ["*.h5", "*.msgpack", "*.ot", "*.onnx*", "*.gguf", "*.tflite", "coreml/*", "onnx/*"]
+NOT_READ = [
+    "*.h5", "*.msgpack", "*.ot", "*.onnx*", "*.gguf", "*.tflite", "coreml/*", "onnx/*", "original/*",
+]  # fmt: skip
+PICKLES = ["*.bin", "*.pt", "*.pth"]  # the same weights again where there are safetensors
 
 
 def directory(name_or_path: str | os.PathLike[str] | None) -> Path:
@@ -33,13 +36,13 @@ def directory(name_or_path: str | os.PathLike[str] | None) -> Path:
     path = Path(name_or_path)
     if path.exists() or not _is_hub_id(name_or_path):
         return path
-    found = snapshot(str(name_or_path), None, None)
-    if not (found / INFO).is_file():
+    # A repository that is not ours is not worth its weights: look for the description first.
+    if not (snapshot(str(name_or_path), only=[INFO]) / INFO).is_file():
         raise ModelError(
             f"the hub repository {name_or_path} holds no fastgen model ({INFO}); for a "
             "transformers model use CausalLM.from_pretrained, or `fastgen export`"
         )
-    return found
+    return snapshot(str(name_or_path))
 
 
 def exported(
@@ -57,8 +60,10 @@ def exported(
             raise ModelError(f"{source} is not a directory, nor a hub id")
         key = str(source.resolve()) + _fingerprint(source)
     else:
-        source = snapshot(str(name_or_path), revision, NOT_READ)
+        source = transformers_snapshot(str(name_or_path), revision)
         key = str(name_or_path) + source.name
+        if (source / INFO).is_file():
+            source = snapshot(str(name_or_path), revision)
     if (source / INFO).is_file():
         return _of_precision(source, precision)
     wanted = precision or PRECISION
@@ -71,25 +76,65 @@ def exported(
     return out
 
 
-def snapshot(repository: str, revision: str | None, ignore: list[str] | None) -> Path:
+def transformers_snapshot(repository: str, revision: str | None = None) -> Path:
+    """Download (or find in the hub's own cache) what an export reads of a repository.
+
+    Raises:
+        ModelError: it cannot be reached or does not exist.
+    """
+    found = snapshot(repository, revision, ignore=NOT_READ + PICKLES)
+    if any(found.glob("*.safetensors")) or (found / INFO).is_file():
+        return found
+    return snapshot(repository, revision, ignore=NOT_READ)
+
+
+def snapshot(
+    repository: str,
+    revision: str | None = None,
+    *,
+    only: list[str] | None = None,
+    ignore: list[str] | None = None,
+) -> Path:
     """Download (or find in the hub's own cache) a repository, with its progress bars.
+
+    Args:
+        repository: its id.
+        revision: a branch, tag or commit; None for the default branch.
+        only, ignore: patterns of files.
 
     Raises:
         ModelError: it cannot be reached or does not exist.
     """
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(
-            huggingface_hub.snapshot_download(repository, revision=revision, ignore_patterns=ignore)
+            huggingface_hub.snapshot_download(
+                repository, revision=revision, allow_patterns=only, ignore_patterns=ignore
+            )
         )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+    except Exception as error:  # of huggingface_hub, of the system, or of whatever speaks HTTP
         raise ModelError(
             f"{repository} is neither a directory here nor a repository that can be had from the "
-            f"hub: {reason}"
+            f"hub: {_reason(error, revision)}"
         ) from error
+
+
+def _reason(error: Exception, revision: str | None) -> str:
+    """What went wrong with the hub, in one line."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return "it is gated: accept its terms on the hub and log in with `hf auth login`"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "there is no such repository, or it is private"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"it has no revision {revision!r}"
+    if isinstance(error, errors.IncompleteSnapshotError):
+        return "the hub cannot be reached, and only a part of it is in the cache"
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return "the hub cannot be reached, and it is not in the cache"
+    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 def cache_directory() -> Path:

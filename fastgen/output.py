@@ -35,8 +35,11 @@ class Token:
 class GenerateOutput:
     """What `generate` returns with `return_dict_in_generate=True`, in transformers' names.
 
+    The arrays are torch tensors if the ids came as one, else numpy's.
+
     Attributes:
-        sequences: int64 [rows * num_return_sequences, length], in the kind that came in.
+        sequences: int64 [rows * num_return_sequences, length], in the kind that came in (lists
+            for lists).
         scores: a step: processed scores float32 [rows, vocab], if `output_scores`. Of a row that
             has finished they say that padding is certain (0 for it, -inf for the rest).
         logits: the same before processing, if `output_logits`.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 Seed = int | tuple[int, ...] | None
@@ -236,7 +236,7 @@ _RULES: dict[str, tuple[str, Any]] = {
     "max_new_tokens": _POSITIVE,
     "min_length": _NOT_NEGATIVE,
     "min_new_tokens": _NOT_NEGATIVE,
-    "max_time": _POSITIVE,
+    "max_time": _NOT_NEGATIVE,
     "num_beams": _POSITIVE,
     "num_beam_groups": _POSITIVE,
     "num_return_sequences": _POSITIVE,
@@ -297,14 +297,18 @@ INERT = {
     "cache_config": "there is one cache, in place",
     "max_cache_len": "the cache is as long as the call needs",
     "prefill_chunk_size": "prompts are always prefilled in chunks",
+    "logits_to_keep": "only the logits that are needed are computed",
     "compile_config": "nothing is compiled",
     "disable_compile": "nothing is compiled",
+    "return_dict": "about the model's own call",
     "decoder_start_token_id": "for encoder-decoder models",
+    "assistant_lookbehind": "for an assistant with another tokenizer, which is not supported",
+    "target_lookbehind": "for an assistant with another tokenizer, which is not supported",
     "synced_gpus": "for several GPUs",
     "transformers_version": "a note of the file's writer",
 }
 
-# Knobs of transformers that ask for something else than what they are set to here.
+# Knobs of transformers that ask for something that is not done here.
 UNSUPPORTED = {
     "output_attentions": "the graph does not compute attention weights apart",
     "output_hidden_states": "the graph returns logits alone",
@@ -317,13 +321,15 @@ UNSUPPORTED = {
     "speculation_type": "draft heads are not exported",
     "is_assistant": "set on a draft model by transformers itself",
     "assistant_early_exit": "the graph has one exit",
-    "assistant_lookbehind": "an assistant must share the model's tokenizer",
-    "target_lookbehind": "an assistant must share the model's tokenizer",
     "assistant_ensemble_weight": "it changes the distribution",
+    "assistant_tokenizer": "an assistant must share the model's vocabulary",
     "continuous_batching_config": "deprecated in transformers",
     "inputs_embeds": "the graph takes token ids",
+    "token_type_ids": "the graph takes no other ids than tokens",
     "position_ids": "positions follow from the attention_mask",
     "past_key_values": "the cache belongs to the call",
+    "encoder_outputs": "for encoder-decoder models",
+    "decoder_input_ids": "for encoder-decoder models",
     "custom_generate": "remote code is not run",
     "trust_remote_code": "remote code is not run",
 }
@@ -337,30 +343,38 @@ def resolve(
     """Merge as transformers does: keywords, then the passed config, the model's own, the defaults.
 
     An explicit keyword `None` switches a knob off (`top_k=None`); a `None` in a config means
-    "not set there". The length that nobody set is 20 new tokens (see `prompt`).
+    "not set there". The length that nobody set is 20 new tokens (see `stop.length_limit`).
 
     Args:
-        model_defaults: the exported generation_config.json.
+        model_defaults: the exported generation_config.json. Models keep notes of their own in it,
+            so a name there that is no knob of transformers says nothing, as in transformers.
         config: a GenerationConfig's fields, or None.
         kwargs: the call's own keywords.
 
     Raises:
         ValueError: a keyword that is unknown, unsupported or set to a bad value.
     """
-    merged = {name: value for name, value in model_defaults.items() if value is not None}
-    merged = {name: value for name, value in merged.items() if name in NAMES}
-    if config is not None:
-        given = {name: value for name, value in config.items() if value is not None}
-        check_names(given)
-        merged |= {name: value for name, value in given.items() if name in NAMES}
-    check_names(kwargs)
-    merged |= {
-        name: _OFF.get(name, value) if value is None else value
-        for name, value in kwargs.items()
-        if name in NAMES
+    own = {name: value for name, value in model_defaults.items() if value is not None}
+    given = {
+        name: value
+        for name, value in (config or {}).items()
+        if value is not None and (name in KNOWN or name not in own) and name[0] != "_"
     }
-    return Params(**merged)
+    for name in (*given, *kwargs):
+        _check_name(name)
+    merged: dict[str, Any] = {**own, **given, **kwargs}
+    for name in UNSUPPORTED:
+        if _asks(merged.get(name)):
+            whose = "" if name in given or name in kwargs else " (the model's own default)"
+            raise ValueError(
+                f"{name}={merged[name]!r}{whose} is not supported: {UNSUPPORTED[name]}"
+            )
+    knobs = {name: value for name, value in merged.items() if name in NAMES}
+    knobs |= {name: _OFF.get(name) for name, value in knobs.items() if value is None}
+    return Params(**knobs)
 
+
+KNOWN = NAMES | set(INERT) | set(UNSUPPORTED)
 
 # What an explicit `None` means where the field itself has no None.
 _OFF: dict[str, Any] = {
@@ -368,18 +382,17 @@ _OFF: dict[str, Any] = {
 } | {"top_k": 0}
 
 
-def check_names(kwargs: Mapping[str, Any]) -> None:
-    """Raise for keywords that are unknown, or known and asking for what is not done here."""
-    for name, value in kwargs.items():
-        if name in NAMES or name in INERT or name.startswith("_"):
-            continue
-        if name in UNSUPPORTED:
-            if value in (None, False, 0, 0.0) or _is_default(name, value):
-                continue
-            raise ValueError(f"{name}={value!r} is not supported: {UNSUPPORTED[name]}")
-        near = difflib.get_close_matches(name, sorted(NAMES | set(ARGUMENTS)), n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"{name} is not a keyword of generate{hint}")
+def _check_name(name: str) -> None:
+    if name in KNOWN:
+        return
+    near = difflib.get_close_matches(name, sorted(NAMES | set(ARGUMENTS)), n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ValueError(f"{name} is not a keyword of generate{hint}")
+
+
+def _asks(value: Any) -> bool:
+    """Whether an unsupported knob is set to something: off, 0 and None ask for nothing."""
+    return value is not None and not (isinstance(value, int | float) and value == 0)
 
 
 # The arguments of `generate` that are objects rather than knobs (see generator).
@@ -396,11 +409,21 @@ ARGUMENTS = (
     "streamer",
 )
 
-_INHERITED_DEFAULTS = {"assistant_lookbehind": 10, "target_lookbehind": 10}
 
-
-def _is_default(name: str, value: Any) -> bool:
-    return name in _INHERITED_DEFAULTS and bool(value == _INHERITED_DEFAULTS[name])
+def table() -> str:
+    """Every knob as Markdown: what it does, what changes nothing, and what is left out and why."""
+    lines = ["| knob | default | |", "|---|---|---|"]
+    for knob in fields(Params):
+        whose = "" if knob.metadata["like"] == "transformers" else f" ({knob.metadata['like']}'s)"
+        default = "" if knob.default is None else f"`{knob.default}`"
+        lines.append(f"| `{knob.name}` | {default} | {knob.metadata['help']}{whose} |")
+    for title, reasons in (
+        ("Accepted, and nothing changes:", INERT),
+        ("Not supported, and an error that says so:", UNSUPPORTED),
+    ):
+        lines += ["", title, "", "| knob | why |", "|---|---|"]
+        lines += [f"| `{name}` | {why} |" for name, why in reasons.items()]
+    return "\n".join(lines)
 
 
 __all__ = [
@@ -409,7 +432,6 @@ __all__ = [
     "NAMES",
     "UNSUPPORTED",
     "Params",
-    "check_names",
-    "replace",
     "resolve",
+    "table",
 ]

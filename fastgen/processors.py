@@ -30,6 +30,12 @@ class Context:
     max_lengths: np.ndarray  # int64 [rows]: where the row ends at the latest, prompt included
     pads: np.ndarray  # int64 [rows]: leading ids that repetition_penalty leaves out
     batch_ids: np.ndarray  # int64 [rows]: the prompt of the row, for prefix_allowed_tokens_fn
+    beams: np.ndarray | None = None  # int64 [rows]: which beam of the call, where there are beams
+
+    @property
+    def rows(self) -> np.ndarray:
+        """int64 [rows]: which row of the call (with beams: which beam) each of them is."""
+        return self.batch_ids if self.beams is None else self.beams
 
     @cached_property
     def lengths(self) -> np.ndarray:

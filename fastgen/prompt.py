@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +9,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fastgen import tensors
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,11 @@ class Prompts:
 
     def give_back(self, sequences: NDArray[np.int64]) -> Any:
         """`sequences` in the kind that came in."""
-        if self.kind == "list":
-            return sequences.tolist()
-        if self.kind == "torch":
-            return sys.modules["torch"].from_numpy(sequences)
-        return sequences
+        return sequences.tolist() if self.kind == "list" else self.array(sequences)
+
+    def array(self, values: NDArray[Any]) -> Any:
+        """An array as a torch tensor if one came in, else as it is."""
+        return tensors.tensor(values) if self.kind == "torch" else values
 
 
 def read(
@@ -95,7 +96,7 @@ def read(
             "a row is padded on the right: it continues after its last token (transformers "
             "would continue after the padding); pad on the left",
             UserWarning,
-            stacklevel=4,
+            stacklevel=6,
         )
     return Prompts(array, mask, kind)
 
@@ -108,8 +109,8 @@ def _padding(pad_token_id: int | None, eos_token_id: Sequence[int] | None) -> in
 
 def _matrix(ids: Any, padding: int) -> tuple[NDArray[np.int64], str, NDArray[np.int64] | None]:
     """`ids` as int64 [rows, width], its kind, and the rows' lengths if it was a list of lists."""
-    if _is_tensor(ids):
-        return _checked(ids.detach().cpu().numpy()), "torch", None
+    if tensors.is_tensor(ids):
+        return _checked(tensors.array(ids)), "torch", None
     if isinstance(ids, np.ndarray):
         return _checked(ids), "numpy", None
     if not isinstance(ids, Sequence) or isinstance(ids, str | bytes):
@@ -118,7 +119,7 @@ def _matrix(ids: Any, padding: int) -> tuple[NDArray[np.int64], str, NDArray[np.
         )
     if not len(ids):
         raise ValueError("the prompt is empty: it needs at least one token")
-    if not isinstance(ids[0], Sequence | np.ndarray) and not _is_tensor(ids[0]):
+    if not isinstance(ids[0], Sequence | np.ndarray) and not tensors.is_tensor(ids[0]):
         return _checked(np.asarray(_integers(ids, "ids"))), "list", None
     rows = [_integers(row, f"row {i}") for i, row in enumerate(ids)]
     lengths = np.array([len(row) for row in rows])
@@ -131,7 +132,7 @@ def _matrix(ids: Any, padding: int) -> tuple[NDArray[np.int64], str, NDArray[np.
 
 
 def _integers(row: Any, what: str) -> list[int]:
-    if not isinstance(row, Sequence | np.ndarray) and not _is_tensor(row):
+    if not isinstance(row, Sequence | np.ndarray) and not tensors.is_tensor(row):
         raise ValueError(f"{what} must be a list of token ids, got {row!r}")
     values = row.tolist() if hasattr(row, "tolist") else list(row)
     for value in values:
@@ -151,10 +152,8 @@ def _checked(array: NDArray[Any]) -> NDArray[np.int64]:
 
 
 def _mask(attention_mask: Any, shape: tuple[int, ...]) -> NDArray[np.bool_]:
-    if _is_tensor(attention_mask):
-        attention_mask = attention_mask.detach().cpu().numpy()
     try:
-        mask = np.atleast_2d(np.asarray(attention_mask))
+        mask = np.atleast_2d(np.asarray(tensors.array(attention_mask)))
     except ValueError as error:
         raise ValueError(f"attention_mask must be rectangular: {error}") from error
     if mask.shape != shape:
@@ -162,9 +161,3 @@ def _mask(attention_mask: Any, shape: tuple[int, ...]) -> NDArray[np.bool_]:
     if not np.isin(mask, (0, 1)).all():
         raise ValueError("attention_mask must hold 0 and 1 only")
     return mask.astype(np.bool_)
-
-
-def _is_tensor(value: Any) -> bool:
-    """A torch tensor, without importing torch: nobody has one who has not imported it."""
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(value, torch.Tensor)

@@ -131,7 +131,7 @@ class Request:
     @property
     def lingers(self) -> bool:
         """Whether rows that have ended go on until all have: transformers, without an eos."""
-        return not self.eos
+        return not self.eos and not any(hasattr(one, "eos_token_id") for one in self.criteria)
 
     @property
     def done(self) -> bool:
@@ -182,10 +182,14 @@ class Request:
     def _step(self, steps: list[NDArray[np.float32]], row: Row, vocab: int) -> NDArray[np.float32]:
         """Where the next step of `row` is kept: [rows, vocab]; ended rows stay certain padding."""
         if row.length - self.prompt_length == len(steps):
-            blank = np.full((len(self.rows), vocab), -np.inf, np.float32)
-            blank[:, self.pad_token_id] = 0
-            steps.append(blank)
+            steps.append(self.blank(vocab))
         return steps[row.length - self.prompt_length]
+
+    def blank(self, vocab: int) -> NDArray[np.float32]:
+        """float32 [rows, vocab]: scores that make padding certain, as it is for ended rows."""
+        out = np.full((len(self.rows), vocab), -np.inf, np.float32)
+        out[:, self.pad_token_id] = 0
+        return out
 
     def sequences(self) -> NDArray[np.int64]:
         """int64 [rows, length]: prompts and what followed, padded on the right."""

@@ -73,6 +73,12 @@ class Tokenizer:
         place = self.backend.token_to_id(token)
         return None if place is None else int(place)
 
+    def extensions(self, index: int) -> list[int]:
+        """All tokens whose spelling in the vocabulary begins with that of `index`, itself too."""
+        start = self.token(index)
+        vocabulary = self.backend.get_vocab(with_added_tokens=True)
+        return [] if start is None else [i for t, i in vocabulary.items() if t.startswith(start)]
+
     def spelling(self, index: int) -> bytes | None:
         """The bytes that a token stands for inside a text; None for an id without a token.
 

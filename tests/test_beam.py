@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -253,11 +254,35 @@ def test_callers_criteria_act_on_candidates(pair):
         assert all(ids[0] == scores[0] for ids, scores in seen)
         assert set(found.finish_reasons) <= {"criterion", "length", "eos"}
         # A stop text is asked in the same place.
-        request = ours._request(ours._params(None, knobs), ours._read(rows, None, ours._params(
-            None, knobs)))  # fmt: skip
+        request = ours._call(rows, knobs=knobs).request
         request.stop_text = lambda ids, stop=stop: int(ids[-1]) in stop
         list(beam.search(ours.model, request))
         assert request.sequences().tolist() == found.sequences
+
+
+def test_stop_strings_end_beams(pair):
+    theirs, ours = pair("llama")
+    rows = ragged(12, (4, 9))
+    ids, mask = left_padded(rows)
+    knobs = {"num_beams": 4, "num_return_sequences": 3, "max_new_tokens": 12, "do_sample": False,
+             "pad_token_id": 0, "eos_token_id": 2, "suppress_tokens": [2]}  # fmt: skip
+    free = ours.generate(rows, **knobs)
+    text = ours.tokenizer.decode(free[0][12:14])
+    expected = theirs.generate(
+        ids, attention_mask=mask, stop_strings=[text], tokenizer=tiny.tokenizer(), **knobs
+    )
+    assert expected.tolist() != free
+    assert ours.generate(rows, stop_strings=[text], **knobs) == expected.tolist()
+
+
+def test_guidance_acts_on_beams(pair, ends):
+    rows = ragged(13, (4, 9, 6))
+    knobs = {"num_beams": 4, "guidance_scale": 1.7, "pad_token_id": 0}
+    compare(pair("llama"), rows, **knobs, eos_token_id=ends("llama", rows, 1))
+    knobs |= {"num_beam_groups": 2, "diversity_penalty": 1e-9, "max_new_tokens": 8}
+    knobs |= {"eos_token_id": None, "num_return_sequences": 4}
+    together = pair("llama")[1].generate(rows[:1], **knobs)
+    assert together[0] == together[1], "both groups see their own rows of the guidance"
 
 
 def test_the_clock_ends_the_search(pair):
@@ -428,7 +453,8 @@ def slow_groups(
         if not done[group]:
             for total, tokens, lines in running[group]:
                 add(group, total, tokens, lines)
-    best = sorted((one for kept in ended for one in kept), key=lambda one: -one[0])[:wanted]
+    # Groups may end alike: what has ended is not counted against later groups. Of equals, the last.
+    best = sorted((one for kept in ended for one in kept), key=lambda one: one[0])[::-1][:wanted]
     return [b[1] for b in best], [b[0] for b in best], [b[2] for b in best]
 
 

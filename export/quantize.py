@@ -1,0 +1,295 @@
+"""Weights in 8 or 4 bits: what replaces each product, and the embedding, in the graph.
+
+Two kernels of onnxruntime do the work:
+
+- `W8A8`: codes int8 per output channel; each token's activation is quantised to 8 bits by its own
+  largest value; the product is an exact integer sum. A row's result cannot depend on its
+  neighbours, and many tokens at once are fast.
+- `NBits` (MatMulNBits): codes of 8 or 4 bits with a scale for each block of inputs; activations
+  are quantised by block inside the kernel. The most exact, and the fastest for a few tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from fastgen.export.trim import (
+    MICROSOFT,
+    add_initializer,
+    clean_up,
+    constant,
+    insert,
+    producer,
+    rank,
+    replace,
+)
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+LEVELS = {8: 127, 4: 7}  # codes reach from -LEVELS to LEVELS
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """How a matrix is stored and multiplied.
+
+    Attributes:
+        bits: of a code.
+        block: inputs that share a scale; 0 for all inputs of an output channel (W8A8).
+    """
+
+    bits: int
+    block: int = 0
+
+    def __str__(self) -> str:
+        return f"int{self.bits}" + (f", blocks of {self.block}" if self.block else " per channel")
+
+
+W8A8 = Kernel(8)
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product of an activation with a constant matrix.
+
+    Attributes:
+        weight: float32 [in, out].
+        transposed: whether the graph holds it as [out, in] (a `lm_head`, often an embedding too).
+    """
+
+    node: ir.Node
+    name: str
+    weight: Floats
+    transposed: bool
+
+    @property
+    def is_head(self) -> bool:
+        """Whether it gives the logits: it runs at the asked positions only."""
+        shape = self.node.inputs[0].shape
+        return shape is not None and "keep" in [getattr(dim, "value", dim) for dim in shape]
+
+
+def products(graph: ir.Graph) -> list[Product]:
+    """Every product with a constant matrix, in the order of the graph."""
+    found = []
+    for node in graph:
+        if node.op_type not in ("MatMul", "FusedMatMul") or rank(node.inputs[1]) != 2:
+            continue
+        weight = constant(node.inputs[1])
+        if weight is None or weight.dtype != np.float32:
+            continue
+        transposed = node.op_type == "FusedMatMul"
+        matrix = weight.T if transposed else weight
+        found.append(Product(node, str(node.inputs[1].name), matrix, transposed))
+    return found
+
+
+def quantize(
+    model: ir.Model,
+    kernel_of: Callable[[Product], Kernel | None],
+    scales_of: Callable[[Product, Kernel], Floats | None] = lambda product, kernel: None,
+    shown: Callable[[str], None] = lambda name: None,
+) -> dict[str, str]:
+    """Replace products (and embeddings that share their matrix) by quantised ones, in place.
+
+    Args:
+        model: the trimmed graph.
+        kernel_of: the kernel of each product; None leaves it in float32.
+        scales_of: scales that were searched for; None for those of the largest weight.
+        shown: called with the name of each matrix as it is done.
+
+    Returns:
+        What became of each matrix.
+    """
+    graph = model.graph
+    activations = _Activations(graph)
+    done: dict[str, str] = {}
+    for product in products(graph):
+        kernel = kernel_of(product)
+        shown(product.name)
+        done[product.name] = "float32" if kernel is None else str(kernel)
+        if kernel is None:
+            continue
+        if kernel.block == 0:
+            _replace_w8a8(graph, product, activations)
+        else:
+            _replace_nbits(graph, product, kernel, scales_of(product, kernel))
+    clean_up(model)
+    return done
+
+
+# Codes
+
+
+def channel_codes(weight: Floats) -> tuple[NDArray[np.int8], Floats]:
+    """int8 [in, out] and scales [out] of a matrix [in, out]: symmetric, per output channel."""
+    scales = np.abs(weight).max(axis=0) / np.float32(127)
+    scales[scales == 0] = 1
+    return np.rint(weight / scales).astype(np.int8), scales.astype(np.float32)
+
+
+def block_scales(weight: Floats, kernel: Kernel) -> Floats:
+    """[out, blocks]: the largest weight of each block takes the largest code."""
+    scales = np.abs(_blocks(weight, kernel.block)).max(axis=-1) / np.float32(LEVELS[kernel.bits])
+    scales[scales == 0] = 1
+    return scales.astype(np.float32)
+
+
+def block_codes(weight: Floats, kernel: Kernel, scales: Floats) -> NDArray[np.uint8]:
+    """uint8 [out, blocks, block] (8 bits) or [out, blocks, block / 2] (4 bits, low half first)."""
+    low, high = (-128, 127) if kernel.bits == 8 else (-8, 7)
+    codes = np.rint(_blocks(weight, kernel.block) / scales[..., None])
+    codes = (np.clip(codes, low, high) - low).astype(np.uint8)
+    return codes if kernel.bits == 8 else codes[..., 0::2] | (codes[..., 1::2] << 4)
+
+
+def _blocks(weight: Floats, block: int) -> Floats:
+    """[in, out] as [out, blocks, block], the last block filled with zeros."""
+    size, out = weight.shape
+    padded = np.zeros((out, -(-size // block) * block), np.float32)
+    padded[:, :size] = weight.T
+    return padded.reshape(out, -1, block)
+
+
+# Nodes
+
+
+class _Activations:
+    """Quantised activations, each made once however many products read it."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self._graph = graph
+        self._made: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
+        self._constants: dict[str, ir.Value] = {}
+        self._zeros: dict[str, ir.Value] = {}
+
+    def constant(self, name: str, array: NDArray[np.generic]) -> ir.Value:
+        if name not in self._constants:
+            self._constants[name] = add_initializer(self._graph, name, array)
+        return self._constants[name]
+
+    def quantized(self, x: ir.Value, before: ir.Node) -> tuple[ir.Value, ir.Value]:
+        """uint8 [rows, new, in] and scales [rows, new, 1]: by each token's largest value.
+
+        A token of zeros has the scale zero, and its products are zero: that is right.
+        """
+        if x not in self._made:
+            last = self.constant("last_axis", np.array([-1], np.int64))
+            (size,) = insert(before, "Abs", [x])
+            (size,) = insert(before, "ReduceMax", [size, last], {"keepdims": 1})
+            (scale,) = insert(
+                before, "Mul", [size, self.constant("1/127", np.array(1 / 127, np.float32))]
+            )
+            zero = self._zero_points(x, scale, before)
+            width = x.shape[-1] if x.shape is not None else None
+            assert isinstance(width, int)
+            (codes,) = insert(
+                before, "QuantizeLinear", [x, scale, zero], {"axis": -1, "block_size": width}
+            )
+            self._made[x] = codes, scale
+        return self._made[x]
+
+    def _zero_points(self, x: ir.Value, scale: ir.Value, before: ir.Node) -> ir.Value:
+        """uint8 128 in the shape of `scale`: one for all activations of a shape."""
+        assert x.shape is not None
+        key = str(list(x.shape)[:-1])
+        if key not in self._zeros:
+            (shape,) = insert(before, "Shape", [scale])
+            node = ir.node("ConstantOfShape", [shape], {"value": ir.tensor(np.array([128], "u1"))})
+            self._graph.insert_before(before, node)
+            self._zeros[key] = node.outputs[0]
+        return self._zeros[key]
+
+
+def _replace_w8a8(graph: ir.Graph, product: Product, activations: _Activations) -> None:
+    node = product.node
+    codes, scales = channel_codes(product.weight)
+    x, scale = activations.quantized(node.inputs[0], node)
+    (sums,) = insert(
+        node,
+        "MatMulIntegerToFloat",
+        [
+            x,
+            add_initializer(graph, f"{product.name}.codes", codes),
+            activations.constant("1", np.array(1, np.float32)),
+            add_initializer(graph, f"{product.name}.scales", scales),
+            activations.constant("128", np.array(128, np.uint8)),
+        ],
+        domain=MICROSOFT,
+    )
+    (out,) = insert(node, "Mul", [sums, scale])
+    _stand_for(node, out)
+
+
+def _replace_nbits(
+    graph: ir.Graph, product: Product, kernel: Kernel, scales: Floats | None
+) -> None:
+    node = product.node
+    scales = block_scales(product.weight, kernel) if scales is None else scales
+    codes = add_initializer(
+        graph, f"{product.name}.codes", block_codes(product.weight, kernel, scales)
+    )
+    scale = add_initializer(graph, f"{product.name}.scales", scales)
+    size, out = product.weight.shape
+    attributes = {"K": size, "N": out, "bits": kernel.bits, "block_size": kernel.block}
+    (result,) = insert(
+        node, "MatMulNBits", [node.inputs[0], codes, scale],
+        attributes | {"accuracy_level": 4}, domain=MICROSOFT,
+    )  # fmt: skip
+    weight = node.inputs[1]
+    _stand_for(node, result)
+    if product.transposed:
+        for use in list(weight.uses()):
+            if use.node.op_type == "Gather":
+                _gather_codes(graph, use.node, codes, scale, kernel, size)
+
+
+def _gather_codes(
+    graph: ir.Graph, gather: ir.Node, codes: ir.Value, scales: ir.Value, kernel: Kernel, size: int
+) -> None:
+    """The embedding from the codes of the product that shares its matrix."""
+    ids = gather.inputs[1]
+    (mine,) = insert(gather, "Gather", [codes, ids], {"axis": 0})  # [rows, new, blocks, block]
+    (scale,) = insert(gather, "Gather", [scales, ids], {"axis": 0})  # [rows, new, blocks]
+    if kernel.bits == 4:
+        mine = _unpacked(graph, gather, mine)
+    (mine,) = insert(gather, "Cast", [mine], {"to": int(ir.DataType.FLOAT)})
+    middle = np.array(128 if kernel.bits == 8 else 8, np.float32)
+    (mine,) = insert(gather, "Sub", [mine, add_initializer(graph, "middle_code", middle)])
+    (scale,) = insert(gather, "Unsqueeze", [scale, _integers(graph, "last_axis", [-1])])
+    (mine,) = insert(gather, "Mul", [mine, scale])
+    (mine,) = insert(gather, "Reshape", [mine, _integers(graph, "flat", [0, 0, -1])])
+    if size % kernel.block:
+        ends = [_integers(graph, name, [v]) for name, v in (("0", 0), ("size", size), ("2", 2))]
+        (mine,) = insert(gather, "Slice", [mine, *ends])
+    _stand_for(gather, mine)
+
+
+def _unpacked(graph: ir.Graph, before: ir.Node, codes: ir.Value) -> ir.Value:
+    """Two codes of each byte, low half first: [..., block / 2] to [..., block]."""
+    halves = []
+    (low,) = insert(before, "BitwiseAnd", [codes, add_initializer(graph, "15", np.uint8(15)[...])])
+    shift = add_initializer(graph, "4", np.array(4, np.uint8))
+    (high,) = insert(before, "BitShift", [codes, shift], {"direction": "RIGHT"})
+    for half in (low, high):
+        halves += insert(before, "Unsqueeze", [half, _integers(graph, "last_axis", [-1])])
+    (pairs,) = insert(before, "Concat", halves, {"axis": -1})
+    shape = _integers(graph, "pairs", [0, 0, 0, -1])
+    (out,) = insert(before, "Reshape", [pairs, shape])
+    return out
+
+
+def _integers(graph: ir.Graph, name: str, values: Sequence[int]) -> ir.Value:
+    return add_initializer(graph, name, np.array(values, np.int64))
+
+
+def _stand_for(node: ir.Node, new: ir.Value) -> None:
+    replace(node.outputs[0], new)
+    assert node.graph is not None
+    node.graph.remove(node, safe=True)
+
+
+__all__ = ["W8A8", "Kernel", "Product", "block_codes", "block_scales", "producer", "quantize"]

@@ -1,0 +1,277 @@
+"""One call of `generate`: everything that was passed, checked, and made what the searches run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastgen import beam, healing, lookup, processors, prompt, stop, tensors
+from fastgen.batch import Batch, Event
+from fastgen.guidance import Unconditional
+from fastgen.model import Model
+from fastgen.output import GenerateOutput
+from fastgen.params import Params, resolve
+from fastgen.prompt import Prompts
+from fastgen.request import Request
+from fastgen.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objects:
+    """The arguments of `generate` that are no knobs; `CausalLM.generate` describes them."""
+
+    attention_mask: Any = None
+    generation_config: Any = None
+    logits_processor: Any = None
+    stopping_criteria: Any = None
+    prefix_allowed_tokens_fn: Any = None
+    negative_prompt_ids: Any = None
+    negative_prompt_attention_mask: Any = None
+    assistant_model: Any = None
+    tokenizer: Any = None
+
+
+@dataclass
+class Call:
+    """One call, ready to run."""
+
+    model: Model
+    request: Request
+    prompts: Prompts
+    draft: lookup.Draft | None = None
+
+    def steps(self) -> Iterator[list[Event]]:
+        """Run it: the new tokens of each step. Beams come all at once, when they are known."""
+        params = self.request.params
+        if params.num_beams > 1 or params.num_beam_groups > 1:
+            yield from beam.search(self.model, self.request)
+            return
+        batch = Batch(self.model)
+        if self.draft is not None:
+            batch = lookup.Speculation(self.model, self.draft)
+        batch.add(self.request)
+        while batch.rows:
+            yield batch.step()
+
+    def tell(self, streamer: Any) -> None:
+        """Run it, and give a streamer the prompt and then every step's tokens.
+
+        They come as transformers puts them: the prompt's rows, then int64 [rows] a step, or
+        int64 [1, new] where tokens are guessed; tensors if the ids came as one.
+        """
+        if self.request.params.num_beams > 1:
+            raise ValueError(
+                f"streamer cannot be used with num_beams={self.request.params.num_beams}: beams "
+                "change until the end"
+            )
+        rows = len(self.request.rows)
+        if self.draft is not None and rows > 1:
+            raise ValueError(
+                f"streamer cannot follow {rows} rows that advance by different numbers of guessed "
+                "tokens: use one row, or CausalLM.stream"
+            )
+        ids = self.prompts.ids
+        streamer.put(self.prompts.array(np.repeat(ids, rows // len(ids), axis=0)))
+        for events in self.steps():
+            tokens = _column(self.request, events) if self.draft is None else _tokens(events)
+            streamer.put(self.prompts.array(tokens))
+        streamer.end()
+
+    def result(self) -> Any:
+        """What `generate` returns, once all steps are through."""
+        request, array = self.request, self.prompts.array
+        params = request.params
+        sequences = self.prompts.give_back(request.sequences())
+        if not params.return_dict_in_generate:
+            return sequences
+        beams = params.num_beams > 1
+        scored = beams and params.output_scores
+        return GenerateOutput(
+            sequences=sequences,
+            scores=tuple(map(array, request.scores)) if params.output_scores else None,
+            logits=tuple(map(array, request.logits)) if params.output_logits else None,
+            sequences_scores=array(request.sequences_scores()) if scored else None,
+            beam_indices=array(request.beam_indices()) if beams else None,
+            finish_reasons=[row.finish_reason or "" for row in request.rows],
+            top_logprobs=request.top_logprobs if params.top_logprobs else None,
+        )
+
+
+def _column(request: Request, events: Sequence[Event]) -> NDArray[np.int64]:
+    """int64 [rows]: the new token of each row, padding for those that have ended."""
+    out = np.full(len(request.rows), request.pad_token_id, np.int64)
+    for event in events:
+        out[event.row.index] = event.token
+    return out
+
+
+def _tokens(events: Sequence[Event]) -> NDArray[np.int64]:
+    """int64 [1, new]: the new tokens of the only row."""
+    return np.array([[event.token for event in events]], np.int64)
+
+
+def prepare(
+    model: Model,
+    defaults: Mapping[str, Any],
+    own_tokenizer: Callable[[], Tokenizer],
+    ids: Any,
+    objects: Objects,
+    knobs: Mapping[str, Any],
+    logprobs: bool = False,
+) -> Call:
+    """Check everything that was passed and make of it what the searches run.
+
+    Args:
+        defaults: the model's generation_config.json.
+        own_tokenizer: gives the model's tokenizer, or says that it has none.
+        ids: as `prompt.read` takes them; None for the bos token.
+        logprobs: whether tokens carry their log-probability.
+
+    Raises:
+        ValueError: whatever cannot be done; the message names it.
+    """
+    params = resolve(defaults, _mapping(objects.generation_config), knobs)
+    prompts = read(model, params, ids, objects.attention_mask)
+    tokenizer = _tokenizer(params, objects.tokenizer, own_tokenizer)
+    if params.token_healing:
+        assert tokenizer is not None
+        likeliest = partial(_likeliest, model, defaults, own_tokenizer)
+        rows = [healing.heal(row.tolist(), tokenizer, likeliest) for row in prompts.rows]
+        prompts = replace(read(model, params, rows), kind=prompts.kind)
+    width, longest = prompts.ids.shape[1], max(len(row) for row in prompts.rows)
+    info = model.info
+    max_length = stop.length_limit(params, width, longest, info.max_length, info.hard_limit)
+    negative = None
+    if objects.negative_prompt_ids is not None:
+        mask = objects.negative_prompt_attention_mask
+        negative = read(model, params, objects.negative_prompt_ids, mask)
+    as_tensors = prompts.kind == "torch"
+    allowed = tensors.bridged(objects.prefix_allowed_tokens_fn, as_tensors)
+    chain = processors.build(
+        params,
+        info.vocab_size,
+        prefix_allowed_tokens_fn=allowed[0] if allowed else None,
+        logits_processor=tensors.bridged(objects.logits_processor, as_tensors),
+        unconditional=_unconditional(model, params, prompts, negative, max_length),
+    )
+    request = Request(
+        params=params,
+        prompts=prompts.rows,
+        padded=prompts.ids,
+        pads=prompts.pads,
+        max_length=max_length,
+        chain=chain or None,
+        criteria=tensors.bridged(objects.stopping_criteria, as_tensors),
+        stop_text=_stop_text(params, tokenizer),
+        logprobs=logprobs,
+    )
+    return Call(model, request, prompts, _draft(model, params, objects.assistant_model))
+
+
+def _mapping(config: Any) -> Mapping[str, Any] | None:
+    if config is None or isinstance(config, Mapping):
+        return config
+    if not hasattr(config, "to_dict"):
+        raise ValueError(f"generation_config must be a dict or have to_dict(), got {config!r}")
+    return dict(config.to_dict())
+
+
+def read(model: Model, params: Params, ids: Any, attention_mask: Any = None) -> Prompts:
+    """The rows that a caller's ids are (see `prompt.read`); None starts from the bos token."""
+    if ids is None:
+        if params.bos_token_id is None:
+            raise ValueError("no input_ids were given and the model has no bos_token_id")
+        ids = [[params.bos_token_id]]
+    return prompt.read(
+        ids,
+        attention_mask,
+        vocab_size=model.info.vocab_size,
+        pad_token_id=params.pad_token_id,
+        eos_token_id=params.eos_token_id,
+    )
+
+
+def _tokenizer(
+    params: Params, given: Any, own_tokenizer: Callable[[], Tokenizer]
+) -> Tokenizer | None:
+    if params.stop_strings is None and not params.token_healing:
+        return None
+    return own_tokenizer() if given is None else Tokenizer.of(given)
+
+
+def _likeliest(
+    model: Model,
+    defaults: Mapping[str, Any],
+    own_tokenizer: Callable[[], Tokenizer],
+    ids: Sequence[int],
+    biases: Mapping[int, float],
+) -> int:
+    """The likeliest token after `ids` with these biases, by the model's own defaults."""
+    knobs = {
+        "max_new_tokens": 1,
+        "sequence_bias": {(token,): bias for token, bias in biases.items()},
+        "do_sample": False,
+        "num_beams": 1,
+        "num_return_sequences": 1,
+        "token_healing": False,
+    }
+    call = prepare(model, defaults, own_tokenizer, [ids], Objects(), knobs)
+    return next(call.steps())[0].token
+
+
+def _unconditional(
+    model: Model, params: Params, prompts: Prompts, negative: Prompts | None, max_length: int
+) -> Unconditional | None:
+    """What classifier-free guidance steers away from, if it does."""
+    if params.guidance_scale in (None, 1.0):
+        return None
+    if params.prompt_lookup_num_tokens is not None:
+        raise ValueError("guidance_scale cannot be used with prompt_lookup_num_tokens")
+    rows = negative.rows if negative is not None else None
+    if rows is not None and len(rows) not in (1, len(prompts.ids)):
+        raise ValueError(
+            f"negative_prompt_ids has {len(rows)} rows, expected 1 or {len(prompts.ids)}"
+        )
+    if rows is not None and len(rows) == 1:
+        rows = rows * len(prompts.ids)
+    copies = params.num_beams if params.num_beams > 1 else params.num_return_sequences
+    return Unconditional(model, copies * len(prompts.ids), max_length, rows, copies)
+
+
+def _stop_text(params: Params, tokenizer: Tokenizer | None) -> stop.StopText | None:
+    if params.stop_strings is None or tokenizer is None:
+        return None
+    in_bytes = tokenizer.bytes_are is not None
+    return stop.StopStrings(tokenizer.spelling, params.stop_strings, in_bytes)
+
+
+def _draft(model: Model, params: Params, assistant: Any) -> lookup.Draft | None:
+    """What guesses tokens, if anything does."""
+    if assistant is None and params.prompt_lookup_num_tokens is None:
+        return None
+    if params.num_beams > 1:
+        raise ValueError("tokens cannot be guessed for beams: use num_beams=1")
+    if params.guidance_scale not in (None, 1.0):
+        raise ValueError("guidance_scale cannot be used with an assistant_model")
+    if assistant is None:
+        assert params.prompt_lookup_num_tokens is not None
+        return lookup.prompt_lookup(
+            params.prompt_lookup_num_tokens, params.max_matching_ngram_size or 2
+        )
+    helper = getattr(assistant, "model", None)
+    if not isinstance(helper, Model):
+        raise ValueError(f"assistant_model must be a fastgen model, got {type(assistant).__name__}")
+    ours, theirs = model.info.vocab_size, helper.info.vocab_size
+    if ours != theirs:
+        raise ValueError(f"assistant_model has a vocabulary of {theirs}, the model of {ours}")
+    return lookup.Assistant(
+        helper,
+        params.num_assistant_tokens,
+        params.assistant_confidence_threshold,
+        params.num_assistant_tokens_schedule == "heuristic",
+    )

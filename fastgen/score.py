@@ -1,0 +1,113 @@
+"""How likely given tokens are: log-probabilities of texts, continuations, generated tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastgen import pick
+from fastgen.cache import Cache
+from fastgen.model import Model
+
+Ids = NDArray[np.int64]
+Scores = NDArray[np.float32]
+
+TOGETHER = 4  # rows that are read at a time
+CHUNK = 64  # tokens of each that are read at a time: so many logits are held, and no more
+
+
+def log_probabilities(model: Model, rows: Sequence[Ids], prefix: Ids | None = None) -> list[Scores]:
+    """The log-probability of each token, given those before it.
+
+    Args:
+        rows: int64 [length] each, at least one token.
+        prefix: what comes before every row; it is read once.
+
+    Returns:
+        float32 [length] of each row. Without a prefix nothing predicts the first token: nan.
+    """
+    held = np.empty(0, np.int64) if prefix is None else prefix[:-1]
+    start = held[:0] if prefix is None else prefix[-1:]
+    longest = max(len(row) for row in rows)
+    cache = model.new_cache(min(len(rows), TOGETHER), len(held) + longest + CHUNK)
+    _read(model, cache, held)
+    out: list[Scores] = [np.empty(0, np.float32)] * len(rows)
+    order = sorted(range(len(rows)), key=lambda place: -len(rows[place]))
+    for first in range(0, len(rows), TOGETHER):
+        places = order[first : first + TOGETHER]
+        cache.trim(0, len(held))
+        cache.take([0] * len(places))
+        found = _predicted(model, cache, [np.concatenate((start, rows[i])) for i in places])
+        for place, logprobs in zip(places, found, strict=True):
+            missing = len(rows[place]) - len(logprobs)
+            out[place] = np.append(np.full(missing, np.nan, np.float32), logprobs)
+    return out
+
+
+def perplexity(logprobs: Sequence[Scores]) -> float:
+    """exp of the mean negative log-probability of all tokens that something predicts."""
+    known = np.concatenate(logprobs).astype(np.float64)
+    known = known[~np.isnan(known)]
+    if not len(known):
+        raise ValueError("perplexity needs a text of at least two tokens")
+    return float(np.exp(-known.mean()))
+
+
+def _read(model: Model, cache: Cache, ids: Ids) -> None:
+    """Append `ids` to the first slot; nobody wants logits."""
+    nothing = np.zeros((1, 0), np.int64)
+    for at in range(0, len(ids), CHUNK):
+        model.forward([ids[at : at + CHUNK]], cache, 0, nothing)
+
+
+def _predicted(model: Model, cache: Cache, rows: Sequence[Ids]) -> list[Scores]:
+    """float32 [length - 1] of each row, longest first: how likely its tokens after the first are.
+
+    The rows go to the first slots; what the slots hold comes before them.
+    """
+    out: list[list[Scores]] = [[] for _ in rows]
+    for at in range(0, len(rows[0]) - 1, CHUNK):
+        going = [row for row in rows if len(row) - 1 > at]
+        new = [row[at : min(at + CHUNK, len(row) - 1)] for row in going]
+        ends = np.array([[len(ids) - 1] for ids in new])
+        positions = np.minimum(np.arange(len(new[0])), ends)
+        logits = model.forward(new, cache, 0, positions)
+        for place, (row, ids) in enumerate(zip(going, new, strict=True)):
+            targets = row[at + 1 : at + 1 + len(ids)]
+            found = pick.logprob_of(logits[place, : len(ids)], targets)
+            out[place].append(found.astype(np.float32))
+    return [np.concatenate(parts) if parts else np.empty(0, np.float32) for parts in out]
+
+
+def transition_scores(
+    sequences: Ids,
+    scores: Sequence[Scores],
+    beam_indices: NDArray[Any] | None = None,
+    normalize_logits: bool = False,
+) -> Scores:
+    """transformers' `compute_transition_scores`: the score of each generated token.
+
+    Args:
+        sequences: int64 [rows, length], prompts and what was generated.
+        scores: a step: float32 [rows (or beams), vocab].
+        beam_indices: int32 [rows, new], the beam that each token continued, -1 after the last.
+        normalize_logits: whether to give log-probabilities.
+
+    Returns:
+        float32 [rows, new]; 0 where `beam_indices` is negative.
+    """
+    if beam_indices is None:
+        beam_indices = np.repeat(np.arange(len(scores[0]))[:, None], len(scores), axis=1)
+    new = int((beam_indices >= 0).sum(axis=1).max())
+    tokens = sequences[:, sequences.shape[1] - new :]
+    out = np.zeros((len(sequences), new), np.float32)
+    for step in range(new):
+        rows = np.flatnonzero(beam_indices[:, step] >= 0)
+        chosen = scores[step][beam_indices[rows, step]]
+        if normalize_logits:
+            chosen = pick.log_softmax(chosen)
+        out[rows, step] = chosen[np.arange(len(rows)), tokens[rows, step]]
+    return out
