@@ -41,7 +41,7 @@ def directory(out: Path, force: bool) -> Iterator[Path]:
     """
     out = Path(os.path.abspath(out))
     check_free(out, force)
-    made = [parent for parent in (out.parent, *out.parents) if not parent.exists()]
+    made = [parent for parent in out.parents if not parent.exists()]
     out.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(out)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.new.", dir=out.parent))

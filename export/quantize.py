@@ -22,7 +22,6 @@ from fastgen.export.trim import (
     clean_up,
     constant,
     insert,
-    producer,
     rank,
     replace,
 )
@@ -49,6 +48,21 @@ class Kernel:
 
 
 W8A8 = Kernel(8)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What becomes of a product.
+
+    Attributes:
+        kernel: how it is stored.
+        scales: [out, blocks], for kernels with blocks.
+        weight: float32 [in, out]: the matrix to round, where it is not the original.
+    """
+
+    kernel: Kernel
+    scales: Floats | None = None
+    weight: Floats | None = None
 
 
 @dataclass(frozen=True)
@@ -89,36 +103,25 @@ def products(graph: ir.Graph) -> list[Product]:
 
 def quantize(
     model: ir.Model,
-    kernel_of: Callable[[Product], Kernel | None],
-    scales_of: Callable[[Product, Kernel], Floats | None] = lambda product, kernel: None,
-    shown: Callable[[str], None] = lambda name: None,
-) -> dict[str, str]:
+    choose: Callable[[Product], Choice | None],
+) -> None:
     """Replace products (and embeddings that share their matrix) by quantised ones, in place.
 
     Args:
         model: the trimmed graph.
-        kernel_of: the kernel of each product; None leaves it in float32.
-        scales_of: scales that were searched for; None for those of the largest weight.
-        shown: called with the name of each matrix as it is done.
-
-    Returns:
-        What became of each matrix.
+        choose: what becomes of each product; None leaves it in float32.
     """
     graph = model.graph
     activations = _Activations(graph)
-    done: dict[str, str] = {}
     for product in products(graph):
-        kernel = kernel_of(product)
-        shown(product.name)
-        done[product.name] = "float32" if kernel is None else str(kernel)
-        if kernel is None:
+        choice = choose(product)
+        if choice is None:
             continue
-        if kernel.block == 0:
+        if choice.kernel.block == 0:
             _replace_w8a8(graph, product, activations)
         else:
-            _replace_nbits(graph, product, kernel, scales_of(product, kernel))
+            _replace_nbits(graph, product, choice)
     clean_up(model)
-    return done
 
 
 # Codes
@@ -133,7 +136,7 @@ def channel_codes(weight: Floats) -> tuple[NDArray[np.int8], Floats]:
 
 def block_scales(weight: Floats, kernel: Kernel) -> Floats:
     """[out, blocks]: the largest weight of each block takes the largest code."""
-    scales = np.abs(_blocks(weight, kernel.block)).max(axis=-1) / np.float32(LEVELS[kernel.bits])
+    scales = np.abs(blocks(weight, kernel.block)).max(axis=-1) / np.float32(LEVELS[kernel.bits])
     scales[scales == 0] = 1
     return scales.astype(np.float32)
 
@@ -141,17 +144,30 @@ def block_scales(weight: Floats, kernel: Kernel) -> Floats:
 def block_codes(weight: Floats, kernel: Kernel, scales: Floats) -> NDArray[np.uint8]:
     """uint8 [out, blocks, block] (8 bits) or [out, blocks, block / 2] (4 bits, low half first)."""
     low, high = (-128, 127) if kernel.bits == 8 else (-8, 7)
-    codes = np.rint(_blocks(weight, kernel.block) / scales[..., None])
+    codes = np.rint(blocks(weight, kernel.block) / scales[..., None])
     codes = (np.clip(codes, low, high) - low).astype(np.uint8)
     return codes if kernel.bits == 8 else codes[..., 0::2] | (codes[..., 1::2] << 4)
 
 
-def _blocks(weight: Floats, block: int) -> Floats:
+def codes_values(codes: NDArray[np.uint8], kernel: Kernel, scales: Floats, size: int) -> Floats:
+    """The matrix [size, out] that block codes stand for."""
+    if kernel.bits == 4:
+        codes = np.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:2], -1)
+    middle = 128 if kernel.bits == 8 else 8
+    return join_blocks((codes.astype(np.float32) - middle) * scales[..., None], size)
+
+
+def blocks(weight: Floats, block: int) -> Floats:
     """[in, out] as [out, blocks, block], the last block filled with zeros."""
     size, out = weight.shape
     padded = np.zeros((out, -(-size // block) * block), np.float32)
     padded[:, :size] = weight.T
     return padded.reshape(out, -1, block)
+
+
+def join_blocks(parts: Floats, size: int) -> Floats:
+    """[out, blocks, block] as [in, out] again."""
+    return parts.reshape(len(parts), -1)[:, :size].T
 
 
 # Nodes
@@ -224,14 +240,11 @@ def _replace_w8a8(graph: ir.Graph, product: Product, activations: _Activations) 
     _stand_for(node, out)
 
 
-def _replace_nbits(
-    graph: ir.Graph, product: Product, kernel: Kernel, scales: Floats | None
-) -> None:
-    node = product.node
-    scales = block_scales(product.weight, kernel) if scales is None else scales
-    codes = add_initializer(
-        graph, f"{product.name}.codes", block_codes(product.weight, kernel, scales)
-    )
+def _replace_nbits(graph: ir.Graph, product: Product, choice: Choice) -> None:
+    node, kernel = product.node, choice.kernel
+    matrix = product.weight if choice.weight is None else choice.weight
+    scales = block_scales(matrix, kernel) if choice.scales is None else choice.scales
+    codes = add_initializer(graph, f"{product.name}.codes", block_codes(matrix, kernel, scales))
     scale = add_initializer(graph, f"{product.name}.scales", scales)
     size, out = product.weight.shape
     attributes = {"K": size, "N": out, "bits": kernel.bits, "block_size": kernel.block}
@@ -290,6 +303,3 @@ def _stand_for(node: ir.Node, new: ir.Value) -> None:
     replace(node.outputs[0], new)
     assert node.graph is not None
     node.graph.remove(node, safe=True)
-
-
-__all__ = ["W8A8", "Kernel", "Product", "block_codes", "block_scales", "producer", "quantize"]

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from fastgen import hub
-from fastgen.model import ModelError
+from fastgen.model import INFO, ModelError
 from fastgen.tokenizer import Tokenizer
 
 SHORT = 160  # characters of somebody else's error message that are worth repeating
@@ -69,6 +69,8 @@ def load(name_or_path: str | os.PathLike[str], revision: str | None = None) -> S
         name = name_of(path)
     else:
         path = hub.transformers_snapshot(name, revision)
+    if (path / INFO).is_file():
+        raise ModelError(f"{name} is a fastgen model already: there is nothing to export")
     config = _configuration(path)
     with refuse.by_name(config.model_type):
         refuse.configuration(config)

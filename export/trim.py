@@ -175,9 +175,10 @@ def _transposed_weight(value: ir.Value | None, tables: Sequence[ir.Value]) -> ir
     matrix = constant(value)
     for table in tables:
         tied = constant(table)
-        if matrix is not None and tied is not None and tied.shape == matrix.shape[::-1]:
-            if _equal(tied, matrix.T):
-                return table
+        if matrix is None or tied is None or tied.shape != matrix.shape[::-1]:
+            continue
+        if _equal(tied, matrix.T):
+            return table
     return None
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 import fastgen
-from fastgen.params import Params
+from fastgen.params import Params, resolve
 
 QUIET_EXIT = 130  # Ctrl-C, as shells count it
 
@@ -63,10 +63,23 @@ def _clear_errors() -> Iterator[None]:
     """Errors that a user can mend are one line; nothing else is hidden."""
     try:
         yield
-    except (ValueError, OSError) as error:
-        if isinstance(error, BrokenPipeError):
-            raise
-        raise click.UsageError(" ".join(str(error).split())) from error
+    except BrokenPipeError as error:
+        _drop_output()
+        raise click.exceptions.Exit(0) from error
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename is not None else ""
+        raise click.UsageError(place + _one_line(error.strerror or error)) from error
+    except ValueError as error:
+        raise click.UsageError(_one_line(error)) from error
+
+
+def _one_line(message: object) -> str:
+    return " ".join(str(message).split())
+
+
+def _drop_output() -> None:
+    """Nobody reads any more: what is still buffered would raise again while Python ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -81,10 +94,15 @@ def cli() -> None:
 @click.option("--precision", default="fp32", show_default=True, help="fp32, int8 or int4")
 @click.option("--force", is_flag=True, help="replace OUT if it is a model directory")
 @click.option("--allow-mismatch", is_flag=True, help="keep an export that differs too much")
+@click.option("--max-kl", type=float, help="KL divergence allowed [default: by precision]")
+@click.option("--min-top1", type=float, help="share of equal likeliest tokens that is asked")
+@click.option(
+    "--calibration", type=click.Path(path_type=Path), help="text to quantise and measure on"
+)
 @click.option("--revision", help="branch, tag or commit of a hub repository")
 def export(
     model: str, out: Path | None, precision: str, force: bool, allow_mismatch: bool,
-    revision: str | None,
+    max_kl: float | None, min_top1: float | None, calibration: Path | None, revision: str | None,
 ) -> None:  # fmt: skip
     """Export MODEL, a hub id or a transformers directory, to the model directory OUT.
 
@@ -98,7 +116,7 @@ def export(
             raise ValueError(
                 f"exporting needs torch and transformers: pip install 'fastgen[export]' ({error})"
             ) from error
-        name = Path(model.rstrip("/")).name
+        name = Path(os.path.abspath(model)).name  # of a directory's path, or the end of a hub id
         pipeline.export(
             model,
             out or Path(f"{name}-{precision}"),
@@ -106,6 +124,8 @@ def export(
             force=force,
             allow_mismatch=allow_mismatch,
             revision=revision,
+            calibration=calibration,
+            tolerance=pipeline.tolerance(precision, max_kl, min_top1),
         )
 
 
@@ -128,7 +148,7 @@ def generate(
         if as_json:
             for line in _records(loaded, text, knobs):
                 click.echo(json.dumps(line, ensure_ascii=False))
-        elif knobs.get("num_beams", 1) > 1 or knobs.get("num_return_sequences", 1) > 1:
+        elif _several(loaded, knobs):
             texts = loaded.complete(text, **knobs)
             for one in [texts] if isinstance(texts, str) else texts:
                 click.echo(text + one)
@@ -144,17 +164,29 @@ def _open_ended(knobs: dict[str, Any]) -> bool:
     return knobs.get("max_new_tokens") is None and knobs.get("max_length") is None
 
 
+def _several(loaded: fastgen.CausalLM, knobs: dict[str, Any]) -> bool:
+    """Whether there is no one text that grows: beams, or more sequences than one."""
+    params = resolve(loaded.generation_config.to_dict(), None, knobs)
+    return params.num_beams > 1 or params.num_return_sequences > 1
+
+
 def _prompt(prompt: str | None, file: Path | None) -> str:
     if prompt is not None and file is not None:
         raise ValueError("pass the prompt as an argument or with --file, not both")
     if file is not None:
-        text = file.read_text(encoding="utf-8")
+        content = file.read_bytes()
     elif prompt is None or prompt == "-":
         if prompt is None and sys.stdin.isatty():
             raise ValueError("no prompt: pass it as an argument, with --file or on standard input")
-        text = sys.stdin.read().rstrip("\n")
+        content = sys.stdin.buffer.read().rstrip(b"\r\n")
     else:
-        text = prompt
+        content = os.fsencode(prompt)
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"the prompt is not UTF-8: {error.reason} at byte {error.start}"
+        ) from error
     if not text:
         raise ValueError("the prompt is empty")
     return text
@@ -240,9 +272,11 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(QUIET_EXIT)
     except BrokenPipeError:
-        # What is still buffered would raise again while the interpreter ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         sys.exit(0)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        sys.exit(2)
     except click.ClickException as error:
         click.echo(f"fastgen: {error.format_message()}", err=True)
         sys.exit(2)

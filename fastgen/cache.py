@@ -70,7 +70,7 @@ class Cache:
         sources = parents[moved]
         lengths = self.lengths[parents]
         starts = np.broadcast_to(start, parents.shape)[moved]
-        if (sources < moved).all() or not np.isin(sources, moved).any():
+        if (sources < moved).all() or set(sources.tolist()).isdisjoint(moved.tolist()):
             # From the last slot on, nothing is overwritten that is still to be read.
             for slot, source, first in zip(moved[::-1], sources[::-1], starts[::-1], strict=True):
                 self._copy(source, slot, first, self.lengths[source])
@@ -80,10 +80,11 @@ class Cache:
         self.lengths[len(parents) :] = 0
 
     def _copy(self, sources: Any, slots: Any, start: int, end: int) -> None:
-        """Tokens `start` to `end` of one slot, or of several at once by way of a temporary copy."""
+        """Tokens `start` to `end` of one slot, or of several by way of a temporary copy."""
         if end > start:
             for buffer in self._buffers.values():
-                buffer[:, slots, :, start:end] = buffer[:, sources, :, start:end]
+                for half in buffer:  # numpy sees that these do not overlap, and makes no copy
+                    half[slots, :, start:end] = half[sources, :, start:end]
 
     def trim(self, slot: int, length: int) -> None:
         """Forget what `slot` holds from `length` on."""

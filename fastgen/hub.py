@@ -20,7 +20,8 @@ PRECISION = "fp32"  # of an export where none is asked for
 
 # What a transformers repository holds that an export does not read.
 NOT_READ = [
-    "*.h5", "*.msgpack", "*.ot", "*.onnx*", "*.gguf", "*.tflite", "coreml/*", "onnx/*", "original/*",
+    "*.h5", "*.msgpack", "*.ot", "*.onnx*", "*.gguf", "*.tflite", "coreml/*", "onnx/*",
+    "original/*",
 ]  # fmt: skip
 PICKLES = ["*.bin", "*.pt", "*.pth"]  # the same weights again where there are safetensors
 
@@ -37,7 +38,7 @@ def directory(name_or_path: str | os.PathLike[str] | None) -> Path:
     if path.exists() or not _is_hub_id(name_or_path):
         return path
     # A repository that is not ours is not worth its weights: look for the description first.
-    if not (snapshot(str(name_or_path), only=[INFO]) / INFO).is_file():
+    if not (snapshot(str(name_or_path), only=[INFO, "config.json"]) / INFO).is_file():
         raise ModelError(
             f"the hub repository {name_or_path} holds no fastgen model ({INFO}); for a "
             "transformers model use CausalLM.from_pretrained, or `fastgen export`"

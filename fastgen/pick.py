@@ -129,7 +129,7 @@ def sample_several(scores: Scores, uniform: NDArray[np.float64], count: int) -> 
     draws = uniform[alive]
     with np.errstate(divide="ignore"):
         bound = probabilities / draws
-        leaders = _leaders(bound, min(count, len(alive)))
+        leaders = largest(bound, min(count, len(alive)))
         reached = (probabilities[leaders] / exponential(draws[leaders])).min()
         rivals = np.flatnonzero(bound >= reached * (1 - 1e-5))
         results = probabilities[rivals] / exponential(draws[rivals])
@@ -139,14 +139,7 @@ def sample_several(scores: Scores, uniform: NDArray[np.float64], count: int) -> 
     return np.asarray(drawn[:count], np.int64)
 
 
-def _leaders(values: NDArray[np.float64], count: int) -> NDArray[np.int64]:
-    """Places of the `count` largest, in any order."""
-    if count == 1:
-        return np.array([values.argmax()])
-    return np.asarray(np.argpartition(values, len(values) - count)[len(values) - count :])
-
-
-def largest(values: Scores, count: int) -> NDArray[np.int64]:
+def largest(values: NDArray[Any], count: int) -> NDArray[np.int64]:
     """Places [count] of the largest of `values [n]`, in descending order; of equal ones the first.
 
     Most of them are ruled out before anything is sorted: of n // classes strided slices the

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests that want a hub start one of their own
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -14,7 +13,6 @@ import pytest
 import tiny
 import torch
 import transformers
-from fastgen.export import export
 from transformers import PreTrainedModel
 
 import fastgen
@@ -31,9 +29,6 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
 
     @functools.cache
     def make(kind: str, **changes: object) -> Pair:
-        model = tiny.build(kind, **changes)
-        directory: Path = tmp_path_factory.mktemp("models") / kind
-        export(model, directory, tokenizer=tiny.tokenizer(), progress=None)
-        return model, fastgen.load(directory)
+        return tiny.exported(kind, tmp_path_factory.mktemp("models") / kind, **changes)
 
     return make

@@ -120,10 +120,9 @@ def test_beams_are_those_of_transformers(pair, ends, kind, num_beams, early_stop
     before, ended, late = len(ties), 0, 0
     for rows in ([[5, 6, 7]], ragged(1), ragged(21, (9, 2, 14))):
         eos = ends(kind, rows, 3)
-        settings = itertools.product(
-            (-1.0, 0.0, 0.5, 1.0, 2.0), (None, eos[0], eos), (1, num_beams)
-        )
-        for length_penalty, eos_token_id, returned in settings:
+        settings = itertools.product((-1.0, 0.0, 0.5, 1.0, 2.0), (None, eos[0], eos))
+        for place, (length_penalty, eos_token_id) in enumerate(settings):
+            returned = num_beams if place % 4 else 1
             out = compare(
                 pair(kind), rows, num_beams=num_beams, early_stopping=early_stopping,
                 length_penalty=length_penalty, eos_token_id=eos_token_id,
@@ -549,3 +548,7 @@ def test_cache_take_moves_what_differs(seed):
         for slot, parent in enumerate(parents):
             held = lengths[parent]
             np.testing.assert_array_equal(new[slot, :, :held], old[parent, :, :held])
+
+
+def test_zz_print_ties():
+    print("TIES", len(ties), ties)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import torch
+from fastgen.export import export
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
@@ -13,6 +15,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+
+from fastgen import CausalLM
 
 VOCAB = 99
 
@@ -72,6 +76,13 @@ def build(kind: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
             parameter.copy_(0.12 * noise if parameter.ndim > 1 else parameter + 0.1 * noise)
     model.generation_config.pad_token_id = 0
     return model
+
+
+def exported(kind: str, directory: Path, **changes: Any) -> tuple[PreTrainedModel, CausalLM]:
+    """A model and its export, loaded."""
+    model = build(kind, **changes)
+    export(model, directory, tokenizer=tokenizer(), progress=None)
+    return model, CausalLM(directory)
 
 
 TEXT = """The quick brown fox jumps over the lazy dog. import numpy as np; return the value of x.

@@ -1,0 +1,130 @@
+"""What flows through a graph on real text, and what quantising a product does to its output."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+from fastgen.export.quantize import (
+    Choice,
+    Floats,
+    Kernel,
+    Product,
+    block_codes,
+    block_scales,
+    channel_codes,
+    codes_values,
+)
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerFast
+
+TEXT = Path(__file__).with_name("held_out.txt")  # documentation that the demo model has not seen
+ROW = 128  # tokens of a row
+TOKENS = 2048  # of calibration, at most
+
+
+def rows_of_text(
+    text: str, tokenizer: PreTrainedTokenizerFast | None, vocab_size: int, limit: int | None
+) -> list[NDArray[np.int64]]:
+    """int64 rows of ROW tokens (or what the model takes); random ids without a tokenizer."""
+    length = min(ROW, limit or ROW)
+    if tokenizer is None:
+        return list(np.random.default_rng(0).integers(0, vocab_size, (2 * TOKENS // ROW, length)))
+    backend = tokenizer.backend_tokenizer
+    ids = np.array(backend.encode(text, add_special_tokens=False).ids, np.int64)
+    ids = ids[ids < vocab_size]
+    rows = [ids[i : i + length] for i in range(0, len(ids), length)]
+    return [row for row in rows if len(row) > 1]
+
+
+def halves(rows: Sequence[NDArray[np.int64]]) -> tuple[list[NDArray[np.int64]], ...]:
+    """Rows to calibrate on, and others to evaluate on, in turn: both see the whole text."""
+    return list(rows[0::2]), list(rows[1::2])
+
+
+def activations(
+    model: ir.Model, products: Sequence[Product], rows: Sequence[NDArray[np.int64]]
+) -> dict[ir.Value, Floats]:
+    """float32 [tokens, in] of each distinct input of `products`, on `rows`.
+
+    The graph runs once with these values as further outputs, one row at a time.
+    """
+    values = list(dict.fromkeys(product.node.inputs[0] for product in products))
+    graph = model.graph
+    outputs = list(graph.outputs)
+    seen: dict[ir.Value, list[Floats]] = {value: [] for value in values}
+    with tempfile.TemporaryDirectory() as directory:
+        graph.outputs.extend(values)
+        try:
+            path = Path(directory) / "model.onnx"
+            ir.save(model, path, external_data="model.onnx.data")
+        finally:
+            del graph.outputs[len(outputs) :]
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        # Weights stay in the file that is mapped: no packed copy of them beside torch's.
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        session = onnxruntime.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"]
+        )
+        names = [str(value.name) for value in values]
+        for row in rows:
+            for value, array in zip(values, session.run(names, _feeds(session, row)), strict=True):
+                seen[value].append(array.reshape(-1, array.shape[-1]))
+        del session
+    return {value: np.concatenate(arrays) for value, arrays in seen.items()}
+
+
+def _feeds(session: onnxruntime.InferenceSession, row: NDArray[np.int64]) -> dict[str, object]:
+    """One row from scratch, logits wanted everywhere."""
+    count = len(row)
+    feeds = {
+        "input_ids": row[None],
+        "position_ids": np.arange(count)[None],
+        "query_seqlens": np.array([count], np.int32),
+        "seqlens_k": np.array([count - 1], np.int32),
+        "total_sequence_length": np.array(count, np.int32),
+        "logits_positions": np.arange(count)[None],
+    }
+    wanted = {value.name: value for value in session.get_inputs()}
+    past = {
+        name: np.zeros((1, value.shape[1], count, value.shape[3]), np.float32)
+        for name, value in wanted.items()
+        if name.startswith("past_key_values")
+    }
+    return {name: array for name, array in feeds.items() if name in wanted} | past
+
+
+def output_error(x: Floats, weight: Floats, choice: Choice) -> float:
+    """|x W - x' W'| / |x W| of a quantised product, activations quantised as the kernel does."""
+    exact = x @ weight
+    approximate = quantized_input(x, choice.kernel) @ stored(weight, choice)
+    norm = float(np.linalg.norm(exact))
+    return float(np.linalg.norm(exact - approximate)) / norm if norm else 0.0
+
+
+def quantized_input(x: Floats, kernel: Kernel) -> Floats:
+    """x [tokens, in] after quantisation to 8 bits by token (W8A8) or by block of a token."""
+    block = kernel.block or x.shape[1]
+    width = -(-x.shape[1] // block) * block
+    padded = np.zeros((len(x), width), np.float32)
+    padded[:, : x.shape[1]] = x
+    parts = padded.reshape(len(x), -1, block)
+    scale = np.abs(parts).max(axis=-1, keepdims=True) / np.float32(127)
+    scale[scale == 0] = 1
+    return np.asarray((np.rint(parts / scale) * scale).reshape(len(x), width)[:, : x.shape[1]])
+
+
+def stored(weight: Floats, choice: Choice) -> Floats:
+    """The matrix [in, out] that the codes of `choice` stand for."""
+    weight = weight if choice.weight is None else choice.weight
+    kernel = choice.kernel
+    if kernel.block == 0:
+        codes, per_channel = channel_codes(weight)
+        return codes * per_channel
+    scales = block_scales(weight, kernel) if choice.scales is None else choice.scales
+    return codes_values(block_codes(weight, kernel, scales), kernel, scales, len(weight))

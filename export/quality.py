@@ -1,0 +1,96 @@
+"""How much a precision costs on text: the exported model beside the original, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from fastgen.model import Model
+from fastgen.pick import log_softmax
+
+CHUNK = 32  # positions whose logits are held at a time
+
+
+@dataclass(frozen=True)
+class Quality:
+    """The exported model against the original in float32, on text it was not calibrated on.
+
+    Attributes:
+        tokens: predicted tokens.
+        perplexity: of the export; `reference_perplexity` is the original's.
+        kl: mean Kullback-Leibler divergence from the original, in nats.
+        top1: share of positions with the same likeliest token.
+        max_difference: largest difference of a logit, as a share of the largest logit.
+        mean_difference: the mean, likewise.
+    """
+
+    tokens: int
+    perplexity: float
+    reference_perplexity: float
+    kl: float
+    top1: float
+    max_difference: float
+    mean_difference: float
+
+    @property
+    def more_perplexity(self) -> float:
+        """Relative to the original's."""
+        return self.perplexity / self.reference_perplexity - 1
+
+    def summary(self) -> str:
+        return (
+            f"perplexity {self.perplexity:.3f} against {self.reference_perplexity:.3f} "
+            f"({self.more_perplexity:+.2%}), KL {self.kl:.1e}, top-1 {self.top1:.2%}"
+        )
+
+
+def measure(
+    original: PreTrainedModel, exported: Model, rows: Sequence[NDArray[np.int64]]
+) -> Quality:
+    """Compare on `rows` of ids, each from scratch; logits are held for one row at a time."""
+    tokens, agree = 0, 0
+    loss = reference_loss = divergence = mean = largest = scale = 0.0
+    for row in rows:
+        with torch.no_grad():
+            ids = torch.from_numpy(row)[None]
+            reference = original(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0]
+        expected = reference.float().numpy()[:-1]
+        found = _logits(exported, row)[:-1]
+        p, q = log_softmax(expected), log_softmax(found)
+        places, targets = np.arange(len(row) - 1), row[1:]
+        loss -= float(q[places, targets].sum(dtype=np.float64))
+        reference_loss -= float(p[places, targets].sum(dtype=np.float64))
+        divergence += float((np.exp(p) * (p - q)).sum(dtype=np.float64))
+        agree += int((expected.argmax(1) == found.argmax(1)).sum())
+        difference = np.abs(expected - found)
+        largest, scale = (
+            max(largest, float(difference.max())),
+            max(scale, float(abs(expected).max())),
+        )
+        mean += float(difference.mean(dtype=np.float64)) * len(places)
+        tokens += len(places)
+    return Quality(
+        tokens=tokens,
+        perplexity=float(np.exp(loss / tokens)),
+        reference_perplexity=float(np.exp(reference_loss / tokens)),
+        kl=max(0.0, divergence / tokens),
+        top1=agree / tokens,
+        max_difference=largest / (scale or 1),
+        mean_difference=mean / tokens / (scale or 1),
+    )
+
+
+def _logits(model: Model, row: NDArray[np.int64]) -> NDArray[np.float32]:
+    """float32 [length, vocab] of one row."""
+    cache = model.new_cache(1, 2 * len(row))
+    parts = []
+    for start in range(0, len(row), CHUNK):
+        new = row[start : start + CHUNK]
+        positions = np.arange(len(new))[None]
+        parts.append(model.forward([new], cache, logits_positions=positions)[0].copy())
+    return np.concatenate(parts)

@@ -1,0 +1,163 @@
+"""How each precision is made: which kernel for which matrix, and what stays in a wider type."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from fastgen.export import calibrate, smooth
+from fastgen.export.gptq import gptq, search_scales
+from fastgen.export.quantize import W8A8, Choice, Floats, Kernel, Product, products, quantize
+from numpy.typing import NDArray
+
+OUT_OF_LINE = 2.5  # times the median error of the layers: such a matrix is kept wider
+BUDGET = 0.08  # of the quantised size, for matrices in a wider type
+SAMPLE = 512  # tokens that an error is measured on
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The kernels of a precision.
+
+    Attributes:
+        layer: of the decoder's matrices.
+        head: of `lm_head`, and of the embedding that shares its matrix.
+        wide: of matrices whose error is out of line.
+        smooth: whether outlier channels are moved into the weights first.
+    """
+
+    layer: Kernel
+    head: Kernel
+    wide: Kernel
+    smooth: bool
+
+
+# `lm_head` runs at a few positions only, where MatMulNBits is the fastest, and its codes serve the
+# embedding too. Block sizes: see bench/README.md.
+RECIPES = {
+    "int8": Recipe(layer=W8A8, head=Kernel(8, 128), wide=Kernel(8, 32), smooth=True),
+    "int4": Recipe(layer=Kernel(4, 64), head=Kernel(4, 64), wide=Kernel(8, 64), smooth=False),
+}
+
+
+@dataclass(frozen=True)
+class Made:
+    """What became of a matrix.
+
+    Attributes:
+        kernel: how it is stored.
+        error: of its output on the calibration text, relative.
+        wide: whether it is kept in a wider type than others, for its error was out of line.
+    """
+
+    name: str
+    kernel: str
+    error: float
+    wide: bool
+
+
+def make(
+    model: ir.Model,
+    precision: str,
+    rows: Sequence[NDArray[np.int64]],
+    shown: Callable[[int, int], None],
+) -> tuple[list[Made], list[str]]:
+    """Quantise a trimmed graph in place.
+
+    Args:
+        model: the graph in float32.
+        precision: "int8" or "int4".
+        rows: calibration ids.
+        shown: called with the number of matrices done and their total, as they are.
+
+    Returns:
+        What became of each matrix, and the names of those that were smoothed.
+    """
+    recipe = RECIPES[precision]
+    found = products(model.graph)
+    inputs = calibrate.activations(model, found, rows)
+    smoothed: list[str] = []
+    if recipe.smooth:
+        layers = [product for product in found if not product.is_head]
+        smoothed = smooth.smooth(model.graph, layers, inputs, recipe.layer)
+        found = products(model.graph)
+    choices: dict[str, Choice] = {}
+    errors: dict[str, float] = {}
+    for place, product in enumerate(found):
+        shown(place, len(found))
+        x = inputs[product.node.inputs[0]]
+        kernel = fitting(recipe.head if product.is_head else recipe.layer, product)
+        choices[product.name] = _choice(product, kernel, x)
+        errors[product.name] = _error(product, choices[product.name], x)
+    wide = _keep_wide(found, choices, errors, inputs, recipe.wide)
+    made = [
+        Made(p.name, str(choices[p.name].kernel), round(errors[p.name], 6), p.name in wide)
+        for p in found
+    ]
+    quantize(model, lambda product: choices[product.name])
+    return made, smoothed
+
+
+def fitting(kernel: Kernel, product: Product) -> Kernel:
+    """`kernel` with blocks that divide the matrix's inputs, where smaller ones do."""
+    block = kernel.block
+    while block > 32 and len(product.weight) % block:
+        block //= 2
+    return Kernel(kernel.bits, block)
+
+
+def _choice(product: Product, kernel: Kernel, x: Floats) -> Choice:
+    if kernel.bits == 8:
+        return Choice(kernel)
+    moments = np.einsum("ti,ti->i", x, x) / len(x)
+    scales = search_scales(product.weight, kernel, moments)
+    if product.is_head:  # as many outputs as words: the search for scales must do
+        return Choice(kernel, scales)
+    return Choice(kernel, scales, gptq(product.weight, kernel, scales, x))
+
+
+def _error(product: Product, choice: Choice, x: Floats) -> float:
+    sample = x[:: max(1, len(x) // SAMPLE)]
+    weight = product.weight
+    if product.is_head:  # a part of the words tells as much
+        some = slice(None, None, max(1, weight.shape[1] // 4096))
+        weight = np.ascontiguousarray(weight[:, some])
+        scales = None if choice.scales is None else choice.scales[some]
+        choice = Choice(choice.kernel, scales)
+    return calibrate.output_error(sample, weight, choice)
+
+
+def _keep_wide(
+    found: Sequence[Product],
+    choices: dict[str, Choice],
+    errors: dict[str, float],
+    inputs: dict[ir.Value, Floats],
+    wide: Kernel,
+) -> set[str]:
+    """Give the worst matrices a wider kernel, worst first, as long as the budget lasts."""
+    kept: set[str] = set()
+    layers = [product for product in found if not product.is_head]
+    if not layers:
+        return kept
+    bound = OUT_OF_LINE * float(np.median([errors[product.name] for product in layers]))
+    total = sum(_bytes(product, choices[product.name].kernel) for product in found)
+    left = BUDGET * total
+    for product in sorted(layers, key=lambda product: -errors[product.name]):
+        kernel = fitting(wide, product)
+        more = _bytes(product, kernel) - _bytes(product, choices[product.name].kernel)
+        if errors[product.name] <= bound or more > left:
+            continue
+        error = _error(product, Choice(kernel), inputs[product.node.inputs[0]])
+        if error < errors[product.name] / 2:
+            choices[product.name], errors[product.name] = Choice(kernel), error
+            left -= more
+            kept.add(product.name)
+    return kept
+
+
+def _bytes(product: Product, kernel: Kernel) -> int:
+    codes = product.weight.size * kernel.bits // 8
+    scales = product.weight.size // kernel.block if kernel.block else product.weight.shape[1]
+    return codes + 4 * scales

@@ -1,0 +1,575 @@
+"""All of `generate`: the parity report, stopping, outputs, streamers, configurations, callables."""
+
+from __future__ import annotations
+
+import functools
+import re
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import parity_report
+import pytest
+import tiny
+import torch
+from test_parity import left_padded, ragged
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerFast,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+    TextStreamer,
+)
+from transformers.generation.stopping_criteria import EosTokenCriteria, StopStringCriteria
+
+import fastgen
+from fastgen import params
+from fastgen.stop import StopStrings
+
+GREEDY = {"do_sample": False, "max_new_tokens": 12}
+
+
+def test_no_token_differs_from_transformers(pair, capsys):
+    counts = parity_report.run(pair)
+    with capsys.disabled():
+        print(f"\n{parity_report.table(counts)}")
+    assert sum(counts.values()) >= 400
+    assert not any(n for (_, outcome), n in counts.items() if outcome == "different")
+    assert sum(n for (_, outcome), n in counts.items() if outcome == "ties") <= 5
+
+
+# -- Stopping ------------------------------------------------------------------------------------
+
+
+def byte_fallback() -> Tokenizer:
+    """As Llama's: sentencepiece's pieces, and bytes for what has none."""
+    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    letters = sorted(set(tiny.TEXT.replace(" ", "\u2581")) - set("\n\u4f60\U0001f642"))
+    merges = [("t", "h"), ("th", "e"), ("\u2581", "the"), ("o", "n"), ("\u2581", "o"), ("e", "r")]
+    pieces += [*letters, *dict.fromkeys(a + b for a, b in merges)]
+    vocabulary = {piece: place for place, piece in enumerate(dict.fromkeys(pieces))}
+    backend = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True, unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
+         decoders.Strip(" ", 1, 0)]
+    )  # fmt: skip
+    return backend
+
+
+def word_pieces() -> Tokenizer:
+    backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(vocab_size=120, special_tokens=["[UNK]", "[PAD]"])
+    backend.train_from_iterator([tiny.TEXT, "abcdef"], trainer)
+    return backend
+
+
+def metaspace() -> Tokenizer:
+    backend = Tokenizer(models.Unigram())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(vocab_size=120, special_tokens=["<unk>"], unk_token="<unk>")
+    backend.train_from_iterator([tiny.TEXT, "abcdef"], trainer)
+    return backend
+
+
+TOKENIZERS = {
+    "byte level": tiny.tokenizer,
+    "byte fallback": lambda: PreTrainedTokenizerFast(tokenizer_object=byte_fallback()),
+    "word pieces": lambda: PreTrainedTokenizerFast(tokenizer_object=word_pieces()),
+    "metaspace": lambda: PreTrainedTokenizerFast(tokenizer_object=metaspace()),
+}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_tokens_are_spelt_as_transformers_spells_them(kind):
+    theirs = TOKENIZERS[kind]()
+    ours = fastgen.Tokenizer.of(theirs)
+    mode = StopStringCriteria._get_stop_string_matching_mode(theirs)
+    spelt, ids = StopStringCriteria.clean_tokenizer_vocab(theirs, stop_string_matching_mode=mode)
+    assert (mode is not None) == (ours.bytes_are is not None)
+    for text, index in zip(spelt, ids, strict=True):
+        assert ours.spelling(index) == (text if isinstance(text, bytes) else text.encode()), index
+    assert ours.spelling(10_000) is None
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_stop_strings_follow_the_rule_of_transformers(kind, seed):
+    theirs = TOKENIZERS[kind]()
+    ours = fastgen.Tokenizer.of(theirs)
+    random = np.random.default_rng(seed)
+    known = sorted(theirs.get_vocab().values())
+    few = random.choice(known, 8)  # of few tokens, so that stop strings do occur
+    rows = [random.choice(few, 24) for _ in range(6)]
+    texts: set[str] = set()
+    while len(texts) < 4:
+        row = rows[int(random.integers(len(rows)))]
+        text = b"".join(ours.spelling(int(i)) or b"" for i in row).decode(errors="ignore")
+        if len(text) < 4:  # nothing but broken characters
+            texts.add("x" * (1 + len(texts)))
+            continue
+        start = int(random.integers(len(text) - 2))
+        texts.add(text[start : start + int(random.integers(1, 9))])
+    criterion = StopStringCriteria(theirs, sorted(texts))
+    found = StopStrings(ours.spelling, sorted(texts), ours.bytes_are is not None)
+    hits = 0
+    for row in rows:
+        for length in range(1, len(row) + 1):
+            expected = bool(criterion(torch.tensor(row[None, :length]), None)[0])
+            assert found(row[:length]) == expected, (texts, row[:length].tolist())
+            hits += expected
+    assert hits or "xx" in texts
+
+
+def pieces_of(ours: fastgen.CausalLM, row: list[int], start: int, count: int) -> str:
+    """The text of some generated tokens, to serve as a stop string."""
+    plain = ours.generate(row, eos_token_id=None, **GREEDY)[0][len(row) :]
+    spelt = b"".join(ours.tokenizer.spelling(i) or b"" for i in plain[start : start + count])
+    return spelt.decode(errors="ignore")
+
+
+@pytest.mark.parametrize("eos", [2, None])
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_stop_strings_end_rows_as_there(pair, kind, eos):
+    """With an eos, ended rows are padded; without one they go on until all have ended."""
+    theirs, ours = pair(kind)
+    rows = ragged(41, (3, 6, 9))
+    ids, mask = left_padded(rows)
+    texts = [text for i, row in enumerate(rows[:2]) if (text := pieces_of(ours, row, 2 + 3 * i, 2))]
+    assert texts
+    for more in ({}, {"num_beams": 3}):
+        knobs = {**GREEDY, "eos_token_id": eos, "pad_token_id": 0, "stop_strings": texts, **more}
+        expected = theirs.generate(ids, attention_mask=mask, tokenizer=tiny.tokenizer(), **knobs)
+        found = ours.generate(ids, attention_mask=mask, **knobs)
+        assert torch.equal(found, expected), more
+        mine = ours.generate(ids, attention_mask=mask, tokenizer=tiny.tokenizer(), **knobs)
+        assert torch.equal(mine, expected), more
+    out = ours.generate(rows, return_dict_in_generate=True, **GREEDY, eos_token_id=eos,
+                        stop_strings=texts)  # fmt: skip
+    assert "stop_string" in out.finish_reasons
+
+
+class EndsWith(StoppingCriteria):
+    """As people write them, for tensors and per row."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self.tokens = torch.tensor(tokens)
+        self.done: torch.Tensor | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        ended = torch.isin(input_ids[:, -1], self.tokens.to(input_ids.device))
+        self.done = (
+            ended if self.done is None or len(self.done) != len(ended) else self.done | ended
+        )
+        return self.done
+
+
+@pytest.mark.parametrize("eos", [2, None])
+@pytest.mark.parametrize("more", [{}, {"num_beams": 2}, {"do_sample": True, "top_k": 0}])
+def test_stopping_criteria_of_transformers_work_as_they_are(pair, eos, more):
+    theirs, ours = pair("llama")
+    rows = ragged(42, (3, 6, 9))
+    ids, mask = left_padded(rows)
+    ends = [ours.generate(row, eos_token_id=None, **GREEDY)[0][len(row) + 3] for row in rows[:2]]
+    knobs = {**GREEDY, "eos_token_id": eos, "pad_token_id": 0, **more}
+    torch.manual_seed(5)
+    expected = theirs.generate(ids, attention_mask=mask, **knobs,
+                               stopping_criteria=StoppingCriteriaList([EndsWith(ends)]))  # fmt: skip
+    for given in (ids, ids.numpy(), rows):
+        found = ours.generate(given, attention_mask=None if given is rows else mask, **knobs,
+                              seed=5, stopping_criteria=StoppingCriteriaList([EndsWith(ends)]))  # fmt: skip
+        assert np.array_equal(found, expected)
+
+
+def test_criteria_see_all_rows_and_what_they_were_chosen_from(pair):
+    _, ours = pair("llama")
+    rows = ragged(42, (3, 6, 9))
+    plain = np.array(ours.generate(rows, eos_token_id=None, **GREEDY))
+    eos = int(plain[0, 9 + 3])
+    seen = []
+
+    def criterion(ids: np.ndarray, scores: np.ndarray) -> bool:
+        assert isinstance(ids, np.ndarray) and scores.dtype == np.float32
+        running = ~(ids[:, 9:-1] == eos).any(axis=1)
+        assert (scores.argmax(axis=1) == ids[:, -1])[running].all()
+        seen.append(ids.shape)
+        return False
+
+    ours.generate(rows, eos_token_id=eos, stopping_criteria=[criterion], **GREEDY)
+    assert seen == [(3, 9 + step) for step in range(1, 13)]
+    ours.generate(rows, stopping_criteria=lambda ids, scores: True, **GREEDY)  # one, without a list
+    with pytest.raises(ValueError, match=r"returned shape \(2,\), expected .* \(3,\)"):
+        ours.generate(rows, stopping_criteria=[lambda ids, scores: [True, False]], **GREEDY)
+
+
+def test_a_criterion_with_an_eos_pads_as_there(pair):
+    theirs, ours = pair("llama")
+    ids, mask = left_padded(ragged(42, (3, 6, 9)))
+    plain = ours.generate(ids, attention_mask=mask, eos_token_id=None, **GREEDY)
+    criteria = StoppingCriteriaList([EosTokenCriteria(eos_token_id=int(plain[0, 9 + 3]))])
+    knobs = {**GREEDY, "attention_mask": mask, "eos_token_id": None, "pad_token_id": 0}
+    expected = theirs.generate(ids, stopping_criteria=criteria, **knobs)
+    assert torch.equal(ours.generate(ids, stopping_criteria=criteria, **knobs), expected)
+
+
+def test_max_time_ends_the_call(pair):
+    _, ours = pair("llama")
+    out = ours.generate([[5, 6, 7], [8, 9, 3]], max_new_tokens=100, max_time=0.0,
+                        eos_token_id=None, return_dict_in_generate=True)  # fmt: skip
+    assert np.shape(out.sequences) == (2, 4) and out.finish_reasons == ["time", "time"]
+    begin = time.monotonic()
+    slow = [lambda ids, scores: bool(time.sleep(0.02))]
+    out = ours.generate([5, 6, 7], max_new_tokens=100, max_time=0.3, eos_token_id=None,
+                        stopping_criteria=slow, return_dict_in_generate=True)  # fmt: skip
+    assert out.finish_reasons == ["time"]
+    assert time.monotonic() - begin > 0.25 and 4 < len(out.sequences[0]) < 60
+
+
+# -- Callables -----------------------------------------------------------------------------------
+
+
+class Favour(LogitsProcessor):
+    def __init__(self, token: int) -> None:
+        self.token = token
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        index = torch.full((len(input_ids), 1), self.token, device=input_ids.device)
+        return scores.scatter(1, index, scores.amax(-1, keepdim=True) - 0.3)
+
+
+@pytest.mark.parametrize("more", [{}, {"num_beams": 2}, {"do_sample": True, "temperature": 0.8}])
+def test_logits_processors_of_transformers_work_as_they_are(pair, more):
+    theirs, ours = pair("llama")
+    rows = ragged(43, (5, 5))
+    ids = torch.tensor(rows)
+    knobs = {**GREEDY, "eos_token_id": None, "repetition_penalty": 1.2, **more}
+    torch.manual_seed(2)
+    expected = theirs.generate(ids, logits_processor=LogitsProcessorList([Favour(11)]), **knobs)
+    assert (expected == 11).any()
+    for given in (ids, rows):
+        found = ours.generate(given, logits_processor=LogitsProcessorList([Favour(11)]), seed=2,
+                              **knobs)  # fmt: skip
+        assert np.array_equal(found, expected)
+
+
+def test_functions_get_what_the_ids_are(pair):
+    theirs, ours = pair("llama")
+    kinds: list[type] = []
+
+    def processor(ids: Any, scores: Any) -> Any:
+        kinds.extend((type(ids), type(scores)))
+        return scores - 1.0
+
+    def allowed(batch_id: int, ids: Any) -> list[int]:
+        kinds.append(type(ids))
+        return list(range(10 + batch_id, 60))
+
+    ids = torch.tensor(ragged(44, (5, 5)))
+    expected = theirs.generate(ids, prefix_allowed_tokens_fn=allowed, **GREEDY)
+    for given, kind in ((ids, torch.Tensor), (ids.numpy(), np.ndarray), (ids.tolist(), np.ndarray)):
+        kinds.clear()
+        found = ours.generate(given, prefix_allowed_tokens_fn=allowed, logits_processor=[processor],
+                              **GREEDY)  # fmt: skip
+        assert set(kinds) == {kind}
+        assert np.array_equal(found, expected)
+
+
+# -- Outputs -------------------------------------------------------------------------------------
+
+OUTPUTS = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"repetition_penalty": 1.3},
+        {"do_sample": True, "top_k": 20, "temperature": 0.8, "num_return_sequences": 2},
+        {"num_beams": 3, "num_return_sequences": 2, "length_penalty": 0.6},
+        {"num_beams": 3, "do_sample": True},
+    ],
+)
+@pytest.mark.parametrize("kind", ["gpt2", "gemma2"])
+def test_scores_logits_and_transition_scores_are_those_of_transformers(pair, kind, more):
+    theirs, ours = pair(kind)
+    ids, mask = left_padded(ragged(45, (4, 9)))
+    torch.manual_seed(3)
+    plain = theirs.generate(ids, attention_mask=mask, **GREEDY, **more, eos_token_id=None)
+    knobs = {**GREEDY, **more, **OUTPUTS, "eos_token_id": int(plain[0, 9 + 4]), "pad_token_id": 0}
+    torch.manual_seed(3)
+    expected = theirs.generate(ids, attention_mask=mask, **knobs)
+    found = ours.generate(ids, attention_mask=mask, seed=3, **knobs)
+    assert torch.equal(found.sequences, expected.sequences)
+    new = found.sequences[:, 9:]
+    ended = torch.zeros(len(new), dtype=torch.bool)
+    beams = "num_beams" in more
+    for step, (a, b) in enumerate(zip(expected.scores, found.scores, strict=True)):
+        assert isinstance(b, torch.Tensor) and b.dtype == torch.float32
+        for x, y in ((a, b), (expected.logits[step], found.logits[step])):
+            assert x.shape == y.shape
+            torch.testing.assert_close(y, x, rtol=1e-3, atol=1e-3) if beams else (
+                torch.testing.assert_close(y[~ended], x[~ended], rtol=1e-3, atol=1e-3)
+            )
+        ended |= new[:, step] == knobs["eos_token_id"] if not beams else False
+    for normalize in (False, True):
+        given = {"normalize_logits": normalize}
+        if beams:
+            given["beam_indices"] = expected.beam_indices
+        a = theirs.compute_transition_scores(expected.sequences, expected.scores, **given)
+        b = ours.compute_transition_scores(expected.sequences, expected.scores, **given)
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-4)
+        as_arrays = {k: v.numpy() if k == "beam_indices" else v for k, v in given.items()}
+        arrays = [step.numpy() for step in expected.scores]
+        c = ours.compute_transition_scores(expected.sequences.tolist(), arrays, **as_arrays)
+        assert isinstance(c, np.ndarray) and np.array_equal(c, b.numpy())
+        mine = ours.compute_transition_scores(found.sequences, found.scores, **given)
+        kept = torch.ones_like(new, dtype=torch.bool)
+        if not beams:
+            kept = (
+                (new == knobs["eos_token_id"]).cumsum(1) - (new == knobs["eos_token_id"]).int()
+            ) == 0
+        torch.testing.assert_close(mine[kept], a[kept], rtol=1e-3, atol=1e-3)
+        assert not mine[~kept].any()
+    if beams:
+        lengths = (found.beam_indices >= 0).sum(1)
+        total = ours.compute_transition_scores(found.sequences, found.scores, found.beam_indices)
+        penalty = lengths ** knobs.get("length_penalty", 1.0)
+        torch.testing.assert_close(total.sum(1) / penalty, found.sequences_scores)
+        torch.testing.assert_close(found.sequences_scores, expected.sequences_scores)
+    else:
+        assert found.sequences_scores is None and found.beam_indices is None
+
+
+def test_outputs_are_found_by_name_and_by_place_and_lists_are_lists(pair):
+    _, ours = pair("gpt2")
+    out = ours.generate([[5, 6, 7]], top_logprobs=3, **OUTPUTS, **GREEDY)
+    assert out["sequences"] is out[0] is out.sequences and isinstance(out.sequences, list)
+    assert out[1] is out.scores and isinstance(out.scores[0], np.ndarray)
+    bare = ours.generate([[5, 6, 7]], return_dict_in_generate=True, **GREEDY)
+    assert bare.scores is None and bare.logits is None and bare.top_logprobs is None
+    for step, token in enumerate(out.sequences[0][3:]):
+        best = out.top_logprobs[0][step]
+        assert best[0][0] == token and len(best) == 3
+        logits = out.logits[step][0].astype(np.float64)
+        expected = logits - np.log(np.exp(logits).sum())
+        for index, value in best:
+            assert value == pytest.approx(expected[index], abs=1e-5)
+        assert [value for _, value in best] == sorted((v for _, v in best), reverse=True)
+
+
+# -- Streamers -----------------------------------------------------------------------------------
+
+
+class Recorder:
+    """A streamer that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.values: list[list[Any]] = []
+        self.kinds: set[type] = set()
+        self.ended = 0
+
+    def put(self, value: Any) -> None:
+        self.kinds.add(type(value))
+        self.values.append(value.tolist())
+
+    def end(self) -> None:
+        self.ended += 1
+
+
+@pytest.mark.parametrize("more", [{}, {"do_sample": True, "num_return_sequences": 2}])
+def test_streamers_get_what_transformers_puts(pair, more):
+    theirs, ours = pair("llama")
+    ids, mask = left_padded(ragged(46, (4, 7)))
+    plain = ours.generate(ids, attention_mask=mask, seed=1, eos_token_id=None, **GREEDY, **more)
+    knobs = {**GREEDY, "eos_token_id": int(plain[0, 7 + 3]), "pad_token_id": 0, **more}
+    one, two, three = Recorder(), Recorder(), Recorder()
+    torch.manual_seed(1)
+    theirs.generate(ids, attention_mask=mask, streamer=one, **knobs)
+    ours.generate(ids, attention_mask=mask, streamer=two, seed=1, **knobs)
+    ours.generate(ids.numpy(), attention_mask=mask.numpy(), streamer=three, seed=1, **knobs)
+    assert two.values == one.values == three.values
+    assert two.ended == three.ended == 1
+    assert two.kinds == {torch.Tensor} and three.kinds == {np.ndarray}
+
+
+def test_guessed_tokens_are_put_all(pair):
+    theirs, ours = pair("llama")
+    row = ragged(47, (6,))[0] * 3
+    knobs = {**GREEDY, "prompt_lookup_num_tokens": 4, "eos_token_id": None}
+    one, two = Recorder(), Recorder()
+    theirs.generate(torch.tensor([row]), streamer=one, pad_token_id=0, **knobs)
+    out = ours.generate([row], streamer=two, **knobs)
+    assert two.values[0] == one.values[0] == [row]
+    for recorder in (one, two):
+        put = [token for value in recorder.values[1:] for token in np.ravel(value).tolist()]
+        assert put == out[0][len(row) :]
+    assert max(np.size(value) for value in two.values[1:]) > 1
+    with pytest.raises(ValueError, match="streamer cannot follow 2 rows"):
+        ours.generate([row, row], streamer=two, **knobs)
+    with pytest.raises(ValueError, match="streamer cannot be used with num_beams=2"):
+        ours.generate([row], streamer=two, num_beams=2)
+
+
+@pytest.mark.parametrize("more", [{}, {"prompt_lookup_num_tokens": 3}])
+def test_text_streamers_of_transformers_work_as_they_are(pair, capsys, more):
+    _, ours = pair("llama")
+    tokenizer = tiny.tokenizer()
+    row = tokenizer("the quick the quick the")["input_ids"]
+    knobs = {**GREEDY, **more, "max_new_tokens": 30, "eos_token_id": None}
+    text = tokenizer.decode(ours.generate(row, **knobs)[0][len(row) :])
+    ours.generate(row, streamer=TextStreamer(tokenizer, skip_prompt=True), **knobs)
+    assert capsys.readouterr().out == text + "\n"
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
+    thread = threading.Thread(target=lambda: ours.generate(row, streamer=streamer, **knobs))
+    thread.start()
+    assert "".join(streamer) == text
+    thread.join()
+
+
+# -- Configurations ------------------------------------------------------------------------------
+
+CHOICES: dict[str, list[Any]] = {
+    "max_length": [30, 40], "max_new_tokens": [5, 9], "min_length": [3], "min_new_tokens": [2],
+    "do_sample": [True, False], "num_beams": [1, 3], "early_stopping": [True, "never"],
+    "temperature": [0.7, 1.0], "top_k": [0, 7, 50], "top_p": [0.9, 1.0], "min_p": [0.1],
+    "typical_p": [0.8], "epsilon_cutoff": [0.02], "eta_cutoff": [0.01], "top_h": [0.5],
+    "repetition_penalty": [1.2], "length_penalty": [0.5, 2.0], "no_repeat_ngram_size": [2],
+    "renormalize_logits": [True], "guidance_scale": [1.5], "pad_token_id": [0, 3],
+    "eos_token_id": [2, [2, 5]], "bos_token_id": [1], "suppress_tokens": [[4, 5]],
+    "exponential_decay_length_penalty": [(3, 1.2)], "bad_words_ids": [[[7, 8]]],
+    "forced_eos_token_id": [2], "output_scores": [True], "return_dict_in_generate": [True],
+    "use_cache": [True, False], "stop_strings": [["x"]], "num_assistant_tokens": [7],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_settings_merge_as_in_transformers(pair, seed):
+    theirs, _ = pair("gpt2")
+    random = np.random.default_rng(seed)
+
+    def some(share: float, off: float = 0.0) -> dict[str, Any]:
+        drawn = {k: v[int(random.integers(len(v)))] for k, v in CHOICES.items()}
+        kept = {k: v for k, v in drawn.items() if random.random() < share}
+        return {k: None if random.random() < off and k != "max_length" else v
+                for k, v in kept.items()}  # fmt: skip
+
+    model_defaults = GenerationConfig(**some(0.3))
+    config = GenerationConfig(**some(0.3)) if random.random() < 0.7 else None
+    kwargs = some(0.3, off=0.3)
+    kept, theirs.generation_config = theirs.generation_config, model_defaults
+    try:
+        expected, _ = theirs._prepare_generation_config(config, **kwargs)
+    finally:
+        theirs.generation_config = kept
+    given = config.to_dict() if config is not None else None
+    try:
+        found = params.resolve(model_defaults.to_dict(), given, kwargs)
+    except ValueError as error:  # a rule of `Params`, not of the merge
+        assert re.search("needs|above 0", str(error))
+        return
+    for name in CHOICES.keys() & params.NAMES:
+        theirs_, ours_ = getattr(expected, name), getattr(found, name)
+        if theirs_ is None or name == "max_length":
+            given_ = [c.get(name) for c in (kwargs, given or {}, model_defaults.to_dict())]
+            if name == "max_length" and not any(given_):
+                assert theirs_ == 20 and ours_ is None  # 20 new tokens, see `stop.length_limit`
+                continue
+            off = {"top_k": 0} | {k: v for k, v in _neutral().items() if k != "top_k"}
+            assert ours_ == (theirs_ if theirs_ is not None else off[name]), name
+            continue
+        assert _plain(ours_) == _plain(theirs_), name
+
+
+@functools.cache
+def _neutral() -> dict[str, Any]:
+    return {name: getattr(fastgen.Params(), name) for name in params.NAMES}
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, and one id as a list of it."""
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return [value] if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def test_a_configuration_may_be_an_object_a_dict_and_the_second_argument(pair):
+    theirs, ours = pair("llama")
+    ids = torch.tensor([[5, 6, 7]])
+    config = GenerationConfig(max_new_tokens=6, num_beams=2, repetition_penalty=1.3, pad_token_id=0)
+    expected = theirs.generate(ids, config)
+    assert torch.equal(ours.generate(ids, config), expected)
+    assert torch.equal(ours.generate(ids, generation_config=config.to_dict()), expected)
+    assert torch.equal(ours.generate(ids, config, num_beams=1), theirs.generate(ids, config, num_beams=1))  # fmt: skip
+    with pytest.raises(ValueError, match=r"generation_config must be a dict or have to_dict"):
+        ours.generate(ids, 5)
+    with pytest.raises(ValueError, match="temprature is not a keyword"):
+        ours.generate(ids, {"temprature": 3})
+
+
+def test_what_the_models_own_file_asks_for_is_done_or_an_error(pair):
+    _, ours = pair("gpt2")
+    ours = fastgen.load(ours.directory)
+    ours.generation_config.chat_format = "chatml"  # a note of its own, as some models have
+    config = {"chat_format": "chatml", "max_new_tokens": 3}
+    assert len(ours.generate([5, 6], config)[0]) == 5
+    ours.generation_config.penalty_alpha = 0.6
+    with pytest.raises(ValueError, match=r"penalty_alpha=0.6 \(the model's own default\) is not"):
+        ours.generate([5, 6])
+    assert len(ours.generate([5, 6], penalty_alpha=None, max_new_tokens=3)[0]) == 5
+    ours.generation_config = GenerationConfig(max_new_tokens=4, eos_token_id=None)
+    assert len(ours.generate([5, 6])[0]) == 6
+
+
+def test_every_argument_of_transformers_generate_is_known(pair):
+    import inspect
+
+    theirs, _ = pair("gpt2")
+    names = set(GenerationConfig().to_dict()) | set(inspect.signature(theirs.generate).parameters)
+    names -= {"self", "kwargs", "inputs"}
+    assert {n for n in names if n[0] != "_"} <= params.KNOWN | set(params.ARGUMENTS)
+
+
+def test_the_table_of_knobs_in_the_readme_is_the_code():
+    text = (Path(fastgen.__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    found = re.search(r"<!-- knobs -->\n(.*)\n<!-- /knobs -->", text, re.DOTALL)
+    wanted = 'python -c "import fastgen.params as p; print(p.table())"'
+    assert found and found[1].strip() == params.table(), f"the section is the output of {wanted}"
+
+
+# -- Guesses and healing, as transformers' users call them -----------------------------------------
+
+
+def test_an_assistant_is_called_as_in_transformers(pair):
+    theirs, ours = pair("llama")
+    ids = torch.tensor([ragged(48, (6,))[0]])
+    expected = theirs.generate(ids, assistant_model=theirs, pad_token_id=0, **GREEDY)
+    assert torch.equal(ours.generate(ids, assistant_model=ours, **GREEDY), expected)
+    with pytest.raises(ValueError, match="assistant_model must be a fastgen model, got LlamaFor"):
+        ours.generate(ids, assistant_model=theirs, **GREEDY)
+    with pytest.raises(ValueError, match="assistant_tokenizer=.* is not supported: an assistant"):
+        ours.generate(ids, assistant_model=ours, assistant_tokenizer="t", tokenizer="t")
+
+
+def test_healed_prompts_are_those_of_transformers(pair):
+    theirs, ours = pair("gpt2")
+    tokenizer = tiny.tokenizer()
+    healed = 0
+    for text in ("The quick br", "import n", "good b", "every fo", "on and o", "the l ", "one"):
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        knobs = {**GREEDY, "token_healing": True, "tokenizer": tokenizer}
+        expected = theirs.generate(ids, **knobs)
+        assert torch.equal(ours.generate(ids, **knobs), expected), text
+        cut = tokenizer(text.strip())["input_ids"]
+        healed += expected[0, : len(cut)].tolist() != cut
+    assert healed >= 2
+    assert ours.generate([5], token_healing=True, max_new_tokens=2)[0][0] == 5
