@@ -140,11 +140,12 @@ def export(
 
 @contextmanager
 def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Without dropout; afterwards each module trains or does not, as before."""
+    """Without dropout and advice; afterwards each module trains or does not, as before."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        yield
+        with source.quiet():
+            yield
     finally:
         for module in training:
             module.training = True

@@ -120,7 +120,7 @@ def _model(path: Path, config: PretrainedConfig) -> PreTrainedModel:
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise UnsupportedModel("transformers has no causal language model of this type")
     try:
-        with _no_bars():
+        with quiet():
             model, found = AutoModelForCausalLM.from_pretrained(
                 path,
                 config=config,
@@ -142,15 +142,18 @@ def _model(path: Path, config: PretrainedConfig) -> PreTrainedModel:
 
 
 @contextlib.contextmanager
-def _no_bars() -> Iterator[None]:
-    """The pipeline shows the loading as a step of its own."""
-    shown = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
+def quiet() -> Iterator[None]:
+    """Without transformers' bars and advice: the export shows its own steps and findings."""
+    say = transformers.utils.logging
+    bars, verbosity = say.is_progress_bar_enabled(), say.get_verbosity()
+    say.disable_progress_bar()
+    say.set_verbosity_error()
     try:
         yield
     finally:
-        if shown:
-            transformers.utils.logging.enable_progress_bar()
+        say.set_verbosity(verbosity)
+        if bars:
+            say.enable_progress_bar()
 
 
 def _tokenizer(path: Path) -> tuple[PreTrainedTokenizerFast | None, str]:

@@ -318,35 +318,63 @@ def merge_products(graph: ir.Graph) -> int:
 
 
 def norm_with_sum(graph: ir.Graph) -> int:
-    """A residual sum and the RMS norm that reads it are one node; so is a norm alone."""
+    """A residual sum, the bias before it and the norm that reads it are one node."""
     fired = 0
     for node in list(graph):
-        if node.op_type != "RMSNormalization" or node.attributes.get_int("axis", -1) != -1:
+        kind = NORMS.get(node.op_type)
+        x = node.inputs[0] if kind is not None else None
+        if kind is None or x is None or rank(x) != 3 or not _norms_last_axis(node):
             continue
-        x, weight = node.inputs[0], node.inputs[1]
-        if constant(weight) is None or rank(weight) != 1 or rank(x) != 3:
-            continue
-        epsilon = node.attributes.get_float("epsilon", 1e-5)
+        weights = list(node.inputs[1:])
+        epsilon = {"epsilon": node.attributes.get_float("epsilon", 1e-5)}
         add = producer(x, "Add")
         if add is not None and same_shape(add.inputs[0], add.inputs[1]):
-            norm, _, _, total = insert(
-                add,
-                "SkipSimplifiedLayerNormalization",
-                [*add.inputs, weight],
-                {"epsilon": epsilon},
-                domain=MICROSOFT,
-                outputs=4,
-            )
+            parts, bias = _without_bias(add.inputs)
+            inputs = [*parts, *weights]
+            if bias is not None:  # the node's last input, after a beta that RMS norms do not have
+                if kind == "Layer":
+                    inputs += [None] * (4 - len(inputs))
+                inputs.append(bias)
+            name = f"Skip{kind}Normalization"
+            norm, _, _, total = insert(add, name, inputs, epsilon, domain=MICROSOFT, outputs=4)
             _take_place(node, norm)
             _take_place(add, total)
-        else:
+            fired += 1
+        elif kind == "SimplifiedLayer":
             (norm,) = insert(
-                node, "SimplifiedLayerNormalization", [x, weight],
-                {"epsilon": epsilon, "axis": -1},
-            )  # fmt: skip
+                node, "SimplifiedLayerNormalization", [x, *weights], epsilon | {"axis": -1}
+            )
             _take_place(node, norm)
-        fired += 1
+            fired += 1
     return fired
+
+
+# The norms that have a node with a sum, and what that node's name says of them.
+NORMS = {"RMSNormalization": "SimplifiedLayer", "LayerNormalization": "Layer"}
+
+
+def _norms_last_axis(node: ir.Node) -> bool:
+    """Whether a norm is over the last dimension, with constant weights."""
+    return node.attributes.get_int("axis", -1) in (-1, 2) and all(
+        value is not None and constant(value) is not None and rank(value) == 1
+        for value in node.inputs[1:]
+    )
+
+
+def _without_bias(
+    terms: Sequence[ir.Value | None],
+) -> tuple[list[ir.Value | None], ir.Value | None]:
+    """The terms of a sum, and a bias that one of them adds to a value that nobody else reads."""
+    for place, term in enumerate(terms):
+        add = producer(term, "Add")
+        if add is None or term is None or not only_use(term):
+            continue
+        bias = next((v for v in add.inputs if constant(v) is not None and rank(v) == 1), None)
+        if bias is not None:
+            rest = next(v for v in add.inputs if v is not bias)
+            if same_shape(rest, term):
+                return [rest, terms[1 - place]], bias
+    return list(terms), None
 
 
 # What the rules ask

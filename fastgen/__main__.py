@@ -254,12 +254,18 @@ def _checked(report: dict[str, Any]) -> dict[str, str]:
     if not report:
         return {"report": "none"}
     logits, greedy = report["logits"], report["greedy"]
-    return {
+    found = {
         "logits": f"max difference {logits['max_difference']:.1e} of the largest, "
         f"KL {logits['kl']:.1e}, top-1 {logits['top1']:.2%}",
         "greedy": f"{greedy['same']} of {greedy['tokens']} tokens as the original",
-        "mismatch": "; ".join(report["mismatch"]) or "none",
     }
+    if "quality" in report:  # what a quantised model costs, on text
+        text = report["quality"]
+        found["text"] = (
+            f"perplexity {text['perplexity']:.3f} against {text['reference_perplexity']:.3f}, "
+            f"KL {text['kl']:.1e}, top-1 {text['top1']:.2%}"
+        )
+    return found | {"mismatch": "; ".join(report["mismatch"]) or "none"}
 
 
 def main() -> None:

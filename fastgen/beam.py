@@ -28,9 +28,7 @@ from numpy.typing import NDArray
 from fastgen import pick, stop
 from fastgen.batch import CHUNK, Event, prefill
 from fastgen.model import Model
-from fastgen.params import Params
-from fastgen.processors import Chain, Context
-from fastgen.request import Request
+from fastgen.request import Request, context_of_beams
 
 Scores = NDArray[np.float32]
 Ids = NDArray[np.int64]
@@ -56,7 +54,7 @@ class Move(NamedTuple):
     start: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Hypothesis:
     """A sequence that has ended.
 
@@ -329,7 +327,7 @@ def search(model: Model, request: Request) -> Iterator[list[Event]]:
     Raises:
         ValueError: knobs that do not fit each other, or scores that leave no token.
     """
-    check(request.params, model.info.vocab_size)
+    check(request, model.info.vocab_size)
     found = _Search(model, request)
     hypotheses = [best for beams in found.run() for best in beams]
     for row, best in zip(request.rows, hypotheses, strict=True):
@@ -349,8 +347,9 @@ def search(model: Model, request: Request) -> Iterator[list[Event]]:
         yield events
 
 
-def check(params: Params, vocab_size: int) -> None:
+def check(request: Request, vocab_size: int) -> None:
     """Raise a ValueError for knobs that do not fit each other."""
+    params = request.params
     beams, groups, penalty = params.num_beams, params.num_beam_groups, params.diversity_penalty
     if beams % groups:
         raise ValueError(f"num_beams={beams} must be a multiple of num_beam_groups={groups}")
@@ -363,16 +362,17 @@ def check(params: Params, vocab_size: int) -> None:
         )
     if groups > 1 and params.do_sample:
         raise ValueError(f"num_beam_groups={groups} cannot be sampled: set do_sample=False")
-    if _kept(params) > (beams // groups) * vocab_size:
+    if _kept(request) > (beams // groups) * vocab_size:
         raise ValueError(
             f"num_beams={beams} with {len(params.eos_token_id or ())} eos_token_id needs "
-            f"{_kept(params)} candidates, a vocabulary of {vocab_size} does not have them"
+            f"{_kept(request)} candidates, a vocabulary of {vocab_size} does not have them"
         )
 
 
-def _kept(params: Params) -> int:
+def _kept(request: Request) -> int:
     """How many candidates there are: enough to go on if every likely one ends its sequence."""
-    return max(2, 1 + len(params.eos_token_id or ())) * params.num_beams // params.num_beam_groups
+    size = request.params.num_beams // request.params.num_beam_groups
+    return max(2, 1 + len(request.params.eos_token_id or ())) * size
 
 
 class _Search:
@@ -393,10 +393,8 @@ class _Search:
         self.leave = not (request.params.output_scores or request.params.output_logits)
         # transformers 4.5x has diversity_penalty after guidance_scale and sequence_bias, before the
         # other processors. Without groups there is no such border.
-        steps = request.chain.steps if request.chain else ()
-        early = sum(name in ("guidance_scale", "sequence_bias") for name, _ in steps)
-        border = len(steps) if self.groups == 1 else early
-        self.together, self.apart = Chain(steps[:border]), Chain(steps[border:])
+        early = None if self.groups == 1 else ("guidance_scale", "sequence_bias")
+        self.together, self.apart = request.split_chain(early)
         count, beams = len(request.prompts), request.params.num_beams
         # Shortest first, as `prefill` wants them.
         order = np.argsort([len(prompt) for prompt in request.prompts], kind="stable")
@@ -428,7 +426,9 @@ class _Search:
         """Choose the next token of every beam, and compute the logits that follow it."""
         everyone = [one for groups in self.running for one in groups]
         logits = self.logits[np.concatenate([one.slots for one in everyone])]
-        scores = self._process(self.together, everyone, pick.log_softmax(logits))
+        scores = pick.log_softmax(logits)
+        if self.together:
+            scores = self.together(context_of_beams(self.request, *_rows(everyone)), scores)
         moves: dict[int, list[Move]] = {}
         seen = []
         for group in range(self.groups):
@@ -448,22 +448,6 @@ class _Search:
         if self.running:
             self._forward()
 
-    def _process(self, chain: Chain, beams: Sequence[Beams], scores: Scores) -> Scores:
-        """float32 [beams, vocab]: scores after some of the processors."""
-        return chain(self._context(beams), scores) if chain else scores
-
-    def _context(self, beams: Sequence[Beams]) -> Context:
-        request, size = self.request, beams[0].size
-        prompts = np.repeat([one.prompt for one in beams], size)
-        return Context(
-            ids=[ids for one in beams for ids in one.histories],
-            prompt_lengths=np.full(len(prompts), request.prompt_length),
-            pads=request.pads[prompts],
-            batch_ids=prompts,
-            max_lengths=np.full(len(prompts), request.max_length),
-            beams=np.concatenate([one.places for one in beams]),
-        )
-
     def _of_group(self, group: int, beams: Sequence[Beams], scores: Scores) -> Scores:
         """float32 [beams of the group, vocab]: what a group chooses from.
 
@@ -477,7 +461,10 @@ class _Search:
             taken = [token for one in groups[:group] for token in one.histories[:, -1].tolist()]
             for token in taken:
                 rows[:, token] -= penalty
-        return self._process(self.apart, beams, mine.reshape(-1, scores.shape[1]))
+        mine = mine.reshape(-1, scores.shape[1])
+        if not self.apart:
+            return mine
+        return self.apart(context_of_beams(self.request, *_rows(beams)), mine)
 
     def _candidates(self, beams: Sequence[Beams], scores: Scores) -> list[Candidates]:
         """For each prompt the best continuations of its beams, or a draw among them."""
@@ -489,7 +476,7 @@ class _Search:
 
     def _candidates_of(self, beams: Beams, scores: Scores, norms: Scores) -> Candidates:
         total = (scores + beams.scores[:, None]).ravel()
-        count = _kept(self.request.params)
+        count = _kept(self.request)
         if self.request.params.do_sample:
             draws = self.request.draws(beams.new, beams.prompt, len(total))
             places = pick.sample_several(total, draws, count)
@@ -644,6 +631,15 @@ class _Search:
             for one in groups:
                 last[one.slots] = one.histories[:, -1]
         self.logits = self.model.forward(list(last[:, None]), self.cache)[:, 0]
+
+
+def _rows(beams: Sequence[Beams]) -> tuple[list[Ids], Ids, Ids]:
+    """Of each beam its ids so far [length], its prompt and its place among those of the call."""
+    return (
+        [ids for one in beams for ids in one.histories],
+        np.repeat([one.prompt for one in beams], beams[0].size),
+        np.concatenate([one.places for one in beams]),
+    )
 
 
 def _best(groups: Sequence[Beams], request: Request) -> list[Hypothesis]:

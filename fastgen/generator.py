@@ -16,7 +16,7 @@ from fastgen import chat, hub, processors, score, stop, tensors
 from fastgen.call import Call, Objects, prepare, read
 from fastgen.model import Model
 from fastgen.output import Token
-from fastgen.params import resolve
+from fastgen.params import Params
 from fastgen.tokenizer import FILE as TOKENIZER
 from fastgen.tokenizer import TextStream, Tokenizer
 
@@ -255,7 +255,8 @@ class CausalLM:
             ids: one text or row of ids, or several of them, as `generate` takes them.
             prefix: one text or row of ids that comes before every row and is read only once:
                 then these are continuations, cut into tokens apart from it.
-            attention_mask: 0 for the padding of a rectangular array; it is left out.
+            attention_mask: 0 for the padding of a rectangular array, which is left out. Without
+                one every id counts.
 
         Returns:
             float32 [length] for one text or row, a list of them for several. The first token,
@@ -266,7 +267,9 @@ class CausalLM:
         """
         before = None
         if prefix is not None:
-            (before,) = self._rows(prefix)
+            before, *others = self._rows(prefix)
+            if others:
+                raise ValueError(f"prefix must be one text or row, got {1 + len(others)}")
         rows = self._rows(ids, attention_mask, special=prefix is None)
         limit = self.model.info.max_length
         longest = max(map(len, rows)) + (0 if before is None else len(before))
@@ -318,11 +321,8 @@ class CausalLM:
     def _rows(
         self, ids: Any, attention_mask: Any = None, special: bool = True
     ) -> list[NDArray[np.int64]]:
-        """int64 [length] of each text or row of ids, without padding."""
-        defaults = self.generation_config.to_dict()
-        special_tokens = {n: defaults.get(n) for n in ("pad_token_id", "eos_token_id")}
-        params = resolve(special_tokens, None, {})
-        return read(self.model, params, self._ids(ids, special), attention_mask).rows
+        """int64 [length] of each text or row of ids, without what the mask leaves out."""
+        return read(self.model, Params(), self._ids(ids, special), attention_mask).rows
 
     def _written(self, prompts: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
         """What `stream` writes, row by row."""

@@ -157,6 +157,19 @@ class Request:
             return self.streams[0].row(step, index, size)
         return self.streams[index].row(step, 0, size)
 
+    def split_chain(self, names: Sequence[str] | None) -> tuple[Chain, Chain]:
+        """The processors in two parts: up to the last of those in `names`, and the rest.
+
+        The second part is empty if `names` is None.
+        """
+        steps = self.chain.steps if self.chain else ()
+        if names is None:
+            return Chain(steps), Chain()
+        border = max(
+            (place + 1 for place, (name, _) in enumerate(steps) if name in names), default=0
+        )
+        return Chain(steps[:border]), Chain(steps[border:])
+
     def keep(
         self, rows: Sequence[Row], logits: NDArray[np.float32], scores: NDArray[np.float32]
     ) -> None:
@@ -242,4 +255,27 @@ def context(rows: Sequence[Row]) -> Context:
         pads=np.array([row.pad for row in rows]),
         batch_ids=np.array([row.index for row in rows]),
         max_lengths=np.array([row.request.max_length for row in rows]),
+    )
+
+
+def context_of_beams(
+    request: Request,
+    ids: Sequence[NDArray[np.int64]],
+    prompts: NDArray[np.int64],
+    beams: NDArray[np.int64],
+) -> Context:
+    """What processors see of beams.
+
+    Args:
+        ids: int64 [length] of each beam.
+        prompts: int64 [beams], which prompt of the call each belongs to.
+        beams: int64 [beams], which beam of the call each is.
+    """
+    return Context(
+        ids=ids,
+        prompt_lengths=np.full(len(ids), request.prompt_length),
+        pads=request.pads[prompts],
+        batch_ids=prompts,
+        max_lengths=np.full(len(ids), request.max_length),
+        beams=beams,
     )

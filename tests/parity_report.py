@@ -139,7 +139,7 @@ def likely_tokens(model: Any) -> list[int]:
 
 
 def compare(pair: tuple[Any, Any], case: Case, knobs: dict[str, Any]) -> str:
-    """"equal", "ties" or "different"."""
+    """ "equal", "ties" or "different"."""
     theirs, ours = pair
     ids, mask = left_padded(case.rows)
     torch.manual_seed(case.seed)

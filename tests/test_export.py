@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import io
 import json
 import math
@@ -36,6 +37,7 @@ from transformers import (
 )
 
 import fastgen
+from fastgen import __main__
 
 ROOT = Path(__file__).parent.parent
 HERE = (str(ROOT), str(Path.home()) + "/", tempfile.gettempdir())  # paths of this machine
@@ -45,12 +47,14 @@ HERE = (str(ROOT), str(Path.home()) + "/", tempfile.gettempdir())  # paths of th
 def convert_once():
     """`graph.convert` of one model, which takes seconds, is run once; each call has its copy."""
     real = graph.convert
-    kept: dict[int, Any] = {}
+    kept: dict[bytes, Any] = {}
 
     def convert(model: PreTrainedModel, layers: list[Any]) -> Any:
-        if id(model) not in kept:
-            kept[id(model)] = (model, real(model, layers))
-        return kept[id(model)][1].clone()
+        weights = b"".join(p.detach().numpy().tobytes() for p in model.parameters())
+        key = hashlib.sha256(weights).digest()
+        if key not in kept:
+            kept[key] = real(copy.deepcopy(model), layers)
+        return kept[key].clone()
 
     return convert
 
@@ -60,6 +64,12 @@ def gpt2(pair, convert_once, monkeypatch) -> PreTrainedModel:
     """A model object whose export is quick."""
     monkeypatch.setattr(graph, "convert", convert_once)
     return pair("gpt2")[0]
+
+
+@pytest.fixture
+def llama(pair) -> tuple[PreTrainedModel, fastgen.CausalLM]:
+    """Another model and its export; test_cli runs it too."""
+    return pair("llama", max_position_embeddings=1 << 15)
 
 
 def content(directory: Path) -> dict[str, bytes]:
@@ -142,20 +152,28 @@ def test_without_a_tokenizer_it_is_exported_for_ids_only_and_says_so(half):
         fastgen.load(directory).complete("text")
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_each_weight_is_stored_once(half, pair, tied):
-    model, directory = (half[0], half[2])
-    if not tied:
-        model, directory = pair("llama")[0], pair("llama")[1].directory
-    assert tied == (model.get_output_embeddings().weight is model.get_input_embeddings().weight)
-    embedding = model.get_input_embeddings().weight.numel()
+def tables(model: PreTrainedModel, directory: Path) -> list[str]:
+    """The weights of an export that have the shape of the model's embedding."""
+    size = model.get_input_embeddings().weight.numel()
     stored = onnx.load(directory / "model.onnx").graph.initializer
-    tables = [one.name for one in stored if math.prod(one.dims) == embedding]
-    assert len(tables) == (1 if tied else 2)
+    return [one.name for one in stored if math.prod(one.dims) == size]
+
+
+def test_a_tied_embedding_is_stored_once(half):
+    model, _, directory, _ = half
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert len(tables(model, directory)) == 1
     distinct = 4 * sum(p.numel() for p in model.parameters())  # counts a shared one once
-    positions = 2 * 4 * 128 * 16  # the table of the rotations
+    embedding = 4 * model.get_input_embeddings().weight.numel()
+    rotations = 4 * 128 * 16  # of every position: cos and sin of half a head
     size = (directory / "model.onnx.data").stat().st_size
-    assert size < distinct + positions + 4 * embedding / 2
+    assert distinct - embedding / 2 < size < distinct + rotations + embedding / 2
+
+
+def test_an_untied_embedding_and_head_are_both_stored(llama):
+    model, ours = llama
+    assert model.get_output_embeddings().weight is not model.get_input_embeddings().weight
+    assert len(tables(model, ours.directory)) == 2
 
 
 @pytest.fixture(scope="module")
@@ -373,7 +391,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
                                                    "rope_theta": 1e4}}, "'dynamic'"),
     # Its switch lies far beyond what the export compares: it would pass, and be wrong there.
     "longrope": ("phi3", {"rope_parameters": _LONG, "max_position_embeddings": 8192,
-                          "original_max_position_embeddings": 4096}, "'longrope'"),
+                          "original_max_position_embeddings": 4096, "hidden_size": 32,
+                          "num_attention_heads": 4}, "'longrope'"),
     "roberta": ("roberta", {}, "mask is not causal"),
     "diffllama": ("diffllama", {}, "did not just write"),
 }  # fmt: skip
@@ -437,13 +456,9 @@ def test_what_the_configuration_tells_is_refused_before_weights_are_read(config,
 # --- what is shown, compared and left behind ---------------------------------------------------
 
 STEPS = [
-    "load",
-    "torch logits",
-    "convert",
-    "ONNX logits compared",
-    "greedy text compared",
+    "load", "torch logits", "convert", "ONNX logits compared", "ONNX greedy text compared",
     "bundle",
-]
+]  # fmt: skip
 
 
 class Terminal(io.StringIO):
@@ -516,8 +531,8 @@ def test_a_mismatch_is_an_error_and_leaves_nothing(wrong, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_mismatch_leaves_what_was_there(wrong, pair, tmp_path):
-    out = shutil.copytree(pair("llama")[1].directory, tmp_path / "out")
+def test_a_mismatch_leaves_what_was_there(wrong, llama, tmp_path):
+    out = shutil.copytree(llama[1].directory, tmp_path / "out")
     before = content(out)
     with pytest.raises(Mismatch):
         export(wrong, out, force=True, progress=None)
@@ -526,18 +541,63 @@ def test_a_mismatch_leaves_what_was_there(wrong, pair, tmp_path):
 
 
 def test_a_mismatch_can_be_allowed_and_is_reported(wrong, tmp_path):
-    shown = io.StringIO()
-    out = export(wrong, tmp_path / "out", allow_mismatch=True, progress=shown)
-    assert "mismatch allowed" in shown.getvalue()
+    out = export(wrong, tmp_path / "out", allow_mismatch=True, progress=None)
     report = json.loads((out / "report.json").read_text())
     assert re.match(r"a logit differs by .* is allowed", report["mismatch"][0])
     assert fastgen.load(out).generate([5, 6], max_new_tokens=2)
 
 
-def test_an_existing_directory_is_replaced_only_by_force_and_when_the_new_one_is_complete(
-    gpt2, pair, tmp_path, monkeypatch
+def command(monkeypatch, *args: str | Path) -> int:
+    """What `fastgen ARGS` exits with, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["fastgen", *map(str, args)])
+    with pytest.raises(SystemExit) as ended:
+        __main__.main()
+    return int(ended.value.code or 0)
+
+
+@pytest.fixture(scope="module")
+def gpt2_directory(pair, tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp("source") / "tiny-gpt2"
+    pair("gpt2")[0].save_pretrained(place)
+    tiny.tokenizer().save_pretrained(place)
+    return place
+
+
+def test_the_command_fails_with_a_mismatch_unless_it_is_allowed(
+    wrong, gpt2_directory, tmp_path, monkeypatch, capfd
 ):
-    out = shutil.copytree(pair("llama")[1].directory, tmp_path / "out")
+    out = tmp_path / "out"
+    assert command(monkeypatch, "export", gpt2_directory, out) == 2
+    shown = capfd.readouterr()
+    last = shown.err.splitlines()[-1]
+    assert last.startswith("fastgen: the export disagrees with the original: a logit differs")
+    assert shown.out == "" and not list(tmp_path.iterdir())
+    assert command(monkeypatch, "export", gpt2_directory, out, "--allow-mismatch") == 0
+    assert out.is_dir()
+
+
+def test_the_command_refuses_by_name(gpt2_directory, tmp_path, monkeypatch, capfd):
+    write(tmp_path / "model", "config.json", {"model_type": "t5"})
+    assert command(monkeypatch, "export", tmp_path / "model", tmp_path / "out") == 2
+    assert capfd.readouterr().err == (
+        "fastgen: t5 cannot be exported: it is an encoder-decoder model; "
+        "fastgen runs decoder-only ones\n"
+    )
+
+
+def test_the_command_replaces_by_force(gpt2, gpt2_directory, llama, tmp_path, monkeypatch, capfd):
+    out = shutil.copytree(llama[1].directory, tmp_path / "out")
+    assert command(monkeypatch, "export", gpt2_directory, out) == 2
+    assert capfd.readouterr().err.endswith("replace it with --force\n")
+    assert fastgen.load(out).config.model_type == "llama"
+    assert command(monkeypatch, "export", gpt2_directory, out, "--force") == 0
+    assert fastgen.load(out).config.model_type == "gpt2"
+
+
+def test_an_existing_directory_is_replaced_only_by_force_and_when_the_new_one_is_complete(
+    gpt2, llama, tmp_path, monkeypatch
+):
+    out = shutil.copytree(llama[1].directory, tmp_path / "out")
     before = content(out)
     with pytest.raises(fastgen.ModelError, match=r"exists: .* --force"):
         export(gpt2, out, progress=None)

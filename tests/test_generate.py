@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 import threading
 import time
@@ -103,33 +102,29 @@ def test_tokens_are_spelt_as_transformers_spells_them(kind):
     assert ours.spelling(10_000) is None
 
 
-@pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("kind", TOKENIZERS)
-def test_stop_strings_follow_the_rule_of_transformers(kind, seed):
+def test_stop_strings_follow_the_rule_of_transformers(kind):
     theirs = TOKENIZERS[kind]()
     ours = fastgen.Tokenizer.of(theirs)
-    random = np.random.default_rng(seed)
     known = sorted(theirs.get_vocab().values())
-    few = random.choice(known, 8)  # of few tokens, so that stop strings do occur
-    rows = [random.choice(few, 24) for _ in range(6)]
-    texts: set[str] = set()
-    while len(texts) < 4:
-        row = rows[int(random.integers(len(rows)))]
-        text = b"".join(ours.spelling(int(i)) or b"" for i in row).decode(errors="ignore")
-        if len(text) < 4:  # nothing but broken characters
-            texts.add("x" * (1 + len(texts)))
-            continue
-        start = int(random.integers(len(text) - 2))
-        texts.add(text[start : start + int(random.integers(1, 9))])
-    criterion = StopStringCriteria(theirs, sorted(texts))
-    found = StopStrings(ours.spelling, sorted(texts), ours.bytes_are is not None)
     hits = 0
-    for row in rows:
-        for length in range(1, len(row) + 1):
-            expected = bool(criterion(torch.tensor(row[None, :length]), None)[0])
-            assert found(row[:length]) == expected, (texts, row[:length].tolist())
-            hits += expected
-    assert hits or "xx" in texts
+    for seed in range(12):
+        random = np.random.default_rng(seed)
+        few = random.choice(known, 8)  # of few tokens, so that stop strings do occur
+        rows = [random.choice(few, 24) for _ in range(6)]
+        texts = []
+        for row in rows[:4]:
+            text = b"".join(ours.spelling(int(i)) or b"" for i in row).decode(errors="ignore")
+            start, length = int(random.integers(len(text) + 1)), int(random.integers(1, 9))
+            texts.append(text[start : start + length] or "x")
+        criterion = StopStringCriteria(theirs, texts)
+        found = StopStrings(ours.spelling, texts, ours.bytes_are is not None)
+        for row in rows:
+            for length in range(1, len(row) + 1):
+                expected = bool(criterion(torch.tensor(row[None, :length]), None)[0])
+                assert found(row[:length]) == expected, (texts, row[:length].tolist())
+                hits += expected
+    assert 50 < hits < 12 * 6 * 24 - 50
 
 
 def pieces_of(ours: fastgen.CausalLM, row: list[int], start: int, count: int) -> str:
@@ -161,18 +156,18 @@ def test_stop_strings_end_rows_as_there(pair, kind, eos):
 
 
 class EndsWith(StoppingCriteria):
-    """As people write them, for tensors and per row."""
+    """As people write them: for tensors, and remembering each row that has ended."""
 
-    def __init__(self, tokens: list[int]) -> None:
+    def __init__(self, tokens: list[int], remember: bool) -> None:
         self.tokens = torch.tensor(tokens)
-        self.done: torch.Tensor | None = None
+        self.ended: torch.Tensor | None = None
+        self.remember = remember
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         ended = torch.isin(input_ids[:, -1], self.tokens.to(input_ids.device))
-        self.done = (
-            ended if self.done is None or len(self.done) != len(ended) else self.done | ended
-        )
-        return self.done
+        if self.remember:
+            self.ended = ended = ended if self.ended is None else self.ended | ended
+        return ended
 
 
 @pytest.mark.parametrize("eos", [2, None])
@@ -183,12 +178,16 @@ def test_stopping_criteria_of_transformers_work_as_they_are(pair, eos, more):
     ids, mask = left_padded(rows)
     ends = [ours.generate(row, eos_token_id=None, **GREEDY)[0][len(row) + 3] for row in rows[:2]]
     knobs = {**GREEDY, "eos_token_id": eos, "pad_token_id": 0, **more}
+
+    def criteria() -> StoppingCriteriaList:
+        return StoppingCriteriaList([EndsWith(ends, remember="num_beams" not in more)])
+
     torch.manual_seed(5)
-    expected = theirs.generate(ids, attention_mask=mask, **knobs,
-                               stopping_criteria=StoppingCriteriaList([EndsWith(ends)]))  # fmt: skip
+    expected = theirs.generate(ids, attention_mask=mask, stopping_criteria=criteria(), **knobs)
     for given in (ids, ids.numpy(), rows):
-        found = ours.generate(given, attention_mask=None if given is rows else mask, **knobs,
-                              seed=5, stopping_criteria=StoppingCriteriaList([EndsWith(ends)]))  # fmt: skip
+        given_mask = None if given is rows else mask
+        found = ours.generate(given, attention_mask=given_mask, stopping_criteria=criteria(),
+                              seed=5, **knobs)  # fmt: skip
         assert np.array_equal(found, expected)
 
 
@@ -244,8 +243,8 @@ class Favour(LogitsProcessor):
         self.token = token
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        index = torch.full((len(input_ids), 1), self.token, device=input_ids.device)
-        return scores.scatter(1, index, scores.amax(-1, keepdim=True) - 0.3)
+        more = torch.nn.functional.one_hot(input_ids[:, -1] * 0 + self.token, scores.shape[1])
+        return scores + 3.0 * more
 
 
 @pytest.mark.parametrize("more", [{}, {"num_beams": 2}, {"do_sample": True, "temperature": 0.8}])
@@ -304,7 +303,7 @@ def test_scores_logits_and_transition_scores_are_those_of_transformers(pair, kin
     theirs, ours = pair(kind)
     ids, mask = left_padded(ragged(45, (4, 9)))
     torch.manual_seed(3)
-    plain = theirs.generate(ids, attention_mask=mask, **GREEDY, **more, eos_token_id=None)
+    plain = theirs.generate(ids, attention_mask=mask, **{**GREEDY, **more}, eos_token_id=None)
     knobs = {**GREEDY, **more, **OUTPUTS, "eos_token_id": int(plain[0, 9 + 4]), "pad_token_id": 0}
     torch.manual_seed(3)
     expected = theirs.generate(ids, attention_mask=mask, **knobs)
@@ -390,7 +389,7 @@ class Recorder:
 def test_streamers_get_what_transformers_puts(pair, more):
     theirs, ours = pair("llama")
     ids, mask = left_padded(ragged(46, (4, 7)))
-    plain = ours.generate(ids, attention_mask=mask, seed=1, eos_token_id=None, **GREEDY, **more)
+    plain = ours.generate(ids, attention_mask=mask, seed=1, eos_token_id=None, **{**GREEDY, **more})
     knobs = {**GREEDY, "eos_token_id": int(plain[0, 7 + 3]), "pad_token_id": 0, **more}
     one, two, three = Recorder(), Recorder(), Recorder()
     torch.manual_seed(1)
@@ -472,34 +471,13 @@ def test_settings_merge_as_in_transformers(pair, seed):
     finally:
         theirs.generation_config = kept
     given = config.to_dict() if config is not None else None
-    try:
-        found = params.resolve(model_defaults.to_dict(), given, kwargs)
-    except ValueError as error:  # a rule of `Params`, not of the merge
-        assert re.search("needs|above 0", str(error))
-        return
-    for name in CHOICES.keys() & params.NAMES:
-        theirs_, ours_ = getattr(expected, name), getattr(found, name)
-        if theirs_ is None or name == "max_length":
-            given_ = [c.get(name) for c in (kwargs, given or {}, model_defaults.to_dict())]
-            if name == "max_length" and not any(given_):
-                assert theirs_ == 20 and ours_ is None  # 20 new tokens, see `stop.length_limit`
-                continue
-            off = {"top_k": 0} | {k: v for k, v in _neutral().items() if k != "top_k"}
-            assert ours_ == (theirs_ if theirs_ is not None else off[name]), name
-            continue
-        assert _plain(ours_) == _plain(theirs_), name
-
-
-@functools.cache
-def _neutral() -> dict[str, Any]:
-    return {name: getattr(fastgen.Params(), name) for name in params.NAMES}
-
-
-def _plain(value: Any) -> Any:
-    """Tuples as lists, and one id as a list of it."""
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return [value] if isinstance(value, int) and not isinstance(value, bool) else value
+    found = params.resolve(model_defaults.to_dict(), given, kwargs)
+    merged = {name: getattr(expected, name) for name in CHOICES.keys() & params.NAMES}
+    if all(not c.get("max_length") for c in (kwargs, given or {}, model_defaults.to_dict())):
+        assert merged.pop("max_length") == 20  # 20 new tokens, see `stop.length_limit`
+    if merged["top_k"] is None:
+        merged["top_k"] = 0
+    assert found == params.Params(**{k: v for k, v in merged.items() if v is not None})
 
 
 def test_a_configuration_may_be_an_object_a_dict_and_the_second_argument(pair):
@@ -509,7 +487,8 @@ def test_a_configuration_may_be_an_object_a_dict_and_the_second_argument(pair):
     expected = theirs.generate(ids, config)
     assert torch.equal(ours.generate(ids, config), expected)
     assert torch.equal(ours.generate(ids, generation_config=config.to_dict()), expected)
-    assert torch.equal(ours.generate(ids, config, num_beams=1), theirs.generate(ids, config, num_beams=1))  # fmt: skip
+    greedy = theirs.generate(ids, config, num_beams=1)
+    assert torch.equal(ours.generate(ids, config, num_beams=1), greedy)
     with pytest.raises(ValueError, match=r"generation_config must be a dict or have to_dict"):
         ours.generate(ids, 5)
     with pytest.raises(ValueError, match="temprature is not a keyword"):
@@ -556,7 +535,7 @@ def test_an_assistant_is_called_as_in_transformers(pair):
     assert torch.equal(ours.generate(ids, assistant_model=ours, **GREEDY), expected)
     with pytest.raises(ValueError, match="assistant_model must be a fastgen model, got LlamaFor"):
         ours.generate(ids, assistant_model=theirs, **GREEDY)
-    with pytest.raises(ValueError, match="assistant_tokenizer=.* is not supported: an assistant"):
+    with pytest.raises(ValueError, match=r"assistant_tokenizer=.* is not supported: an assistant"):
         ours.generate(ids, assistant_model=ours, assistant_tokenizer="t", tokenizer="t")
 
 
@@ -564,12 +543,26 @@ def test_healed_prompts_are_those_of_transformers(pair):
     theirs, ours = pair("gpt2")
     tokenizer = tiny.tokenizer()
     healed = 0
-    for text in ("The quick br", "import n", "good b", "every fo", "on and o", "the l ", "one"):
+    for text in (
+        "The quick br",
+        "import n",
+        "good b",
+        "every fo",
+        "on and o",
+        "one",
+        "return t",
+        "as n",
+        "fudge; n",
+        "and s",
+        "over t",
+        "quick f",
+        "la",
+    ):
         ids = tokenizer(text, return_tensors="pt")["input_ids"]
         knobs = {**GREEDY, "token_healing": True, "tokenizer": tokenizer}
         expected = theirs.generate(ids, **knobs)
         assert torch.equal(ours.generate(ids, **knobs), expected), text
         cut = tokenizer(text.strip())["input_ids"]
         healed += expected[0, : len(cut)].tolist() != cut
-    assert healed >= 2
+    assert healed
     assert ours.generate([5], token_healing=True, max_new_tokens=2)[0][0] == 5

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -143,7 +144,7 @@ class World:
 
 @pytest.fixture(scope="module")
 def hub(pair, tmp_path_factory) -> Iterator[Hub]:
-    """A hub of two models: "org/ready" holds a fastgen directory, "org/source" a transformers one."""
+    """A hub of two models: "org/ready" holds a fastgen one, "org/source" a transformers one."""
     root = tmp_path_factory.mktemp("hub")
     theirs, ours = pair("gpt2")
     shutil.copytree(ours.directory, root / "org" / "ready")
@@ -248,8 +249,6 @@ def test_without_torch_a_transformers_repository_says_what_to_install(world):
     [
         (["generate", "x", "-m", "org/nothing"], "org/nothing is neither .* no such repository"),
         (["info", "org/nothing"], "no such repository, or it is private"),
-        (["export", "org/nothing", "out"], "no such repository"),
-        (["export", "org/source", "out", "--revision", "v9"], "it has no revision 'v9'"),
         (["generate", "x", "-m", "org/source"],
          "org/source holds no fastgen model .* CausalLM.from_pretrained"),
     ],
@@ -259,11 +258,14 @@ def test_what_the_hub_does_not_have_is_one_clear_line(world, arguments, words):
     assert (code, out) == (2, "")
     (line,) = [line for line in err.splitlines() if line]
     assert line.startswith("fastgen: ")
-    import re
-
     assert re.search(words, line), line
     assert not any(name.endswith((".safetensors", ".data")) for name in world.hub.asked)
-    assert not (world.home / "out").exists()
+
+
+def test_a_revision_that_is_not_there(world):
+    ask = "import fastgen; fastgen.CausalLM.from_pretrained('org/source', revision='v9')"
+    code, _, err = world.run(NO_TORCH + ask)
+    assert code == 1 and err.splitlines()[-1].endswith("it has no revision 'v9'")
 
 
 def test_a_hub_that_cannot_be_reached(world):

@@ -1,0 +1,172 @@
+"""8 and 4 bits: codes, rows that do not feel their neighbours, outliers, and honest reports."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from fastgen.export import Mismatch, calibrate, export, gptq
+from fastgen.export.check import Tolerance
+from fastgen.export.quantize import (
+    W8A8,
+    Choice,
+    Kernel,
+    block_codes,
+    block_scales,
+    blocks,
+    channel_codes,
+    codes_values,
+    join_blocks,
+)
+
+import fastgen
+
+random = np.random.default_rng(0)
+
+
+def matrix(size: int, out: int) -> np.ndarray:
+    return random.standard_normal((size, out)).astype(np.float32)
+
+
+@pytest.fixture(scope="module", params=["int8", "int4"])
+def quantized(request, tmp_path_factory):
+    """A tiny llama and its export in that precision."""
+    model = tiny.build("llama", tie_word_embeddings=True)
+    path = tmp_path_factory.mktemp("quantized") / request.param
+    export(
+        model, path, tokenizer=tiny.tokenizer(), precision=request.param, progress=None,
+        tolerance=Tolerance(max_difference=1.0, kl=0.2, top1=0.5, greedy=False),
+    )  # fmt: skip
+    return request.param, model, fastgen.load(path)
+
+
+def test_channel_codes_are_within_half_a_step():
+    weight = matrix(48, 20)
+    weight[:, 3] = 0
+    codes, scales = channel_codes(weight)
+    assert codes.dtype == np.int8 and np.abs(codes).max() == 127
+    assert (np.abs(codes * scales - weight) <= scales / 2 + 1e-7).all()
+
+
+@pytest.mark.parametrize("kernel", [Kernel(8, 32), Kernel(4, 32), Kernel(4, 64)])
+@pytest.mark.parametrize("size", [64, 80])
+def test_block_codes_are_within_half_a_step(kernel, size):
+    weight = matrix(size, 12)
+    scales = block_scales(weight, kernel)
+    codes = block_codes(weight, kernel, scales)
+    assert codes.shape[-1] * 8 // kernel.bits == kernel.block
+    values = codes_values(codes, kernel, scales, size)
+    step = np.repeat(scales.T, kernel.block, axis=0)[:size]
+    assert (np.abs(values - weight) <= step / 2 + 1e-6).all()
+
+
+def test_blocks_and_back():
+    weight = matrix(70, 5)
+    assert np.array_equal(join_blocks(blocks(weight, 32), 70), weight)
+
+
+def test_searched_scales_and_gptq_each_lower_the_error_of_the_output():
+    mixed = matrix(96, 96)
+    x = (matrix(600, 96) @ mixed) * np.exp(random.standard_normal(96)).astype(np.float32)
+    weight, kernel = matrix(96, 40), Kernel(4, 32)
+    plain = Choice(kernel)
+    scales = gptq.search_scales(weight, kernel, np.einsum("ti,ti->i", x, x) / len(x))
+    searched = Choice(kernel, scales)
+    better = Choice(kernel, scales, gptq.gptq(weight, kernel, scales, x))
+
+    def error(choice):
+        exact = x @ weight
+        return np.linalg.norm(x @ calibrate.stored(weight, choice) - exact)
+
+    assert error(searched) < error(plain)
+    assert error(better) < 0.8 * error(searched)
+    on_grid = calibrate.stored(weight, better)
+    np.testing.assert_allclose(on_grid, better.weight, atol=1e-5)
+
+
+def test_a_row_does_not_feel_its_neighbours(quantized):
+    """int8 to rounding; int4's kernel quantises activations otherwise for one row than for many."""
+    precision, _, model = quantized
+    ids = random.integers(3, tiny.VOCAB, (8, 9))
+
+    def logits(rows):
+        cache = model.model.new_cache(len(rows), 32)
+        first = model.model.forward(list(rows), cache)[:, 0].copy()
+        return np.stack([first, model.model.forward([row[:1] for row in rows], cache)[:, 0]])
+
+    together = logits(ids)
+    alone = np.concatenate([logits(row[None]) for row in ids], axis=1)
+    share = {"int8": 1e-6, "int4": 0.05}[precision]
+    assert np.abs(alone - together).max() <= share * np.abs(together).max()
+
+
+def test_an_outlier_token_spoils_nobody_else(quantized):
+    """What a per-tensor scale gets wrong: the first token's activations are huge."""
+    precision, reference, model = quantized
+    ids = random.integers(3, tiny.VOCAB, (1, 30))
+    with torch.no_grad():
+        expected = reference(torch.from_numpy(ids)).logits[0].numpy()
+    cache = model.model.new_cache(1, 64)
+    found = model.model.forward(list(ids), cache, logits_positions=np.arange(30)[None])[0]
+    bound = {"int8": 0.05, "int4": 0.5}[precision]
+    assert np.abs(found - expected).max() < bound * np.abs(expected).max()
+
+
+def test_a_tied_embedding_is_stored_once(quantized):
+    precision, reference, model = quantized
+    size = (model.directory / "model.onnx.data").stat().st_size
+    weights = sum(p.numel() for p in reference.parameters())
+    bits = {"int8": 8, "int4": 4}[precision]
+    assert size < weights * bits / 8 * 1.3 + 128 * 16 * 4 + 20_000
+
+
+def test_the_report_says_what_was_kept_and_lost(quantized):
+    precision, _, model = quantized
+    report = json.loads((model.directory / "report.json").read_text())
+    assert report["precision"] == precision
+    assert report["fp32"]["greedy"]["same"] == report["fp32"]["greedy"]["tokens"]
+    assert len(report["matrices"]) == 2 * 4 + 1
+    assert all(0 < one["error"] < 0.3 for one in report["matrices"])
+    quality = report["quality"]
+    assert abs(quality["more_perplexity"]) < 0.05 and quality["tokens"] > 200
+    assert 0 < quality["kl"] < 0.2
+
+
+def test_what_falls_beyond_the_tolerance_is_refused(tmp_path):
+    model = tiny.build("llama")
+    out = tmp_path / "out"
+    strict = Tolerance(max_difference=1.0, kl=1e-9, top1=1.0, greedy=False)
+    with pytest.raises(Mismatch, match=r"KL divergence is .* top-1 agreement"):
+        export(model, out, precision="int4", tolerance=strict, progress=None)
+    assert not list(tmp_path.iterdir())
+    export(model, out, precision="int4", tolerance=strict, allow_mismatch=True, progress=None)
+    assert json.loads((out / "report.json").read_text())["mismatch"]
+
+
+@pytest.mark.parametrize("choice", [Choice(W8A8), Choice(Kernel(8, 32)), Choice(Kernel(4, 32))])
+def test_a_token_of_zeros_gives_zeros(choice):
+    x = np.zeros((3, 64), np.float32)
+    assert not calibrate.quantized_input(x, choice.kernel).any()
+
+
+def test_outlier_channels_are_smoothed_into_the_weights(tmp_path):
+    """A twin: some channels of a norm are scaled up and the weights that read them down."""
+    model = tiny.build("llama", hidden_size=128, intermediate_size=128)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for norm, readers in (
+                (layer.input_layernorm, (layer.self_attn.q_proj, layer.self_attn.k_proj,
+                                         layer.self_attn.v_proj)),
+                (layer.post_attention_layernorm, (layer.mlp.gate_proj, layer.mlp.up_proj)),
+            ):  # fmt: skip
+                norm.weight[:4] *= 60
+                for reader in readers:
+                    reader.weight[:, :4] /= 60
+    loose = Tolerance(max_difference=1.0, kl=0.2, top1=0.5, greedy=False)
+    path = export(model, tmp_path / "m", precision="int8", tolerance=loose, progress=None)
+    report = json.loads((path / "report.json").read_text())
+    assert len(report["smoothed"]) == 4
+    assert report["quality"]["kl"] < 2e-3
