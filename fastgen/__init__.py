@@ -8,7 +8,7 @@ How a prompt becomes text, file by file:
     healing     the prompt's last token, again
     request     the rows of one call and what they share
     model       new ids and a cache -> logits          cache       keys and values, in place
-    threads     how many a step gets                   memory      pages given back
+    cpu         cores, and what they can                   memory      pages given back
     processors  logits -> logits, one function a knob  watermark   two of them
     pick        logits -> token, by torch's own random numbers
     stop        when a row ends                        output      what comes out

@@ -17,8 +17,8 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from fastgen.cache import Cache
+from fastgen.cpu import int8_overflows, physical_cores
 from fastgen.memory import page_out
-from fastgen.threads import physical_cores
 
 FORMAT = 1  # of the model directory; `fastgen.json` says which one a directory has
 GRAPH = "model.onnx"
@@ -237,8 +237,8 @@ def _session(path: Path, threads: int) -> Any:
     options.enable_mem_pattern = False
     # Threads spin within a step, where they are needed again at once, and sleep after it.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    # Without VNNI, uint8 times int8 overflows: there, int8 weights become uint8 on loading.
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    if int8_overflows():  # int8 weights become uint8 on loading: slower, and exact
+        options.add_session_config_entry("session.x64quantprecision", "1")
     try:
         return onnxruntime.InferenceSession(
             str(path), options, providers=["CPUExecutionProvider"], enable_fallback=False

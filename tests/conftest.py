@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 import fastgen
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # more only wait for each other on models this small
 transformers.logging.set_verbosity_error()
 
 Pair = tuple[PreTrainedModel, fastgen.CausalLM]

@@ -20,7 +20,7 @@ ROOT = HOME.parent
 # are built on; searches are built from stages; the facade is built from searches.
 LAYERS: dict[str, set[str]] = {
     "params": set(),
-    "threads": set(),
+    "cpu": set(),
     "output": set(),
     "cache": set(),
     "tokenizer": set(),
@@ -32,7 +32,7 @@ LAYERS: dict[str, set[str]] = {
     "stop": {"params"},
     "processors": {"params", "watermark"},
     "memory": set(),
-    "model": {"cache", "memory", "threads"},
+    "model": {"cache", "cpu", "memory"},
     "hub": {"model", "export"},
     "request": {"params", "pick", "processors", "stop"},
     "batch": {"cache", "model", "pick", "request", "stop"},

@@ -1,8 +1,9 @@
-"""How many threads a session gets: the physical cores that this process may use."""
+"""What this machine offers a session: physical cores, and products of small integers."""
 
 from __future__ import annotations
 
 import os
+import platform
 from pathlib import Path
 
 
@@ -39,3 +40,17 @@ def _quota(cpus: int) -> int:
         return cpus if quota == "max" else -(-int(quota) // int(period))
     except (OSError, ValueError):
         return cpus
+
+
+def int8_overflows() -> bool:
+    """Whether products of uint8 and int8 may overflow: x86 without VNNI, or one that cannot tell.
+
+    AVX2 and AVX-512 add two such products in 16 bits; VNNI adds them in 32.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    try:
+        about = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return True
+    return "avx512_vnni" not in about and "avx_vnni" not in about
