@@ -23,6 +23,7 @@ from fastgen.export.source import Source
 from transformers import PreTrainedModel
 
 import fastgen
+from fastgen.hub import PRECISION
 from fastgen.model import GRAPH, Model
 
 PRECISIONS = ("fp32", *RECIPES)
@@ -83,7 +84,7 @@ def export(
     out: str | os.PathLike[str],
     *,
     tokenizer: object | None = None,
-    precision: str = "fp32",
+    precision: str = PRECISION,
     force: bool = False,
     allow_mismatch: bool = False,
     revision: str | None = None,

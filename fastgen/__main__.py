@@ -91,7 +91,7 @@ def cli() -> None:
 @cli.command()
 @click.argument("model")
 @click.argument("out", required=False, type=click.Path(path_type=Path))
-@click.option("--precision", default="fp32", show_default=True, help="fp32, int8 or int4")
+@click.option("--precision", default=PRECISION, show_default=True, help="fp32, int8 or int4")
 @click.option("--force", is_flag=True, help="replace OUT if it is a model directory")
 @click.option("--allow-mismatch", is_flag=True, help="keep an export that differs too much")
 @click.option("--max-kl", type=float, help="KL divergence allowed [default: by precision]")

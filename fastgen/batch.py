@@ -119,7 +119,7 @@ def choose(
     scores = logits if request.chain is None else request.chain(context(rows), logits)
     if not request.params.do_sample:
         return scores, pick.greedy(scores)
-    draws: list[NDArray[np.float64]] = [np.empty(0)] * len(rows)
+    draws: list[pick.Words] = [np.empty(0, np.uint64)] * len(rows)
     for request, places in by_request(rows):
         mine = request.uniform([rows[i] for i in places], scores.shape[1])
         for i, draw in zip(places, mine, strict=True):
@@ -137,7 +137,8 @@ def take_in(
     logprobs = _logprobs(rows, scores, tokens)
     groups = by_request(rows)
     for request, places in groups:
-        request.keep([rows[i] for i in places], logits[places], scores[places])
+        if request.keeps:
+            request.keep([rows[i] for i in places], logits[places], scores[places])
     events = []
     for row, token, logprob in zip(rows, tokens.tolist(), logprobs, strict=True):
         row.push(token)

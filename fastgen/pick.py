@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Scores = NDArray[np.float32]
+Words = NDArray[np.uint64]
 
 
 class Stream:
@@ -28,52 +29,44 @@ class Stream:
     """
 
     def __init__(self, seed: int | None = None, rows: int = 1) -> None:
-        if seed is None:
-            seed = int(np.random.SeedSequence().generate_state(1)[0])
-        mt = np.random.MT19937()
-        mt._legacy_seeding(seed & 0xFFFFFFFF)
-        self._draw = np.random.Generator(mt)
+        bits: np.random.BitGenerator = np.random.SFC64()  # fresh entropy, a third of the time
+        if seed is not None:
+            bits = np.random.MT19937()
+            bits._legacy_seeding(seed & 0xFFFFFFFF)
+        self._draw = np.random.Generator(bits)
         self.rows = rows
         self._next = 0  # the step whose block comes next
-        self._blocks: dict[int, NDArray[np.uint64]] = {}
+        self._blocks: dict[int, Words] = {}
 
-    def row(self, step: int, row: int, size: int) -> NDArray[np.float64]:
-        """Uniform doubles [size] in [0, 1) of `row` at `step`, counted from 0.
+    def row(self, step: int, row: int, size: int) -> Words:
+        """The random words [size] of `row` at `step`, counted from 0.
 
         Steps that are skipped are drawn too; blocks are kept until they are forgotten.
         """
         while self._next <= step:
             self._blocks[self._next] = self._words(self.rows * size).reshape(self.rows, size)
             self._next += 1
-        return _doubles(self._blocks[step][row])
+        return self._blocks[step][row]
 
     def forget(self, step: int) -> None:
         """Drop the blocks before `step`: no row will ask for them again."""
         for old in [known for known in self._blocks if known < step]:
             del self._blocks[old]
 
-    def exponentials(self, rows: int, size: int) -> NDArray[np.float32]:
-        """A fresh block [rows, size] of exponential draws, as `Tensor.exponential_` makes it."""
-        return exponential(_doubles(self._words(rows * size))).reshape(rows, size)
-
-    def uniforms(self, count: int) -> NDArray[np.float32]:
-        """Uniform float32 [count] in [0, 1), as `torch.rand` makes them."""
-        words = self._draw.integers(0, 1 << 32, count, np.uint64).astype(np.uint32)
-        return (words & np.uint32(0xFFFFFF)).astype(np.float32) / np.float32(1 << 24)
-
-    def _words(self, count: int) -> NDArray[np.uint64]:
+    def _words(self, count: int) -> Words:
         """[count] words of 64 bits: two of MT19937's, the first one high."""
-        return self._draw.integers(0, np.iinfo(np.uint64).max, count, np.uint64, endpoint=True)
+        last = np.iinfo(np.uint64).max
+        return np.asarray(self._draw.integers(0, last, count, np.uint64, endpoint=True), np.uint64)
 
 
-def _doubles(words: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """The 53 low bits of each word as a double in [0, 1)."""
+def uniform(words: Words) -> NDArray[np.float64]:
+    """The 53 low bits of each word as a double in [0, 1), as torch takes them."""
     return np.asarray((words & np.uint64((1 << 53) - 1)) * 2.0**-53, np.float64)
 
 
-def exponential(uniform: NDArray[np.float64]) -> NDArray[np.float32]:
+def exponential(draws: NDArray[np.float64]) -> NDArray[np.float32]:
     """torch's transform of uniform doubles to exponential float32."""
-    return (-np.log1p(-uniform)).astype(np.float32)
+    return (-np.log1p(-draws)).astype(np.float32)
 
 
 def greedy(scores: Scores) -> NDArray[np.int64]:
@@ -96,18 +89,18 @@ def log_softmax(scores: Scores) -> Scores:
     return out
 
 
-def sample(scores: Scores, uniform: Sequence[NDArray[np.float64]]) -> NDArray[np.int64]:
+def sample(scores: Scores, words: Sequence[Words]) -> NDArray[np.int64]:
     """One token of each row, drawn from softmax(scores): what torch's multinomial gives.
 
     Args:
         scores: float32 [rows, vocab]; -inf for what may not come.
-        uniform: doubles [vocab] for each row (see `Stream.row`).
+        words: [vocab] for each row (see `Stream.row`).
     """
-    draws = zip(scores, uniform, strict=True)
-    return np.array([sample_several(row, u, 1)[0] for row, u in draws], np.int64)
+    draws = zip(scores, words, strict=True)
+    return np.array([sample_several(row, drawn, 1)[0] for row, drawn in draws], np.int64)
 
 
-def sample_several(scores: Scores, uniform: NDArray[np.float64], count: int) -> NDArray[np.int64]:
+def sample_several(scores: Scores, words: Words, count: int) -> NDArray[np.int64]:
     """Places [count] drawn from softmax(scores) without replacement, in the order of the draw.
 
     The largest p / -log1p(-u), computed only where they can be: -log1p(-u) >= u, so p / u bounds
@@ -118,15 +111,14 @@ def sample_several(scores: Scores, uniform: NDArray[np.float64], count: int) -> 
 
     Args:
         scores: float32 [places]; -inf for what may not come.
-        uniform: doubles [places] in [0, 1).
+        words: [places] random words; those of possible places become doubles u in [0, 1).
     """
     top = scores.max()
     if not np.isfinite(top):
         raise ValueError(f"no token can be drawn: the largest score is {top}")
     alive = np.flatnonzero(scores > top - 104.0)  # exp(-104) is 0 in float32, denormals included
-    shares = np.exp(scores[alive] - top)
-    probabilities = shares / np.exp(scores - top).sum(dtype=np.float32)
-    draws = uniform[alive]
+    probabilities = np.exp(scores[alive] - top)  # but for a factor that all places share
+    draws = uniform(words[alive])
     with np.errstate(divide="ignore"):
         bound = probabilities / draws
         leaders = largest(bound, min(count, len(alive)))

@@ -142,14 +142,14 @@ class Request:
         for row in self.rows:
             row.finish_reason = row.finish_reason or reason
 
-    def uniform(self, rows: Sequence[Row], size: int) -> list[NDArray[np.float64]]:
+    def uniform(self, rows: Sequence[Row], size: int) -> list[pick.Words]:
         """The draws [size] of each of `rows` (of this request) for its next token."""
         lengths = [row.length for row in self.rows if not row.finish_reason or self.lingers]
         if len(self.streams) == 1:
             self.streams[0].forget(min(lengths) - self.prompt_length)
         return [self.draws(row.length - self.prompt_length, row.index, size) for row in rows]
 
-    def draws(self, step: int, index: int, size: int) -> NDArray[np.float64]:
+    def draws(self, step: int, index: int, size: int) -> pick.Words:
         """The draws [size] of a row (of a prompt, if it has beams) at `step`, counted from 0."""
         if self.params.num_beams > 1:  # all beams are at one step
             self.streams[0 if len(self.streams) == 1 else index].forget(step)
@@ -169,6 +169,12 @@ class Request:
             (place + 1 for place, (name, _) in enumerate(steps) if name in names), default=0
         )
         return Chain(steps[:border]), Chain(steps[border:])
+
+    @property
+    def keeps(self) -> bool:
+        """Whether anything of a step is recorded besides its tokens."""
+        params = self.params
+        return params.output_logits or params.output_scores or params.top_logprobs > 0
 
     def keep(
         self, rows: Sequence[Row], logits: NDArray[np.float32], scores: NDArray[np.float32]

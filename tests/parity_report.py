@@ -167,7 +167,7 @@ def gap(
     values = out.scores[step][row].softmax(-1).double().numpy()
     if case.mode == "sampling":
         stream = pick.Stream(case.seed, len(found))
-        values = values / pick.exponential(stream.row(step, row, len(values)))
+        values = values / pick.exponential(pick.uniform(stream.row(step, row, len(values))))
     else:
         values = out.scores[step][row].double().numpy()
     second, first = np.sort(values)[-2:]

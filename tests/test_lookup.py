@@ -37,7 +37,9 @@ def assistant(pair, tmp_path_factory):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
-    path = export(model, tmp_path_factory.mktemp("assistant") / "m", progress=None)
+    path = export(
+        model, tmp_path_factory.mktemp("assistant") / "m", precision="fp32", progress=None
+    )
     return fastgen.load(path)
 
 

@@ -81,7 +81,7 @@ def build(kind: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
 def exported(kind: str, directory: Path, **changes: Any) -> tuple[PreTrainedModel, CausalLM]:
     """A model and its export, loaded."""
     model = build(kind, **changes)
-    export(model, directory, tokenizer=tokenizer(), progress=None)
+    export(model, directory, tokenizer=tokenizer(), precision="fp32", progress=None)
     return model, CausalLM(directory)
 
 
