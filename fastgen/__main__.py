@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 import fastgen
+from fastgen.hub import PRECISION
 from fastgen.params import Params, resolve
 
 QUIET_EXIT = 130  # Ctrl-C, as shells count it

@@ -353,8 +353,6 @@ def check(request: Request, vocab_size: int) -> None:
     beams, groups, penalty = params.num_beams, params.num_beam_groups, params.diversity_penalty
     if beams % groups:
         raise ValueError(f"num_beams={beams} must be a multiple of num_beam_groups={groups}")
-    if groups == 1 and penalty:
-        raise ValueError(f"diversity_penalty={penalty} needs num_beam_groups > 1")
     if groups > 1 and not penalty > 0:
         raise ValueError(
             f"num_beam_groups={groups} needs a diversity_penalty above 0, got {penalty}: "

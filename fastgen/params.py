@@ -280,6 +280,8 @@ def _check_together(params: Params) -> None:
             f"num_return_sequences={params.num_return_sequences} must be at most "
             f"num_beams={params.num_beams}"
         )
+    if params.diversity_penalty and params.num_beam_groups == 1:
+        raise ValueError(f"diversity_penalty={params.diversity_penalty} needs num_beam_groups > 1")
     suppressed = set(params.suppress_tokens or ())
     for name in ("forced_bos_token_id", "forced_eos_token_id"):
         forced = getattr(params, name)

@@ -46,7 +46,8 @@ class Stream:
         while self._next <= step:
             self._blocks[self._next] = self._words(self.rows * size).reshape(self.rows, size)
             self._next += 1
-        return self._blocks[step][row]
+        block = self._blocks[step]
+        return np.asarray(block[row], np.uint64)
 
     def forget(self, step: int) -> None:
         """Drop the blocks before `step`: no row will ask for them again."""
