@@ -104,7 +104,9 @@ def endless(pair) -> Path:
     return pair("llama", max_position_embeddings=1 << 15)[1].directory
 
 
-ENDLESS = ["--max-new-tokens", "30000", "--eos-token-id", "null", "--do-sample"]
+# Tokens without a text are left out: a random model may never leave them again.
+ENDLESS = ["--max-new-tokens", "30000", "--eos-token-id", "null", "--do-sample",
+           "--temperature", "3", "--suppress-tokens", "[0,1,2,97,98]"]  # fmt: skip
 
 
 def started(*args: str | Path, **kwargs: object) -> subprocess.Popen[bytes]:
