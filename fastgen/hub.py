@@ -6,7 +6,6 @@ Whatever is written is written beside its place and renamed when it is complete.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import re
 from collections.abc import Iterator
@@ -54,6 +53,8 @@ def exported(
     Raises:
         ModelError: there is no such model, or it is one of another precision.
     """
+    import hashlib
+
     path = Path(name_or_path)
     if path.exists() or not _is_hub_id(name_or_path):
         source = path

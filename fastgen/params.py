@@ -7,7 +7,6 @@ the fields of `Params`.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -387,6 +386,8 @@ _OFF: dict[str, Any] = {
 def _check_name(name: str) -> None:
     if name in KNOWN:
         return
+    import difflib
+
     near = difflib.get_close_matches(name, sorted(NAMES | set(ARGUMENTS)), n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise ValueError(f"{name} is not a keyword of generate{hint}")
