@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from fastgen import CausalLM
 from fastgen.model import Model
-from fastgen.pick import log_softmax
+from fastgen.softmax import log_softmax
 
 DECODED = 8  # last tokens of each probe that are fed one at a time
 NEW_TOKENS = 24  # of the greedy continuation

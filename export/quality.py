@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from fastgen.model import Model
-from fastgen.pick import log_softmax
+from fastgen.softmax import log_softmax
 
 CHUNK = 32  # positions whose logits are held at a time
 

@@ -10,7 +10,7 @@ How a prompt becomes text, file by file:
     model       new ids and a cache -> logits          cache       keys and values, in place
     cpu         cores, and what they can                   memory      pages given back
     processors  logits -> logits, one function a knob  watermark   two of them
-    pick        logits -> token, by torch's own random numbers
+    pick        logits -> token, torch's random draws      softmax     and its logarithm
     stop        when a row ends                        output      what comes out
     batch       THE LOOP: rows join, step, leave       beam        beams over the same stages
     guidance    what it would say without the prompt   lookup      several tokens a step

@@ -29,6 +29,7 @@ from fastgen import pick, stop
 from fastgen.batch import CHUNK, Event, prefill
 from fastgen.model import Model
 from fastgen.request import Request, context_of_beams
+from fastgen.softmax import log_softmax
 
 Scores = NDArray[np.float32]
 Ids = NDArray[np.int64]
@@ -424,7 +425,7 @@ class _Search:
         """Choose the next token of every beam, and compute the logits that follow it."""
         everyone = [one for groups in self.running for one in groups]
         logits = self.logits[np.concatenate([one.slots for one in everyone])]
-        scores = pick.log_softmax(logits)
+        scores = log_softmax(logits)
         if self.together:
             scores = self.together(context_of_beams(self.request, *_rows(everyone)), scores)
         moves: dict[int, list[Move]] = {}

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastgen.softmax import log_softmax
+
 Scores = NDArray[np.float32]
 Words = NDArray[np.uint64]
 
@@ -73,21 +75,6 @@ def exponential(draws: NDArray[np.float64]) -> NDArray[np.float32]:
 def greedy(scores: Scores) -> NDArray[np.int64]:
     """The likeliest token of each row [rows]; the first of equals."""
     return np.asarray(scores.argmax(axis=1), np.int64)
-
-
-def softmax(scores: Scores) -> Scores:
-    """Probabilities [rows, vocab] of scores."""
-    out: Scores = scores - scores.max(axis=-1, keepdims=True)
-    np.exp(out, out=out)
-    out /= out.sum(axis=-1, keepdims=True)
-    return out
-
-
-def log_softmax(scores: Scores) -> Scores:
-    """Log-probabilities [rows, vocab] of scores."""
-    out: Scores = scores - scores.max(axis=-1, keepdims=True)
-    out -= np.log(np.exp(out).sum(axis=-1, keepdims=True))
-    return out
 
 
 def sample(scores: Scores, words: Sequence[Words]) -> NDArray[np.int64]:

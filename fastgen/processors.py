@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastgen import watermark
+from fastgen.softmax import log_softmax, softmax
 
 if TYPE_CHECKING:
     from fastgen.params import Params
@@ -249,18 +250,6 @@ def _inside(tokens: Collection[int], vocab_size: int) -> np.ndarray:
 # -- Arithmetic. -inf and nan are ordinary values here, as they are in torch. ------------------
 
 _quiet = np.errstate(over="ignore", invalid="ignore", divide="ignore")
-
-
-@_quiet
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
-
-
-@_quiet
-def softmax(logits: np.ndarray) -> np.ndarray:
-    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return np.asarray(weights / weights.sum(axis=-1, keepdims=True))
 
 
 def _count(mask: np.ndarray) -> int:

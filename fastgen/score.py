@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from fastgen import pick
 from fastgen.cache import Cache
 from fastgen.model import Model
+from fastgen.softmax import log_softmax
 
 Ids = NDArray[np.int64]
 Scores = NDArray[np.float32]
@@ -108,6 +109,6 @@ def transition_scores(
         rows = np.flatnonzero(beam_indices[:, step] >= 0)
         chosen = scores[step][beam_indices[rows, step]]
         if normalize_logits:
-            chosen = pick.log_softmax(chosen)
+            chosen = log_softmax(chosen)
         out[rows, step] = chosen[np.arange(len(rows)), tokens[rows, step]]
     return out

@@ -22,6 +22,7 @@ from transformers.generation.utils import GenerationMixin
 
 from fastgen import beam, pick
 from fastgen.cache import Cache
+from fastgen.softmax import log_softmax
 
 KINDS = ["gpt2", "llama"]
 DICT = {"return_dict_in_generate": True, "output_scores": True}
@@ -342,7 +343,7 @@ def test_beams_are_told_as_a_stream(pair, ends):
         assert [token.finish_reason for token in mine[:-1]] == [None] * (len(mine) - 1)
         assert mine[-1].finish_reason == whole.finish_reasons[place] != ""
         for step, token in enumerate(mine):
-            scores = pick.log_softmax(whole.scores[step][whole.beam_indices[place, step]][None])
+            scores = log_softmax(whole.scores[step][whole.beam_indices[place, step]][None])
             assert token.logprob == pytest.approx(scores[0, token.id], abs=1e-5)
             best = np.sort(scores[0])[::-1][:2]
             np.testing.assert_allclose([p for _, p in token.top_logprobs], best, atol=1e-5)

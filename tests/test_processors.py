@@ -758,7 +758,10 @@ def test_imports_numpy_alone():
     out = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root
     )
-    assert out.stdout.split("\n")[:2] == ["[]", "['fastgen.processors', 'fastgen.watermark']"]
+    assert out.stdout.split("\n")[:2] == [
+        "[]",
+        "['fastgen.processors', 'fastgen.softmax', 'fastgen.watermark']",
+    ]
 
 
 # -- Properties ----------------------------------------------------------------------------------

@@ -1,0 +1,22 @@
+"""Probabilities and log-probabilities of logits along the last axis, in their own precision."""
+
+from __future__ import annotations
+
+import numpy as np
+
+_quiet = np.errstate(over="ignore", invalid="ignore", divide="ignore")
+
+
+@_quiet
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities; nan where a row has no finite logit."""
+    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return np.asarray(weights / weights.sum(axis=-1, keepdims=True))
+
+
+@_quiet
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Log-probabilities; nan where a row has no finite logit."""
+    out = logits - logits.max(axis=-1, keepdims=True)
+    out -= np.log(np.exp(out).sum(axis=-1, keepdims=True))
+    return np.asarray(out)
