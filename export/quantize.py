@@ -23,7 +23,7 @@ from fastgen.export.trim import (
     constant,
     insert,
     rank,
-    replace,
+    take_place,
 )
 from numpy.typing import NDArray
 
@@ -237,7 +237,7 @@ def _replace_w8a8(graph: ir.Graph, product: Product, activations: _Activations) 
         domain=MICROSOFT,
     )
     (out,) = insert(node, "Mul", [sums, scale])
-    _stand_for(node, out)
+    take_place(node, out)
 
 
 def _replace_nbits(graph: ir.Graph, product: Product, choice: Choice) -> None:
@@ -253,7 +253,7 @@ def _replace_nbits(graph: ir.Graph, product: Product, choice: Choice) -> None:
         attributes | {"accuracy_level": 4}, domain=MICROSOFT,
     )  # fmt: skip
     weight = node.inputs[1]
-    _stand_for(node, result)
+    take_place(node, result)
     if product.transposed:
         for use in list(weight.uses()):
             if use.node.op_type == "Gather":
@@ -278,7 +278,7 @@ def _gather_codes(
     if size % kernel.block:
         ends = [_integers(graph, name, [v]) for name, v in (("0", 0), ("size", size), ("2", 2))]
         (mine,) = insert(gather, "Slice", [mine, *ends])
-    _stand_for(gather, mine)
+    take_place(gather, mine)
 
 
 def _unpacked(graph: ir.Graph, before: ir.Node, codes: ir.Value) -> ir.Value:
@@ -297,9 +297,3 @@ def _unpacked(graph: ir.Graph, before: ir.Node, codes: ir.Value) -> ir.Value:
 
 def _integers(graph: ir.Graph, name: str, values: Sequence[int]) -> ir.Value:
     return add_initializer(graph, name, np.array(values, np.int64))
-
-
-def _stand_for(node: ir.Node, new: ir.Value) -> None:
-    replace(node.outputs[0], new)
-    assert node.graph is not None
-    node.graph.remove(node, safe=True)

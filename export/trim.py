@@ -129,6 +129,13 @@ def replace(old: ir.Value, new: ir.Value) -> None:
     old.replace_all_uses_with(new, replace_graph_outputs=True)
 
 
+def take_place(node: ir.Node, new: ir.Value) -> None:
+    """`new` stands for the only output of `node`, which goes."""
+    replace(node.outputs[0], new)
+    assert node.graph is not None
+    node.graph.remove(node, safe=True)
+
+
 def _set_width(product: ir.Value, like: ir.Value, width: int) -> None:
     """The type of a product: that of its activation with another last dimension."""
     product.dtype = like.dtype
@@ -162,7 +169,7 @@ def share_tied_weights(graph: ir.Graph) -> int:
             (product,) = insert(
                 node, "FusedMatMul", [node.inputs[0], weight], {"transB": 1}, domain=MICROSOFT
             )
-            _take_place(node, product)
+            take_place(node, product)
             fired += 1
     return fired
 
@@ -312,7 +319,7 @@ def merge_products(graph: ir.Graph) -> int:
             siblings[0], "Split", [product, lengths], {"axis": -1}, outputs=len(siblings)
         )
         for node, part in zip(siblings, parts, strict=True):
-            _take_place(node, part)
+            take_place(node, part)
         fired += 1
     return fired
 
@@ -337,14 +344,14 @@ def norm_with_sum(graph: ir.Graph) -> int:
                 inputs.append(bias)
             name = f"Skip{kind}Normalization"
             norm, _, _, total = insert(add, name, inputs, epsilon, domain=MICROSOFT, outputs=4)
-            _take_place(node, norm)
-            _take_place(add, total)
+            take_place(node, norm)
+            take_place(add, total)
             fired += 1
         elif kind == "SimplifiedLayer":
             (norm,) = insert(
                 node, "SimplifiedLayerNormalization", [x, *weights], epsilon | {"axis": -1}
             )
-            _take_place(node, norm)
+            take_place(node, norm)
             fired += 1
     return fired
 
@@ -378,13 +385,6 @@ def _without_bias(
 
 
 # What the rules ask
-
-
-def _take_place(node: ir.Node, new: ir.Value) -> None:
-    """`new` stands for the only output of `node`, which goes."""
-    replace(node.outputs[0], new)
-    assert node.graph is not None
-    node.graph.remove(node, safe=True)
 
 
 def _equal(one: NDArray[np.generic], other: NDArray[np.generic]) -> bool:
