@@ -25,7 +25,6 @@ try:
 except ImportError:  # Windows: what a killed export leaves stays
     fcntl = None  # type: ignore[assignment]
 
-REPORT = "report.json"
 OF_THIS_MACHINE = {"name_or_path", "is_local", "local_files_only", "vocab_file", "tokenizer_file"}
 STALE = 10.0  # seconds after which a temporary directory that nobody claims is removed
 

@@ -16,7 +16,17 @@ import onnx_ir
 import onnxruntime
 import torch
 import transformers
-from fastgen.export import bundle, calibrate, check, graph, quality, recipe, source, trim
+from fastgen.export import (
+    bundle,
+    calibrate,
+    check,
+    graph,
+    profile,
+    quality,
+    recipe,
+    source,
+    trim,
+)
 from fastgen.export.attention import UnsupportedModel
 from fastgen.export.recipe import RECIPES
 from fastgen.export.source import Source
@@ -25,6 +35,7 @@ from transformers import PreTrainedModel
 import fastgen
 from fastgen.hub import PRECISION
 from fastgen.model import GRAPH, Model
+from fastgen.report import REPORT
 
 PRECISIONS = ("fp32", *RECIPES)
 
@@ -127,7 +138,7 @@ def export(
         tolerance=tolerance or TOLERANCES[precision],
         calibration=Path(calibration or calibrate.TEXT),
     )
-    shown = Progress(total=6 if precision == "fp32" else 10, stream=progress)
+    shown = Progress(total=7 if precision == "fp32" else 11, stream=progress)
     with shown.step("load") as found:
         if isinstance(model, PreTrainedModel):
             loaded = source.of_object(model, tokenizer)
@@ -199,8 +210,12 @@ def _export(loaded: Source, out: Path, wishes: Wishes, shown: Progress) -> None:
             report = {"fp32": report} | _quantise(
                 loaded, converted, temporary, description, original, wishes, shown
             )
+        with shown.step("time by operator") as found:
+            spent = profile.by_operator(temporary)
+            found += [f"{step} {next(iter(shares))}" for step, shares in spent.items()]
         with shown.step("bundle") as found:
             report |= {
+                "time": spent,
                 "precision": wishes.precision,
                 "model": loaded.name,
                 "tolerance": asdict(wishes.tolerance),
@@ -209,7 +224,7 @@ def _export(loaded: Source, out: Path, wishes: Wishes, shown: Progress) -> None:
                 "steps": shown.steps,
                 "versions": _versions(),
             }
-            bundle.write_json(temporary / bundle.REPORT, report)
+            bundle.write_json(temporary / REPORT, report)
             bundle.seal(temporary, description)
             size = sum(p.stat().st_size for p in temporary.iterdir())
             found.append(f"{out}, {size / 1e6:,.1f} MB")
@@ -273,7 +288,8 @@ def _write(
         greedy = check.compare_continuation(temporary, original.rows, original.continuation)
         found.append(greedy.summary())
     wrong = check.judge(logits, check.Tolerance(), greedy)
-    return {"logits": asdict(logits), "greedy": asdict(greedy), "mismatch": wrong}
+    size = sum((temporary / name).stat().st_size for name in (GRAPH, f"{GRAPH}.data"))
+    return {"bytes": size, "logits": asdict(logits), "greedy": asdict(greedy), "mismatch": wrong}
 
 
 def _judge(report: dict[str, Any], allow_mismatch: bool) -> None:

@@ -17,7 +17,8 @@ How a prompt becomes text, file by file:
     call        one call, checked and ready to run     score       how likely given tokens are
     generator   what people hold: CausalLM, load, generate
     hub         a name -> a model directory            demo        the embedded one
-    __main__    the command line                       export      from torch to a directory
+    __main__    the command line                       report      what an export found, as a table
+    export      from torch to a directory
 """
 
 from __future__ import annotations

@@ -108,7 +108,8 @@ def export(
     """Export MODEL, a hub id or a transformers directory, to the model directory OUT.
 
     Needs torch and transformers (pip install 'fastgen[export]'); running the result does not.
-    OUT is by default the model's name and the precision, such as distilgpt2-fp32.
+    OUT is by default the model's name and the precision, such as distilgpt2-int8. What was
+    compared and found is printed as a table, which `fastgen info OUT` shows again.
     """
     with _clear_errors():
         try:
@@ -117,8 +118,10 @@ def export(
             raise ValueError(
                 f"exporting needs torch and transformers: pip install 'fastgen[export]' ({error})"
             ) from error
+        from fastgen.report import REPORT, table
+
         name = Path(os.path.abspath(model)).name  # of a directory's path, or the end of a hub id
-        pipeline.export(
+        made = pipeline.export(
             model,
             out or Path(f"{name}-{precision}"),
             precision=precision,
@@ -128,6 +131,7 @@ def export(
             calibration=calibration,
             tolerance=pipeline.tolerance(precision, max_kl, min_top1),
         )
+        click.echo(table(json.loads((made / REPORT).read_text(encoding="utf-8"))))
 
 
 @cli.command()
@@ -224,12 +228,13 @@ def info(directory: Path | None, as_json: bool) -> None:
     """Say what a model DIRECTORY holds and what its export found (default: the demo model)."""
     from fastgen import hub
     from fastgen.model import INFO, ModelInfo
+    from fastgen.report import REPORT, table
 
     with _clear_errors():
         place = hub.directory(directory)
         found = ModelInfo.read(place)
         said = json.loads((place / INFO).read_text(encoding="utf-8"))
-        report = place / "report.json"
+        report = place / REPORT
         checked = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
         if as_json:
             click.echo(json.dumps(said | {"report": checked}, ensure_ascii=False, indent=2))
@@ -246,27 +251,10 @@ def info(directory: Path | None, as_json: bool) -> None:
             "layers": f"{len(found.layers)} with keys and values",
             "tokenizer": "yes" if (place / "tokenizer.json").is_file() else "no (ids only)",
             "exported by": f"fastgen {said.get('fastgen', '?')}",
-        } | _checked(checked)
+        }
         for name, value in lines.items():
             click.echo(f"{name:<12} {value}")
-
-
-def _checked(report: dict[str, Any]) -> dict[str, str]:
-    if not report:
-        return {"report": "none"}
-    logits, greedy = report["logits"], report["greedy"]
-    found = {
-        "logits": f"max difference {logits['max_difference']:.1e} of the largest, "
-        f"KL {logits['kl']:.1e}, top-1 {logits['top1']:.2%}",
-        "greedy": f"{greedy['same']} of {greedy['tokens']} tokens as the original",
-    }
-    if "quality" in report:  # what a quantised model costs, on text
-        text = report["quality"]
-        found["text"] = (
-            f"perplexity {text['perplexity']:.3f} against {text['reference_perplexity']:.3f}, "
-            f"KL {text['kl']:.1e}, top-1 {text['top1']:.2%}"
-        )
-    return found | {"mismatch": "; ".join(report["mismatch"]) or "none"}
+        click.echo(f"\nbeside the original:\n{table(checked)}" if checked else "report       none")
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from fastgen.model import INFO, ModelError
 
 DEMO = Path(__file__).parent / "demo"
-PRECISION = "fp32"  # of an export where none is asked for
+PRECISION = "int8"  # of an export where none is asked for
 
 # What a transformers repository holds that an export does not read.
 NOT_READ = [

@@ -228,7 +228,8 @@ def _bind(bind: Any, name: str, array: NDArray[Any]) -> None:
     bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
 
-def _session(path: Path, threads: int) -> Any:
+def session_options(threads: int) -> Any:
+    """How every session of fastgen is set: see the comments for why."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -239,9 +240,16 @@ def _session(path: Path, threads: int) -> Any:
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if int8_overflows():  # int8 weights become uint8 on loading: slower, and exact
         options.add_session_config_entry("session.x64quantprecision", "1")
+    return options
+
+
+def _session(path: Path, threads: int) -> Any:
     try:
         return onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"], enable_fallback=False
+            str(path),
+            session_options(threads),
+            providers=["CPUExecutionProvider"],
+            enable_fallback=False,
         )
     except Exception as error:  # onnxruntime raises classes of its own, derived from Exception
         raise ModelError(f"onnxruntime cannot load {path}: {error}") from error

@@ -41,7 +41,7 @@ import torch
 from transformers import AutoTokenizer
 {the_import}
 tokenizer = AutoTokenizer.from_pretrained("distilgpt2", padding_side="left")
-model = {the_class}.from_pretrained("distilgpt2")
+model = {the_class}.from_pretrained("distilgpt2"{precision})
 model.to("cpu").eval()
 print(model.config.n_layer, model.config.vocab_size, model.generation_config.eos_token_id)
 inputs = tokenizer(
@@ -76,10 +76,11 @@ def run(script: str) -> str:
 def test_a_script_for_transformers_prints_the_same(there):
     theirs = run(SCRIPT.format(
         the_import="from transformers import AutoModelForCausalLM", more="", seeded="",
-        the_class="AutoModelForCausalLM", seed="",
+        the_class="AutoModelForCausalLM", seed="", precision="",
     ))  # fmt: skip
     ours = run(SCRIPT.format(
         the_import="from fastgen import CausalLM", the_class="CausalLM", seed="", more="",
+        precision=", precision='fp32'",
         seeded=", seed=0",
     ))  # fmt: skip
     assert ours == theirs

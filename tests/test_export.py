@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import io
 import json
@@ -25,7 +26,16 @@ import safetensors.torch
 import sentencepiece
 import tiny
 import torch
-from fastgen.export import Mismatch, UnsupportedModel, bundle, check, export, graph, source
+from fastgen.export import (
+    Mismatch,
+    UnsupportedModel,
+    bundle,
+    check,
+    graph,
+    pipeline,
+    profile,
+    source,
+)
 from transformers import (
     AutoModelForCausalLM,
     BartConfig,
@@ -40,6 +50,9 @@ import fastgen
 from fastgen import __main__
 
 ROOT = Path(__file__).parent.parent
+# What this file asks is asked of the precision that says what the original says.
+export = functools.partial(pipeline.export, precision="fp32")
+
 HERE = (str(ROOT), str(Path.home()) + "/", tempfile.gettempdir())  # paths of this machine
 
 
@@ -457,7 +470,7 @@ def test_what_the_configuration_tells_is_refused_before_weights_are_read(config,
 
 STEPS = [
     "load", "torch logits", "convert", "ONNX logits compared", "ONNX greedy text compared",
-    "bundle",
+    "time by operator", "bundle",
 ]  # fmt: skip
 
 
@@ -507,7 +520,28 @@ def test_the_report_says_what_was_compared_and_found(pair):
     )
     assert {"torch", "transformers", "onnxruntime", "fastgen"} <= set(report["versions"])
     assert [step["step"] for step in report["steps"]] == STEPS[:-1]
+    weights = sum((directory / name).stat().st_size for name in ("model.onnx", "model.onnx.data"))
+    assert report["bytes"] == weights
+    for shares in report["time"].values():
+        assert shares["GroupQueryAttention"] > 0 and abs(sum(shares.values()) - 1) < 0.01
     assert set(report["tolerance"]) == {"max_difference", "kl", "top1", "greedy"}
+
+
+def test_time_is_told_apart_by_kind_of_step(pair):
+    """Products take their share, and every operator of the graph is there."""
+    directory = pair("llama")[1].directory
+    spent = profile.by_operator(directory)
+    assert list(spent) == ["prefill", "decode"]
+    operators = {node.op_type for node in onnx.load(directory / "model.onnx").graph.node}
+    for shares in spent.values():
+        assert list(shares.values()) == sorted(shares.values(), reverse=True)
+        # Some are folded or fused as the session is made.
+        assert len(operators & set(shares)) > 4
+
+
+def test_int8_is_the_precision_where_none_is_asked_for(gpt2, tmp_path):
+    out = pipeline.export(gpt2, tmp_path / "out", progress=None)
+    assert fastgen.load(out).model.info.precision == "int8"
 
 
 @pytest.fixture
@@ -567,12 +601,13 @@ def test_the_command_fails_with_a_mismatch_unless_it_is_allowed(
     wrong, gpt2_directory, tmp_path, monkeypatch, capfd
 ):
     out = tmp_path / "out"
-    assert command(monkeypatch, "export", gpt2_directory, out) == 2
+    assert command(monkeypatch, "export", "--precision=fp32", gpt2_directory, out) == 2
     shown = capfd.readouterr()
     last = shown.err.splitlines()[-1]
     assert last.startswith("fastgen: the export disagrees with the original: a logit differs")
     assert shown.out == "" and not list(tmp_path.iterdir())
-    assert command(monkeypatch, "export", gpt2_directory, out, "--allow-mismatch") == 0
+    again = ("export", "--precision=fp32", gpt2_directory, out, "--allow-mismatch")
+    assert command(monkeypatch, *again) == 0
     assert out.is_dir()
 
 
@@ -587,10 +622,10 @@ def test_the_command_refuses_by_name(gpt2_directory, tmp_path, monkeypatch, capf
 
 def test_the_command_replaces_by_force(gpt2, gpt2_directory, llama, tmp_path, monkeypatch, capfd):
     out = shutil.copytree(llama[1].directory, tmp_path / "out")
-    assert command(monkeypatch, "export", gpt2_directory, out) == 2
+    assert command(monkeypatch, "export", "--precision=fp32", gpt2_directory, out) == 2
     assert capfd.readouterr().err.endswith("replace it with --force\n")
     assert fastgen.load(out).config.model_type == "llama"
-    assert command(monkeypatch, "export", gpt2_directory, out, "--force") == 0
+    assert command(monkeypatch, "export", "--precision=fp32", gpt2_directory, out, "--force") == 0
     assert fastgen.load(out).config.model_type == "gpt2"
 
 
@@ -637,7 +672,7 @@ sys.path.insert(0, {tests!r})
 import tiny
 from fastgen.export import export, graph
 graph.convert = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-export(tiny.build("gpt2"), sys.argv[1], force=True)
+export(tiny.build("gpt2"), sys.argv[1], precision="fp32", force=True)
 """
 
 

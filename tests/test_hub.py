@@ -185,7 +185,7 @@ print(fastgen.load(sys.argv[1]).generate({IDS}, max_new_tokens=5))
 """
 FROM_PRETRAINED = f"""
 import sys, fastgen
-model = fastgen.CausalLM.from_pretrained(sys.argv[1])
+model = fastgen.CausalLM.from_pretrained(sys.argv[1], precision='fp32')
 print(model.generate({IDS}, max_new_tokens=5))
 """
 

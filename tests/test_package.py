@@ -35,6 +35,7 @@ LAYERS: dict[str, set[str]] = {
     "memory": set(),
     "model": {"cache", "cpu", "memory"},
     "hub": {"model", "export"},
+    "report": set(),
     "request": {"params", "pick", "processors", "stop"},
     "batch": {"cache", "model", "pick", "request", "stop"},
     "beam": {
@@ -53,7 +54,7 @@ LAYERS: dict[str, set[str]] = {
         "tensors", "tokenizer",
     },
     "__init__": {"generator", "model", "output", "params", "tokenizer"},
-    "__main__": {"", "hub", "model", "params", "export"},
+    "__main__": {"", "hub", "model", "params", "report", "export"},
 }  # fmt: skip
 
 

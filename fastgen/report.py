@@ -1,0 +1,64 @@
+"""`report.json`, what an export compared and found, as the table that people read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+REPORT = "report.json"
+SHOWN = 4  # operators that are named of each kind of step
+
+
+def table(report: dict[str, Any]) -> str:
+    """What an export found, as lines of text: a column for each precision, then what they share.
+
+    Args:
+        report: the content of `report.json`.
+    """
+    found = {"fp32": report.get("fp32", report)} | {report["precision"]: report}
+    columns = [_column(one) for one in found.values()]
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    lines = [["", *found]] + [[name, *(c.get(name, "") for c in columns)] for name in names]
+    return "\n".join([*_aligned(lines), *_notes(report)])
+
+
+def _column(one: dict[str, Any]) -> dict[str, str]:
+    """A precision beside the original: on text where that was measured, else on the probes."""
+    text, greedy = one.get("quality"), one["greedy"]
+    logits = text or one["logits"]
+    column = {
+        "largest logit error": f"{logits['max_difference']:.1e}",
+        "mean logit error": f"{logits['mean_difference']:.1e}",
+        "KL divergence": f"{logits['kl']:.1e}",
+        "top-1 agreement": f"{logits['top1']:.2%}",
+        "greedy tokens until one differs": f"{greedy['same']} of {greedy['tokens']}",
+    }
+    if text:
+        column["perplexity"] = f"{text['perplexity']:.3f} ({text['more_perplexity']:+.2%})"
+    if "bytes" in one:
+        column["graph and weights"] = f"{one['bytes'] / 1e6:,.1f} MB"
+    return column
+
+
+def _notes(report: dict[str, Any]) -> list[str]:
+    """What is said once: where the time goes, what is kept wider, what is beyond the tolerance."""
+    notes = [
+        f"time, {step}: " + ", ".join(f"{name} {share:.0%}" for name, share in _largest(shares))
+        for step, shares in report.get("time", {}).items()
+    ]
+    if report.get("wider"):
+        notes.append(f"kept in a wider type: {', '.join(report['wider'])}")
+    notes.append(f"beyond the tolerance: {'; '.join(report['mismatch']) or 'nothing'}")
+    return notes
+
+
+def _largest(shares: dict[str, float]) -> list[tuple[str, float]]:
+    return sorted(shares.items(), key=lambda item: -item[1])[:SHOWN]
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    ]
