@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import shapes
 
 CHANNELS = 4  # of each norm, and of each feed-forward part
 NORM_TIMES = 60.0
