@@ -30,7 +30,7 @@ def by_operator(directory: Path) -> dict[str, dict[str, float]]:
         return {}
     prompt = np.random.default_rng(0).integers(0, model.info.vocab_size, length)
     with tempfile.TemporaryDirectory() as temporary:
-        options = session_options(model.threads)
+        options = session_options(model.tuning)
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(temporary) / "profile")
         model.session = onnxruntime.InferenceSession(

@@ -17,6 +17,7 @@ How a prompt becomes text, file by file:
     call        one call, checked and ready to run     score       how likely given tokens are
     generator   what people hold: CausalLM, load, generate
     hub         a name -> a model directory            demo        the embedded one
+    tune        what is fastest on this machine        tuning      kept beside the model
     __main__    the command line                       report      what an export found, as a table
     export      from torch to a directory
 """

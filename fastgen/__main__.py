@@ -1,4 +1,4 @@
-"""The command line: export, generate, chat, info. Every knob of `Params` is a flag of its own."""
+"""The command line: export, generate, tune, info. Every knob of `Params` is a flag of its own."""
 
 from __future__ import annotations
 
@@ -229,6 +229,7 @@ def info(directory: Path | None, as_json: bool) -> None:
     from fastgen import hub
     from fastgen.model import INFO, ModelInfo
     from fastgen.report import REPORT, table
+    from fastgen.tuning import Tuning, read
 
     with _clear_errors():
         place = hub.directory(directory)
@@ -240,6 +241,7 @@ def info(directory: Path | None, as_json: bool) -> None:
             click.echo(json.dumps(said | {"report": checked}, ensure_ascii=False, indent=2))
             return
         size = sum(found.files.values())
+        tuned = read(place)
         limit = found.max_length or "any number of"
         lines = {
             "model": f"{said.get('name', place.name)} ({found.model_type})",
@@ -250,11 +252,56 @@ def info(directory: Path | None, as_json: bool) -> None:
             "context": f"{limit} positions",
             "layers": f"{len(found.layers)} with keys and values",
             "tokenizer": "yes" if (place / "tokenizer.json").is_file() else "no (ids only)",
+            "runs with": str(tuned) if tuned else f"{Tuning()} (not tuned)",
             "exported by": f"fastgen {said.get('fastgen', '?')}",
         }
         for name, value in lines.items():
             click.echo(f"{name:<12} {value}")
         click.echo(f"\nbeside the original:\n{table(checked)}" if checked else "report       none")
+
+
+@cli.command()
+@click.argument("directories", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--rows", default=1, show_default=True, help="rows that are generated together")
+@click.option("--prompt", default=64, show_default=True, help="tokens of the prompt")
+@click.option("--new", default=32, show_default=True, help="tokens that are generated")
+@click.option("--rounds", default=5, show_default=True, help="how often each is timed")
+@click.option("--max-kl", default=0.02, show_default=True, help="KL divergence allowed")
+@click.option("--min-top1", default=0.9, show_default=True, help="equal likeliest tokens asked")
+def tune(
+    directories: tuple[Path, ...], rows: int, prompt: int, new: int, rounds: int, max_kl: float,
+    min_top1: float,
+) -> None:  # fmt: skip
+    """Measure what is fastest on this machine: threads, kernels, and which of DIRECTORIES.
+
+    What is best for a model directory is saved in it and used from then on, on this machine only.
+    Given several exports of one model, say fp32, int8 and int4, the fastest is named whose report
+    keeps the accuracy budget (--max-kl, --min-top1).
+    """
+    from fastgen import tune, tuning
+
+    with _clear_errors():
+        for name, value in {"rows": rows, "prompt": prompt, "new": new, "rounds": rounds}.items():
+            if value < 1:
+                raise ValueError(f"--{name} must be positive, got {value}")
+        work = tune.Workload(rows, prompt, new)
+        every = {place: tune.candidates(place) for place in dict.fromkeys(directories)}
+        allowed = [place for place in every if tune.within(place, max_kl, min_top1)]
+        found = [one for place in every for one in every[place]]
+        steps = rounds * len(found)
+        with click.progressbar(length=steps, label="measuring", file=sys.stderr) as bar:
+            tune.measure(found, work, rounds, lambda: bar.update(1))
+        chosen = [tune.best(ones, new) for ones in every.values()]
+        for one in chosen:
+            tuning.write(one.directory, one.tuning)
+        for line in tune.table(found, chosen, new):
+            click.echo(line)
+        if len(every) > 1:
+            fastest = [one for one in chosen if one.directory in allowed]
+            if not fastest:
+                raise ValueError(f"no model has a KL divergence within {max_kl}: allow more")
+            one = min(fastest, key=lambda one: one.seconds(new))
+            click.echo(f"fastest within the budget: {one.directory} ({one.tuning})")
 
 
 def main() -> None:

@@ -53,7 +53,9 @@ class Call:
             return
         batch = Batch(self.model)
         if self.draft is not None:
-            batch = lookup.Speculation(self.model, self.draft)
+            by_itself = isinstance(self.draft, lookup.Assistant)  # transformers' rules, as asked
+            payoff = None if by_itself else lookup.Payoff()
+            batch = lookup.Speculation(self.model, self.draft, payoff)
         batch.add(self.request)
         while batch.rows:
             yield batch.step()

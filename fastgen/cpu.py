@@ -24,6 +24,16 @@ def usable_cpus() -> list[int]:
     return list(range(os.cpu_count() or 1))
 
 
+def cpu_name() -> str:
+    """What the processor calls itself; the kind of machine where the system does not say."""
+    try:
+        about = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in about.splitlines() if "model name" in line]
+    return names[0] if names else platform.machine()
+
+
 def _core_of(cpu: int) -> tuple[str, ...]:
     """A name for the core behind a logical CPU; the CPU itself where the system does not say."""
     topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")

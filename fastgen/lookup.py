@@ -8,10 +8,14 @@ token and seed for seed, for any number of rows. (transformers accepts by ratios
 the same distribution, but other tokens from the same seed. An assistant that samples here draws
 with the model's own random numbers, which makes it agree often: Daliri et al. 2024,
 arXiv 2408.07978.)
+
+Reading several tokens costs more than reading one, so a guess that does not hold is time lost.
+`Payoff` keeps the account: guesses from the text shrink and stop where they do not pay.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -26,23 +30,105 @@ from fastgen.request import Row
 Draft = Callable[[Sequence[Row], Sequence[int]], list[NDArray[np.int64]]]
 
 
-class Speculation(Batch):
-    """The loop, with guesses: rows advance by one token or more a step."""
+class Payoff:
+    """How long a guess may be, by the clock: what is lost by guessing stays within SHARE of a call.
 
-    def __init__(self, model: Model, draft: Draft) -> None:
+    The account starts at nothing. A step that reads guesses is charged its seconds and credited
+    those of the plain steps that it made unnecessary; looking for guesses is charged too. A guess
+    gets longer while guesses hold, and is never longer than what the account can bear to lose.
+
+    Attributes:
+        width: tokens of the next guess, if the account allows.
+        plain: seconds of a step without guesses; 0 as long as there was none.
+        lost: seconds lost so far; negative if guessing has paid.
+        spent: seconds of all steps.
+    """
+
+    SHARE = 0.02  # of the call's time that may be lost
+    CREDIT = 8  # plain steps that can be gained at most: when guesses stop holding, it must show
+    MEMORY = 0.8  # of a moving average, from step to step
+
+    def __init__(self) -> None:
+        self.width = 1
+        self.plain = self.lost = self.spent = 0.0
+        self._more = 0.0  # what a guessed token adds to a step, in plain steps; 0 for not known
+
+    def allowed(self, remaining: int) -> int:
+        """Tokens that a guess may have, with `remaining` steps to go."""
+        if not self.plain:
+            return 0  # a step has to be measured first
+        bearable = self.SHARE * (self.spent + remaining * self.plain) - self.lost
+        return max(0, min(self.width, int(bearable / ((self._more or 0.5) * self.plain))))
+
+    def stepped(self, seconds: float) -> None:
+        """A step without guesses took so long."""
+        self.plain = self._moved(self.plain, seconds) if self.plain else seconds
+        self.spent += seconds
+
+    def searched(self, seconds: float) -> None:
+        """Guesses were looked for."""
+        self.lost += seconds
+        self.spent += seconds
+
+    def verified(self, seconds: float, guessed: int, kept: float) -> None:
+        """A step read guesses of up to `guessed` tokens, and rows advanced by `kept` on average."""
+        more = max(0.01, (seconds / self.plain - 1) / guessed)
+        self._more = self._moved(self._more, more) if self._more else more
+        self.spent += seconds
+        self.lost = max(self.lost + seconds - kept * self.plain, -self.CREDIT * self.plain)
+        if kept > guessed:
+            self.width = max(self.width, 2 * guessed)
+        elif kept <= 1:
+            self.width = max(1, self.width // 2)
+
+    def _moved(self, average: float, value: float) -> float:
+        return self.MEMORY * average + (1 - self.MEMORY) * value
+
+
+class Speculation(Batch):
+    """The loop, with guesses: rows advance by one token or more a step.
+
+    Args:
+        model: what reads the guesses.
+        draft: what makes them.
+        payoff: limits guesses to what pays; None for as many as `draft` makes.
+    """
+
+    def __init__(self, model: Model, draft: Draft, payoff: Payoff | None = None) -> None:
         super().__init__(model)
         self.draft = draft
+        self.payoff = payoff
 
     def step(self) -> list[Event]:
         """Advance every row by the tokens of its guess that hold, and one more."""
         if any(row.logits is not None for row in self.rows):
             return super().step()
+        start = time.perf_counter()
+        guesses = self._guess()
+        searched = time.perf_counter()
+        longest = max(map(len, guesses))
+        events = self._read(guesses) if longest else super().step()
+        if self.payoff is not None:
+            seconds = time.perf_counter() - searched
+            self.payoff.searched(searched - start)
+            if longest:
+                self.payoff.verified(seconds, longest, len(events) / len(guesses))
+            else:
+                self.payoff.stepped(seconds)
+        return events
+
+    def _guess(self) -> list[NDArray[np.int64]]:
+        """int64 [guessed] for each row; empty where nothing is guessed."""
         room = [row.request.max_length - row.length - 1 for row in self.rows]
-        guesses = [
-            guess[:most] for guess, most in zip(self.draft(self.rows, room), room, strict=True)
-        ]
-        if not any(len(guess) for guess in guesses):
-            return super().step()
+        if self.payoff is not None:
+            allowed = self.payoff.allowed(max(room) + 1)
+            room = [min(allowed, most) for most in room]
+        if not any(most > 0 for most in room):
+            return [np.empty(0, np.int64)] * len(room)
+        return [guess[:most] for guess, most in zip(self.draft(self.rows, room), room, strict=True)]
+
+    def _read(self, guesses: Sequence[NDArray[np.int64]]) -> list[Event]:
+        """Read the guesses, and keep what holds."""
         held = self.cache.lengths[: len(self.rows)].copy()
         logits = self._verify(guesses)
         events: list[Event] = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from fastgen.cache import Cache
-from fastgen.cpu import int8_overflows, physical_cores
+from fastgen.cpu import int8_overflows
 from fastgen.memory import page_out
+from fastgen.tuning import Tuning, read
 
 FORMAT = 1  # of the model directory; `fastgen.json` says which one a directory has
 GRAPH = "model.onnx"
@@ -108,19 +109,24 @@ class Model:
 
     Args:
         directory: a model directory (DESIGN: `fastgen.json`, `model.onnx` and its data).
-        threads: how many threads a step may use; None for the physical cores.
+        threads: how many threads a step may use; None for what was tuned, or the physical cores.
+        tuning: how to run it; None for what `fastgen tune` found best on this machine.
 
     Raises:
         ModelError: see `ModelInfo.read`; or the graph's inputs are not those of this version.
     """
 
-    def __init__(self, directory: Path, threads: int | None = None) -> None:
+    def __init__(
+        self, directory: Path, threads: int | None = None, tuning: Tuning | None = None
+    ) -> None:
         if threads is not None and threads < 1:
             raise ValueError(f"threads must be positive, got {threads}")
         self.directory = directory
         self.info = ModelInfo.read(directory)
-        self.threads = threads or physical_cores()
-        self.session = _session(directory / GRAPH, self.threads)
+        self.tuning = tuning or _tuned(directory)
+        if threads is not None:
+            self.tuning = replace(self.tuning, threads=threads)
+        self.session = _session(directory / GRAPH, self.tuning)
         page_out(directory / (GRAPH + ".data"))
         self._check_graph()
 
@@ -228,10 +234,10 @@ def _bind(bind: Any, name: str, array: NDArray[Any]) -> None:
     bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
 
-def session_options(threads: int) -> Any:
+def session_options(tuning: Tuning) -> Any:
     """How every session of fastgen is set: see the comments for why."""
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = tuning.threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     # Shapes differ from call to call: a memory plan for each would be kept and never used again.
@@ -240,14 +246,25 @@ def session_options(threads: int) -> Any:
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if int8_overflows():  # int8 weights become uint8 on loading: slower, and exact
         options.add_session_config_entry("session.x64quantprecision", "1")
+    if not tuning.spinning:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    for name, value in tuning.entries.items():
+        options.add_session_config_entry(name, value)
     return options
 
 
-def _session(path: Path, threads: int) -> Any:
+def _tuned(directory: Path) -> Tuning:
+    try:
+        return read(directory) or Tuning()
+    except ValueError as error:
+        raise ModelError(str(error)) from error
+
+
+def _session(path: Path, tuning: Tuning) -> Any:
     try:
         return onnxruntime.InferenceSession(
             str(path),
-            session_options(threads),
+            session_options(tuning),
             providers=["CPUExecutionProvider"],
             enable_fallback=False,
         )

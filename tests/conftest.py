@@ -16,6 +16,7 @@ import transformers
 from transformers import PreTrainedModel
 
 import fastgen
+from fastgen import lookup
 
 torch.set_num_threads(1)  # more only wait for each other on models this small
 transformers.logging.set_verbosity_error()
@@ -32,3 +33,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
         return tiny.exported(kind, tmp_path_factory.mktemp("models") / kind, **changes)
 
     return make
+
+
+@pytest.fixture
+def always_guess(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompt lookup guesses at every step, whether that pays or not."""
+    monkeypatch.setattr(lookup.Payoff, "allowed", lambda self, remaining: remaining)

@@ -229,7 +229,9 @@ def test_a_model_for_ids_only_says_so(directory, tmp_path):
 def test_info_says_what_the_directory_holds_and_what_the_export_found(model, directory):
     code, out, err = run("info", directory)
     assert (code, err) == (0, "")
-    lines = dict(line.split(maxsplit=1) for line in out.splitlines())
+    facts, _, found = out.partition("\n\n")
+    lines = dict(line.split(maxsplit=1) for line in facts.splitlines())
+    assert found.startswith("beside the original:\n")
     assert lines["model"].endswith("(gpt2)") and lines["precision"] == "fp32"
     weights = json.loads((directory / "fastgen.json").read_text())["parameters"]
     assert lines["weights"] == f"{weights:,}"

@@ -401,7 +401,7 @@ def test_streamers_get_what_transformers_puts(pair, more):
     assert two.kinds == {torch.Tensor} and three.kinds == {np.ndarray}
 
 
-def test_guessed_tokens_are_put_all(pair):
+def test_guessed_tokens_are_put_all(pair, always_guess):
     theirs, ours = pair("llama")
     row = ragged(47, (6,))[0] * 3
     knobs = {**GREEDY, "prompt_lookup_num_tokens": 4, "eos_token_id": None}

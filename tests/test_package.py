@@ -33,9 +33,11 @@ LAYERS: dict[str, set[str]] = {
     "stop": {"params"},
     "processors": {"params", "softmax", "watermark"},
     "memory": set(),
-    "model": {"cache", "cpu", "memory"},
+    "model": {"cache", "cpu", "memory", "tuning"},
     "hub": {"model", "export"},
     "report": set(),
+    "tuning": {"cpu"},
+    "tune": {"cpu", "model", "report", "softmax", "tuning"},
     "request": {"params", "pick", "processors", "stop"},
     "batch": {"cache", "model", "pick", "request", "stop"},
     "beam": {
@@ -54,7 +56,7 @@ LAYERS: dict[str, set[str]] = {
         "tensors", "tokenizer",
     },
     "__init__": {"generator", "model", "output", "params", "tokenizer"},
-    "__main__": {"", "hub", "model", "params", "report", "export"},
+    "__main__": {"", "hub", "model", "params", "report", "tune", "tuning", "export"},
 }  # fmt: skip
 
 
