@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,8 @@ from transformers import PreTrainedTokenizerFast
 TEXT = Path(__file__).with_name("held_out.txt")  # documentation that the demo model has not seen
 ROW = 128  # tokens of a row
 TOKENS = 2048  # of calibration, at most
+SHARE = 0.4  # of the weights in float32: activations that are held at a time
+LEAST_BYTES = 64 << 20  # so much is held at any rate
 
 
 def rows_of_text(
@@ -48,15 +51,59 @@ def halves(rows: Sequence[NDArray[np.int64]]) -> tuple[list[NDArray[np.int64]], 
 
 def activations(
     model: ir.Model, products: Sequence[Product], rows: Sequence[NDArray[np.int64]]
-) -> dict[ir.Value, Floats]:
-    """float32 [tokens, in] of each distinct input of `products`, on `rows`.
+) -> Iterator[dict[ir.Value, Floats]]:
+    """float32 [tokens, in] of each distinct input of `products`, on `rows`, a few inputs at a time.
 
-    The graph runs once with these values as further outputs, one row at a time.
+    The graph runs with these values as further outputs, one row at a time, and once for every
+    part of them: together they can be larger than the model. What is yielded is the caller's to
+    drop before the next part.
     """
     values = list(dict.fromkeys(product.node.inputs[0] for product in products))
+    weights = sum(product.weight.nbytes for product in products)
+    tokens = sum(map(len, rows))
+    most = max(LEAST_BYTES, int(SHARE * weights))
+    with running(model, values) as session:
+        for part in parts(values, [4 * tokens * _width(value) for value in values], most):
+            names = [str(value.name) for value in part]
+            seen: dict[ir.Value, Floats] = {
+                value: np.empty((tokens, _width(value)), np.float32) for value in part
+            }
+            at = 0
+            for row in rows:
+                for array, out in zip(session.run(names, feeds(session, row)), seen.values(),
+                                      strict=True):  # fmt: skip
+                    out[at : at + len(row)] = array.reshape(-1, array.shape[-1])
+                at += len(row)
+            yield seen
+
+
+def parts(values: Sequence[ir.Value], sizes: Sequence[int], most: int) -> Iterator[list[ir.Value]]:
+    """Neighbours of `values` whose sizes add up to `most` at most; each has one value at least."""
+    part: list[ir.Value] = []
+    size = 0
+    for value, more in zip(values, sizes, strict=True):
+        if part and size + more > most:
+            yield part
+            part, size = [], 0
+        part.append(value)
+        size += more
+    if part:
+        yield part
+
+
+def _width(value: ir.Value) -> int:
+    width = None if value.shape is None else value.shape[-1]
+    assert isinstance(width, int)
+    return width
+
+
+@contextmanager
+def running(
+    model: ir.Model, values: Sequence[ir.Value] = ()
+) -> Iterator[onnxruntime.InferenceSession]:
+    """A session of the graph, with `values` as further outputs."""
     graph = model.graph
     outputs = list(graph.outputs)
-    seen: dict[ir.Value, list[Floats]] = {value: [] for value in values}
     with tempfile.TemporaryDirectory() as directory:
         graph.outputs.extend(values)
         try:
@@ -68,21 +115,13 @@ def activations(
         options.log_severity_level = 3
         # Weights stay in the file that is mapped: no packed copy of them beside torch's.
         options.add_session_config_entry("session.disable_prepacking", "1")
-        session = onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"]
-        )
-        names = [str(value.name) for value in values]
-        for row in rows:
-            for value, array in zip(values, session.run(names, _feeds(session, row)), strict=True):
-                seen[value].append(array.reshape(-1, array.shape[-1]))
-        del session
-    return {value: np.concatenate(arrays) for value, arrays in seen.items()}
+        yield onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def _feeds(session: onnxruntime.InferenceSession, row: NDArray[np.int64]) -> dict[str, object]:
+def feeds(session: onnxruntime.InferenceSession, row: NDArray[np.int64]) -> dict[str, object]:
     """One row from scratch, logits wanted everywhere."""
     count = len(row)
-    feeds = {
+    fed = {
         "input_ids": row[None],
         "position_ids": np.arange(count)[None],
         "query_seqlens": np.array([count], np.int32),
@@ -96,7 +135,7 @@ def _feeds(session: onnxruntime.InferenceSession, row: NDArray[np.int64]) -> dic
         for name, value in wanted.items()
         if name.startswith("past_key_values")
     }
-    return {name: array for name, array in feeds.items() if name in wanted} | past
+    return {name: array for name, array in fed.items() if name in wanted} | past
 
 
 def output_error(x: Floats, weight: Floats, choice: Choice) -> float:
@@ -120,11 +159,11 @@ def quantized_input(x: Floats, kernel: Kernel) -> Floats:
 
 
 def stored(weight: Floats, choice: Choice) -> Floats:
-    """The matrix [in, out] that the codes of `choice` stand for."""
-    weight = weight if choice.weight is None else choice.weight
+    """The matrix [in, out] that the codes of `choice` stand for (smoothing aside)."""
     kernel = choice.kernel
     if kernel.block == 0:
         codes, per_channel = channel_codes(weight)
         return codes * per_channel
     scales = block_scales(weight, kernel) if choice.scales is None else choice.scales
-    return codes_values(block_codes(weight, kernel, scales), kernel, scales, len(weight))
+    codes = block_codes(weight, kernel, scales) if choice.codes is None else choice.codes
+    return codes_values(codes, kernel, scales, len(weight))

@@ -12,7 +12,7 @@ Two kernels of onnxruntime do the work:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -56,13 +56,15 @@ class Choice:
 
     Attributes:
         kernel: how it is stored.
-        scales: [out, blocks], for kernels with blocks.
-        weight: float32 [in, out]: the matrix to round, where it is not the original.
+        scales: float32 [out, blocks], for kernels with blocks; None for the blocks' largest.
+        codes: as `block_codes` gives them, where they are not the nearest ones.
+        smooth: float32 [in]: each input was divided by it, so its weights are multiplied.
     """
 
     kernel: Kernel
     scales: Floats | None = None
-    weight: Floats | None = None
+    codes: NDArray[np.uint8] | None = None
+    smooth: Floats | None = None
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,8 @@ def quantize(
         choice = choose(product)
         if choice is None:
             continue
+        if choice.smooth is not None:
+            product = replace(product, weight=product.weight * choice.smooth[:, None])
         if choice.kernel.block == 0:
             _replace_w8a8(graph, product, activations)
         else:
@@ -242,9 +246,9 @@ def _replace_w8a8(graph: ir.Graph, product: Product, activations: _Activations) 
 
 def _replace_nbits(graph: ir.Graph, product: Product, choice: Choice) -> None:
     node, kernel = product.node, choice.kernel
-    matrix = product.weight if choice.weight is None else choice.weight
-    scales = block_scales(matrix, kernel) if choice.scales is None else choice.scales
-    codes = add_initializer(graph, f"{product.name}.codes", block_codes(matrix, kernel, scales))
+    scales = block_scales(product.weight, kernel) if choice.scales is None else choice.scales
+    array = block_codes(product.weight, kernel, scales) if choice.codes is None else choice.codes
+    codes = add_initializer(graph, f"{product.name}.codes", array)
     scale = add_initializer(graph, f"{product.name}.scales", scales)
     size, out = product.weight.shape
     attributes = {"K": size, "N": out, "bits": kernel.bits, "block_size": kernel.block}

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
 from fastgen.export import calibrate, smooth
 from fastgen.export.gptq import gptq, search_scales
-from fastgen.export.quantize import W8A8, Choice, Floats, Kernel, Product, products, quantize
+from fastgen.export.quantize import (
+    W8A8,
+    Choice,
+    Floats,
+    Kernel,
+    Product,
+    block_codes,
+    products,
+    quantize,
+)
 from numpy.typing import NDArray
 
 OUT_OF_LINE = 2.5  # times the median error of the layers: such a matrix is kept wider
@@ -66,6 +75,9 @@ def make(
 ) -> tuple[list[Made], list[str]]:
     """Quantise a trimmed graph in place.
 
+    Activations are looked at a part of the graph at a time, and what is chosen for a matrix is
+    codes and scales: nothing here is as large as the weights in float32.
+
     Args:
         model: the graph in float32.
         precision: "int8" or "int4".
@@ -77,27 +89,55 @@ def make(
     """
     recipe = RECIPES[precision]
     found = products(model.graph)
-    inputs = calibrate.activations(model, found, rows)
-    smoothed: list[str] = []
-    if recipe.smooth:
-        layers = [product for product in found if not product.is_head]
-        smoothed = smooth.smooth(model.graph, layers, inputs, recipe.layer)
-        found = products(model.graph)
-    choices: dict[str, Choice] = {}
-    errors: dict[str, float] = {}
-    for place, product in enumerate(found):
-        shown(place, len(found))
-        x = inputs[product.node.inputs[0]]
-        kernel = fitting(recipe.head if product.is_head else recipe.layer, product)
-        choices[product.name] = _choice(product, kernel, x)
-        errors[product.name] = _error(product, choices[product.name], x)
-    wide = _keep_wide(found, choices, errors, inputs, recipe.wide)
+    plans: dict[str, Plan] = {}
+    scales: dict[ir.Value, Floats] = {}
+    for inputs in calibrate.activations(model, found, rows):
+        for value, x in inputs.items():
+            readers = [product for product in found if product.node.inputs[0] is value]
+            if recipe.smooth and smooth.foldable(value, readers):
+                best = smooth.best_scales(x, [one.weight for one in readers], recipe.layer)
+                if best is not None:
+                    scales[value], x = best, x / best
+            for product in readers:
+                shown(len(plans), len(found))
+                plans[product.name] = _plan(recipe, product, x, scales.get(value))
+    wide = _keep_wide(found, plans)
     made = [
-        Made(p.name, str(choices[p.name].kernel), round(errors[p.name], 6), p.name in wide)
+        Made(p.name, str(plan.choice.kernel), round(plan.error, 6), p.name in wide)
         for p in found
+        for plan in [plans[p.name]]
     ]
-    quantize(model, lambda product: choices[product.name])
+    smoothed = [product.name for product in found if product.node.inputs[0] in scales]
+    for value, each in scales.items():
+        smooth.fold(model.graph, value, each)
+    quantize(model, lambda product: plans.pop(product.name).choice)
     return made, smoothed
+
+
+@dataclass
+class Plan:
+    """What a matrix may become.
+
+    Attributes:
+        choice: by the recipe, and `error` of its output on the calibration text, relative.
+        wide: a wider type, and `wide_error`.
+    """
+
+    choice: Choice
+    error: float
+    wide: Choice
+    wide_error: float
+
+
+def _plan(recipe: Recipe, product: Product, x: Floats, scales: Floats | None) -> Plan:
+    """Try a product's kernels on its input x [tokens, in], which was divided by `scales`."""
+    if scales is not None:
+        product = replace(product, weight=product.weight * scales[:, None])
+    choice = _choice(product, fitting(recipe.head if product.is_head else recipe.layer, product), x)
+    wide = Choice(fitting(recipe.wide, product))
+    error = _error(product, choice, x)
+    wide_error = error if product.is_head else _error(product, wide, x)
+    return Plan(replace(choice, smooth=scales), error, replace(wide, smooth=scales), wide_error)
 
 
 def fitting(kernel: Kernel, product: Product) -> Kernel:
@@ -115,7 +155,8 @@ def _choice(product: Product, kernel: Kernel, x: Floats) -> Choice:
     scales = search_scales(product.weight, kernel, moments)
     if product.is_head:  # as many outputs as words: the search for scales must do
         return Choice(kernel, scales)
-    return Choice(kernel, scales, gptq(product.weight, kernel, scales, x))
+    on_grid = gptq(product.weight, kernel, scales, x)
+    return Choice(kernel, scales, block_codes(on_grid, kernel, scales))
 
 
 def _error(product: Product, choice: Choice, x: Floats) -> float:
@@ -129,31 +170,22 @@ def _error(product: Product, choice: Choice, x: Floats) -> float:
     return calibrate.output_error(sample, weight, choice)
 
 
-def _keep_wide(
-    found: Sequence[Product],
-    choices: dict[str, Choice],
-    errors: dict[str, float],
-    inputs: dict[ir.Value, Floats],
-    wide: Kernel,
-) -> set[str]:
+def _keep_wide(found: Sequence[Product], plans: dict[str, Plan]) -> set[str]:
     """Give the worst matrices a wider kernel, worst first, as long as the budget lasts."""
     kept: set[str] = set()
     layers = [product for product in found if not product.is_head]
     if not layers:
         return kept
-    bound = OUT_OF_LINE * float(np.median([errors[product.name] for product in layers]))
-    total = sum(_bytes(product, choices[product.name].kernel) for product in found)
-    left = BUDGET * total
-    for product in sorted(layers, key=lambda product: -errors[product.name]):
-        kernel = fitting(wide, product)
-        more = _bytes(product, kernel) - _bytes(product, choices[product.name].kernel)
-        if errors[product.name] <= bound or more > left:
+    bound = OUT_OF_LINE * float(np.median([plans[product.name].error for product in layers]))
+    left = BUDGET * sum(_bytes(product, plans[product.name].choice.kernel) for product in found)
+    for product in sorted(layers, key=lambda product: -plans[product.name].error):
+        plan = plans[product.name]
+        more = _bytes(product, plan.wide.kernel) - _bytes(product, plan.choice.kernel)
+        if plan.error <= bound or more > left or plan.wide_error >= plan.error / 2:
             continue
-        error = _error(product, Choice(kernel), inputs[product.node.inputs[0]])
-        if error < errors[product.name] / 2:
-            choices[product.name], errors[product.name] = Choice(kernel), error
-            left -= more
-            kept.add(product.name)
+        plan.choice, plan.error = plan.wide, plan.wide_error
+        left -= more
+        kept.add(product.name)
     return kept
 
 

@@ -28,45 +28,34 @@ FOLDED = {
 }
 
 
-def smooth(
-    graph: ir.Graph, products: Sequence[Product], inputs: dict[ir.Value, Floats], kernel: Kernel
-) -> list[str]:
-    """Fold scales into the norms before `products` (all quantised by `kernel`), in place.
+def foldable(value: ir.Value, readers: Sequence[Product]) -> bool:
+    """Whether scales of the channels of `value` can be folded into the norm that makes it.
 
     Args:
-        graph: the trimmed graph; norms and matrices are replaced by scaled ones.
-        products: what will be quantised.
-        inputs: calibration activations of each input; scaled along.
+        value: an activation.
+        readers: the products that will be quantised and read it; nothing else may.
+    """
+    norm = value.producer()
+    return (
+        norm is not None
+        and norm.op_type in FOLDED
+        and value is norm.outputs[0]
+        and len(value.uses()) == len(readers)
+        and not any(reader.transposed or reader.is_head for reader in readers)
+    )
+
+
+def best_scales(x: Floats, weights: Sequence[Floats], kernel: Kernel) -> Floats | None:
+    """Scales of the channels of an activation, or None where they do not help.
+
+    Args:
+        x: float32 [tokens, in], from the calibration text.
+        weights: float32 [in, out] of each product that reads it.
         kernel: how they will be quantised.
 
     Returns:
-        Names of the matrices that were scaled.
+        float32 [in]: the activation is to be divided by it, the weights' rows multiplied.
     """
-    groups: dict[ir.Value, list[Product]] = {}
-    for product in products:
-        groups.setdefault(product.node.inputs[0], []).append(product)
-    changed = []
-    for value, readers in groups.items():
-        norm = value.producer()
-        if norm is None or norm.op_type not in FOLDED or value is not norm.outputs[0]:
-            continue
-        if len(value.uses()) != len(readers) or any(reader.transposed for reader in readers):
-            continue
-        scales = _best_scales(inputs[value], [reader.weight for reader in readers], kernel)
-        if scales is None:
-            continue
-        _fold(graph, norm, scales)
-        for reader in readers:
-            weight = reader.weight * scales[:, None]
-            matrix = add_initializer(graph, f"{reader.name}.smooth", weight)
-            reader.node.replace_input_with(1, matrix)
-            changed.append(reader.name)
-        inputs[value] = inputs[value] / scales
-    return changed
-
-
-def _best_scales(x: Floats, weights: Sequence[Floats], kernel: Kernel) -> Floats | None:
-    """Scales [in] of the channels, or None where they do not help."""
     weight = np.concatenate(weights, axis=1)
     reach_x, reach_w = np.abs(x).max(axis=0), np.abs(weight).max(axis=1)
     sample = x[:: max(1, len(x) // 256)]
@@ -83,7 +72,10 @@ def _best_scales(x: Floats, weights: Sequence[Floats], kernel: Kernel) -> Floats
     return best
 
 
-def _fold(graph: ir.Graph, norm: ir.Node, scales: Floats) -> None:
+def fold(graph: ir.Graph, value: ir.Value, scales: Floats) -> None:
+    """Divide the channels of `value` by `scales` in the norm that makes it (see `foldable`)."""
+    norm = value.producer()
+    assert norm is not None
     for place in FOLDED[norm.op_type]:
         if place < len(norm.inputs) and norm.inputs[place] is not None:
             array = constant(norm.inputs[place])
