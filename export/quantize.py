@@ -58,13 +58,15 @@ class Choice:
         kernel: how it is stored.
         scales: float32 [out, blocks], for kernels with blocks; None for the blocks' largest.
         codes: as `block_codes` gives them, where they are not the nearest ones.
-        smooth: float32 [in]: each input was divided by it, so its weights are multiplied.
+        rows: float32 [in]: each input is divided by it elsewhere, so its weights are multiplied.
+        columns: float32 [out]: each output is to be divided by it.
     """
 
     kernel: Kernel
     scales: Floats | None = None
     codes: NDArray[np.uint8] | None = None
-    smooth: Floats | None = None
+    rows: Floats | None = None
+    columns: Floats | None = None
 
 
 @dataclass(frozen=True)
@@ -119,13 +121,23 @@ def quantize(
         choice = choose(product)
         if choice is None:
             continue
-        if choice.smooth is not None:
-            product = replace(product, weight=product.weight * choice.smooth[:, None])
+        product, choice = _scaled(product, choice)
         if choice.kernel.block == 0:
             _replace_w8a8(graph, product, activations)
         else:
             _replace_nbits(graph, product, choice)
     clean_up(model)
+
+
+def _scaled(product: Product, choice: Choice) -> tuple[Product, Choice]:
+    """With the factors of rows and columns in the matrix. Codes do not depend on the columns'."""
+    weight, scales = product.weight, choice.scales
+    if choice.rows is not None:
+        weight = weight * choice.rows[:, None]
+    if choice.columns is not None:
+        weight = weight / choice.columns
+        scales = None if scales is None else scales / choice.columns[:, None]
+    return replace(product, weight=weight), replace(choice, scales=scales)
 
 
 # Codes

@@ -34,20 +34,18 @@ class Recipe:
         layer: of the decoder's matrices.
         head: of `lm_head`, and of the embedding that shares its matrix.
         wide: of matrices whose error is out of line.
-        smooth: whether outlier channels are moved into the weights first.
     """
 
     layer: Kernel
     head: Kernel
     wide: Kernel
-    smooth: bool
 
 
 # `lm_head` runs at a few positions only, where MatMulNBits is the fastest, and its codes serve the
 # embedding too. Block sizes: see bench/README.md.
 RECIPES = {
-    "int8": Recipe(layer=W8A8, head=Kernel(8, 128), wide=Kernel(8, 32), smooth=True),
-    "int4": Recipe(layer=Kernel(4, 64), head=Kernel(4, 64), wide=Kernel(8, 64), smooth=False),
+    "int8": Recipe(layer=W8A8, head=Kernel(8, 128), wide=Kernel(8, 32)),
+    "int4": Recipe(layer=Kernel(4, 64), head=Kernel(4, 64), wide=Kernel(8, 64)),
 }
 
 
@@ -90,28 +88,61 @@ def make(
     recipe = RECIPES[precision]
     found = products(model.graph)
     plans: dict[str, Plan] = {}
-    scales: dict[ir.Value, Floats] = {}
+    smoothed: list[str] = []
     for inputs in calibrate.activations(model, found, rows):
         for value, x in inputs.items():
             readers = [product for product in found if product.node.inputs[0] is value]
-            if recipe.smooth and smooth.foldable(value, readers):
-                best = smooth.best_scales(x, [one.weight for one in readers], recipe.layer)
-                if best is not None:
-                    scales[value], x = best, x / best
+            scales = _smoothed(model.graph, recipe, value, readers, x, found, plans)
+            if scales is not None:
+                x = x / scales
+                smoothed += [product.name for product in readers]
             for product in readers:
                 shown(len(plans), len(found))
-                plans[product.name] = _plan(recipe, product, x, scales.get(value))
+                plans[product.name] = _plan(recipe, product, x, scales)
     wide = _keep_wide(found, plans)
     made = [
         Made(p.name, str(plan.choice.kernel), round(plan.error, 6), p.name in wide)
         for p in found
         for plan in [plans[p.name]]
     ]
-    smoothed = [product.name for product in found if product.node.inputs[0] in scales]
-    for value, each in scales.items():
-        smooth.fold(model.graph, value, each)
     quantize(model, lambda product: plans.pop(product.name).choice)
     return made, smoothed
+
+
+def _smoothed(
+    graph: ir.Graph,
+    recipe: Recipe,
+    value: ir.Value,
+    readers: Sequence[Product],
+    x: Floats,
+    found: Sequence[Product],
+    plans: dict[str, Plan],
+) -> Floats | None:
+    """Scales [in] that `value` is divided by from now on; None where nothing is done.
+
+    Args:
+        x: what the value is on the calibration text, float32 [tokens, in].
+        readers: the products that read it.
+        found, plans: all products, and what is planned for those before it.
+    """
+    place = smooth.place_of(value, readers)
+    if place is None:
+        return None
+    scales = smooth.best_scales(x, [one.weight for one in readers], recipe.layer)
+    if scales is None:
+        return None
+    if place.column is None:
+        smooth.fold_into_norm(graph, place.node, scales)
+        return scales
+    for product in found:
+        if product.node is place.node:
+            columns = np.ones(product.weight.shape[1], np.float32)
+            columns[place.column : place.column + len(scales)] = scales
+            plan = plans[product.name]
+            plan.choice = replace(plan.choice, columns=columns)
+            plan.wide = replace(plan.wide, columns=columns)
+            return scales
+    return None
 
 
 @dataclass
@@ -137,7 +168,7 @@ def _plan(recipe: Recipe, product: Product, x: Floats, scales: Floats | None) ->
     wide = Choice(fitting(recipe.wide, product))
     error = _error(product, choice, x)
     wide_error = error if product.is_head else _error(product, wide, x)
-    return Plan(replace(choice, smooth=scales), error, replace(wide, smooth=scales), wide_error)
+    return Plan(replace(choice, rows=scales), error, replace(wide, rows=scales), wide_error)
 
 
 def fitting(kernel: Kernel, product: Product) -> Kernel:

@@ -2,12 +2,14 @@
 
 An activation channel that is large for every token forces a coarse scale on all others. Dividing
 it by s and multiplying its row of the matrix by s changes nothing but the ranges. The division is
-folded into the norm that makes the activation; where there is no norm, nothing is done.
+folded into what makes the activation: the weights of a norm, or, for a gated feed-forward part,
+the columns of the matrix whose output the gate multiplies. Elsewhere nothing is done.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -28,21 +30,56 @@ FOLDED = {
 }
 
 
-def foldable(value: ir.Value, readers: Sequence[Product]) -> bool:
-    """Whether scales of the channels of `value` can be folded into the norm that makes it.
+@dataclass(frozen=True)
+class Place:
+    """Where scales of an activation's channels can be folded in.
+
+    Attributes:
+        node: the norm, or the product whose columns are divided.
+        column: the first of these columns; None for a norm.
+    """
+
+    node: ir.Node
+    column: int | None = None
+
+
+def place_of(value: ir.Value, readers: Sequence[Product]) -> Place | None:
+    """Where scales of the channels of `value` can be folded in; None if they cannot.
 
     Args:
         value: an activation.
         readers: the products that will be quantised and read it; nothing else may.
     """
-    norm = value.producer()
-    return (
-        norm is not None
-        and norm.op_type in FOLDED
-        and value is norm.outputs[0]
-        and len(value.uses()) == len(readers)
-        and not any(reader.transposed or reader.is_head for reader in readers)
-    )
+    node = value.producer()
+    if node is None or len(value.uses()) != len(readers):
+        return None
+    if any(reader.transposed or reader.is_head for reader in readers):
+        return None
+    if node.op_type in FOLDED and value is node.outputs[0]:
+        return Place(node)
+    return _gated(node) if node.op_type == "Mul" else None
+
+
+def _gated(node: ir.Node) -> Place | None:
+    """The columns behind the linear side of `act(gate) * up`: a product's, whole or a part of it.
+
+    The gate's side goes through its activation, which cannot be scaled.
+    """
+    for side in (1, 0):
+        value = node.inputs[side]
+        column = 0
+        made = None if value is None else value.producer()
+        if made is not None and made.op_type == "Split":
+            sizes = None if len(made.inputs) < 2 else constant(made.inputs[1])
+            if sizes is None or len(value.uses()) != 1:
+                continue
+            column = int(sizes[: made.outputs.index(value)].sum())
+            made = made.inputs[0].producer() if len(made.inputs[0].uses()) == 1 else None
+        elif value is None or len(value.uses()) != 1:
+            continue
+        if made is not None and made.op_type == "MatMul" and constant(made.inputs[1]) is not None:
+            return Place(made, column)
+    return None
 
 
 def best_scales(x: Floats, weights: Sequence[Floats], kernel: Kernel) -> Floats | None:
@@ -72,10 +109,8 @@ def best_scales(x: Floats, weights: Sequence[Floats], kernel: Kernel) -> Floats 
     return best
 
 
-def fold(graph: ir.Graph, value: ir.Value, scales: Floats) -> None:
-    """Divide the channels of `value` by `scales` in the norm that makes it (see `foldable`)."""
-    norm = value.producer()
-    assert norm is not None
+def fold_into_norm(graph: ir.Graph, norm: ir.Node, scales: Floats) -> None:
+    """Divide the channels of the first output of `norm` by `scales`."""
     for place in FOLDED[norm.op_type]:
         if place < len(norm.inputs) and norm.inputs[place] is not None:
             array = constant(norm.inputs[place])
