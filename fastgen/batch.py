@@ -205,8 +205,7 @@ def prefill(
         while end < len(prompts) and (end + 1 - start) * min(CHUNK, len(prompts[end])) <= TOGETHER:
             end += 1
         if prefix_cache is not None:
-            for place in range(start, end):
-                prefix_cache.fetch(model.fingerprint, prompts[place], cache, first + place, CHUNK)
+            prefix_cache.fetch(model.fingerprint, prompts[start:end], cache, first + start, CHUNK)
         _prefill(model, cache, prompts[start:end], first + start, out[start:end])
         if prefix_cache is not None:
             for place in range(start, end):

@@ -279,6 +279,8 @@ class CausalLM:
             ValueError: a row is empty, or longer (with the prefix) than the model takes.
         """
         check(prefix_cache)
+        if prefix_cache is not None and prefix is None:
+            raise ValueError("prefix_cache keeps a prefix: pass the prefix that the rows share")
         before = None
         if prefix is not None:
             before, *others = self._rows(prefix)

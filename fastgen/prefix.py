@@ -90,30 +90,39 @@ class PrefixCache:
             self._nbytes = 0
 
     def fetch(
-        self, model: str, prompt: NDArray[np.int64], cache: Cache, slot: int, chunk: int
+        self,
+        model: str,
+        prompts: Sequence[NDArray[np.int64]],
+        cache: Cache,
+        first: int,
+        chunk: int,
     ) -> None:
-        """Write the longest prefix of `prompt` that is kept into an empty slot.
+        """Write what is kept of `prompts` into the empty slots from `first` on.
 
         Args:
             model: its fingerprint.
-            prompt: int64 [length]; one token at least is left to compute.
-            chunk: a prompt is read in pieces that end at multiples of this.
+            prompts: int64 [length] each; of each, one token at least is left to compute. They are
+                going to be read together, in pieces that end at multiples of `chunk`.
         """
-        found: list[Block] = []
-        names = _names(model, prompt, cache)
+        names = [_names(model, prompt[:-1], cache) for prompt in prompts]
+        found: list[list[Block]] = []
         with self._lock:
-            for name in names:
-                if name not in self._blocks:
-                    break
-                found.append(self._blocks[name])
-            self._touch(names[: len(found)])
-            sizes = {64, 128, 256, *(2 * dim for _, dim in cache.shapes)}
-            held = _reusable(len(prompt), BLOCK * len(found), chunk, sizes)
-            self.hits += held > 0
-            self.misses += held == 0
-            self.tokens_reused += held
-        for block in found[: held // BLOCK]:
-            cache.append(slot, block)
+            for mine in names:
+                count = next((i for i, n in enumerate(mine) if n not in self._blocks), len(mine))
+                found.append([self._blocks[name] for name in mine[:count]])
+                self._touch(mine[:count])
+            held = _aligned(
+                np.array([len(prompt) for prompt in prompts]),
+                np.array([BLOCK * len(blocks) for blocks in found]),
+                chunk,
+                {64, 128, 256, *(2 * dim for _, dim in cache.shapes)},
+            )
+            self.hits += int((held > 0).sum())
+            self.misses += int((held == 0).sum())
+            self.tokens_reused += int(held.sum())
+        for slot, (blocks, tokens) in enumerate(zip(found, held.tolist(), strict=True), first):
+            for block in blocks[: tokens // BLOCK]:
+                cache.append(slot, block)
 
     def keep(self, model: str, prompt: NDArray[np.int64], cache: Cache, slot: int) -> None:
         """Keep what `slot` holds of `prompt`, its first blocks if there is no room for all."""
@@ -220,25 +229,32 @@ def _names(model: str, prompt: NDArray[np.int64], cache: Cache) -> list[bytes]:
     return names
 
 
-def _reusable(length: int, found: int, chunk: int, sizes: set[int]) -> int:
-    """How many of the `found` tokens leave a rest that is computed as it is without them.
+def _aligned(
+    lengths: NDArray[np.int64], held: NDArray[np.int64], chunk: int, sizes: set[int]
+) -> NDArray[np.int64]:
+    """How much of each prompt to take over, so that the rest is computed as without that.
 
-    A fresh prefill reads the last tokens as one piece, from the last multiple of `chunk` on. One
-    row alone goes through other kernels than several, and onnxruntime's attention takes the rows
-    of a piece in groups (of 2 * head_dim, or as many as the processor's cache suggests), whose last
-    may have one row. So a shorter piece must end in a group of one row if, and only if, the fresh
-    one does.
+    Several kernels treat one row apart: the last of an odd number of rows of a 4-bit product, or
+    of a group of queries in attention (of 2 * head_dim, or as the processor's cache suggests).
+    So prompts that are in one chunk start at one token, which is where the longest ends it anyway,
+    and a group of one row is the last of a prompt if, and only if, it is so in a fresh prefill.
 
     Args:
-        length: of the prompt.
-        found: a multiple of `BLOCK`.
-        sizes: of the groups, whichever it may be.
+        lengths: int64 [rows], of the prompts, shortest first.
+        held: int64 [rows], multiples of `BLOCK`: what is kept of them.
+        sizes: of groups, whichever it may be.
     """
-    start = (length - 1) // chunk * chunk
-    for held in range(min(found, (length - 2) // BLOCK * BLOCK), start, -BLOCK):
-        if all(((length - start) % size == 1) == ((length - held) % size == 1) for size in sizes):
-            return held
-    return min(found, start // BLOCK * BLOCK)
+    held = held.copy()
+    for start in np.unique(held // chunk * chunk).tolist():
+        active = (held < start + chunk) & (lengths > start)
+        ends = np.minimum(lengths[active], start + chunk)
+        low = int(held[active].min())
+        while low > start and not all(
+            (((ends - start) % size == 1) == ((ends - low) % size == 1)).all() for size in sizes
+        ):
+            low -= BLOCK
+        held[active] = np.minimum(held[active], max(low, start) // BLOCK * BLOCK)
+    return held
 
 
 def check(value: Any) -> None:

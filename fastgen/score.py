@@ -67,7 +67,7 @@ def perplexity(logprobs: Sequence[Scores]) -> float:
 def _read(model: Model, cache: Cache, ids: Ids, prefix_cache: PrefixCache | None) -> None:
     """Read `ids` into the first slot, which is empty; nobody wants logits."""
     if prefix_cache is not None:
-        prefix_cache.fetch(model.fingerprint, ids, cache, 0, CHUNK)
+        prefix_cache.fetch(model.fingerprint, [ids], cache, 0, CHUNK)
     nothing = np.zeros((1, 0), np.int64)
     while (at := int(cache.lengths[0])) < len(ids):
         model.forward([ids[at : (at // CHUNK + 1) * CHUNK]], cache, 0, nothing)
