@@ -8,8 +8,8 @@ How a prompt becomes text, file by file:
     healing     the prompt's last token, again
     request     the rows of one call and what they share
     model       new ids and a cache -> logits          cache       keys and values, in place
-    prefix      prompts' keys and values, for later    cpu         cores, and what they can
-    memory      pages given back
+    prefix      prompts' keys and values, for later
+    cpu         cores, and what they can                   memory      pages given back
     processors  logits -> logits, one function a knob  watermark   two of them
     pick        logits -> token, torch's random draws      softmax     and its logarithm
     stop        when a row ends                        output      what comes out
