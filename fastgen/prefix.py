@@ -135,7 +135,7 @@ class PrefixCache:
             self._shrink(self.max_bytes - size * len(missing))
             for i in missing:
                 self._blocks[names[i]] = cache.read(slot, BLOCK * i, BLOCK * (i + 1))
-            self._nbytes += size * len(missing)
+                self._nbytes += size
             self._touch(names)
 
     def _touch(self, names: Sequence[bytes]) -> None:
