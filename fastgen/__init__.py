@@ -8,6 +8,7 @@ How a prompt becomes text, file by file:
     healing     the prompt's last token, again
     request     the rows of one call and what they share
     model       new ids and a cache -> logits          cache       keys and values, in place
+    prefix      prompts' keys and values, for later
     cpu         cores, and what they can                   memory      pages given back
     processors  logits -> logits, one function a knob  watermark   two of them
     pick        logits -> token, torch's random draws      softmax     and its logarithm
@@ -33,6 +34,7 @@ from fastgen.generator import CausalLM, generate, load
 from fastgen.model import ModelError
 from fastgen.output import GenerateOutput, Token
 from fastgen.params import Params
+from fastgen.prefix import PrefixCache
 from fastgen.tokenizer import Tokenizer
 
 CausalLMModelForOnnxGeneration = CausalLM  # the name that fastgpt's users know
@@ -44,6 +46,7 @@ __all__ = [
     "GenerateOutput",
     "ModelError",
     "Params",
+    "PrefixCache",
     "Token",
     "Tokenizer",
     "generate",

@@ -140,29 +140,46 @@ def export(
 @click.option("--file", "-f", type=click.Path(path_type=Path), help="read the prompt from a file")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object a sequence")
 @click.option("--threads", type=int, help="threads of a step [default: physical cores]")
+@click.option(
+    "--prefix-cache", type=click.Path(path_type=Path),
+    help="keep prompts' keys and values in this file: a later prompt that starts alike is faster",
+)  # fmt: skip
 @knob_flags
 def generate(
     prompt: str | None, model: str | None, file: Path | None, as_json: bool, threads: int | None,
-    **knobs: Any,
+    prefix_cache: Path | None, **knobs: Any,
 ) -> None:  # fmt: skip
     """Continue PROMPT; without one it is read from --file or standard input."""
     with _clear_errors():
         text = _prompt(prompt, file)
         loaded = _load(model, threads)
         knobs = {"max_new_tokens": 64} | _given(knobs) if _open_ended(knobs) else _given(knobs)
-        if as_json:
-            for line in _records(loaded, text, knobs):
-                click.echo(json.dumps(line, ensure_ascii=False))
-        elif _several(loaded, knobs):
-            texts = loaded.complete(text, **knobs)
-            for one in [texts] if isinstance(texts, str) else texts:
-                click.echo(text + one)
-        else:
-            click.echo(text, nl=False)
-            for token in loaded.stream(text, **knobs):
-                click.echo(token.text, nl=False)
-                sys.stdout.flush()
-            click.echo()
+        several = _several(loaded, knobs)
+        with _kept(prefix_cache) as knobs["prefix_cache"]:
+            if as_json:
+                for line in _records(loaded, text, knobs):
+                    click.echo(json.dumps(line, ensure_ascii=False))
+            elif several:
+                texts = loaded.complete(text, **knobs)
+                for one in [texts] if isinstance(texts, str) else texts:
+                    click.echo(text + one)
+            else:
+                click.echo(text, nl=False)
+                for token in loaded.stream(text, **knobs):
+                    click.echo(token.text, nl=False)
+                    sys.stdout.flush()
+                click.echo()
+
+
+@contextlib.contextmanager
+def _kept(file: Path | None) -> Iterator[fastgen.PrefixCache | None]:
+    """What a file keeps of earlier prompts, if there is one; it is brought up to date after."""
+    if file is None:
+        yield None
+        return
+    cache = fastgen.PrefixCache.load(file) if file.exists() else fastgen.PrefixCache()
+    yield cache
+    cache.save(file)
 
 
 def _open_ended(knobs: dict[str, Any]) -> bool:

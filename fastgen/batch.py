@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from fastgen import pick, stop
 from fastgen.cache import Cache
 from fastgen.model import Model
+from fastgen.prefix import PrefixCache
 from fastgen.request import Request, Row, by_request, context
 
 CHUNK = 256  # tokens of one row that are prefilled at a time
@@ -46,7 +47,8 @@ class Batch:
         # Shortest first: in a chunk, the rows that have more to come are then neighbours.
         order = np.argsort([len(prompt) for prompt in request.prompts], kind="stable")
         self.cache.reserve(first + len(request.rows), request.max_length + CHUNK)
-        logits = prefill(self.model, self.cache, [request.prompts[i] for i in order], first)
+        prompts = [request.prompts[i] for i in order]
+        logits = prefill(self.model, self.cache, prompts, first, request.prefix_cache)
         if copies > 1:
             parents = first + np.repeat(np.arange(len(order)), copies)
             self.cache.take(np.concatenate([np.arange(first), parents]))
@@ -185,9 +187,13 @@ def _logprobs(
 
 
 def prefill(
-    model: Model, cache: Cache, prompts: Sequence[NDArray[np.int64]], first: int
+    model: Model,
+    cache: Cache,
+    prompts: Sequence[NDArray[np.int64]],
+    first: int,
+    prefix_cache: PrefixCache | None = None,
 ) -> NDArray[np.float32]:
-    """Append `prompts`, shortest first, to the slots from `first` on, in chunks.
+    """Read `prompts`, shortest first, into the empty slots from `first` on, in chunks.
 
     Returns:
         float32 [prompts, vocab]: the logits after the last token of each.
@@ -198,7 +204,12 @@ def prefill(
         end = start + 1
         while end < len(prompts) and (end + 1 - start) * min(CHUNK, len(prompts[end])) <= TOGETHER:
             end += 1
+        if prefix_cache is not None:
+            prefix_cache.fetch(model.fingerprint, prompts[start:end], cache, first + start, CHUNK)
         _prefill(model, cache, prompts[start:end], first + start, out[start:end])
+        if prefix_cache is not None:
+            for place in range(start, end):
+                prefix_cache.keep(model.fingerprint, prompts[place], cache, first + place)
         start = end
     return out
 
@@ -210,11 +221,13 @@ def _prefill(
     first: int,
     out: NDArray[np.float32],
 ) -> None:
-    done, at = 0, 0  # rows that are complete; tokens that the others have
+    """Read what the slots do not hold yet. Chunks end at multiples of `CHUNK`, for every row."""
+    done = 0  # rows that are complete
     while done < len(prompts):
-        chunk = [prompt[at : at + CHUNK] for prompt in prompts[done:]]
-        at += CHUNK
-        ended = sum(len(prompt) <= at for prompt in prompts[done:])
+        held = cache.lengths[first + done : first + len(prompts)].copy()
+        end = (held.min() // CHUNK + 1) * CHUNK
+        chunk = [prompt[at:end] for prompt, at in zip(prompts[done:], held, strict=True)]
+        ended = sum(len(prompt) <= end for prompt in prompts[done:])
         # Only a chunk in which a prompt ends needs logits.
         positions = None if ended else np.zeros((len(chunk), 0), np.int64)
         logits = model.forward(chunk, cache, first + done, positions)

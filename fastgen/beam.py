@@ -402,7 +402,8 @@ class _Search:
             place = int(np.flatnonzero(order == prompt)[0])
             self.running.append(self._start(prompt, place * beams + np.arange(beams)))
         self.cache = model.new_cache(count * beams, request.max_length + CHUNK)
-        logits = prefill(model, self.cache, [request.prompts[i] for i in order], 0)
+        prompts = [request.prompts[i] for i in order]
+        logits = prefill(model, self.cache, prompts, 0, request.prefix_cache)
         self.cache.take(np.repeat(np.arange(count), beams))
         self.logits = np.repeat(logits, beams, axis=0)  # float32 [slots, vocab]
 

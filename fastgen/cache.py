@@ -1,6 +1,7 @@
 """Keys and values of every layer, written in place: slot r of the buffers belongs to row r.
 
 Three verbs: `take` (reorder, drop, repeat), `trim` (roll back) and `reserve` (let rows join).
+Two more carry tokens from one cache to another: `read` and `append`.
 """
 
 from __future__ import annotations
@@ -105,3 +106,28 @@ class Cache:
         used = int(old_lengths.max(initial=0))
         for shape, buffer in old.items():
             self._buffers[shape][:, :old_rows, :, :used] = buffer[:, :, :, :used]
+
+    @property
+    def layout(self) -> str:
+        """What `read` gives for a token: caches of one layout understand each other."""
+        return str([(self.shapes, b.dtype.str) for b in self._buffers.values()])
+
+    def nbytes(self, tokens: int) -> int:
+        """The bytes of so many tokens of one slot."""
+        return sum(tokens * b.dtype.itemsize * b[:, 0, :, 0].size for b in self._buffers.values())
+
+    def read(self, slot: int, start: int, end: int) -> tuple[NDArray[Any], ...]:
+        """A copy of tokens `start` to `end` of `slot`.
+
+        Returns:
+            For each shape of keys `[2 * layers, kv_heads, end - start, head_dim]`.
+        """
+        return tuple(buffer[:, slot, :, start:end].copy() for buffer in self._buffers.values())
+
+    def append(self, slot: int, tokens: Sequence[NDArray[Any]]) -> None:
+        """Let what `read` gave follow what `slot` holds; there must be room."""
+        start = self.lengths[slot]
+        end = start + tokens[0].shape[2]
+        for buffer, part in zip(self._buffers.values(), tokens, strict=True):
+            buffer[:, slot, :, start:end] = part
+        self.lengths[slot] = end

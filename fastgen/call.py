@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgen import beam, healing, lookup, processors, prompt, stop, tensors
+from fastgen import beam, healing, lookup, prefix, processors, prompt, stop, tensors
 from fastgen.batch import Batch, Event
 from fastgen.guidance import Unconditional
 from fastgen.model import Model
@@ -34,6 +34,7 @@ class Objects:
     negative_prompt_attention_mask: Any = None
     assistant_model: Any = None
     tokenizer: Any = None
+    prefix_cache: Any = None
 
 
 @dataclass
@@ -138,11 +139,13 @@ def prepare(
         ValueError: whatever cannot be done; the message names it.
     """
     params = resolve(defaults, _mapping(objects.generation_config), knobs)
+    prefix.check(objects.prefix_cache)
     prompts = read(model, params, ids, objects.attention_mask)
     tokenizer = _tokenizer(params, objects.tokenizer, own_tokenizer)
     if params.token_healing:
         assert tokenizer is not None
-        likeliest = partial(_likeliest, model, defaults, own_tokenizer)
+        others = Objects(prefix_cache=objects.prefix_cache)
+        likeliest = partial(_likeliest, model, defaults, own_tokenizer, others)
         rows = [healing.heal(row.tolist(), tokenizer, likeliest) for row in prompts.rows]
         prompts = replace(read(model, params, rows), kind=prompts.kind)
     width, longest = prompts.ids.shape[1], max(len(row) for row in prompts.rows)
@@ -171,6 +174,7 @@ def prepare(
         criteria=tensors.bridged(objects.stopping_criteria, as_tensors),
         stop_text=_stop_text(params, tokenizer),
         logprobs=logprobs,
+        prefix_cache=objects.prefix_cache,
     )
     return Call(model, request, prompts, _draft(model, params, objects.assistant_model))
 
@@ -210,6 +214,7 @@ def _likeliest(
     model: Model,
     defaults: Mapping[str, Any],
     own_tokenizer: Callable[[], Tokenizer],
+    objects: Objects,
     ids: Sequence[int],
     biases: Mapping[int, float],
 ) -> int:
@@ -222,7 +227,7 @@ def _likeliest(
         "num_return_sequences": 1,
         "token_healing": False,
     }
-    call = prepare(model, defaults, own_tokenizer, [ids], Objects(), knobs)
+    call = prepare(model, defaults, own_tokenizer, [ids], objects, knobs)
     return next(call.steps())[0].token
 
 

@@ -17,6 +17,7 @@ from fastgen.call import Call, Objects, prepare, read
 from fastgen.model import Model
 from fastgen.output import Token
 from fastgen.params import Params
+from fastgen.prefix import PrefixCache, check
 from fastgen.tokenizer import FILE as TOKENIZER
 from fastgen.tokenizer import TextStream, Tokenizer
 
@@ -124,6 +125,7 @@ class CausalLM:
         negative_prompt_attention_mask: Any = None,
         assistant_model: CausalLM | None = None,
         tokenizer: Any = None,
+        prefix_cache: PrefixCache | None = None,
         streamer: Any = None,
         inputs: Any = None,
         **knobs: Any,
@@ -148,6 +150,8 @@ class CausalLM:
             assistant_model: a smaller fastgen model with the same vocabulary that guesses tokens.
                 The result is that of generation without it, for the same seed too.
             tokenizer: for `stop_strings` and `token_healing`; by default the model's own.
+            prefix_cache: keeps the prompts' keys and values for later calls; the result is the
+                same.
             streamer: an object with `put(ids)` and `end()`, such as transformers' TextStreamer.
             inputs: another name of `input_ids`.
             knobs: see `fastgen.Params`; `None` switches one off.
@@ -178,6 +182,7 @@ class CausalLM:
             negative_prompt_attention_mask=negative_prompt_attention_mask,
             assistant_model=assistant_model,
             tokenizer=tokenizer,
+            prefix_cache=prefix_cache,
             knobs=knobs,
         )
         if streamer is not None:
@@ -248,7 +253,14 @@ class CausalLM:
         out = self._written([ids], kwargs)
         return out[0] if len(out) == 1 else out
 
-    def score(self, ids: Any, *, prefix: Any = None, attention_mask: Any = None) -> Any:
+    def score(
+        self,
+        ids: Any,
+        *,
+        prefix: Any = None,
+        attention_mask: Any = None,
+        prefix_cache: PrefixCache | None = None,
+    ) -> Any:
         """The log-probability of each given token, as the model predicts it from those before.
 
         Args:
@@ -257,6 +269,7 @@ class CausalLM:
                 then these are continuations, cut into tokens apart from it.
             attention_mask: 0 for the padding of a rectangular array, which is left out. Without
                 one every id counts.
+            prefix_cache: keeps the prefix's keys and values for later calls.
 
         Returns:
             float32 [length] for one text or row, a list of them for several. The first token,
@@ -265,6 +278,9 @@ class CausalLM:
         Raises:
             ValueError: a row is empty, or longer (with the prefix) than the model takes.
         """
+        check(prefix_cache)
+        if prefix_cache is not None and prefix is None:
+            raise ValueError("prefix_cache keeps a prefix: pass the prefix that the rows share")
         before = None
         if prefix is not None:
             before, *others = self._rows(prefix)
@@ -275,7 +291,7 @@ class CausalLM:
         longest = max(map(len, rows)) + (0 if before is None else len(before))
         if limit is not None and longest > limit:
             raise ValueError(f"{longest} tokens cannot be scored: the model takes {limit} at most")
-        out = score.log_probabilities(self.model, rows, before)
+        out = score.log_probabilities(self.model, rows, before, prefix_cache)
         return out[0] if _is_one(ids) else out
 
     def perplexity(self, texts: Any) -> float:

@@ -6,9 +6,11 @@ some neighbouring rows, right-padded, written into a `Cache` in place.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from fastgen.tuning import Tuning, read
 FORMAT = 1  # of the model directory; `fastgen.json` says which one a directory has
 GRAPH = "model.onnx"
 INFO = "fastgen.json"
+SAMPLE, PAGE = 2**20, 4096  # bytes of a file that are hashed, and of a piece of a longer one
 KEPT_BINDINGS = 16  # shapes of call that stay bound to a cache
 
 
@@ -146,6 +149,25 @@ class Model:
                     f"the difference: {', '.join(odd[:6])}"
                 )
         self.past_names, self.present_names = past, present
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """What tells this model from others, and what it computes from other versions' results.
+
+        A hash of onnxruntime's version and of the directory's files: whole up to 1 MiB, else the
+        size and 256 pages of them. (`report.json` says how long the export's steps took, so that
+        even models that differ in few weights differ there.)
+        """
+        out = sha256(onnxruntime.__version__.encode())
+        for name, size in sorted({**self.info.files, INFO: 0}.items()):
+            out.update(f"{name} {size} ".encode())
+            with (self.directory / name).open("rb") as file:
+                if size <= SAMPLE:
+                    out.update(file.read())
+                for place in range(256 if size > SAMPLE else 0):
+                    file.seek(place * (size - PAGE) // 255)
+                    out.update(file.read(PAGE))
+        return out.hexdigest()
 
     def new_cache(self, rows: int, capacity: int) -> Cache:
         """An empty cache for `rows` rows of up to `capacity` tokens."""

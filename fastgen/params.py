@@ -409,6 +409,7 @@ ARGUMENTS = (
     "negative_prompt_attention_mask",
     "assistant_model",
     "tokenizer",
+    "prefix_cache",
     "streamer",
 )
 

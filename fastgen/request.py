@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from fastgen import pick
 from fastgen.params import Params
+from fastgen.prefix import PrefixCache
 from fastgen.processors import Chain, Context
 from fastgen.stop import Criterion, Deadline, StopText
 
@@ -74,6 +75,7 @@ class Request:
         max_length: length, padding included, at which rows end.
         chain: the processors; None where there is nothing to do. Requests with equal knobs may
             share one, and rows that share one are processed together.
+        prefix_cache: where keys and values of the prompts are kept across calls, if anywhere.
         streams: the source of chance: one for all rows, or one for each; empty when greedy.
         scores, logits: a step: float32 [rows, vocab], if asked for.
         top_logprobs: a row: a step: the likeliest tokens, if asked for.
@@ -88,6 +90,7 @@ class Request:
     criteria: Sequence[Criterion] = ()
     stop_text: StopText | None = None
     logprobs: bool = False  # whether tokens carry their log-probability
+    prefix_cache: PrefixCache | None = None
     streams: list[pick.Stream] = field(default_factory=list)
     scores: list[NDArray[np.float32]] = field(default_factory=list)
     logits: list[NDArray[np.float32]] = field(default_factory=list)

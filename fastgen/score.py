@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from fastgen import pick
 from fastgen.cache import Cache
 from fastgen.model import Model
+from fastgen.prefix import PrefixCache
 from fastgen.softmax import log_softmax
 
 Ids = NDArray[np.int64]
@@ -20,12 +21,18 @@ TOGETHER = 4  # rows that are read at a time
 CHUNK = 64  # tokens of each that are read at a time: so many logits are held, and no more
 
 
-def log_probabilities(model: Model, rows: Sequence[Ids], prefix: Ids | None = None) -> list[Scores]:
+def log_probabilities(
+    model: Model,
+    rows: Sequence[Ids],
+    prefix: Ids | None = None,
+    prefix_cache: PrefixCache | None = None,
+) -> list[Scores]:
     """The log-probability of each token, given those before it.
 
     Args:
         rows: int64 [length] each, at least one token.
         prefix: what comes before every row; it is read once.
+        prefix_cache: where its keys and values are kept, if anywhere.
 
     Returns:
         float32 [length] of each row. Without a prefix nothing predicts the first token: nan.
@@ -34,7 +41,7 @@ def log_probabilities(model: Model, rows: Sequence[Ids], prefix: Ids | None = No
     start = held[:0] if prefix is None else prefix[-1:]
     longest = max(len(row) for row in rows)
     cache = model.new_cache(min(len(rows), TOGETHER), len(held) + longest + CHUNK)
-    _read(model, cache, held)
+    _read(model, cache, held, prefix_cache)
     out: list[Scores] = [np.empty(0, np.float32)] * len(rows)
     order = sorted(range(len(rows)), key=lambda place: -len(rows[place]))
     for first in range(0, len(rows), TOGETHER):
@@ -57,11 +64,15 @@ def perplexity(logprobs: Sequence[Scores]) -> float:
     return float(np.exp(-known.mean()))
 
 
-def _read(model: Model, cache: Cache, ids: Ids) -> None:
-    """Append `ids` to the first slot; nobody wants logits."""
+def _read(model: Model, cache: Cache, ids: Ids, prefix_cache: PrefixCache | None) -> None:
+    """Read `ids` into the first slot, which is empty; nobody wants logits."""
+    if prefix_cache is not None:
+        prefix_cache.fetch(model.fingerprint, [ids], cache, 0, CHUNK)
     nothing = np.zeros((1, 0), np.int64)
-    for at in range(0, len(ids), CHUNK):
-        model.forward([ids[at : at + CHUNK]], cache, 0, nothing)
+    while (at := int(cache.lengths[0])) < len(ids):
+        model.forward([ids[at : (at // CHUNK + 1) * CHUNK]], cache, 0, nothing)
+    if prefix_cache is not None:
+        prefix_cache.keep(model.fingerprint, ids, cache, 0)
 
 
 def _predicted(model: Model, cache: Cache, rows: Sequence[Ids]) -> list[Scores]:

@@ -1,0 +1,263 @@
+"""Keys and values of prompts, kept across calls: what two prompts share is computed once.
+
+What is kept are blocks of `BLOCK` tokens of prompts that were read. A block's name is a hash of
+the model, of the cache's layout and of every token up to its end, so that the longest common
+prefix is a walk from name to name, and prompts that start alike share their blocks.
+(nano-vllm's block manager and mlx-lm's prompt cache are the models of this.)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import zipfile
+import zlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastgen.cache import Cache
+
+Block = tuple[NDArray[Any], ...]
+
+BLOCK = 32  # tokens; what is left of a prompt below a block is read again
+MAX_BYTES = 256 * 2**20
+FORMAT = 1  # of the file
+
+
+class PrefixCache:
+    """Keeps keys and values of prompts, up to a number of bytes, for later calls and batches.
+
+    Pass one object to many calls: `model.generate(ids, prefix_cache=cache)`, and so `stream`,
+    `complete`, `chat` and `score`, with any search. Each prompt takes over the longest prefix that
+    is kept (in whole blocks of 32 tokens, less its last token) and only reads the rest. What was
+    used longest ago is dropped when there is no room. Models and precisions may share an object:
+    each finds only what is its own. Threads may share it too.
+
+    A hit gives what a fresh prefill gives. Prompts are cut at the same places with and without a
+    hit, and a block is only taken where onnxruntime's kernels add up the rest in the same order,
+    so that on one machine with one onnxruntime the logits are equal bit for bit, in fp32, int8 and
+    int4 (measured on AVX-512). For the same reason generated tokens are not kept: a step of one
+    token and the reading of many differ in the last bits, with int4 by more. Of a conversation,
+    all but the last reply is found, and that is kept once it is part of a prompt. A prompt that is
+    read beside others in one batch can differ in the last bits from the same prompt alone, with
+    or without this cache.
+
+    Args:
+        max_bytes: of keys and values; never exceeded.
+
+    Attributes:
+        hits, misses: prompts that found a block, and those that did not.
+        tokens_reused: tokens that were not computed again.
+
+    Raises:
+        ValueError: `max_bytes` is not positive.
+    """
+
+    def __init__(self, max_bytes: int = MAX_BYTES) -> None:
+        if max_bytes < 1:
+            raise ValueError(f"max_bytes must be positive, got {max_bytes}")
+        self.max_bytes = max_bytes
+        self.hits = self.misses = self.tokens_reused = 0
+        # Least recently used first. A block is always older than the one before it in a prompt,
+        # so the oldest has none that builds on it.
+        self._blocks: OrderedDict[bytes, Block] = OrderedDict()
+        self._nbytes = 0
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        """The tokens that are kept."""
+        return BLOCK * len(self._blocks)
+
+    def __repr__(self) -> str:
+        return f"PrefixCache({len(self)} tokens, {self.nbytes:,} of {self.max_bytes:,} bytes)"
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of keys and values that are kept."""
+        return self._nbytes
+
+    def clear(self) -> None:
+        """Drop everything that is kept."""
+        with self._lock:
+            self._blocks.clear()
+            self._nbytes = 0
+
+    def fetch(
+        self,
+        model: str,
+        prompts: Sequence[NDArray[np.int64]],
+        cache: Cache,
+        first: int,
+        chunk: int,
+    ) -> None:
+        """Write what is kept of `prompts` into the empty slots from `first` on.
+
+        Args:
+            model: its fingerprint.
+            prompts: int64 [length] each; of each, one token at least is left to compute. They are
+                going to be read together, in pieces that end at multiples of `chunk`.
+        """
+        names = [_names(model, prompt[:-1], cache) for prompt in prompts]
+        found: list[list[Block]] = []
+        with self._lock:
+            for mine in names:
+                count = next((i for i, n in enumerate(mine) if n not in self._blocks), len(mine))
+                found.append([self._blocks[name] for name in mine[:count]])
+                self._touch(mine[:count])
+            held = _aligned(
+                np.array([len(prompt) for prompt in prompts]),
+                np.array([BLOCK * len(blocks) for blocks in found]),
+                chunk,
+                {64, 128, 256, *(2 * dim for _, dim in cache.shapes)},
+            )
+            self.hits += int((held > 0).sum())
+            self.misses += int((held == 0).sum())
+            self.tokens_reused += int(held.sum())
+        for slot, (blocks, tokens) in enumerate(zip(found, held.tolist(), strict=True), first):
+            for block in blocks[: tokens // BLOCK]:
+                cache.append(slot, block)
+
+    def keep(self, model: str, prompt: NDArray[np.int64], cache: Cache, slot: int) -> None:
+        """Keep what `slot` holds of `prompt`, its first blocks if there is no room for all."""
+        names = _names(model, prompt, cache)
+        with self._lock:
+            size = cache.nbytes(BLOCK)
+            del names[self.max_bytes // size :]
+            missing = [i for i, name in enumerate(names) if name not in self._blocks]
+            self._touch([name for name in names if name in self._blocks])
+            self._shrink(self.max_bytes - size * len(missing))
+            for i in missing:
+                self._blocks[names[i]] = cache.read(slot, BLOCK * i, BLOCK * (i + 1))
+                self._nbytes += size
+            self._touch(names)
+
+    def _touch(self, names: Sequence[bytes]) -> None:
+        for name in reversed(names):
+            self._blocks.move_to_end(name)
+
+    def _shrink(self, max_bytes: int) -> None:
+        while self._nbytes > max_bytes:
+            _, block = self._blocks.popitem(last=False)
+            self._nbytes -= _nbytes(block)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write what is kept to a file (numpy's .npz), which appears whole or not at all.
+
+        It is of use where the same model directory is: another export finds nothing in it.
+        """
+        path = Path(path)
+        with self._lock:
+            blocks = list(self._blocks.items())
+        names = [name.hex() for name, _ in blocks]
+        header = json.dumps({"format": FORMAT, "block": BLOCK, "names": names}).encode()
+        arrays = {
+            f"{place}.{part}": array
+            for place, (_, block) in enumerate(blocks)
+            for part, array in enumerate(block)
+        }
+        neighbour = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+        try:
+            with neighbour.open("wb") as file:
+                np.savez(file, header=np.frombuffer(header, np.uint8), **arrays)  # type: ignore[arg-type]
+            neighbour.replace(path)
+        finally:
+            neighbour.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> Self:
+        """What `save` wrote; where there is not room for all, what was used last.
+
+        Raises:
+            ValueError: the file is truncated, damaged or of another kind.
+        """
+        out = cls(max_bytes)
+        try:
+            with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as content:
+                out._fill(content)
+        except _UNREADABLE as error:
+            raise ValueError(
+                f"{os.fspath(path)} is truncated or is no file of PrefixCache.save: {error}"
+            ) from error
+        return out
+
+    def _fill(self, content: Any) -> None:
+        """Take over what a file has, newest first."""
+        header = json.loads(content["header"].tobytes())
+        if (header["format"], header["block"]) != (FORMAT, BLOCK):
+            raise ValueError(
+                f"it has format {header['format']} with blocks of {header['block']} tokens, this "
+                f"fastgen reads format {FORMAT} with blocks of {BLOCK}"
+            )
+        parts: dict[int, list[str]] = {}
+        for name in content.files:
+            if name != "header":
+                parts.setdefault(int(name.split(".")[0]), []).append(name)
+        for place, name in reversed(list(enumerate(header["names"]))):
+            block = tuple(content[part] for part in parts[place])
+            if self._nbytes + _nbytes(block) > self.max_bytes:
+                break
+            self._blocks[bytes.fromhex(name)] = block
+            self._blocks.move_to_end(bytes.fromhex(name), last=False)
+            self._nbytes += _nbytes(block)
+
+
+_UNREADABLE = (
+    ValueError, KeyError, TypeError, AttributeError, EOFError, RuntimeError, MemoryError,
+    zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+
+
+def _nbytes(block: Block) -> int:
+    return sum(array.nbytes for array in block)
+
+
+def _names(model: str, prompt: NDArray[np.int64], cache: Cache) -> list[bytes]:
+    """The name of each whole block of a prompt."""
+    name = f"{model} {cache.layout}".encode()
+    names = []
+    for end in range(BLOCK, len(prompt) + 1, BLOCK):
+        tokens = prompt[end - BLOCK : end].astype("<i8").tobytes()
+        name = blake2b(name + tokens, digest_size=16).digest()
+        names.append(name)
+    return names
+
+
+def _aligned(
+    lengths: NDArray[np.int64], held: NDArray[np.int64], chunk: int, sizes: set[int]
+) -> NDArray[np.int64]:
+    """How much of each prompt to take over, so that the rest is computed as without that.
+
+    Several kernels treat one row apart: the last of an odd number of rows of a 4-bit product, or
+    of a group of queries in attention (of 2 * head_dim, or as the processor's cache suggests).
+    So prompts that are in one chunk start at one token, which is where the longest ends it anyway,
+    and a group of one row is the last of a prompt if, and only if, it is so in a fresh prefill.
+
+    Args:
+        lengths: int64 [rows], of the prompts, shortest first.
+        held: int64 [rows], multiples of `BLOCK`: what is kept of them.
+        sizes: of groups, whichever it may be.
+    """
+    held = held.copy()
+    for start in np.unique(held // chunk * chunk).tolist():
+        active = (held < start + chunk) & (lengths > start)
+        ends = np.minimum(lengths[active], start + chunk)
+        low = int(held[active].min())
+        while low > start and not all(
+            (((ends - start) % size == 1) == ((ends - low) % size == 1)).all() for size in sizes
+        ):
+            low -= BLOCK
+        held[active] = np.minimum(held[active], max(low, start) // BLOCK * BLOCK)
+    return held
+
+
+def check(value: Any) -> None:
+    """Raise a ValueError for what is no `PrefixCache` (None is none, and right)."""
+    if value is not None and not isinstance(value, PrefixCache):
+        raise ValueError(f"prefix_cache must be a fastgen.PrefixCache, got {value!r}")
