@@ -147,6 +147,7 @@ def describe(source: Source, layers: Sequence[Layer], precision: str) -> dict[st
         "max_length": limit,
         "hard_limit": limit is not None and not _computes(source, limit),
         "layers": [[layer.kv_heads, layer.head_dim] for layer in layers],
+        "cache_dtype": "float32",
     }
 
 

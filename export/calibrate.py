@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -54,9 +55,22 @@ def activations(
     The graph runs once with these values as further outputs, one row at a time.
     """
     values = list(dict.fromkeys(product.node.inputs[0] for product in products))
+    seen: dict[ir.Value, list[Floats]] = {value: [] for value in values}
+    names = [str(value.name) for value in values]
+    with running(model, values) as session:
+        for row in rows:
+            for value, array in zip(values, session.run(names, feeds(session, row)), strict=True):
+                seen[value].append(array.reshape(-1, array.shape[-1]))
+    return {value: np.concatenate(arrays) for value, arrays in seen.items()}
+
+
+@contextmanager
+def running(
+    model: ir.Model, values: Sequence[ir.Value] = ()
+) -> Iterator[onnxruntime.InferenceSession]:
+    """A session of the graph, with `values` as further outputs."""
     graph = model.graph
     outputs = list(graph.outputs)
-    seen: dict[ir.Value, list[Floats]] = {value: [] for value in values}
     with tempfile.TemporaryDirectory() as directory:
         graph.outputs.extend(values)
         try:
@@ -68,23 +82,17 @@ def activations(
         options.log_severity_level = 3
         # Weights stay in the file that is mapped: no packed copy of them beside torch's.
         options.add_session_config_entry("session.disable_prepacking", "1")
-        session = onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"]
-        )
-        names = [str(value.name) for value in values]
-        for row in rows:
-            for value, array in zip(values, session.run(names, _feeds(session, row)), strict=True):
-                seen[value].append(array.reshape(-1, array.shape[-1]))
-        del session
-    return {value: np.concatenate(arrays) for value, arrays in seen.items()}
+        yield onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def _feeds(session: onnxruntime.InferenceSession, row: NDArray[np.int64]) -> dict[str, object]:
-    """One row from scratch, logits wanted everywhere."""
+def feeds(
+    session: onnxruntime.InferenceSession, row: NDArray[np.int64], start: int = 0
+) -> dict[str, object]:
+    """One row from scratch whose first token is at position `start`, logits wanted everywhere."""
     count = len(row)
-    feeds = {
+    fed = {
         "input_ids": row[None],
-        "position_ids": np.arange(count)[None],
+        "position_ids": np.arange(start, start + count)[None],
         "query_seqlens": np.array([count], np.int32),
         "seqlens_k": np.array([count - 1], np.int32),
         "total_sequence_length": np.array(count, np.int32),
@@ -92,11 +100,14 @@ def _feeds(session: onnxruntime.InferenceSession, row: NDArray[np.int64]) -> dic
     }
     wanted = {value.name: value for value in session.get_inputs()}
     past = {
-        name: np.zeros((1, value.shape[1], count, value.shape[3]), np.float32)
+        name: np.zeros(
+            (1, value.shape[1], count, value.shape[3]),
+            np.int8 if value.type == "tensor(int8)" else np.float32,
+        )
         for name, value in wanted.items()
         if name.startswith("past_key_values")
     }
-    return {name: array for name, array in feeds.items() if name in wanted} | past
+    return {name: array for name, array in fed.items() if name in wanted} | past
 
 
 def output_error(x: Floats, weight: Floats, choice: Choice) -> float:

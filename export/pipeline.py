@@ -6,20 +6,22 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 import onnx_ir
 import onnxruntime
 import torch
 import transformers
-from fastgen.export import bundle, calibrate, check, graph, quality, recipe, source, trim
+from fastgen.export import bundle, cache, calibrate, check, graph, quality, recipe, source, trim
 from fastgen.export.attention import UnsupportedModel
 from fastgen.export.recipe import RECIPES
 from fastgen.export.source import Source
+from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 import fastgen
@@ -27,6 +29,7 @@ from fastgen.hub import PRECISION
 from fastgen.model import GRAPH, Model
 
 PRECISIONS = ("fp32", *RECIPES)
+CACHE_PRECISIONS = tuple(cache.DTYPES)
 
 # What a precision may differ by from the original; `export` and the command line can change it.
 TOLERANCES = {
@@ -66,7 +69,7 @@ class Progress:
         seconds = time.perf_counter() - start
         self.steps.append({"step": name, "seconds": round(seconds, 3), "found": "; ".join(found)})
         clear = "\r\x1b[K" if live else ""
-        self._write(f"{clear}{label:<34}{seconds:7.1f} s  {'; '.join(found)}\n")
+        self._write(f"{clear}{label:<38}{seconds:7.1f} s  {'; '.join(found)}\n")
 
     def part(self, done: int, total: int) -> None:
         """Show how far the running step is, on a terminal."""
@@ -85,6 +88,7 @@ def export(
     *,
     tokenizer: object | None = None,
     precision: str = PRECISION,
+    cache_precision: str = "fp32",
     force: bool = False,
     allow_mismatch: bool = False,
     revision: str | None = None,
@@ -100,12 +104,13 @@ def export(
         out: the directory to write; it appears when it is complete.
         tokenizer: the tokenizer of a model object; without one it is exported for ids only.
         precision: "fp32", "int8" or "int4".
+        cache_precision: "fp32" or "int8", of the keys and values that are kept.
         force: replace an existing model directory, once the new one is complete.
         allow_mismatch: keep an export that disagrees with the original beyond the tolerance.
         revision: a branch, tag or commit of a hub repository.
         calibration: a file with text to quantise and to measure on; None for the one that comes
             with fastgen.
-        tolerance: what may differ from the original; None for the precision's own.
+        tolerance: what may differ from the original; None for the coarser precision's own.
         progress: where steps are shown; None for nowhere.
 
     Returns:
@@ -118,16 +123,21 @@ def export(
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if cache_precision not in CACHE_PRECISIONS:
+        known = ", ".join(CACHE_PRECISIONS)
+        raise ValueError(f"cache_precision must be one of {known}, got {cache_precision!r}")
     out = Path(out)
     bundle.check_free(out, force)
     wishes = Wishes(
         precision=precision,
+        cache_precision=cache_precision,
         force=force,
         allow_mismatch=allow_mismatch,
-        tolerance=tolerance or TOLERANCES[precision],
+        tolerance=tolerance or usual_tolerance(precision, cache_precision),
         calibration=Path(calibration or calibrate.TEXT),
     )
-    shown = Progress(total=6 if precision == "fp32" else 10, stream=progress)
+    quantised = (precision != "fp32") + (cache_precision != "fp32")
+    shown = Progress(total=6 + 4 * quantised, stream=progress)
     with shown.step("load") as found:
         if isinstance(model, PreTrainedModel):
             loaded = source.of_object(model, tokenizer)
@@ -158,11 +168,19 @@ def _about(loaded: Source) -> list[str]:
     return about + ([f"for ids only: {loaded.note}"] if loaded.tokenizer is None else [])
 
 
-def tolerance(precision: str, kl: float | None, top1: float | None) -> check.Tolerance | None:
-    """The tolerance of a precision with another bound or two; None where it is unknown."""
-    usual = TOLERANCES.get(precision)
+def usual_tolerance(precision: str, cache_precision: str) -> check.Tolerance:
+    """That of the coarser of the two."""
+    return max((TOLERANCES[precision], TOLERANCES[cache_precision]), key=lambda one: one.kl)
+
+
+def tolerance(
+    precision: str, kl: float | None, top1: float | None, cache_precision: str = "fp32"
+) -> check.Tolerance | None:
+    """The usual tolerance with another bound or two; None where a precision is unknown."""
+    if precision not in PRECISIONS or cache_precision not in CACHE_PRECISIONS:
+        return None
     given = {name: bound for name, bound in (("kl", kl), ("top1", top1)) if bound is not None}
-    return None if usual is None else replace(usual, **given)
+    return replace(usual_tolerance(precision, cache_precision), **given)
 
 
 @dataclass(frozen=True)
@@ -170,6 +188,7 @@ class Wishes:
     """What the caller of `export` asked for."""
 
     precision: str
+    cache_precision: str
     force: bool
     allow_mismatch: bool
     tolerance: check.Tolerance
@@ -195,13 +214,22 @@ def _export(loaded: Source, out: Path, wishes: Wishes, shown: Progress) -> None:
         bundle.write_configuration(loaded, temporary)
         report = _write(converted, temporary, description, "ONNX", original, shown)
         _judge(report, wishes.allow_mismatch)
-        if wishes.precision != "fp32":
-            report = {"fp32": report} | _quantise(
+        proved = report
+        if wishes.cache_precision != "fp32":
+            made = _quantise_cache(
                 loaded, converted, temporary, description, original, wishes, shown
+            )
+            report = {"fp32": proved, "cache": made} | made
+        if wishes.precision != "fp32":
+            report = (
+                {"fp32": proved}
+                | report
+                | _quantise(loaded, converted, temporary, description, original, wishes, shown)
             )
         with shown.step("bundle") as found:
             report |= {
                 "precision": wishes.precision,
+                "cache_precision": wishes.cache_precision,
                 "model": loaded.name,
                 "tolerance": asdict(wishes.tolerance),
                 "probe_tokens": [len(row) for row in rows],
@@ -225,32 +253,78 @@ def _quantise(
     shown: Progress,
 ) -> dict[str, Any]:
     """Quantise the graph that was proved equal, compare again, and say what it costs."""
-    text = calibrate.rows_of_text(
-        wishes.calibration.read_text(encoding="utf-8"),
-        loaded.tokenizer,
-        description["vocab_size"],
-        description["max_length"],
-    )
-    calibration, evaluation = calibrate.halves(text)
+    calibration, evaluation = _text(loaded, description, wishes)
     with shown.step(f"quantise to {wishes.precision}") as found:
         used = calibration[: calibrate.TOKENS // calibrate.ROW]
         made, smoothed = recipe.make(converted, wishes.precision, used, shown.part)
         wide = [one.name for one in made if one.wide]
         found.append(f"{len(made)} matrices, {len(wide)} kept wider, {len(smoothed)} smoothed")
     report = _write(converted, temporary, description, wishes.precision, original, shown)
-    with shown.step("text compared") as found:
-        rows = evaluation[: calibrate.TOKENS // calibrate.ROW]
-        text_quality = quality.measure(loaded.model, Model(temporary), rows)
-        found.append(text_quality.summary())
-    report |= {
-        "quality": asdict(text_quality) | {"more_perplexity": text_quality.more_perplexity},
+    rows = evaluation[: calibrate.TOKENS // calibrate.ROW]
+    report |= _compare_text(loaded, temporary, rows, wishes, shown) | {
         "matrices": [asdict(one) for one in made],
         "wider": wide,
         "smoothed": smoothed,
     }
-    report["mismatch"] = check.judge(text_quality, wishes.tolerance)
     _judge(report, wishes.allow_mismatch)
     return report
+
+
+def _quantise_cache(
+    loaded: Source,
+    converted: onnx_ir.Model,
+    temporary: Path,
+    description: dict[str, Any],
+    original: check.Reference,
+    wishes: Wishes,
+    shown: Progress,
+) -> dict[str, Any]:
+    """Store keys and values in 8 bits, compare again, and say what that alone costs."""
+    limit = description["max_length"]
+    calibration, evaluation = _text(loaded, description, wishes)
+    with shown.step("quantise keys and values") as found:
+        reached = cache.reach(converted, calibration[: cache.TOKENS // calibrate.ROW], limit)
+        cache.quantize(converted, reached)
+        description["cache_dtype"] = cache.DTYPES[wishes.cache_precision]
+        channels = sum(one.size for one in reached.values())
+        found.append(f"{channels:,} channels, {wishes.cache_precision}")
+    name = f"{wishes.cache_precision} cache"
+    report = _write(converted, temporary, description, name, original, shown)
+    rows = cache.long_rows(evaluation, limit)
+    rows = rows[: max(1, calibrate.TOKENS // len(rows[0]))]
+    report |= _compare_text(loaded, temporary, rows, wishes, shown)
+    _judge(report, wishes.allow_mismatch)
+    return report
+
+
+def _text(
+    loaded: Source, description: dict[str, Any], wishes: Wishes
+) -> tuple[list[NDArray[np.int64]], ...]:
+    """Rows of ids to calibrate on, and others to measure on."""
+    text = calibrate.rows_of_text(
+        wishes.calibration.read_text(encoding="utf-8"),
+        loaded.tokenizer,
+        description["vocab_size"],
+        description["max_length"],
+    )
+    return calibrate.halves(text)
+
+
+def _compare_text(
+    loaded: Source,
+    temporary: Path,
+    rows: Sequence[NDArray[np.int64]],
+    wishes: Wishes,
+    shown: Progress,
+) -> dict[str, Any]:
+    """What the written model costs on `rows`, and whether that is too much."""
+    with shown.step("text compared") as found:
+        measured = quality.measure(loaded.model, Model(temporary), rows)
+        found.append(measured.summary())
+    return {
+        "quality": asdict(measured) | {"more_perplexity": measured.more_perplexity},
+        "mismatch": check.judge(measured, wishes.tolerance),
+    }
 
 
 def _write(
