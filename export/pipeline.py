@@ -261,7 +261,7 @@ def _quantise(
         found.append(f"{len(made)} matrices, {len(wide)} kept wider, {len(smoothed)} smoothed")
     report = _write(converted, temporary, description, wishes.precision, original, shown)
     rows = evaluation[: calibrate.TOKENS // calibrate.ROW]
-    report |= _compare_text(loaded, temporary, rows, wishes, shown) | {
+    report |= _compare_text(wishes.precision, loaded, temporary, rows, wishes, shown) | {
         "matrices": [asdict(one) for one in made],
         "wider": wide,
         "smoothed": smoothed,
@@ -292,7 +292,7 @@ def _quantise_cache(
     report = _write(converted, temporary, description, name, original, shown)
     rows = cache.long_rows(evaluation, limit)
     rows = rows[: max(1, calibrate.TOKENS // len(rows[0]))]
-    report |= _compare_text(loaded, temporary, rows, wishes, shown)
+    report |= _compare_text(name, loaded, temporary, rows, wishes, shown)
     _judge(report, wishes.allow_mismatch)
     return report
 
@@ -311,6 +311,7 @@ def _text(
 
 
 def _compare_text(
+    name: str,
     loaded: Source,
     temporary: Path,
     rows: Sequence[NDArray[np.int64]],
@@ -318,7 +319,7 @@ def _compare_text(
     shown: Progress,
 ) -> dict[str, Any]:
     """What the written model costs on `rows`, and whether that is too much."""
-    with shown.step("text compared") as found:
+    with shown.step(f"{name} text compared") as found:
         measured = quality.measure(loaded.model, Model(temporary), rows)
         found.append(measured.summary())
     return {

@@ -273,7 +273,7 @@ def _checked(report: dict[str, Any]) -> dict[str, str]:
     }
     if "quality" in report:  # what a quantised model costs, on text
         found["text"] = _quality(report["quality"])
-    if "cache" in report:  # and what its quantised keys and values cost alone
+    if "cache" in report and report["precision"] != "fp32":  # what the cache's part of that is
         found["cache alone"] = _quality(report["cache"]["quality"])
     return found | {"mismatch": "; ".join(report["mismatch"]) or "none"}
 
