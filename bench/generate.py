@@ -48,7 +48,7 @@ def main() -> None:
 
     torch.set_num_threads(args.threads)
     theirs = shapes.build(args.shape)
-    with shapes.exported(args.shape, args.precision, args.keep) as paths:
+    with shapes.exported(args.shape, args.precision, args.keep, args.cache_precision) as paths:
         engines: dict[str, Callable[..., Any]] = {"transformers eager fp32": transformers(theirs)}
         for precision, path in paths.items():
             model = fastgen.load(path, threads=args.threads)

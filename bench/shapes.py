@@ -8,7 +8,7 @@ import platform
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,16 +40,26 @@ def build(shape: str) -> Any:
 
 
 @contextmanager
-def exported(shape: str, precisions: list[str], keep: Path | None) -> Iterator[dict[str, Path]]:
-    """Model directories of a shape, by precision; made anew unless `keep` has them already."""
+def exported(
+    shape: str, precisions: list[str], keep: Path | None, caches: Sequence[str] = ("fp32",)
+) -> Iterator[dict[str, Path]]:
+    """Model directories of a shape; made anew unless `keep` has them already.
+
+    Their names are the precision, and that of keys and values where it is not fp32: int8-kv-int8.
+    """
     from fastgen.export import export
 
     with tempfile.TemporaryDirectory() as temporary:
-        home = keep or Path(temporary)
-        paths = {precision: home / f"{shape}-{precision}" for precision in precisions}
-        for precision, path in paths.items():
-            if not path.exists():
-                export(build(shape), path, precision=precision, allow_mismatch=True)
+        home, paths = keep or Path(temporary), {}
+        for precision in precisions:
+            for cache in caches:
+                name = precision if cache == "fp32" else f"{precision}-kv-{cache}"
+                paths[name] = path = home / f"{shape}-{name}"
+                if not path.exists():
+                    export(
+                        build(shape), path, precision=precision, cache_precision=cache,
+                        allow_mismatch=True,
+                    )  # fmt: skip
         yield paths
 
 
@@ -58,6 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", choices=SHAPES, default="distilgpt2")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds; medians count")
+    parser.add_argument(
+        "--cache-precision", nargs="+", default=["fp32"], help="of keys and values: fp32 int8"
+    )
     parser.add_argument("--keep", type=Path, help="keep exported models here, and use those there")
 
 

@@ -146,6 +146,7 @@ def describe(source: Source, layers: Sequence[Layer], precision: str) -> dict[st
         "max_length": limit,
         "hard_limit": limit is not None and not _computes(source, limit),
         "layers": [[layer.kv_heads, layer.head_dim] for layer in layers],
+        "cache_dtype": "float32",
     }
 
 
@@ -178,7 +179,8 @@ def write_configuration(source: Source, to: Path) -> None:
 
 def seal(to: Path, description: dict[str, Any]) -> None:
     """Write `fastgen.json`: from now on the directory is a model."""
-    files = {p.name: p.stat().st_size for p in sorted(to.iterdir()) if p.name != INFO}
+    found = [p for p in sorted(to.iterdir()) if p.is_file() and p.name != INFO]
+    files = {p.name: p.stat().st_size for p in found}
     write_json(to / INFO, description | {"files": files})
 
 

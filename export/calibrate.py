@@ -118,12 +118,14 @@ def running(
         yield onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def feeds(session: onnxruntime.InferenceSession, row: NDArray[np.int64]) -> dict[str, object]:
-    """One row from scratch, logits wanted everywhere."""
+def feeds(
+    session: onnxruntime.InferenceSession, row: NDArray[np.int64], start: int = 0
+) -> dict[str, object]:
+    """One row from scratch whose first token is at position `start`, logits wanted everywhere."""
     count = len(row)
     fed = {
         "input_ids": row[None],
-        "position_ids": np.arange(count)[None],
+        "position_ids": np.arange(start, start + count)[None],
         "query_seqlens": np.array([count], np.int32),
         "seqlens_k": np.array([count - 1], np.int32),
         "total_sequence_length": np.array(count, np.int32),
@@ -131,7 +133,10 @@ def feeds(session: onnxruntime.InferenceSession, row: NDArray[np.int64]) -> dict
     }
     wanted = {value.name: value for value in session.get_inputs()}
     past = {
-        name: np.zeros((1, value.shape[1], count, value.shape[3]), np.float32)
+        name: np.zeros(
+            (1, value.shape[1], count, value.shape[3]),
+            np.int8 if value.type == "tensor(int8)" else np.float32,
+        )
         for name, value in wanted.items()
         if name.startswith("past_key_values")
     }

@@ -10,7 +10,7 @@
 | `past_key_values.{i}.key/value` | float32 [rows, kv_heads, capacity, head_dim] | buffers |
 
 Outputs: `logits` float32 [rows, keep, vocab], and `present.{i}.key/value`, which the runtime
-binds to the memory of the inputs.
+binds to the memory of the inputs. `cache.quantize` makes both int8.
 """
 
 from __future__ import annotations

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 import onnx_ir
 import onnxruntime
 import torch
 import transformers
 from fastgen.export import (
     bundle,
+    cache,
     calibrate,
     check,
     graph,
@@ -27,9 +30,10 @@ from fastgen.export import (
     source,
     trim,
 )
-from fastgen.export.attention import UnsupportedModel
+from fastgen.export.attention import Layer, UnsupportedModel
 from fastgen.export.recipe import RECIPES
 from fastgen.export.source import Source
+from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 import fastgen
@@ -38,6 +42,7 @@ from fastgen.model import GRAPH, Model
 from fastgen.report import REPORT
 
 PRECISIONS = ("fp32", *RECIPES)
+CACHE_PRECISIONS = tuple(cache.DTYPES)
 
 # What a precision may differ by from the original; `export` and the command line can change it.
 TOLERANCES = {
@@ -77,7 +82,7 @@ class Progress:
         seconds = time.perf_counter() - start
         self.steps.append({"step": name, "seconds": round(seconds, 3), "found": "; ".join(found)})
         clear = "\r\x1b[K" if live else ""
-        self._write(f"{clear}{label:<34}{seconds:7.1f} s  {'; '.join(found)}\n")
+        self._write(f"{clear}{label:<38}{seconds:7.1f} s  {'; '.join(found)}\n")
 
     def part(self, done: int, total: int) -> None:
         """Show how far the running step is, on a terminal."""
@@ -96,6 +101,7 @@ def export(
     *,
     tokenizer: object | None = None,
     precision: str = PRECISION,
+    cache_precision: str = "fp32",
     force: bool = False,
     allow_mismatch: bool = False,
     revision: str | None = None,
@@ -111,12 +117,13 @@ def export(
         out: the directory to write; it appears when it is complete.
         tokenizer: the tokenizer of a model object; without one it is exported for ids only.
         precision: "fp32", "int8" or "int4".
+        cache_precision: "fp32" or "int8", of the keys and values that are kept.
         force: replace an existing model directory, once the new one is complete.
         allow_mismatch: keep an export that disagrees with the original beyond the tolerance.
         revision: a branch, tag or commit of a hub repository.
         calibration: a file with text to quantise and to measure on; None for the one that comes
             with fastgen.
-        tolerance: what may differ from the original; None for the precision's own.
+        tolerance: what may differ from the original; None for the coarser precision's own.
         progress: where steps are shown; None for nowhere.
 
     Returns:
@@ -129,16 +136,21 @@ def export(
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if cache_precision not in CACHE_PRECISIONS:
+        known = ", ".join(CACHE_PRECISIONS)
+        raise ValueError(f"cache_precision must be one of {known}, got {cache_precision!r}")
     out = Path(out)
     bundle.check_free(out, force)
     wishes = Wishes(
         precision=precision,
+        cache_precision=cache_precision,
         force=force,
         allow_mismatch=allow_mismatch,
-        tolerance=tolerance or TOLERANCES[precision],
+        tolerance=tolerance or usual_tolerance(precision, cache_precision),
         calibration=Path(calibration or calibrate.TEXT),
     )
-    shown = Progress(total=7 if precision == "fp32" else 11, stream=progress)
+    quantised = (precision != "fp32") + (cache_precision != "fp32")
+    shown = Progress(total=7 + 4 * quantised, stream=progress)
     with shown.step("load") as found:
         if isinstance(model, PreTrainedModel):
             loaded = source.of_object(model, tokenizer)
@@ -169,11 +181,19 @@ def _about(loaded: Source) -> list[str]:
     return about + ([f"for ids only: {loaded.note}"] if loaded.tokenizer is None else [])
 
 
-def tolerance(precision: str, kl: float | None, top1: float | None) -> check.Tolerance | None:
-    """The tolerance of a precision with another bound or two; None where it is unknown."""
-    usual = TOLERANCES.get(precision)
+def usual_tolerance(precision: str, cache_precision: str) -> check.Tolerance:
+    """That of the coarser of the two."""
+    return max((TOLERANCES[precision], TOLERANCES[cache_precision]), key=lambda one: one.kl)
+
+
+def tolerance(
+    precision: str, kl: float | None, top1: float | None, cache_precision: str = "fp32"
+) -> check.Tolerance | None:
+    """The usual tolerance with another bound or two; None where a precision is unknown."""
+    if precision not in PRECISIONS or cache_precision not in CACHE_PRECISIONS:
+        return None
     given = {name: bound for name, bound in (("kl", kl), ("top1", top1)) if bound is not None}
-    return None if usual is None else replace(usual, **given)
+    return replace(usual_tolerance(precision, cache_precision), **given)
 
 
 @dataclass(frozen=True)
@@ -181,122 +201,186 @@ class Wishes:
     """What the caller of `export` asked for."""
 
     precision: str
+    cache_precision: str
     force: bool
     allow_mismatch: bool
     tolerance: check.Tolerance
     calibration: Path
 
 
-def _export(loaded: Source, out: Path, wishes: Wishes, shown: Progress) -> None:
-    model = loaded.model
-    layers = graph.layers_of(model)
-    with shown.step("torch logits") as found:
-        rows = check.probes(model, loaded.tokenizer, layers)
-        original = check.Reference(
-            rows, check.reference_logits(model, rows), check.reference_continuation(model, rows)
-        )
-        found.append(f"{len(rows)} rows of {', '.join(str(len(row)) for row in rows)} tokens")
-    description = bundle.describe(loaded, layers, wishes.precision)
-    with bundle.directory(out, wishes.force) as temporary:
-        with shown.step("convert") as found:
-            converted = graph.convert(model, layers)
-            trim.trim(converted, description["max_length"])
-            description["hard_limit"] |= trim.rotations_are_tabled(converted)
+@dataclass
+class _Job:
+    """One export: what all its steps need.
+
+    Attributes:
+        original: what the original says of the probes.
+        description: the content of `fastgen.json`.
+    """
+
+    loaded: Source
+    wishes: Wishes
+    shown: Progress
+    original: check.Reference
+    description: dict[str, Any]
+
+    def convert(self, layers: list[Layer]) -> onnx_ir.Model:
+        with self.shown.step("convert") as found:
+            converted = graph.convert(self.loaded.model, layers)
+            trim.trim(converted, self.description["max_length"])
+            self.description["hard_limit"] |= trim.rotations_are_tabled(converted)
             found.append(f"{len(layers)} attention layers, {len(converted.graph)} nodes")
-        bundle.write_configuration(loaded, temporary)
-        report = _write(converted, temporary, description, "ONNX", original, shown)
-        _judge(report, wishes.allow_mismatch)
-        if wishes.precision != "fp32":
-            report = {"fp32": report} | _quantise(
-                loaded, converted, temporary, description, original, wishes, shown
+        return converted
+
+    def quantise(self, converted: onnx_ir.Model, to: Path) -> dict[str, Any]:
+        """Quantise the weights of a graph that was proved equal, and say what it costs."""
+        calibration, evaluation = self._text()
+        precision = self.wishes.precision
+        with self.shown.step(f"quantise to {precision}") as found:
+            used = calibration[: calibrate.TOKENS // calibrate.ROW]
+            made, smoothed = recipe.make(converted, precision, used, self.shown.part)
+            wide = [one.name for one in made if one.wide]
+            found.append(f"{len(made)} matrices, {len(wide)} kept wider, {len(smoothed)} smoothed")
+        report = self.write(converted, to, precision)
+        rows = evaluation[: calibrate.TOKENS // calibrate.ROW]
+        report |= self._compare_text(precision, to, rows) | {
+            "matrices": [asdict(one) for one in made],
+            "wider": wide,
+            "smoothed": smoothed,
+        }
+        self.judge(report)
+        return report
+
+    def quantise_cache(self, converted: onnx_ir.Model, to: Path) -> dict[str, Any]:
+        """Store keys and values in 8 bits, and say what that alone costs."""
+        limit, precision = self.description["max_length"], self.wishes.cache_precision
+        calibration, evaluation = self._text()
+        with self.shown.step("quantise keys and values") as found:
+            reached = cache.reach(converted, calibration[: cache.TOKENS // calibrate.ROW], limit)
+            cache.quantize(converted, reached)
+            self.description["cache_dtype"] = cache.DTYPES[precision]
+            channels = sum(one.size for one in reached.values())
+            found.append(f"{channels:,} channels, {precision}")
+        name = f"{precision} cache"
+        report = self.write(converted, to, name)
+        rows = cache.long_rows(evaluation, limit)
+        rows = rows[: max(1, calibrate.TOKENS // len(rows[0]))]
+        report |= self._compare_text(name, to, rows)
+        self.judge(report)
+        return report
+
+    def write(self, converted: onnx_ir.Model, to: Path, name: str) -> dict[str, Any]:
+        """Write the graph and compare what it says, through fastgen's own engine."""
+        to.mkdir(parents=True, exist_ok=True)
+        graph.save(converted, to / GRAPH)
+        bundle.seal(to, self.description)
+        rows = self.original.rows
+        with self.shown.step(f"{name} logits compared") as found:
+            logits = check.compare(self.original.logits, check.exported_logits(Model(to), rows))
+            found.append(logits.summary())
+        with self.shown.step(f"{name} greedy text compared") as found:
+            greedy = check.compare_continuation(to, rows, self.original.continuation)
+            found.append(greedy.summary())
+        wrong = check.judge(logits, check.Tolerance(), greedy)
+        size = sum((to / name).stat().st_size for name in (GRAPH, f"{GRAPH}.data"))
+        return {
+            "bytes": size, "logits": asdict(logits), "greedy": asdict(greedy), "mismatch": wrong,
+        }  # fmt: skip
+
+    def judge(self, report: dict[str, Any]) -> None:
+        if report["mismatch"] and not self.wishes.allow_mismatch:
+            raise check.Mismatch(
+                f"the export disagrees with the original: {'; '.join(report['mismatch'])}"
             )
+
+    def _text(self) -> tuple[list[NDArray[np.int64]], ...]:
+        """Rows of ids to calibrate on, and others to measure on."""
+        text = calibrate.rows_of_text(
+            self.wishes.calibration.read_text(encoding="utf-8"),
+            self.loaded.tokenizer,
+            self.description["vocab_size"],
+            self.description["max_length"],
+        )
+        return calibrate.halves(text)
+
+    def _compare_text(
+        self, name: str, directory: Path, rows: Sequence[NDArray[np.int64]]
+    ) -> dict[str, Any]:
+        """What the written model costs on `rows`, and whether that is too much."""
+        with self.shown.step(f"{name} text compared") as found:
+            measured = quality.measure(self.loaded.model, Model(directory), rows)
+            found.append(measured.summary())
+        return {
+            "quality": asdict(measured) | {"more_perplexity": measured.more_perplexity},
+            "mismatch": check.judge(measured, self.wishes.tolerance),
+        }
+
+
+def _export(loaded: Source, out: Path, wishes: Wishes, shown: Progress) -> None:
+    layers = graph.layers_of(loaded.model)
+    with shown.step("torch logits") as found:
+        original = _reference(loaded, layers)
+        lengths = [len(row) for row in original.rows]
+        found.append(f"{len(lengths)} rows of {', '.join(map(str, lengths))} tokens")
+    job = _Job(loaded, wishes, shown, original, bundle.describe(loaded, layers, wishes.precision))
+    with bundle.directory(out, wishes.force) as temporary:
+        report = _stages(job, layers, temporary)
         with shown.step("time by operator") as found:
             spent = profile.by_operator(temporary)
             found += [f"{step} {next(iter(shares))}" for step, shares in spent.items()]
         with shown.step("bundle") as found:
+            bundle.write_configuration(loaded, temporary)
             report |= {
                 "time": spent,
                 "precision": wishes.precision,
+                "cache_precision": wishes.cache_precision,
                 "model": loaded.name,
                 "tolerance": asdict(wishes.tolerance),
-                "probe_tokens": [len(row) for row in rows],
+                "probe_tokens": lengths,
                 "tokenizer": loaded.note or "saved",
                 "steps": shown.steps,
                 "versions": _versions(),
             }
             bundle.write_json(temporary / REPORT, report)
-            bundle.seal(temporary, description)
+            bundle.seal(temporary, job.description)
             size = sum(p.stat().st_size for p in temporary.iterdir())
             found.append(f"{out}, {size / 1e6:,.1f} MB")
 
 
-def _quantise(
-    loaded: Source,
-    converted: onnx_ir.Model,
-    temporary: Path,
-    description: dict[str, Any],
-    original: check.Reference,
-    wishes: Wishes,
-    shown: Progress,
-) -> dict[str, Any]:
-    """Quantise the graph that was proved equal, compare again, and say what it costs."""
-    text = calibrate.rows_of_text(
-        wishes.calibration.read_text(encoding="utf-8"),
-        loaded.tokenizer,
-        description["vocab_size"],
-        description["max_length"],
+def _reference(loaded: Source, layers: list[Layer]) -> check.Reference:
+    model = loaded.model
+    rows = check.probes(model, loaded.tokenizer, layers)
+    return check.Reference(
+        rows, check.reference_logits(model, rows), check.reference_continuation(model, rows)
     )
-    calibration, evaluation = calibrate.halves(text)
-    with shown.step(f"quantise to {wishes.precision}") as found:
-        used = calibration[: calibrate.TOKENS // calibrate.ROW]
-        made, smoothed = recipe.make(converted, wishes.precision, used, shown.part)
-        wide = [one.name for one in made if one.wide]
-        found.append(f"{len(made)} matrices, {len(wide)} kept wider, {len(smoothed)} smoothed")
-    report = _write(converted, temporary, description, wishes.precision, original, shown)
-    with shown.step("text compared") as found:
-        rows = evaluation[: calibrate.TOKENS // calibrate.ROW]
-        text_quality = quality.measure(loaded.model, Model(temporary), rows)
-        found.append(text_quality.summary())
-    report |= {
-        "quality": asdict(text_quality) | {"more_perplexity": text_quality.more_perplexity},
-        "matrices": [asdict(one) for one in made],
-        "wider": wide,
-        "smoothed": smoothed,
-    }
-    report["mismatch"] = check.judge(text_quality, wishes.tolerance)
-    _judge(report, wishes.allow_mismatch)
+
+
+def _stages(job: _Job, layers: list[Layer], out: Path) -> dict[str, Any]:
+    """Convert, prove, and quantise what is to be quantised; the last stage is written to `out`.
+
+    Earlier ones go to a directory of their own, and the next one reads their weights from its
+    file, where they take no memory that the system could not have back.
+    """
+    kinds = []
+    if job.wishes.cache_precision != "fp32":
+        kinds.append("cache")
+    if job.wishes.precision != "fp32":
+        kinds.append("weights")
+    work = out / "work"
+    place = work / "fp32" if kinds else out
+    converted = job.convert(layers)
+    report = proved = job.write(converted, place, "ONNX")
+    job.judge(report)
+    for kind in kinds:
+        converted = onnx_ir.load(place / GRAPH)
+        place = out if kind == kinds[-1] else work / kind
+        if kind == "cache":
+            made = job.quantise_cache(converted, place)
+            report = {"fp32": proved, "cache": made} | made
+        else:
+            report = {"fp32": proved} | report | job.quantise(converted, place)
+    del converted  # whose weights are in a file that goes now
+    shutil.rmtree(work, ignore_errors=True)
     return report
-
-
-def _write(
-    converted: onnx_ir.Model,
-    temporary: Path,
-    description: dict[str, Any],
-    name: str,
-    original: check.Reference,
-    shown: Progress,
-) -> dict[str, Any]:
-    """Write the graph and compare what it says, through fastgen's own engine."""
-    graph.save(converted, temporary / GRAPH)
-    bundle.seal(temporary, description)
-    with shown.step(f"{name} logits compared") as found:
-        logits = check.compare(
-            original.logits, check.exported_logits(Model(temporary), original.rows)
-        )
-        found.append(logits.summary())
-    with shown.step(f"{name} greedy text compared") as found:
-        greedy = check.compare_continuation(temporary, original.rows, original.continuation)
-        found.append(greedy.summary())
-    wrong = check.judge(logits, check.Tolerance(), greedy)
-    size = sum((temporary / name).stat().st_size for name in (GRAPH, f"{GRAPH}.data"))
-    return {"bytes": size, "logits": asdict(logits), "greedy": asdict(greedy), "mismatch": wrong}
-
-
-def _judge(report: dict[str, Any], allow_mismatch: bool) -> None:
-    if report["mismatch"] and not allow_mismatch:
-        raise check.Mismatch(
-            f"the export disagrees with the original: {'; '.join(report['mismatch'])}"
-        )
 
 
 def _versions() -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,28 +52,27 @@ class Quality:
 def measure(
     original: PreTrainedModel, exported: Model, rows: Sequence[NDArray[np.int64]]
 ) -> Quality:
-    """Compare on `rows` of ids, each from scratch; logits are held for one row at a time."""
+    """Compare on `rows` of ids, each from scratch; the original's logits are held for one row."""
     tokens, agree = 0, 0
     loss = reference_loss = divergence = mean = largest = scale = 0.0
     for row in rows:
         with torch.no_grad():
             ids = torch.from_numpy(row)[None]
             reference = original(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0]
-        expected = reference.float().numpy()[:-1]
-        found = _logits(exported, row)[:-1]
-        p, q = log_softmax(expected), log_softmax(found)
-        places, targets = np.arange(len(row) - 1), row[1:]
-        loss -= float(q[places, targets].sum(dtype=np.float64))
-        reference_loss -= float(p[places, targets].sum(dtype=np.float64))
-        divergence += float((np.exp(p) * (p - q)).sum(dtype=np.float64))
-        agree += int((expected.argmax(1) == found.argmax(1)).sum())
-        difference = np.abs(expected - found)
-        largest, scale = (
-            max(largest, float(difference.max())),
-            max(scale, float(abs(expected).max())),
-        )
-        mean += float(difference.mean(dtype=np.float64)) * len(places)
-        tokens += len(places)
+        for start, found in _logits(exported, row[:-1]):
+            expected = reference[start : start + len(found)].float().numpy()
+            targets = row[start + 1 : start + 1 + len(found)]
+            p, q = log_softmax(expected), log_softmax(found)
+            places = np.arange(len(found))
+            loss -= float(q[places, targets].sum(dtype=np.float64))
+            reference_loss -= float(p[places, targets].sum(dtype=np.float64))
+            divergence += float((np.exp(p) * (p - q)).sum(dtype=np.float64))
+            agree += int((expected.argmax(1) == found.argmax(1)).sum())
+            difference = np.abs(expected - found)
+            largest = max(largest, float(difference.max()))
+            scale = max(scale, float(np.abs(expected).max()))
+            mean += float(difference.mean(dtype=np.float64)) * len(places)
+            tokens += len(places)
     return Quality(
         tokens=tokens,
         perplexity=float(np.exp(loss / tokens)),
@@ -85,12 +84,10 @@ def measure(
     )
 
 
-def _logits(model: Model, row: NDArray[np.int64]) -> NDArray[np.float32]:
-    """float32 [length, vocab] of one row."""
+def _logits(model: Model, row: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """A row in chunks: where each starts, and its float32 [chunk, vocab], valid until the next."""
     cache = model.new_cache(1, 2 * len(row))
-    parts = []
     for start in range(0, len(row), CHUNK):
         new = row[start : start + CHUNK]
         positions = np.arange(len(new))[None]
-        parts.append(model.forward([new], cache, logits_positions=positions)[0].copy())
-    return np.concatenate(parts)
+        yield start, model.forward([new], cache, logits_positions=positions)[0]

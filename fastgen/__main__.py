@@ -93,6 +93,12 @@ def cli() -> None:
 @click.argument("model")
 @click.argument("out", required=False, type=click.Path(path_type=Path))
 @click.option("--precision", default=PRECISION, show_default=True, help="fp32, int8 or int4")
+@click.option(
+    "--cache-precision",
+    default="fp32",
+    show_default=True,
+    help="of keys and values: fp32, or int8 in a quarter of the memory",
+)
 @click.option("--force", is_flag=True, help="replace OUT if it is a model directory")
 @click.option("--allow-mismatch", is_flag=True, help="keep an export that differs too much")
 @click.option("--max-kl", type=float, help="KL divergence allowed [default: by precision]")
@@ -102,14 +108,16 @@ def cli() -> None:
 )
 @click.option("--revision", help="branch, tag or commit of a hub repository")
 def export(
-    model: str, out: Path | None, precision: str, force: bool, allow_mismatch: bool,
-    max_kl: float | None, min_top1: float | None, calibration: Path | None, revision: str | None,
+    model: str, out: Path | None, precision: str, cache_precision: str, force: bool,
+    allow_mismatch: bool, max_kl: float | None, min_top1: float | None, calibration: Path | None,
+    revision: str | None,
 ) -> None:  # fmt: skip
     """Export MODEL, a hub id or a transformers directory, to the model directory OUT.
 
     Needs torch and transformers (pip install 'fastgen[export]'); running the result does not.
-    OUT is by default the model's name and the precision, such as distilgpt2-int8. What was
-    compared and found is printed as a table, which `fastgen info OUT` shows again.
+    OUT is by default the model's name and its precisions, such as distilgpt2-int8, or
+    distilgpt2-int8-kv-int8. What was compared and found is printed as a table, which
+    `fastgen info OUT` shows again.
     """
     with _clear_errors():
         try:
@@ -121,15 +129,17 @@ def export(
         from fastgen.report import REPORT, table
 
         name = Path(os.path.abspath(model)).name  # of a directory's path, or the end of a hub id
+        cache = "" if cache_precision == "fp32" else f"-kv-{cache_precision}"
         made = pipeline.export(
             model,
-            out or Path(f"{name}-{precision}"),
+            out or Path(f"{name}-{precision}{cache}"),
             precision=precision,
+            cache_precision=cache_precision,
             force=force,
             allow_mismatch=allow_mismatch,
             revision=revision,
             calibration=calibration,
-            tolerance=pipeline.tolerance(precision, max_kl, min_top1),
+            tolerance=pipeline.tolerance(precision, max_kl, min_top1, cache_precision),
         )
         click.echo(table(json.loads((made / REPORT).read_text(encoding="utf-8"))))
 
@@ -268,6 +278,7 @@ def info(directory: Path | None, as_json: bool) -> None:
             "vocabulary": f"{found.vocab_size:,} tokens",
             "context": f"{limit} positions",
             "layers": f"{len(found.layers)} with keys and values",
+            "cache": f"{found.cache_dtype}, {found.cache_bytes:,} bytes a token",
             "tokenizer": "yes" if (place / "tokenizer.json").is_file() else "no (ids only)",
             "runs with": str(tuned) if tuned else f"{Tuning()} (not tuned)",
             "exported by": f"fastgen {said.get('fastgen', '?')}",

@@ -16,18 +16,26 @@ from numpy.typing import NDArray
 class Cache:
     """Buffers for `rows` sequences of up to `capacity` tokens.
 
-    Layers whose keys have one shape share one array, float32
+    Layers whose keys have one shape share one array
     `[2 * layers, rows, kv_heads, capacity, head_dim]`, keys and values in turn, so that moving
     rows is one assignment. The memory is zeroed lazily by the operating system: what is not
     reached costs nothing.
 
     Attributes:
+        dtype: of what is stored: float32, or int8 where the graph has a scale for each channel.
         lengths: int64 [rows], the tokens that each slot holds.
         bindings: what the model bound to these buffers, by shape of call; dropped when they move.
     """
 
-    def __init__(self, shapes: Sequence[tuple[int, int]], rows: int, capacity: int) -> None:
+    def __init__(
+        self,
+        shapes: Sequence[tuple[int, int]],
+        rows: int,
+        capacity: int,
+        dtype: str = "float32",
+    ) -> None:
         self.shapes = tuple(shapes)
+        self.dtype = np.dtype(dtype)
         self.rows = rows
         self.capacity = capacity
         self.lengths = np.zeros(rows, np.int64)
@@ -38,13 +46,15 @@ class Cache:
         }
         self._buffers = self._allocate()
 
-    def _allocate(self) -> dict[tuple[int, int], NDArray[np.float32]]:
+    def _allocate(self) -> dict[tuple[int, int], NDArray[Any]]:
         return {
-            (heads, dim): np.zeros((2 * len(layers), self.rows, heads, self.capacity, dim), "f4")
+            (heads, dim): np.zeros(
+                (2 * len(layers), self.rows, heads, self.capacity, dim), self.dtype
+            )
             for (heads, dim), layers in self._layers.items()
         }
 
-    def slots(self, first: int, rows: int) -> Iterator[NDArray[np.float32]]:
+    def slots(self, first: int, rows: int) -> Iterator[NDArray[Any]]:
         """Views `[rows, kv_heads, capacity, head_dim]` of each layer's key and value, in order."""
         places = {
             layer: (shape, 2 * place)

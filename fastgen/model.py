@@ -28,6 +28,8 @@ GRAPH = "model.onnx"
 INFO = "fastgen.json"
 SAMPLE, PAGE = 2**20, 4096  # bytes of a file that are hashed, and of a piece of a longer one
 KEPT_BINDINGS = 16  # shapes of call that stay bound to a cache
+# How keys and values can be stored: numpy's name, and what the graph's inputs are then.
+CACHE_DTYPES = {"float32": "tensor(float)", "int8": "tensor(int8)"}
 
 
 class ModelError(ValueError):
@@ -46,6 +48,7 @@ class ModelInfo:
         hard_limit: whether it cannot compute a position beyond them (learned positions).
         layers: (kv_heads, head_dim) of each layer.
         files: size in bytes of every file of the directory.
+        cache_dtype: of the stored keys and values, "float32" or "int8".
     """
 
     precision: str
@@ -55,6 +58,14 @@ class ModelInfo:
     hard_limit: bool
     layers: tuple[tuple[int, int], ...]
     files: dict[str, int]
+    cache_dtype: str = "float32"
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of the keys and values of one token."""
+        return (
+            sum(2 * heads * dim for heads, dim in self.layers) * np.dtype(self.cache_dtype).itemsize
+        )
 
     @staticmethod
     def read(directory: Path) -> ModelInfo:
@@ -92,9 +103,15 @@ class ModelInfo:
                 hard_limit=found["hard_limit"],
                 layers=tuple((heads, dim) for heads, dim in found["layers"]),
                 files=found["files"],
+                cache_dtype=found.get("cache_dtype", "float32"),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ModelError(f"{path} is damaged: {error!r}") from error
+        if info.cache_dtype not in CACHE_DTYPES:
+            raise ModelError(
+                f"{path} has keys and values in {info.cache_dtype}, this fastgen stores "
+                f"{' or '.join(CACHE_DTYPES)}: use a newer one"
+            )
         for name, size in info.files.items():
             actual = (directory / name).stat().st_size if (directory / name).is_file() else None
             if actual is None:
@@ -148,6 +165,13 @@ class Model:
                     f"{self.directory / GRAPH} has {len(names)} {what}, expected {len(expected)}; "
                     f"the difference: {', '.join(odd[:6])}"
                 )
+        kinds = {value.type for value in self.session.get_inputs() if value.name in past}
+        expected_kind = CACHE_DTYPES[self.info.cache_dtype]
+        if kinds != {expected_kind}:
+            raise ModelError(
+                f"{self.directory / GRAPH} takes keys and values as {', '.join(sorted(kinds))}, "
+                f"expected {expected_kind}"
+            )
         self.past_names, self.present_names = past, present
 
     @functools.cached_property
@@ -171,7 +195,7 @@ class Model:
 
     def new_cache(self, rows: int, capacity: int) -> Cache:
         """An empty cache for `rows` rows of up to `capacity` tokens."""
-        return Cache(self.info.layers, rows, capacity)
+        return Cache(self.info.layers, rows, capacity, self.info.cache_dtype)
 
     def forward(
         self,

@@ -15,7 +15,11 @@ def table(report: dict[str, Any]) -> str:
     Args:
         report: the content of `report.json`.
     """
-    found = {"fp32": report.get("fp32", report)} | {report["precision"]: report}
+    found = {"fp32": report.get("fp32", report)}
+    if "cache" in report:
+        found[f"{report['cache_precision']} cache"] = report["cache"]
+    if report["precision"] != "fp32":
+        found[report["precision"]] = report
     columns = [_column(one) for one in found.values()]
     names = list(dict.fromkeys(name for column in columns for name in column))
     lines = [["", *found]] + [[name, *(c.get(name, "") for c in columns)] for name in names]

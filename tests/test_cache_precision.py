@@ -1,0 +1,334 @@
+"""Keys and values in int8: near float32, on every search, at every position, and told of."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import onnx_ir
+import pytest
+import tiny
+import torch
+from fastgen.export import Mismatch, bundle, cache, calibrate, export, graph, pipeline
+from fastgen.export.check import Tolerance
+
+import fastgen
+from fastgen import __main__, hub
+from fastgen.batch import CHUNK
+from fastgen.cache import Cache
+from fastgen.model import GRAPH, INFO, Model
+from fastgen.softmax import log_softmax
+
+LOOSE = Tolerance(max_difference=1.0, kl=0.02, top1=0.9, greedy=False)
+
+
+@pytest.fixture(scope="module")
+def exported(pair, tmp_path_factory):
+    """`exported(kind)`: a tiny model's export with float32 keys and values, and one with int8."""
+    made: dict[str, tuple[fastgen.CausalLM, fastgen.CausalLM]] = {}
+
+    def make(kind: str) -> tuple[fastgen.CausalLM, fastgen.CausalLM]:
+        if kind not in made:
+            reference, plain = pair(kind)
+            path = tmp_path_factory.mktemp("int8") / kind
+            export(
+                reference, path, tokenizer=tiny.tokenizer(), cache_precision="int8",
+                tolerance=LOOSE, progress=None,
+            )  # fmt: skip
+            made[kind] = plain, fastgen.load(path)
+        return made[kind]
+
+    return make
+
+
+@pytest.fixture(params=["gpt2", "llama", "gemma2"])
+def both(request, exported):
+    """Learned positions; a rotation and shared heads; softcap and windows."""
+    return exported(request.param)
+
+
+def rows_of(*lengths: int) -> list[np.ndarray]:
+    random = np.random.default_rng(lengths)
+    return [random.integers(3, tiny.VOCAB, length) for length in lengths]
+
+
+def logits(model: Model, rows: list[np.ndarray], chunk: int = 1000) -> list[np.ndarray]:
+    """float32 [length, vocab] of each of ragged rows, fed by `chunk` tokens."""
+    held = model.new_cache(len(rows), 2 * max(len(row) for row in rows))
+    parts: list[list[np.ndarray]] = [[] for _ in rows]
+    for at in range(0, max(len(row) for row in rows), chunk):
+        new = [row[at : at + chunk] for row in rows]
+        positions = np.broadcast_to(np.arange(max(map(len, new))), (len(rows), max(map(len, new))))
+        positions = np.minimum(positions, np.maximum([[len(ids) - 1] for ids in new], 0))
+        out = model.forward(new, held, logits_positions=positions)
+        for part, ids, mine in zip(parts, new, out, strict=True):
+            part.append(mine[: len(ids)].copy())
+    return [np.concatenate(part) for part in parts]
+
+
+def apart(one: list[np.ndarray], two: list[np.ndarray]) -> float:
+    """The largest difference, as a share of the largest logit."""
+    scale = max(float(np.abs(array).max()) for array in one)
+    return max(float(np.abs(a - b).max()) for a, b in zip(one, two, strict=True)) / scale
+
+
+def test_keys_and_values_take_a_quarter(both):
+    plain, model = both
+    assert model.model.info.cache_dtype == "int8"
+    assert 4 * model.model.info.cache_bytes == plain.model.info.cache_bytes
+    assert {view.dtype for view in model.model.new_cache(2, 8).slots(0, 2)} == {np.dtype("int8")}
+    assert {view.dtype for view in plain.model.new_cache(2, 8).slots(0, 2)} == {np.dtype("f4")}
+
+
+def test_logits_are_near_those_of_float32_keys_and_values(both):
+    plain, model = both
+    rows = rows_of(90, 17, 41)
+    assert 0 < apart(logits(plain.model, rows), logits(model.model, rows)) < 0.05
+
+
+def test_a_row_does_not_feel_its_neighbours_nor_its_chunks(both):
+    """Products of several rows round otherwise, and a code may fall on its other side: no more."""
+    _, model = both
+    rows = rows_of(90, 17, 41)
+    together = logits(model.model, rows)
+    assert apart(together, [logits(model.model, [row])[0] for row in rows]) < 0.01
+    assert apart(together, logits(model.model, rows, chunk=7)) < 0.01
+    assert apart(together[1:2], [logits(model.model, rows[1:2], chunk=1)[0]]) < 0.01
+
+
+def test_generation_is_that_of_float32_but_for_near_ties(both):
+    plain, model = both
+    prompts = [row.tolist() for row in rows_of(30, 5, 12)]
+    for knobs in ({}, {"num_beams": 3}):
+        settings = {"max_new_tokens": 8, "eos_token_id": None, **knobs}
+        expected = np.array(plain.generate(prompts, **settings))
+        found = np.array(model.generate(prompts, **settings))
+        assert expected.shape == found.shape
+        until_parted = np.logical_and.accumulate(expected == found, axis=1)[:, -8:]
+        assert until_parted.mean() > 0.8, knobs
+
+
+def test_rows_beams_and_guesses_agree_with_each_other(exported):
+    _, model = exported("llama")
+    prompts = [row.tolist() for row in rows_of(30, 5, 12)]
+    knobs = {"max_new_tokens": 12, "eos_token_id": None}
+    together = model.generate(prompts, **knobs)
+    for prompt, row in zip(prompts, together, strict=True):
+        assert model.generate([prompt], **knobs)[0] == row[-len(prompt) - 12 :]
+    assert model.generate(prompts, prompt_lookup_num_tokens=3, **knobs) == together
+    assert model.generate(prompts, assistant_model=model, **knobs) == together
+    beams = {"num_beams": 3, **knobs}
+    alone = [model.generate([prompt], **beams)[0] for prompt in prompts]
+    for prompt, row, one in zip(prompts, model.generate(prompts, **beams), alone, strict=True):
+        assert row[-len(prompt) - 12 :] == one
+
+
+def test_scores_are_near_those_of_float32(both):
+    plain, model = both
+    rows = [row.tolist() for row in rows_of(60, 20)]
+    for one, two in zip(plain.score(rows), model.score(rows), strict=True):
+        np.testing.assert_allclose(one[1:], two[1:], atol=0.15)
+
+
+def test_moving_rows_keeps_the_codes():
+    held = Cache([(2, 3), (1, 4)], rows=3, capacity=4, dtype="int8")
+    for number, view in enumerate(held.slots(0, 3)):
+        view[:] = np.arange(view.size).reshape(view.shape) % 100 - 50 + number
+    held.lengths[:] = 4, 3, 2
+    before = [view.copy() for view in held.slots(0, 3)]
+    held.take([2, 0, 0])
+    held.reserve(5, 9)
+    assert held.lengths.tolist() == [2, 4, 4, 0, 0]
+    for view, old in zip(held.slots(0, 3), before, strict=True):
+        assert view.dtype == np.int8
+        assert np.array_equal(view[0, :, :2], old[2, :, :2])
+        assert np.array_equal(view[2, :, :4], old[0])
+
+
+# --- scales ------------------------------------------------------------------------------------
+
+
+def test_scales_cover_what_was_seen_and_channels_that_were_silent():
+    found = cache.scales(np.array([[2.0, 0.0, 1.0], [0.5, 4.0, 0.1]], np.float32))
+    assert found.dtype == np.float32 and found.shape == (1, 2, 1, 3)
+    np.testing.assert_allclose(127 * found[0, :, 0] / cache.MARGIN, [[2, 4, 1], [0.5, 4, 0.1]])
+    assert (cache.scales(np.zeros((1, 2), np.float32)) > 0).all()
+
+
+@pytest.fixture(scope="module")
+def demo():
+    """The embedded demo model, its graph, and rows of its own language to calibrate and measure."""
+    model = fastgen.load()
+    info = model.model.info
+    text = calibrate.TEXT.read_text(encoding="utf-8")
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(hub.DEMO / "tokenizer.json"))
+    rows = calibrate.rows_of_text(text, tokenizer, info.vocab_size, info.max_length)
+    return model.model, *calibrate.halves(rows)
+
+
+def quantised_demo(demo, directory, limit: int) -> Model:
+    model, calibration, _ = demo
+    shutil.copytree(model.directory, directory)
+    loaded = onnx_ir.load(model.directory / GRAPH)
+    cache.quantize(loaded, cache.reach(loaded, calibration, limit))
+    graph.save(loaded, directory / GRAPH)
+    said = json.loads((directory / INFO).read_text())
+    bundle.seal(directory, said | {"cache_dtype": "int8"})
+    return Model(directory)
+
+
+def test_a_trained_model_hardly_changes_in_long_contexts(demo, tmp_path):
+    """Rows that calibrate from position 0 alone miss what rotations make of keys later on."""
+    model, _, evaluation = demo
+    limit = model.info.max_length
+    rows = cache.long_rows(evaluation, limit)[:3]
+    assert {len(row) for row in rows} == {limit}
+    expected = [log_softmax(one) for one in logits(model, rows, chunk=CHUNK)]
+
+    def kl(other: Model) -> float:
+        found = [log_softmax(one) for one in logits(other, rows, chunk=CHUNK)]
+        pairs = zip(expected, found, strict=True)
+        return float(np.mean([(np.exp(p) * (p - q)).sum(1).mean() for p, q in pairs]))
+
+    everywhere = kl(quantised_demo(demo, tmp_path / "everywhere", limit))
+    at_first = kl(quantised_demo(demo, tmp_path / "at first", calibrate.ROW))
+    assert everywhere < 4e-4
+    assert at_first > 5 * everywhere
+
+
+def test_a_position_changes_a_rotated_key_and_no_value(demo):
+    loaded = onnx_ir.load(demo[0].directory / GRAPH)
+    row = demo[1][0]
+    near = cache.reach(loaded, [row], len(row))
+    far = cache.reach(loaded, [row, row], 512)  # at 0 and at 384
+    for name in near:
+        if name.endswith("value"):
+            np.testing.assert_allclose(near[name], far[name], rtol=1e-4)
+        else:
+            assert (far[name] >= near[name]).all() and (far[name] > 1.05 * near[name]).any()
+
+
+def test_long_rows_join_short_ones():
+    rows = [np.arange(100) + 100 * i for i in range(25)]
+    joined = cache.long_rows(rows, None)
+    assert [len(row) for row in joined] == [cache.LONG] * 2
+    assert np.array_equal(np.concatenate(joined), np.arange(2 * cache.LONG))
+    assert [len(row) for row in cache.long_rows(rows[:3], 128)] == [128, 128]
+    assert [len(row) for row in cache.long_rows(rows[:1], 128)] == [100]
+
+
+# --- export ------------------------------------------------------------------------------------
+
+
+def test_the_report_says_what_the_cache_costs(both):
+    _, model = both
+    report = json.loads((model.directory / "report.json").read_text())
+    assert (report["precision"], report["cache_precision"]) == ("fp32", "int8")
+    assert report["fp32"]["greedy"]["same"] == report["fp32"]["greedy"]["tokens"]
+    assert report["mismatch"] == report["fp32"]["mismatch"] == []
+    quality = report["cache"]["quality"]
+    assert quality == report["quality"]
+    assert 0 < quality["kl"] < 0.02 and quality["top1"] > 0.9 and quality["tokens"] > 200
+    assert [step["step"] for step in report["steps"]][5:] == [
+        "quantise keys and values", "int8 cache logits compared",
+        "int8 cache greedy text compared", "int8 cache text compared",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_with_quantised_weights(exported, pair, precision, tmp_path):
+    reference, _ = pair("llama")
+    loose = dataclasses.replace(LOOSE, kl=0.3, top1=0.5)
+    path = export(
+        reference, tmp_path / "out", tokenizer=tiny.tokenizer(), precision=precision,
+        cache_precision="int8", tolerance=loose, progress=None,
+    )  # fmt: skip
+    report = json.loads((path / "report.json").read_text())
+    assert report["precision"] == precision and report["cache_precision"] == "int8"
+    assert report["quality"] != report["cache"]["quality"]
+    assert report["matrices"] and report["steps"][-1]["step"] == f"{precision} text compared"
+    model = fastgen.load(path)
+    assert model.model.info.cache_dtype == "int8"
+    rows = rows_of(40, 9)
+    share = {"int8": 0.05, "int4": 0.5}[precision]
+    expected = []
+    with torch.no_grad():
+        for row in rows:
+            expected.append(reference(torch.from_numpy(row)[None]).logits[0].numpy())
+    assert apart(expected, logits(model.model, rows)) < share
+
+
+def test_a_cache_beyond_the_tolerance_is_refused(pair, tmp_path):
+    strict = dataclasses.replace(LOOSE, kl=1e-12)
+    with pytest.raises(Mismatch, match="KL divergence"):
+        export(
+            pair("gpt2")[0], tmp_path / "out", cache_precision="int8", tolerance=strict,
+            progress=None,
+        )  # fmt: skip
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_cache_precision_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="cache_precision must be one of fp32, int8, got 'int4'"):
+        export(tiny.build("gpt2"), tmp_path / "out", cache_precision="int4", progress=None)
+
+
+def test_the_tolerance_is_that_of_the_coarser():
+    usual = pipeline.TOLERANCES
+    assert pipeline.tolerance("fp32", None, None) == usual["fp32"]
+    assert pipeline.tolerance("fp32", None, None, "int8") == usual["int8"]
+    assert pipeline.tolerance("int4", None, None, "int8") == usual["int4"]
+    bound = pipeline.tolerance("fp32", 0.5, None, "int8")
+    assert bound == dataclasses.replace(usual["int8"], kl=0.5)
+    assert pipeline.tolerance("fp32", None, None, "int3") is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"), [([], "some-fp32"), (["--cache-precision", "int8"], "some-fp32-kv-int8")]
+)
+def test_the_flag_of_the_command_line(monkeypatch, flags, name):
+    seen = {}
+    monkeypatch.setattr(
+        pipeline, "export", lambda model, out, **knobs: seen.update(knobs, out=str(out))
+    )
+    __main__.cli.main(["export", "org/some", *flags], standalone_mode=False)
+    assert seen["out"] == name and seen["cache_precision"] == (flags or ["", "fp32"])[1]
+
+
+def test_info_says_how_keys_and_values_are_stored(exported, capsys):
+    for model, words in zip(
+        exported("gpt2"), ("float32, 512 bytes", "int8, 128 bytes"), strict=True
+    ):
+        __main__.cli.main(["info", str(model.directory)], standalone_mode=False)
+        assert f"{words} a token" in capsys.readouterr().out
+
+
+# --- fastgen.json ------------------------------------------------------------------------------
+
+
+def changed(directory, to, **said):
+    shutil.copytree(directory, to)
+    kept = json.loads((to / INFO).read_text()) | said
+    (to / INFO).write_text(json.dumps({k: v for k, v in kept.items() if v is not None}))
+    return to
+
+
+def test_a_directory_that_does_not_say_holds_float32(exported, tmp_path):
+    plain, _ = exported("gpt2")
+    old = fastgen.load(changed(plain.directory, tmp_path / "old", cache_dtype=None))
+    assert old.model.info.cache_dtype == "float32"
+    assert old.generate([5, 6], max_new_tokens=2) == plain.generate([5, 6], max_new_tokens=2)
+
+
+def test_a_kind_of_cache_that_this_version_does_not_know(exported, tmp_path):
+    plain, model = exported("gpt2")
+    new = changed(plain.directory, tmp_path / "new", cache_dtype="int2")
+    with pytest.raises(fastgen.ModelError, match="in int2, this fastgen stores float32 or int8"):
+        fastgen.load(new)
+    wrong = changed(model.directory, tmp_path / "wrong", cache_dtype="float32")
+    with pytest.raises(fastgen.ModelError, match=r"as tensor\(int8\), expected tensor\(float\)"):
+        fastgen.load(wrong)
