@@ -1,6 +1,6 @@
 """What a long context costs: a chunk of a prompt and a step after it, by precision of the cache.
 
-    python bench/context.py --shape smollm-135m --past 1800 --cache-precision fp32 int8
+    python bench/context.py --shape smollm-135m --past 1800
 
 Every model runs the same tokens in interleaved rounds, each of one chunk and some steps after the
 same past, which is then taken back. The tables give medians over the rounds.
@@ -20,6 +20,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     shapes.add_arguments(parser)
     parser.add_argument("--precision", nargs="+", default=["fp32"])
+    parser.add_argument("--cache-precision", nargs="+", default=["fp32", "int8"])
     parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--past", type=int, default=1800, help="tokens held before what is timed")
     parser.add_argument("--chunk", type=int, default=128, help="tokens of a prompt, of one row")

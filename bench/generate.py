@@ -35,6 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     shapes.add_arguments(parser)
     parser.add_argument("--precision", nargs="+", default=["fp32"])
+    parser.add_argument("--cache-precision", nargs="+", default=["fp32"], help="fp32 int8")
     parser.add_argument("--rows", nargs="*", type=int, default=[1, 4])
     parser.add_argument("--beams", nargs="*", type=int, default=[])
     parser.add_argument("--prefill", nargs="*", type=int, default=[])

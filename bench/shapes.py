@@ -68,9 +68,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", choices=SHAPES, default="distilgpt2")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds; medians count")
-    parser.add_argument(
-        "--cache-precision", nargs="+", default=["fp32"], help="of keys and values: fp32 int8"
-    )
     parser.add_argument("--keep", type=Path, help="keep exported models here, and use those there")
 
 

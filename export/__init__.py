@@ -4,6 +4,7 @@ pipeline    the export, step by step          source     hub, directory or objec
 attention   what attention becomes            graph      model -> graph
 trim        rewriting rules                   check      whether both say the same
 bundle      the model directory               demo       trains the embedded demo model
+recipe      weights in int8 and int4          cache      keys and values in int8
 """
 
 from fastgen.export.attention import UnsupportedModel

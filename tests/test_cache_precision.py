@@ -34,8 +34,8 @@ def exported(pair, tmp_path_factory):
             reference, plain = pair(kind)
             path = tmp_path_factory.mktemp("int8") / kind
             export(
-                reference, path, tokenizer=tiny.tokenizer(), cache_precision="int8",
-                tolerance=LOOSE, progress=None,
+                reference, path, tokenizer=tiny.tokenizer(), precision="fp32",
+                cache_precision="int8", tolerance=LOOSE, progress=None,
             )  # fmt: skip
             made[kind] = plain, fastgen.load(path)
         return made[kind]
@@ -250,7 +250,7 @@ def test_with_quantised_weights(exported, pair, precision, tmp_path):
     report = json.loads((path / "report.json").read_text())
     assert report["precision"] == precision and report["cache_precision"] == "int8"
     assert report["quality"] != report["cache"]["quality"]
-    assert report["matrices"] and report["steps"][-1]["step"] == f"{precision} text compared"
+    assert report["matrices"] and report["steps"][-2]["step"] == f"{precision} text compared"
     model = fastgen.load(path)
     assert model.model.info.cache_dtype == "int8"
     rows = rows_of(40, 9)
@@ -266,8 +266,8 @@ def test_a_cache_beyond_the_tolerance_is_refused(pair, tmp_path):
     strict = dataclasses.replace(LOOSE, kl=1e-12)
     with pytest.raises(Mismatch, match="KL divergence"):
         export(
-            pair("gpt2")[0], tmp_path / "out", cache_precision="int8", tolerance=strict,
-            progress=None,
+            pair("gpt2")[0], tmp_path / "out", precision="fp32", cache_precision="int8",
+            tolerance=strict, progress=None,
         )  # fmt: skip
     assert not list(tmp_path.iterdir())
 
@@ -288,13 +288,16 @@ def test_the_tolerance_is_that_of_the_coarser():
 
 
 @pytest.mark.parametrize(
-    ("flags", "name"), [([], "some-fp32"), (["--cache-precision", "int8"], "some-fp32-kv-int8")]
+    ("flags", "name"), [([], "some-int8"), (["--cache-precision", "int8"], "some-int8-kv-int8")]
 )
-def test_the_flag_of_the_command_line(monkeypatch, flags, name):
+def test_the_flag_of_the_command_line(monkeypatch, pair, flags, name):
     seen = {}
-    monkeypatch.setattr(
-        pipeline, "export", lambda model, out, **knobs: seen.update(knobs, out=str(out))
-    )
+
+    def made(model, out, **knobs):
+        seen.update(knobs, out=str(out))
+        return pair("gpt2")[1].directory
+
+    monkeypatch.setattr(pipeline, "export", made)
     __main__.cli.main(["export", "org/some", *flags], standalone_mode=False)
     assert seen["out"] == name and seen["cache_precision"] == (flags or ["", "fp32"])[1]
 
