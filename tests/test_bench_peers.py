@@ -100,6 +100,8 @@ LINES: list[dict[str, Any]] = [
         ]
         for turn, drift in enumerate([1.0, 2.0, 1.0], 1)
     ),
+    {"kind": "check", "shape": "tiny", "engine": "ours", "precision": "int8", "equal": 0.5,
+     "equal_first": 0.875},
     {"kind": "absent", "shape": "tiny", "engine": "llama", "precision": "int4", "case": "*",
      "reason": "cannot be installed"},
     {"kind": "cold", "shape": "tiny", "engine": "ours", "precision": "int8", "round": 1,
@@ -117,6 +119,7 @@ def test_tables_show_medians_ratios_and_reasons() -> None:
     assert "| fastgen int8 | **12.5** (8.00) |" in text
     assert "| 16 -> 64 | 2.00 (CTranslate2) | - | - |" in text
     assert "| fastgen int8 | 0.25 | 145 | 200 | 180 |" in text
+    assert "that are transformers': fastgen int8 88%" in text
     assert "- llama.cpp Q4_0: cannot be installed" in text
     assert "- CTranslate2 float32, greedy-16: 50.0% of transformers' tokens" in text
 

@@ -1,0 +1,261 @@
+"""How fast the engines generate on a CPU, interleaved in one run: fastgen beside its peers.
+
+    python bench/peers --home DIR --json results.jsonl --picture results.png
+    python bench/peers --engines transformers_eager ct2 ours --cases greedy-16 'beams-*' --rounds 3
+    python bench/peers --report results.jsonl --picture results.png
+
+Run it with the Python that has fastgen's `export` extra. Each engine gets an environment of its own
+from `requirements/`, and each model is converted once; `--home` keeps both for the next run. An
+engine that cannot be installed is left out, and said so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import shapes  # noqa: E402
+
+from peers import cases, report  # noqa: E402
+from peers.engines import BASE, NAMES, adapter  # noqa: E402
+from peers.home import CHECKOUT, Home, Unavailable  # noqa: E402
+from peers.workers import Failed, Worker  # noqa: E402
+
+PRECISIONS = ("fp32", "int8", "int4")
+COLD_STARTS = 3
+FIRST_TOKENS = 32  # prompts of the check
+
+
+class Lines:
+    """What was measured, line by line; each is written as soon as it is known."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.all: list[dict[str, Any]] = []
+        self.file = path.open("w") if path else None
+
+    def add(self, kind: str, **values: Any) -> None:
+        """Keep a line, and write it."""
+        line = {"kind": kind, **values}
+        self.all.append(line)
+        if self.file:
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+
+    def absent(self, shape: str, worker: tuple[str, str], case: str, reason: object) -> None:
+        """A cell without a number, and why."""
+        name, precision = worker
+        self.add(
+            "absent", shape=shape, engine=name, precision=precision, case=case, reason=str(reason)
+        )
+
+
+def main() -> None:
+    args = arguments()
+    if args.report:
+        lines = [json.loads(line) for path in args.report for line in path.open()]
+    else:
+        lines = measure(args)
+    print(report.markdown(lines))
+    if args.picture:
+        report.picture(lines, args.picture)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python bench/peers",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--engines", nargs="+", choices=NAMES, default=NAMES, metavar="ENGINE",
+                        help=f"of {', '.join(NAMES)}")  # fmt: skip
+    parser.add_argument("--shapes", nargs="+", choices=shapes.SHAPES, default=[*shapes.SHAPES])
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS)
+    parser.add_argument("--cases", nargs="+", default=["*"], metavar="PATTERN",
+                        help=f"of {', '.join([*cases.CASES, cases.COLD])}")  # fmt: skip
+    parser.add_argument("--rounds", type=int, default=5, help="after one that warms up")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--home", type=Path, default=os.environ.get("FASTGEN_BENCH_HOME"),
+                        help="keeps environments and models; else temporary")  # fmt: skip
+    parser.add_argument("--json", type=Path, help="write what was measured, as JSON lines")
+    parser.add_argument("--picture", type=Path, help="draw a PNG; needs matplotlib")
+    parser.add_argument("--report", type=Path, nargs="+", help="measure nothing: read such files")
+    args = parser.parse_args()
+    try:
+        args.cases = cases.chosen(args.cases)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Run everything that was asked for."""
+    lines = Lines(args.json)
+    with contextlib.ExitStack() as stack:
+        path = args.home or stack.enter_context(tempfile.TemporaryDirectory())
+        home = Home(Path(path))
+        lines.add("machine", text=shapes.machine(args.threads), commit=commit(), rounds=args.rounds)
+        for shape in args.shapes:
+            workers = list(ready(args, home, shape, lines))
+            try:
+                check(shape, workers, lines)
+                for name in args.cases:
+                    if name == cases.COLD:
+                        cold(shape, workers, lines)
+                    else:
+                        run(shape, cases.CASES[name], workers, args.rounds, lines)
+            finally:
+                for worker in workers:
+                    worker.stop()
+        for name in args.engines:
+            with contextlib.suppress(Unavailable):
+                size = home.megabytes(adapter(name).environment or name)
+                lines.add("installed", engine=name, megabytes=size)
+    return lines.all
+
+
+def ready(args: argparse.Namespace, home: Home, shape: str, lines: Lines) -> Iterator[Worker]:
+    """The workers of a shape, with all that they need made; says which cannot be had."""
+    for name in args.engines:
+        for precision in args.precisions:
+            if precision not in adapter(name).precisions:
+                continue
+            try:
+                yield Worker.of(home, shape, name, precision, args.threads)
+            except Unavailable as error:
+                lines.absent(shape, (name, precision), "*", error)
+
+
+def check(shape: str, workers: list[Worker], lines: Lines) -> None:
+    """Load every worker and compare its tokens with transformers'; drops those that fail.
+
+    After the first token that differs a text goes its own way, so quantised models are judged by
+    the first tokens of many prompts.
+    """
+    text = cases.prompts(cases.TEXT, vocabulary(shape), 0)
+    starts = [cases.prompts(cases.FIRST, vocabulary(shape), turn) for turn in range(FIRST_TOKENS)]
+    expected = None
+    for worker in list(workers):
+        try:
+            ids = worker.generate(cases.TEXT, text)["ids"]
+            first = [worker.generate(cases.FIRST, start)["ids"][0] for start in starts]
+        except Failed as error:
+            progress(f"{shape} {worker.name} {worker.precision}: {error}")
+            lines.absent(shape, (worker.name, worker.precision), "*", error)
+            worker.stop()
+            workers.remove(worker)
+            continue
+        if worker.name == BASE:
+            expected = ids, first
+        shares = expected and (agreement(ids, expected[0]), agreement(first, expected[1]))
+        same, same_first = shares or (None, None)
+        lines.add(
+            "check", shape=shape, engine=worker.name, precision=worker.precision,
+            equal=same, equal_first=same_first,
+        )  # fmt: skip
+        found = f"{same:.0%} of a text, {same_first:.0%} of first tokens" if shares else "loaded"
+        progress(f"{shape} {worker.name} {worker.precision}: {found}")
+
+
+def run(shape: str, case: cases.Case, workers: list[Worker], rounds: int, lines: Lines) -> None:
+    """Time a case: each round asks every worker in turn, with the same new prompts."""
+    able = []
+    for worker in workers:
+        reason = worker.engine.refuses(
+            shape, worker.precision, len(case.lengths), case.ragged, case.beams
+        )
+        if reason:
+            lines.absent(shape, (worker.name, worker.precision), case.name, reason)
+        else:
+            able.append(worker)
+    for turn in range(rounds + 1):  # the first warms up
+        progress(f"{shape} {case.name} round {turn}/{rounds}")
+        prompts = cases.prompts(case, vocabulary(shape), turn)
+        expected = None
+        for worker in list(able):
+            try:
+                answer = worker.generate(case, prompts)
+            except Failed as error:
+                progress(f"{shape} {case.name} {worker.name} {worker.precision}: {error}")
+                lines.absent(shape, (worker.name, worker.precision), case.name, error)
+                able.remove(worker)
+                continue
+            if worker.name == BASE:
+                expected = answer["ids"]
+            if turn:
+                lines.add(
+                    "time", shape=shape, engine=worker.name, precision=worker.precision,
+                    case=case.name, round=turn, seconds=answer["seconds"],
+                    tokens=case.new * len(case.lengths),
+                    equal=agreement(answer["ids"], expected), spun=answer["spun"],
+                )  # fmt: skip
+
+
+def cold(shape: str, workers: list[Worker], lines: Lines) -> None:
+    """Time new processes up to a first token, and see what they hold after more tokens."""
+    for worker in workers:
+        worker.stop()
+    failed = set()
+    for turn in range(1, COLD_STARTS + 1):
+        progress(f"{shape} cold start {turn}/{COLD_STARTS}")
+        for place, worker in enumerate(workers):
+            if place in failed:
+                continue
+            try:
+                seconds = worker.cold(
+                    cases.FIRST, cases.prompts(cases.FIRST, vocabulary(shape), turn)
+                )
+                worker.generate(cases.AFTER, cases.prompts(cases.AFTER, vocabulary(shape), turn))
+                held = worker.ask(do="memory")
+            except Failed as error:
+                lines.absent(shape, (worker.name, worker.precision), cases.COLD, error)
+                failed.add(place)
+                continue
+            finally:
+                worker.stop()
+            lines.add(
+                "cold", shape=shape, engine=worker.name, precision=worker.precision, round=turn,
+                seconds=seconds, **held,
+            )  # fmt: skip
+
+
+def agreement(ids: list[list[int]], expected: list[list[int]] | None) -> float | None:
+    """The share of tokens that are those of transformers; None if it does not run."""
+    if expected is None:
+        return None
+    pairs = [
+        pair
+        for row, want in zip(ids, expected, strict=True)
+        for pair in zip(row, want, strict=True)
+    ]
+    return sum(a == b for a, b in pairs) / len(pairs)
+
+
+def vocabulary(shape: str) -> int:
+    kind, settings = shapes.SHAPES[shape]
+    return settings.get("vocab_size", {"gpt2": 50257}.get(kind))
+
+
+def commit() -> str:
+    """The checkout's commit, with a plus if files differ from it."""
+    command = ["git", "-C", str(CHECKOUT), "describe", "--always", "--dirty=+"]
+    with contextlib.suppress(OSError):
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return ""
+
+
+def progress(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

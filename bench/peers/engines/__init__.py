@@ -1,0 +1,75 @@
+"""One file an engine: how it converts the model, loads it and generates.
+
+The driver imports these files to know what an engine can do; workers import them inside the
+engine's own environment. So they import their engine late.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any, ClassVar
+
+NAMES = (
+    "transformers_eager",
+    "transformers_compiled",
+    "optimum_onnx",
+    "ort_genai",
+    "ct2",
+    "openvino_llm",
+    "llama",
+    "ours",
+)
+BASE = NAMES[0]  # what the others are compared with
+
+
+class Engine:
+    """What an adapter has. Lengths are forced: no end-of-text token ends a row.
+
+    Attributes:
+        title: the engine's name in tables.
+        precisions: those of fp32, int8 and int4 that it has, with its own name for each.
+        environment: its requirements file, by default its own name.
+        converter: the requirements file of the environment that `prepare` runs in; None is the
+            environment of the driver.
+        build: environment variables of `pip install`.
+        note: what a reader of the numbers should know.
+    """
+
+    title: ClassVar[str]
+    precisions: ClassVar[dict[str, str]]
+    environment: ClassVar[str] = ""
+    converter: ClassVar[str | None] = None
+    build: ClassVar[dict[str, str]] = {}
+    note: ClassVar[str] = ""
+
+    @classmethod
+    def refuses(cls, shape: str, precision: str, rows: int, ragged: bool, beams: int) -> str:
+        """Why it cannot do a case; an empty string if it can."""
+        return ""
+
+    @staticmethod
+    def prepare(source: Path, target: Path, precision: str) -> None:
+        """Convert the transformers model of `source` into the directory `target`, once."""
+
+    def load(self, directory: Path, precision: str, threads: int) -> None:
+        """Load what `prepare` made. (Named precisions are `fp32`, `int8` and `int4`.)"""
+        raise NotImplementedError
+
+    def generate(self, prompts: list[list[int]], new: int, beams: int) -> list[list[int]]:
+        """Exactly `new` ids for each prompt, greedy or by beam search."""
+        raise NotImplementedError
+
+
+def adapter(name: str) -> type[Engine]:
+    """The adapter class of an engine."""
+    module: Any = importlib.import_module(f"peers.engines.{name}")
+    return module.Adapter
+
+
+def left_padded(prompts: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
+    """Ids and mask of ragged prompts, padded on the left."""
+    width = max(map(len, prompts))
+    ids = [[0] * (width - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return ids, mask

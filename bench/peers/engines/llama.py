@@ -1,0 +1,168 @@
+"""llama.cpp through llama-cpp-python's plain bindings: its high-level class has no batches."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, ClassVar
+
+from peers.engines import Engine
+
+POSITIONS = 1024  # of a row's cache
+
+
+class Adapter(Engine):
+    title = "llama.cpp"
+    precisions: ClassVar = {"fp32": "F32", "int8": "Q8_0", "int4": "Q4_0"}
+    converter = "llama-convert"
+    build: ClassVar = {"CMAKE_ARGS": "-DGGML_NATIVE=ON", "CMAKE_BUILD_PARALLEL_LEVEL": "2"}
+    note = "greedy through the C API, logits compared in numpy; built from source for this machine"
+    model: Any
+    cache_type: int
+    threads: int
+    contexts: dict[int, Any]
+
+    @classmethod
+    def refuses(cls, shape: str, precision: str, rows: int, ragged: bool, beams: int) -> str:
+        return "has no beam search" if beams > 1 else ""
+
+    @staticmethod
+    def prepare(source: Path, target: Path, precision: str) -> None:
+        import llama_cpp
+
+        full = target / "full.gguf"
+        write_gguf(source, full)
+        if precision == "fp32":
+            full.rename(target / "model.gguf")
+            return
+        settings = llama_cpp.llama_model_quantize_default_params()
+        settings.ftype = {"int8": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0,
+                          "int4": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0}[precision]  # fmt: skip
+        model = str(target / "model.gguf").encode()
+        failed = llama_cpp.llama_model_quantize(str(full).encode(), model, settings)
+        full.unlink()
+        if failed:
+            raise RuntimeError(f"llama_model_quantize gave {failed}")
+
+    def load(self, directory: Path, precision: str, threads: int) -> None:
+        import llama_cpp
+
+        llama_cpp.llama_backend_init()
+        path = str(directory / "model.gguf").encode()
+        settings = llama_cpp.llama_model_default_params()
+        self.model = llama_cpp.llama_model_load_from_file(path, settings)
+        if not self.model:
+            raise RuntimeError(f"llama.cpp cannot load {directory}")
+        exact = precision == "fp32"
+        self.cache_type = llama_cpp.GGML_TYPE_F32 if exact else llama_cpp.GGML_TYPE_F16
+        self.threads = threads
+        self.contexts = {}
+
+    def context(self, rows: int) -> Any:
+        """A context for that many rows, kept: one sized for 8 rows is slower for one."""
+        import llama_cpp
+
+        if rows not in self.contexts:
+            settings = llama_cpp.llama_context_default_params()
+            settings.n_ctx = POSITIONS * rows
+            settings.n_seq_max = rows
+            settings.n_threads = settings.n_threads_batch = self.threads
+            settings.type_k = settings.type_v = self.cache_type
+            self.contexts[rows] = llama_cpp.llama_init_from_model(self.model, settings)
+        return self.contexts[rows]
+
+    def generate(self, prompts: list[list[int]], new: int, beams: int) -> list[list[int]]:
+        import llama_cpp
+        import numpy as np
+
+        context = self.context(len(prompts))
+        vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+        batch = llama_cpp.llama_batch_init(sum(map(len, prompts)), 0, 1)
+        lengths = [0] * len(prompts)
+        ids: list[list[int]] = [[] for _ in prompts]
+        fresh = prompts
+        for _ in range(new):
+            last = fill(batch, fresh, lengths)
+            if code := llama_cpp.llama_decode(context, batch):
+                raise RuntimeError(f"llama_decode gave {code}")
+            for row, place in enumerate(last):
+                logits = llama_cpp.llama_get_logits_ith(context, place)
+                ids[row].append(int(np.ctypeslib.as_array(logits, (vocab,)).argmax()))
+            fresh = [row[-1:] for row in ids]
+        llama_cpp.llama_batch_free(batch)
+        return ids
+
+
+def fill(batch: Any, fresh: list[list[int]], lengths: list[int]) -> list[int]:
+    """Put the new tokens of every row into the batch; the places of each row's last one."""
+    place, last = 0, []
+    for row, tokens in enumerate(fresh):
+        for token in tokens:
+            batch.token[place] = token
+            batch.pos[place] = lengths[row]
+            batch.n_seq_id[place] = 1
+            batch.seq_id[place][0] = row
+            batch.logits[place] = 0
+            lengths[row] += 1
+            place += 1
+        batch.logits[place - 1] = 1
+        last.append(place - 1)
+    batch.n_tokens = place
+    return last
+
+
+def write_gguf(source: Path, path: Path) -> None:
+    """A transformers model of the two shapes as GGUF, with llama.cpp's names and no vocabulary.
+
+    llama.cpp's own converter knows tokenizers by a list of hashes, and refuses others.
+    """
+    import gguf
+    import numpy as np
+    from safetensors.numpy import load_file
+
+    config = json.loads((source / "config.json").read_text())
+    kind = config["model_type"]
+    arch = {"gpt2": gguf.MODEL_ARCH.GPT2, "llama": gguf.MODEL_ARCH.LLAMA}[kind]
+    layers = config["n_layer"] if kind == "gpt2" else config["num_hidden_layers"]
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
+    describe(writer, config, layers)
+    names = gguf.get_tensor_name_map(arch, layers)
+    for name, tensor in load_file(source / "model.safetensors").items():
+        if kind == "gpt2" and name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
+            tensor = tensor.T
+        for part, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
+            if part in name:  # llama.cpp rotates neighbours, transformers halves
+                pairs = tensor.reshape(config[heads], 2, -1, tensor.shape[-1])
+                tensor = pairs.swapaxes(1, 2).reshape(tensor.shape)
+        new_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        writer.add_tensor(new_name, np.ascontiguousarray(tensor, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def describe(writer: Any, config: dict[str, Any], layers: int) -> None:
+    """What llama.cpp must know of the model."""
+    import gguf
+
+    writer.add_block_count(layers)
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_tokenizer_model("no_vocab")
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    if config["model_type"] == "gpt2":
+        writer.add_context_length(config["n_positions"])
+        writer.add_embedding_length(config["n_embd"])
+        writer.add_feed_forward_length(4 * config["n_embd"])
+        writer.add_head_count(config["n_head"])
+        writer.add_layer_norm_eps(config["layer_norm_epsilon"])
+        return
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_dimension_count(config["hidden_size"] // config["num_attention_heads"])
+    writer.add_rope_freq_base(config["rope_theta"])

@@ -1,0 +1,101 @@
+"""onnxruntime-genai: its builder's graphs, and for GPT-2, which that refuses, optimum's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, ClassVar
+
+from peers.engines import Engine
+
+
+class Adapter(Engine):
+    title = "onnxruntime-genai"
+    precisions: ClassVar = {"fp32": "fp32", "int8": "int8", "int4": "int4"}
+    converter = "ort_genai-convert"
+    note = "distilgpt2 is optimum's graph with a config written by hand: the builder refuses GPT-2"
+    model: Any
+
+    @staticmethod
+    def prepare(source: Path, target: Path, precision: str) -> None:
+        config = json.loads((source / "config.json").read_text())
+        if config["model_type"] != "gpt2":
+            from onnxruntime_genai.models.builder import create_model
+
+            create_model(None, str(source), str(target), precision, "cpu", str(target / "cache"))
+        elif precision == "int4":
+            raise NotImplementedError("its builder refuses GPT-2, and optimum has no 4 bit")
+        else:
+            from peers.engines import optimum_onnx
+
+            optimum_onnx.Adapter.prepare(source, target, precision)
+            (graph,) = target.glob("*.onnx")
+            settings = genai_config(config, graph.name)
+            (target / "genai_config.json").write_text(json.dumps(settings, indent=1))
+
+    def load(self, directory: Path, precision: str, threads: int) -> None:
+        import onnxruntime_genai
+
+        config = onnxruntime_genai.Config(str(directory))
+        options = {"session_options": {"intra_op_num_threads": threads}}
+        config.overlay(json.dumps({"model": {"decoder": options}}))
+        self.model = onnxruntime_genai.Model(config)
+
+    def generate(self, prompts: list[list[int]], new: int, beams: int) -> list[list[int]]:
+        import numpy as np
+        import onnxruntime_genai
+
+        width = max(map(len, prompts))
+        ids = np.zeros((len(prompts), width), np.int32)  # it wants padding on the right
+        for row, prompt in enumerate(prompts):
+            ids[row, : len(prompt)] = prompt
+        settings = onnxruntime_genai.GeneratorParams(self.model)
+        length = width + new
+        settings.set_search_options(
+            batch_size=len(prompts),
+            num_beams=beams,
+            do_sample=False,
+            max_length=length,
+            min_length=length,
+        )
+        generator = onnxruntime_genai.Generator(self.model, settings)
+        generator.append_tokens(ids)
+        for _ in range(new):
+            generator.generate_next_token()
+        return [list(generator.get_sequence(row)[-new:]) for row in range(len(prompts))]
+
+
+def genai_config(config: dict[str, Any], graph: str) -> dict[str, Any]:
+    """What onnxruntime-genai must know of a GPT-2 with a cache of separate keys and values."""
+    return {
+        "model": {
+            "type": "llama",  # "gpt2" expects a cache of keys and values in one tensor
+            "bos_token_id": config["bos_token_id"],
+            "eos_token_id": config["eos_token_id"],
+            "pad_token_id": 0,
+            "context_length": config["n_positions"],
+            "vocab_size": config["vocab_size"],
+            "decoder": {
+                "session_options": {"provider_options": []},
+                "filename": graph,
+                "head_size": config["n_embd"] // config["n_head"],
+                "hidden_size": config["n_embd"],
+                "num_attention_heads": config["n_head"],
+                "num_key_value_heads": config["n_head"],
+                "num_hidden_layers": config["n_layer"],
+                "inputs": {
+                    "input_ids": "input_ids",
+                    "attention_mask": "attention_mask",
+                    "position_ids": "position_ids",
+                    "past_key_names": "past_key_values.%d.key",
+                    "past_value_names": "past_key_values.%d.value",
+                },
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+            },
+        },
+        "search": {"past_present_share_buffer": False, "early_stopping": True},
+    }

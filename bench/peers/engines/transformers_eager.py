@@ -1,0 +1,39 @@
+"""transformers' own `generate` on torch: what the others are compared with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from peers.engines import Engine, left_padded
+
+
+class Adapter(Engine):
+    title = "transformers"
+    precisions: ClassVar = {"fp32": "float32"}
+    model: Any
+
+    @staticmethod
+    def prepare(source: Path, target: Path, precision: str) -> None:
+        (target / "model").symlink_to(source)
+
+    def load(self, directory: Path, precision: str, threads: int) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        torch.set_num_threads(threads)
+        self.model = AutoModelForCausalLM.from_pretrained(directory / "model", dtype=torch.float32)
+
+    def generate(self, prompts: list[list[int]], new: int, beams: int) -> list[list[int]]:
+        import torch
+
+        ids, mask = map(torch.tensor, left_padded(prompts))
+        out = self.model.generate(
+            ids,
+            attention_mask=mask,
+            do_sample=False,
+            num_beams=beams,
+            max_new_tokens=new,
+            min_new_tokens=new,
+        )
+        return out[:, ids.shape[1] :].tolist()

@@ -1,0 +1,61 @@
+"""The model that every engine converts: random weights, and a tokenizer for those that need one."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+# A model with the usual random weights says its last token again and again, whatever its layers
+# do. With layers this many times as strong, its text shows whether an engine computes them right.
+LIVELIER = 3.0
+
+
+def make(shape: str, directory: Path) -> None:
+    """Save a model of that shape as transformers saves one, with a tokenizer beside it."""
+    import shapes
+    import torch
+
+    model = shapes.build(shape)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim == 2 and not any(part in name for part in ("wte", "wpe", "embed")):
+                weight *= LIVELIER
+    model.save_pretrained(directory)
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    # Engines whose converters read an older transformers' config look for these names.
+    config.setdefault("torch_dtype", "float32")
+    if rope := config.get("rope_parameters"):
+        config.setdefault("rope_theta", rope["rope_theta"])
+    path.write_text(json.dumps(config, indent=2))
+    make_tokenizer(directory, config["vocab_size"], config["eos_token_id"])
+
+
+def make_tokenizer(directory: Path, size: int, eos: int) -> None:
+    """A byte-level tokenizer of exactly `size` tokens: most are fillers, none is ever used.
+
+    Prompts are given as ids, so a tokenizer only has to be there and to know every id.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    names = [*letters, *(f"filler{i}" for i in range(size - len(letters) - 1))]
+    names.insert(eos, "<|endoftext|>")
+    tokenizer = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|endoftext|>",
+        "eos_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+if __name__ == "__main__":
+    make(sys.argv[1], Path(sys.argv[2]))
