@@ -13,6 +13,7 @@ import pytest
 BENCH = Path(__file__).parents[1] / "bench"
 sys.path.append(str(BENCH))
 
+import shapes  # noqa: E402
 from peers import cases, report, worker  # noqa: E402
 from peers.engines import BASE, NAMES, Engine, adapter, left_padded  # noqa: E402
 
@@ -76,7 +77,7 @@ def test_cases_are_chosen_by_pattern() -> None:
 def test_every_engine_has_its_files() -> None:
     for name in NAMES:
         engine = adapter(name)
-        needed = {engine.environment or name, engine.converter} - {None}
+        needed = {engine.environment or name, *map(engine.converter, shapes.SHAPES)} - {None}
         for requirements in needed:
             text = (BENCH / "peers" / "requirements" / f"{requirements}.txt").read_text()
             pins = [line for line in text.splitlines() if line and not line.startswith("#")]

@@ -105,15 +105,16 @@ class Home:
     def converted(self, shape: str, name: str, precision: str) -> Path:
         """A model of a shape as an engine wants it."""
         engine = adapter(name)
-        source, python = self.source(shape), self.python(engine.converter)
+        source, converter = self.source(shape), engine.converter(shape)
         made_from = (source / STAMP).read_text() + inspect.getsource(engine.prepare)
         if name == OURS:
             made_from += self.package
-        elif engine.converter:
-            made_from += (self.environment(engine.converter) / STAMP).read_text()
+        elif converter:
+            made_from += (self.environment(converter) / STAMP).read_text()
 
         def make(path: Path) -> None:
             path.mkdir()
+            python = self.python(converter)
             command = [str(python), str(WORKER), "prepare", name, str(source), str(path), precision]
             self._run(command, f"convert-{shape}-{name}-{precision}", OFFLINE)
 

@@ -30,8 +30,6 @@ class Engine:
         title: the engine's name in tables.
         precisions: those of fp32, int8 and int4 that it has, with its own name for each.
         environment: its requirements file, by default its own name.
-        converter: the requirements file of the environment that `prepare` runs in; None is the
-            environment of the driver.
         build: environment variables of `pip install`.
         note: what a reader of the numbers should know.
     """
@@ -39,7 +37,6 @@ class Engine:
     title: ClassVar[str]
     precisions: ClassVar[dict[str, str]]
     environment: ClassVar[str] = ""
-    converter: ClassVar[str | None] = None
     build: ClassVar[dict[str, str]] = {}
     note: ClassVar[str] = ""
 
@@ -47,6 +44,11 @@ class Engine:
     def refuses(cls, shape: str, precision: str, rows: int, ragged: bool, beams: int) -> str:
         """Why it cannot do a case; an empty string if it can."""
         return ""
+
+    @classmethod
+    def converter(cls, shape: str) -> str | None:
+        """The requirements file of the environment that `prepare` runs in; None is the driver's."""
+        return None
 
     @staticmethod
     def prepare(source: Path, target: Path, precision: str) -> None:

@@ -12,9 +12,12 @@ from peers.engines import Engine
 class Adapter(Engine):
     title = "CTranslate2"
     precisions: ClassVar = {"fp32": "float32", "int8": "int8"}
-    converter = "ct2-convert"
     model: Any
     tokens: list[str]
+
+    @classmethod
+    def converter(cls, shape: str) -> str:
+        return "ct2-convert"
 
     @staticmethod
     def prepare(source: Path, target: Path, precision: str) -> None:

@@ -14,7 +14,6 @@ POSITIONS = 1024  # of a row's cache
 class Adapter(Engine):
     title = "llama.cpp"
     precisions: ClassVar = {"fp32": "F32", "int8": "Q8_0", "int4": "Q4_0"}
-    converter = "llama-convert"
     build: ClassVar = {"CMAKE_ARGS": "-DGGML_NATIVE=ON", "CMAKE_BUILD_PARALLEL_LEVEL": "2"}
     note = "greedy through the C API, logits compared in numpy; built from source for this machine"
     model: Any
@@ -25,6 +24,10 @@ class Adapter(Engine):
     @classmethod
     def refuses(cls, shape: str, precision: str, rows: int, ragged: bool, beams: int) -> str:
         return "has no beam search" if beams > 1 else ""
+
+    @classmethod
+    def converter(cls, shape: str) -> str:
+        return "llama-convert"
 
     @staticmethod
     def prepare(source: Path, target: Path, precision: str) -> None:

@@ -15,9 +15,12 @@ GROUP = "64"  # of 4-bit weights: the default, 128, does not divide SmolLM's 576
 class Adapter(Engine):
     title = "OpenVINO GenAI"
     precisions: ClassVar = {"fp32": "fp32", "int8": "int8", "int4": "int4"}
-    converter = "openvino_llm-convert"
     note = "its cache of keys and values is 8 bit, as by default, but for fp32"
     model: Any
+
+    @classmethod
+    def converter(cls, shape: str) -> str:
+        return "openvino_llm-convert"
 
     @staticmethod
     def prepare(source: Path, target: Path, precision: str) -> None:

@@ -12,8 +12,11 @@ from peers.engines import Engine, left_padded
 class Adapter(Engine):
     title = "optimum-onnx"
     precisions: ClassVar = {"fp32": "float32", "int8": "dynamic int8"}
-    converter = "optimum_onnx"
     model: Any
+
+    @classmethod
+    def converter(cls, shape: str) -> str:
+        return "optimum_onnx"
 
     @staticmethod
     def prepare(source: Path, target: Path, precision: str) -> None:

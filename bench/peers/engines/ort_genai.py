@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,17 +14,23 @@ from peers.engines import Engine
 class Adapter(Engine):
     title = "onnxruntime-genai"
     precisions: ClassVar = {"fp32": "fp32", "int8": "int8", "int4": "int4"}
-    converter = "ort_genai-convert"
     note = "distilgpt2 is optimum's graph with a config written by hand: the builder refuses GPT-2"
     model: Any
+
+    @classmethod
+    def converter(cls, shape: str) -> str:
+        return "optimum_onnx" if shape == "distilgpt2" else "ort_genai-convert"
 
     @staticmethod
     def prepare(source: Path, target: Path, precision: str) -> None:
         config = json.loads((source / "config.json").read_text())
         if config["model_type"] != "gpt2":
-            from onnxruntime_genai.models.builder import create_model
-
-            create_model(None, str(source), str(target), precision, "cpu", str(target / "cache"))
+            command = [
+                *(sys.executable, "-m", "onnxruntime_genai.models.builder", "-e", "cpu"),
+                *("-m", str(source), "-o", str(target), "-p", precision),
+                *("-c", str(target / "cache")),
+            ]
+            subprocess.run(command, check=True)
         elif precision == "int4":
             raise NotImplementedError("its builder refuses GPT-2, and optimum has no 4 bit")
         else:
