@@ -44,7 +44,7 @@ class Recipe:
 # `lm_head` runs at a few positions only, where MatMulNBits is the fastest, and its codes serve the
 # embedding too. Block sizes: see bench/README.md.
 RECIPES = {
-    "int8": Recipe(layer=W8A8, head=Kernel(8, 128), wide=Kernel(8, 32)),
+    "int8": Recipe(layer=W8A8, head=Kernel(8, 256), wide=Kernel(8, 32)),
     "int4": Recipe(layer=Kernel(4, 64), head=Kernel(4, 64), wide=Kernel(8, 64)),
 }
 

@@ -20,6 +20,7 @@ from fastgen.request import Request, Row, by_request, context
 
 CHUNK = 256  # tokens of one row that are prefilled at a time
 TOGETHER = 512  # tokens of several rows that are prefilled at a time
+CALL = 20  # tokens that take as long as a call without any: reading the weights, mostly
 
 
 @dataclass(frozen=True)
@@ -199,19 +200,51 @@ def prefill(
         float32 [prompts, vocab]: the logits after the last token of each.
     """
     out = np.empty((len(prompts), model.info.vocab_size), np.float32)
-    start = 0
-    while start < len(prompts):
-        end = start + 1
-        while end < len(prompts) and (end + 1 - start) * min(CHUNK, len(prompts[end])) <= TOGETHER:
-            end += 1
+    for start, end in together([len(prompt) for prompt in prompts]):
         if prefix_cache is not None:
             prefix_cache.fetch(model.fingerprint, prompts[start:end], cache, first + start, CHUNK)
         _prefill(model, cache, prompts[start:end], first + start, out[start:end])
         if prefix_cache is not None:
             for place in range(start, end):
                 prefix_cache.keep(model.fingerprint, prompts[place], cache, first + place)
-        start = end
     return out
+
+
+def together(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """Which neighbours of rows are read together: (first, last + 1) of each group.
+
+    Rows are padded to the longest of their group, and every call has a cost of its own; the
+    groups are those of the least sum. Up to TOGETHER tokens go into a call.
+
+    Args:
+        lengths: of the prompts, in ascending order.
+    """
+    least = [0.0] + [float("inf")] * len(lengths)  # cost of the first rows, by their number
+    starts = [0] * (len(lengths) + 1)
+    for end in range(1, len(lengths) + 1):
+        width = min(CHUNK, lengths[end - 1])
+        for start in range(end - 1, -1, -1):
+            if start < end - 1 and (end - start) * width > TOGETHER:
+                break
+            cost = least[start] + _cost(lengths[start:end])
+            if cost < least[end]:
+                least[end], starts[end] = cost, start
+    groups = []
+    end = len(lengths)
+    while end:
+        groups.append((starts[end], end))
+        end = starts[end]
+    return groups[::-1]
+
+
+def _cost(lengths: Sequence[int]) -> float:
+    """Of reading rows together: tokens, padding included, and CALL for each call."""
+    cost, at = 0.0, 0
+    while at < lengths[-1]:
+        going = sum(length > at for length in lengths)
+        cost += CALL + going * min(CHUNK, lengths[-1] - at)
+        at += CHUNK
+    return cost
 
 
 def _prefill(

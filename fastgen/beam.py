@@ -29,7 +29,7 @@ from fastgen import pick, stop
 from fastgen.batch import CHUNK, Event, prefill
 from fastgen.model import Model
 from fastgen.request import Request, context_of_beams
-from fastgen.softmax import log_softmax
+from fastgen.softmax import log_softmax, normalisers
 
 Scores = NDArray[np.float32]
 Ids = NDArray[np.int64]
@@ -394,6 +394,12 @@ class _Search:
         # other processors. Without groups there is no such border.
         early = None if self.groups == 1 else ("guidance_scale", "sequence_bias")
         self.together, self.apart = request.split_chain(early)
+        # Whether nobody but the search looks at scores, and nothing changes them.
+        self.unseen = (
+            self.groups == 1
+            and not (self.together or request.params.do_sample or request.keeps)
+            and not (request.criteria or request.stop_text)
+        )
         count, beams = len(request.prompts), request.params.num_beams
         # Shortest first, as `prefill` wants them.
         order = np.argsort([len(prompt) for prompt in request.prompts], kind="stable")
@@ -406,6 +412,7 @@ class _Search:
         logits = prefill(model, self.cache, prompts, 0, request.prefix_cache)
         self.cache.take(np.repeat(np.arange(count), beams))
         self.logits = np.repeat(logits, beams, axis=0)  # float32 [slots, vocab]
+        self._work = np.empty_like(self.logits)
 
     def _start(self, prompt: int, slots: Ids) -> list[Beams]:
         kind, beams = Beams if self.groups == 1 else Group, len(slots)
@@ -424,6 +431,31 @@ class _Search:
 
     def _step(self) -> None:
         """Choose the next token of every beam, and compute the logits that follow it."""
+        over, moves = self._choose_unseen() if self.unseen else self._choose()
+        self._finish(over, moves)
+        if self.running:
+            self._forward()
+
+    def _choose_unseen(self) -> tuple[bool, dict[int, list[Move]]]:
+        """As `_choose`, but scores are computed where they may be among the best, nowhere else."""
+        beams = [groups[0] for groups in self.running]
+        top, norm = normalisers(self.logits, self._work[: len(self.logits)])
+        if not np.isfinite(top).all():
+            return self._choose()
+        count = _kept(self.request)
+        candidates = [
+            Candidates(*pick.continuations(self.logits, top, norm, one.slots, one.scores, count))
+            for one in beams
+        ]
+        reasons = self._reasons(beams, candidates, self.logits[:0])
+        moves = {
+            one.prompt: one.advance(options, why)
+            for one, options, why in zip(beams, candidates, reasons, strict=True)
+        }
+        return all(reason for why in reasons for reason in why), moves
+
+    def _choose(self) -> tuple[bool, dict[int, list[Move]]]:
+        """Continue every prompt's beams: whether the search is over, and what has to be moved."""
         everyone = [one for groups in self.running for one in groups]
         logits = self.logits[np.concatenate([one.slots for one in everyone])]
         scores = log_softmax(logits)
@@ -441,12 +473,8 @@ class _Search:
             seen.append(mine)
         self._keep(everyone, logits, seen)
         if self.groups == 1:
-            over = all(reason for why in reasons for reason in why)
-        else:
-            over = self._end_groups(seen)
-        self._finish(over, moves)
-        if self.running:
-            self._forward()
+            return all(reason for why in reasons for reason in why), moves
+        return self._end_groups(seen), moves
 
     def _of_group(self, group: int, beams: Sequence[Beams], scores: Scores) -> Scores:
         """float32 [beams of the group, vocab]: what a group chooses from.

@@ -143,6 +143,47 @@ def largest(values: NDArray[Any], count: int) -> NDArray[np.int64]:
     return np.asarray(above, np.int64)
 
 
+def continuations(
+    logits: Scores, top: Scores, norm: Scores, slots: NDArray[np.int64], before: Scores, count: int
+) -> tuple[Scores, NDArray[np.int64], NDArray[np.int64], Scores]:
+    """The best continuations of a prompt's beams, without the scores of all the others.
+
+    What `largest` finds in `log_softmax(logits)[slots] + before[:, None]`, to the bit. A bound
+    from strided maxima, lowered by more than rounding can move a sum, leaves a few places.
+
+    Args:
+        logits: float32 [rows, vocab], finite or -inf.
+        top, norm: float32 [rows], see `softmax.normalisers`.
+        slots: int64 [beams]: the row of each beam.
+        before: float32 [beams]: log-probabilities of the beams so far.
+        count: how many are sought.
+
+    Returns:
+        [count] each, best first: the sums, the beams, the tokens, and the tokens' own
+        log-probabilities.
+    """
+    vocab = logits.shape[1]
+    classes = min(16 * count, vocab)
+    whole = vocab // classes * classes
+    shift = before - top[slots] - norm[slots]
+    peaks = [logits[slot, :whole].reshape(-1, classes).max(axis=0) for slot in slots]
+    sums = (np.stack(peaks) + shift[:, None]).ravel()
+    bound = np.partition(sums, len(sums) - count)[len(sums) - count]
+    size = np.abs(before) + np.abs(top[slots]) + np.abs(norm[slots]) + np.abs(bound)
+    slack = size * np.float32(2.0**-20)
+    parents, tokens = [], []
+    for beam, slot in enumerate(slots.tolist()):
+        near = np.flatnonzero(logits[slot] >= bound - shift[beam] - slack[beam])
+        parents.append(np.full(len(near), beam))
+        tokens.append(near)
+    parent, token = np.concatenate(parents), np.concatenate(tokens)
+    rows = slots[parent]
+    logprobs = (logits[rows, token] - top[rows]) - norm[rows]
+    totals = logprobs + before[parent]
+    order = np.argsort(-totals, kind="stable")[:count]
+    return totals[order], parent[order], token[order], logprobs[order]
+
+
 def top_logprobs(scores: Scores, count: int) -> list[list[tuple[int, float]]]:
     """The `count` likeliest tokens of each row with their log-probabilities, best first."""
     logprobs = log_softmax(scores)

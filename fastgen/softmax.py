@@ -15,6 +15,23 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 @_quiet
+def normalisers(logits: np.ndarray, work: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Two numbers of each row, such that `(logits - one) - other` is `log_softmax` to the bit.
+
+    Args:
+        logits: float32 [rows, vocab].
+        work: an array of that shape, which is overwritten.
+
+    Returns:
+        float32 [rows] each: the largest logit, and the logarithm of the sum.
+    """
+    top = logits.max(axis=-1)
+    np.subtract(logits, top[:, None], out=work)
+    np.exp(work, out=work)
+    return top, np.log(work.sum(axis=-1))
+
+
+@_quiet
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     """Log-probabilities; nan where a row has no finite logit."""
     out = logits - logits.max(axis=-1, keepdims=True)

@@ -22,7 +22,7 @@ from transformers.generation.utils import GenerationMixin
 
 from fastgen import beam, pick
 from fastgen.cache import Cache
-from fastgen.softmax import log_softmax
+from fastgen.softmax import log_softmax, normalisers
 
 KINDS = ["gpt2", "llama"]
 DICT = {"return_dict_in_generate": True, "output_scores": True}
@@ -567,3 +567,27 @@ def test_cache_take_moves_what_differs(seed):
         for slot, parent in enumerate(parents):
             held = lengths[parent]
             np.testing.assert_array_equal(new[slot, :, :held], old[parent, :, :held])
+
+
+@pytest.mark.parametrize("case", range(120))
+def test_continuations_are_the_largest_sums_to_the_bit(case):
+    """Beside the scores of everything: ties, impossible tokens and beams that count as dead."""
+    random = np.random.default_rng(case)
+    rows, vocab = int(random.integers(1, 6)), int(random.choice([50, 99, 333, 5000]))
+    count = min(int(random.choice([2, 4, 8, 15])), vocab)
+    logits = random.standard_normal((rows, vocab)) * random.choice([0.001, 1, 10])
+    logits = (logits.round(1) if case % 3 == 0 else logits).astype(np.float32)
+    if case % 5 == 0:
+        logits[random.random((rows, vocab)) < 0.3] = -np.inf
+    slots = random.permutation(rows)
+    before = (-10 * random.random(rows)).astype(np.float32)
+    if case % 4 == 0:
+        before[1:] = -1e9
+    everything = log_softmax(logits)[slots]
+    sums = everything + before[:, None]
+    places = pick.largest(sums.ravel(), count)
+    top, norm = normalisers(logits, np.empty_like(logits))
+    totals, parents, tokens, own = pick.continuations(logits, top, norm, slots, before, count)
+    assert (parents * vocab + tokens).tolist() == places.tolist()
+    assert totals.tolist() == sums.ravel()[places].tolist()
+    assert own.tolist() == everything[parents, tokens].tolist()

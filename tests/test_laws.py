@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 
 import numpy as np
@@ -167,3 +168,25 @@ def test_broken_bytes_come_out_as_they_decode(pair):
         stream = TextStream(tokenizer)
         shown = "".join([*(stream.push(i) for i in ids), stream.end()])
         assert shown == tokenizer.decode(ids)
+
+
+def test_rows_are_read_together_where_that_costs_least(monkeypatch):
+    """Beside every way to cut a few rows into groups."""
+    monkeypatch.setattr(batch, "CHUNK", 16)
+    monkeypatch.setattr(batch, "TOGETHER", 48)
+    random = np.random.default_rng(0)
+    for _ in range(60):
+        lengths = sorted(random.integers(1, 40, int(random.integers(1, 8))).tolist())
+        count = len(lengths)
+
+        def cost(cuts: tuple[int, ...], lengths: list[int] = lengths) -> float:
+            groups = list(itertools.pairwise((0, *cuts, len(lengths))))
+            fits = all(b - a == 1 or (b - a) * min(16, lengths[b - 1]) <= 48 for a, b in groups)
+            return sum(batch._cost(lengths[a:b]) for a, b in groups) if fits else float("inf")
+
+        every = [
+            cuts for size in range(count) for cuts in itertools.combinations(range(1, count), size)
+        ]
+        found = batch.together(lengths)
+        assert [a for a, _ in found] == [0, *[b for _, b in found[:-1]]] and found[-1][1] == count
+        assert cost(tuple(b for _, b in found[:-1])) == min(map(cost, every))
