@@ -33,9 +33,10 @@ def exported(pair, tmp_path_factory):
         if kind not in made:
             reference, plain = pair(kind)
             path = tmp_path_factory.mktemp("int8") / kind
+            # For ids only, it is calibrated on all ids: a random model has no likely text.
             export(
-                reference, path, tokenizer=tiny.tokenizer(), precision="fp32",
-                cache_precision="int8", tolerance=LOOSE, progress=None,
+                reference, path, precision="fp32", cache_precision="int8", tolerance=LOOSE,
+                progress=None,
             )  # fmt: skip
             made[kind] = plain, fastgen.load(path)
         return made[kind]
@@ -98,16 +99,25 @@ def test_a_row_does_not_feel_its_neighbours_nor_its_chunks(both):
     assert apart(together[1:2], [logits(model.model, rows[1:2], chunk=1)[0]]) < 0.01
 
 
-def test_generation_is_that_of_float32_but_for_near_ties(both):
+def test_what_is_generated_is_likeliest_with_float32_too_but_for_near_ties(both):
     plain, model = both
     prompts = [row.tolist() for row in rows_of(30, 5, 12)]
-    for knobs in ({}, {"num_beams": 3}):
-        settings = {"max_new_tokens": 8, "eos_token_id": None, **knobs}
-        expected = np.array(plain.generate(prompts, **settings))
-        found = np.array(model.generate(prompts, **settings))
-        assert expected.shape == found.shape
-        until_parted = np.logical_and.accumulate(expected == found, axis=1)[:, -8:]
-        assert until_parted.mean() > 0.8, knobs
+    knobs = {"max_new_tokens": 8, "eos_token_id": None}
+    for prompt in prompts:
+        row = np.array(model.generate([prompt], **knobs)[0])
+        (expected,) = logits(plain.model, [row])
+        steps = np.arange(len(prompt) - 1, len(row) - 1)
+        missed = expected[steps].max(axis=1) - expected[steps, row[1:][steps]]
+        assert missed.max() <= 0.05 * np.abs(expected).max()
+
+
+def test_beams_are_as_likely_as_those_with_float32(both):
+    plain, _ = both
+    for prompt in (row.tolist() for row in rows_of(30, 5)):
+        knobs = {"max_new_tokens": 8, "num_beams": 3, "eos_token_id": None}
+        rows = [one.generate([prompt], **knobs)[0] for one in both]
+        best, found = (float(np.sum(scores[1:])) for scores in plain.score(rows))
+        assert found > best - 0.5
 
 
 def test_rows_beams_and_guesses_agree_with_each_other(exported):
@@ -244,8 +254,8 @@ def test_with_quantised_weights(exported, pair, precision, tmp_path):
     reference, _ = pair("llama")
     loose = dataclasses.replace(LOOSE, kl=0.3, top1=0.5)
     path = export(
-        reference, tmp_path / "out", tokenizer=tiny.tokenizer(), precision=precision,
-        cache_precision="int8", tolerance=loose, progress=None,
+        reference, tmp_path / "out", precision=precision, cache_precision="int8",
+        tolerance=loose, progress=None,
     )  # fmt: skip
     report = json.loads((path / "report.json").read_text())
     assert report["precision"] == precision and report["cache_precision"] == "int8"
@@ -254,7 +264,7 @@ def test_with_quantised_weights(exported, pair, precision, tmp_path):
     model = fastgen.load(path)
     assert model.model.info.cache_dtype == "int8"
     rows = rows_of(40, 9)
-    share = {"int8": 0.05, "int4": 0.5}[precision]
+    share = {"int8": 0.1, "int4": 0.7}[precision]  # of weights, mostly
     expected = []
     with torch.no_grad():
         for row in rows:

@@ -8,7 +8,7 @@ import onnxruntime
 import pytest
 import tiny
 from fastgen.export import graph, trim
-from fastgen.export.calibrate import _feeds
+from fastgen.export.calibrate import feeds
 
 # Which rules an architecture is known to need, so that a rule that stops firing is noticed.
 EXPECTED = {
@@ -36,7 +36,7 @@ def tmp_logits(model: ir.Model, directory) -> np.ndarray:
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(str(path), options)
     ids = np.random.default_rng(0).integers(3, tiny.VOCAB, 30)
-    return session.run(["logits"], _feeds(session, ids))[0]
+    return session.run(["logits"], feeds(session, ids))[0]
 
 
 def test_rules_fire_and_keep_the_logits(converted, tmp_path):
