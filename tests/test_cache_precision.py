@@ -245,7 +245,7 @@ def test_the_report_says_what_the_cache_costs(both):
     assert 0 < quality["kl"] < 0.02 and quality["top1"] > 0.9 and quality["tokens"] > 200
     assert [step["step"] for step in report["steps"]][5:] == [
         "quantise keys and values", "int8 cache logits compared",
-        "int8 cache greedy text compared", "int8 cache text compared",
+        "int8 cache greedy text compared", "int8 cache text compared", "time by operator",
     ]  # fmt: skip
 
 
