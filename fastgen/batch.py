@@ -39,7 +39,7 @@ class Batch:
     def __init__(self, model: Model) -> None:
         self.model = model
         self.rows: list[Row] = []
-        self.cache = model.new_cache(rows=0, capacity=0)
+        self.cache = model.borrow_cache(rows=0, capacity=0)
 
     def add(self, request: Request) -> None:
         """Let the rows of `request` join: their prompts are prefilled, once each."""
@@ -57,6 +57,10 @@ class Batch:
             for row in request.rows[prompt * copies : (prompt + 1) * copies]:
                 row.logits = logits[place]
                 self.rows.append(row)
+
+    def close(self) -> None:
+        """Give the cache's memory back to the model: nothing runs any more."""
+        self.model.give_back(self.cache)
 
     def step(self) -> list[Event]:
         """Advance every row by one token."""

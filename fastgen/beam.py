@@ -407,7 +407,7 @@ class _Search:
         for prompt in range(count):
             place = int(np.flatnonzero(order == prompt)[0])
             self.running.append(self._start(prompt, place * beams + np.arange(beams)))
-        self.cache = model.new_cache(count * beams, request.max_length + CHUNK)
+        self.cache = model.borrow_cache(count * beams, request.max_length + CHUNK)
         prompts = [request.prompts[i] for i in order]
         logits = prefill(model, self.cache, prompts, 0, request.prefix_cache)
         self.cache.take(np.repeat(np.arange(count), beams))
@@ -427,6 +427,7 @@ class _Search:
         prompts = self.running
         while self.running:
             self._step()
+        self.model.give_back(self.cache)
         return [_best(groups, self.request) for groups in prompts]
 
     def _step(self) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+STEP = 256  # tokens: buffers grow by multiples, so that they do not grow at every call
+
 
 class Cache:
     """Buffers for `rows` sequences of up to `capacity` tokens.
@@ -107,6 +109,7 @@ class Cache:
         """Make room for at least `rows` rows of `capacity` tokens; what is held stays."""
         if rows <= self.rows and capacity <= self.capacity:
             return
+        capacity = -(-capacity // STEP) * STEP
         old, old_rows, old_lengths = self._buffers, self.rows, self.lengths
         self.rows, self.capacity = max(rows, self.rows), max(capacity, self.capacity)
         self._buffers = self._allocate()
@@ -116,6 +119,11 @@ class Cache:
         used = int(old_lengths.max(initial=0))
         for shape, buffer in old.items():
             self._buffers[shape][:, :old_rows, :, :used] = buffer[:, :, :, :used]
+
+    @property
+    def size(self) -> int:
+        """The bytes of the buffers, reached or not."""
+        return sum(buffer.nbytes for buffer in self._buffers.values())
 
     @property
     def layout(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -57,9 +58,10 @@ class Call:
             by_itself = isinstance(self.draft, lookup.Assistant)  # transformers' rules, as asked
             payoff = None if by_itself else lookup.Payoff()
             batch = lookup.Speculation(self.model, self.draft, payoff)
-        batch.add(self.request)
-        while batch.rows:
-            yield batch.step()
+        with contextlib.closing(batch):
+            batch.add(self.request)
+            while batch.rows:
+                yield batch.step()
 
     def tell(self, streamer: Any) -> None:
         """Run it, and give a streamer the prompt and then every step's tokens.

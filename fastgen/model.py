@@ -28,6 +28,8 @@ GRAPH = "model.onnx"
 INFO = "fastgen.json"
 SAMPLE, PAGE = 2**20, 4096  # bytes of a file that are hashed, and of a piece of a longer one
 KEPT_BINDINGS = 16  # shapes of call that stay bound to a cache
+SPARE_BYTES = 128 << 20  # of a cache that is kept for the next call, at most
+SPARE_LOGITS = 16 << 20  # bytes of logits that stay bound to it
 # How keys and values can be stored: numpy's name, and what the graph's inputs are then.
 CACHE_DTYPES = {"float32": "tensor(float)", "int8": "tensor(int8)"}
 
@@ -148,6 +150,7 @@ class Model:
             self.tuning = replace(self.tuning, threads=threads)
         self.session = _session(directory / GRAPH, self.tuning)
         page_out(directory / (GRAPH + ".data"))
+        self._spare: list[Cache] = []
         self._check_graph()
 
     def _check_graph(self) -> None:
@@ -196,6 +199,23 @@ class Model:
     def new_cache(self, rows: int, capacity: int) -> Cache:
         """An empty cache for `rows` rows of up to `capacity` tokens."""
         return Cache(self.info.layers, rows, capacity, self.info.cache_dtype)
+
+    def borrow_cache(self, rows: int, capacity: int) -> Cache:
+        """As `new_cache`, from memory (and bindings) of an earlier call where there is some."""
+        try:
+            cache = self._spare.pop()
+        except IndexError:
+            return self.new_cache(rows, capacity)
+        cache.lengths[:] = 0
+        cache.reserve(rows, capacity)
+        return cache
+
+    def give_back(self, cache: Cache) -> None:
+        """Keep a cache for the next call: one, if it is not large, with what it is bound to."""
+        if sum(call.logits.nbytes for call in cache.bindings.values()) > SPARE_LOGITS:
+            cache.bindings.clear()
+        if not self._spare and 0 < cache.size <= SPARE_BYTES:
+            self._spare.append(cache)
 
     def forward(
         self,
