@@ -37,5 +37,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
 
 @pytest.fixture
 def always_guess(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompt lookup guesses at every step, whether that pays or not."""
-    monkeypatch.setattr(lookup.Payoff, "allowed", lambda self, remaining: remaining)
+    """Prompt lookup guesses at every step but the first, whether that pays or not."""
+    monkeypatch.setattr(
+        lookup.Payoff, "allowed", lambda self, remaining: remaining if self.plain else 0
+    )
