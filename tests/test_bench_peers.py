@@ -16,6 +16,7 @@ sys.path.append(str(BENCH))
 import shapes  # noqa: E402
 from peers import cases, report, worker  # noqa: E402
 from peers.engines import BASE, NAMES, Engine, adapter, left_padded  # noqa: E402
+from peers.home import Home, Unavailable  # noqa: E402
 
 
 class Counting(Engine):
@@ -77,12 +78,43 @@ def test_cases_are_chosen_by_pattern() -> None:
 def test_every_engine_has_its_files() -> None:
     for name in NAMES:
         engine = adapter(name)
-        needed = {engine.environment or name, *map(engine.converter, shapes.SHAPES)} - {None}
+        needed = {name, *map(engine.converter, shapes.SHAPES)} - {None}
         for requirements in needed:
             text = (BENCH / "peers" / "requirements" / f"{requirements}.txt").read_text()
             pins = [line for line in text.splitlines() if line and not line.startswith("#")]
             assert pins and all("==" in pin and "/" not in pin for pin in pins), requirements
         assert engine.precisions.keys() <= report.CLASSES.keys()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such lock there")
+def test_a_home_is_for_one_run_at_a_time(tmp_path: Path) -> None:
+    first = Home(tmp_path)
+    with pytest.raises(BlockingIOError, match="another run uses"):
+        Home(tmp_path)
+    assert first.lock is not None
+    first.lock.close()
+    Home(tmp_path).lock.close()
+
+
+def test_what_is_made_is_kept_until_its_source_changes(tmp_path: Path) -> None:
+    home, made = Home(tmp_path), []
+
+    def make(path: Path) -> None:
+        path.mkdir()
+        made.append(path)
+
+    for source in ("one", "one", "two"):
+        assert home._kept(tmp_path / "thing", source, make) == tmp_path / "thing"
+    assert len(made) == 2
+
+    def fail(path: Path) -> None:
+        raise Unavailable("no network")
+
+    for _ in range(2):
+        with pytest.raises(Unavailable, match="no network"):
+            home._kept(tmp_path / "other", "one", fail)
+    assert not (tmp_path / "other").exists()
+    home.lock.close()
 
 
 def test_ragged_prompts_are_padded_on_the_left() -> None:

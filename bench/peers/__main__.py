@@ -118,7 +118,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
                     worker.stop()
         for name in args.engines:
             with contextlib.suppress(Unavailable):
-                size = home.megabytes(adapter(name).environment or name)
+                size = home.megabytes(name)
                 lines.add("installed", engine=name, megabytes=size)
     return lines.all
 

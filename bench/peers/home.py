@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 import shapes
 
@@ -39,6 +40,7 @@ class Home:
 
     def __init__(self, path: Path) -> None:
         self.path = path.resolve()
+        self.lock = claim(self.path)
         self.failed: dict[Path, str] = {}
         self.package = digest(package_text())
 
@@ -165,6 +167,26 @@ OFFLINE = {
     "TOKENIZERS_PARALLELISM": "false",
     "ORT_DISABLE_TELEMETRY": "1",
 }
+
+
+def claim(path: Path) -> TextIO | None:
+    """Keep others from a home until this process ends; on Windows nothing does.
+
+    Raises:
+        BlockingIOError: another run has it. Two would spoil each other's numbers too.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ModuleNotFoundError:
+        return None
+    file = (path / "lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise BlockingIOError(f"another run uses {path}") from error
+    return file
 
 
 def digest(text: str) -> str:

@@ -47,8 +47,7 @@ class Worker:
         Raises:
             Unavailable: that failed.
         """
-        engine = adapter(name)
-        python = home.python(engine.environment or name)
+        python = home.python(name)
         directory = home.converted(shape, name, precision)
         log = home.log(f"run-{shape}-{name}-{precision}")
         return Worker(name, precision, directory, python, threads, log)

@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 
 NAMES = (
     "transformers_eager",
-    "transformers_compiled",
     "optimum_onnx",
     "ort_genai",
     "ct2",
@@ -29,14 +28,12 @@ class Engine:
     Attributes:
         title: the engine's name in tables.
         precisions: those of fp32, int8 and int4 that it has, with its own name for each.
-        environment: its requirements file, by default its own name.
         build: environment variables of `pip install`.
         note: what a reader of the numbers should know.
     """
 
     title: ClassVar[str]
     precisions: ClassVar[dict[str, str]]
-    environment: ClassVar[str] = ""
     build: ClassVar[dict[str, str]] = {}
     note: ClassVar[str] = ""
 

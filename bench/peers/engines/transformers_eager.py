@@ -1,4 +1,8 @@
-"""transformers' own `generate` on torch: what the others are compared with."""
+"""transformers' own `generate` on torch: what the others are compared with.
+
+Compiled, with a static cache, it was 4% to 8% faster for one prompt after 40 seconds of compiling
+anew for each length, and a fifth slower with 4 beams. So it is not among the engines.
+"""
 
 from __future__ import annotations
 
