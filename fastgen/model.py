@@ -27,6 +27,7 @@ FORMAT = 1  # of the model directory; `fastgen.json` says which one a directory 
 GRAPH = "model.onnx"
 INFO = "fastgen.json"
 SAMPLE, PAGE = 2**20, 4096  # bytes of a file that are hashed, and of a piece of a longer one
+SPIN_US = "2000"  # microseconds that threads spin for more work
 KEPT_BINDINGS = 16  # shapes of call that stay bound to a cache
 SPARE_BYTES = 128 << 20  # of a cache that is kept for the next call, at most
 SPARE_LOGITS = 16 << 20  # bytes of logits that stay bound to it
@@ -308,8 +309,11 @@ def session_options(tuning: Tuning) -> Any:
     options.log_severity_level = 3
     # Shapes differ from call to call: a memory plan for each would be kept and never used again.
     options.enable_mem_pattern = False
-    # Threads spin within a step, where they are needed again at once, and sleep after it.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
+    # Threads spin within a step, where they are needed again at once, and from step to step, but
+    # sleep soon after a call.
+    options.add_session_config_entry("session.intra_op.spin_duration_us", SPIN_US)
+    # Work is cut finer towards its end: where a core is shared, nobody waits long for the last.
+    options.add_session_config_entry("session.dynamic_block_base", "4")
     if int8_overflows():  # int8 weights become uint8 on loading: slower, and exact
         options.add_session_config_entry("session.x64quantprecision", "1")
     if not tuning.spinning:
