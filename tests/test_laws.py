@@ -12,6 +12,7 @@ from test_parity import ragged
 
 import fastgen
 from fastgen import batch
+from fastgen import model as model_module
 from fastgen.tokenizer import TextStream
 
 KINDS = ["gpt2", "llama", "gemma2"]
@@ -190,3 +191,35 @@ def test_rows_are_read_together_where_that_costs_least(monkeypatch):
         found = batch.together(lengths)
         assert [a for a, _ in found] == [0, *[b for _, b in found[:-1]]] and found[-1][1] == count
         assert cost(tuple(b for _, b in found[:-1])) == min(map(cost, every))
+
+
+def test_a_call_leaves_nothing_to_the_next_but_memory(pair):
+    """Calls of other sizes, searches and an abandoned stream in between change nothing."""
+    _, model = pair("llama")
+    rows = ragged(8, (9, 3, 30))
+    first = model.generate(rows, max_new_tokens=12)
+    for knobs in ({"num_beams": 3}, {"do_sample": True, "seed": 1}, {"max_new_tokens": 60}):
+        model.generate(rows[:1], **knobs)
+        assert model.generate(rows, max_new_tokens=12) == first
+    stream = model.stream(rows, max_new_tokens=12)
+    next(stream)
+    assert model.generate(rows, max_new_tokens=12) == first
+    stream.close()
+    assert model.generate(rows, max_new_tokens=12) == first
+    assert len(model.model._spare) == 1
+
+
+def test_memory_of_a_call_serves_the_next(pair):
+    _, model = pair("gpt2")
+    model.generate(ragged(9, (20, 4)), max_new_tokens=8)
+    (kept,) = model.model._spare
+    model.generate(ragged(10, (7,)), max_new_tokens=8)
+    assert model.model._spare == [kept] and kept.capacity % 256 == 0
+
+
+def test_a_large_cache_is_not_kept(pair, monkeypatch):
+    _, model = pair("gemma2")
+    monkeypatch.setattr(model_module, "SPARE_BYTES", 100)
+    model.model._spare.clear()
+    model.generate([5, 6], max_new_tokens=3)
+    assert model.model._spare == []
