@@ -84,7 +84,7 @@ def child(source: Path, precision: str) -> None:
 def resident() -> float:
     """MB of this process in memory that no other process could use: file pages aside."""
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
+        if line.startswith("RssAnon:"):
             return int(line.split()[1]) / 1e3
     raise OSError("this system has no /proc/self/status")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import shutil
@@ -372,6 +373,7 @@ def _stages(job: _Job, layers: list[Layer], out: Path) -> dict[str, Any]:
     job.judge(report)
     for kind in kinds:
         converted = onnx_ir.load(place / GRAPH)
+        gc.collect()  # graphs are full of cycles: the one before goes now, with its weights
         place = out if kind == kinds[-1] else work / kind
         if kind == "cache":
             made = job.quantise_cache(converted, place)
