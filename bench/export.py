@@ -19,6 +19,7 @@ from pathlib import Path
 
 import shapes
 
+NEEDED = "RssAnon"  # what no other process could use: mapped files aside
 PAUSE = 0.01  # seconds between two looks at the memory
 
 
@@ -60,7 +61,7 @@ def child(source: Path, precision: str) -> None:
     """Export, and print the resident memory after the imports and at each step's peak."""
     from fastgen.export import pipeline
 
-    imports = resident()
+    imports = shapes.resident(NEEDED)
     running, peaks, ended = ["load"], {}, threading.Event()
 
     class Watched(pipeline.Progress):
@@ -71,7 +72,7 @@ def child(source: Path, precision: str) -> None:
     def watch() -> None:
         while not ended.is_set():
             name = running[0]
-            peaks[name] = max(peaks.get(name, 0), resident())
+            peaks[name] = max(peaks.get(name, 0), shapes.resident(NEEDED))
             time.sleep(PAUSE)
 
     pipeline.Progress = Watched
@@ -79,14 +80,6 @@ def child(source: Path, precision: str) -> None:
     pipeline.export(source, source.parent / precision, precision=precision, allow_mismatch=True)
     ended.set()
     print(json.dumps({"imports": imports, "steps": peaks}))
-
-
-def resident() -> float:
-    """MB of this process in memory that no other process could use: file pages aside."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) / 1e3
-    raise OSError("this system has no /proc/self/status")
 
 
 if __name__ == "__main__":

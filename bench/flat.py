@@ -19,6 +19,7 @@ from typing import Any
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 import numpy as np
+import shapes
 
 EVERY = 20  # calls between two looks
 
@@ -39,7 +40,7 @@ def main() -> None:
     for call in range(args.calls):
         model.generate(**knobs(random, model.model.info.vocab_size, args.longest))
         if call % EVERY == EVERY - 1:
-            seen.append(resident())
+            seen.append(shapes.resident())
     quarter = len(seen) // 4
     early = statistics.median(seen[quarter : 2 * quarter])
     late = statistics.median(seen[3 * quarter :])
@@ -60,14 +61,6 @@ def knobs(random: np.random.Generator, vocab: int, longest: int) -> dict[str, An
         {"num_beams": int(random.integers(2, 5))}, {"prompt_lookup_num_tokens": 4},
     ][int(random.integers(4))]  # fmt: skip
     return {"input_ids": rows, "max_new_tokens": int(random.integers(1, 24)), **more}
-
-
-def resident() -> float:
-    """MB of this process."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) / 1e3
-    raise OSError("this system has no /proc/self/status")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ import numpy, onnxruntime, tokenizers
 from pathlib import Path
 import fastgen
 from fastgen import model as module
-from fastgen.tuning import Tuning
 if sys.argv[2] == "optimised":
     plain = module.session_options
     def options(tuning):

@@ -42,7 +42,7 @@ def main() -> None:
         text = rows(tokenizer, model.config.vocab_size)
         for name, one in ((directory.name, model), (f"{directory.name}, twin", twin(model, text))):
             for precision in args.precision:
-                keep = args.keep and args.keep / f"{directory.name}-{name[-4:]}-{precision}"
+                keep = args.keep and args.keep / f"{name.replace(', ', '-')}-{precision}"
                 print(line(name, precision, one, tokenizer, text, keep), flush=True)
 
 

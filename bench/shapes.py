@@ -87,6 +87,14 @@ def machine(threads: int) -> str:
     )
 
 
+def resident(field: str = "VmRSS") -> float:
+    """MB that this process holds in memory, by a field of the system's own account."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) / 1e3
+    raise OSError(f"this system does not tell {field} in /proc/self/status")
+
+
 def _read(path: str) -> str:
     try:
         return Path(path).read_text()

@@ -72,3 +72,21 @@ def left_padded(prompts: list[list[int]]) -> tuple[list[list[int]], list[list[in
     ids = [[0] * (width - len(prompt)) + prompt for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     return ids, mask
+
+
+def generate_of_transformers(
+    model: Any, prompts: list[list[int]], new: int, beams: int
+) -> list[list[int]]:
+    """`Engine.generate` of a model that has transformers' own `generate`."""
+    import torch
+
+    ids, mask = map(torch.tensor, left_padded(prompts))
+    out = model.generate(
+        ids,
+        attention_mask=mask,
+        do_sample=False,
+        num_beams=beams,
+        max_new_tokens=new,
+        min_new_tokens=new,
+    )
+    return out[:, ids.shape[1] :].tolist()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
-from peers.engines import Engine, left_padded
+from peers.engines import Engine, generate_of_transformers
 
 
 class Adapter(Engine):
@@ -29,15 +29,4 @@ class Adapter(Engine):
         self.model = AutoModelForCausalLM.from_pretrained(directory / "model", dtype=torch.float32)
 
     def generate(self, prompts: list[list[int]], new: int, beams: int) -> list[list[int]]:
-        import torch
-
-        ids, mask = map(torch.tensor, left_padded(prompts))
-        out = self.model.generate(
-            ids,
-            attention_mask=mask,
-            do_sample=False,
-            num_beams=beams,
-            max_new_tokens=new,
-            min_new_tokens=new,
-        )
-        return out[:, ids.shape[1] :].tolist()
+        return generate_of_transformers(self.model, prompts, new, beams)
