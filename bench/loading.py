@@ -79,9 +79,8 @@ def main() -> None:
 
 def save(directory: Path, place: Path, packed: bool) -> None:
     """Copy a model directory with its graph as onnxruntime has optimised it."""
-    import onnxruntime
 
-    from fastgen.model import GRAPH, INFO, session_options
+    from fastgen.model import GRAPH, INFO, open_session, session_options
     from fastgen.tuning import Tuning
 
     shutil.copytree(directory, place, ignore=shutil.ignore_patterns("model.onnx*"))
@@ -95,9 +94,7 @@ def save(directory: Path, place: Path, packed: bool) -> None:
         options.add_session_config_entry(
             "session.save_external_prepacked_constant_initializers", "1"
         )
-    onnxruntime.InferenceSession(
-        str(directory / GRAPH), options, providers=["CPUExecutionProvider"]
-    )
+    open_session(directory / GRAPH, options)
     told = json.loads((place / INFO).read_text())
     told["files"] = {p.name: p.stat().st_size for p in place.iterdir() if p.name != INFO}
     (place / INFO).write_text(json.dumps(told))

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 
-from fastgen.model import GRAPH, Model, session_options
+from fastgen.model import GRAPH, Model, open_session, session_options
 
 PROMPT = 128  # tokens of the prefill
 STEPS = 16  # of decoding one row after it
@@ -33,9 +32,7 @@ def by_operator(directory: Path) -> dict[str, dict[str, float]]:
         options = session_options(model.tuning)
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(temporary) / "profile")
-        model.session = onnxruntime.InferenceSession(
-            str(directory / GRAPH), options, providers=["CPUExecutionProvider"]
-        )
+        model.session = open_session(directory / GRAPH, options)
         for _ in range(WARM + 1):
             cache = model.new_cache(1, length + STEPS + WARM)
             model.forward([prompt], cache)

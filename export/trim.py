@@ -40,7 +40,6 @@ def trim(model: ir.Model, max_length: int | None) -> dict[str, int]:
         partial(drop_round_trips, graph),
         partial(pack_attention, model, max_length),
         partial(merge_products, graph),
-        partial(norm_with_sum, graph),
     )
     fired = {}
     for rule in rules:
@@ -322,66 +321,6 @@ def merge_products(graph: ir.Graph) -> int:
             take_place(node, part)
         fired += 1
     return fired
-
-
-def norm_with_sum(graph: ir.Graph) -> int:
-    """A residual sum, the bias before it and the norm that reads it are one node."""
-    fired = 0
-    for node in list(graph):
-        kind = NORMS.get(node.op_type)
-        x = node.inputs[0] if kind is not None else None
-        if kind is None or x is None or rank(x) != 3 or not _norms_last_axis(node):
-            continue
-        weights = list(node.inputs[1:])
-        epsilon = {"epsilon": node.attributes.get_float("epsilon", 1e-5)}
-        add = producer(x, "Add")
-        if add is not None and same_shape(add.inputs[0], add.inputs[1]):
-            parts, bias = _without_bias(add.inputs)
-            inputs = [*parts, *weights]
-            if bias is not None:  # the node's last input, after a beta that RMS norms do not have
-                if kind == "Layer":
-                    inputs += [None] * (4 - len(inputs))
-                inputs.append(bias)
-            name = f"Skip{kind}Normalization"
-            norm, _, _, total = insert(add, name, inputs, epsilon, domain=MICROSOFT, outputs=4)
-            take_place(node, norm)
-            take_place(add, total)
-            fired += 1
-        elif kind == "SimplifiedLayer":
-            (norm,) = insert(
-                node, "SimplifiedLayerNormalization", [x, *weights], epsilon | {"axis": -1}
-            )
-            take_place(node, norm)
-            fired += 1
-    return fired
-
-
-# The norms that have a node with a sum, and what that node's name says of them.
-NORMS = {"RMSNormalization": "SimplifiedLayer", "LayerNormalization": "Layer"}
-
-
-def _norms_last_axis(node: ir.Node) -> bool:
-    """Whether a norm is over the last dimension, with constant weights."""
-    return node.attributes.get_int("axis", -1) in (-1, 2) and all(
-        value is not None and constant(value) is not None and rank(value) == 1
-        for value in node.inputs[1:]
-    )
-
-
-def _without_bias(
-    terms: Sequence[ir.Value | None],
-) -> tuple[list[ir.Value | None], ir.Value | None]:
-    """The terms of a sum, and a bias that one of them adds to a value that nobody else reads."""
-    for place, term in enumerate(terms):
-        add = producer(term, "Add")
-        if add is None or term is None or not only_use(term):
-            continue
-        bias = next((v for v in add.inputs if constant(v) is not None and rank(v) == 1), None)
-        if bias is not None:
-            rest = next(v for v in add.inputs if v is not bias)
-            if same_shape(rest, term):
-                return [rest, terms[1 - place]], bias
-    return list(terms), None
 
 
 # What the rules ask

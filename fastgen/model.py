@@ -330,13 +330,20 @@ def _tuned(directory: Path) -> Tuning:
         raise ModelError(str(error)) from error
 
 
+def open_session(path: Path, options: Any) -> Any:
+    """A session of the graph at `path`. Every graph of fastgen is opened here."""
+    return onnxruntime.InferenceSession(
+        str(path),
+        options,
+        providers=["CPUExecutionProvider"],
+        enable_fallback=False,
+        # Sum and norm in one node are slower than in two: it has no vector code (bench/README.md).
+        disabled_optimizers=["SkipLayerNormFusion"],
+    )
+
+
 def _session(path: Path, tuning: Tuning) -> Any:
     try:
-        return onnxruntime.InferenceSession(
-            str(path),
-            session_options(tuning),
-            providers=["CPUExecutionProvider"],
-            enable_fallback=False,
-        )
+        return open_session(path, session_options(tuning))
     except Exception as error:  # onnxruntime raises classes of its own, derived from Exception
         raise ModelError(f"onnxruntime cannot load {path}: {error}") from error
