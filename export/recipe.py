@@ -45,7 +45,7 @@ class Recipe:
 # embedding too. Block sizes: see bench/README.md.
 RECIPES = {
     "int8": Recipe(layer=W8A8, head=Kernel(8, 256), wide=Kernel(8, 32)),
-    "int4": Recipe(layer=Kernel(4, 64), head=Kernel(4, 64), wide=Kernel(8, 64)),
+    "int4": Recipe(layer=Kernel(4, 128), head=Kernel(4, 128), wide=Kernel(8, 128)),
 }
 
 
@@ -172,9 +172,9 @@ def _plan(recipe: Recipe, product: Product, x: Floats, scales: Floats | None) ->
 
 
 def fitting(kernel: Kernel, product: Product) -> Kernel:
-    """`kernel` with blocks that divide the matrix's inputs, where smaller ones do."""
-    block = kernel.block
-    while block > 32 and len(product.weight) % block:
+    """`kernel`, or with smaller blocks where its own would fill the matrix up by over an eighth."""
+    block, size = kernel.block, len(product.weight)
+    while block > 32 and -size % block > size / 8:
         block //= 2
     return Kernel(kernel.bits, block)
 
