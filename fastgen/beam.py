@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from fastgen import pick, stop
 from fastgen.batch import CHUNK, Event, prefill
 from fastgen.model import Model
+from fastgen.processors import BANS
 from fastgen.request import Request, context_of_beams
 from fastgen.softmax import log_softmax, normalisers
 
@@ -394,10 +395,12 @@ class _Search:
         # other processors. Without groups there is no such border.
         early = None if self.groups == 1 else ("guidance_scale", "sequence_bias")
         self.together, self.apart = request.split_chain(early)
-        # Whether nobody but the search looks at scores, and nothing changes them.
+        # Whether nobody but the search looks at scores, and nothing but bans changes them.
         self.unseen = (
             self.groups == 1
-            and not (self.together or request.params.do_sample or request.keeps)
+            and all(name in BANS for name, _ in self.together.steps)
+            and not (self.together and request.logprobs)
+            and not (request.params.do_sample or request.keeps)
             and not (request.criteria or request.stop_text)
         )
         count, beams = len(request.prompts), request.params.num_beams
@@ -412,7 +415,6 @@ class _Search:
         logits = prefill(model, self.cache, prompts, 0, request.prefix_cache)
         self.cache.take(np.repeat(np.arange(count), beams))
         self.logits = np.repeat(logits, beams, axis=0)  # float32 [slots, vocab]
-        self._work = np.empty_like(self.logits)
 
     def _start(self, prompt: int, slots: Ids) -> list[Beams]:
         kind, beams = Beams if self.groups == 1 else Group, len(slots)
@@ -440,12 +442,12 @@ class _Search:
     def _choose_unseen(self) -> tuple[bool, dict[int, list[Move]]]:
         """As `_choose`, but scores are computed where they may be among the best, nowhere else."""
         beams = [groups[0] for groups in self.running]
-        top, norm = normalisers(self.logits, self._work[: len(self.logits)])
+        top, norm = normalisers(self.logits)
         if not np.isfinite(top).all():
             return self._choose()
-        count = _kept(self.request)
+        logits, count = self._banned(beams), _kept(self.request)
         candidates = [
-            Candidates(*pick.continuations(self.logits, top, norm, one.slots, one.scores, count))
+            Candidates(*pick.continuations(logits, top, norm, one.slots, one.scores, count))
             for one in beams
         ]
         reasons = self._reasons(beams, candidates, self.logits[:0])
@@ -454,6 +456,16 @@ class _Search:
             for one, options, why in zip(beams, candidates, reasons, strict=True)
         }
         return all(reason for why in reasons for reason in why), moves
+
+    def _banned(self, beams: Sequence[Beams]) -> Scores:
+        """float32 [slots, vocab]: the logits, -inf where a processor forbids a token."""
+        if not self.together:
+            return self.logits
+        by_slot = np.argsort(np.concatenate([one.slots for one in beams])).tolist()
+        ids, prompts, places = _rows(beams)
+        ids = [ids[beam] for beam in by_slot]
+        context = context_of_beams(self.request, ids, prompts[by_slot], places[by_slot])
+        return self.together(context, self.logits)
 
     def _choose(self) -> tuple[bool, dict[int, list[Move]]]:
         """Continue every prompt's beams: whether the search is over, and what has to be moved."""

@@ -149,7 +149,8 @@ def continuations(
     """The best continuations of a prompt's beams, without the scores of all the others.
 
     What `largest` finds in `log_softmax(logits)[slots] + before[:, None]`, to the bit. A bound
-    from strided maxima, lowered by more than rounding can move a sum, leaves a few places.
+    from the maxima of stretches of the vocabulary, lowered by more than rounding can move a sum,
+    leaves a few stretches to look at.
 
     Args:
         logits: float32 [rows, vocab], finite or -inf.
@@ -163,17 +164,20 @@ def continuations(
         log-probabilities.
     """
     vocab = logits.shape[1]
-    classes = min(16 * count, vocab)
-    whole = vocab // classes * classes
+    width = max(1, vocab // (16 * count))
+    starts = np.arange(0, vocab, width)
+    peaks = np.maximum.reduceat(logits, starts, axis=1)[slots]
     shift = before - top[slots] - norm[slots]
-    peaks = [logits[slot, :whole].reshape(-1, classes).max(axis=0) for slot in slots]
-    sums = (np.stack(peaks) + shift[:, None]).ravel()
+    sums = (peaks + shift[:, None]).ravel()
     bound = np.partition(sums, len(sums) - count)[len(sums) - count]
     size = np.abs(before) + np.abs(top[slots]) + np.abs(norm[slots]) + np.abs(bound)
-    slack = size * np.float32(2.0**-20)
+    least = bound - shift - size * np.float32(2.0**-20)  # of a logit, for each beam
     parents, tokens = [], []
     for beam, slot in enumerate(slots.tolist()):
-        near = np.flatnonzero(logits[slot] >= bound - shift[beam] - slack[beam])
+        reach = starts[peaks[beam] >= least[beam]]
+        near = (reach[:, None] + np.arange(width)).ravel()
+        near = near[near < vocab]
+        near = near[logits[slot, near] >= least[beam]]
         parents.append(np.full(len(near), beam))
         tokens.append(near)
     parent, token = np.concatenate(parents), np.concatenate(tokens)

@@ -108,6 +108,12 @@ def build(
 
 Steps = list[tuple[str, Processor]]
 
+# Processors that forbid tokens and leave the scores of all others alone.
+BANS = frozenset({
+    "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "min_new_tokens",
+    "min_length", "suppress_tokens", "begin_suppress_tokens",
+})  # fmt: skip
+
 
 def _guidance(p: Params, unconditional: Callable[[Context], np.ndarray] | None) -> Steps:
     scale = p.guidance_scale

@@ -15,20 +15,21 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 @_quiet
-def normalisers(logits: np.ndarray, work: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def normalisers(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Two numbers of each row, such that `(logits - one) - other` is `log_softmax` to the bit.
 
     Args:
         logits: float32 [rows, vocab].
-        work: an array of that shape, which is overwritten.
 
     Returns:
         float32 [rows] each: the largest logit, and the logarithm of the sum.
     """
-    top = logits.max(axis=-1)
-    np.subtract(logits, top[:, None], out=work)
-    np.exp(work, out=work)
-    return top, np.log(work.sum(axis=-1))
+    top, total = logits.max(axis=-1), np.empty(len(logits), logits.dtype)
+    work = np.empty_like(logits[0])  # a row at a time stays in a core's own memory
+    for place, row in enumerate(logits):
+        np.exp(np.subtract(row, top[place], out=work), out=work)
+        total[place] = work.sum()
+    return top, np.log(total)
 
 
 @_quiet

@@ -586,7 +586,7 @@ def test_continuations_are_the_largest_sums_to_the_bit(case):
     everything = log_softmax(logits)[slots]
     sums = everything + before[:, None]
     places = pick.largest(sums.ravel(), count)
-    top, norm = normalisers(logits, np.empty_like(logits))
+    top, norm = normalisers(logits)
     totals, parents, tokens, own = pick.continuations(logits, top, norm, slots, before, count)
     assert (parents * vocab + tokens).tolist() == places.tolist()
     assert totals.tolist() == sums.ravel()[places].tolist()
