@@ -121,9 +121,13 @@ class Batch:
 def choose(
     rows: Sequence[Row], logits: NDArray[np.float32]
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Processed scores [rows, vocab] and the next token [rows] of rows that are alike."""
-    request = rows[0].request
-    scores = logits if request.chain is None else request.chain(context(rows), logits)
+    """Processed scores [rows, vocab] and the next token [rows] of rows that are alike.
+
+    `logits` may be overwritten, but where the request keeps them.
+    """
+    request, scores = rows[0].request, logits
+    if request.chain is not None:
+        scores = request.chain(context(rows), logits, spare=not request.params.output_logits)
     if not request.params.do_sample:
         return scores, pick.greedy(scores)
     draws: list[pick.Words] = [np.empty(0, np.uint64)] * len(rows)

@@ -465,7 +465,7 @@ class _Search:
         ids, prompts, places = _rows(beams)
         ids = [ids[beam] for beam in by_slot]
         context = context_of_beams(self.request, ids, prompts[by_slot], places[by_slot])
-        return self.together(context, self.logits)
+        return self.together(context, self.logits, spare=True)
 
     def _choose(self) -> tuple[bool, dict[int, list[Move]]]:
         """Continue every prompt's beams: whether the search is over, and what has to be moved."""
@@ -473,7 +473,8 @@ class _Search:
         logits = self.logits[np.concatenate([one.slots for one in everyone])]
         scores = log_softmax(logits)
         if self.together:
-            scores = self.together(context_of_beams(self.request, *_rows(everyone)), scores)
+            context = context_of_beams(self.request, *_rows(everyone))
+            scores = self.together(context, scores, spare=True)
         moves: dict[int, list[Move]] = {}
         seen = []
         for group in range(self.groups):
@@ -505,7 +506,7 @@ class _Search:
         mine = mine.reshape(-1, scores.shape[1])
         if not self.apart:
             return mine
-        return self.apart(context_of_beams(self.request, *_rows(beams)), mine)
+        return self.apart(context_of_beams(self.request, *_rows(beams)), mine, spare=True)
 
     def _candidates(self, beams: Sequence[Beams], scores: Scores) -> list[Candidates]:
         """For each prompt the best continuations of its beams, or a draw among them."""

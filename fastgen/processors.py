@@ -1,9 +1,9 @@
 """What happens to the logits between the model and the choice of a token.
 
 Every processor and warper of transformers 5.23 (`generation/logits_process.py`), and OpenAI's
-penalties: pure functions from `logits [rows, vocab] float32` to new ones of that shape. They
-never write to their input and may return it itself. `build` chains the active ones in the
-order of transformers' `_get_logits_processor`.
+penalties: functions from `logits [rows, vocab] float32` to such logits. A processor may write
+into what it is given and return it: a copy of all logits costs more than most of them do. `build`
+chains the active ones in the order of transformers' `_get_logits_processor`.
 """
 
 from __future__ import annotations
@@ -62,8 +62,15 @@ class Chain:
 
     steps: tuple[tuple[str, Processor], ...] = ()
 
-    def __call__(self, context: Context, logits: np.ndarray) -> np.ndarray:
-        """logits [rows, vocab] float32 in and out; the same object if there is nothing to do."""
+    def __call__(self, context: Context, logits: np.ndarray, spare: bool = False) -> np.ndarray:
+        """Apply them all.
+
+        Args:
+            logits: float32 [rows, vocab].
+            spare: whether nobody needs `logits` afterwards: they may be overwritten.
+        """
+        if self.steps and not spare:
+            logits = logits.copy()
         for _, processor in self.steps:
             logits = processor(context, logits)
         return logits
@@ -381,32 +388,29 @@ def encoder_repetition_penalty(context: Context, logits: np.ndarray, penalty: fl
 
 @_quiet
 def _penalize(logits: np.ndarray, seen: Sequence[np.ndarray], penalty: float) -> np.ndarray:
-    out = logits.copy()
     for row, tokens in enumerate(seen):
         tokens = tokens[tokens < logits.shape[1]]  # embeddings may outnumber the logits
         values = logits[row, tokens]
-        out[row, tokens] = np.where(values < 0, values * penalty, values / penalty)
-    return out
+        logits[row, tokens] = np.where(values < 0, values * penalty, values / penalty)
+    return logits
 
 
 def frequency_penalty(
     context: Context, logits: np.ndarray, frequency: float, presence: float
 ) -> np.ndarray:
     """OpenAI's: `frequency` for each time a token was generated, `presence` if it was at all."""
-    out = logits.copy()
     for row, generated in enumerate(context.generated):
         inside = generated[generated < logits.shape[1]]
         tokens, counts = np.unique(inside, return_counts=True)
-        out[row, tokens] -= (counts * frequency + presence).astype(np.float32)
-    return out
+        logits[row, tokens] -= (counts * frequency + presence).astype(np.float32)
+    return logits
 
 
 @_quiet
 def logit_bias(logits: np.ndarray, tokens: np.ndarray, biases: np.ndarray) -> np.ndarray:
     """OpenAI's: biases [n] added to the logits of tokens [n], which are distinct."""
-    out = logits.copy()
-    out[:, tokens] += biases
-    return out
+    logits[:, tokens] += biases
+    return logits
 
 
 # -- What is banned or forced ------------------------------------------------------------------
@@ -426,7 +430,6 @@ def _ban_followers(
     logits: np.ndarray, texts: Sequence[np.ndarray], ids: Sequence[np.ndarray], size: int
 ) -> np.ndarray:
     """Ban the tokens that followed the last `size` - 1 ids wherever those occur in the text."""
-    out = logits
     for row, text in enumerate(texts):
         starts = len(text) - size + 1
         if starts <= 0:
@@ -435,28 +438,19 @@ def _ban_followers(
         for back in range(1, size):
             matches &= text[size - 1 - back : size - 1 - back + starts] == ids[row][-back]
         banned = text[size - 1 :][matches]
-        banned = banned[banned < logits.shape[1]]
-        if len(banned):
-            out = logits.copy() if out is logits else out
-            out[row, banned] = -np.inf
-    return out
+        logits[row, banned[banned < logits.shape[1]]] = -np.inf
+    return logits
 
 
 def _ban(logits: np.ndarray, rows: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    if not rows.any() or not len(tokens):
-        return logits
-    out = logits.copy()
-    out[np.ix_(rows, tokens)] = -np.inf
-    return out
+    logits[np.ix_(rows, tokens)] = -np.inf
+    return logits
 
 
 def _force(logits: np.ndarray, rows: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    if not rows.any():
-        return logits
-    out = logits.copy()
-    out[rows] = -np.inf
-    out[np.ix_(rows, tokens)] = 0
-    return out
+    logits[rows] = -np.inf
+    logits[np.ix_(rows, tokens)] = 0
+    return logits
 
 
 def min_length(context: Context, logits: np.ndarray, length: int, eos: np.ndarray) -> np.ndarray:
@@ -521,9 +515,8 @@ def exponential_decay_length_penalty(
     growth = np.minimum(growth, np.finfo(np.float32).max).astype(np.float32)
     ends = logits[np.ix_(rows, eos)]
     bonus = np.where(np.isfinite(ends), np.abs(ends) * growth[:, None], 0)
-    out = logits.copy()
-    out[np.ix_(rows, eos)] = ends + bonus
-    return out
+    logits[np.ix_(rows, eos)] = ends + bonus
+    return logits
 
 
 def suppress_tokens(context: Context, logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
@@ -540,7 +533,7 @@ def begin_suppress_tokens(
 
 
 def user_processor(context: Context, logits: np.ndarray, function: UserProcessor) -> np.ndarray:
-    """A caller's own callable; it gets copies, so that it may write to them.
+    """A caller's own callable; it may write to what it gets.
 
     Raises:
         ValueError: rows of different lengths, or no float array of the logits' shape comes back.
@@ -551,7 +544,7 @@ def user_processor(context: Context, logits: np.ndarray, function: UserProcessor
             f"{name} takes ids [rows, length]: rows must be equally long, "
             f"got lengths {context.lengths.tolist()}"
         )
-    scores = function(np.stack(context.ids), logits.copy())
+    scores = function(np.stack(context.ids), logits)
     if not isinstance(scores, np.ndarray) or not np.issubdtype(scores.dtype, np.floating):
         kind = getattr(scores, "dtype", type(scores).__name__)
         raise ValueError(f"{name} must return a float array, got {kind}")

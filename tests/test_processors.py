@@ -247,7 +247,7 @@ def test_repetition_penalty(penalty, pads):
     theirs = hf.RepetitionPenaltyLogitsProcessor(
         penalty, None if pads is None else torch.tensor(pads)
     )
-    ours = processors.repetition_penalty(context(ids, pads=pads), logits, penalty)
+    ours = processors.repetition_penalty(context(ids, pads=pads), logits.copy(), penalty)
     np.testing.assert_array_equal(ours, torch_of(theirs, ids, logits))
 
 
@@ -255,7 +255,7 @@ def test_repetition_penalty_of_ids_beyond_the_logits():
     ids, logits = histories(0), random_logits(1)
     ids[0, 3] = VOCAB + 4
     theirs = hf.RepetitionPenaltyLogitsProcessor(1.5)
-    ours = processors.repetition_penalty(context(ids), logits, 1.5)
+    ours = processors.repetition_penalty(context(ids), logits.copy(), 1.5)
     np.testing.assert_array_equal(ours, torch_of(theirs, ids, logits))
 
 
@@ -263,7 +263,7 @@ def test_repetition_penalty_of_ids_beyond_the_logits():
 def test_encoder_repetition_penalty(penalty):
     ids, logits = histories(0), random_logits(1)
     theirs = hf.EncoderRepetitionPenaltyLogitsProcessor(penalty, torch.tensor(ids[:, :5]))
-    ours = processors.encoder_repetition_penalty(context(ids, prompt=5), logits, penalty)
+    ours = processors.encoder_repetition_penalty(context(ids, prompt=5), logits.copy(), penalty)
     np.testing.assert_array_equal(ours, torch_of(theirs, ids, logits))
 
 
@@ -271,7 +271,7 @@ def test_encoder_repetition_penalty(penalty):
 @pytest.mark.parametrize("seed", range(4))
 def test_no_repeat_ngram(size, seed):
     ids, logits = histories(seed) % 3, random_logits(seed)
-    ours = processors.no_repeat_ngram(context(ids), logits, size)
+    ours = processors.no_repeat_ngram(context(ids), logits.copy(), size)
     theirs = torch_of(hf.NoRepeatNGramLogitsProcessor(size), ids, logits)
     np.testing.assert_array_equal(ours, theirs)
 
@@ -281,7 +281,7 @@ def test_no_repeat_ngram(size, seed):
 def test_encoder_no_repeat_ngram(size, length):
     ids, logits = histories(5)[:, :length] % 3, random_logits(5)
     theirs = hf.EncoderNoRepeatNGramLogitsProcessor(size, torch.tensor(ids[:, :7]))
-    ours = processors.encoder_no_repeat_ngram(context(ids, prompt=7), logits, size)
+    ours = processors.encoder_no_repeat_ngram(context(ids, prompt=7), logits.copy(), size)
     np.testing.assert_array_equal(ours, torch_of(theirs, ids, logits))
 
 
@@ -293,7 +293,7 @@ def test_sequence_bias():
     ids, logits = histories(6), random_logits(6)
     groups = processors.by_prefix_length("sequence_bias", BIASES, VOCAB)
     theirs = hf.SequenceBiasLogitsProcessor([[list(k), v] for k, v in BIASES.items()])
-    ours = processors.sequence_bias(context(ids), logits, groups)
+    ours = processors.sequence_bias(context(ids), logits.copy(), groups)
     np.testing.assert_allclose(ours, torch_of(theirs, ids, logits), rtol=1e-6)
     assert not np.array_equal(ours, logits)
 
@@ -334,7 +334,7 @@ def test_prefix_allowed_tokens(num_beams):
     logits[3, 7] = 1.0
     theirs = hf.PrefixConstrainedLogitsProcessor(allow_some, num_beams)
     rows = Context(**(vars(context(ids)) | {"batch_ids": np.arange(4) // num_beams}))
-    ours = processors.prefix_allowed_tokens(rows, logits, allow_some)
+    ours = processors.prefix_allowed_tokens(rows, logits.copy(), allow_some)
     np.testing.assert_array_equal(ours, torch_of(theirs, ids, logits))
 
 
@@ -355,14 +355,16 @@ def test_exponential_decay_length_penalty(length):
     ids, logits = histories(10)[:, :length], random_logits(10)
     eos = np.array([EOS, 8])
     theirs = hf.ExponentialDecayLengthPenalty((2, 1.7), eos.tolist(), 5)
-    ours = processors.exponential_decay_length_penalty(context(ids, 5), logits, 2, 1.7, eos)
+    ours = processors.exponential_decay_length_penalty(context(ids, 5), logits.copy(), 2, 1.7, eos)
     np.testing.assert_allclose(ours, torch_of(theirs, ids, logits), rtol=1e-6)
 
 
 def test_exponential_decay_after_very_long_texts_is_finite_or_infinite_but_not_nan():
     logits = np.array([[0.0, 1.0, -1.0]], dtype=np.float32)
     late = context([np.zeros(3000, dtype=int)], prompt=1)
-    out = processors.exponential_decay_length_penalty(late, logits, 0, 1.6, np.array([0, 1, 2]))
+    out = processors.exponential_decay_length_penalty(
+        late, logits.copy(), 0, 1.6, np.array([0, 1, 2])
+    )
     assert not np.isnan(out).any()
 
 
