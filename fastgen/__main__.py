@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 import fastgen
-from fastgen.hub import PRECISION
+from fastgen.hub import CACHE_PRECISION, PRECISION
 from fastgen.params import Params, resolve
 
 QUIET_EXIT = 130  # Ctrl-C, as shells count it
@@ -95,7 +95,7 @@ def cli() -> None:
 @click.option("--precision", default=PRECISION, show_default=True, help="fp32, int8 or int4")
 @click.option(
     "--cache-precision",
-    default="fp32",
+    default=CACHE_PRECISION,
     show_default=True,
     help="of keys and values: fp32, or int8 in a quarter of the memory",
 )

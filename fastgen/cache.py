@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 STEP = 256  # tokens: buffers grow by multiples, so that they do not grow at every call
+AT_ONCE = 1 << 18  # bytes of all layers that are copied in one assignment
 
 
 class Cache:
@@ -94,10 +95,11 @@ class Cache:
 
     def _copy(self, sources: Any, slots: Any, start: int, end: int) -> None:
         """Tokens `start` to `end` of one slot, or of several by way of a temporary copy."""
-        if end > start:
-            for buffer in self._buffers.values():
-                for half in buffer:  # numpy sees that these do not overlap, and makes no copy
-                    half[slots, :, start:end] = half[sources, :, start:end]
+        for buffer in self._buffers.values():
+            # Of little, numpy's own copy against overlaps costs less than a call a layer.
+            little = np.size(slots) * (end - start) * buffer[:, :1, :, :1].nbytes <= AT_ONCE
+            for part in (buffer,) if little else np.split(buffer, len(buffer)):
+                part[:, slots, :, start:end] = part[:, sources, :, start:end]
 
     def trim(self, slot: int, length: int) -> None:
         """Forget what `slot` holds from `length` on."""

@@ -81,6 +81,7 @@ class CausalLM:
         name_or_path: str | os.PathLike[str],
         *,
         precision: str | None = None,
+        cache_precision: str | None = None,
         threads: int | None = None,
         revision: str | None = None,
     ) -> Self:
@@ -91,11 +92,12 @@ class CausalLM:
 
         Args:
             name_or_path: a directory, or a hub id such as "distilgpt2".
-            precision: "fp32", "int8" or "int4" of an export.
+            precision: "fp32", "int8" (an export's default) or "int4".
+            cache_precision: of keys and values, "fp32" (an export's default) or "int8".
             threads: threads of a step; None for the physical cores.
             revision: a branch, tag or commit of the hub repository.
         """
-        model = cls(hub.exported(name_or_path, precision, revision), threads)
+        model = cls(hub.exported(name_or_path, precision, cache_precision, revision), threads)
         model.name_or_path = str(name_or_path)
         return model
 

@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fastgen.model import INFO, ModelError
+from fastgen.model import INFO, ModelError, ModelInfo
 
 DEMO = Path(__file__).parent / "demo"
 PRECISION = "int8"  # of an export where none is asked for
+CACHE_PRECISION = "fp32"  # the same for keys and values
 
 # What a transformers repository holds that an export does not read.
 NOT_READ = [
@@ -46,9 +47,16 @@ def directory(name_or_path: str | os.PathLike[str] | None) -> Path:
 
 
 def exported(
-    name_or_path: str | os.PathLike[str], precision: str | None, revision: str | None
+    name_or_path: str | os.PathLike[str],
+    precision: str | None,
+    cache_precision: str | None,
+    revision: str | None,
 ) -> Path:
     """A fastgen directory for any model: itself, or its export in the cache, made if need be.
+
+    Args:
+        precision, cache_precision: None for any of a fastgen directory, for PRECISION and
+            CACHE_PRECISION of an export.
 
     Raises:
         ModelError: there is no such model, or it is one of another precision.
@@ -67,14 +75,15 @@ def exported(
         if (source / INFO).is_file():
             source = snapshot(str(name_or_path), revision)
     if (source / INFO).is_file():
-        return _of_precision(source, precision)
-    wanted = precision or PRECISION
+        return _of_precision(source, precision, cache_precision)
+    wanted, kept = precision or PRECISION, cache_precision or CACHE_PRECISION
     name = re.sub(r"[^\w.-]+", "--", str(name_or_path).strip("/"))[-60:]
-    out = cache_directory() / f"{name}-{wanted}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    name += f"-{wanted}" if kept == CACHE_PRECISION else f"-{wanted}-kv-{kept}"
+    out = cache_directory() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     if not (out / INFO).is_file():
         with _locked(out.with_name(out.name + ".lock")):
             if not (out / INFO).is_file():  # another process may have made it meanwhile
-                _export(source, out, wanted)
+                _export(source, out, wanted, kept)
     return out
 
 
@@ -155,16 +164,19 @@ def _fingerprint(source: Path) -> str:
     return repr(stats)
 
 
-def _of_precision(source: Path, precision: str | None) -> Path:
-    from fastgen.model import ModelInfo
-
-    found = ModelInfo.read(source).precision
-    if precision is not None and precision != found:
-        raise ModelError(f"{source} was exported as {found}, not {precision}")
+def _of_precision(source: Path, precision: str | None, cache_precision: str | None) -> Path:
+    info = ModelInfo.read(source)
+    if precision is not None and precision != info.precision:
+        raise ModelError(f"{source} was exported as {info.precision}, not {precision}")
+    if cache_precision is not None and cache_precision != info.cache_precision:
+        raise ModelError(
+            f"{source} was exported with keys and values in {info.cache_precision}, "
+            f"not {cache_precision}"
+        )
     return source
 
 
-def _export(source: Path, out: Path, precision: str) -> None:
+def _export(source: Path, out: Path, precision: str, cache_precision: str) -> None:
     try:
         from fastgen.export import pipeline
     except ImportError as error:
@@ -172,7 +184,7 @@ def _export(source: Path, out: Path, precision: str) -> None:
             f"{source} is a transformers model; exporting it needs torch and transformers: "
             f"pip install 'fastgen[export]' ({error})"
         ) from error
-    pipeline.export(source, out, precision=precision)
+    pipeline.export(source, out, precision=precision, cache_precision=cache_precision)
 
 
 @contextlib.contextmanager

@@ -64,6 +64,11 @@ class ModelInfo:
     cache_dtype: str = "float32"
 
     @property
+    def cache_precision(self) -> str:
+        """Of the stored keys and values, as an export is asked for it: "fp32" or "int8"."""
+        return "fp32" if self.cache_dtype == "float32" else self.cache_dtype
+
+    @property
     def cache_bytes(self) -> int:
         """Of the keys and values of one token."""
         return (

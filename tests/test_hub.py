@@ -286,7 +286,8 @@ def test_a_local_directory_is_exported_once_and_again_when_it_changes(
 
     made: list[tuple[Path, Path]] = []
 
-    def export(source: Path, out: Path, **_: object) -> None:
+    def export(source: Path, out: Path, **wishes: str) -> None:
+        assert sorted(wishes) == ["cache_precision", "precision"]
         made.append((source, out))
         shutil.copytree(pair("gpt2")[1].directory, out)
 
@@ -300,6 +301,10 @@ def test_a_local_directory_is_exported_once_and_again_when_it_changes(
     (source / "generation_config.json").write_text("{}")
     fastgen.CausalLM.from_pretrained(source)
     assert len(made) == 2 and made[0][1] != made[1][1]
+    fastgen.CausalLM.from_pretrained(source, cache_precision="fp32")
+    assert len(made) == 2  # the same in other words
+    fastgen.CausalLM.from_pretrained(source, cache_precision="int8")
+    assert len(made) == 3 and "-int8-kv-int8-" in made[2][1].name
 
 
 def test_a_fastgen_directory_is_taken_as_it_is(pair):
@@ -307,6 +312,8 @@ def test_a_fastgen_directory_is_taken_as_it_is(pair):
     assert fastgen.CausalLM.from_pretrained(directory, precision="fp32").directory == directory
     with pytest.raises(fastgen.ModelError, match="exported as fp32, not int8"):
         fastgen.CausalLM.from_pretrained(directory, precision="int8")
+    with pytest.raises(fastgen.ModelError, match="keys and values in fp32, not int8"):
+        fastgen.CausalLM.from_pretrained(directory, cache_precision="int8")
 
 
 def test_a_path_is_not_taken_for_a_hub_id(tmp_path):
