@@ -44,7 +44,7 @@ class Payoff:
         spent: seconds of all steps.
     """
 
-    SHARE = 0.02  # of the call's time that may be lost
+    SHARE = 0.01  # of the call's time that may be lost
     CREDIT = 8  # plain steps that can be gained at most: when guesses stop holding, it must show
     MEMORY = 0.8  # of a moving average, from step to step
 
@@ -58,7 +58,7 @@ class Payoff:
         if not self.plain:
             return 0  # a step has to be measured first
         bearable = self.SHARE * (self.spent + remaining * self.plain) - self.lost
-        return max(0, min(self.width, int(bearable / ((self._more or 0.5) * self.plain))))
+        return max(0, min(self.width, int(bearable / ((self._more or 0.3) * self.plain))))
 
     def stepped(self, seconds: float) -> None:
         """A step without guesses took so long."""
