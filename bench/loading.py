@@ -79,7 +79,6 @@ def main() -> None:
 
 def save(directory: Path, place: Path, packed: bool) -> None:
     """Copy a model directory with its graph as onnxruntime has optimised it."""
-
     from fastgen.model import GRAPH, INFO, open_session, session_options
     from fastgen.tuning import Tuning
 

@@ -49,11 +49,13 @@ def exported(
     """
     from fastgen.export import export
 
+    from fastgen.hub import kind
+
     with tempfile.TemporaryDirectory() as temporary:
         home, paths = keep or Path(temporary), {}
         for precision in precisions:
             for cache in caches:
-                name = precision if cache == "fp32" else f"{precision}-kv-{cache}"
+                name = kind(precision, cache)
                 paths[name] = path = home / f"{shape}-{name}"
                 if not path.exists():
                     export(

@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 import fastgen
-from fastgen.hub import PRECISION
+from fastgen.hub import CACHE_PRECISION, PRECISION
 from fastgen.model import GRAPH, Model
 from fastgen.report import REPORT
 
@@ -102,7 +102,7 @@ def export(
     *,
     tokenizer: object | None = None,
     precision: str = PRECISION,
-    cache_precision: str = "fp32",
+    cache_precision: str = CACHE_PRECISION,
     force: bool = False,
     allow_mismatch: bool = False,
     revision: str | None = None,

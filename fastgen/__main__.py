@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 import fastgen
-from fastgen.hub import CACHE_PRECISION, PRECISION
+from fastgen.hub import CACHE_PRECISION, PRECISION, kind
 from fastgen.params import Params, resolve
 
 QUIET_EXIT = 130  # Ctrl-C, as shells count it
@@ -129,10 +129,9 @@ def export(
         from fastgen.report import REPORT, table
 
         name = Path(os.path.abspath(model)).name  # of a directory's path, or the end of a hub id
-        cache = "" if cache_precision == "fp32" else f"-kv-{cache_precision}"
         made = pipeline.export(
             model,
-            out or Path(f"{name}-{precision}{cache}"),
+            out or Path(f"{name}-{kind(precision, cache_precision)}"),
             precision=precision,
             cache_precision=cache_precision,
             force=force,

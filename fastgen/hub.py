@@ -77,14 +77,19 @@ def exported(
     if (source / INFO).is_file():
         return _of_precision(source, precision, cache_precision)
     wanted, kept = precision or PRECISION, cache_precision or CACHE_PRECISION
+    digest = hashlib.sha256(key.encode()).hexdigest()[:12]
     name = re.sub(r"[^\w.-]+", "--", str(name_or_path).strip("/"))[-60:]
-    name += f"-{wanted}" if kept == CACHE_PRECISION else f"-{wanted}-kv-{kept}"
-    out = cache_directory() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    out = cache_directory() / f"{name}-{kind(wanted, kept)}-{digest}"
     if not (out / INFO).is_file():
         with _locked(out.with_name(out.name + ".lock")):
             if not (out / INFO).is_file():  # another process may have made it meanwhile
                 _export(source, out, wanted, kept)
     return out
+
+
+def kind(precision: str, cache_precision: str) -> str:
+    """What an export's directory is called after: "int8", or "int8-kv-int8" for the cache too."""
+    return precision if cache_precision == CACHE_PRECISION else f"{precision}-kv-{cache_precision}"
 
 
 def transformers_snapshot(repository: str, revision: str | None = None) -> Path:

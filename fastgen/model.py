@@ -336,7 +336,7 @@ def _tuned(directory: Path) -> Tuning:
 
 
 def open_session(path: Path, options: Any) -> Any:
-    """A session of the graph at `path`. Every graph of fastgen is opened here."""
+    """A session of the graph of a model directory, as every one is opened that runs a model."""
     return onnxruntime.InferenceSession(
         str(path),
         options,

@@ -166,7 +166,7 @@ def continuations(
     vocab = logits.shape[1]
     width = max(1, vocab // (16 * count))
     starts = np.arange(0, vocab, width)
-    peaks = np.maximum.reduceat(logits, starts, axis=1)[slots]
+    peaks = np.stack([np.maximum.reduceat(logits[slot], starts) for slot in slots])
     shift = before - top[slots] - norm[slots]
     sums = (peaks + shift[:, None]).ravel()
     bound = np.partition(sums, len(sums) - count)[len(sums) - count]

@@ -533,7 +533,7 @@ def begin_suppress_tokens(
 
 
 def user_processor(context: Context, logits: np.ndarray, function: UserProcessor) -> np.ndarray:
-    """A caller's own callable; it may write to what it gets.
+    """A caller's own callable; it gets copies, which it may write to and keep.
 
     Raises:
         ValueError: rows of different lengths, or no float array of the logits' shape comes back.
@@ -544,7 +544,7 @@ def user_processor(context: Context, logits: np.ndarray, function: UserProcessor
             f"{name} takes ids [rows, length]: rows must be equally long, "
             f"got lengths {context.lengths.tolist()}"
         )
-    scores = function(np.stack(context.ids), logits)
+    scores = function(np.stack(context.ids), logits.copy())
     if not isinstance(scores, np.ndarray) or not np.issubdtype(scores.dtype, np.floating):
         kind = getattr(scores, "dtype", type(scores).__name__)
         raise ValueError(f"{name} must return a float array, got {kind}")

@@ -209,6 +209,22 @@ def test_a_call_leaves_nothing_to_the_next_but_memory(pair):
     assert len(model.model._spare) == 1
 
 
+def test_a_processor_may_keep_what_it_sees(pair):
+    _, model = pair("gpt2")
+    seen = []
+
+    def look(_, scores):
+        seen.append(scores)
+        return scores
+
+    out = model.generate(
+        [5, 6, 7], max_new_tokens=5, suppress_tokens=[4], logits_processor=[look],
+        output_scores=True, return_dict_in_generate=True,
+    )  # fmt: skip
+    assert len(seen) == len(out.scores) > 1
+    assert all(np.array_equal(*pair) for pair in zip(seen, out.scores, strict=True))
+
+
 def test_memory_of_a_call_serves_the_next(pair):
     _, model = pair("gpt2")
     model.generate(ragged(9, (20, 4)), max_new_tokens=8)
