@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 import fastgen
+from fastgen import extras
 from fastgen.hub import CACHE_PRECISION, PRECISION, kind
 from fastgen.params import Params, resolve
 
@@ -114,7 +115,7 @@ def export(
 ) -> None:  # fmt: skip
     """Export MODEL, a hub id or a transformers directory, to the model directory OUT.
 
-    Needs torch and transformers (pip install 'fastgen[export]'); running the result does not.
+    Needs torch and transformers (the extra `export`); running the result does not.
     OUT is by default the model's name and its precisions, such as distilgpt2-int8, or
     distilgpt2-int8-kv-int8. What was compared and found is printed as a table, which
     `fastgen info OUT` shows again.
@@ -124,7 +125,7 @@ def export(
             from fastgen.export import pipeline
         except ImportError as error:
             raise ValueError(
-                f"exporting needs torch and transformers: pip install 'fastgen[export]' ({error})"
+                f"exporting needs torch and transformers: {extras.install('export')} ({error})"
             ) from error
         from fastgen.report import REPORT, table
 

@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastgen import extras
+
 FILE = "chat_template.jinja"
 OTHERS = "additional_chat_templates"  # templates with a name, a file each
 FOR_TOOLS = "tool_use"  # the name of the one for calls with tools, where there is one
@@ -92,7 +94,7 @@ def _compiled(source: str) -> Any:
         from jinja2.sandbox import ImmutableSandboxedEnvironment
         from jinja2.utils import Namespace
     except ImportError as error:
-        raise ValueError("chat needs jinja2: pip install 'fastgen[chat]'") from error
+        raise ValueError(f"chat needs jinja2: {extras.install('chat')}") from error
 
     class Generation(Extension):  # type: ignore[misc,unused-ignore]
         """`{% generation %}` marks the assistant's part for training; here it shows its content."""

@@ -234,7 +234,7 @@ class CausalLM:
         template_variables: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The model's reply to a conversation, by its own chat template (extra `fastgen[chat]`).
+        """The model's reply to a conversation, by its own chat template (extra `chat`).
 
         Args:
             messages: such as `[{"role": "user", "content": "Hi"}]`, oldest first.

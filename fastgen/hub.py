@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fastgen import extras
 from fastgen.model import INFO, ModelError, ModelInfo
 
 DEMO = Path(__file__).parent / "demo"
@@ -187,7 +188,7 @@ def _export(source: Path, out: Path, precision: str, cache_precision: str) -> No
     except ImportError as error:
         raise ModelError(
             f"{source} is a transformers model; exporting it needs torch and transformers: "
-            f"pip install 'fastgen[export]' ({error})"
+            f"{extras.install('export')} ({error})"
         ) from error
     pipeline.export(source, out, precision=precision, cache_precision=cache_precision)
 

@@ -240,7 +240,7 @@ def test_two_processes_that_start_together_export_once(world, expected, pair):
 def test_without_torch_a_transformers_repository_says_what_to_install(world):
     code, _, err = world.run(NO_TORCH + FROM_PRETRAINED, "org/source")
     assert code == 1
-    assert "pip install 'fastgen[export]'" in err.splitlines()[-1]
+    assert "pip install 'fastgen-onnx[export]'" in err.splitlines()[-1]
     assert not list(world.cache.glob("org*-fp32-*/"))
 
 

@@ -21,13 +21,14 @@ ROOT = HOME.parent
 LAYERS: dict[str, set[str]] = {
     "params": set(),
     "cpu": set(),
+    "extras": set(),
     "output": set(),
     "cache": set(),
     "prefix": {"cache"},
     "tokenizer": set(),
     "tensors": set(),
     "prompt": {"tensors"},
-    "chat": set(),
+    "chat": {"extras"},
     "softmax": set(),
     "pick": {"softmax"},
     "watermark": set(),
@@ -35,7 +36,7 @@ LAYERS: dict[str, set[str]] = {
     "processors": {"params", "softmax", "watermark"},
     "memory": set(),
     "model": {"cache", "cpu", "memory", "tuning"},
-    "hub": {"model", "export"},
+    "hub": {"extras", "model", "export"},
     "report": set(),
     "tuning": {"cpu"},
     "tune": {"cpu", "model", "report", "softmax", "tuning"},
@@ -57,7 +58,7 @@ LAYERS: dict[str, set[str]] = {
         "stop", "tensors", "tokenizer",
     },
     "__init__": {"generator", "model", "output", "params", "prefix", "tokenizer"},
-    "__main__": {"", "hub", "model", "params", "report", "tune", "tuning", "export"},
+    "__main__": {"", "extras", "hub", "model", "params", "report", "tune", "tuning", "export"},
 }  # fmt: skip
 
 

@@ -241,4 +241,4 @@ def test_without_jinja2_the_error_names_the_extra(directory):
         f"fastgen.load({str(directory)!r}).chat([{{'role': 'user', 'content': 'Hi'}}])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert "chat needs jinja2: pip install 'fastgen[chat]'" in done.stderr
+    assert "chat needs jinja2: pip install 'fastgen-onnx[chat]'" in done.stderr
