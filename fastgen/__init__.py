@@ -2,15 +2,17 @@
 
 How a prompt becomes text, file by file:
 
-    params      every knob: its name, default and check
+    params      every knob: its name, default and rule  values    a check for each kind of value
     prompt      ids, masks, tensors -> rows            tokenizer   text <-> ids
     tensors     torch's, without torch                 chat        messages -> text
     healing     the prompt's last token, again
     request     the rows of one call and what they share
     model       new ids and a cache -> logits          cache       keys and values, in place
+    jsonfile    what strangers wrote, checked
     prefix      prompts' keys and values, for later
-    cpu         cores, and what they can                   memory      pages given back
-    extras      what else can be installed
+    bounds      what a call would take of memory       memory      pages given back
+    cpu         cores, and what they can
+    extras      what else can be installed             swap        one directory for another
     processors  logits -> logits, one function a knob  watermark   two of them
     pick        logits -> token, torch's random draws      softmax     and its logarithm
     stop        when a row ends                        output      what comes out
@@ -20,25 +22,28 @@ How a prompt becomes text, file by file:
     generator   what people hold: CausalLM, load, generate
     hub         a name -> a model directory            demo        the embedded one
     tune        what is fastest on this machine        tuning      kept beside the model
-    __main__    the command line                       report      what an export found, as a table
+    __main__    the command line's door                commands    what it does
+    interrupt   Ctrl-C during imports                  report      what an export found, as a table
     export      from torch to a directory
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
+from typing import TYPE_CHECKING, Any
 
 # onnxruntime reports telemetry by default; its own switch works only before it is imported.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
-from fastgen.generator import CausalLM, generate, load
-from fastgen.model import ModelError
-from fastgen.output import GenerateOutput, Token
-from fastgen.params import Params
-from fastgen.prefix import PrefixCache
-from fastgen.tokenizer import Tokenizer
-
-CausalLMModelForOnnxGeneration = CausalLM  # the name that fastgpt's users know
+if TYPE_CHECKING:
+    from fastgen.generator import CausalLM, generate, load, verify
+    from fastgen.generator import CausalLM as CausalLMModelForOnnxGeneration
+    from fastgen.model import ModelError
+    from fastgen.output import GenerateOutput, Token
+    from fastgen.params import Params
+    from fastgen.prefix import PrefixCache
+    from fastgen.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
 __all__ = [
@@ -52,4 +57,29 @@ __all__ = [
     "Tokenizer",
     "generate",
     "load",
+    "verify",
 ]
+
+_OFFERED = {
+    "CausalLM": "generator", "generate": "generator", "load": "generator", "ModelError": "model",
+    "GenerateOutput": "output", "Token": "output", "Params": "params", "PrefixCache": "prefix",
+    "Tokenizer": "tokenizer", "verify": "generator",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """What is offered, and the modules, imported when they are first used.
+
+    So `python -m fastgen`, which imports this before anything of its own, can settle what Ctrl-C
+    does before numpy and onnxruntime are imported.
+    """
+    if name == "CausalLMModelForOnnxGeneration":  # the name that fastgpt's users know
+        found = __getattr__("CausalLM")
+    elif name in _OFFERED:
+        found = getattr(importlib.import_module(f"fastgen.{_OFFERED[name]}"), name)
+    elif not name.startswith("_") and importlib.util.find_spec(f"fastgen.{name}"):
+        found = importlib.import_module(f"fastgen.{name}")
+    else:
+        raise AttributeError(f"module 'fastgen' has no attribute {name!r}")
+    globals()[name] = found
+    return found

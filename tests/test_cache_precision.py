@@ -15,7 +15,7 @@ from fastgen.export import Mismatch, bundle, cache, calibrate, export, graph, pi
 from fastgen.export.check import Tolerance
 
 import fastgen
-from fastgen import __main__, hub
+from fastgen import commands, hub
 from fastgen.batch import CHUNK
 from fastgen.cache import Cache
 from fastgen.model import GRAPH, INFO, Model
@@ -308,7 +308,7 @@ def test_the_flag_of_the_command_line(monkeypatch, pair, flags, name):
         return pair("gpt2")[1].directory
 
     monkeypatch.setattr(pipeline, "export", made)
-    __main__.cli.main(["export", "org/some", *flags], standalone_mode=False)
+    commands.cli.main(["export", "org/some", *flags], standalone_mode=False)
     assert seen["out"] == name and seen["cache_precision"] == (flags or ["", "fp32"])[1]
 
 
@@ -316,7 +316,7 @@ def test_info_says_how_keys_and_values_are_stored(exported, capsys):
     for model, words in zip(
         exported("gpt2"), ("float32, 512 bytes", "int8, 128 bytes"), strict=True
     ):
-        __main__.cli.main(["info", str(model.directory)], standalone_mode=False)
+        commands.cli.main(["info", str(model.directory)], standalone_mode=False)
         assert f"{words} a token" in capsys.readouterr().out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pty
@@ -12,12 +13,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 
 import fastgen
+from fastgen import commands
 from fastgen.hub import DEMO
+from fastgen.params import Params
 
 COMMAND = [sys.executable, "-m", "fastgen"]
 PROMPT = "The quick"
@@ -98,6 +102,19 @@ def test_json_is_one_object_a_sequence(model, directory):
         assert [len(step) for step in record["top_logprobs"]] == [2] * 4
 
 
+def test_json_has_no_infinity_and_no_nan(directory):
+    """What is not a number is null: a token that processors rule out has no log-probability."""
+    code, out, err = run("generate", PROMPT, "-m", directory, "--json", "--max-new-tokens", "2",
+                         "--top-logprobs", "3", "--do-sample", "--top-k", "1")  # fmt: skip
+    assert (code, err) == (0, "")
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    steps = json.loads(out, parse_constant=refuse)["top_logprobs"]
+    assert all(first[1] == 0 and last[1] is None for first, *_, last in steps)
+
+
 @pytest.fixture(scope="module")
 def endless(pair) -> Path:
     """A model that can go on for a long time."""
@@ -109,10 +126,14 @@ ENDLESS = ["--max-new-tokens", "30000", "--eos-token-id", "null", "--do-sample",
            "--temperature", "3", "--suppress-tokens", "[0,1,2,97,98]"]  # fmt: skip
 
 
-def started(*args: str | Path, **kwargs: object) -> subprocess.Popen[bytes]:
+def started(
+    *args: str | Path, interrupt: Any = signal.SIG_DFL, **kwargs: object
+) -> subprocess.Popen[bytes]:
+    """A process that Ctrl-C reaches, as from a terminal, however the tests were started."""
     return subprocess.Popen(
-        [*COMMAND, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs
-    )
+        [*COMMAND, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, interrupt), **kwargs,
+    )  # fmt: skip
 
 
 def test_text_comes_as_it_is_generated(endless):
@@ -150,6 +171,65 @@ def test_ctrl_c_while_generating_ends_it_quietly(endless):
     assert (process.returncode, err.strip()) == (130, b"")
 
 
+def test_who_starts_it_with_ctrl_c_ignored_is_obeyed(directory, expected):
+    """As nohup does, and a shell that runs it in the background."""
+    reading, writing = os.pipe()
+    process = started("generate", "-m", directory, "--max-new-tokens", "8",
+                      stdin=reading, interrupt=signal.SIG_IGN)  # fmt: skip
+    os.close(reading)
+    for _ in range(20):  # while it imports, and while it waits for the prompt
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.05)
+    os.write(writing, PROMPT.encode())
+    os.close(writing)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out.decode(), err) == (0, expected, b"")
+
+
+@pytest.mark.parametrize("library", ["click", "numpy", "onnxruntime", "tokenizers"])
+@pytest.mark.parametrize("entry", ["module", "script"])
+def test_ctrl_c_while_libraries_are_imported_ends_it_quietly(library, entry, tmp_path):
+    """As the first thing that the library does."""
+    text = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n"
+    (tmp_path / f"{library}.py").write_text(text)
+    program = ["-c", "from fastgen.__main__ import main; main()"] if entry == "script" else []
+    process = subprocess.run(
+        [sys.executable, *(program or COMMAND[1:]), "generate", PROMPT], capture_output=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)}, timeout=60,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    named = b"fastgen: no --model given, using the embedded demo model"  # by when tokenizers come
+    assert (process.returncode, process.stdout) == (130, b"")
+    assert process.stderr.strip() == (named if library == "tokenizers" else b"")
+
+
+@pytest.mark.parametrize(
+    ("closed", "code"),
+    [(">&-", 0), ("2>&-", 0), ("<&-", 0), (">&- 2>&-", 0), ("<&- >&- 2>&-", 0),
+     (">/dev/full", 2), ("2>/dev/full", 0), (">/dev/full 2>&1", 2)],
+)  # fmt: skip
+def test_streams_that_are_closed_or_full(closed, code, expected, directory, tmp_path):
+    """What is opened later never takes the number of a standard stream."""
+    cache = tmp_path / "cache"
+    line = (f"'{sys.executable}' -m fastgen generate '{PROMPT}' -m '{directory}' "
+            f"--max-new-tokens 8 --prefix-cache '{cache}' {closed}")  # fmt: skip
+    done = subprocess.run(["bash", "-c", line], capture_output=True, timeout=60)
+    assert done.returncode == code
+    assert done.stdout.decode() == ("" if ">" in closed.replace("2>", "") else expected)
+    no_space = closed == ">/dev/full"
+    assert done.stderr == (b"fastgen: No space left on device\n" if no_space else b"")
+    if code == 0:
+        assert fastgen.PrefixCache.load(cache).hits == 0  # it is whole
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&- <&-", "2>&-"])
+def test_errors_with_streams_that_are_closed(closed, directory):
+    line = f"'{sys.executable}' -m fastgen generate -m '{directory}' {closed}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, input=b"", timeout=60)
+    said = b"" if closed == "2>&-" else b"fastgen: the prompt is empty\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, b"", said)
+
+
 def test_the_demo_model_is_named_on_stderr(tmp_path):
     code, out, err = run("generate", "The os module", "--max-new-tokens", "4")
     assert err.splitlines()[0] == "fastgen: no --model given, using the embedded demo model"
@@ -173,13 +253,32 @@ def test_the_demo_model_is_named_on_stderr(tmp_path):
         (["generate", "x", "-m", "{model}", "--eos-token-id", "end"],
          "eos_token_id must be an integer, got 'end'"),
         (["generate", "x", "-m", "{model}", "--threads", "0"], "threads must be positive, got 0"),
+        (["generate", "x", "-m", "{model}", "--threads", "-1"], "threads must be positive, got -1"),
+        (["generate", "x", "-m", "{model}", "--threads", "99999999"],
+         "threads must be at most 1024, got 99999999"),
+        (["generate", "x", "-m", "{model}", "--threads", "abc"], "not a valid integer"),
         (["generate", "x", "-m", "{tmp}/nothing"], "nothing is not a directory"),
         (["generate", "x", "-m", "{tmp}"], "not a fastgen model directory"),
         (["generate", "", "-m", "{model}"], "the prompt is empty"),
         (["generate", "-m", "{model}"], "the prompt is empty"),  # nothing on stdin
         (["generate", "x", "-f", "{tmp}/x", "-m", "{model}"], "not both"),
         (["generate", "-f", "{tmp}/x", "-m", "{model}"], "x: No such file or directory"),
+        (["generate", "-f", "{tmp}", "-m", "{model}"], "Is a directory"),
         (["generate", "\udcff", "-m", "{model}"], "the prompt is not UTF-8"),
+        (["generate", "x" * 100_000, "-m", "{model}"], "the model takes at most 128"),
+        (["generate", "x", "-m", "{model}", "--stop-strings", "\udcff"],
+         "stop_strings is not UTF-8"),
+        (["generate", "x", "-m", "{model}", "--prefix-cache", "{tmp}/no/such/x"],
+         "no/such/x cannot be written: No such file or directory"),
+        (["generate", "x", "-m", "{model}", "--prefix-cache", "{tmp}"],
+         "--prefix-cache must be a file"),
+        (["generate", "x", "-m", "{model}", "--prefix-cache", "/dev/null"],
+         "--prefix-cache must be a file"),
+        (["generate", "x", "-m", "{model}", "--prefix-cache", "{model}/config.json"],
+         "is no file of PrefixCache.save"),
+        (["tune", "{model}", "--rows", "1000000000"], "GB of memory"),
+        (["tune", "{model}", "--rows", "0"], "--rows must be positive, got 0"),
+        (["tune", "{tmp}"], "not a fastgen model directory"),
         (["info", "{tmp}"], "not a fastgen model directory"),
         (["frobnicate"], "No such command 'frobnicate'"),
         (["export"], "Missing argument 'MODEL'"),
@@ -191,6 +290,33 @@ def test_an_error_is_one_line_on_stderr(args, words, directory, tmp_path):
     assert (code, out) == (2, ""), err
     assert re.fullmatch(r"fastgen: .*\n", err), err
     assert words in err
+
+
+JUNK = [
+    "", " ", "x", "\0", "-1", "0", "5", "1.5", "1e999", "-1e999", "nan", "NaN", "9" * 400,
+    "Infinity", "true", "null", '"x"', "[]", "{}", "[5]", "[-5]", "[1.5]", "[null]", "[[]]",
+    "[[5]]", "[[[5]]]", "[[5, 1]]", "[[5], 1]", '[[[5], "x"]]', '["x"]', '[["x"]]',
+    "[[[5], NaN]]", '{"5": "x"}', '{"5": NaN}', '{"x": 1}', '{"5": [1]}', '{"-1": 1}',
+    "[" * 100_000, "\udcff", '"\\ud800"',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("knob", [knob.name for knob in dataclasses.fields(Params)])
+def test_any_knob_with_any_junk_is_text_or_one_line(knob, model, monkeypatch, capfd):
+    monkeypatch.setattr(fastgen, "load", lambda *_, **__: model)
+    flag = f"--{knob.replace('_', '-')}"
+    for junk in JUNK:
+        found = commands.run(
+            ["generate", PROMPT, "-m", "it", "--max-new-tokens", "2", "--do-sample", flag, junk]
+        )
+        out, err = capfd.readouterr()
+        assert "Traceback" not in err, junk
+        if found == 0:
+            assert out.startswith(PROMPT) and err == "", junk
+        else:
+            late = "no token can be drawn" in err  # which only a step finds out
+            assert found == 2 and (late or out == ""), junk
+            assert re.fullmatch(r"fastgen: .*\n", err), (junk, err)
 
 
 def test_no_prompt_on_a_terminal_is_an_error_not_a_wait(directory):

@@ -19,7 +19,8 @@ ROOT = HOME.parent
 # Which modules of the package a module may import. Stages know no other stage but those they
 # are built on; searches are built from stages; the facade is built from searches.
 LAYERS: dict[str, set[str]] = {
-    "params": set(),
+    "values": {"tensors"},
+    "params": {"values"},
     "cpu": set(),
     "extras": set(),
     "output": set(),
@@ -31,12 +32,13 @@ LAYERS: dict[str, set[str]] = {
     "chat": {"extras"},
     "softmax": set(),
     "pick": {"softmax"},
-    "watermark": set(),
+    "watermark": {"values"},
     "stop": {"params"},
     "processors": {"params", "softmax", "watermark"},
     "memory": set(),
     "model": {"cache", "cpu", "memory", "tuning"},
-    "hub": {"extras", "model", "export"},
+    "swap": {"model"},
+    "hub": {"extras", "model", "swap", "export"},
     "report": set(),
     "tuning": {"cpu"},
     "tune": {"cpu", "model", "report", "softmax", "tuning"},
@@ -49,16 +51,22 @@ LAYERS: dict[str, set[str]] = {
     "lookup": {"batch", "model", "pick", "request"},
     "healing": {"tokenizer"},
     "score": {"cache", "model", "pick", "prefix", "softmax"},
+    "bounds": {"cpu", "model", "params"},
     "call": {
-        "batch", "beam", "guidance", "healing", "lookup", "model", "output", "params", "prefix",
+        "batch", "beam", "bounds", "guidance", "healing", "lookup", "model", "output", "params", "prefix",
         "processors", "prompt", "request", "stop", "tensors", "tokenizer",
     },
     "generator": {
         "call", "chat", "hub", "model", "output", "params", "prefix", "processors", "score",
-        "stop", "tensors", "tokenizer",
+        "stop", "tensors", "tokenizer", "values",
     },
     "__init__": {"generator", "model", "output", "params", "prefix", "tokenizer"},
-    "__main__": {"", "extras", "hub", "model", "params", "report", "tune", "tuning", "export"},
+    "interrupt": set(),
+    "commands": {
+        "", "bounds", "export", "extras", "hub", "interrupt", "model", "params", "report", "tune",
+        "tuning",
+    },
+    "__main__": {"commands", "interrupt"},
 }  # fmt: skip
 
 
@@ -92,8 +100,10 @@ def test_the_map_in_the_docstring_names_every_module():
 
 def test_the_names_offered_are_the_names_there():
     assert fastgen.__all__ == sorted(fastgen.__all__)
+    assert all(getattr(fastgen, name) for name in fastgen.__all__)  # they come when they are used
     public = {name for name in vars(fastgen) if not name.startswith("_")}
-    modules = {p.stem for p in HOME.iterdir()} | {"annotations", "os", "export"}
+    modules = {p.stem for p in HOME.iterdir()} | {"annotations", "os", "importlib", "export"}
+    modules |= {"TYPE_CHECKING", "Any"}
     assert public - modules == set(fastgen.__all__) - modules
 
 
@@ -108,6 +118,8 @@ class Block(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, Block())
 before = set(sys.modules)
 import fastgen
+assert "numpy" not in sys.modules  # so that the command line can say first what Ctrl-C does
+fastgen.load
 new = {name.split(".")[0] for name in set(sys.modules) - before}
 allowed = {"fastgen", "numpy", "onnxruntime", "tokenizers"} | set(sys.stdlib_module_names)
 extra = sorted(name for name in new - allowed if not name.startswith("_"))
