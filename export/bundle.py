@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
-import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,15 +15,10 @@ from fastgen.export.attention import Layer
 from fastgen.export.source import Source
 
 import fastgen
-from fastgen.model import FORMAT, INFO, ModelError
-
-try:
-    import fcntl
-except ImportError:  # Windows: what a killed export leaves stays
-    fcntl = None  # type: ignore[assignment]
+from fastgen import jsonfile, swap
+from fastgen.model import FORMAT, INFO, ModelError, digest
 
 OF_THIS_MACHINE = {"name_or_path", "is_local", "local_files_only", "vocab_file", "tokenizer_file"}
-STALE = 10.0  # seconds after which a temporary directory that nobody claims is removed
 
 
 @contextmanager
@@ -36,19 +28,22 @@ def directory(out: Path, force: bool) -> Iterator[Path]:
     A process that is killed cannot clean up: the next one that writes `out` does it.
 
     Raises:
-        ModelError: `out` exists and `force` is False, or is something that is not ours to replace.
+        ModelError: see `check_free`.
     """
-    out = Path(os.path.abspath(out))
-    check_free(out, force)
-    made = [parent for parent in out.parents if not parent.exists()]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale(out)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.new.", dir=out.parent))
+    place = check_free(out, force)
+    made = [parent for parent in place.parents if not parent.exists()]
+    place.parent.mkdir(parents=True, exist_ok=True)
+    swap.remove_stale(place)
+    temporary = swap.neighbour(place, "new")
     try:
         os.chmod(temporary, 0o777 & ~_umask())
-        with _claimed(temporary):
+        with swap.claimed(temporary):
             yield temporary
-            _replace(temporary, out, force)
+            _check_replaceable(place, force)  # it may have come meanwhile
+            if place.exists():
+                swap.replace(temporary, place)
+            else:
+                temporary.rename(place)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         for parent in made:
@@ -56,73 +51,39 @@ def directory(out: Path, force: bool) -> Iterator[Path]:
                 parent.rmdir()
 
 
-@contextmanager
-def _claimed(place: Path) -> Iterator[bool]:
-    """Hold a lock on a directory, which goes when the process does.
+def check_free(out: Path, force: bool) -> Path:
+    """The directory that is written, which is a link's target; asked before any work is done.
 
-    Yields whether we have it: False if another process holds it, or directories cannot be locked.
+    Raises:
+        ModelError: `out` exists and `force` is False, or is not ours to replace, or its place
+            cannot be written.
     """
-    if fcntl is None:
-        yield False
-        return
-    handle = os.open(place, os.O_RDONLY)
+    swap.restore(out)
+    place = Path(os.path.realpath(out) if os.path.islink(out) else os.path.abspath(out))
+    if os.path.islink(out) and not place.exists():
+        raise ModelError(f"{out} is a link to {place}, which does not exist: remove the link")
+    _check_replaceable(place, force)
+    parent = next(parent for parent in place.parents if os.path.lexists(parent))
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-        else:
-            yield True
-    finally:
-        os.close(handle)
+        swap.neighbour(place, "new", parent).rmdir()
+    except OSError as error:
+        raise ModelError(f"{out} cannot be written, {parent}: {error.strerror}") from error
+    return place
 
 
-def _remove_stale(out: Path) -> None:
-    """Remove what exports of `out` left that were killed: nobody claims it, and it is not new."""
-    pattern = re.compile(rf"\.{re.escape(out.name)}\.(new|old)\.[a-z0-9_]{{8}}")
-    for place in out.parent.iterdir():
-        kind = pattern.fullmatch(place.name)
-        if kind is None or not place.is_dir():
-            continue
-        if kind[1] == "old" and not out.exists():
-            continue  # it holds the one model that is left
-        with suppress(OSError):
-            # Between being made and being claimed a directory looks abandoned.
-            if time.time() - place.stat().st_mtime < STALE:
-                continue
-            with _claimed(place) as abandoned:
-                if abandoned:
-                    shutil.rmtree(place, ignore_errors=True)
-
-
-def check_free(out: Path, force: bool) -> None:
-    """Raise before any work is done if `out` cannot be written."""
+def _check_replaceable(out: Path, force: bool) -> None:
     if not out.exists():
         return
     if not out.is_dir():
-        raise ModelError(f"{out} exists and is not a directory")
+        raise ModelError(f"{out} exists and is not a directory: choose another name")
+    if os.path.ismount(out):
+        raise ModelError(f"{out} is a mount point: choose a directory in it")
     if not any(out.iterdir()):
         return
     if not force:
         raise ModelError(f"{out} exists: choose another name, or replace it with --force")
     if not (out / INFO).is_file():
         raise ModelError(f"{out} is not a fastgen model directory: --force does not replace it")
-
-
-def _replace(new: Path, out: Path, force: bool) -> None:
-    check_free(out, force)  # it may have come meanwhile
-    if not out.exists():
-        new.rename(out)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
-    out.rename(old / "model")
-    try:
-        new.rename(out)
-    except OSError:
-        (old / "model").rename(out)
-        raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _umask() -> int:
@@ -132,7 +93,7 @@ def _umask() -> int:
 
 
 def describe(source: Source, layers: Sequence[Layer], precision: str) -> dict[str, Any]:
-    """The content of `fastgen.json`, but for the files' sizes."""
+    """The content of `fastgen.json`, but for the files' sizes and digests."""
     config = source.model.config.get_text_config(decoder=True)
     limit = getattr(config, "max_position_embeddings", None)
     return {
@@ -182,6 +143,16 @@ def seal(to: Path, description: dict[str, Any]) -> None:
     found = [p for p in sorted(to.iterdir()) if p.is_file() and p.name != INFO]
     files = {p.name: p.stat().st_size for p in found}
     write_json(to / INFO, description | {"files": files})
+
+
+def sign(to: Path) -> None:
+    """Put the files' digests into `fastgen.json`: once, at the end, since it reads all weights."""
+    said = jsonfile.read(to / INFO)
+    files = {
+        name: {"bytes": (to / name).stat().st_size, "sha256": digest(to / name)}
+        for name in said["files"]
+    }
+    write_json(to / INFO, said | {"files": files})
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

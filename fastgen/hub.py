@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fastgen import extras
+from fastgen import extras, swap
 from fastgen.model import INFO, ModelError, ModelInfo
 
 DEMO = Path(__file__).parent / "demo"
@@ -26,6 +26,15 @@ NOT_READ = [
 ]  # fmt: skip
 PICKLES = ["*.bin", "*.pt", "*.pth"]  # the same weights again where there are safetensors
 
+# Errors of huggingface_hub by their names, of which not every version has all.
+REASONS = {
+    "GatedRepoError": "it is gated: accept its terms on the hub and log in with `hf auth login`",
+    "RepositoryNotFoundError": "there is no such repository, or it is private",
+    "RevisionNotFoundError": "it has no revision {revision}",
+    "IncompleteSnapshotError": "the hub cannot be reached, and only a part of it is in the cache",
+    "LocalEntryNotFoundError": "the hub cannot be reached, and it is not in the cache",
+}
+
 
 def directory(name_or_path: str | os.PathLike[str] | None) -> Path:
     """The model directory behind a name: None is the demo model; a path; a hub repository.
@@ -35,9 +44,8 @@ def directory(name_or_path: str | os.PathLike[str] | None) -> Path:
     """
     if name_or_path is None:
         return DEMO
-    path = Path(name_or_path)
-    if path.exists() or not _is_hub_id(name_or_path):
-        return path
+    if _is_here(name_or_path):
+        return Path(name_or_path)
     # A repository that is not ours is not worth its weights: look for the description first.
     if not (snapshot(str(name_or_path), only=[INFO, "config.json"]) / INFO).is_file():
         raise ModelError(
@@ -64,9 +72,8 @@ def exported(
     """
     import hashlib
 
-    path = Path(name_or_path)
-    if path.exists() or not _is_hub_id(name_or_path):
-        source = path
+    if _is_here(name_or_path):
+        source = Path(name_or_path)
         if not source.is_dir():
             raise ModelError(f"{source} is not a directory, nor a hub id")
         key = str(source.resolve()) + _fingerprint(source)
@@ -139,18 +146,10 @@ def snapshot(
 
 def _reason(error: Exception, revision: str | None) -> str:
     """What went wrong with the hub, in one line."""
-    from huggingface_hub import errors
-
-    if isinstance(error, errors.GatedRepoError):
-        return "it is gated: accept its terms on the hub and log in with `hf auth login`"
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return "there is no such repository, or it is private"
-    if isinstance(error, errors.RevisionNotFoundError):
-        return f"it has no revision {revision!r}"
-    if isinstance(error, errors.IncompleteSnapshotError):
-        return "the hub cannot be reached, and only a part of it is in the cache"
-    if isinstance(error, errors.LocalEntryNotFoundError):
-        return "the hub cannot be reached, and it is not in the cache"
+    kinds = [kind.__name__ for kind in type(error).__mro__]
+    for name, reason in REASONS.items():
+        if name in kinds:
+            return reason.format(revision=repr(revision))
     return (str(error).strip() or repr(error)).splitlines()[0]
 
 
@@ -158,6 +157,11 @@ def cache_directory() -> Path:
     """Where exports of `from_pretrained` are kept: FASTGEN_CACHE, or ~/.cache/fastgen."""
     chosen = os.environ.get("FASTGEN_CACHE")
     return Path(chosen) if chosen else Path.home() / ".cache" / "fastgen"
+
+
+def _is_here(name: str | os.PathLike[str]) -> bool:
+    """Whether a name is a path. What a killed export of that path left is put back first."""
+    return Path(name).exists() or swap.restore(Path(name)) or not _is_hub_id(name)
 
 
 def _is_hub_id(name: str | os.PathLike[str]) -> bool:
