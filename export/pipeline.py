@@ -140,6 +140,8 @@ def export(
     if cache_precision not in CACHE_PRECISIONS:
         known = ", ".join(CACHE_PRECISIONS)
         raise ValueError(f"cache_precision must be one of {known}, got {cache_precision!r}")
+    if calibration is not None and not Path(calibration).is_file():
+        raise ValueError(f"calibration must be a file with text, {calibration} is none")
     out = Path(out)
     bundle.check_free(out, force)
     wishes = Wishes(
@@ -343,6 +345,7 @@ def _export(loaded: Source, out: Path, wishes: Wishes, shown: Progress) -> None:
             }
             bundle.write_json(temporary / REPORT, report)
             bundle.seal(temporary, job.description)
+            bundle.sign(temporary)
             size = sum(p.stat().st_size for p in temporary.iterdir())
             found.append(f"{out}, {size / 1e6:,.1f} MB")
 

@@ -47,7 +47,7 @@ from transformers import (
 )
 
 import fastgen
-from fastgen import __main__
+from fastgen import __main__, hub, swap
 
 ROOT = Path(__file__).parent.parent
 # What this file asks is asked of the precision that says what the original says.
@@ -565,7 +565,7 @@ def test_a_mismatch_is_an_error_and_leaves_nothing(wrong, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_mismatch_leaves_what_was_there(wrong, llama, tmp_path):
+def test_a_mismatch_leaves_what_was_there(llama, wrong, tmp_path):
     out = shutil.copytree(llama[1].directory, tmp_path / "out")
     before = content(out)
     with pytest.raises(Mismatch):
@@ -688,22 +688,86 @@ def test_a_killed_export_leaves_no_model_and_the_next_one_cleans_up(gpt2, tmp_pa
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_only_what_nobody_claims_is_cleaned_up(tmp_path):
-    def make(name: str) -> Path:
-        (tmp_path / name).mkdir()
-        os.utime(tmp_path / name, (1, 1))
-        return tmp_path / name
+@pytest.fixture
+def demo(tmp_path) -> Path:
+    """A model directory that may be replaced."""
+    return shutil.copytree(hub.DEMO, tmp_path / "demo")
 
-    running, killed = make(".out.new.aaaaaaaa"), make(".out.new.bbbbbbbb")
-    others = [make(name) for name in (".out.new.cache", ".out2.new.cccccccc", ".outside")]
-    only_copy = make(".out.old.dddddddd")
-    with bundle._claimed(running):
-        bundle._remove_stale(tmp_path / "out")
-        assert running.exists() and not killed.exists()
-    assert only_copy.exists() and all(other.exists() for other in others)
-    (tmp_path / "out").mkdir()
-    bundle._remove_stale(tmp_path / "out")
-    assert not only_copy.exists() and not running.exists()
+
+def refused(out: Path, words: str, force: bool = True) -> None:
+    """An export to `out` ends before anything of the model is looked at."""
+    before = sorted(out.parent.iterdir()) if out.parent.is_dir() else None
+    with pytest.raises(fastgen.ModelError, match=words):
+        export("/no/such/model", out, force=force, progress=None)
+    assert before == (sorted(out.parent.iterdir()) if out.parent.is_dir() else None)
+
+
+def test_a_link_to_a_model_stays_and_what_it_leads_to_is_replaced(demo, tmp_path):
+    link = tmp_path / "elsewhere" / "link"
+    link.parent.mkdir()
+    link.symlink_to(demo)
+    refused(link, "exists: choose another name", force=False)
+    with bundle.directory(link, force=True) as made:
+        assert made.parent == tmp_path  # beside what it replaces: one file system
+        (made / "fastgen.json").write_text("new")
+    assert link.is_symlink() and content(demo) == {"fastgen.json": b"new"}
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.name.startswith(".")) == []
+
+
+def test_a_link_to_an_empty_directory_is_followed(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    with bundle.directory(tmp_path / "link", force=False) as made:
+        (made / "fastgen.json").write_text("new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "empty" / "fastgen.json").is_file()
+
+
+def test_links_that_lead_nowhere_are_refused(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    refused(tmp_path / "link", "link is a link to .*nothing, which does not exist")
+    refused(tmp_path / "loop", "loop is a link to .*, which does not exist")
+    refused(tmp_path / "link" / "out", "out cannot be written, .*link: No such file")
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_model_is_loaded(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "file").write_text("words")
+    refused(tmp_path / "file" / "out", "out cannot be written, .*file: Not a directory")
+    refused(tmp_path / "file" / "a" / "out", "out cannot be written, .*file: Not a directory")
+    refused(tmp_path / ("x" * 250), "File name too long")
+    if sys.platform == "linux":  # where not even root can write, and what has no other place
+        refused(Path("/proc/out"), "/proc/out cannot be written, /proc: ")
+        refused(Path("/proc"), "/proc is a mount point")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    refused(tmp_path / "out", "out cannot be written, .*: Permission denied")
+    refused(tmp_path / "a" / "b" / "out", "out cannot be written, .*: Permission denied")
+
+
+def test_a_calibration_text_is_looked_for_before_the_model(tmp_path):
+    with pytest.raises(ValueError, match=r"calibration must be a file with text, .* is none"):
+        export("/no/such/model", tmp_path / "out", calibration=tmp_path / "text", progress=None)
+
+
+def test_what_a_kill_took_away_is_there_before_the_next_export_begins(demo):
+    """As it is left between two renames; what the processes do is in test_swap."""
+    old = swap.neighbour(demo, "old")
+    demo.rename(old / "model")
+    refused_only = content(old / "model")
+    with pytest.raises(fastgen.ModelError, match="exists: choose another name, or replace it"):
+        export("/no/such/model", demo, progress=None)
+    assert content(demo) == refused_only and not old.exists()
+    demo.rename(swap.neighbour(demo, "old") / "model")
+    with bundle.directory(demo, force=True) as made:
+        assert content(demo) == refused_only
+        (made / "fastgen.json").write_text("new")
+    assert [p.name for p in demo.parent.iterdir()] == ["demo"]
+    assert content(demo) == {"fastgen.json": b"new"}
 
 
 @pytest.mark.slow
