@@ -124,10 +124,13 @@ def choose(
     """Processed scores [rows, vocab] and the next token [rows] of rows that are alike.
 
     `logits` may be overwritten, but where the request keeps them.
+
+    Raises:
+        ValueError: the scores hold nan, or rule out what would be drawn.
     """
     request, scores = rows[0].request, logits
     if request.chain is not None:
-        scores = request.chain(context(rows), logits, spare=not request.params.output_logits)
+        scores = request.chain(context(rows), logits, spare=not request.keeps_logits)
     if not request.params.do_sample:
         return scores, pick.greedy(scores)
     draws: list[pick.Words] = [np.empty(0, np.uint64)] * len(rows)
@@ -135,7 +138,13 @@ def choose(
         mine = request.uniform([rows[i] for i in places], scores.shape[1])
         for i, draw in zip(places, mine, strict=True):
             draws[i] = draw
-    return scores, pick.sample(scores, draws)
+    try:
+        return scores, pick.sample(scores, draws)
+    except pick.NothingLeft as error:
+        if request.chain is None:
+            raise
+        by = request.chain.ruling_out(context(rows), scores.shape[1])
+        raise pick.NothingLeft(by) from error
 
 
 def take_in(
@@ -155,10 +164,10 @@ def take_in(
         row.push(token)
         top = row.request.top_logprobs[row.index]
         events.append(Event(row, token, logprob, top[-1] if top else None))
-        row.finish_reason = row.finish_reason or _reason(row)
+        row.end(_reason(row))
     for request, places in groups:
         if request.criteria:
-            _ask([rows[i] for i in places], scores[places])
+            _ask([rows[i] for i in places])
     return events
 
 
@@ -172,19 +181,21 @@ def _reason(row: Row) -> str | None:
     return "length" if row.length >= request.max_length else None
 
 
-def _ask(rows: Sequence[Row], scores: NDArray[np.float32]) -> None:
+def _ask(rows: Sequence[Row]) -> None:
     """End rows of one request, equally long, by its callers' criteria, which see all its rows."""
-    request = rows[0].request
-    every = request.blank(scores.shape[1])
-    every[[row.index for row in rows]] = scores
-    ended = stop.asked(request.criteria, request.sequences()[:, : rows[0].length], every)
+    request, length = rows[0].request, rows[0].length
+    steps = length - request.prompt_length
+    scores = tuple(request.scores[:steps]) if request.keeps_scores else None
+    ended = stop.asked(request.criteria, request.padded_to(length), scores)
     for row in rows:
-        if ended[row.index]:
-            row.finish_reason = row.finish_reason or "criterion"
+        row.end("criterion" if ended[row.index] else None)
 
 
 def _lingering(row: Row) -> bool:
-    return row.request.lingers and not row.request.done and row.length < row.request.max_length
+    """Whether a row that has ended goes on, until all of its request are as long."""
+    request = row.request
+    until = request.width if request.done else request.max_length
+    return request.lingers and row.length < until
 
 
 def _logprobs(

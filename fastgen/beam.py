@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -117,11 +117,6 @@ class Beams:
         """int64 [size]: where its beams are among all beams of the call."""
         return self.first + np.arange(self.size)
 
-    @property
-    def parents(self) -> Ids:
-        """int64 [size]: the beams that the running ones continued with their last token."""
-        return self._beams[:, self.new - 1].astype(np.int64) - self.first
-
     def continued(self, candidates: Candidates) -> Ids:
         """int64 [K, length + 1]: the sequences that the candidates would make."""
         ids = self.histories[candidates.parents]
@@ -157,7 +152,7 @@ class Beams:
             return
         for rank, reason in enumerate(reasons[: self.size]):
             if reason is not None:
-                score = candidates.scores[rank] / self._penalty(self.new + 1)
+                score = self._by_length(candidates.scores[rank], self.new + 1)
                 if score > DEAD:
                     self.ended.append(self._ending(candidates, rank, float(score), reason))
         self.ended.sort(key=lambda hypothesis: -hypothesis.score)
@@ -172,13 +167,19 @@ class Beams:
         if params.early_stopping == "never" and params.length_penalty > 0:
             length = self.request.max_length - self.request.prompt_length
         worst = np.float32(self.ended[-1].score) if len(self.ended) == self.size else DEAD
-        return bool(self.scores[0] / self._penalty(length) > worst)
+        return bool(self._by_length(self.scores[0], length) > worst)
 
     def _closed(self) -> bool:
         return self.request.params.early_stopping is True and len(self.ended) == self.size
 
-    def _penalty(self, length: int) -> float:
-        return float(length**self.request.params.length_penalty)
+    def _by_length(self, score: Any, length: int) -> Any:
+        """A score over its length penalty, in its own precision."""
+        try:
+            penalty = float(length**self.request.params.length_penalty)
+        except OverflowError:
+            penalty = math.inf
+        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+            return np.divide(score, penalty, dtype=np.result_type(score))
 
     def _ending(
         self, candidates: Candidates, rank: int, score: float, reason: str, with_token: bool = True
@@ -273,7 +274,7 @@ class Group(Beams):
             if reason is None:
                 chosen.append(rank)
             elif rank < self.size:
-                score = float(candidates.scores[rank]) / self._penalty(self.new + 1)
+                score = float(self._by_length(float(candidates.scores[rank]), self.new + 1))
                 self._add(self._ending(candidates, rank, score, reason))
             if len(chosen) == self.size:
                 break
@@ -286,7 +287,7 @@ class Group(Beams):
         """Take the running beams for ended ones: nothing goes on."""
         if not self.done:
             for beam, reason in enumerate(reasons):
-                score = float(self.scores[beam]) / self._penalty(self.new)
+                score = float(self._by_length(float(self.scores[beam]), self.new))
                 self._add(self._hypothesis(score, beam, reason or "length", self.new))
         self.done = True
 
@@ -309,7 +310,7 @@ class Group(Beams):
             return True
         if params.early_stopping == "never" and params.length_penalty > 0:
             length = self.request.max_length - self.request.prompt_length
-        return self._worst() >= best / self._penalty(length)
+        return bool(self._worst() >= self._by_length(best, length))
 
     def _pad(self) -> list[Move]:
         """Go through the motions until the other groups of the prompt are done."""
@@ -390,7 +391,7 @@ class _Search:
         self.groups = request.params.num_beam_groups
         self.top: list[dict[int, TopLogprobs]] = []
         # What `output_scores` and `output_logits` show of a prompt goes on after its end.
-        self.leave = not (request.params.output_scores or request.params.output_logits)
+        self.leave = not (request.keeps_scores or request.keeps_logits)
         # transformers 4.5x has diversity_penalty after guidance_scale and sequence_bias, before the
         # other processors. Without groups there is no such border.
         early = None if self.groups == 1 else ("guidance_scale", "sequence_bias")
@@ -450,7 +451,7 @@ class _Search:
             Candidates(*pick.continuations(logits, top, norm, one.slots, one.scores, count))
             for one in beams
         ]
-        reasons = self._reasons(beams, candidates, self.logits[:0])
+        reasons = self._reasons(beams, candidates)
         moves = {
             one.prompt: one.advance(options, why)
             for one, options, why in zip(beams, candidates, reasons, strict=True)
@@ -480,15 +481,16 @@ class _Search:
         for group in range(self.groups):
             beams = [groups[group] for groups in self.running]
             mine = self._of_group(group, beams, scores)
+            seen.append(mine)
+            if len(seen) == self.groups:  # before anyone's criteria look at them
+                self._keep(everyone, logits, seen)
             candidates = self._candidates(beams, mine)
-            reasons = self._reasons(beams, candidates, mine)
+            reasons = self._reasons(beams, candidates)
             for one, options, why in zip(beams, candidates, reasons, strict=True):
                 moves.setdefault(one.prompt, []).extend(one.advance(options, why))
-            seen.append(mine)
-        self._keep(everyone, logits, seen)
         if self.groups == 1:
             return all(reason for why in reasons for reason in why), moves
-        return self._end_groups(seen), moves
+        return self._end_groups(), moves
 
     def _of_group(self, group: int, beams: Sequence[Beams], scores: Scores) -> Scores:
         """float32 [beams of the group, vocab]: what a group chooses from.
@@ -536,19 +538,17 @@ class _Search:
         return np.asarray(top + np.log(np.exp(scores - top[:, None]).sum(axis=1)), np.float32)
 
     def _reasons(
-        self, beams: Sequence[Beams], candidates: Sequence[Candidates], scores: Scores
+        self, beams: Sequence[Beams], candidates: Sequence[Candidates]
     ) -> list[list[str | None]]:
         """For each prompt, why each of its candidates [K] ends; None where it goes on."""
         eos, count = self.request.eos, len(candidates[0].tokens)
         if self.groups > 1:
             others: list[str | None] = [None] * (count * len(beams))
         else:
-            size = beams[0].size
 
-            def rows() -> tuple[Ids, Scores]:
-                ids = [one.continued(mine) for one, mine in zip(beams, candidates, strict=True)]
-                parents = [place * size + mine.parents for place, mine in enumerate(candidates)]
-                return np.concatenate(ids), scores[np.concatenate(parents)]
+            def rows() -> Ids:
+                pairs = zip(beams, candidates, strict=True)
+                return np.concatenate([one.continued(mine) for one, mine in pairs])
 
             others = self._other_reasons(beams[0].length + 1, count * len(beams), rows)
         return [
@@ -559,22 +559,20 @@ class _Search:
             for mine, at in zip(candidates, range(0, len(others), count), strict=True)
         ]
 
-    def _other_reasons(
-        self, length: int, count: int, rows: Callable[[], tuple[Ids, Scores]]
-    ) -> list[str | None]:
+    def _other_reasons(self, length: int, count: int, rows: Callable[[], Ids]) -> list[str | None]:
         """Why each of `count` sequences of `length` ends, apart from an eos.
 
         Args:
-            rows: gives their ids, int64 [count, length], and the scores that their last tokens
-                were chosen from, float32 [count, vocab]; only asked if somebody looks at them.
+            rows: gives their ids, int64 [count, length]; only asked if somebody looks at them.
         """
         request, nobody = self.request, [False] * count
         text, criterion = nobody, nobody
         if request.stop_text is not None or request.criteria:
-            ids, scores = rows()
+            ids = rows()
             if request.stop_text is not None:
                 text = [request.stop_text(row) for row in ids]
             if request.criteria:
+                scores = tuple(request.scores) if request.keeps_scores else None
                 criterion = stop.asked(request.criteria, ids, scores).tolist()
         limit = "length" if length >= request.max_length else None
         late = "time" if request.deadline.passed() else None
@@ -583,30 +581,20 @@ class _Search:
             for by_text, by_criterion in zip(text, criterion, strict=True)
         ]
 
-    def _end_groups(self, seen: Sequence[Scores]) -> bool:
-        """End all groups if the callers' criteria, the clock or the length end all their beams.
-
-        Args:
-            seen: for each group float32 [prompts * size, vocab], what it chose from.
-        """
-        going = [
-            (one, place, scores)
-            for place, groups in enumerate(self.running)
-            for one, scores in zip(groups, seen, strict=True)
-            if not one.done
-        ]
+    def _end_groups(self) -> bool:
+        """End all groups if the callers' criteria, the clock or the length end all their beams."""
+        going = [one for groups in self.running for one in groups if not one.done]
         if not going:
             return True
-        first, size = going[0][0], going[0][0].size
+        size = going[0].size
 
-        def rows() -> tuple[Ids, Scores]:
-            scores = [scores[place * size + one.parents] for one, place, scores in going]
-            return np.concatenate([one.histories for one, _, _ in going]), np.concatenate(scores)
+        def rows() -> Ids:
+            return np.concatenate([one.histories for one in going])
 
-        reasons = self._other_reasons(first.length, size * len(going), rows)
+        reasons = self._other_reasons(going[0].length, size * len(going), rows)
         if not all(reasons):
             return False
-        for at, (one, _, _) in enumerate(going):
+        for at, one in enumerate(going):
             assert isinstance(one, Group)
             one.end(reasons[at * size : (at + 1) * size])
         return True
@@ -620,14 +608,14 @@ class _Search:
             seen: for each group float32 [prompts * size, vocab], what it chose from.
         """
         request, params = self.request, self.request.params
-        if params.output_logits:
+        if request.keeps_logits:
             request.logits.append(logits)
-        if not (params.output_scores or params.top_logprobs):
+        if not (request.keeps_scores or params.top_logprobs):
             return
         shape = (len(self.running), -1, logits.shape[1])
         scores = np.concatenate([rows.reshape(shape) for rows in seen], axis=1)
         scores = scores.reshape(logits.shape)
-        if params.output_scores:
+        if request.keeps_scores:
             request.scores.append(scores)
         if params.top_logprobs:
             places = np.concatenate([one.places for one in beams]).tolist()

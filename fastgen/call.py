@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgen import beam, healing, lookup, prefix, processors, prompt, stop, tensors
+from fastgen import beam, bounds, healing, lookup, prefix, processors, prompt, stop, tensors
 from fastgen.batch import Batch, Event
 from fastgen.guidance import Unconditional
 from fastgen.model import Model
@@ -36,6 +36,14 @@ class Objects:
     assistant_model: Any = None
     tokenizer: Any = None
     prefix_cache: Any = None
+
+    @property
+    def among_tensors(self) -> bool:
+        """Whether the caller works with torch's tensors, as far as these arguments show."""
+        return any(
+            tensors.is_tensor(value) or tensors.of_transformers(value)
+            for value in vars(self).values()
+        )
 
 
 @dataclass
@@ -69,6 +77,10 @@ class Call:
         They come as transformers puts them: the prompt's rows, then int64 [rows] a step, or
         int64 [1, new] where tokens are guessed; tensors if the ids came as one.
         """
+        if not callable(getattr(streamer, "put", None)) or not callable(
+            getattr(streamer, "end", None)
+        ):
+            raise ValueError(f"streamer must have put(ids) and end(), got {streamer!r}")
         if self.request.params.num_beams > 1:
             raise ValueError(
                 f"streamer cannot be used with num_beams={self.request.params.num_beams}: beams "
@@ -96,10 +108,12 @@ class Call:
             return sequences
         beams = params.num_beams > 1
         scored = beams and params.output_scores
+        # A row that went on after its end may have gone further than the longest.
+        new = None if beams else request.width - request.prompt_length
         return GenerateOutput(
             sequences=sequences,
-            scores=tuple(map(array, request.scores)) if params.output_scores else None,
-            logits=tuple(map(array, request.logits)) if params.output_logits else None,
+            scores=tuple(map(array, request.scores[:new])) if params.output_scores else None,
+            logits=tuple(map(array, request.logits[:new])) if params.output_logits else None,
             sequences_scores=array(request.sequences_scores()) if scored else None,
             beam_indices=array(request.beam_indices()) if beams else None,
             finish_reasons=[row.finish_reason or "" for row in request.rows],
@@ -140,9 +154,12 @@ def prepare(
     Raises:
         ValueError: whatever cannot be done; the message names it.
     """
-    params = resolve(defaults, _mapping(objects.generation_config), knobs)
+    config = _mapping(objects.generation_config)
+    params = _with_padding(resolve(defaults, config, knobs), model, {**(config or {}), **knobs})
     prefix.check(objects.prefix_cache)
     prompts = read(model, params, ids, objects.attention_mask)
+    if ids is None and objects.among_tensors:
+        prompts = replace(prompts, kind="torch")
     tokenizer = _tokenizer(params, objects.tokenizer, own_tokenizer)
     if params.token_healing:
         assert tokenizer is not None
@@ -153,17 +170,22 @@ def prepare(
     width, longest = prompts.ids.shape[1], max(len(row) for row in prompts.rows)
     info = model.info
     max_length = stop.length_limit(params, width, longest, info.max_length, info.hard_limit)
-    negative = None
-    if objects.negative_prompt_ids is not None:
-        mask = objects.negative_prompt_attention_mask
-        negative = read(model, params, objects.negative_prompt_ids, mask)
+    draft = _draft(model, params, objects.assistant_model)
+    helper = draft.model.info if isinstance(draft, lookup.Assistant) else None
+    bounds.check(
+        bounds.of_call(info, params, len(prompts.rows), width, max_length, helper),
+        "fewer rows, beams or sequences, or a lower max_new_tokens, need less",
+    )
+    negative = _negative(model, params, objects, max_length - width)
     as_tensors = prompts.kind == "torch"
-    allowed = tensors.bridged(objects.prefix_allowed_tokens_fn, as_tensors)
+    allowed = tensors.bridged(
+        "prefix_allowed_tokens_fn", objects.prefix_allowed_tokens_fn, as_tensors
+    )
     chain = processors.build(
         params,
         info.vocab_size,
         prefix_allowed_tokens_fn=allowed[0] if allowed else None,
-        logits_processor=tensors.bridged(objects.logits_processor, as_tensors),
+        logits_processor=tensors.bridged("logits_processor", objects.logits_processor, as_tensors),
         unconditional=_unconditional(model, params, prompts, negative, max_length),
     )
     request = Request(
@@ -173,20 +195,62 @@ def prepare(
         pads=prompts.pads,
         max_length=max_length,
         chain=chain or None,
-        criteria=tensors.bridged(objects.stopping_criteria, as_tensors),
+        criteria=tensors.bridged("stopping_criteria", objects.stopping_criteria, as_tensors),
         stop_text=_stop_text(params, tokenizer),
         logprobs=logprobs,
         prefix_cache=objects.prefix_cache,
+        torch=tensors.module() if as_tensors else None,
     )
-    return Call(model, request, prompts, _draft(model, params, objects.assistant_model))
+    return Call(model, request, prompts, draft)
 
 
 def _mapping(config: Any) -> Mapping[str, Any] | None:
-    if config is None or isinstance(config, Mapping):
-        return config
-    if not hasattr(config, "to_dict"):
+    if config is None:
+        return None
+    if not isinstance(config, Mapping) and not hasattr(config, "to_dict"):
         raise ValueError(f"generation_config must be a dict or have to_dict(), got {config!r}")
-    return dict(config.to_dict())
+    found = dict(config if isinstance(config, Mapping) else config.to_dict())
+    odd = [name for name in found if not isinstance(name, str) or not name]
+    if odd:
+        raise ValueError(f"generation_config must have names of knobs as its keys, got {odd}")
+    return found
+
+
+def _with_padding(params: Params, model: Model, given: Mapping[str, Any]) -> Params:
+    """The knobs with a pad token that exists, or none.
+
+    Some models come with a pad_token_id of -1, or of another token that they do not have: that is
+    as if they had none. (transformers fills rows with it, which no tokenizer can decode.) Where
+    the end of text would be the padding and does not exist, the first one that does takes its
+    place.
+    """
+    vocab, pad, eos = model.info.vocab_size, params.pad_token_id, params.eos_token_id or ()
+    if pad is not None and not 0 <= pad < vocab:
+        if given.get("pad_token_id") is not None:
+            raise ValueError(f"pad_token_id must be a token of 0 to {vocab - 1}, got {pad}")
+        pad = None
+    if pad is None and eos and not 0 <= eos[0] < vocab:
+        pad = next((token for token in eos if 0 <= token < vocab), 0)
+    return params if pad == params.pad_token_id else replace(params, pad_token_id=pad)
+
+
+def _negative(model: Model, params: Params, objects: Objects, new: int) -> Prompts | None:
+    """What guidance steers away from, with room for `new` tokens."""
+    ids, mask = objects.negative_prompt_ids, objects.negative_prompt_attention_mask
+    if ids is None:
+        if mask is not None:
+            raise ValueError("negative_prompt_attention_mask needs negative_prompt_ids")
+        return None
+    if params.guidance_scale is None:
+        raise ValueError("negative_prompt_ids needs a guidance_scale: without one it does nothing")
+    negative = read(model, params, ids, mask)
+    longest, limit = max(len(row) for row in negative.rows), model.info.max_length
+    if model.info.hard_limit and limit is not None and longest + new > limit:
+        raise ValueError(
+            f"negative_prompt_ids has {longest} tokens, which with {new} new ones exceed the "
+            f"{limit} positions that the model was made for"
+        )
+    return negative
 
 
 def read(model: Model, params: Params, ids: Any, attention_mask: Any = None) -> Prompts:
@@ -282,5 +346,5 @@ def _draft(model: Model, params: Params, assistant: Any) -> lookup.Draft | None:
         helper,
         params.num_assistant_tokens,
         params.assistant_confidence_threshold,
-        params.num_assistant_tokens_schedule == "heuristic",
+        params.num_assistant_tokens_schedule != "constant",
     )

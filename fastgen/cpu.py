@@ -1,7 +1,8 @@
-"""What this machine offers a session: physical cores, and products of small integers."""
+"""What this machine offers a session: physical cores, memory, and products of small integers."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 from pathlib import Path
@@ -50,6 +51,25 @@ def _quota(cpus: int) -> int:
         return cpus if quota == "max" else -(-int(quota) // int(period))
     except (OSError, ValueError):
         return cpus
+
+
+def memory_bytes() -> int | None:
+    """The memory that this process may have: the machine's, its cgroup's or its own limit.
+
+    None where the system does not say.
+    """
+    limits = []
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # cgroups, version 2 and 1
+        with contextlib.suppress(OSError, ValueError):  # "max", or no such cgroup
+            limits.append(int(Path("/sys/fs/cgroup", name).read_text()))
+    with contextlib.suppress(ImportError):  # Windows has none
+        import resource
+
+        soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+        limits += [] if soft == resource.RLIM_INFINITY else [soft]
+    return min(limits, default=None)
 
 
 def int8_overflows() -> bool:

@@ -15,6 +15,7 @@ Reading several tokens costs more than reading one, so a guess that does not hol
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 
@@ -134,9 +135,7 @@ class Speculation(Batch):
         events: list[Event] = []
         for places in self._alike():
             events += _accept(
-                [self.rows[i] for i in places],
-                [guesses[i] for i in places],
-                [logits[i, : len(guesses[i]) + 1] for i in places],
+                [self.rows[i] for i in places], [guesses[i] for i in places], logits[places]
             )
         for slot, row in enumerate(self.rows):
             kept = sum(event.row is row for event in events)
@@ -158,30 +157,35 @@ class Speculation(Batch):
 def _accept(
     rows: Sequence[Row],
     guesses: Sequence[NDArray[np.int64]],
-    logits: Sequence[NDArray[np.float32]],
+    logits: NDArray[np.float32],
 ) -> list[Event]:
-    """Pick at every place as plain generation would; keep what agrees, and the first that does not.
+    """Take token after token as plain generation would, as long as the guess names the same ones.
 
-    Rows are alike: they share their processors.
+    A place that a row does not reach is never looked at: what cannot be answered there, by the
+    scores or by a caller's function, is nobody's error.
+
+    Args:
+        rows: alike: they share their processors.
+        logits: float32 [rows, longest + 1, vocab], after the last token and each guessed one.
     """
-    ahead = [
-        row.after(guess[:count])
-        for row, guess in zip(rows, guesses, strict=True)
-        for count in range(len(guess) + 1)
-    ]
-    raw = np.concatenate(logits)
-    scores, tokens = choose(ahead, raw)
     events: list[Event] = []
-    place = 0
-    for row, guess in zip(rows, guesses, strict=True):
-        picked = tokens[place : place + len(guess) + 1]
-        agree = picked[:-1] == guess
-        kept = len(guess) + 1 if agree.all() else int(agree.argmin()) + 1
-        for at in range(place, place + kept):
-            events += take_in([row], raw[at : at + 1], scores[at : at + 1], tokens[at : at + 1])
-            if row.finish_reason:
-                break
-        place += len(guess) + 1
+    going = list(range(len(rows)))
+    for place in range(logits.shape[1]):
+        raw = logits[going, place]
+        scores, tokens = choose([rows[i] for i in going], raw)
+        for at, i in enumerate(going):
+            alone = slice(at, at + 1)
+            events += take_in([rows[i]], raw[alone], scores[alone], tokens[alone])
+        picked = dict(zip(going, tokens.tolist(), strict=True))
+        going = [
+            i
+            for i in going
+            if place < len(guesses[i])
+            and guesses[i][place] == picked[i]
+            and not rows[i].finish_reason
+        ]
+        if not going:
+            break
     return events
 
 
@@ -230,7 +234,8 @@ class Assistant:
         num_tokens: tokens that are guessed, at most, at first.
         confidence: a guess ends at a token less likely than this.
         heuristic: two more tokens after a guess that held whole, one less after another
-            (transformers' `num_assistant_tokens_schedule="heuristic"`).
+            (transformers' `num_assistant_tokens_schedule="heuristic"`, but that it begins anew
+            with each call, which there is "heuristic_transient").
     """
 
     def __init__(self, model: Model, num_tokens: int, confidence: float, heuristic: bool) -> None:
@@ -238,6 +243,8 @@ class Assistant:
         self.num_tokens = num_tokens
         self.confidence = confidence
         self.heuristic = heuristic
+        info = model.info
+        self._limit = info.max_length if info.hard_limit and info.max_length else sys.maxsize
         self._cache = model.new_cache(0, 0)
         self._slots: list[Row] = []
         self._read_ids: dict[int, NDArray[np.int64]] = {}  # row -> what the cache has of it
@@ -245,15 +252,21 @@ class Assistant:
 
     def __call__(self, rows: Sequence[Row], room: Sequence[int]) -> list[NDArray[np.int64]]:
         """int64 [guessed] for each row (see `Draft`)."""
+        reach = [self._limit - len(row.seen) for row in rows]
+        if min(reach) < 1:  # a text is longer than the assistant can read
+            return [np.empty(0, np.int64)] * len(rows)
         self._settle(rows)
         self._adapt(rows)
-        most = [min(self.num_tokens, left) for left in room]
+        most = [min(self.num_tokens, *left) for left in zip(room, reach, strict=True)]
         guesses: list[list[int]] = [[] for _ in rows]
         going = [most[i] > 0 for i in range(len(rows))]
         while any(going):
             ahead = [row.after(guess) for row, guess in zip(rows, guesses, strict=True)]
             logits = self._read(ahead)
-            scores, tokens = choose(ahead, logits)
+            try:
+                scores, tokens = choose(ahead, logits)
+            except Exception:  # of a caller's function too: it may not know a text that never comes
+                break  # and if the text does come, the model asks again and its error counts
             sure = np.exp(pick.logprob_of(scores, tokens)) >= self.confidence
             for i, token in enumerate(tokens.tolist()):
                 if not going[i]:
@@ -271,8 +284,9 @@ class Assistant:
     def _settle(self, rows: Sequence[Row]) -> None:
         """Follow rows that joined or left, and forget what was read and did not hold."""
         known = {id(row): slot for slot, row in enumerate(self._slots)}
+        # No guess goes beyond max_length; a shorter row is padded to the longest that is read.
         longest = max(len(row.prompt) + row.request.max_length for row in rows)
-        self._cache.reserve(len(rows), longest + self.num_tokens)
+        self._cache.reserve(len(rows), 2 * longest)
         self._cache.take([known.get(id(row), slot) for slot, row in enumerate(rows)])
         for slot, row in enumerate(rows):
             read, true = self._read_ids.get(id(row), row.seen[:0]), row.seen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,11 +32,14 @@ class Token:
     row: int = 0
 
 
-@dataclass
-class GenerateOutput:
+@dataclass(eq=False)
+class GenerateOutput(Mapping[str, Any]):
     """What `generate` returns with `return_dict_in_generate=True`, in transformers' names.
 
-    The arrays are torch tensors if the ids came as one, else numpy's.
+    It has them as attributes, and is a mapping of those that are set, as transformers' outputs
+    are: `output.sequences`, `output["sequences"]`, `"scores" in output`, `output.keys()`, and
+    `output[0]`, the first that is set. The arrays are torch tensors if the ids came as one, else
+    numpy's.
 
     Attributes:
         sequences: int64 [rows * num_return_sequences, length], in the kind that came in (lists
@@ -47,6 +51,7 @@ class GenerateOutput:
         beam_indices: int32 [rows, new], beams only, if `output_scores`.
         finish_reasons: why each row ended (see `Token`).
         top_logprobs: a row: a step: the likeliest (token, log-probability) pairs, if asked for.
+        attentions, hidden_states, past_key_values: None; they are here for scripts that look.
     """
 
     sequences: Any
@@ -56,9 +61,23 @@ class GenerateOutput:
     beam_indices: Any = None
     finish_reasons: list[str] | None = None
     top_logprobs: list[list[tuple[tuple[int, float], ...]]] | None = None
+    attentions: None = None
+    hidden_states: None = None
+    past_key_values: None = None
 
-    def __getitem__(self, key: str | int) -> Any:
-        """`output["sequences"]`, or by place among what is set, as transformers' outputs allow."""
-        if isinstance(key, str):
-            return getattr(self, key)
-        return tuple(value for value in vars(self).values() if value is not None)[key]
+    def _set(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        """By name, or by place among what is set."""
+        return self._set()[key] if isinstance(key, str) else tuple(self._set().values())[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._set())
+
+    def __len__(self) -> int:
+        return len(self._set())
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """What is set, in order."""
+        return tuple(self._set().values())

@@ -7,10 +7,11 @@ the fields of `Params`.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
+
+from fastgen import values
 
 Seed = int | tuple[int, ...] | None
 
@@ -89,7 +90,9 @@ class Params:
     prompt_lookup_num_tokens: int | None = knob(None, "tokens guessed from the text so far")
     max_matching_ngram_size: int | None = knob(None, "longest n-gram looked up (default: 2)")
     num_assistant_tokens: int = knob(20, "tokens an assistant model guesses")
-    num_assistant_tokens_schedule: str = knob("constant", "'constant' or 'heuristic'")
+    num_assistant_tokens_schedule: str = knob(
+        "constant", "'constant', 'heuristic' or 'heuristic_transient'"
+    )
     assistant_confidence_threshold: float = knob(0.4, "the assistant stops below this probability")
 
     # What comes back
@@ -107,7 +110,7 @@ class Params:
         for name, kind in _KINDS.items():
             value = getattr(self, name)
             if value is not None:
-                object.__setattr__(self, name, kind(name, value))
+                object.__setattr__(self, name, kind(name, values.plain(value)))
         for name, (rule, holds) in _RULES.items():
             value = getattr(self, name)
             if value is not None and not holds(value):
@@ -115,117 +118,26 @@ class Params:
         _check_together(self)
 
 
-def _integer(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise ValueError(f"{name} must be an integer, got {value!r}")
-    return int(value.__index__())
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool | str) or not hasattr(value, "__float__"):
-        raise ValueError(f"{name} must be a number, got {value!r}")
-    return float(value)
-
-
-def _flag(name: str, value: Any) -> bool:
-    if value not in (True, False):
-        raise ValueError(f"{name} must be True or False, got {value!r}")
-    return bool(value)
-
-
-def _integers(name: str, value: Any) -> tuple[int, ...]:
-    value = _plain(value)
-    if not isinstance(value, Sequence) or isinstance(value, str):
-        value = [value]
-    return tuple(_integer(name, item) for item in value)
-
-
-def _integer_lists(name: str, value: Any) -> tuple[tuple[int, ...], ...]:
-    value = _plain(value)
-    if not isinstance(value, Sequence) or isinstance(value, str):
-        raise ValueError(f"{name} must be a list of lists of token ids, got {value!r}")
-    rows = []
-    for row in value:
-        if not isinstance(row, Sequence) or isinstance(row, str) or not row:
-            raise ValueError(f"{name} must hold non-empty lists of token ids, got {row!r}")
-        rows.append(_integers(name, row))
-    if not rows:
-        raise ValueError(f"{name} must not be empty")
-    return tuple(rows)
-
-
-def _strings(name: str, value: Any) -> tuple[str, ...]:
-    strings = (value,) if isinstance(value, str) else tuple(value)
-    if not strings or not all(isinstance(text, str) and text for text in strings):
-        raise ValueError(f"{name} must be a non-empty text or a list of them, got {value!r}")
-    return strings
-
-
-def _seed(name: str, value: Any) -> int | tuple[int, ...]:
-    value = _plain(value)
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return tuple(_integer(name, item) for item in value)
-    return _integer(name, value)
-
-
-def _biases(name: str, value: Any) -> tuple[tuple[tuple[int, ...], float], ...]:
-    """{ids: bias} or [[ids, bias], ...], as SequenceBiasLogitsProcessor takes them."""
-    pairs = list(value.items()) if isinstance(value, Mapping) else list(value)
-    if not pairs:
-        raise ValueError(f"{name} must not be empty")
-    out = []
-    for pair in pairs:
-        if len(pair) != 2 or not isinstance(pair[1], float):
-            raise ValueError(f"{name} must pair token ids with a float, got {pair!r}")
-        out.append((_integer_lists(name, [pair[0]])[0], pair[1]))
-    return tuple(out)
-
-
-def _logit_bias(name: str, value: Any) -> tuple[tuple[int, float], ...]:
-    """{token: bias}; JSON's text keys are taken as the ids that they spell."""
-    pairs = list(value.items()) if isinstance(value, Mapping) else list(value)
-    return tuple(
-        (_integer(name, int(token) if isinstance(token, str) else token), _number(name, bias))
-        for token, bias in pairs
-    )
-
-
-def _decay(name: str, value: Any) -> tuple[int, float]:
-    if not isinstance(value, Sequence) or len(value) != 2:
-        raise ValueError(f"{name} must be (start, factor), got {value!r}")
-    return _integer(name, value[0]), _number(name, value[1])
-
-
-def _early_stopping(name: str, value: Any) -> bool | str:
-    if value not in (True, False, "never"):
-        raise ValueError(f"{name} must be True, False or 'never', got {value!r}")
-    return value if isinstance(value, str) else bool(value)
-
-
-def _plain(value: Any) -> Any:
-    """Arrays and tensors as lists; everything else as it is."""
-    return value.tolist() if hasattr(value, "tolist") else value
-
-
 _BY_ANNOTATION = {
-    "int": _integer,
-    "int | None": _integer,
-    "float": _number,
-    "float | None": _number,
-    "bool": _flag,
-    "tuple[int, ...] | None": _integers,
-    "tuple[tuple[int, ...], ...] | None": _integer_lists,
-    "tuple[str, ...] | None": _strings,
-    "tuple[tuple[tuple[int, ...], float], ...] | None": _biases,
-    "tuple[tuple[int, float], ...] | None": _logit_bias,
-    "tuple[int, float] | None": _decay,
-    "Seed": _seed,
+    "int": values.integer,
+    "int | None": values.integer,
+    "float": values.number,
+    "float | None": values.number,
+    "bool": values.flag,
+    "str": values.text,
+    "tuple[int, ...] | None": values.integers,
+    "tuple[tuple[int, ...], ...] | None": values.integer_lists,
+    "tuple[str, ...] | None": values.strings,
+    "tuple[tuple[tuple[int, ...], float], ...] | None": values.biases,
+    "tuple[tuple[int, float], ...] | None": values.logit_bias,
+    "tuple[int, float] | None": values.decay,
+    "Seed": values.seed,
 }
 _KINDS = {
     knob.name: _BY_ANNOTATION[str(knob.type)]
     for knob in fields(Params)
     if str(knob.type) in _BY_ANNOTATION
-} | {"early_stopping": _early_stopping}
+} | {"early_stopping": values.early_stopping}
 
 _POSITIVE = ("positive", lambda value: value > 0)
 _NOT_NEGATIVE = ("zero or more", lambda value: value >= 0)
@@ -255,8 +167,8 @@ _RULES: dict[str, tuple[str, Any]] = {
     "num_assistant_tokens": _POSITIVE,
     "assistant_confidence_threshold": _FRACTION,
     "num_assistant_tokens_schedule": (
-        "'constant' or 'heuristic'",
-        lambda value: value in ("constant", "heuristic"),
+        "'constant', 'heuristic' or 'heuristic_transient'",
+        lambda value: value in ("constant", "heuristic", "heuristic_transient"),
     ),
     "top_logprobs": _NOT_NEGATIVE,
 }
@@ -264,7 +176,7 @@ _RULES: dict[str, tuple[str, Any]] = {
 
 def _check_together(params: Params) -> None:
     """The rules that tie several knobs."""
-    if params.do_sample and not (params.temperature > 0 and math.isfinite(params.temperature)):
+    if params.do_sample and not params.temperature > 0:
         raise ValueError(
             f"temperature must be a number above 0 when sampling, got {params.temperature!r}; "
             "for the likeliest token use do_sample=False"

@@ -3,10 +3,14 @@
 A draw is an exponential race: with q_i exponential, argmax(p_i / q_i) is i with probability
 p_i (Yellott 1977; "Gumbel-max" in logarithms). torch's CPU `multinomial` does just that with
 MT19937 and 53-bit doubles, so the same seed gives the same tokens here.
+
+Scores that hold nan say nothing: whatever would choose among them raises instead. Looking costs
+nothing, since an argmax and a maximum meet every value, and keep to nan once they have met one.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +21,14 @@ from fastgen.softmax import log_softmax
 
 Scores = NDArray[np.float32]
 Words = NDArray[np.uint64]
+
+
+class NothingLeft(ValueError):
+    """Nothing can be drawn: every token is ruled out. Whoever knows by what says so."""
+
+    def __init__(self, by: Sequence[str] = ()) -> None:
+        names = f" by {', '.join(by)}" if by else ""
+        super().__init__(f"no token can be drawn: every one is ruled out{names}")
 
 
 class Stream:
@@ -62,6 +74,41 @@ class Stream:
         return np.asarray(self._draw.integers(0, last, count, np.uint64, endpoint=True), np.uint64)
 
 
+class TorchStream(Stream):
+    """torch's default generator itself, as `torch.manual_seed` left it: what is drawn advances it.
+
+    Its state is read before a block is drawn and written back after, so that callbacks, and calls
+    that follow, find it where transformers would have left it.
+
+    Args:
+        torch: the module, which the caller has imported.
+        rows: rows that share the stream.
+    """
+
+    LOCK = threading.Lock()
+    # Where it keeps what, in bytes: how many words are left, which comes next, and the words.
+    LEFT, NEXT, STATE = slice(8, 12), slice(16, 24), slice(24, 24 + 8 * 624)
+
+    def __init__(self, torch: Any, rows: int = 1) -> None:
+        super().__init__(0, rows)
+        self._torch = torch
+
+    def _words(self, count: int) -> Words:
+        with self.LOCK:
+            state = self._torch.get_rng_state().numpy()
+            mt = self._draw.bit_generator.state
+            mt["state"]["key"] = state[self.STATE].view(np.uint64).astype(np.uint32)
+            mt["state"]["pos"] = 625 - int(state[self.LEFT].view(np.int32)[0])
+            self._draw.bit_generator.state = mt
+            words = super()._words(count)
+            mt = self._draw.bit_generator.state["state"]
+            state[self.STATE].view(np.uint64)[:] = mt["key"]
+            state[self.LEFT].view(np.int32)[:] = 625 - mt["pos"]
+            state[self.NEXT].view(np.uint64)[:] = mt["pos"]
+            self._torch.set_rng_state(self._torch.from_numpy(state))
+        return words
+
+
 def uniform(words: Words) -> NDArray[np.float64]:
     """The 53 low bits of each word as a double in [0, 1), as torch takes them."""
     return np.asarray((words & np.uint64((1 << 53) - 1)) * 2.0**-53, np.float64)
@@ -73,8 +120,23 @@ def exponential(draws: NDArray[np.float64]) -> NDArray[np.float32]:
 
 
 def greedy(scores: Scores) -> NDArray[np.int64]:
-    """The likeliest token of each row [rows]; the first of equals."""
-    return np.asarray(scores.argmax(axis=1), np.int64)
+    """The likeliest token of each row [rows]; the first of equals.
+
+    Raises:
+        ValueError: a row holds nan.
+    """
+    tokens = np.asarray(scores.argmax(axis=1), np.int64)
+    refuse_nan(scores[np.arange(len(tokens)), tokens])
+    return tokens
+
+
+def refuse_nan(values: NDArray[Any]) -> None:
+    """Raise a ValueError if there is one among the values [any shape] that were chosen."""
+    if np.isnan(values).any():
+        raise ValueError(
+            "the scores hold nan, so that no token is the likeliest: the model's weights, a "
+            "logits_processor or a knob made it; remove_invalid_values=True takes nan for 0"
+        )
 
 
 def sample(scores: Scores, words: Sequence[Words]) -> NDArray[np.int64]:
@@ -100,11 +162,22 @@ def sample_several(scores: Scores, words: Words, count: int) -> NDArray[np.int64
     Args:
         scores: float32 [places]; -inf for what may not come.
         words: [places] random words; those of possible places become doubles u in [0, 1).
+
+    Raises:
+        NothingLeft: no score is above -inf.
+        ValueError: the scores hold nan, or an infinity.
     """
     top = scores.max()
-    if not np.isfinite(top):
-        raise ValueError(f"no token can be drawn: the largest score is {top}")
-    alive = np.flatnonzero(scores > top - 104.0)  # exp(-104) is 0 in float32, denormals included
+    refuse_nan(top)
+    if top == -np.inf:
+        raise NothingLeft()
+    if top == np.inf:
+        raise ValueError(
+            "no token can be drawn: the largest score is infinite; remove_invalid_values=True "
+            "makes scores finite"
+        )
+    # exp(-104) is 0 in float32, denormals included. Of huge scores only the largest are left.
+    alive = np.flatnonzero(scores >= top - 104.0)
     probabilities = np.exp(scores[alive] - top)  # but for a factor that all places share
     draws = uniform(words[alive])
     with np.errstate(divide="ignore"):
@@ -127,19 +200,22 @@ def largest(values: NDArray[Any], count: int) -> NDArray[np.int64]:
     of what is sought (200,000 values, 8 sought: 0.1 ms; np.argpartition takes 1.5).
 
     Raises:
-        ValueError: too few values are numbers.
+        ValueError: the values hold nan.
     """
     classes, bound = 16 * count, np.float32(-np.inf)
     if 4 * classes <= len(values):
-        peaks = values[: len(values) // classes * classes].reshape(-1, classes).max(axis=0)
+        whole = len(values) // classes * classes
+        peaks = values[:whole].reshape(-1, classes).max(axis=0)
+        refuse_nan(peaks)
+        refuse_nan(values[whole:])
         bound = np.partition(peaks, classes - count)[classes - count]
+    else:
+        refuse_nan(values)
     above = np.flatnonzero(values > bound)
     above = above[np.argsort(-values[above], kind="stable")[:count]]
     if len(above) < count:
         equal = np.flatnonzero(values == bound)[: count - len(above)]
         above = np.concatenate((above, equal))
-    if len(above) < count:
-        raise ValueError("the scores hold nan: set remove_invalid_values=True")
     return np.asarray(above, np.int64)
 
 

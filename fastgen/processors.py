@@ -8,6 +8,7 @@ chains the active ones in the order of transformers' `_get_logits_processor`.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -78,6 +79,20 @@ class Chain:
     def __bool__(self) -> bool:
         return bool(self.steps)
 
+    def ruling_out(self, context: Context, vocab_size: int) -> list[str]:
+        """The processors that rule out a token for one of these rows, by what the caller set.
+
+        A caller's own may remember what they are asked, so they are named without asking them.
+        """
+        found = []
+        for name, processor in self.steps:
+            if name.startswith(CALLERS):
+                found.append(name)
+            elif name in RULE_OUT:
+                scores = processor(context, np.zeros((len(context.ids), vocab_size), np.float32))
+                found += [name] if (scores == -np.inf).any() else []
+        return found
+
 
 def build(
     params: Params,
@@ -106,7 +121,7 @@ def build(
             *_guidance(params, unconditional),
             *_penalties(params, vocab_size),
             *_bans(params, vocab_size, prefix_allowed_tokens_fn),
-            *((_name(fn), _with(user_processor, fn)) for fn in logits_processor),
+            *((f"{CALLERS} {_name(fn)}", _with(user_processor, fn)) for fn in logits_processor),
             *(_warpers(params) if params.do_sample else ()),
             *_finish(params, vocab_size),
         )
@@ -120,6 +135,14 @@ BANS = frozenset({
     "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "min_new_tokens",
     "min_length", "suppress_tokens", "begin_suppress_tokens",
 })  # fmt: skip
+
+# Those that forbid tokens, and may do other things besides.
+RULE_OUT = BANS | {
+    "sequence_bias", "logit_bias", "prefix_allowed_tokens_fn", "forced_bos_token_id",
+    "forced_eos_token_id",
+}  # fmt: skip
+
+CALLERS = "logits_processor"  # what the names of callers' own processors begin with
 
 
 def _guidance(p: Params, unconditional: Callable[[Context], np.ndarray] | None) -> Steps:
@@ -355,7 +378,7 @@ def by_prefix_length(
     groups = []
     for length in sorted({len(sequence) for sequence in biases}):
         chosen = [sequence for sequence in biases if len(sequence) == length]
-        ids = _check_tokens(name, chosen, vocab_size).reshape(-1, length)
+        ids = _check_tokens(name, sum(chosen, ()), vocab_size).reshape(-1, length)
         values = np.array([biases[sequence] for sequence in chosen], dtype=np.float32)
         groups.append(Biases(ids[:, :-1], ids[:, -1], values))
     return groups
@@ -395,6 +418,7 @@ def _penalize(logits: np.ndarray, seen: Sequence[np.ndarray], penalty: float) ->
     return logits
 
 
+@_quiet
 def frequency_penalty(
     context: Context, logits: np.ndarray, frequency: float, presence: float
 ) -> np.ndarray:
@@ -472,9 +496,8 @@ def prefix_allowed_tokens(
     """
     mask = np.full_like(logits, -np.inf)
     for row, (batch_id, ids) in enumerate(zip(context.batch_ids, context.ids, strict=True)):
-        tokens = _check_tokens(
-            "what prefix_allowed_tokens_fn returns", allowed(int(batch_id), ids), logits.shape[1]
-        )
+        answer = allowed(int(batch_id), ids.copy())  # the row itself is not to be written to
+        tokens = _answered(answer, logits.shape[1])
         if not len(tokens):
             raise ValueError(f"prefix_allowed_tokens_fn returned no token for batch id {batch_id}")
         mask[row, tokens] = 0
@@ -484,6 +507,20 @@ def prefix_allowed_tokens(
     dead = ~np.isin(context.batch_ids, alive)
     out[dead] = mask[dead]
     return np.asarray(out)
+
+
+def _answered(answer: Any, vocab_size: int) -> np.ndarray:
+    """Token ids [n] as prefix_allowed_tokens_fn may give them; a mask [vocab] marks them."""
+    what = "what prefix_allowed_tokens_fn returns"
+    try:
+        tokens = np.asarray(answer)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{what} must be a list of token ids, got {answer!r}") from error
+    if tokens.shape == (vocab_size,) and tokens.dtype == np.bool_:
+        return np.flatnonzero(tokens)
+    if tokens.size and tokens.dtype.kind not in "iu":
+        raise ValueError(f"{what} must be integers, got {reprlib.repr(answer)}")
+    return _check_tokens(what, tokens, vocab_size)
 
 
 def forced_bos(context: Context, logits: np.ndarray, bos: np.ndarray) -> np.ndarray:
@@ -535,21 +572,34 @@ def begin_suppress_tokens(
 def user_processor(context: Context, logits: np.ndarray, function: UserProcessor) -> np.ndarray:
     """A caller's own callable; it gets copies, which it may write to and keep.
 
+    It takes ids [rows, length]: rows that differ in length, as they do where tokens are guessed,
+    are asked one length at a time, shortest first.
+
     Raises:
-        ValueError: rows of different lengths, or no float array of the logits' shape comes back.
+        ValueError: no float array of the logits' shape comes back.
     """
-    name = f"logits_processor {_name(function)}"
-    if len(set(context.lengths)) > 1:
-        raise ValueError(
-            f"{name} takes ids [rows, length]: rows must be equally long, "
-            f"got lengths {context.lengths.tolist()}"
-        )
-    scores = function(np.stack(context.ids), logits.copy())
+    lengths = np.unique(context.lengths)
+    if len(lengths) == 1:
+        return _asked(function, np.stack(context.ids), logits.copy())
+    out = np.empty_like(logits)
+    for length in lengths:
+        rows = np.flatnonzero(context.lengths == length)
+        ids = np.stack([context.ids[row] for row in rows.tolist()])
+        out[rows] = _asked(function, ids, logits[rows])
+    return out
+
+
+@_quiet
+def _asked(function: UserProcessor, ids: np.ndarray, logits: np.ndarray) -> np.ndarray:
+    """What a caller's callable makes of the logits [rows, vocab] of ids [rows, length]."""
+    name = f"{CALLERS} {_name(function)}"
+    shape = logits.shape
+    scores = function(ids, logits)
     if not isinstance(scores, np.ndarray) or not np.issubdtype(scores.dtype, np.floating):
         kind = getattr(scores, "dtype", type(scores).__name__)
         raise ValueError(f"{name} must return a float array, got {kind}")
-    if scores.shape != logits.shape:
-        raise ValueError(f"{name} must return shape {logits.shape}, got {scores.shape}")
+    if scores.shape != shape:
+        raise ValueError(f"{name} must return shape {shape}, got {scores.shape}")
     return scores.astype(np.float32, copy=False)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,9 +59,9 @@ def read(
     """Check and align the ids of a call.
 
     Without a mask, one is inferred as transformers does: padding is where `pad_token_id` stands,
-    if it occurs and is not also an end-of-text token. (A ragged list is padded here, so its mask
-    is known.) Unlike there, a row that is padded on the right continues after its last real
-    token, with a warning.
+    if it occurs and is not also an end-of-text token. (A list of rows that differ in length is
+    padded here, so its mask is known.) Unlike there, a row that is padded on the right continues
+    after its last real token, with a warning.
 
     Args:
         ids: a list of ints, a (ragged) list of lists, an integer array of one or two
@@ -108,19 +109,19 @@ def _padding(pad_token_id: int | None, eos_token_id: Sequence[int] | None) -> in
 
 
 def _matrix(ids: Any, padding: int) -> tuple[NDArray[np.int64], str, NDArray[np.int64] | None]:
-    """`ids` as int64 [rows, width], its kind, and the rows' lengths if it was a list of lists."""
+    """`ids` as int64 [rows, width], its kind, and the lengths of listed rows that differ in it."""
     if tensors.is_tensor(ids):
         return _checked(tensors.array(ids)), "torch", None
     if isinstance(ids, np.ndarray):
         return _checked(ids), "numpy", None
-    if not isinstance(ids, Sequence) or isinstance(ids, str | bytes):
+    if not _is_list(ids):
         raise ValueError(
             f"ids must be a list, an array or a tensor of token ids, got {type(ids).__name__}"
         )
     if not len(ids):
         raise ValueError("the prompt is empty: it needs at least one token")
-    if not isinstance(ids[0], Sequence | np.ndarray) and not tensors.is_tensor(ids[0]):
-        return _checked(np.asarray(_integers(ids, "ids"))), "list", None
+    if not _is_list(ids[0]) and np.ndim(tensors.array(ids[0])) == 0:
+        return _checked(np.array([_integers(ids, "ids")])), "list", None
     rows = [_integers(row, f"row {i}") for i, row in enumerate(ids)]
     lengths = np.array([len(row) for row in rows])
     if not lengths.all():
@@ -128,34 +129,62 @@ def _matrix(ids: Any, padding: int) -> tuple[NDArray[np.int64], str, NDArray[np.
     array = np.full((len(rows), lengths.max()), padding, np.int64)
     for out, row in zip(array, rows, strict=True):
         out[len(out) - len(row) :] = row
-    return array, "list", lengths
+    return array, "list", None if (lengths == lengths[0]).all() else lengths
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray)
 
 
 def _integers(row: Any, what: str) -> list[int]:
-    if not isinstance(row, Sequence | np.ndarray) and not tensors.is_tensor(row):
-        raise ValueError(f"{what} must be a list of token ids, got {row!r}")
-    values = row.tolist() if hasattr(row, "tolist") else list(row)
-    for value in values:
-        if isinstance(value, bool) or not hasattr(value, "__index__"):
-            raise ValueError(f"{what} must hold integers, got {value!r}")
-    return [int(value) for value in values]
+    """A row of ids of any kind, a list, an array or a tensor, as Python's integers."""
+    row = tensors.array(row)
+    if isinstance(row, np.ndarray):
+        if row.ndim != 1:
+            raise ValueError(f"{what} must be a list of token ids, got shape {row.shape}")
+        return list(_checked(row, what)[0].tolist()) if row.size else []
+    if not _is_list(row):
+        raise ValueError(f"{what} must be a list of token ids, got {reprlib.repr(row)}")
+    values = list(row) if set(map(type, row)) <= {int} else [_index(one, what) for one in row]
+    if values and not (min(values) >= -(2**63) and max(values) < 2**63):
+        raise ValueError(f"{what} must hold integers of 64 bits, got {reprlib.repr(row)}")
+    return values
 
 
-def _checked(array: NDArray[Any]) -> NDArray[np.int64]:
+def _index(value: Any, what: str) -> int:
+    """An integer of numpy's or torch's, of no dimension, as Python's."""
+    value = tensors.array(value)
+    if isinstance(value, bool | np.bool_) or not hasattr(value, "__index__") or np.ndim(value):
+        raise ValueError(f"{what} must hold integers, got {reprlib.repr(value)}")
+    if isinstance(value, np.ndarray) and value.dtype.kind not in "iu":
+        raise ValueError(f"{what} must hold integers, got {value.dtype}")
+    return int(value)
+
+
+def _checked(array: NDArray[Any], what: str = "ids") -> NDArray[np.int64]:
+    """An array of ids as int64 [rows, width]."""
+    if isinstance(array, np.ma.MaskedArray):
+        raise ValueError(f"{what} is a masked array: pass its data, and its mask as attention_mask")
+    if array.dtype.kind not in "iu":
+        raise ValueError(f"{what} must be integers, got {array.dtype}")
     if array.size == 0:
         raise ValueError(f"the prompt is empty (shape {array.shape}): it needs at least one token")
     if array.ndim not in (1, 2):
-        raise ValueError(f"ids must have 1 or 2 dimensions, got shape {array.shape}")
-    if not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(f"ids must be integers, got {array.dtype}")
+        raise ValueError(f"{what} must have 1 or 2 dimensions, got shape {array.shape}")
+    if array.dtype.kind == "u" and array.max() >= 2**63:
+        raise ValueError(f"{what} must hold integers of 64 bits, got {array.max()}")
     return np.atleast_2d(array).astype(np.int64)
 
 
 def _mask(attention_mask: Any, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    """bool of that shape from 0 and 1, or False and True."""
     try:
         mask = np.atleast_2d(np.asarray(tensors.array(attention_mask)))
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"attention_mask must be rectangular: {error}") from error
+    if isinstance(attention_mask, np.ma.MaskedArray) or mask.dtype.kind not in "biuf":
+        kind = type(attention_mask).__name__
+        raise ValueError(f"attention_mask must hold 0 and 1, got {kind} of {mask.dtype}")
     if mask.shape != shape:
         raise ValueError(f"attention_mask has shape {mask.shape}, the ids have {shape}")
     if not np.isin(mask, (0, 1)).all():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,8 @@ class Row:
         prompt: int64, the tokens that the model sees, without padding.
         ids: int64 [max_length], the prompt as given (padding included), then what was generated.
         length: how much of `ids` there is.
+        width: of a row that has ended, how much there was then (it may go on: see
+            `Request.lingers`).
         logits: float32 [vocab] for the next token, when they are known already.
         finish_reason: set once it has ended (see `output.Token`).
         score: of beam search: its log-probability over its length penalty.
@@ -36,6 +39,7 @@ class Row:
     ids: NDArray[np.int64]
     length: int
     pad: int
+    width: int = 0
     logits: NDArray[np.float32] | None = None
     finish_reason: str | None = None
     score: float = float("nan")
@@ -65,6 +69,11 @@ class Row:
         self.ids[self.length] = token
         self.length += 1
 
+    def end(self, reason: str | None) -> None:
+        """End it here, if there is a reason and it has not ended before."""
+        if reason is not None and self.finish_reason is None:
+            self.finish_reason, self.width = reason, self.length
+
 
 @dataclass(eq=False)
 class Request:
@@ -76,6 +85,7 @@ class Request:
         chain: the processors; None where there is nothing to do. Requests with equal knobs may
             share one, and rows that share one are processed together.
         prefix_cache: where keys and values of the prompts are kept across calls, if anywhere.
+        torch: the module, where the caller works with tensors and its generator is ours.
         streams: the source of chance: one for all rows, or one for each; empty when greedy.
         scores, logits: a step: float32 [rows, vocab], if asked for.
         top_logprobs: a row: a step: the likeliest tokens, if asked for.
@@ -91,6 +101,7 @@ class Request:
     stop_text: StopText | None = None
     logprobs: bool = False  # whether tokens carry their log-probability
     prefix_cache: PrefixCache | None = None
+    torch: Any | None = None
     streams: list[pick.Stream] = field(default_factory=list)
     scores: list[NDArray[np.float32]] = field(default_factory=list)
     logits: list[NDArray[np.float32]] = field(default_factory=list)
@@ -111,7 +122,7 @@ class Request:
         self.top_logprobs: list[list[tuple[tuple[int, float], ...]]] = [[] for _ in self.rows]
         if params.do_sample:
             alone = self.rows if params.num_beams == 1 else self.prompts  # beams draw together
-            self.streams = streams(params.seed, len(alone))
+            self.streams = streams(params.seed, len(alone), self.torch)
 
     @property
     def prompt_length(self) -> int:
@@ -143,7 +154,12 @@ class Request:
     def end(self, reason: str) -> None:
         """End the rows that have not ended."""
         for row in self.rows:
-            row.finish_reason = row.finish_reason or reason
+            row.end(reason)
+
+    @property
+    def width(self) -> int:
+        """How long the longest row is, or was when it ended."""
+        return max(row.width or row.length for row in self.rows)
 
     def uniform(self, rows: Sequence[Row], size: int) -> list[pick.Words]:
         """The draws [size] of each of `rows` (of this request) for its next token."""
@@ -176,8 +192,17 @@ class Request:
     @property
     def keeps(self) -> bool:
         """Whether anything of a step is recorded besides its tokens."""
-        params = self.params
-        return params.output_logits or params.output_scores or params.top_logprobs > 0
+        return self.keeps_logits or self.keeps_scores or self.params.top_logprobs > 0
+
+    @property
+    def keeps_logits(self) -> bool:
+        """Whether the model's logits are kept: asked for, and there is a record to show them."""
+        return self.params.output_logits and self.params.return_dict_in_generate
+
+    @property
+    def keeps_scores(self) -> bool:
+        """Whether processed scores are kept, for the record and for stopping criteria."""
+        return self.params.output_scores and self.params.return_dict_in_generate
 
     def keep(
         self, rows: Sequence[Row], logits: NDArray[np.float32], scores: NDArray[np.float32]
@@ -189,25 +214,24 @@ class Request:
             logits: float32 [rows, vocab], as the model gave them.
             scores: the same after the processors.
         """
-        params = self.params
-        asked = ((params.output_logits, self.logits, logits),
-                 (params.output_scores, self.scores, scores))  # fmt: skip
+        asked = ((self.keeps_logits, self.logits, logits),
+                 (self.keeps_scores, self.scores, scores))  # fmt: skip
         for wanted, steps, values in asked:
             if wanted:
                 for row, line in zip(rows, values, strict=True):
                     self._step(steps, row, values.shape[1])[row.index] = line
-        if params.top_logprobs:
-            best = pick.top_logprobs(scores, params.top_logprobs)
+        if self.params.top_logprobs:
+            best = pick.top_logprobs(scores, self.params.top_logprobs)
             for row, pairs in zip(rows, best, strict=True):
                 self.top_logprobs[row.index].append(tuple(pairs))
 
     def _step(self, steps: list[NDArray[np.float32]], row: Row, vocab: int) -> NDArray[np.float32]:
         """Where the next step of `row` is kept: [rows, vocab]; ended rows stay certain padding."""
         if row.length - self.prompt_length == len(steps):
-            steps.append(self.blank(vocab))
+            steps.append(self._blank(vocab))
         return steps[row.length - self.prompt_length]
 
-    def blank(self, vocab: int) -> NDArray[np.float32]:
+    def _blank(self, vocab: int) -> NDArray[np.float32]:
         """float32 [rows, vocab]: scores that make padding certain, as it is for ended rows."""
         out = np.full((len(self.rows), vocab), -np.inf, np.float32)
         out[:, self.pad_token_id] = 0
@@ -215,10 +239,14 @@ class Request:
 
     def sequences(self) -> NDArray[np.int64]:
         """int64 [rows, length]: prompts and what followed, padded on the right."""
-        width = max(row.length for row in self.rows)
-        out = np.full((len(self.rows), width), self.pad_token_id, np.int64)
+        return self.padded_to(self.width)
+
+    def padded_to(self, length: int) -> NDArray[np.int64]:
+        """int64 [rows, length]: the rows so far, cut there or padded on the right."""
+        out = np.full((len(self.rows), length), self.pad_token_id, np.int64)
         for row in self.rows:
-            out[row.index, : row.length] = row.history
+            ids = row.history[:length]
+            out[row.index, : len(ids)] = ids
         return out
 
     def sequences_scores(self) -> NDArray[np.float32]:
@@ -227,20 +255,26 @@ class Request:
 
     def beam_indices(self) -> NDArray[np.int32]:
         """int32 [rows, new]: the beam that each token continued, -1 after the last."""
-        width = max(row.length for row in self.rows) - self.prompt_length
-        out = np.full((len(self.rows), width), -1, np.int32)
+        out = np.full((len(self.rows), self.width - self.prompt_length), -1, np.int32)
         for row in self.rows:
             if row.beams is not None:
                 out[row.index, : len(row.beams)] = row.beams
         return out
 
 
-def streams(seed: int | Sequence[int] | None, rows: int) -> list[pick.Stream]:
+def streams(
+    seed: int | Sequence[int] | None, rows: int, torch: Any | None = None
+) -> list[pick.Stream]:
     """One stream that `rows` share, or one for each where each has a seed.
+
+    Args:
+        torch: the module, if its default generator is to be drawn from where there is no seed.
 
     Raises:
         ValueError: another number of seeds than of rows.
     """
+    if seed is None and torch is not None:
+        return [pick.TorchStream(torch, rows)]
     if seed is None or isinstance(seed, int):
         return [pick.Stream(seed, rows)]
     if len(seed) != rows:

@@ -17,8 +17,11 @@ StopText = Callable[[NDArray[np.int64]], bool]
 
 DEFAULT_NEW_TOKENS = 20
 
-# input_ids int64 [rows, length], scores float32 [rows, vocab] -> bool [rows] (or one for all)
-Criterion = Callable[[NDArray[np.int64], NDArray[np.float32]], Any]
+# A step: float32 [rows, vocab] of it and of each step before; None where nobody keeps them.
+Scores = tuple[NDArray[np.float32], ...] | None
+
+# input_ids int64 [rows, length], scores -> bool [rows] (or one for all)
+Criterion = Callable[[NDArray[np.int64], Scores], Any]
 
 
 def length_limit(
@@ -56,6 +59,9 @@ def length_limit(
         if hard_limit:
             raise ValueError(f"{text}: lower max_new_tokens to {model_limit - longest}")
         warnings.warn(text, UserWarning, stacklevel=5)
+    if params.max_new_tokens is None and params.max_length is None:
+        text = f"no length is set, so {limit - width} new tokens are generated at most: set "
+        warnings.warn(text + "max_new_tokens", UserWarning, stacklevel=5)
     return limit
 
 
@@ -105,7 +111,7 @@ class Deadline:
 
 
 def asked(
-    criteria: Sequence[Criterion], ids: NDArray[np.int64], scores: NDArray[np.float32]
+    criteria: Sequence[Criterion], ids: NDArray[np.int64], scores: Scores
 ) -> NDArray[np.bool_]:
     """Which rows [rows] any of the callers' criteria ends.
 
@@ -115,10 +121,10 @@ def asked(
     done = np.zeros(len(ids), np.bool_)
     for criterion in criteria:
         answer = np.asarray(criterion(ids, scores))
-        if answer.shape not in ((), (len(ids),)):
+        if answer.shape not in ((), (len(ids),)) or answer.dtype.kind not in "biuf":
             raise ValueError(
-                f"{criterion!r} returned shape {answer.shape}, expected one truth value or "
-                f"({len(ids)},)"
+                f"{criterion!r} returned {answer.dtype} of shape {answer.shape}, expected one "
+                f"truth value or ({len(ids)},)"
             )
         done |= answer.astype(np.bool_)
     return done

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from fastgen import values
+
 # (ids of each row, prompt_lengths [rows], logits [rows, vocab]) -> logits
 Mark = Callable[[Sequence[np.ndarray], np.ndarray, np.ndarray], np.ndarray]
 
@@ -28,6 +30,8 @@ class GreenList:
     context_width: int = 1
 
     def __post_init__(self) -> None:
+        _of_kind(self, values.number, "greenlist_ratio", "bias")
+        _of_kind(self, values.integer, "hashing_key", "context_width")
         _check("greenlist_ratio", self.greenlist_ratio, "between 0 and 1", lambda x: 0 < x < 1)
         schemes = ("lefthash", "selfhash")
         _check("seeding_scheme", self.seeding_scheme, f"one of {schemes}", lambda x: x in schemes)
@@ -52,8 +56,13 @@ class SynthID:
     debug_mode: bool = False
 
     def __post_init__(self) -> None:
-        _check("ngram_len", self.ngram_len, "1 or more", lambda x: x >= 1)
-        _check("keys", self.keys, "a list of integers, not empty", lambda x: len(x) > 0)
+        _of_kind(self, values.integer, "ngram_len", "context_history_size", "sampling_table_seed",
+                 "sampling_table_size")  # fmt: skip
+        _of_kind(self, values.integers, "keys")
+        _of_kind(self, values.flag, "skip_first_ngram_calls", "debug_mode")
+        # Each id of an n-gram, and each key, is a round of work for every token.
+        _check("ngram_len", self.ngram_len, "between 1 and 1000", lambda x: 1 <= x <= 1000)
+        _check("keys", self.keys, "1 to 1000 integers", lambda x: 1 <= len(x) <= 1000)
         _check("context_history_size", self.context_history_size, "1 or more", lambda x: x >= 1)
         size_holds = ("sampling_table_size", self.sampling_table_size, "between 1 and 2**24")
         _check(*size_holds, lambda x: 1 <= x <= 2**24)
@@ -77,6 +86,7 @@ def from_config(config: Any, vocab_size: int) -> Mark:
     if "keys" in settings or "ngram_len" in settings:
         kind = SynthID
     known = {setting.name for setting in fields(kind)}
+    settings = {str(name): value for name, value in settings.items()}
     needed = {"ngram_len", "keys"} if kind is SynthID else set()
     if not needed <= set(settings) <= known:
         raise ValueError(
@@ -88,6 +98,13 @@ def from_config(config: Any, vocab_size: int) -> Mark:
     if isinstance(made, SynthID):
         return partial(synthid, made)
     return partial(green_list, made, vocab_size)
+
+
+def _of_kind(mark: Any, kind: Callable[[str, Any], Any], *names: str) -> None:
+    """Check some settings by their kind of value, and make them plain Python."""
+    for name in names:
+        value = values.plain(getattr(mark, name))
+        object.__setattr__(mark, name, kind(f"watermarking_config: {name}", value))
 
 
 def _check(name: str, value: Any, rule: str, holds: Callable[[Any], bool]) -> None:

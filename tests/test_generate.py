@@ -198,17 +198,20 @@ def test_criteria_see_all_rows_and_what_they_were_chosen_from(pair):
     eos = int(plain[0, 9 + 3])
     seen = []
 
-    def criterion(ids: np.ndarray, scores: np.ndarray) -> bool:
-        assert isinstance(ids, np.ndarray) and scores.dtype == np.float32
+    def criterion(ids: np.ndarray, scores: tuple[np.ndarray, ...]) -> bool:
+        assert isinstance(ids, np.ndarray) and len(scores) == ids.shape[1] - 9
+        assert scores[-1].dtype == np.float32
         running = ~(ids[:, 9:-1] == eos).any(axis=1)
-        assert (scores.argmax(axis=1) == ids[:, -1])[running].all()
+        assert (scores[-1].argmax(axis=1) == ids[:, -1])[running].all()
         seen.append(ids.shape)
         return False
 
-    ours.generate(rows, eos_token_id=eos, stopping_criteria=[criterion], **GREEDY)
+    kept = {"output_scores": True, "return_dict_in_generate": True}
+    ours.generate(rows, eos_token_id=eos, stopping_criteria=[criterion], **GREEDY, **kept)
     assert seen == [(3, 9 + step) for step in range(1, 13)]
-    ours.generate(rows, stopping_criteria=lambda ids, scores: True, **GREEDY)  # one, without a list
-    with pytest.raises(ValueError, match=r"returned shape \(2,\), expected .* \(3,\)"):
+    # One, without a list; and nobody keeps scores.
+    ours.generate(rows, stopping_criteria=lambda ids, scores: scores is None, **GREEDY)
+    with pytest.raises(ValueError, match=r"of shape \(2,\), expected .* \(3,\)"):
         ours.generate(rows, stopping_criteria=[lambda ids, scores: [True, False]], **GREEDY)
 
 
@@ -416,7 +419,7 @@ def test_guessed_tokens_are_put_all(pair, always_guess):
     with pytest.raises(ValueError, match="streamer cannot follow 2 rows"):
         ours.generate([row, row], streamer=two, **knobs)
     with pytest.raises(ValueError, match="streamer cannot be used with num_beams=2"):
-        ours.generate([row], streamer=two, num_beams=2)
+        ours.generate([row], streamer=two, num_beams=2, max_new_tokens=3)
 
 
 @pytest.mark.parametrize("more", [{}, {"prompt_lookup_num_tokens": 3}])

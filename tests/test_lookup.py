@@ -140,7 +140,7 @@ def test_what_cannot_be_guessed_is_said(pair):
         ({"assistant_model": other}, "vocabulary of 98, the model of 99"),
     ):
         with pytest.raises(ValueError, match=words):
-            model.generate([5, 6, 7], **knobs)
+            model.generate([5, 6, 7], max_new_tokens=3, **knobs)
 
 
 # --- whether it pays -----------------------------------------------------------------------------

@@ -401,7 +401,9 @@ def test_user_processors_run_in_their_place():
         VOCAB,
         logits_processor=[shift],
     )
-    assert [name for name, _ in chain.steps] == ["suppress_tokens", "shift", "temperature", "top_k"]
+    assert [name for name, _ in chain.steps] == [
+        "suppress_tokens", "logits_processor shift", "temperature", "top_k"
+    ]  # fmt: skip
     logits = np.zeros((2, VOCAB), dtype=np.float32)
     out = chain(context([[1, 2], [3, 4]]), logits)
     assert out.dtype == np.float32 and out[0, 0] == 0.5 and (logits == 0).all()
@@ -423,10 +425,18 @@ def test_user_processors_are_checked(answer, message):
         chain(nothing(2), random_logits(0, 2))
 
 
-def test_user_processors_need_equal_lengths():
-    chain = build(Params(), VOCAB, logits_processor=[lambda ids, scores: scores])
-    with pytest.raises(ValueError, match="equally long"):
-        chain(context([[1], [1, 2]]), random_logits(0, 2))
+def test_user_processors_are_asked_one_length_at_a_time():
+    seen = []
+
+    def shift(ids, scores):
+        seen.append(ids.tolist())
+        return scores + ids[:, -1:]
+
+    logits = random_logits(0, 3)
+    chain = build(Params(), VOCAB, logits_processor=[shift])
+    out = chain(context([[1, 7], [3], [5, 2]]), logits)
+    assert seen == [[[3]], [[1, 7], [5, 2]]]
+    np.testing.assert_array_equal(out, logits + np.float32([[7], [3], [2]]))
 
 
 # -- Watermarks ----------------------------------------------------------------------------------
@@ -762,7 +772,8 @@ def test_imports_numpy_alone():
     )
     assert out.stdout.split("\n")[:2] == [
         "[]",
-        "['fastgen.processors', 'fastgen.softmax', 'fastgen.watermark']",
+        "['fastgen.processors', 'fastgen.softmax', 'fastgen.tensors', 'fastgen.values', "
+        "'fastgen.watermark']",
     ]
 
 
