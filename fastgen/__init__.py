@@ -8,7 +8,7 @@ How a prompt becomes text, file by file:
     healing     the prompt's last token, again
     request     the rows of one call and what they share
     model       new ids and a cache -> logits          cache       keys and values, in place
-    jsonfile    what strangers wrote, checked
+    jsonfile    what strangers wrote, checked          sandbox     where chat templates run
     prefix      prompts' keys and values, for later
     bounds      what a call would take of memory       memory      pages given back
     cpu         cores, and what they can

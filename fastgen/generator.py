@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,12 +11,13 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgen import chat, hub, processors, score, stop, tensors
+from fastgen import chat, hub, jsonfile, processors, score, stop, tensors
 from fastgen.call import Call, Objects, prepare, read
-from fastgen.model import Model
+from fastgen.model import Model, ModelInfo
 from fastgen.output import Token
 from fastgen.params import Params
 from fastgen.prefix import PrefixCache, check
+from fastgen.tokenizer import CONFIG
 from fastgen.tokenizer import FILE as TOKENIZER
 from fastgen.tokenizer import TextStream, Tokenizer
 
@@ -29,7 +29,8 @@ class Settings:
     """
 
     def __init__(self, content: Mapping[str, Any]) -> None:
-        self.__dict__.update(content)
+        # A field that has a method's name must not take its place.
+        self.__dict__.update((k, v) for k, v in content.items() if not hasattr(Settings, k))
 
     def to_dict(self) -> dict[str, Any]:
         return dict(self.__dict__)
@@ -61,6 +62,7 @@ class CausalLM:
     Attributes:
         config: the model's config.json.
         generation_config: the model's defaults for `generate`.
+        has_tokenizer: whether it takes and gives texts, or ids only.
 
     Raises:
         ModelError: the directory cannot be used; the message says why.
@@ -72,8 +74,9 @@ class CausalLM:
         self.directory = Path(directory)
         self.name_or_path = str(directory)
         self.model = Model(self.directory, threads)
-        self.config = Settings(_json(self.directory / "config.json"))
-        self.generation_config = Settings(_json(self.directory / "generation_config.json"))
+        self.config = Settings(jsonfile.read(self.directory / "config.json"))
+        self.generation_config = Settings(jsonfile.read(self.directory / "generation_config.json"))
+        self.has_tokenizer = (self.directory / TOKENIZER).is_file()
 
     @classmethod
     def from_pretrained(
@@ -103,7 +106,13 @@ class CausalLM:
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer; a ValueError if it was exported for ids only."""
+        """The model's tokenizer, read at the first use.
+
+        Raises:
+            ModelError: the model was exported for ids only, or its files are no longer as they were
+                exported.
+        """
+        self.model.info.check(self.directory, TOKENIZER, CONFIG)
         return Tokenizer(self.directory)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
@@ -211,7 +220,7 @@ class CausalLM:
         objects = {name: kwargs.pop(name) for name in _OBJECTS if name in kwargs}
         call = self._call(self._ids(prompt), knobs=kwargs, logprobs=True, **objects)
         texts = None
-        if (self.directory / TOKENIZER).is_file():
+        if self.has_tokenizer:
             texts = [
                 TextStream(self.tokenizer, row.prompt.tolist(), skip_special_tokens)
                 for row in call.request.rows
@@ -247,6 +256,7 @@ class CausalLM:
             The reply without special tokens; a list with `num_return_sequences` above 1.
         """
         variables = dict(template_variables or {})
+        self.model.info.check(self.directory, chat.FILE)
         text = chat.prompt(self.directory, self.tokenizer.config, messages, tools, **variables)
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         known = {**self.generation_config.to_dict(), **kwargs}
@@ -408,6 +418,22 @@ def load(
     return CausalLM(hub.directory(name_or_path), threads)
 
 
+def verify(name_or_path: str | os.PathLike[str] | None = None) -> None:
+    """Compare every file of a model directory, weights too, with the digests of its export.
+
+    Loading does the same with all files but the weights. This reads them all: half a second for
+    each GB that is in memory, and what the disk takes for the rest.
+
+    Args:
+        name_or_path: a directory or a hub id; None for the embedded demo model.
+
+    Raises:
+        ModelError: files are missing, truncated or changed: it names them all. Or an older fastgen
+            exported the model, without digests.
+    """
+    ModelInfo.verify(hub.directory(name_or_path))
+
+
 @functools.lru_cache(maxsize=8)
 def _loaded(directory: Path) -> CausalLM:
     return CausalLM(directory)
@@ -418,7 +444,3 @@ def generate(
 ) -> Any:
     """`CausalLM.generate` of a model directory, which is loaded once; None is the demo model."""
     return _loaded(hub.directory(model).resolve()).generate(input_ids, **kwargs)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}

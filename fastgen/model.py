@@ -7,10 +7,10 @@ some neighbouring rows, right-padded, written into a `Cache` in place.
 from __future__ import annotations
 
 import functools
-import json
+import hashlib
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from hashlib import sha256
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +18,26 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from fastgen import jsonfile
 from fastgen.cache import Cache
 from fastgen.cpu import int8_overflows
+from fastgen.jsonfile import ModelError as ModelError
+from fastgen.jsonfile import is_count, is_text, take
 from fastgen.memory import page_out
 from fastgen.tuning import Tuning, read
 
 FORMAT = 1  # of the model directory; `fastgen.json` says which one a directory has
 GRAPH = "model.onnx"
 INFO = "fastgen.json"
-SAMPLE, PAGE = 2**20, 4096  # bytes of a file that are hashed, and of a piece of a longer one
+WEIGHTS = GRAPH + ".data"
+PRECISIONS = ("fp32", "int8", "int4")
+THREADS_A_CPU = 8  # that may be asked for; more than one gains nothing
 SPIN_US = "2000"  # microseconds that threads spin for more work
 KEPT_BINDINGS = 16  # shapes of call that stay bound to a cache
 SPARE_BYTES = 128 << 20  # of a cache that is kept for the next call, at most
 SPARE_LOGITS = 16 << 20  # bytes of logits that stay bound to it
 # How keys and values can be stored: numpy's name, and what the graph's inputs are then.
 CACHE_DTYPES = {"float32": "tensor(float)", "int8": "tensor(int8)"}
-
-
-class ModelError(ValueError):
-    """A model directory that cannot be used: what was found and what was expected."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,10 @@ class ModelInfo:
         layers: (kv_heads, head_dim) of each layer.
         files: size in bytes of every file of the directory.
         cache_dtype: of the stored keys and values, "float32" or "int8".
+        digests: sha256 of the files, hexadecimal; older exports wrote none.
+        name: what was exported.
+        parameters: of the original.
+        exporter: the version of fastgen that wrote it.
     """
 
     precision: str
@@ -62,6 +67,10 @@ class ModelInfo:
     layers: tuple[tuple[int, int], ...]
     files: dict[str, int]
     cache_dtype: str = "float32"
+    digests: dict[str, str] = field(default_factory=dict)
+    name: str = ""
+    parameters: int = 0
+    exporter: str = "?"
 
     @property
     def cache_precision(self) -> str:
@@ -77,59 +86,145 @@ class ModelInfo:
 
     @staticmethod
     def read(directory: Path) -> ModelInfo:
-        """Read and check `fastgen.json` and the sizes of the files that it lists.
+        """Read `fastgen.json` and compare the files with it: all sizes, and what is in all but the
+        weights, which takes no time to speak of and which onnxruntime need not survive.
 
         Raises:
-            ModelError: not a model directory, another format, or a missing or truncated file.
+            ModelError: not a model directory, another format, or a file that is missing, truncated
+                or changed.
         """
-        if not directory.is_dir():
-            raise ModelError(f"{directory} is not a directory")
-        path = directory / INFO
-        if not path.is_file():
-            if (directory / "config.json").is_file():
-                raise ModelError(
-                    f"{directory} is a transformers model (it has no {INFO}): export it with "
-                    f"`fastgen export {directory} OUT`, or load it with CausalLM.from_pretrained"
-                )
-            raise ModelError(f"{directory} is not a fastgen model directory: it has no {INFO}")
-        try:
-            found = json.loads(path.read_text())
-            version = found["format"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ModelError(f"{path} is damaged: {error!r}") from error
-        if version != FORMAT:
-            raise ModelError(
-                f"{path} has format {version}, this fastgen reads format {FORMAT}: "
-                "export the model again"
-            )
-        try:
-            info = ModelInfo(
-                precision=found["precision"],
-                model_type=found["model_type"],
-                vocab_size=found["vocab_size"],
-                max_length=found["max_length"],
-                hard_limit=found["hard_limit"],
-                layers=tuple((heads, dim) for heads, dim in found["layers"]),
-                files=found["files"],
-                cache_dtype=found.get("cache_dtype", "float32"),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ModelError(f"{path} is damaged: {error!r}") from error
-        if info.cache_dtype not in CACHE_DTYPES:
-            raise ModelError(
-                f"{path} has keys and values in {info.cache_dtype}, this fastgen stores "
-                f"{' or '.join(CACHE_DTYPES)}: use a newer one"
-            )
-        for name, size in info.files.items():
-            actual = (directory / name).stat().st_size if (directory / name).is_file() else None
-            if actual is None:
-                raise ModelError(f"{directory} lacks {name} ({size:,} bytes): copy it whole")
-            if actual != size:
-                raise ModelError(
-                    f"{directory / name} has {actual:,} bytes where {size:,} were exported: "
-                    "it is truncated or was changed; copy or export the model again"
-                )
+        info = _described(directory)
+        known = {name: digest for name, digest in info.digests.items() if name != WEIGHTS}
+        replace(info, digests=known).check(directory, *info.files)
         return info
+
+    @staticmethod
+    def verify(directory: Path) -> ModelInfo:
+        """As `read`, with the weights: about half a second for each GB where the file is in memory.
+
+        Raises:
+            ModelError: as of `read`, naming every file that differs; or an older fastgen wrote no
+                digests to compare with.
+        """
+        info = _described(directory)
+        info.check(directory, *info.files)
+        lacking = [name for name in info.files if name not in info.digests]
+        if lacking:
+            raise ModelError(
+                f"{directory / INFO} has no digest of {', '.join(lacking)}, as exports of older "
+                "versions: nothing is known to be wrong; export the model again to have them"
+            )
+        return info
+
+    def check(self, directory: Path, *names: str) -> None:
+        """Compare files with what was exported: size and digest, where there is one.
+
+        Args:
+            names: of the files; one that no export wrote is right as it is.
+
+        Raises:
+            ModelError: some are missing, truncated or changed; it names them all.
+        """
+        found = [self._difference(directory, name) for name in names if name in self.files]
+        if any(found):
+            raise ModelError("; ".join(filter(None, found)))
+
+    def _difference(self, directory: Path, name: str) -> str | None:
+        path, size = directory / name, self.files[name]
+        if not path.is_file():
+            return f"{directory} lacks {name} ({size:,} bytes): copy it whole"
+        changed = "it is truncated or was changed; copy or export the model again"
+        actual = path.stat().st_size
+        if actual != size:
+            return f"{path} has {actual:,} bytes where {size:,} were exported: {changed}"
+        if name in self.digests and self.digests[name] != digest(path):
+            return f"{path} has not the {size:,} bytes that were exported: {changed}"
+        return None
+
+
+def digest(path: Path) -> str:
+    """sha256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _described(directory: Path) -> ModelInfo:
+    """What `fastgen.json` says, each field of its type and within its range."""
+    if not directory.is_dir():
+        raise ModelError(f"{directory} is not a directory")
+    path = directory / INFO
+    if not path.is_file():
+        if (directory / "config.json").is_file():
+            raise ModelError(
+                f"{directory} is a transformers model (it has no {INFO}): export it with "
+                f"`fastgen export {directory} OUT`, or load it with CausalLM.from_pretrained"
+            )
+        raise ModelError(f"{directory} is not a fastgen model directory: it has no {INFO}")
+    found = {"cache_dtype": "float32", "name": "", "parameters": 0, "fastgen": "?"}
+    found |= jsonfile.read(path)
+    field = functools.partial(take, found, path)
+    version = field("format", lambda v: is_count(v, 2**31), f"a number such as {FORMAT}")
+    if version != FORMAT:
+        raise ModelError(
+            f"{path} has format {version}, this fastgen reads format {FORMAT}: "
+            "export the model again"
+        )
+    cache_dtype = field("cache_dtype", is_text, "a type's name")
+    if cache_dtype not in CACHE_DTYPES:
+        raise ModelError(
+            f"{path} has keys and values in {cache_dtype}, this fastgen stores "
+            f"{' or '.join(CACHE_DTYPES)}: use a newer one"
+        )
+    files = field("files", _are_files, "an object of names in the directory and their sizes")
+    return ModelInfo(
+        precision=field("precision", lambda v: v in PRECISIONS, " or ".join(PRECISIONS)),
+        model_type=field("model_type", is_text, "text"),
+        vocab_size=field("vocab_size", lambda v: is_count(v, 2**26), "a positive integer"),
+        max_length=field(
+            "max_length", lambda v: v is None or is_count(v, 2**40), "a positive integer or null"
+        ),
+        hard_limit=field("hard_limit", lambda v: isinstance(v, bool), "true or false"),
+        layers=tuple(
+            (heads, dim)
+            for heads, dim in field("layers", _are_layers, "a list of [heads, size of a head]")
+        ),
+        files={n: one["bytes"] if isinstance(one, dict) else one for n, one in files.items()},
+        cache_dtype=cache_dtype,
+        digests={n: one["sha256"] for n, one in files.items() if isinstance(one, dict)},
+        name=field("name", is_text, "text"),
+        parameters=field("parameters", lambda v: is_count(v, 2**60, 0), "an integer"),
+        exporter=field("fastgen", is_text, "text"),
+    )
+
+
+def _are_layers(value: Any) -> bool:
+    return isinstance(value, list) and 0 < len(value) <= 2**12 and all(map(_is_layer, value))
+
+
+def _is_layer(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(is_count(n, 2**16) for n in value)
+
+
+def _are_files(value: Any) -> bool:
+    return isinstance(value, dict) and GRAPH in value and all(map(_is_file, value.items()))
+
+
+def _is_file(named: tuple[str, Any]) -> bool:
+    """A plain name with {"bytes": size, "sha256": digest}, or the size as older versions had it."""
+    name, said = named
+    size = said.get("bytes") if isinstance(said, dict) else said
+    known = not isinstance(said, dict) or isinstance(said.get("sha256"), str)
+    return _is_plain(name) and is_count(size, 2**60, 0) and known
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name means a file in the directory itself, on any system."""
+    return (
+        is_text(name)
+        and name.strip(".") != ""
+        and not set(name) & set("/\\:")
+        and len(name.encode()) <= 255
+    )
 
 
 class Model:
@@ -147,15 +242,15 @@ class Model:
     def __init__(
         self, directory: Path, threads: int | None = None, tuning: Tuning | None = None
     ) -> None:
-        if threads is not None and threads < 1:
-            raise ValueError(f"threads must be positive, got {threads}")
+        if threads is not None:
+            _check_threads(threads)
         self.directory = directory
         self.info = ModelInfo.read(directory)
-        self.tuning = tuning or _tuned(directory)
+        self.tuning = tuning or read(directory) or Tuning()
         if threads is not None:
             self.tuning = replace(self.tuning, threads=threads)
         self.session = _session(directory / GRAPH, self.tuning)
-        page_out(directory / (GRAPH + ".data"))
+        page_out(directory / WEIGHTS)
         self._spare: list[Cache] = []
         self._check_graph()
 
@@ -181,26 +276,29 @@ class Model:
                 f"{self.directory / GRAPH} takes keys and values as {', '.join(sorted(kinds))}, "
                 f"expected {expected_kind}"
             )
+        shapes: dict[str, tuple[int | None, ...]]
+        shapes = {"logits": (None, None, self.info.vocab_size)}
+        for i, (heads, dim) in enumerate(self.info.layers):
+            shapes |= dict.fromkeys(past[2 * i : 2 * i + 2], (None, heads, None, dim))
+        for value in (*self.session.get_inputs(), *self.session.get_outputs()):
+            if not _fits(value.shape, shapes.get(value.name, ())):
+                raise ModelError(
+                    f"{self.directory / GRAPH} has {value.name} of shape {value.shape}, "
+                    f"{INFO} says {shapes[value.name]}: copy or export the model again"
+                )
         self.past_names, self.present_names = past, present
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """What tells this model from others, and what it computes from other versions' results.
 
-        A hash of onnxruntime's version and of the directory's files: whole up to 1 MiB, else the
-        size and 256 pages of them. (`report.json` says how long the export's steps took, so that
-        even models that differ in few weights differ there.)
+        A hash of onnxruntime's version and of what `fastgen.json` says, with the digests of all
+        files; those that an older export did not write are computed.
         """
-        out = sha256(onnxruntime.__version__.encode())
-        for name, size in sorted({**self.info.files, INFO: 0}.items()):
-            out.update(f"{name} {size} ".encode())
-            with (self.directory / name).open("rb") as file:
-                if size <= SAMPLE:
-                    out.update(file.read())
-                for place in range(256 if size > SAMPLE else 0):
-                    file.seek(place * (size - PAGE) // 255)
-                    out.update(file.read(PAGE))
-        return out.hexdigest()
+        missing = [name for name in self.info.files if name not in self.info.digests]
+        computed = {name: digest(self.directory / name) for name in missing}
+        known = f"{onnxruntime.__version__} {self.info} {computed}"
+        return hashlib.sha256(known.encode()).hexdigest()
 
     def new_cache(self, rows: int, capacity: int) -> Cache:
         """An empty cache for `rows` rows of up to `capacity` tokens."""
@@ -274,6 +372,14 @@ class Model:
         return call
 
 
+def _fits(stated: Sequence[Any], expected: Sequence[int | None]) -> bool:
+    """Whether a graph's shape, some of it by name, can be another, some of it unknown (None)."""
+    return all(
+        one == other or not isinstance(one, int) or other is None
+        for one, other in zip(stated, expected, strict=False)
+    )
+
+
 class _Call:
     """One shape of call, bound once: a step writes into these arrays and runs."""
 
@@ -328,11 +434,18 @@ def session_options(tuning: Tuning) -> Any:
     return options
 
 
-def _tuned(directory: Path) -> Tuning:
-    try:
-        return read(directory) or Tuning()
-    except ValueError as error:
-        raise ModelError(str(error)) from error
+def _check_threads(threads: Any) -> None:
+    """Raise a ValueError but for a number of threads that this machine can be asked for."""
+    if not isinstance(threads, int) or isinstance(threads, bool):
+        raise ValueError(f"threads must be an integer, got {threads!r}")
+    if threads < 1:
+        raise ValueError(f"threads must be positive, got {threads}")
+    cpus = os.cpu_count() or 1
+    if threads > THREADS_A_CPU * cpus:
+        raise ValueError(
+            f"threads must be at most {THREADS_A_CPU * cpus}, {THREADS_A_CPU} for each of this "
+            f"machine's {cpus} CPUs, got {threads}"
+        )
 
 
 def open_session(path: Path, options: Any) -> Any:

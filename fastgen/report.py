@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+from fastgen import jsonfile
 
 REPORT = "report.json"
 SHOWN = 4  # operators that are named of each kind of step
@@ -14,7 +17,19 @@ def table(report: dict[str, Any]) -> str:
 
     Args:
         report: the content of `report.json`.
+
+    Raises:
+        ModelError: it lacks something, or something in it is of another kind.
     """
+    try:
+        return _table(report)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise jsonfile.damaged(
+            Path(REPORT), f"it says no such thing as an export: {error!r}"
+        ) from error
+
+
+def _table(report: dict[str, Any]) -> str:
     found = {"fp32": report.get("fp32", report)}
     if "cache" in report:
         found[f"{report['cache_precision']} cache"] = report["cache"]

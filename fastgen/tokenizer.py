@@ -9,7 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fastgen import jsonfile
+
 FILE = "tokenizer.json"
+CONFIG = "tokenizer_config.json"
 REPLACEMENT = "\ufffd"  # what bytes that are no character (yet) decode to
 LONGEST_PARTIAL = 3  # bytes of a UTF-8 character that can be there without it being complete
 
@@ -18,7 +21,7 @@ class Tokenizer:
     """A `tokenizer.json` and what `tokenizer_config.json` says of it.
 
     Raises:
-        ValueError: the file is missing or damaged.
+        ModelError: one of them is damaged, or there is no `tokenizer.json`.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -26,14 +29,14 @@ class Tokenizer:
 
         path = directory / FILE
         if not path.is_file():
-            raise ValueError(
+            raise jsonfile.ModelError(
                 f"{directory} has no {FILE}: the model was exported for ids only; pass token ids"
             )
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises plain Exception
-            raise ValueError(f"{path} is damaged: {error}") from error
-        self._use(backend, _json(directory / "tokenizer_config.json"))
+            raise jsonfile.damaged(path, str(error)) from error
+        self._use(backend, jsonfile.read(directory / CONFIG))
 
     @classmethod
     def of(cls, tokenizer: Any) -> Tokenizer:
@@ -126,16 +129,6 @@ def _byte_level() -> dict[str, int]:
     others = [byte for byte in range(256) if byte not in printable]
     table = {chr(byte): byte for byte in printable}
     return table | {chr(0x100 + place): byte for place, byte in enumerate(others)}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    return dict(content)
 
 
 class TextStream:

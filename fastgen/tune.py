@@ -6,33 +6,26 @@ count. So a busy minute hits all of them, and memory never holds more than one.
 
 from __future__ import annotations
 
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastgen import jsonfile
 from fastgen.cpu import physical_cores, usable_cpus
+from fastgen.jsonfile import ModelError, is_number, is_object, take
 from fastgen.model import Model
 from fastgen.report import REPORT
 from fastgen.softmax import log_softmax
-from fastgen.tuning import Tuning
+from fastgen.tuning import Tuning, kernels
 
 NEAR = 0.03  # of two that are as near as this, the one with fewer threads, or that sleeps, wins
 CLOSE = 1e-3  # KL divergence in nats that kernels may add
 WARM = 2  # steps that are not timed
-
-# Kernels that onnxruntime has besides its default, by the processors that have them.
-KERNELS: dict[str, list[dict[str, str]]] = {
-    "aarch64": [{"mlas.enable_gemm_fastmath_arm64_bfloat16": "1"}],
-    "arm64": [{"mlas.enable_gemm_fastmath_arm64_bfloat16": "1"}],
-}
 
 
 @dataclass(frozen=True)
@@ -74,11 +67,8 @@ def candidates(directory: Path) -> list[Candidate]:
         count //= 2
     plain = [Tuning(threads=n) for n in sorted(threads)]
     sleeping = [Tuning(threads=n, spinning=False) for n in sorted(threads) if n > 1]
-    kernels = [
-        Tuning(threads=physical_cores(), entries=entries)
-        for entries in KERNELS.get(platform.machine().lower(), [])
-    ]
-    return [Candidate(directory, tuning) for tuning in plain + sleeping + kernels]
+    others = [Tuning(threads=physical_cores(), entries=entries) for entries in kernels()]
+    return [Candidate(directory, tuning) for tuning in plain + sleeping + others]
 
 
 def measure(
@@ -146,14 +136,16 @@ def accuracy(directory: Path) -> tuple[float, float]:
     """KL divergence in nats from the original, and the share of equal likeliest tokens.
 
     Raises:
-        ValueError: the directory has no report.
+        ModelError: the directory has no report, or one that does not say this.
     """
     path = directory / REPORT
     if not path.is_file():
-        raise ValueError(f"{directory} has no {REPORT}: export the model again")
-    report = json.loads(path.read_text(encoding="utf-8"))
-    found: dict[str, Any] = report.get("quality") or report["logits"]
-    return float(found["kl"]), float(found["top1"])
+        raise ModelError(f"{directory} has no {REPORT}: export the model again")
+    report = jsonfile.read(path)
+    where = "quality" if report.get("quality") else "logits"
+    found = take(report, path, where, is_object, "an object")
+    kl, top1 = (take(found, path, name, is_number, "a number") for name in ("kl", "top1"))
+    return float(kl), float(top1)
 
 
 def table(found: Sequence[Candidate], chosen: Sequence[Candidate], new: int) -> Iterator[str]:

@@ -5,6 +5,7 @@ Without it, a model runs on all physical cores, which spin while they wait for e
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -13,9 +14,19 @@ from pathlib import Path
 
 import onnxruntime
 
+from fastgen import jsonfile
 from fastgen.cpu import cpu_name, physical_cores, usable_cpus
+from fastgen.jsonfile import is_count, is_object, take
 
 FILE = "tuned.json"
+MOST_THREADS = 2**16  # of any machine
+
+# Kernels that onnxruntime has besides its default, by the processors that have them: session
+# entries that are tried, and the only ones that are taken from a file.
+KERNELS: dict[str, list[dict[str, str]]] = {
+    "aarch64": [{"mlas.enable_gemm_fastmath_arm64_bfloat16": "1"}],
+    "arm64": [{"mlas.enable_gemm_fastmath_arm64_bfloat16": "1"}],
+}
 
 
 @dataclass(frozen=True)
@@ -53,21 +64,33 @@ def read(directory: Path) -> Tuning | None:
     """What was measured for this machine; None if nothing was, or it is another machine's.
 
     Raises:
-        ValueError: the file is damaged; it says what to do.
+        ModelError: the file holds what no measurement here leaves; it says what to do.
     """
     path = directory / FILE
     if not path.is_file():
         return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        tuning = Tuning(**found["tuning"])
-        if found["here"] != here():
-            return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is damaged ({error!r}): delete it, or run `fastgen tune {directory}` again"
-        ) from error
-    return tuning
+    advice = f"delete it, or run `fastgen tune {directory}` again"
+    found = jsonfile.read(path, advice)
+    measured = take(found, path, "here", is_object, "an object", advice)
+    settings = take(found, path, "tuning", is_object, "an object", advice)
+    setting = functools.partial(take, settings, path, advice=advice)
+    mine = measured == here()
+    most = len(usable_cpus()) if mine else MOST_THREADS
+    tuning = Tuning(
+        threads=setting("threads", lambda v: is_count(v, most), f"a number from 1 to {most}"),
+        spinning=setting("spinning", lambda v: isinstance(v, bool), "true or false"),
+        entries=setting(
+            "entries",
+            lambda v: v in [{}, *kernels()] if mine else is_object(v),
+            "entries that `fastgen tune` tries on this machine",
+        ),
+    )
+    return tuning if mine else None
+
+
+def kernels() -> list[dict[str, str]]:
+    """The session entries that may be faster than none on this processor."""
+    return KERNELS.get(platform.machine().lower(), [])
 
 
 def write(directory: Path, tuning: Tuning) -> None:

@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from fastgen.export import bundle
 
 import fastgen
 
@@ -155,6 +156,9 @@ def test_a_graph_that_does_not_match(directory):
 def test_a_graph_that_is_no_graph(directory):
     path = directory / "model.onnx"
     path.write_bytes(b"x" * path.stat().st_size)
+    with pytest.raises(fastgen.ModelError, match=r"model\.onnx has not the .* bytes that were"):
+        fastgen.load(directory)
+    bundle.seal(directory, json.loads((directory / "fastgen.json").read_text()))  # no digests
     with pytest.raises(fastgen.ModelError, match="onnxruntime cannot load"):
         fastgen.load(directory)
 

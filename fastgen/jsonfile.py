@@ -1,0 +1,102 @@
+"""JSON files of a model directory: they come from strangers, so what is read is checked."""
+
+from __future__ import annotations
+
+import json
+import math
+import reprlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+AGAIN = "copy or export the model again"  # what to do about a damaged file
+DEEPEST = 64  # objects and lists within each other; transformers' own files have about ten
+
+
+class ModelError(ValueError):
+    """A model directory that cannot be used: what was found and what was expected."""
+
+
+def read(path: Path, advice: str = AGAIN) -> dict[str, Any]:
+    """The object that a file holds; {} if there is no such file.
+
+    Args:
+        advice: what to do about a damaged one.
+
+    Raises:
+        ModelError: it is not UTF-8, not JSON, not an object, or nested deeper than `DEEPEST`.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise damaged(path, str(error), advice) from error
+    except RecursionError as error:
+        raise damaged(path, "it is nested too deep", advice) from error
+    if not isinstance(content, dict):
+        raise damaged(path, f"expected an object, got {reprlib.repr(content)}", advice)
+    level: list[Any] = [content]
+    for _ in range(DEEPEST):
+        level = [inner for one in level for inner in _inside(one)]
+    if level:
+        raise damaged(path, f"it is nested deeper than {DEEPEST} levels", advice)
+    return content
+
+
+def _inside(value: Any) -> list[Any]:
+    """What an object or a list holds; nothing is in any other value."""
+    return (
+        [*value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
+    )
+
+
+def take(
+    content: Mapping[str, Any],
+    path: Path,
+    name: str,
+    right: Callable[[Any], bool],
+    expected: str,
+    advice: str = AGAIN,
+) -> Any:
+    """A field of an object, if it is as `right` wants it.
+
+    Args:
+        content: the object, of the file `path` or within it.
+        expected: what `right` is true of, in words.
+
+    Raises:
+        ModelError: it is not, or there is no such field.
+    """
+    if name not in content:
+        raise damaged(path, f"it lacks {name}, expected {expected}", advice)
+    value = content[name]
+    if not right(value):
+        raise damaged(path, f"{name} must be {expected}, got {reprlib.repr(value)}", advice)
+    return value
+
+
+def damaged(path: Path, what: str, advice: str = AGAIN) -> ModelError:
+    """The error for a file that cannot be used: which one, what is wrong, what to do."""
+    return ModelError(f"{path} is damaged ({what}): {advice}")
+
+
+def is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def is_text(value: Any) -> bool:
+    """Whether it is a string that can be printed on a line."""
+    return isinstance(value, str) and value.isprintable()
+
+
+def is_count(value: Any, most: int, least: int = 1) -> bool:
+    """Whether it is an integer (True is none) from `least` to `most`."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a number that a float can hold: finite, and no True."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) < 1e300 and not math.isnan(value)
