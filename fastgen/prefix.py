@@ -8,11 +8,12 @@ prefix is a walk from name to name, and prompts that start alike share their blo
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
 import threading
 import zipfile
-import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from hashlib import blake2b
@@ -103,13 +104,22 @@ class PrefixCache:
             model: its fingerprint.
             prompts: int64 [length] each; of each, one token at least is left to compute. They are
                 going to be read together, in pieces that end at multiples of `chunk`.
+
+        Raises:
+            ValueError: a block does not fit, which a file can bring about; nothing is written.
         """
         names = [_names(model, prompt[:-1], cache) for prompt in prompts]
         found: list[list[Block]] = []
+        kind = _kind(cache.read(first, 0, 0))
         with self._lock:
             for mine in names:
                 count = next((i for i, n in enumerate(mine) if n not in self._blocks), len(mine))
                 found.append([self._blocks[name] for name in mine[:count]])
+                if any(_kind(block) != kind for block in found[-1]):
+                    raise ValueError(
+                        "prefix_cache holds keys and values of another shape than the model's, "
+                        "under its name: the file that it was loaded from is damaged; delete it"
+                    )
                 self._touch(mine[:count])
             held = _aligned(
                 np.array([len(prompt) for prompt in prompts]),
@@ -178,40 +188,82 @@ class PrefixCache:
             ValueError: the file is truncated, damaged or of another kind.
         """
         out = cls(max_bytes)
-        try:
-            with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as content:
-                out._fill(content)
-        except _UNREADABLE as error:
-            raise ValueError(
-                f"{os.fspath(path)} is truncated or is no file of PrefixCache.save: {error}"
-            ) from error
+        with Path(path).open("rb") as file:
+            try:
+                with zipfile.ZipFile(file) as content:
+                    out._fill(content, os.fstat(file.fileno()).st_size)
+            except (
+                Exception
+            ) as error:  # whatever zipfile, json and numpy make of a stranger's bytes
+                raise ValueError(
+                    f"{os.fspath(path)} is truncated or is no file of PrefixCache.save: {error}; "
+                    "delete it"
+                ) from error
         return out
 
-    def _fill(self, content: Any) -> None:
-        """Take over what a file has, newest first."""
-        header = json.loads(content["header"].tobytes())
+    def _fill(self, content: zipfile.ZipFile, size: int) -> None:
+        """Take over what a file of `size` bytes has, newest first."""
+        members = {one.filename: one for one in content.infolist()}
+        if any(one.compress_type != zipfile.ZIP_STORED for one in members.values()):
+            raise ValueError("what it holds is compressed")
+        if sum(one.file_size for one in content.infolist()) > size:
+            raise ValueError("what it holds is larger than itself")
+        header = json.loads(_array(content, "header.npy").tobytes())
         if (header["format"], header["block"]) != (FORMAT, BLOCK):
             raise ValueError(
                 f"it has format {header['format']} with blocks of {header['block']} tokens, this "
                 f"fastgen reads format {FORMAT} with blocks of {BLOCK}"
             )
-        parts: dict[int, list[str]] = {}
-        for name in content.files:
-            if name != "header":
-                parts.setdefault(int(name.split(".")[0]), []).append(name)
-        for place, name in reversed(list(enumerate(header["names"]))):
-            block = tuple(content[part] for part in parts[place])
-            if self._nbytes + _nbytes(block) > self.max_bytes:
+        names = [bytes.fromhex(name) for name in header["names"]]
+        if len(set(names)) < len(names):
+            raise ValueError("it has a block twice")
+        for place, name in reversed(list(enumerate(names))):
+            ours = (f"{place}.{part}.npy" for part in itertools.count())
+            parts = list(itertools.takewhile(members.__contains__, ours))
+            described = [_described(content, part) for part in parts]
+            if not parts or not all(_is_part(shape, dtype) for shape, dtype in described):
+                raise ValueError(f"it has {described} where a block of {BLOCK} tokens should be")
+            size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in described)
+            if self._nbytes + size > self.max_bytes:
                 break
-            self._blocks[bytes.fromhex(name)] = block
-            self._blocks.move_to_end(bytes.fromhex(name), last=False)
-            self._nbytes += _nbytes(block)
+            self._blocks[name] = tuple(_array(content, part) for part in parts)
+            self._blocks.move_to_end(name, last=False)
+            self._nbytes += size
 
 
-_UNREADABLE = (
-    ValueError, KeyError, TypeError, AttributeError, EOFError, RuntimeError, MemoryError,
-    zipfile.BadZipFile, zlib.error,
-)  # fmt: skip
+def _described(content: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and type of an array in a file, as its header says, if as much is stored.
+
+    Raises:
+        ValueError: the header is no header of `save`, or is at odds with what is stored.
+    """
+    with content.open(name) as file:
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError(f"{name} is written by another numpy")
+        shape, by_column, dtype = np.lib.format.read_array_header_1_0(file)
+        stored = content.getinfo(name).file_size - file.tell()
+    if by_column or min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != stored:
+        raise ValueError(f"{name} says that it is {dtype} {shape}, and has {stored:,} bytes")
+    return shape, dtype
+
+
+def _array(content: zipfile.ZipFile, name: str) -> NDArray[Any]:
+    """The array itself; its memory cannot be written."""
+    shape, dtype = _described(content, name)
+    data = content.read(name)  # whole, so that its checksum is compared
+    return np.frombuffer(data, dtype, offset=len(data) - math.prod(shape) * dtype.itemsize).reshape(
+        shape
+    )
+
+
+def _is_part(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bool:
+    """Whether these can be keys and values of a block, as `Cache.read` gives them."""
+    return len(shape) == 4 and shape[2] == BLOCK and dtype in (np.float32, np.int8)
+
+
+def _kind(block: Block) -> list[Any]:
+    """What blocks of one layout have in common."""
+    return [(part.dtype, part.shape[:2], part.shape[3:]) for part in block]
 
 
 def _nbytes(block: Block) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from fastgen.export import export
+from fastgen.export import bundle, export
 from fastgen.export.check import Tolerance
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -236,6 +236,7 @@ def test_another_weight_is_another_model(pair, tmp_path):
     content = bytearray(weights.read_bytes())
     content[1000] ^= 1
     weights.write_bytes(content)
+    bundle.sign(tmp_path)
     assert fastgen.load(tmp_path).model.fingerprint != model.model.fingerprint
 
 
