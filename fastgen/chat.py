@@ -1,7 +1,7 @@
 """Messages to the text that a model was trained to answer: its own chat template, in a sandbox.
 
-Templates come from strangers, so they run in jinja2's immutable sandbox on plain JSON data, with
-the settings, functions and special tokens that transformers' `apply_chat_template` gives them.
+Templates come from strangers, so they run in a sandbox (`sandbox`) on plain JSON data, with the
+settings, functions and special tokens that transformers' `apply_chat_template` gives them.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 import datetime
 import functools
 import json
-from collections.abc import Mapping, Sequence
+import reprlib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastgen import extras
+from fastgen import extras, jsonfile
 
+CONFIG = "tokenizer_config.json"
 FILE = "chat_template.jinja"
 OTHERS = "additional_chat_templates"  # templates with a name, a file each
 FOR_TOOLS = "tool_use"  # the name of the one for calls with tools, where there is one
@@ -39,19 +41,23 @@ def prompt(
         variables: what else the template sees.
 
     Raises:
-        ValueError: there is no template, no jinja2, or the template refuses the messages.
+        ValueError: there is no template, no jinja2, or the template is damaged, refuses the
+            messages, fails, or does more than it may (see `sandbox`).
     """
     if not messages or not all(isinstance(message, Mapping) for message in messages):
         raise ValueError(f"messages must be a non-empty list of dicts, got {messages!r}")
     said = [{k: v for k, v in message.items() if v is not None} for message in messages]
     given = {"messages": said, "tools": tools, "documents": None, "add_generation_prompt": True}
-    template = _compiled(_source(directory, config, tools is not None))
+    plain = _plain(given | variables)
+    template, meter = _compiled(_source(directory, config, tools is not None))
     from jinja2 import TemplateError
 
     try:
-        return str(template.render(_special_tokens(config) | _plain(given | variables)))
+        return str(template.render(_special_tokens(config) | plain | meter()))
     except TemplateError as error:
         raise ValueError(f"the chat template refuses these messages: {error}") from error
+    except Exception as error:  # a template computes, so it can fail in any of Python's ways
+        raise ValueError(f"the chat template fails with these messages: {error!r}") from error
 
 
 def _source(directory: Path, config: Mapping[str, Any], with_tools: bool) -> str:
@@ -59,16 +65,28 @@ def _source(directory: Path, config: Mapping[str, Any], with_tools: bool) -> str
     found = config.get("chat_template") or {}
     if isinstance(found, str):
         found = {"default": found}
-    elif not isinstance(found, Mapping):
-        found = {one["name"]: one["template"] for one in found}
+    elif isinstance(found, list) and all(isinstance(one, Mapping) for one in found):
+        found = {str(one.get("name")): one.get("template") for one in found}
+    if not isinstance(found, Mapping) or not all(isinstance(one, str) for one in found.values()):
+        raise jsonfile.damaged(
+            directory / CONFIG,
+            f"chat_template must be a text, or several with names, got {reprlib.repr(found)}",
+        )
     files = {path.stem: path for path in (directory / OTHERS).glob("*.jinja")}
     if (directory / FILE).is_file():
         files["default"] = directory / FILE
-    templates = {**found, **{k: path.read_text(encoding="utf-8") for k, path in files.items()}}
+    templates = {**found, **{name: _text(path) for name, path in files.items()}}
     name = FOR_TOOLS if with_tools and FOR_TOOLS in templates else "default"
     if name not in templates:
         raise ValueError(f"{directory} has no chat template: use complete() with a text")
     return str(templates[name])
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except ValueError as error:
+        raise jsonfile.damaged(path, str(error)) from error
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
@@ -81,64 +99,33 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 def _plain(value: Any) -> Any:
     try:
         return json.loads(json.dumps(value))
-    except TypeError as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"messages, tools and variables must be plain data: {error}") from error
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled(source: str) -> Any:
+def _compiled(source: str) -> tuple[Any, Callable[[], dict[str, Any]]]:
+    """A template, and what makes the variables of jinja2's that each rendering has for itself."""
     try:
-        from jinja2 import TemplateError, nodes
-        from jinja2.exceptions import SecurityError
-        from jinja2.ext import Extension, loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-        from jinja2.utils import Namespace
+        from fastgen import sandbox
     except ImportError as error:
         raise ValueError(f"chat needs jinja2: {extras.install('chat')}") from error
-
-    class Generation(Extension):  # type: ignore[misc,unused-ignore]
-        """`{% generation %}` marks the assistant's part for training; here it shows its content."""
-
-        tags = frozenset({"generation"})
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body).set_lineno(line)
-
-    class GuardedNamespace(Namespace):  # type: ignore[misc,unused-ignore]
-        """A namespace without names that could lead into Python itself."""
-
-        def __init__(*args: Any, **kwargs: Any) -> None:  # `self` may be one of the names
-            for name in dict(*args[1:], **kwargs):
-                _refuse_underscore(name)
-            Namespace.__init__(*args, **kwargs)
-
-        def __setitem__(self, name: str, value: Any) -> None:
-            _refuse_underscore(name)
-            super().__setitem__(name, value)
-
-    def _refuse_underscore(name: str) -> None:
-        if name.startswith("_"):
-            raise SecurityError(f"a namespace cannot have the attribute {name!r}")
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals |= {
-        "raise_exception": raise_exception,
+    functions = {
+        "raise_exception": _raise,
         "strftime_now": lambda form: datetime.datetime.now().strftime(form),
         "dict": lambda *args, **kwargs: dict(*args, **kwargs),
-        "namespace": GuardedNamespace,
     }
     try:
-        return environment.from_string(source)
-    except TemplateError as error:
+        template = sandbox.Sandbox(functions, {"tojson": _to_json}).compiled(source)
+    except Exception as error:  # of jinja2's, or whatever Python says of what it compiles
         raise ValueError(f"the chat template is damaged: {error}") from error
+    return template, lambda: {sandbox.METER: sandbox.Meter()}
+
+
+def _raise(message: str) -> None:
+    from jinja2 import TemplateError
+
+    raise TemplateError(message)
 
 
 def _to_json(
