@@ -292,28 +292,28 @@ def _records(
 @cli.command()
 @click.argument("directory", required=False, type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="print JSON")
-def info(directory: Path | None, as_json: bool) -> None:
+@click.option("--verify", is_flag=True, help="compare every file, weights too, with its digest")
+def info(directory: Path | None, as_json: bool, verify: bool) -> None:
     """Say what a model DIRECTORY holds and what its export found (default: the demo model)."""
-    from fastgen import hub
+    from fastgen import hub, jsonfile
     from fastgen.model import INFO, ModelInfo
     from fastgen.report import REPORT, table
     from fastgen.tuning import Tuning, read
 
     with _clear_errors():
         place = hub.directory(directory)
-        found = ModelInfo.read(place)
-        said = json.loads((place / INFO).read_text(encoding="utf-8"))
-        report = place / REPORT
-        checked = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
+        found = ModelInfo.verify(place) if verify else ModelInfo.read(place)
+        report = jsonfile.read(place / REPORT)
         if as_json:
-            click.echo(_as_json(said | {"report": checked}, indent=2))
+            click.echo(_as_json(jsonfile.read(place / INFO) | {"report": report}, indent=2))
             return
+        compared = f"\nbeside the original:\n{table(report)}" if report else "report       none"
         size = sum(found.files.values())
         tuned = read(place)
         limit = found.max_length or "any number of"
         lines = {
-            "model": f"{said.get('name', place.name)} ({found.model_type})",
-            "weights": f"{said.get('parameters', 0):,}",
+            "model": f"{found.name or place.name} ({found.model_type})",
+            "weights": f"{found.parameters:,}",
             "precision": found.precision,
             "size": f"{size / 1e6:,.1f} MB in {len(found.files)} files",
             "vocabulary": f"{found.vocab_size:,} tokens",
@@ -322,11 +322,13 @@ def info(directory: Path | None, as_json: bool) -> None:
             "cache": f"{found.cache_dtype}, {found.cache_bytes:,} bytes a token",
             "tokenizer": "yes" if (place / "tokenizer.json").is_file() else "no (ids only)",
             "runs with": str(tuned) if tuned else f"{Tuning()} (not tuned)",
-            "exported by": f"fastgen {said.get('fastgen', '?')}",
+            "exported by": f"fastgen {found.exporter}",
         }
+        if verify:
+            lines["verified"] = "every file has the bytes that were exported"
         for name, value in lines.items():
             click.echo(f"{name:<12} {value}")
-        click.echo(f"\nbeside the original:\n{table(checked)}" if checked else "report       none")
+        click.echo(compared)
 
 
 @cli.command()
