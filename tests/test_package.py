@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 
 import fastgen
+from fastgen import extras
 
 HOME = Path(fastgen.__file__).parent
 ROOT = HOME.parent
@@ -52,11 +55,11 @@ LAYERS: dict[str, set[str]] = {
     "guidance": {"model", "processors"},
     "lookup": {"batch", "model", "pick", "request"},
     "healing": {"tokenizer"},
-    "score": {"cache", "model", "pick", "prefix", "softmax"},
+    "score": {"bounds", "cache", "model", "pick", "prefix", "softmax"},
     "bounds": {"cpu", "model", "params"},
     "call": {
-        "batch", "beam", "bounds", "guidance", "healing", "lookup", "model", "output", "params", "prefix",
-        "processors", "prompt", "request", "stop", "tensors", "tokenizer",
+        "batch", "beam", "bounds", "guidance", "healing", "lookup", "model", "output", "params",
+        "prefix", "processors", "prompt", "request", "stop", "tensors", "tokenizer",
     },
     "generator": {
         "call", "chat", "hub", "jsonfile", "model", "output", "params", "prefix", "processors",
@@ -65,8 +68,8 @@ LAYERS: dict[str, set[str]] = {
     "__init__": {"generator", "model", "output", "params", "prefix", "tokenizer"},
     "interrupt": set(),
     "commands": {
-        "", "bounds", "export", "extras", "hub", "interrupt", "jsonfile", "model", "params", "report",
-        "tune", "tuning",
+        "", "bounds", "export", "extras", "hub", "interrupt", "jsonfile", "model", "params",
+        "report", "tune", "tuning",
     },
     "__main__": {"commands", "interrupt"},
 }  # fmt: skip
@@ -169,6 +172,49 @@ def test_the_wheel_installs_fastgen_alone(tmp_path):
     assert "fastgen/export/pipeline.py" in names
     assert "fastgen/demo/fastgen.json" in names
     assert "fastgen/py.typed" in names
+
+
+def texts() -> dict[str, bytes]:
+    """The repository's files by name: git's, where there is one."""
+    asked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    names = asked.stdout.split("\0") if asked.returncode == 0 else []
+    paths = [ROOT / name for name in names] or list(ROOT.rglob("*"))
+    return {str(path.relative_to(ROOT)): path.read_bytes() for path in paths if path.is_file()}
+
+
+def test_nobody_is_told_to_install_the_stranger_of_our_name():
+    """The index's `fastgen` is another program: what people install is `extras.DISTRIBUTION`."""
+    wrong = re.compile(rb"\bfastgen\[|\b(install|add)( +-\S+)* +[\"'`]?fastgen\b(?!-onnx)")
+    found = {name: wrong.search(text) for name, text in texts().items()}
+    assert {name: match[0] for name, match in found.items() if match} == {}
+    for told in ("pip install {}", "pip install -q '{}'", "uv add {}", "{}[chat]"):
+        assert wrong.search(told.format("fastgen").encode())
+        assert not wrong.search(told.format(extras.DISTRIBUTION).encode())
+
+
+def test_the_distribution_has_the_name_and_the_version_that_we_say():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["name"] == extras.DISTRIBUTION and project["version"] == fastgen.__version__
+    assert "chat" in project["optional-dependencies"]
+    assert extras.install("chat") == f"pip install '{project['name']}[chat]'"
+
+
+def test_what_is_imported_is_declared():
+    """What is not of an extra; and each has a lowest version, which `.ci/lowest` has tested."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = {re.split(r"[<>=!~ ]", one)[0] for one in project["dependencies"]}
+    imported = set()
+    for path in HOME.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add((node.module or "").split(".")[0])
+    imported -= {"fastgen", "jinja2", "torch", "transformers", *sys.stdlib_module_names}
+    assert imported == declared
+    assert all(">=" in one for one in project["dependencies"])
+    passed = (ROOT / ".ci" / "lowest.txt").read_text().split()
+    assert {one.replace(">=", "==") for one in project["dependencies"]} <= set(passed)
 
 
 def test_no_core_spins_while_nothing_is_generated(pair):
