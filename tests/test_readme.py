@@ -247,7 +247,7 @@ def check_script(words: list[str], where: str) -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        ["pip", "install", "fastgen[export]"],
+        ["pip", "install", "another[export]"],
         ["pip", "install", ".[exports]"],
         ["python", "bench/nothing.py"],
         ["python", "bench/step.py", "--nothing"],
