@@ -44,11 +44,10 @@ def read(path: Path, advice: str = AGAIN) -> dict[str, Any]:
     return content
 
 
-def _inside(value: Any) -> list[Any]:
-    """What an object or a list holds; nothing is in any other value."""
-    return (
-        [*value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
-    )
+def _inside(value: dict[str, Any] | list[Any]) -> list[Any]:
+    """The objects and lists that an object or a list holds."""
+    values = value.values() if isinstance(value, dict) else value
+    return [inner for inner in values if isinstance(inner, dict | list)]
 
 
 def take(
