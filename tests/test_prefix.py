@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import threading
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -437,6 +439,89 @@ def test_a_foreign_file_is_one_clear_error(tmp_path, monkeypatch):
         PrefixCache.load(path)
     with pytest.raises(FileNotFoundError):
         PrefixCache.load(tmp_path / "nothing")
+
+
+def forged(path: Path, header: Any, *arrays: np.ndarray, compressed: bool = False) -> Path:
+    """A file as `save` writes it, with another header and other arrays."""
+    content = header if isinstance(header, bytes) else json.dumps(header).encode()
+    parts = {f"{place}.0": array for place, array in enumerate(arrays)}
+    write = np.savez_compressed if compressed else np.savez
+    with path.open("wb") as file:
+        write(file, header=np.frombuffer(content, np.uint8), **parts)
+    return path
+
+
+BLOCKS = np.zeros((2, 1, BLOCK, 4), np.float32)
+HEADER = {"format": 1, "block": BLOCK, "names": ["00" * 16]}
+
+
+@pytest.mark.parametrize(
+    ("header", "array", "words"),
+    [
+        (HEADER, np.zeros((2, 1, BLOCK + 1, 4), np.float32), "where a block of 32 tokens"),
+        (HEADER, np.zeros((2, 1, BLOCK), np.float32), "where a block of 32 tokens"),
+        (HEADER, BLOCKS.astype(np.float64), "where a block of 32 tokens"),
+        (HEADER, np.asfortranarray(BLOCKS + 1), "says that it is"),
+        (HEADER | {"names": ["zz"]}, BLOCKS, "hexadecimal"),
+        (HEADER | {"names": ["00", "01"]}, BLOCKS, r"it has \[\] where a block"),
+        (HEADER | {"names": ["00", "00"]}, BLOCKS, "it has a block twice"),
+        (HEADER | {"names": 5}, BLOCKS, "not iterable"),
+        ([], BLOCKS, "list indices"),
+        (b"[" * 100_000, BLOCKS, "recursion"),
+        (b"\xff", BLOCKS, "codec"),
+    ],
+)
+def test_a_forged_file_is_one_clear_error(tmp_path, header, array, words):
+    path = forged(tmp_path / "file", header, array)
+    with pytest.raises(ValueError, match=rf"file is truncated or is no file.*{words}.*delete it"):
+        PrefixCache.load(path)
+
+
+def test_sizes_are_compared_before_anything_is_read(tmp_path):
+    """A header that asks for terabytes, and members that would inflate to them."""
+    huge = np.zeros((2, 1, BLOCK, 2**18), np.float32)
+    bomb = forged(tmp_path / "bomb", HEADER, huge, compressed=True)
+    assert bomb.stat().st_size < huge.nbytes / 100
+    with pytest.raises(ValueError, match=r"bomb is truncated .* what it holds is compressed"):
+        PrefixCache.load(bomb)
+    plain = forged(tmp_path / "plain", HEADER, BLOCKS)
+    asks = tmp_path / "asks"
+    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(asks, "w") as target:
+        for name in source.namelist():
+            shape = b"(2, 1, 32, 4), }" + b" " * 9
+            target.writestr(name, source.read(name).replace(shape, b"(2, 1, 32, 4000000000), }"))
+    with pytest.raises(ValueError, match=r"says that it is float32 .*4000000000.*has 1,024 bytes"):
+        PrefixCache.load(asks)
+    twice = forged(tmp_path / "twice", HEADER, BLOCKS)
+    with zipfile.ZipFile(twice) as archive:
+        sizes = sum(one.file_size for one in archive.infolist())
+    assert sizes <= twice.stat().st_size
+    content = twice.read_bytes()
+    central = content.index(b"PK\1\2")
+    size = (1024 + 128).to_bytes(4, "little")
+    forged_size = content[:central] + content[central:].replace(size, b"\0\0\0\x7f")
+    twice.write_bytes(forged_size)
+    with pytest.raises(ValueError, match="what it holds is larger than itself"):
+        PrefixCache.load(twice)
+
+
+def test_a_block_of_another_shape_is_refused_before_anything_is_taken_in(kept, tmp_path):
+    """A file can put any block under any name."""
+    ids = np.arange(3 * BLOCK + 1) + 1
+    names = list(kept._blocks)
+    for place, wrong in (
+        (0, tuple(part[..., :1] for part in kept._blocks[names[0]])),
+        (1, kept._blocks[names[1]][:1]),
+        (2, tuple(part.astype(np.int8) for part in kept._blocks[names[2]])),
+    ):
+        cache = PrefixCache()
+        cache._blocks.update(kept._blocks)
+        cache._blocks[names[place]] = wrong
+        cache.save(tmp_path / "file")
+        slot = Cache(SHAPES, 1, 999)
+        with pytest.raises(ValueError, match=r"keys and values of another shape .* delete it"):
+            PrefixCache.load(tmp_path / "file").fetch("model", [ids], slot, 0, BLOCK)
+        assert slot.lengths[0] == 0
 
 
 def test_saving_is_all_or_nothing(kept, tmp_path, monkeypatch):
