@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from test_parity import ragged
 
 import fastgen
-from fastgen import chat, score
+from fastgen import chat, sandbox, score
 
 KINDS = ["gpt2", "llama", "gemma2"]
 
@@ -232,6 +233,102 @@ def test_what_a_template_cannot_do_is_said(directory):
             chat.prompt(directory, config | {"chat_template": template}, messages)
     with pytest.raises(ValueError, match="has no chat template"):
         chat.prompt(directory, config, TALK)
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ 1 + 'a' }}", "fails with these messages: TypeError"),
+        ("{{ 1 // 0 }}", "fails with these messages: ZeroDivisionError"),
+        ("{{ 2.0 ** 1e10 }}", "fails with these messages: OverflowError"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+        ("{% include 'x' %}", "fails with these messages"),
+        ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "is damaged"),
+        ("{% for a in [1] %}" * 25 + "{% endfor %}" * 25, "is damaged"),
+        ("x" * 100_001, "is damaged: it has 100,001 characters"),
+        ("{{ 'a' * 10**10 }}", "makes more than"),
+        ("{{ 10**10 * [0] }}", "makes more than"),
+        ("{{ (10 ** 1000) ** 1000 }}", "makes a number of more than"),
+        ("{{ range(10**9) }}", "Range too big"),
+        ("{{ range(99999) | join('x' * 99999) }}", "makes more than"),
+        ("{{ ('x' * 99999).join(range(99999) | map('string')) }}", "makes more than"),
+        ("{{ '%1000000000d' % 1 }}", "a format has a width"),
+        ("{{ '%*d' % (1000000000, 1) }}", "a format has a width"),
+        ("{{ '%(a)1000000000d' | format(a=1) }}", "a format has a width"),
+        ("{{ '{:1000000000d}'.format(1) }}", "a format has a width"),
+        ("{{ '{:{}}'.format(1, 1000000000) }}", "a format has a width"),
+        ("{{ ['{:1000000000d}'] | map('attr', 'format') | list }}", None),
+        ("{{ 'a'.ljust(10**10) }}", "ljust has a width"),
+        ("{{ 'a' | center(10**10) }}", "center has a width"),
+        ("{{ (1).to_bytes(10**10, 'big') }}", "to_bytes has a width"),
+        ("{{ 1 | round(10**9, 'ceil') }}", "round has a width"),
+        ("{{ [[1]] | tojson(indent=10**9) }}", "makes more than"),
+        ("{% set x = 'a' * 999999 %}{{ x.replace('', x) }}", "makes more than"),
+        ("{% set x = 'a' * 999999 %}{{ x | replace('a', x) }}", "makes more than"),
+        ("{% set n = namespace(a='xx') %}{% for i in range(99) %}"
+         "{% set n.a = n.a ~ n.a %}{% endfor %}", "makes more than"),
+        ("{% set n = namespace(a='xx') %}{% for i in range(99) %}"
+         "{% set b %}{{ n.a }}{{ n.a }}{% endset %}{% set n.a = b %}{% endfor %}", "makes more"),
+        ("{% set n = namespace(a=[1]) %}{% for i in range(99) %}"
+         "{% set n.a = [n.a, n.a] %}{% endfor %}{{ n.a }}", "makes a value of more than"),
+        ("{% set n = namespace(a=1) %}{% for i in range(99) %}"
+         "{% set n.a = (n.a, n.a) %}{% endfor %}{{ {n.a: 1} }}", "makes a value of more than"),
+        ("{% for a in range(99999) %}" + "x" * 9999 + "{% endfor %}", "makes more than"),
+    ],
+)  # fmt: skip
+def test_whatever_a_template_does_is_one_error(tmp_path, template, words):
+    def reply() -> str:
+        return chat.prompt(tmp_path, {"chat_template": template}, TALK)
+
+    if words is None:  # the method is there, but only as a name
+        assert "10000000000" not in reply()
+        return
+    with pytest.raises(ValueError, match=rf"the chat template .*{words}"):
+        reply()
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(100) }}",
+        "{% for a in range(99999) | map('string') | map('list') | sum(start=[]) %}{% endfor %}",
+    ],
+)
+def test_a_template_without_end_is_stopped_on_any_thread(tmp_path, template, monkeypatch):
+    monkeypatch.setattr(sandbox, "SECONDS", 0.2)
+    found: list[str] = []
+
+    def work() -> None:
+        try:
+            chat.prompt(tmp_path, {"chat_template": template}, TALK)
+        except ValueError as error:
+            found.append(str(error))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join(timeout=20)
+    assert not thread.is_alive()
+    assert found == ["the chat template refuses these messages: it takes more than 0.2 seconds"]
+
+
+def test_a_long_conversation_is_within_what_a_template_may_do(tmp_path):
+    talk = [{"role": "user", "content": f"{turn} " + "word " * 400} for turn in range(500)]
+    config = {"chat_template": CHATML.replace("message.content", "message.content | trim")}
+    assert len(chat.prompt(tmp_path, config, talk)) > 1_000_000
+
+
+@pytest.mark.parametrize(
+    "shape", [5, [1], [["default", "x"]], {"default": 5}, [{"name": "default"}]]
+)
+def test_a_template_of_an_odd_shape_is_damage(tmp_path, shape):
+    with pytest.raises(
+        fastgen.ModelError, match=r"tokenizer_config\.json is damaged \(chat_template"
+    ):
+        chat.prompt(tmp_path, {"chat_template": shape}, TALK)
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(fastgen.ModelError, match=r"chat_template\.jinja is damaged"):
+        chat.prompt(tmp_path, {}, TALK)
 
 
 def test_without_jinja2_the_error_names_the_extra(directory):
