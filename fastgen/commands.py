@@ -23,7 +23,7 @@ from fastgen.model import ModelInfo
 from fastgen.params import Params, resolve
 from fastgen.tune import Workload
 
-MOST_THREADS = 1024  # more than that a system may not give, or not for hours
+MOST = 10**9  # rows, tokens and rounds that `tune` takes for a wish, not a slip
 
 
 def knob_flags(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -264,8 +264,6 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
 
 
 def _load(model: str | None, threads: int | None) -> fastgen.CausalLM:
-    if threads is not None and threads > MOST_THREADS:
-        raise ValueError(f"threads must be at most {MOST_THREADS}, got {threads}")
     if model is None:
         _say("fastgen: no --model given, using the embedded demo model")
     return fastgen.load(model, threads=threads)
@@ -355,6 +353,8 @@ def tune(
         for name, value in {"rows": rows, "prompt": prompt, "new": new, "rounds": rounds}.items():
             if value < 1:
                 raise ValueError(f"--{name} must be positive, got {value}")
+            if value > MOST:
+                raise ValueError(f"--{name} must be at most {MOST:,}, got {value}")
         work = Workload(rows, prompt, new)
         for place in directories:
             _check_room(place, work)
