@@ -53,11 +53,15 @@ def prompt(
     from jinja2 import TemplateError
 
     try:
-        return str(template.render(_special_tokens(config) | plain | meter()))
+        text = str(template.render(_special_tokens(config) | plain | meter()))
+        text.encode()  # a surrogate alone, in the template or in a message, is no text
+        return text
     except TemplateError as error:
         raise ValueError(f"the chat template refuses these messages: {error}") from error
     except Exception as error:  # a template computes, so it can fail in any of Python's ways
-        raise ValueError(f"the chat template fails with these messages: {error!r}") from error
+        raise ValueError(
+            f"the chat template fails with these messages: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _source(directory: Path, config: Mapping[str, Any], with_tools: bool) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import reprlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,12 +25,15 @@ def read(path: Path, advice: str = AGAIN) -> dict[str, Any]:
         advice: what to do about a damaged one.
 
     Raises:
-        ModelError: it is not UTF-8, not JSON, not an object, or nested deeper than `DEEPEST`.
+        ModelError: it is not Unicode, not JSON, not an object, or nested deeper than `DEEPEST`.
     """
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
+        if re.search(r"\\u[dD]", text):  # half a character, which nothing can print or encode?
+            json.dumps(content, ensure_ascii=False).encode()
     except ValueError as error:
         raise damaged(path, str(error), advice) from error
     except RecursionError as error:

@@ -212,6 +212,7 @@ def test_the_description_is_checked_by_type_and_range(directory, fields, words):
         (b"[]", r"expected an object, got \[\]"),
         (b"nan", "Expecting value"),
         (b"\xff{}", "codec can't decode"),
+        (b'{"a": "\\ud800"}', "surrogates not allowed"),
         (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deep"),
         (b'{"a": ' + b"[" * 300 + b"]" * 300 + b"}", "nested deeper than 64"),
         (b'{"a": ' + b"9" * 5000 + b"}", "4300 digits"),

@@ -243,6 +243,7 @@ def test_what_a_template_cannot_do_is_said(directory):
         ("{{ 2.0 ** 1e10 }}", "fails with these messages: OverflowError"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
         ("{% include 'x' %}", "fails with these messages"),
+        ("\ud800", "fails with these messages: UnicodeEncodeError"),
         ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "is damaged"),
         ("{% for a in [1] %}" * 25 + "{% endfor %}" * 25, "is damaged"),
         ("x" * 100_001, "is damaged: it has 100,001 characters"),
