@@ -41,7 +41,7 @@ LAYERS: dict[str, set[str]] = {
     "stop": {"params"},
     "processors": {"params", "softmax", "watermark"},
     "memory": set(),
-    "model": {"cache", "cpu", "jsonfile", "memory", "tuning"},
+    "model": {"cache", "cpu", "jsonfile", "memory", "tuning", "values"},
     "swap": {"model"},
     "hub": {"extras", "model", "swap", "export"},
     "report": {"jsonfile"},
