@@ -173,7 +173,12 @@ def export(
 @click.argument("prompt", required=False)
 @click.option("--model", "-m", help="model directory or hub id [default: the embedded demo model]")
 @click.option("--file", "-f", type=click.Path(path_type=Path), help="read the prompt from a file")
-@click.option("--json", "as_json", is_flag=True, help="print one JSON object a sequence")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="print one JSON object a sequence; null is what is not finite",
+)
 @click.option("--threads", type=int, help="threads of a step [default: physical cores]")
 @click.option(
     "--prefix-cache", type=click.Path(path_type=Path),
@@ -289,7 +294,7 @@ def _records(
 
 @cli.command()
 @click.argument("directory", required=False, type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="print JSON")
+@click.option("--json", "as_json", is_flag=True, help="print JSON; null is what is not finite")
 @click.option("--verify", is_flag=True, help="compare every file, weights too, with its digest")
 def info(directory: Path | None, as_json: bool, verify: bool) -> None:
     """Say what a model DIRECTORY holds and what its export found (default: the demo model)."""
