@@ -519,7 +519,8 @@ class _Search:
         ]
 
     def _candidates_of(self, beams: Beams, scores: Scores, norms: Scores) -> Candidates:
-        total = (scores + beams.scores[:, None]).ravel()
+        with np.errstate(over="ignore"):  # scores may be as large as a caller's processor likes
+            total = (scores + beams.scores[:, None]).ravel()
         count = _kept(self.request)
         if self.request.params.do_sample:
             draws = self.request.draws(beams.new, beams.prompt, len(total))

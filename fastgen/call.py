@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgen import beam, bounds, healing, lookup, prefix, processors, prompt, stop, tensors
+from fastgen import beam, bounds, healing, lookup, prefix, processors, prompt, stop, tensors, values
 from fastgen.batch import Batch, Event
 from fastgen.guidance import Unconditional
 from fastgen.model import Model
@@ -80,7 +80,7 @@ class Call:
         if not callable(getattr(streamer, "put", None)) or not callable(
             getattr(streamer, "end", None)
         ):
-            raise ValueError(f"streamer must have put(ids) and end(), got {streamer!r}")
+            raise ValueError(f"streamer must have put(ids) and end(), got {values.shown(streamer)}")
         if self.request.params.num_beams > 1:
             raise ValueError(
                 f"streamer cannot be used with num_beams={self.request.params.num_beams}: beams "
@@ -208,11 +208,15 @@ def _mapping(config: Any) -> Mapping[str, Any] | None:
     if config is None:
         return None
     if not isinstance(config, Mapping) and not hasattr(config, "to_dict"):
-        raise ValueError(f"generation_config must be a dict or have to_dict(), got {config!r}")
+        raise ValueError(
+            f"generation_config must be a dict or have to_dict(), got {values.shown(config)}"
+        )
     found = dict(config if isinstance(config, Mapping) else config.to_dict())
     odd = [name for name in found if not isinstance(name, str) or not name]
     if odd:
-        raise ValueError(f"generation_config must have names of knobs as its keys, got {odd}")
+        raise ValueError(
+            f"generation_config must have names of knobs as its keys, got {values.shown(odd)}"
+        )
     return found
 
 

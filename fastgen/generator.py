@@ -11,15 +11,14 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgen import chat, hub, jsonfile, processors, score, stop, tensors
+from fastgen import chat, hub, jsonfile, processors, score, stop, tensors, values
 from fastgen.call import Call, Objects, prepare, read
 from fastgen.model import Model, ModelInfo
 from fastgen.output import Token
 from fastgen.params import Params
 from fastgen.prefix import PrefixCache, check
-from fastgen.tokenizer import CONFIG
+from fastgen.tokenizer import CONFIG, TextStream, Tokenizer
 from fastgen.tokenizer import FILE as TOKENIZER
-from fastgen.tokenizer import TextStream, Tokenizer
 
 
 class Settings:
@@ -151,11 +150,13 @@ class CausalLM:
             logits_processor: callables (ids int64 [rows, length], scores float32 [rows, vocab])
                 -> scores, after the built-in processors and before the sampling warpers. They see
                 the rows that still run.
-            stopping_criteria: callables (ids int64 [rows, length], scores float32 [rows, vocab])
-                -> bool, or bool [rows], after each token. They see all rows, ended ones padded;
-                the scores are those that the last token was chosen from.
-            prefix_allowed_tokens_fn: (batch id, ids [length]) -> the tokens allowed next.
-            negative_prompt_ids: what classifier-free guidance steers away from; see
+            stopping_criteria: callables (ids int64 [rows, length], scores) -> bool, or bool
+                [rows], after each token. They see all rows, ended ones padded; the scores are
+                those of all steps so far, a tuple of float32 [rows, vocab] (of beams [rows *
+                num_beams, vocab]), with `output_scores` and `return_dict_in_generate`, else None.
+            prefix_allowed_tokens_fn: (batch id, ids [length]) -> the tokens allowed next, as
+                integers or as a mask of the vocabulary.
+            negative_prompt_ids: what classifier-free guidance steers away from; needs
                 `guidance_scale`. Padding is left out, so a padded one is as if given alone.
             negative_prompt_attention_mask: its mask.
             assistant_model: a smaller fastgen model with the same vocabulary that guesses tokens.
@@ -171,12 +172,24 @@ class CausalLM:
         such as a `LogitsProcessorList` or `StoppingCriteriaList`; else numpy arrays. (Where
         transformers lets such an object replace a built-in one of its class, here both apply.)
 
+        Sampling repeats `torch.manual_seed(seed)`. Without a seed it is different each time; but
+        where the ids are a torch tensor, it draws from torch's own default generator and leaves
+        it as transformers would, so that `torch.manual_seed(7)` or `transformers.set_seed(7)`
+        holds for the calls that follow.
+
         Returns:
             int64 [rows * num_return_sequences, length] in the kind that came in, padded as
-            transformers pads; a `GenerateOutput` with `return_dict_in_generate=True`.
+            transformers pads; a `GenerateOutput` with `return_dict_in_generate=True`. Without
+            ids it is a list, or a tensor where another argument is one or is an object of
+            transformers (a `GenerationConfig`, for one).
 
         Raises:
-            ValueError: a keyword or its value, the ids or the mask: the message names it.
+            ValueError: a keyword or its value, the ids or the mask: the message names it. Or the
+                scores hold nan, or rule every token out, where one has to be chosen.
+
+        Warns:
+            UserWarning: no length is set; a row is padded on the right; the text may get longer
+                than the model was made for.
         """
         if inputs is not None:
             if input_ids is not None:
@@ -343,7 +356,8 @@ class CausalLM:
         if isinstance(prompt, str):
             prompt = [prompt]
         if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], str):
-            return [self.tokenizer.encode(text, add_special_tokens=special) for text in prompt]
+            texts = [values.text("the prompt", one) for one in prompt]
+            return [self.tokenizer.encode(text, add_special_tokens=special) for text in texts]
         return prompt
 
     def _rows(

@@ -114,7 +114,7 @@ class Params:
         for name, (rule, holds) in _RULES.items():
             value = getattr(self, name)
             if value is not None and not holds(value):
-                raise ValueError(f"{name} must be {rule}, got {value!r}")
+                raise ValueError(f"{name} must be {rule}, got {values.shown(value)}")
         _check_together(self)
 
 
@@ -280,7 +280,7 @@ def resolve(
         if _asks(merged.get(name)):
             whose = "" if name in given or name in kwargs else " (the model's own default)"
             raise ValueError(
-                f"{name}={merged[name]!r}{whose} is not supported: {UNSUPPORTED[name]}"
+                f"{name}={values.shown(merged[name])}{whose} is not supported: {UNSUPPORTED[name]}"
             )
     knobs = {name: value for name, value in merged.items() if name in NAMES}
     knobs |= {name: _OFF.get(name) for name, value in knobs.items() if value is None}

@@ -134,7 +134,7 @@ def refuse_nan(values: NDArray[Any]) -> None:
     """Raise a ValueError if there is one among the values [any shape] that were chosen."""
     if np.isnan(values).any():
         raise ValueError(
-            "the scores hold nan, so that no token is the likeliest: the model's weights, a "
+            "the scores hold nan, which says nothing of any token: the model's weights, a "
             "logits_processor or a knob made it; remove_invalid_values=True takes nan for 0"
         )
 
@@ -276,8 +276,9 @@ def top_logprobs(scores: Scores, count: int) -> list[list[tuple[int, float]]]:
     return out
 
 
+@np.errstate(invalid="ignore")
 def logprob_of(scores: Scores, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Log-probability [rows] of one token of each row."""
+    """Log-probability [rows] of one token of each row; nan where the largest score is infinite."""
     top = scores.max(axis=1, keepdims=True)
     norm = np.log(np.exp(scores - top).sum(axis=1, dtype=np.float64))
     chosen: Any = np.take_along_axis(scores, tokens[:, None], axis=1) - top

@@ -312,4 +312,4 @@ def _aligned(
 def check(value: Any) -> None:
     """Raise a ValueError for what is no `PrefixCache` (None is none, and right)."""
     if value is not None and not isinstance(value, PrefixCache):
-        raise ValueError(f"prefix_cache must be a fastgen.PrefixCache, got {value!r}")
+        raise ValueError(f"prefix_cache must be a fastgen.PrefixCache, got {type(value).__name__}")

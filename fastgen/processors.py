@@ -8,7 +8,6 @@ chains the active ones in the order of transformers' `_get_logits_processor`.
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +17,7 @@ import numpy as np
 
 from fastgen import watermark
 from fastgen.softmax import log_softmax, softmax
+from fastgen.values import shown
 
 if TYPE_CHECKING:
     from fastgen.params import Params
@@ -515,11 +515,11 @@ def _answered(answer: Any, vocab_size: int) -> np.ndarray:
     try:
         tokens = np.asarray(answer)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{what} must be a list of token ids, got {answer!r}") from error
+        raise ValueError(f"{what} must be a list of token ids, got {shown(answer)}") from error
     if tokens.shape == (vocab_size,) and tokens.dtype == np.bool_:
         return np.flatnonzero(tokens)
     if tokens.size and tokens.dtype.kind not in "iu":
-        raise ValueError(f"{what} must be integers, got {reprlib.repr(answer)}")
+        raise ValueError(f"{what} must be integers, got {shown(answer)}")
     return _check_tokens(what, tokens, vocab_size)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import reprlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgen import tensors
+from fastgen import tensors, values
 
 
 @dataclass(frozen=True)
@@ -43,9 +42,9 @@ class Prompts:
         """`sequences` in the kind that came in."""
         return sequences.tolist() if self.kind == "list" else self.array(sequences)
 
-    def array(self, values: NDArray[Any]) -> Any:
+    def array(self, array: NDArray[Any]) -> Any:
         """An array as a torch tensor if one came in, else as it is."""
-        return tensors.tensor(values) if self.kind == "torch" else values
+        return tensors.tensor(array) if self.kind == "torch" else array
 
 
 def read(
@@ -144,18 +143,18 @@ def _integers(row: Any, what: str) -> list[int]:
             raise ValueError(f"{what} must be a list of token ids, got shape {row.shape}")
         return list(_checked(row, what)[0].tolist()) if row.size else []
     if not _is_list(row):
-        raise ValueError(f"{what} must be a list of token ids, got {reprlib.repr(row)}")
-    values = list(row) if set(map(type, row)) <= {int} else [_index(one, what) for one in row]
-    if values and not (min(values) >= -(2**63) and max(values) < 2**63):
-        raise ValueError(f"{what} must hold integers of 64 bits, got {reprlib.repr(row)}")
-    return values
+        raise ValueError(f"{what} must be a list of token ids, got {values.shown(row)}")
+    found = list(row) if set(map(type, row)) <= {int} else [_index(one, what) for one in row]
+    if found and not (min(found) >= -(2**63) and max(found) < 2**63):
+        raise ValueError(f"{what} must hold integers of 64 bits, got {values.shown(row)}")
+    return found
 
 
 def _index(value: Any, what: str) -> int:
     """An integer of numpy's or torch's, of no dimension, as Python's."""
     value = tensors.array(value)
     if isinstance(value, bool | np.bool_) or not hasattr(value, "__index__") or np.ndim(value):
-        raise ValueError(f"{what} must hold integers, got {reprlib.repr(value)}")
+        raise ValueError(f"{what} must hold integers, got {values.shown(value)}")
     if isinstance(value, np.ndarray) and value.dtype.kind not in "iu":
         raise ValueError(f"{what} must hold integers, got {value.dtype}")
     return int(value)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgen import pick
+from fastgen import bounds, pick
 from fastgen.cache import Cache
 from fastgen.model import Model
 from fastgen.prefix import PrefixCache
@@ -36,11 +36,17 @@ def log_probabilities(
 
     Returns:
         float32 [length] of each row. Without a prefix nothing predicts the first token: nan.
+
+    Raises:
+        ValueError: the model's logits hold nan, or there is not the memory.
     """
     held = np.empty(0, np.int64) if prefix is None else prefix[:-1]
     start = held[:0] if prefix is None else prefix[-1:]
     longest = max(len(row) for row in rows)
-    cache = model.new_cache(min(len(rows), TOGETHER), len(held) + longest + CHUNK)
+    together, capacity = min(len(rows), TOGETHER), len(held) + longest + CHUNK
+    size = together * capacity * model.info.cache_bytes
+    bounds.check({"keys and values": size}, "shorter texts need less")
+    cache = model.new_cache(together, capacity)
     _read(model, cache, held, prefix_cache)
     out: list[Scores] = [np.empty(0, np.float32)] * len(rows)
     order = sorted(range(len(rows)), key=lambda place: -len(rows[place]))
@@ -90,6 +96,7 @@ def _predicted(model: Model, cache: Cache, rows: Sequence[Ids]) -> list[Scores]:
         for place, (row, ids) in enumerate(zip(going, new, strict=True)):
             targets = row[at + 1 : at + 1 + len(ids)]
             found = pick.logprob_of(logits[place, : len(ids)], targets)
+            pick.refuse_nan(found)
             out[place].append(found.astype(np.float32))
     return [np.concatenate(parts) if parts else np.empty(0, np.float32) for parts in out]
 

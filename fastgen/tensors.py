@@ -62,7 +62,9 @@ def bridged(name: str, functions: Any, to_tensors: bool) -> list[Callable[..., A
     several = functions if isinstance(functions, Sequence) else [functions]
     for one in several:
         if not callable(one):
-            raise ValueError(f"{name} must be callable, or a list of callables, got {one!r}")
+            raise ValueError(
+                f"{name} must be callable, or a list of callables, got {type(one).__name__}"
+            )
     return [_Bridge(one) if to_tensors or of_transformers(one) else one for one in several]
 
 

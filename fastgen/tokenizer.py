@@ -45,7 +45,7 @@ class Tokenizer:
             return tokenizer
         backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
         if not hasattr(backend, "id_to_token"):
-            raise ValueError(f"tokenizer must be a fast tokenizer, got {tokenizer!r}")
+            raise ValueError(f"tokenizer must be a fast tokenizer, got {type(tokenizer).__name__}")
         made = cls.__new__(cls)
         made._use(type(backend).from_str(backend.to_str()), {})
         return made

@@ -18,8 +18,13 @@ from fastgen import tensors
 LARGEST = 3.4028234663852886e38  # that float32 holds
 
 
+def shown(value: Any) -> str:
+    """A value as an error quotes it: in one line, and not for long."""
+    return " ".join(reprlib.repr(value).split())
+
+
 def wrong(name: str, rule: str, value: Any) -> ValueError:
-    return ValueError(f"{name} must be {rule}, got {reprlib.repr(value)}")
+    return ValueError(f"{name} must be {rule}, got {shown(value)}")
 
 
 def integer(name: str, value: Any) -> int:

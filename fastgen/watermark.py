@@ -80,7 +80,9 @@ def from_config(config: Any, vocab_size: int) -> Mark:
         ValueError: a setting that neither watermark has, or a bad value.
     """
     if not isinstance(config, Mapping) and not hasattr(config, "to_dict"):
-        raise ValueError(f"watermarking_config must be a dict or have to_dict(), got {config!r}")
+        raise ValueError(
+            f"watermarking_config must be a dict or have to_dict(), got {values.shown(config)}"
+        )
     settings = config if isinstance(config, Mapping) else config.to_dict()
     kind: type[GreenList | SynthID] = GreenList
     if "keys" in settings or "ngram_len" in settings:
@@ -92,7 +94,7 @@ def from_config(config: Any, vocab_size: int) -> Mark:
         raise ValueError(
             f"watermarking_config must have its settings among {sorted(known)}"
             + (f" with {sorted(needed)}" if needed else "")
-            + f", got {sorted(settings)}"
+            + f", got {values.shown(sorted(settings))}"
         )
     made = kind(**settings)
     if isinstance(made, SynthID):
@@ -109,7 +111,7 @@ def _of_kind(mark: Any, kind: Callable[[str, Any], Any], *names: str) -> None:
 
 def _check(name: str, value: Any, rule: str, holds: Callable[[Any], bool]) -> None:
     if not holds(value):
-        raise ValueError(f"watermarking_config: {name} must be {rule}, got {value!r}")
+        raise ValueError(f"watermarking_config: {name} must be {rule}, got {values.shown(value)}")
 
 
 # -- torch's generator --------------------------------------------------------------------------
