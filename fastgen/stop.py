@@ -123,8 +123,8 @@ def asked(
         answer = np.asarray(criterion(ids, scores))
         if answer.shape not in ((), (len(ids),)) or answer.dtype.kind not in "biuf":
             raise ValueError(
-                f"{criterion!r} returned {answer.dtype} of shape {answer.shape}, expected one truth "
-                f"value or ({len(ids)},)"
+                f"{criterion!r} returned {answer.dtype} of shape {answer.shape}, expected one "
+                f"truth value or ({len(ids)},)"
             )
         done |= answer.astype(np.bool_)
     return done
