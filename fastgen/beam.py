@@ -330,7 +330,6 @@ def search(model: Model, request: Request) -> Iterator[list[Event]]:
     Raises:
         ValueError: knobs that do not fit each other, or scores that leave no token.
     """
-    check(request, model.info.vocab_size)
     found = _Search(model, request)
     hypotheses = [best for beams in found.run() for best in beams]
     for row, best in zip(request.rows, hypotheses, strict=True):

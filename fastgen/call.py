@@ -201,6 +201,8 @@ def prepare(
         prefix_cache=objects.prefix_cache,
         torch=tensors.module() if as_tensors else None,
     )
+    if params.num_beams > 1 or params.num_beam_groups > 1:
+        beam.check(request, info.vocab_size)
     return Call(model, request, prompts, draft)
 
 

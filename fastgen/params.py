@@ -171,6 +171,7 @@ _RULES: dict[str, tuple[str, Any]] = {
         lambda value: value in ("constant", "heuristic", "heuristic_transient"),
     ),
     "top_logprobs": _NOT_NEGATIVE,
+    "forced_eos_token_id": ("a token id or several", bool),
 }
 
 

@@ -192,9 +192,7 @@ class PrefixCache:
             try:
                 with zipfile.ZipFile(file) as content:
                     out._fill(content, os.fstat(file.fileno()).st_size)
-            except (
-                Exception
-            ) as error:  # whatever zipfile, json and numpy make of a stranger's bytes
+            except Exception as error:  # whatever zipfile, json and numpy make of the bytes
                 raise ValueError(
                     f"{os.fspath(path)} is truncated or is no file of PrefixCache.save: {error}; "
                     "delete it"
@@ -251,9 +249,8 @@ def _array(content: zipfile.ZipFile, name: str) -> NDArray[Any]:
     """The array itself; its memory cannot be written."""
     shape, dtype = _described(content, name)
     data = content.read(name)  # whole, so that its checksum is compared
-    return np.frombuffer(data, dtype, offset=len(data) - math.prod(shape) * dtype.itemsize).reshape(
-        shape
-    )
+    start = len(data) - math.prod(shape) * dtype.itemsize
+    return np.frombuffer(data, dtype, offset=start).reshape(shape)
 
 
 def _is_part(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bool:
