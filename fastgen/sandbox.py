@@ -8,7 +8,6 @@ No value is ever larger than `LARGEST`, so that no single step of Python's takes
 
 from __future__ import annotations
 
-import math
 import re
 import time
 from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
@@ -133,12 +132,9 @@ def binary(operator: str, left: Any, right: Any) -> int:
         if (bits * abs(right) if operator == "**" else bits + more) > BITS:
             raise Exceeded(f"it makes a number of more than {BITS:,} bits")
         return 0
-    sizes = [one if isinstance(one, int) else len(one) for one in (left, right) if _counts(one)]
-    return math.prod(sizes) if operator == "*" else sum(sizes)
-
-
-def _counts(value: Any) -> bool:
-    return isinstance(value, int | str | bytes | list | tuple)
+    length = sum(len(one) for one in (left, right) if isinstance(one, str | bytes | list | tuple))
+    times = sum(one for one in (left, right) if isinstance(one, int)) if operator == "*" else 1
+    return length * times
 
 
 class Rewritten(NodeTransformer):  # type: ignore[misc,unused-ignore]

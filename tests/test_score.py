@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from test_parity import ragged
 
 import fastgen
@@ -311,6 +312,44 @@ def test_a_template_without_end_is_stopped_on_any_thread(tmp_path, template, mon
     thread.join(timeout=20)
     assert not thread.is_alive()
     assert found == ["the chat template refuses these messages: it takes more than 0.2 seconds"]
+
+
+IDIOMS = [
+    "{% for m in messages %}{{ loop.index }}/{{ loop.length }} {{ loop.first }}{{ loop.last }}"
+    "{{ loop.previtem is defined }}{{ loop.nextitem }}{{ loop.revindex }}{% else %}no{% endfor %}",
+    "{% for m in messages[1:] if m.role != 'user' %}{{ m.content }}{{ loop.index }}{% endfor %}",
+    "{% for m in messages[::-1] %}{{ messages|length - 1 - loop.index0 }}{% endfor %}",
+    "{% for k, v in messages[0].items() %}{{ k }}={{ v }};{% endfor %}",
+    "{% for k, v in messages[0] | dictsort %}{{ k ~ '=' ~ v }}{% endfor %}",
+    "{% for a in [[1, [2]], [3]] recursive %}{{ a if a is number else loop(a) }},{% endfor %}",
+    "{% macro f(x, y=[1], z='a') %}<{{ x }}{{ y }}{{ z }}{{ varargs }}>{% endmacro %}{{ f(1) }}",
+    "{% macro f() %}<{{ caller(1) }}>{% endmacro %}{% call(x) f() %}{{ x }}{% endcall %}",
+    "{% set x %}a{{ 1 }}{% endset %}{{ x | upper }}{% filter upper %}b{{ x }}{% endfilter %}",
+    "{% set a, b = 1, (2, 3) %}{{ a }}{{ b }}{{ {'a': [a, none, true]} }}{{ (1,) + b }}",
+    "{{ messages | map(attribute='role') | join(', ') }}{{ messages | map('upper') | first }}",
+    "{{ messages | selectattr('role', 'equalto', 'user') | list | length }}",
+    "{{ messages | rejectattr('role', 'eq', 'user') | map(attribute='content') | list }}",
+    "{{ 'a,b'.split(',') }}{{ ' x '.strip() }}{{ 'ab'.startswith('a') }}{{ '-'.join(['a', 'b']) }}",
+    "{{ 'a-%s-%05.2f' % ('b', 1.5) }}{{ '%s' | format(3) }}{{ '{:>5}{x!r}'.format(1, x='y') }}",
+    "{{ 'a\\nb' | indent(4) }}{{ 'abc' | replace('b', 'xx') }}{{ 'aab'.replace('a', '', 1) }}",
+    "{{ 1.5 * 100000000 }}{{ 2 ** 10 }}{{ 7 // 2 }}{{ 7 % 4 }}{{ 10**9 + 0.5 }}{{ -3 * 'a' }}|",
+    "{{ [1, 2, 3] | batch(2, 'x') | list }}{{ [3, 1] | sort }}{{ [1, 2] | sum }}{{ 3.7 | round }}",
+    "{{ range(3) | list }}{{ 'x' in ['x', 'y'] }}{{ nothing | default('d') }}{{ nothing }}",
+    "{{ messages | tojson(indent=2) }}{{ 'a' | center(9) }}{{ ('word ' * 30) | wordwrap(20) }}",
+    "{{ messages | groupby('role') | map('first') | list }}{{ 'a<b' | e }}{{ 'x' | safe }}",
+    "{% set ns = namespace(a=[]) %}{% for m in messages %}{% set ns.a = ns.a + [m.role] %}"
+    "{% if loop.index > 2 %}{% break %}{% endif %}{% endfor %}{{ ns.a }}",
+    "{% with x = 5 %}{{ x }}{% endwith %}{{ messages[-1]['content'][1].b }}{{ messages[0:1] }}",
+]
+
+
+@pytest.mark.parametrize("template", IDIOMS)
+def test_within_its_limits_a_template_says_what_jinja2_makes_of_it(tmp_path, template):
+    jinja = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
+    jinja.filters["tojson"] = chat._to_json
+    talk = [{k: v for k, v in message.items() if v is not None} for message in TALK]
+    expected = jinja.from_string(template).render(messages=talk)
+    assert chat.prompt(tmp_path, {"chat_template": template}, TALK) == expected
 
 
 def test_a_long_conversation_is_within_what_a_template_may_do(tmp_path):
