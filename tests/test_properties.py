@@ -319,10 +319,14 @@ SLOW = ("--max-new-tokens", "--max-length", "--num-return-sequences", "--num-bea
 @st.composite
 def command_lines(draw: Any) -> list[str]:
     command = draw(st.sampled_from(["generate"] * 8 + ["info", "tune", "export", "nonsense", ""]))
-    words = [command, *draw(st.lists(TEXTS, max_size=2))] if command else []
-    for flag in draw(st.lists(st.sampled_from(FLAGS + OTHERS), max_size=3)):
+    texts = draw(
+        st.sampled_from([[], ["The os"], ["a b"], ["The"], [draw(TEXTS)], ["two", "texts"]])
+    )
+    words = [command, *texts] if command else []
+    for flag in draw(st.lists(st.sampled_from(FLAGS + OTHERS), max_size=2)):
         knob = flag[2:].replace("-", "_")
-        value = draw(GOOD[knob].map(json.dumps) | VALUES if knob in GOOD else VALUES)
+        good = knob in GOOD and draw(st.integers(0, 3)) > 0
+        value = draw(GOOD[knob].map(json.dumps) if good else VALUES)
         if flag in SLOW and value.isdigit() and 200 < int(value) < 10**9:
             continue
         words += draw(st.sampled_from([[flag, value], [f"{flag}={value}"], [flag]]))
