@@ -86,15 +86,15 @@ class ModelInfo:
 
     @staticmethod
     def read(directory: Path) -> ModelInfo:
-        """Read `fastgen.json` and compare the files with it: all sizes, and what is in all but the
-        weights, which takes no time to speak of and which onnxruntime need not survive.
+        """Read `fastgen.json` and compare the files with it: the size of all, and the digests of
+        all but the weights. (A damaged graph can crash onnxruntime; it is not shown one.)
 
         Raises:
             ModelError: not a model directory, another format, or a file that is missing, truncated
                 or changed.
         """
         info = _described(directory)
-        known = {name: digest for name, digest in info.digests.items() if name != WEIGHTS}
+        known = {name: said for name, said in info.digests.items() if name != WEIGHTS}
         replace(info, digests=known).check(directory, *info.files)
         return info
 
@@ -191,7 +191,7 @@ def _described(directory: Path) -> ModelInfo:
         files={n: one["bytes"] if isinstance(one, dict) else one for n, one in files.items()},
         cache_dtype=cache_dtype,
         digests={n: one["sha256"] for n, one in files.items() if isinstance(one, dict)},
-        name=field("name", is_text, "text"),
+        name=field("name", lambda v: isinstance(v, str), "text"),
         parameters=field("parameters", lambda v: is_count(v, 2**60, 0), "an integer"),
         exporter=field("fastgen", is_text, "text"),
     )
