@@ -12,7 +12,7 @@ refused here, by name. `tracing` runs it again under torch's exporter and emits 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,9 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import DynamicCache
 
+Bias = Callable[[torch.Tensor], torch.Tensor]  # positions [total] -> [num_heads, total]
 NAME = "fastgen"  # what `attn_implementation` is while a model is exported
+HEAD_DIM_STEP = 8  # GroupQueryAttention takes heads of a multiple of it, one size for all three
 FURTHEST = 1 << 21  # distances up to which a mask is looked at; a longer window is no window
 
 # Keywords that models pass to every attention function and that do not change its result:
@@ -42,7 +44,7 @@ class Layer:
 
     num_heads: int
     kv_heads: int
-    head_dim: int
+    head_dim: int  # of the buffers: queries, keys and values are padded to it
     scale: float
     window: int | None = None  # tokens a query sees, itself included; None for all
     softcap: float = 0.0
@@ -67,7 +69,10 @@ class Pass:
     feed: Feed | None = None  # None while recording
     present: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     pending: tuple[torch.Tensor, torch.Tensor] | None = None  # keys and values not attended yet
-    windows: dict[int, int | None] = field(default_factory=dict)  # id of a mask -> its window
+    # By layer, what is attended where that is not what was written but made of it (recording).
+    derived: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    # By id of a mask, its window, or why it has none.
+    windows: dict[int, int | UnsupportedModel | None] = field(default_factory=dict)
     masks: list[torch.Tensor] = field(default_factory=list)  # kept alive: ids stay unique
 
 
@@ -100,22 +105,27 @@ class PassingCache(DynamicCache):
     """Hands the new keys and values through: the past lives in the attention node's buffers."""
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):  # type: ignore[no-untyped-def]
-        if _current is None:
-            raise RuntimeError("PassingCache is used outside of an export")
-        if _current.pending is not None:
-            raise UnsupportedModel(
-                f"layer {layer_idx} writes keys and values before those of the layer below were "
-                "attended: its attention does not go through transformers' AttentionInterface"
-            )
-        _current.pending = (key_states, value_states)
+        write(key_states, value_states)
         return key_states, value_states
 
     def __getattribute__(self, name: str) -> Any:
-        if name in ("update_conv_state", "update_recurrent_state", "update_indexer"):
+        if name == "update_indexer":
             raise UnsupportedModel(
                 f"it keeps state besides keys and values (Cache.{name}), which the graph does not"
             )
         return super().__getattribute__(name)
+
+
+def write(key: torch.Tensor, value: torch.Tensor) -> None:
+    """Note the keys and values of the new tokens, which are to be attended next."""
+    if _current is None:
+        raise RuntimeError("PassingCache is used outside of an export")
+    if _current.pending is not None:
+        raise UnsupportedModel(
+            f"layer {len(_current.layers)} writes keys and values that are not attended before "
+            "others are: its attention does not go through transformers' AttentionInterface"
+        )
+    _current.pending = (key, value)
 
 
 def attention(
@@ -131,9 +141,6 @@ def attention(
     """The function that stands behind `attn_implementation="fastgen"`."""
     if _current is None:
         raise RuntimeError("attention 'fastgen' is only for exporting; use eager or sdpa to run")
-    pending, _current.pending = _current.pending, None
-    if pending is None or pending[0] is not key or pending[1] is not value:
-        raise UnsupportedModel("a layer attends to keys and values that it did not just write")
     softcap = float(kwargs.pop("softcap", None) or 0.0)
     sinks = kwargs.pop("s_aux", None)
     for name, extra in kwargs.items():
@@ -141,44 +148,109 @@ def attention(
             raise UnsupportedModel(
                 f"its attention takes {name!r}, which the graph has no place for"
             )
-    if _current.feed is None:
-        layer = _describe(query, key, value, attention_mask, scaling, softcap, sinks is not None)
-        _current.layers.append(layer)
-        return _reference(query, key, value, layer, sinks), None
-    return _emit(query, key, value, sinks), None
+    if attention_mask is not None and id(attention_mask) not in _current.windows:
+        raise UnsupportedModel(
+            f"layer {len(_current.layers)}: its mask is not one of transformers' causal or "
+            "sliding-window masks"
+        )
+    window = None if attention_mask is None else _current.windows[id(attention_mask)]
+    if isinstance(window, UnsupportedModel):
+        raise window
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return attend(query, key, value, float(scale), window, softcap, sinks), None
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    window: int | None = None,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    bias: Bias | None = None,
+) -> torch.Tensor:
+    """What `attention` does, for those who know what it means: [rows, new, num_heads, value_dim].
+
+    Args:
+        query: [rows, num_heads, new, head_dim], as `attention` takes it; key and value too.
+        bias: of a score, which depends on the head and the key's position alone.
+    """
+    assert _current is not None
+    pending, _current.pending = _current.pending, None
+    if pending is None:
+        raise UnsupportedModel("a layer attends to keys and values that it did not just write")
+    if _current.feed is not None:
+        return _emit(query, key, value, sinks, bias)
+    layer = _describe(query, key, value, scale, window, softcap, sinks is not None)
+    if pending[0] is not key or pending[1] is not value:
+        _current.derived[len(_current.layers)] = (key, value)
+    _current.layers.append(layer)
+    return _reference(query, key, value, layer, bias)
+
+
+def is_recording() -> bool:
+    return _current is not None and _current.feed is None
+
+
+def is_written() -> bool:
+    """Whether keys and values wait to be attended."""
+    return _current is not None and _current.pending is not None
+
+
+def check_kept(whole: Pass, shorter: Pass) -> None:
+    """Refuse a model whose keys and values of a token change as more tokens come.
+
+    A buffer keeps what is attended when a token is new. Where that is made of what the model
+    writes (the heads of a latent, say), it must be made of each token by itself.
+
+    Args:
+        whole: of some tokens.
+        shorter: of the first of them.
+
+    Raises:
+        UnsupportedModel: some key or value of the first tokens is another one in `whole`.
+    """
+    for number, kept in shorter.derived.items():
+        for before, after in zip(kept, whole.derived[number], strict=True):
+            if not torch.allclose(before, after[:, :, : before.shape[2]], rtol=1e-3, atol=1e-5):
+                raise UnsupportedModel(
+                    f"layer {number}: what it attends to is not what it wrote, and changes as "
+                    "more tokens come"
+                )
 
 
 def _describe(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    mask: torch.Tensor | None,
-    scaling: float | None,
+    scale: float,
+    window: int | None,
     softcap: float,
     sinks: bool,
 ) -> Layer:
     assert _current is not None
     number = len(_current.layers)
-    _, num_heads, _, head_dim = query.shape
-    if not key.shape[-1] == value.shape[-1] == head_dim:
+    rows, num_heads, new, head_dim = query.shape
+    for states in (key, value):
+        if states.shape[0] != rows or states.shape[2] != new:
+            raise UnsupportedModel(
+                f"layer {number}: it attends to keys and values besides those of the tokens"
+            )
+    if key.shape[-1] != head_dim:
         raise UnsupportedModel(
-            f"layer {number}: queries, keys and values have sizes {head_dim}, {key.shape[-1]} and "
-            f"{value.shape[-1]}; GroupQueryAttention needs one size"
+            f"layer {number}: queries of size {head_dim} for keys of size {key.shape[-1]}"
         )
     if key.shape[1] != value.shape[1] or num_heads % key.shape[1]:
         raise UnsupportedModel(
             f"layer {number}: {num_heads} query heads over {key.shape[1]} key heads"
         )
-    if mask is not None and id(mask) not in _current.windows:
-        raise UnsupportedModel(
-            f"layer {number}: its mask is not one of transformers' causal or sliding-window masks"
-        )
     return Layer(
         num_heads=num_heads,
         kv_heads=key.shape[1],
-        head_dim=head_dim,
-        scale=float(head_dim**-0.5 if scaling is None else scaling),
-        window=None if mask is None else _current.windows[id(mask)],
+        head_dim=-(-max(head_dim, value.shape[-1]) // HEAD_DIM_STEP) * HEAD_DIM_STEP,
+        scale=scale,
+        window=window,
         softcap=softcap,
         sinks=sinks,
     )
@@ -189,19 +261,25 @@ def _reference(
     key: torch.Tensor,
     value: torch.Tensor,
     layer: Layer,
-    sinks: torch.Tensor | None,
+    bias: Bias | None,
 ) -> torch.Tensor:
     """Plain attention, so that a recording pass runs on sensible numbers."""
     groups = layer.num_heads // layer.kv_heads
     key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
     scores = query @ key.transpose(-1, -2) * layer.scale
+    if bias is not None:
+        scores = scores + bias(torch.arange(key.shape[2]))[:, None]
     causal = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
     weights = scores.masked_fill(~causal, -torch.inf).softmax(-1)
     return (weights @ value).transpose(1, 2).contiguous()
 
 
 def _emit(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sinks: torch.Tensor | None,
+    bias: Bias | None,
 ) -> torch.Tensor:
     assert _current is not None and _current.feed is not None
     feed, number = _current.feed, len(_current.present)
@@ -209,9 +287,10 @@ def _emit(
     rows, _, new, _ = query.shape
     width = layer.num_heads * layer.head_dim
 
-    def flat(
-        states: torch.Tensor,
-    ) -> torch.Tensor:  # to [rows, new, heads * dim]
+    def flat(states: torch.Tensor) -> torch.Tensor:  # to [rows, new, heads * head_dim]
+        lacking = layer.head_dim - states.shape[-1]
+        if lacking:  # zeros add nothing to a product, and what they give is cut off below
+            states = torch.nn.functional.pad(states, (0, lacking))
         return states.transpose(1, 2).reshape(rows, new, -1)
 
     attributes: dict[str, Any] = {
@@ -222,11 +301,16 @@ def _emit(
     if layer.softcap:
         attributes["softcap"] = layer.softcap
     head_sink = None if sinks is None else sinks.reshape(-1)
+    added = None  # [1, num_heads, new, total]: the key of position j is the buffer's key j
+    if bias is not None:
+        total = feed.total_sequence_length.item()
+        torch._check(total >= 0)
+        added = bias(torch.arange(total))[None, :, None].expand(-1, -1, new, -1)
     out, present_key, present_value = torch.onnx.ops.symbolic_multi_out(
         "com.microsoft::GroupQueryAttention",
-        # cos, sin, position_ids, attention_bias | sink | k_scale, v_scale, q_norm, k_norm
+        # cos, sin, position_ids | attention_bias, sink | k_scale, v_scale, q_norm, k_norm
         [flat(query), flat(key), flat(value), past_key, past_value, feed.seqlens_k,
-         feed.total_sequence_length, None, None, None, None, head_sink, None, None, None, None,
+         feed.total_sequence_length, None, None, None, added, head_sink, None, None, None, None,
          feed.query_seqlens],
         attributes,
         dtypes=[torch.float32] * 3,
@@ -234,7 +318,8 @@ def _emit(
         version=1,
     )  # fmt: skip
     _current.present.append((present_key, present_value))
-    return out.reshape(rows, new, layer.num_heads, layer.head_dim)
+    out = out.reshape(rows, new, layer.num_heads, layer.head_dim)
+    return out if value.shape[-1] == layer.head_dim else out[..., : value.shape[-1]]
 
 
 def mask(**kwargs: Any) -> torch.Tensor | None:
@@ -247,7 +332,10 @@ def mask(**kwargs: Any) -> torch.Tensor | None:
         return None
     token = torch.empty(kwargs["batch_size"], 1, kwargs["q_length"], kwargs["kv_length"])
     _current.masks.append(token)
-    _current.windows[id(token)] = window_of(kwargs["mask_function"])
+    try:
+        _current.windows[id(token)] = window_of(kwargs["mask_function"])
+    except UnsupportedModel as error:  # it may be for layers that the model does not have
+        _current.windows[id(token)] = error
     return token
 
 

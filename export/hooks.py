@@ -1,0 +1,289 @@
+"""Models with code of their own for what others share, led to where all the others go.
+
+Most models call transformers' `AttentionInterface`, and take `position_ids`. Some do not: here is
+what stands in for their code while they are exported, a function for each kind of code. Where it
+stands for attention, it says what the model's own function says, or the model is refused: both
+run while the model is recorded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from fastgen.export import attention
+from fastgen.export.attention import Bias, UnsupportedModel, attend
+from torch import Tensor
+from transformers import PreTrainedModel
+
+CLOSE = 1e-4  # of the largest number that the model's own function gives
+
+Place = tuple[Any, str, Callable[..., Any]]  # where a function stands, its name, and ours
+
+
+@contextlib.contextmanager
+def own_attention(model: PreTrainedModel) -> Iterator[bool]:
+    """Lead the model's own attention code to GroupQueryAttention; yields whether it has some."""
+    config = model.config
+    kept = config._attn_implementation
+    places = list(_attention_places(model))
+    with contextlib.ExitStack() as stack:
+        for owner, name, ours in places:
+            stack.enter_context(_replaced(owner, name, ours))
+        if any(owner is torch.nn.functional for owner, _, _ in places):
+            config._attn_implementation_internal = "sdpa"
+        try:
+            yield bool(places)
+        finally:
+            config._attn_implementation_internal = kept
+
+
+@contextlib.contextmanager
+def positions(model: PreTrainedModel, position_ids: Tensor) -> Iterator[dict[str, Tensor]]:
+    """What to call the model with, so that it uses `position_ids` [rows, new].
+
+    A model whose forward takes none looks positions up by how many tokens it has seen: while this
+    lasts, it looks up these.
+    """
+    given = takes_positions(model)
+    with contextlib.ExitStack() as stack:
+        for module, table in _position_tables(model):
+            if not given or hasattr(module, "make_weights"):  # which makes more of them
+                index = position_ids + getattr(module, "offset", 0)
+                lookup = functools.partial(_look_up, table, index)
+                stack.enter_context(_replaced(module, "forward", lookup))
+        yield {"position_ids": position_ids} if given else {}
+
+
+def has_own_attention(model: PreTrainedModel) -> bool:
+    """Whether `own_attention` knows the model's attention code."""
+    return any(True for _ in _attention_places(model))
+
+
+def knows_positions(model: PreTrainedModel) -> bool:
+    """Whether positions can be given to the model, or attention alone needs them (ALiBi)."""
+    return (
+        takes_positions(model)
+        or any(True for _ in _position_tables(model))
+        or any(_kind(module) in _BIASES for module in model.modules())
+    )
+
+
+def takes_positions(model: PreTrainedModel) -> bool:
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
+def _look_up(table: Tensor, index: Tensor, *_: Any, **__: Any) -> Tensor:
+    return torch.nn.functional.embedding(index, table)
+
+
+def _position_tables(model: PreTrainedModel) -> Iterator[tuple[torch.nn.Module, Tensor]]:
+    """The embeddings of positions, by the name that transformers gives their classes."""
+    for module in model.modules():
+        table = getattr(module, "weight", getattr(module, "weights", None))
+        if table is not None and type(module).__name__.endswith("PositionalEmbedding"):
+            yield module, table
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, ours: Callable[..., Any]) -> Iterator[None]:
+    """`owner.name` is `ours` for a while; on a module, for this one only."""
+    kept = vars(owner).get(name)
+    setattr(owner, name, ours)
+    try:
+        yield
+    finally:
+        if kept is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, kept)
+
+
+# Attention
+
+
+def _attention_places(model: PreTrainedModel) -> Iterator[Place]:
+    """Where the model's attention is computed by code of its own, and what stands in for it."""
+    for module in model.modules():
+        kind = _kind(module)
+        if kind in _INNER:
+            scale = _INNER[kind](module)
+            yield _compared(module, "_attn", functools.partial(_inner, scale, _window(module)))
+        elif kind in _WHOLE:
+            ours = functools.partial(_WHOLE[kind], module, _BIASES.get(kind, _no_bias)(module))
+            yield _compared(module, "forward", ours)
+        elif kind in _ON_TORCH:
+            ours = functools.partial(_scaled_dot_product, _ON_TORCH[kind](module))
+            yield _compared(torch.nn.functional, "scaled_dot_product_attention", ours)
+            return
+
+
+def _kind(module: torch.nn.Module) -> str:
+    """File and class of a module, as transformers names them."""
+    return f"{type(module).__module__.rpartition('.modeling_')[2]}.{type(module).__name__}"
+
+
+def _compared(owner: Any, name: str, ours: Callable[..., Any]) -> Place:
+    """`ours` for `owner.name`, compared with it on what a recording pass calls it with."""
+    own = getattr(owner, name)
+
+    @functools.wraps(own)
+    def function(*args: Any, **kwargs: Any) -> Any:
+        found = ours(*args, **kwargs)
+        if attention.is_recording():  # of a text from its start: without a cache it is the same
+            kwargs = {key: value for key, value in kwargs.items() if key not in _CACHES}
+            one, two = (out if isinstance(out, Tensor) else out[0] for out in
+                        (own(*args, **kwargs), found))  # fmt: skip
+            if one.shape != two.shape or (one - two).abs().max() > CLOSE * one.abs().max():
+                raise UnsupportedModel("its attention is not what fastgen knows of its kind")
+        return found
+
+    return owner, name, function
+
+
+_CACHES = {"layer_past", "past_key_values"}
+
+
+# `_attn(query, key, value, mask)` on heads, and the scale of its scores.
+_INNER: dict[str, Callable[[Any], float]] = {
+    "gptj.GPTJAttention": lambda module: 1 / float(module.scale_attn),
+    "codegen.CodeGenAttention": lambda module: 1 / float(module.scale_attn),
+    "gpt_neox_japanese.GPTNeoXJapaneseAttention": lambda module: 1 / module.norm_factor,
+    "gpt_neo.GPTNeoSelfAttention": lambda module: 1.0,
+    "openai.Attention": lambda module: (
+        (module.split_size // module.n_head) ** -0.5 if module.scale else 1.0
+    ),
+}
+
+
+def _inner(
+    scale: float, window: int | None, query: Tensor, key: Tensor, value: Tensor, *_: Any
+) -> list[Tensor]:
+    if not attention.is_written():  # there is no cache: keys came transposed
+        key = key.transpose(2, 3)
+        attention.write(key, value)
+    return [attend(query, key, value, scale, window).transpose(1, 2), value]
+
+
+def _window(module: torch.nn.Module) -> int | None:
+    """That of a module with a mask of its own, [1, 1, positions, positions]."""
+    mask = getattr(module, "bias", None)
+    if mask is None:
+        return None
+    width = int(mask[0, 0, -1].sum())
+    places = torch.arange(mask.shape[-1])
+    distance = places[:, None] - places
+    if not torch.equal(mask[0, 0].bool(), (distance >= 0) & (distance < width)):
+        raise UnsupportedModel("its mask is neither causal nor a sliding window")
+    return None if width == mask.shape[-1] else width
+
+
+def _scaled_dot_product(
+    bias: Bias | None, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
+) -> Tensor:
+    """torch's own function, where the model's masks are causal and `bias` is in them."""
+    return attend(query, key, value, query.shape[-1] ** -0.5, bias=bias).transpose(1, 2)
+
+
+def _slopes(module: Any, heads: int) -> Tensor:
+    """ALiBi's (https://arxiv.org/abs/2108.12409), from the code that builds it: [heads, 1]."""
+    build = vars(sys.modules[type(module).__module__])["build_alibi_tensor"]
+    return build(torch.ones(1, 2), heads, torch.float32)[:, 0, 1:]
+
+
+def _falcon_bias(module: Any) -> Bias | None:
+    if not module.config.alibi:
+        return None
+    slopes, scale = _slopes(module, module.num_heads), module.head_dim**-0.5
+
+    def bias(at: Tensor) -> Tensor:  # rounded where the model rounds
+        return (slopes * at.bfloat16().float()).bfloat16().float() * scale
+
+    return bias
+
+
+_ON_TORCH: dict[str, Callable[[Any], Bias | None]] = {"falcon.FalconAttention": _falcon_bias}
+
+
+def _bloom_bias(module: Any) -> Bias:
+    slopes = _slopes(module, module.num_heads)
+    return lambda at: slopes * at
+
+
+def _bloom(
+    module: Any, bias: Bias, hidden: Tensor, residual: Tensor, *, layer_past: Any, **_: Any
+) -> tuple[Tensor, None]:
+    query, key, value = module._reshape(module.query_key_value(hidden))
+    key, value = layer_past.update(key, value, module.layer_idx)
+    out = attend(query, key, value, module.inv_norm_factor, bias=bias)
+    return module.dense(out.flatten(2)) + residual, None
+
+
+def _mpt_bias(module: Any) -> Bias:
+    build = vars(sys.modules[type(module).__module__])["build_mpt_alibi_tensor"]
+    slopes = -build(module.n_heads, 2)[:, 0, :1]
+    return lambda at: slopes * (at - at[-1:])
+
+
+def _mpt(
+    module: Any, bias: Bias, hidden: Tensor, *, past_key_values: Any, **_: Any
+) -> tuple[Tensor, None]:
+    rows, new, _width = hidden.shape
+    mixed = module.Wqkv(hidden)
+    if module.clip_qkv:
+        mixed = mixed.clamp(min=-module.clip_qkv, max=module.clip_qkv)
+    query, key, value = (
+        part.reshape(rows, new, module.n_heads, module.head_dim).transpose(1, 2)
+        for part in mixed.chunk(3, dim=2)
+    )
+    key, value = past_key_values.update(key, value, module.layer_idx)
+    out = attend(query, key, value, module.softmax_scale, bias=bias)
+    return module.out_proj(out.flatten(2)), None
+
+
+def _xglm(
+    module: Any, bias: None, hidden_states: Tensor, *, past_key_values: Any, **_: Any
+) -> tuple[Tensor, None]:
+    rows, new, _width = hidden_states.shape
+    query, key, value = (
+        product(hidden_states).view(rows, new, -1, module.head_dim).transpose(1, 2)
+        for product in (module.q_proj, module.k_proj, module.v_proj)
+    )
+    key, value = past_key_values.update(key, value, module.layer_idx)
+    return module.out_proj(attend(query, key, value, module.scaling).flatten(2)), None
+
+
+def _bert(
+    module: Any, bias: None, hidden_states: Tensor, *_: Any, past_key_values: Any, **__: Any
+) -> tuple[Tensor, None]:
+    rows, new, _width = hidden_states.shape
+    query, key, value = (
+        product(hidden_states).view(rows, new, -1, module.attention_head_size).transpose(1, 2)
+        for product in (module.query, module.key, module.value)
+    )
+    key, value = past_key_values.update(key, value, module.layer_idx)
+    return attend(query, key, value, module.attention_head_size**-0.5).flatten(2), None
+
+
+def _no_bias(module: Any) -> None:
+    return None
+
+
+# The whole of an attention module, and what it adds to scores.
+_WHOLE: dict[str, Callable[..., Any]] = {
+    "bloom.BloomAttention": _bloom,
+    "mpt.MptAttention": _mpt,
+    "xglm.XGLMAttention": _xglm,
+    "big_bird.BigBirdSelfAttention": _bert,
+    "megatron_bert.MegatronBertSelfAttention": _bert,
+    "rembert.RemBertSelfAttention": _bert,
+}
+_BIASES: dict[str, Callable[[Any], Bias]] = {
+    "bloom.BloomAttention": _bloom_bias,
+    "mpt.MptAttention": _mpt_bias,
+}
