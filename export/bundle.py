@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from fastgen.export.attention import Layer
+from fastgen.export import hooks
+from fastgen.export.graph import Kept
 from fastgen.export.source import Source
 
 import fastgen
@@ -92,7 +93,7 @@ def _umask() -> int:
     return mask
 
 
-def describe(source: Source, layers: Sequence[Layer], precision: str) -> dict[str, Any]:
+def describe(source: Source, kept: Kept, precision: str) -> dict[str, Any]:
     """The content of `fastgen.json`, but for the files' sizes and digests."""
     config = source.model.config.get_text_config(decoder=True)
     limit = getattr(config, "max_position_embeddings", None)
@@ -106,7 +107,8 @@ def describe(source: Source, layers: Sequence[Layer], precision: str) -> dict[st
         "vocab_size": source.model.get_output_embeddings().weight.shape[0],
         "max_length": limit,
         "hard_limit": limit is not None and not _computes(source, limit),
-        "layers": [[layer.kv_heads, layer.head_dim] for layer in layers],
+        "layers": [[layer.kv_heads, layer.head_dim] for layer in kept.layers],
+        "states": [list(shape) for shape in kept.states.values()],
         "cache_dtype": "float32",
     }
 
@@ -115,8 +117,8 @@ def _computes(source: Source, position: int) -> bool:
     """Whether the model can compute a token at `position`, the first beyond its limit."""
     ids = torch.zeros(1, 1, dtype=torch.long)
     try:
-        with torch.no_grad():
-            source.model(input_ids=ids, position_ids=torch.full_like(ids, position))
+        with torch.no_grad(), hooks.positions(source.model, ids + position) as given:
+            source.model(input_ids=ids, **given)
     except (IndexError, RuntimeError):
         return False
     return True

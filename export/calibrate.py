@@ -140,6 +140,11 @@ def feeds(
         for name, value in wanted.items()
         if name.startswith("past_key_values")
     }
+    past |= {
+        name: np.zeros((1, *value.shape[1:]), np.float32)
+        for name, value in wanted.items()
+        if name.startswith("past_state")
+    }
     return {name: array for name, array in fed.items() if name in wanted} | past
 
 

@@ -226,12 +226,14 @@ class _Job:
     original: check.Reference
     description: dict[str, Any]
 
-    def convert(self, layers: list[Layer]) -> onnx_ir.Model:
+    def convert(self, kept: graph.Kept) -> onnx_ir.Model:
         with self.shown.step("convert") as found:
-            converted = graph.convert(self.loaded.model, layers)
+            converted = graph.convert(self.loaded.model, kept)
             trim.trim(converted, self.description["max_length"])
             self.description["hard_limit"] |= trim.rotations_are_tabled(converted)
-            found.append(f"{len(layers)} attention layers, {len(converted.graph)} nodes")
+            states = f", {len(kept.states)} other states" if kept.states else ""
+            nodes = len(converted.graph)
+            found.append(f"{len(kept.layers)} attention layers{states}, {nodes} nodes")
         return converted
 
     def quantise(self, converted: onnx_ir.Model, to: Path) -> dict[str, Any]:
@@ -319,14 +321,14 @@ class _Job:
 
 
 def _export(loaded: Source, out: Path, wishes: Wishes, shown: Progress) -> None:
-    layers = graph.layers_of(loaded.model)
+    kept = graph.kept_by(loaded.model)
     with shown.step("torch logits") as found:
-        original = _reference(loaded, layers)
+        original = _reference(loaded, kept.layers)
         lengths = [len(row) for row in original.rows]
         found.append(f"{len(lengths)} rows of {', '.join(map(str, lengths))} tokens")
-    job = _Job(loaded, wishes, shown, original, bundle.describe(loaded, layers, wishes.precision))
+    job = _Job(loaded, wishes, shown, original, bundle.describe(loaded, kept, wishes.precision))
     with bundle.directory(out, wishes.force) as temporary:
-        report = _stages(job, layers, temporary)
+        report = _stages(job, kept, temporary)
         with shown.step("time by operator") as found:
             spent = profile.by_operator(temporary)
             found += [f"{step} {next(iter(shares))}" for step, shares in spent.items()]
@@ -358,7 +360,7 @@ def _reference(loaded: Source, layers: list[Layer]) -> check.Reference:
     )
 
 
-def _stages(job: _Job, layers: list[Layer], out: Path) -> dict[str, Any]:
+def _stages(job: _Job, kept: graph.Kept, out: Path) -> dict[str, Any]:
     """Convert, prove, and quantise what is to be quantised; the last stage is written to `out`.
 
     Earlier ones go to a directory of their own, and the next one reads their weights from its
@@ -371,7 +373,7 @@ def _stages(job: _Job, layers: list[Layer], out: Path) -> dict[str, Any]:
         kinds.append("weights")
     work = out / "work"
     place = work / "fp32" if kinds else out
-    converted = job.convert(layers)
+    converted = job.convert(kept)
     report = proved = job.write(converted, place, "ONNX")
     job.judge(report)
     for kind in kinds:

@@ -40,6 +40,7 @@ def of_call(
     step = vocab * (CHOOSING + params.do_sample * DRAWING)
     return {
         "keys and values": rows * max_length * token,
+        "states": rows * info.state_bytes * (1 + guided + (guesses > 0)),
         "logits": rows * (1 + min(guesses, new)) * step,
         "what is returned": rows * new * (kept * vocab * FLOAT + PAIR * params.top_logprobs),
         "ids": rows * max_length * 8,

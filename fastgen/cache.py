@@ -1,5 +1,9 @@
 """Keys and values of every layer, written in place: slot r of the buffers belongs to row r.
 
+Models with recurrence or convolution keep states besides, of a fixed size for each slot: these have
+no past that could be cut off, so `trim` cannot take a token back; `restore` can, to what `state`
+gave before.
+
 Three verbs: `take` (reorder, drop, repeat), `trim` (roll back) and `reserve` (let rows join).
 Two more carry tokens from one cache to another: `read` and `append`.
 """
@@ -36,8 +40,10 @@ class Cache:
         rows: int,
         capacity: int,
         dtype: str = "float32",
+        states: Sequence[tuple[int, ...]] = (),
     ) -> None:
         self.shapes = tuple(shapes)
+        self.state_shapes = tuple(states)
         self.dtype = np.dtype(dtype)
         self.rows = rows
         self.capacity = capacity
@@ -48,6 +54,10 @@ class Cache:
             for shape in dict.fromkeys(self.shapes)
         }
         self._buffers = self._allocate()
+        self._states = self._no_states()
+
+    def _no_states(self) -> list[NDArray[np.float32]]:
+        return [np.zeros((self.rows, *shape), np.float32) for shape in self.state_shapes]
 
     def _allocate(self) -> dict[tuple[int, int], NDArray[Any]]:
         return {
@@ -69,6 +79,27 @@ class Cache:
             for half in (place, place + 1):
                 yield self._buffers[shape][half, first : first + rows]
 
+    def states(self, first: int, rows: int) -> Iterator[NDArray[np.float32]]:
+        """Views `[rows, ...]` of each state besides keys and values, in order."""
+        for states in self._states:
+            yield states[first : first + rows]
+
+    def begin(self, slot: int) -> None:
+        """Let a row begin in `slot`: the states are those of an empty text."""
+        self.lengths[slot] = 0
+        for states in self._states:
+            states[slot] = 0
+
+    def state(self, slot: int) -> tuple[int, list[NDArray[np.float32]]]:
+        """How long the row in `slot` is, and copies of its states, for `restore`."""
+        return int(self.lengths[slot]), [states[slot].copy() for states in self._states]
+
+    def restore(self, slot: int, state: tuple[int, list[NDArray[np.float32]]]) -> None:
+        """Let the row in `slot`, which has only got longer since, be what it was at `state`."""
+        self.lengths[slot], kept = state
+        for states, one in zip(self._states, kept, strict=True):
+            states[slot] = one
+
     def take(
         self, parents: Sequence[int] | NDArray[np.int64], start: int | NDArray[np.int64] = 0
     ) -> None:
@@ -83,6 +114,8 @@ class Cache:
         moved = np.flatnonzero(parents != np.arange(len(parents)))
         sources = parents[moved]
         lengths = self.lengths[parents]
+        for states in self._states:
+            states[moved] = states[sources]
         starts = np.broadcast_to(start, parents.shape)[moved]
         if (sources < moved).all() or set(sources.tolist()).isdisjoint(moved.tolist()):
             # From the last slot on, nothing is overwritten that is still to be read.
@@ -105,6 +138,8 @@ class Cache:
         """Forget what `slot` holds from `length` on."""
         if not 0 <= length <= self.lengths[slot]:
             raise ValueError(f"slot {slot} holds {self.lengths[slot]} tokens, not {length}")
+        if self._states and length != self.lengths[slot]:
+            raise ValueError("states of a recurrence cannot be trimmed: restore an earlier one")
         self.lengths[slot] = length
 
     def reserve(self, rows: int, capacity: int) -> None:
@@ -113,8 +148,11 @@ class Cache:
             return
         capacity = -(-capacity // STEP) * STEP
         old, old_rows, old_lengths = self._buffers, self.rows, self.lengths
+        old_states = self._states
         self.rows, self.capacity = max(rows, self.rows), max(capacity, self.capacity)
-        self._buffers = self._allocate()
+        self._buffers, self._states = self._allocate(), self._no_states()
+        for states, before in zip(self._states, old_states, strict=True):
+            states[:old_rows] = before
         self.bindings.clear()
         self.lengths = np.zeros(self.rows, np.int64)
         self.lengths[:old_rows] = old_lengths
@@ -125,7 +163,7 @@ class Cache:
     @property
     def size(self) -> int:
         """The bytes of the buffers, reached or not."""
-        return sum(buffer.nbytes for buffer in self._buffers.values())
+        return sum(part.nbytes for part in (*self._buffers.values(), *self._states))
 
     @property
     def layout(self) -> str:

@@ -156,7 +156,7 @@ def prepare(
     """
     config = _mapping(objects.generation_config)
     params = _with_padding(resolve(defaults, config, knobs), model, {**(config or {}), **knobs})
-    prefix.check(objects.prefix_cache)
+    prefix.check(objects.prefix_cache, bool(model.info.states))
     prompts = read(model, params, ids, objects.attention_mask)
     if ids is None and objects.among_tensors:
         prompts = replace(prompts, kind="torch")
@@ -345,6 +345,10 @@ def _draft(model: Model, params: Params, assistant: Any) -> lookup.Draft | None:
     helper = getattr(assistant, "model", None)
     if not isinstance(helper, Model):
         raise ValueError(f"assistant_model must be a fastgen model, got {type(assistant).__name__}")
+    if helper.info.states:
+        raise ValueError(
+            "assistant_model keeps recurrent state, which cannot take back a guess: use another"
+        )
     ours, theirs = model.info.vocab_size, helper.info.vocab_size
     if ours != theirs:
         raise ValueError(f"assistant_model has a vocabulary of {theirs}, the model of {ours}")

@@ -130,26 +130,49 @@ class Speculation(Batch):
 
     def _read(self, guesses: Sequence[NDArray[np.int64]]) -> list[Event]:
         """Read the guesses, and keep what holds."""
-        held = self.cache.lengths[: len(self.rows)].copy()
-        logits = self._verify(guesses)
+        new = [
+            np.append(row.ids[row.length - 1], guess)
+            for row, guess in zip(self.rows, guesses, strict=True)
+        ]
+        before = [self.cache.state(slot) for slot in range(len(new))]
+        logits = self._verify(new)
         events: list[Event] = []
         for places in self._alike():
             events += _accept(
                 [self.rows[i] for i in places], [guesses[i] for i in places], logits[places]
             )
-        for slot, row in enumerate(self.rows):
-            kept = sum(event.row is row for event in events)
-            self.cache.trim(slot, int(held[slot]) + kept)
+        kept = [sum(event.row is row for event in events) for row in self.rows]
+        self._roll_back(new, kept, before)
         self._end_step()
         return events
 
-    def _verify(self, guesses: Sequence[NDArray[np.int64]]) -> NDArray[np.float32]:
-        """float32 [rows, longest + 1, vocab]: logits after the last token and each guessed one."""
-        new = [
-            np.append(row.ids[row.length - 1], guess)
-            for row, guess in zip(self.rows, guesses, strict=True)
+    def _roll_back(
+        self,
+        new: Sequence[NDArray[np.int64]],
+        kept: Sequence[int],
+        before: Sequence[tuple[int, list[NDArray[np.float32]]]],
+    ) -> None:
+        """Let the cache hold `kept` of the tokens that were read, and no more.
+
+        Keys and values are forgotten; states become those of before, and read what was kept again.
+        """
+        if not self.model.info.states:
+            for slot, (held, _) in enumerate(before):
+                self.cache.trim(slot, held + kept[slot])
+            return
+        again = [
+            tokens[:count] if count < len(tokens) else tokens[:0]
+            for tokens, count in zip(new, kept, strict=True)
         ]
-        ends = np.array([[len(guess)] for guess in guesses])
+        for slot, tokens in enumerate(again):
+            if len(tokens):
+                self.cache.restore(slot, before[slot])
+        if any(map(len, again)):
+            self.model.forward(again, self.cache, 0, np.zeros((len(again), 0), np.int64))
+
+    def _verify(self, new: Sequence[NDArray[np.int64]]) -> NDArray[np.float32]:
+        """float32 [rows, longest of new, vocab]: logits after each new token."""
+        ends = np.array([[len(tokens) - 1] for tokens in new])
         positions = np.minimum(np.arange(ends.max() + 1), ends)
         return self.model.forward(new, self.cache, logits_positions=positions)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -32,6 +33,7 @@ INFO = "fastgen.json"
 WEIGHTS = GRAPH + ".data"
 PRECISIONS = ("fp32", "int8", "int4")
 THREADS_A_CPU = 8  # that may be asked for; more than one gains nothing
+MOST_LAYERS = 2**12
 SPIN_US = "2000"  # microseconds that threads spin for more work
 KEPT_BINDINGS = 16  # shapes of call that stay bound to a cache
 SPARE_BYTES = 128 << 20  # of a cache that is kept for the next call, at most
@@ -50,7 +52,8 @@ class ModelInfo:
         vocab_size: rows of the embedding; ids are below it.
         max_length: positions that the model was made for; None without limit.
         hard_limit: whether it cannot compute a position beyond them (learned positions).
-        layers: (kv_heads, head_dim) of each layer.
+        layers: (kv_heads, head_dim) of each layer with keys and values.
+        states: shapes of what else is kept of a row, float32.
         files: size in bytes of every file of the directory.
         cache_dtype: of the stored keys and values, "float32" or "int8".
         digests: sha256 of the files, hexadecimal; older exports wrote none.
@@ -67,6 +70,7 @@ class ModelInfo:
     layers: tuple[tuple[int, int], ...]
     files: dict[str, int]
     cache_dtype: str = "float32"
+    states: tuple[tuple[int, ...], ...] = ()
     digests: dict[str, str] = field(default_factory=dict)
     name: str = ""
     parameters: int = 0
@@ -83,6 +87,11 @@ class ModelInfo:
         return (
             sum(2 * heads * dim for heads, dim in self.layers) * np.dtype(self.cache_dtype).itemsize
         )
+
+    @property
+    def state_bytes(self) -> int:
+        """Of the states of one row, however long it is."""
+        return sum(math.prod(shape) for shape in self.states) * np.dtype(np.float32).itemsize
 
     @staticmethod
     def read(directory: Path) -> ModelInfo:
@@ -160,7 +169,7 @@ def _described(directory: Path) -> ModelInfo:
                 f"`fastgen export {directory} OUT`, or load it with CausalLM.from_pretrained"
             )
         raise ModelError(f"{directory} is not a fastgen model directory: it has no {INFO}")
-    found = {"cache_dtype": "float32", "name": "", "parameters": 0, "fastgen": "?"}
+    found = {"cache_dtype": "float32", "name": "", "parameters": 0, "fastgen": "?", "states": []}
     found |= jsonfile.read(path)
     field = functools.partial(take, found, path)
     version = field("format", lambda v: is_count(v, 2**31), f"a number such as {FORMAT}")
@@ -175,6 +184,8 @@ def _described(directory: Path) -> ModelInfo:
             f"{path} has keys and values in {cache_dtype}, this fastgen stores "
             f"{' or '.join(CACHE_DTYPES)}: use a newer one"
         )
+    if not found.get("layers") and not found["states"]:
+        raise jsonfile.damaged(path, "it has neither layers nor states")
     files = field("files", _are_files, "an object of names in the directory and their sizes")
     return ModelInfo(
         precision=field("precision", lambda v: v in PRECISIONS, " or ".join(PRECISIONS)),
@@ -190,6 +201,7 @@ def _described(directory: Path) -> ModelInfo:
         ),
         files={n: one["bytes"] if isinstance(one, dict) else one for n, one in files.items()},
         cache_dtype=cache_dtype,
+        states=tuple(map(tuple, field("states", _are_states, "a list of lists of sizes"))),
         digests={n: one["sha256"] for n, one in files.items() if isinstance(one, dict)},
         name=field("name", lambda v: isinstance(v, str), "text"),
         parameters=field("parameters", lambda v: is_count(v, 2**60, 0), "an integer"),
@@ -198,7 +210,17 @@ def _described(directory: Path) -> ModelInfo:
 
 
 def _are_layers(value: Any) -> bool:
-    return isinstance(value, list) and 0 < len(value) <= 2**12 and all(map(_is_layer, value))
+    return isinstance(value, list) and len(value) <= MOST_LAYERS and all(map(_is_layer, value))
+
+
+def _are_states(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) <= 4 * MOST_LAYERS
+        and all(isinstance(one, list) and 0 < len(one) <= 4 for one in value)
+        and all(is_count(n, 2**20) for one in value for n in one)
+        and all(math.prod(one) < 2**31 for one in value)
+    )
 
 
 def _is_layer(value: Any) -> bool:
@@ -259,9 +281,11 @@ class Model:
         layers = range(len(self.info.layers))
         past = [f"past_key_values.{i}.{kind}" for i in layers for kind in ("key", "value")]
         present = [f"present.{i}.{kind}" for i in layers for kind in ("key", "value")]
+        numbers = range(len(self.info.states))
+        held, left = ([f"{when}_state.{i}" for i in numbers] for when in ("past", "present"))
         for what, found, expected in (
-            ("inputs", self.session.get_inputs(), [*_Call.INPUTS, *past]),
-            ("outputs", self.session.get_outputs(), ["logits", *present]),
+            ("inputs", self.session.get_inputs(), [*_Call.INPUTS, *past, *held]),
+            ("outputs", self.session.get_outputs(), ["logits", *present, *left]),
         ):
             names = [value.name for value in found]
             if sorted(names) != sorted(expected):
@@ -272,7 +296,7 @@ class Model:
                 )
         kinds = {value.type for value in self.session.get_inputs() if value.name in past}
         expected_kind = CACHE_DTYPES[self.info.cache_dtype]
-        if kinds != {expected_kind}:
+        if past and kinds != {expected_kind}:
             raise ModelError(
                 f"{self.directory / GRAPH} takes keys and values as {', '.join(sorted(kinds))}, "
                 f"expected {expected_kind}"
@@ -281,13 +305,15 @@ class Model:
         shapes = {"logits": (None, None, self.info.vocab_size)}
         for i, (heads, dim) in enumerate(self.info.layers):
             shapes |= dict.fromkeys(past[2 * i : 2 * i + 2], (None, heads, None, dim))
+        for i, shape in enumerate(self.info.states):
+            shapes |= dict.fromkeys((held[i], left[i]), (None, *shape))
         for value in (*self.session.get_inputs(), *self.session.get_outputs()):
             if not _fits(value.shape, shapes.get(value.name, ())):
                 raise ModelError(
                     f"{self.directory / GRAPH} has {value.name} of shape {value.shape}, "
                     f"{INFO} says {shapes[value.name]}: copy or export the model again"
                 )
-        self.past_names, self.present_names = past, present
+        self.past_names, self.present_names = [*past, *held], [*present, *left]
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -303,7 +329,7 @@ class Model:
 
     def new_cache(self, rows: int, capacity: int) -> Cache:
         """An empty cache for `rows` rows of up to `capacity` tokens."""
-        return Cache(self.info.layers, rows, capacity, self.info.cache_dtype)
+        return Cache(self.info.layers, rows, capacity, self.info.cache_dtype, self.info.states)
 
     def borrow_cache(self, rows: int, capacity: int) -> Cache:
         """As `new_cache`, from memory (and bindings) of an earlier call where there is some."""
@@ -346,6 +372,8 @@ class Model:
         width, keep = max(counts), 1 if logits_positions is None else logits_positions.shape[1]
         call = self._bound(cache, first, len(new), width, keep)
         held = cache.lengths[first : first + len(new)]
+        for slot in np.flatnonzero(held == 0).tolist() if self.info.states else ():
+            cache.begin(first + slot)
         for row, ids in enumerate(new):
             call.input_ids[row, : counts[row]] = ids
             call.input_ids[row, counts[row] :] = 0
@@ -403,7 +431,7 @@ class _Call:
         for name in self.INPUTS:
             _bind(self.binding.bind_input, name, getattr(self, name))
         _bind(self.binding.bind_output, "logits", self.logits)
-        views = cache.slots(first, rows)
+        views = (*cache.slots(first, rows), *cache.states(first, rows))
         for past, present, view in zip(model.past_names, model.present_names, views, strict=True):
             _bind(self.binding.bind_input, past, view)
             _bind(self.binding.bind_output, present, view)

@@ -306,7 +306,16 @@ def _aligned(
     return held
 
 
-def check(value: Any) -> None:
-    """Raise a ValueError for what is no `PrefixCache` (None is none, and right)."""
+def check(value: Any, stateful: bool) -> None:
+    """Raise a ValueError for what is no `PrefixCache` (None is none, and right).
+
+    Args:
+        stateful: whether the model keeps states besides keys and values, which blocks have not.
+    """
     if value is not None and not isinstance(value, PrefixCache):
         raise ValueError(f"prefix_cache must be a fastgen.PrefixCache, got {type(value).__name__}")
+    if value is not None and stateful:
+        raise ValueError(
+            "prefix_cache keeps keys and values only, and this model keeps recurrent state "
+            "besides: leave it out"
+        )

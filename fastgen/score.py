@@ -44,15 +44,16 @@ def log_probabilities(
     start = held[:0] if prefix is None else prefix[-1:]
     longest = max(len(row) for row in rows)
     together, capacity = min(len(rows), TOGETHER), len(held) + longest + CHUNK
-    size = together * capacity * model.info.cache_bytes
+    size = together * (capacity * model.info.cache_bytes + model.info.state_bytes)
     bounds.check({"keys and values": size}, "shorter texts need less")
     cache = model.new_cache(together, capacity)
     _read(model, cache, held, prefix_cache)
+    begun = cache.state(0)
     out: list[Scores] = [np.empty(0, np.float32)] * len(rows)
     order = sorted(range(len(rows)), key=lambda place: -len(rows[place]))
     for first in range(0, len(rows), TOGETHER):
         places = order[first : first + TOGETHER]
-        cache.trim(0, len(held))
+        cache.restore(0, begun)
         cache.take([0] * len(places))
         found = _predicted(model, cache, [np.concatenate((start, rows[i])) for i in places])
         for place, logprobs in zip(places, found, strict=True):

@@ -25,7 +25,7 @@ EXPECTED = {
 @pytest.fixture(scope="module", params=EXPECTED)
 def converted(request):
     model = tiny.build(request.param)
-    return request.param, graph.convert(model, graph.layers_of(model)), tmp_logits
+    return request.param, graph.convert(model, graph.kept_by(model)), tmp_logits
 
 
 def tmp_logits(model: ir.Model, directory) -> np.ndarray:
@@ -50,8 +50,8 @@ def test_rules_fire_and_keep_the_logits(converted, tmp_path):
 
 def test_a_table_of_rotations_is_what_the_graph_computes_and_ends():
     model = tiny.build("llama")
-    layers = graph.layers_of(model)
-    tabled, computed = (graph.convert(model, layers) for _ in range(2))
+    kept = graph.kept_by(model)
+    tabled, computed = (graph.convert(model, kept) for _ in range(2))
     trim.trim(tabled, 128)
     trim.trim(computed, None)
     assert trim.rotations_are_tabled(tabled) and not trim.rotations_are_tabled(computed)

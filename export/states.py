@@ -1,0 +1,270 @@
+"""State that is no key or value: what convolutions and recurrences keep of a row, of a fixed size.
+
+transformers leads all of it through `Cache.update_conv_state` and `update_recurrent_state`, and
+every recurrence through one of a few functions (`SCANS`). So a cache and these functions stand in
+for all models, as in `attention`: a state is an input and an output of the graph, and a scan is one
+LinearAttention node. Its rules: `gated` S = exp(g) S + k v, `gated_delta` (Yang et al. 2024, arXiv
+2412.06464). Mamba (Gu and Dao 2023, arXiv 2312.00752) and Mamba-2 (2405.21060) are `gated`, with C
+as the query, B as the key and dt x as the value.
+
+Rows are padded on the right. A padded token leaves every state as it is: its decay is 0 (as a
+logarithm) and so is what it adds; of a convolution's inputs the last real ones are kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from fastgen.export.attention import PassingCache, UnsupportedModel
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+
+Tensor = torch.Tensor
+Place = tuple[str, int, int]  # "conv" or "recurrent", the layer, and which of its states
+
+
+@dataclass
+class States:
+    """The states of a model, in the order of the graph's inputs, and one run with them.
+
+    Attributes:
+        shapes: of one row's state, by its place.
+        past: float32 [rows, *shape] each; None while shapes are recorded.
+        query_seqlens: int32 [rows], how many of the new tokens are real; None for all.
+        present: what the run leaves, by place.
+        begun: the state that the next scan starts from.
+    """
+
+    shapes: dict[Place, tuple[int, ...]] = field(default_factory=dict)
+    past: dict[Place, Tensor] | None = None
+    query_seqlens: Tensor | None = None
+    present: dict[Place, Tensor] = field(default_factory=dict)
+    begun: Tensor | None = None
+
+    def leave(self, place: Place, state: Tensor) -> None:
+        if self.past is None:
+            self.shapes[place] = tuple(state.shape[1:])
+        self.present[place] = state
+
+    def real(self, tokens: Tensor) -> Tensor:
+        """float32 [rows, new]: 1 for tokens, 0 for padding, for values [rows, new, ...]."""
+        rows, new = tokens.shape[:2]
+        if self.query_seqlens is None:
+            return torch.ones(rows, new)
+        return (torch.arange(new) < self.query_seqlens[:, None]).float()
+
+
+_current: States | None = None
+
+
+def _run() -> States:
+    if _current is None:
+        raise RuntimeError("states are kept outside of an export")
+    return _current
+
+
+class StatefulCache(PassingCache):
+    """A `PassingCache` whose states come from the graph's inputs and go to its outputs."""
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:
+        return None  # `update_conv_state` puts it in front
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        run = _run()
+        run.begun = None if run.past is None else run.past["recurrent", layer_idx, state_idx]
+        return run.begun
+
+    def update_conv_state(
+        self,
+        conv_states: Tensor,  # [rows, channels, new]
+        layer_idx: int,
+        state_idx: int = 0,
+        conv_kernel_size: int | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        if conv_kernel_size is None:
+            raise UnsupportedModel("it keeps the inputs of a convolution of an unknown width")
+        run, place = _run(), ("conv", layer_idx, state_idx)
+        rows, channels, _ = conv_states.shape
+        kept = conv_kernel_size - 1
+        if run.past is None:
+            run.leave(place, torch.zeros(rows, channels, kept))
+            return F.pad(conv_states, (kept, 0))
+        full = torch.cat([run.past[place], conv_states], dim=-1)
+        assert run.query_seqlens is not None
+        last = run.query_seqlens.long()[:, None] + torch.arange(kept)
+        run.leave(place, full.gather(2, last[:, None].expand(-1, channels, -1)))
+        return full
+
+    def update_recurrent_state(
+        self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
+    ) -> Tensor:
+        _run().leave(("recurrent", layer_idx, state_idx), recurrent_states)
+        return recurrent_states
+
+    def has_previous_state(self, *args: Any, **kwargs: Any) -> bool:
+        return False
+
+    def is_recording_past(self, *args: Any, **kwargs: Any) -> bool:
+        return False
+
+
+def _convolution(
+    hidden_states: Tensor,  # [rows, channels, kernel - 1 + new], as `update_conv_state` gives it
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    **kwargs: Any,
+) -> Tensor:  # [rows, channels, new]
+    out = F.conv1d(hidden_states, weight[:, None], bias, groups=weight.shape[0])
+    return out if activation is None else ACT2FN[activation](out)
+
+
+def _scan(
+    rule: str,
+    query: Tensor,  # [rows, new, heads, d_k]
+    key: Tensor,
+    value: Tensor,  # [rows, new, heads, d_v]
+    decay: Tensor,  # [rows, new, heads] or [rows, new, heads, d_k], logarithms
+    beta: Tensor | None = None,  # [rows, new, heads]
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """One LinearAttention node: what it says [rows, new, heads, d_v], and the state that it leaves.
+
+    The query may have one head for all.
+    """
+    run = _run()
+    rows, new, heads, size = value.shape
+    past = run.begun if run.begun is not None else torch.zeros(rows, heads, key.shape[-1], size)
+    run.begun = None
+    inputs = [one.reshape(rows, new, -1) for one in (query, key, value)]
+    out, present = torch.onnx.ops.symbolic_multi_out(
+        "com.microsoft::LinearAttention",
+        [*inputs, past, decay.reshape(rows, new, -1), beta],
+        {
+            "q_num_heads": query.shape[2], "kv_num_heads": heads, "update_rule": rule,
+            "scale": scale,
+        },
+        dtypes=[torch.float32] * 2,
+        shapes=[[rows, new, heads * size], past.shape],
+        version=1,
+    )  # fmt: skip
+    return out.reshape(rows, new, heads, size), present
+
+
+def _gated_delta(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    use_qk_l2norm_in_kernel: bool = False,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """torch_chunk_gated_delta_rule, and chunk_kimi_delta_attention, whose g is [..., d_k]."""
+    query, key, value = query.float(), key.float(), value.float()
+    if use_qk_l2norm_in_kernel:
+        query, key = (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6) for x in (query, key))
+    shared = value.shape[2] // key.shape[2]
+    if shared > 1:
+        query, key = (x.repeat_interleave(shared, dim=2) for x in (query, key))
+    real = _run().real(value)[..., None]
+    decay = g.float() * (real if g.dim() == 3 else real[..., None])
+    beta = beta.float() * real
+    return _scan("gated_delta", query, key, value, decay, beta, key.shape[-1] ** -0.5)
+
+
+def _mamba2(
+    hidden_states: Tensor,  # [rows, new, heads, head_dim]
+    dt: Tensor,  # [rows, new, heads]
+    A: Tensor,  # [heads]
+    B: Tensor,  # [rows, new, groups, state]
+    C: Tensor,
+    chunk_size: int,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    return_final_states: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """mamba2_chunk_scan."""
+    dt = dt if dt_bias is None else dt + dt_bias
+    dt = F.softplus(dt) if dt_softplus else dt
+    dt = torch.clamp(dt, *dt_limit) * _run().real(hidden_states)[..., None]
+    key, query = (x.repeat_interleave(dt.shape[2] // x.shape[2], dim=2) for x in (B, C))
+    out, state = _scan("gated", query, key, hidden_states * dt[..., None], A * dt)
+    out = out if D is None else out + D[..., None] * hidden_states
+    return (out, state) if return_final_states else out
+
+
+def _mamba(
+    hidden_states: Tensor,  # [rows, channels, new]
+    dt: Tensor,
+    A: Tensor,  # [channels, state]
+    B: Tensor,  # [rows, state, new]
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """mamba_selective_scan: every channel is a head of its own, with values of one number."""
+    dt = dt if delta_bias is None else dt + delta_bias[:, None]
+    dt = F.softplus(dt) if delta_softplus else dt
+    dt = dt.transpose(1, 2)
+    dt = dt * _run().real(dt)[..., None]
+    key = B.transpose(1, 2)[:, :, None].expand(-1, -1, A.shape[0], -1)
+    query = C.transpose(1, 2)[:, :, None]
+    value = (hidden_states.transpose(1, 2) * dt)[..., None]
+    out, state = _scan("gated", query, key, value, A * dt[..., None])
+    out = out[..., 0].transpose(1, 2)
+    out = out if D is None else out + hidden_states * D[:, None]
+    out = out if z is None else out * F.silu(z)
+    return (out, state) if return_last_state else out
+
+
+SCANS: dict[str, Callable[..., Any]] = {
+    "causal_conv1d_fn": _convolution,
+    "torch_chunk_gated_delta_rule": _gated_delta,
+    "chunk_kimi_delta_attention": _gated_delta,
+    "mamba2_chunk_scan": _mamba2,
+    "mamba_selective_scan": _mamba,
+}
+
+
+@contextlib.contextmanager
+def running(model: PreTrainedModel, run: States) -> Iterator[States]:
+    """Run the model's code with the functions of `SCANS`, and its states with `run`'s."""
+    global _current
+    homes = {type(module).__module__ for module in model.modules()}
+    kept = [
+        (vars(sys.modules[home]), name, vars(sys.modules[home])[name])
+        for home in homes
+        for name in SCANS
+        if name in vars(sys.modules[home])
+    ]
+    try:
+        _current = run
+        for names, name, _ in kept:
+            names[name] = SCANS[name]
+        yield run
+    finally:
+        _current = None
+        for names, name, function in kept:
+            names[name] = function
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """What the model's forward calls its cache."""
+    names = inspect.signature(model.forward).parameters
+    return next((name for name in ("past_key_values", "cache_params") if name in names), "")

@@ -1,0 +1,192 @@
+"""Models that keep states besides keys and values: the same answers, whatever moves the rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from test_parity import ragged
+
+import fastgen
+from fastgen import batch
+from fastgen.cache import Cache
+
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 16}
+GATED_DELTA = {
+    "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16, "head_dim": 16, "num_hidden_layers": 4,
+}  # fmt: skip
+
+# One of each mechanism, and what its configuration needs besides the usual.
+KINDS: dict[str, dict[str, Any]] = {
+    "mamba": {"state_size": 8, "intermediate_size": 128},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 2, "chunk_size": 8},
+    "lfm2": {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]},
+    "qwen3_5_text": GATED_DELTA,
+    "bamba": {**MAMBA, "num_hidden_layers": 3, "attn_layer_indices": [1]},
+}
+LENGTHS = (1, 9, 30)
+GREEDY: dict[str, Any] = {"max_new_tokens": 12, "eos_token_id": None, "pad_token_id": 0}
+
+
+@pytest.fixture(scope="module")
+def stateful(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    made: dict[str, Any] = {}
+
+    def make(kind: str) -> Any:
+        if kind not in made:
+            place = tmp_path_factory.mktemp("states") / kind
+            made[kind] = tiny.exported(kind, place, **KINDS[kind])
+        return made[kind]
+
+    return make
+
+
+def alone(theirs: Any, row: list[int], **knobs: Any) -> Any:
+    """What transformers says of a row by itself: padded rows of some types differ there."""
+    return theirs.generate(torch.tensor([row]), **{"do_sample": False, **GREEDY, **knobs})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ragged_rows_say_what_transformers_says_of_each(stateful, kind):
+    theirs, ours = stateful(kind)
+    rows = ragged(1, LENGTHS)
+    kept = {"return_dict_in_generate": True, "output_logits": True}
+    found = ours.generate(rows, **GREEDY, **kept)
+    for place, row in enumerate(rows):
+        expected = alone(theirs, row, **kept)
+        scale = max(float(step.abs().max()) for step in expected.logits)
+        for one, other in zip(expected.logits, found.logits, strict=True):
+            assert np.abs(one[0].numpy() - other[place]).max() <= 1e-4 * scale
+        assert found.sequences[place][30:] == expected.sequences[0, len(row) :].tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "knobs", [{"num_beams": 3}, {"do_sample": True}, {"num_beams": 2, "do_sample": True}], ids=str
+)
+def test_searches_are_those_of_transformers(stateful, kind, knobs):
+    theirs, ours = stateful(kind)
+    for row in ragged(2, LENGTHS):
+        torch.manual_seed(3)
+        expected = alone(theirs, row, **knobs)
+        assert ours.generate([row], **GREEDY, **knobs, seed=3) == expected.tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_says_beside_others_what_it_says_alone(stateful, kind):
+    _, ours = stateful(kind)
+    rows = ragged(4, (2, 31, 7, 19, 1))
+    for knobs in ({}, {"num_beams": 3}, {"do_sample": True, "seed": [1, 2, 3, 4, 5]}):
+        together = ours.generate(rows, **GREEDY, **knobs)
+        for place, row in enumerate(rows):
+            mine = {**knobs, "seed": place + 1} if "seed" in knobs else knobs
+            found = ours.generate([row], **GREEDY, **mine)[0]
+            assert together[place][31 - len(row) :] == found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("chunk", [1, 5])
+def test_prompts_may_be_read_in_chunks(stateful, kind, chunk, monkeypatch):
+    _, ours = stateful(kind)
+    rows = ragged(6, (40, 33, 2))
+    whole = ours.generate(rows, **GREEDY)
+    monkeypatch.setattr(batch, "CHUNK", chunk)
+    monkeypatch.setattr(batch, "TOGETHER", 3 * chunk)
+    assert ours.generate(rows, **GREEDY) == whole
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_join_late_and_leave_early_change_nothing(stateful, kind):
+    _, ours = stateful(kind)
+    rows = ragged(9, (5, 12, 3, 20))
+    ends = [4 + 3 * place for place in range(4)]
+    expected = [ours.generate(row, max_new_tokens=n, eos_token_id=None)[0]
+                for row, n in zip(rows, ends, strict=True)]  # fmt: skip
+    running = batch.Batch(ours.model)
+    requests = []
+    for row, n in zip(rows, ends, strict=True):
+        knobs = {"max_new_tokens": n, "eos_token_id": None}
+        requests.append(ours._call(row, knobs=knobs).request)
+        running.add(requests[-1])
+        running.step()
+    while running.rows:
+        running.step()
+    assert [request.sequences()[0].tolist() for request in requests] == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_guesses_that_do_not_hold_leave_no_trace(stateful, kind, always_guess):
+    _, ours = stateful(kind)
+    rows = [row * 3 for row in ragged(5, (4, 7, 2))]
+    for sampling in ({}, {"do_sample": True, "seed": 2, "top_k": 3}):
+        knobs = {**GREEDY, **sampling}
+        plain = ours.generate(rows, **knobs)
+        assert ours.generate(rows, prompt_lookup_num_tokens=4, **knobs) == plain
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_texts_are_scored_as_transformers_scores_them(stateful, kind):
+    theirs, ours = stateful(kind)
+    rows = ragged(7, (30, 9, 2, 70, 5, 5))
+    found = ours.score(rows)
+    for row, scores in zip(rows, found, strict=True):
+        with torch.no_grad():
+            logits = theirs(torch.tensor([row])).logits[0].log_softmax(-1)
+        expected = logits[torch.arange(len(row) - 1), torch.tensor(row[1:])]
+        np.testing.assert_allclose(scores[1:], expected, atol=2e-3)
+    prefix = rows[0]
+    after = ours.score(rows[1:], prefix=prefix)
+    for row, scores in zip(rows[1:], after, strict=True):
+        np.testing.assert_allclose(scores, ours.score(prefix + row)[30:], atol=1e-4)
+
+
+def test_what_cannot_be_taken_back_is_said(stateful, pair):
+    _, ours = stateful("mamba2")
+    with pytest.raises(ValueError, match="prefix_cache keeps keys and values only"):
+        ours.generate([5, 6], max_new_tokens=3, prefix_cache=fastgen.PrefixCache())
+    with pytest.raises(ValueError, match="assistant_model keeps recurrent state"):
+        pair("llama")[1].generate([5, 6], max_new_tokens=3, assistant_model=ours)
+
+
+def test_states_move_with_their_rows():
+    cache = Cache([(1, 2)], rows=3, capacity=4, states=[(2,), (1, 3)])
+    for slot in range(3):
+        for states in cache.states(0, 3):
+            states[slot] = slot + 1
+    cache.lengths[:] = [1, 2, 3]
+    cache.take([2, 0])
+    assert [states[:2].ravel()[0] for states in cache.states(0, 3)] == [3, 3]
+    assert [int(states[1].ravel()[0]) for states in cache.states(0, 3)] == [1, 1]
+    kept = cache.state(1)
+    cache.reserve(5, 400)
+    assert [int(states[0].ravel()[0]) for states in cache.states(0, 5)] == [3, 3]
+    cache.begin(1)
+    assert cache.lengths[1] == 0 and not any(states[1].any() for states in cache.states(0, 5))
+    cache.restore(1, kept)
+    assert cache.lengths[1] == 1 and all((states[1] == 1).all() for states in cache.states(0, 5))
+    with pytest.raises(ValueError, match="cannot be trimmed"):
+        cache.trim(0, 2)
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("kind", ["mamba2", "lfm2"])
+def test_quantised_rows_are_independent(kind, precision, tmp_path: Path):
+    model = tiny.build(kind, **KINDS[kind])
+    fastgen_export(model, tmp_path / "out", precision)
+    ours = fastgen.load(tmp_path / "out")
+    rows = ragged(3, (3, 12, 7))
+    together = ours.generate(rows, **GREEDY)
+    for place, row in enumerate(rows):
+        assert together[place][12 - len(row) :] == ours.generate([row], **GREEDY)[0]
+
+
+def fastgen_export(model: Any, out: Path, precision: str) -> None:
+    from fastgen.export import export
+
+    export(model, out, precision=precision, allow_mismatch=True, progress=None,
+           tokenizer=tiny.tokenizer())  # fmt: skip
