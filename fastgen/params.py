@@ -285,7 +285,13 @@ def resolve(
             )
     knobs = {name: value for name, value in merged.items() if name in NAMES}
     knobs |= {name: _OFF.get(name) for name, value in knobs.items() if value is None}
-    return Params(**knobs)
+    try:
+        return Params(**knobs)
+    except ValueError as error:
+        name = str(error).partition(" ")[0].partition("=")[0]
+        if name in own and name not in given and name not in kwargs:
+            raise ValueError(f"{error} (the model's own default)") from error
+        raise
 
 
 KNOWN = NAMES | set(INERT) | set(UNSUPPORTED)

@@ -563,6 +563,16 @@ def test_a_negative_prompt_beyond_learned_positions(pair):
     model.generate([5], negative_prompt_ids=[6] * 120, **knobs)
 
 
+def test_a_bad_default_of_the_model_is_called_so(both):
+    ours = fastgen.load(both[1].directory)
+    ours.generation_config.top_k = -1
+    words = r"top_k must be zero or more, got -1 \(the model's own default\)"
+    refused(lambda: ours.generate([5, 6], **GREEDY), words)
+    refused(
+        lambda: ours.generate([5, 6], top_k=-2, **GREEDY), "top_k must be zero or more, got -2$"
+    )
+
+
 # -- Memory ---------------------------------------------------------------------------------------
 
 
