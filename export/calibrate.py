@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -54,19 +55,38 @@ def activations(
 ) -> Iterator[dict[ir.Value, Floats]]:
     """float32 [tokens, in] of each distinct input of `products`, on `rows`, a few inputs at a time.
 
+    See `values`.
+    """
+    inputs = dict.fromkeys(product.node.inputs[0] for product in products)
+    weights = sum(product.weight.nbytes for product in products)
+    return values(model, [(value,) for value in inputs], rows, weights)
+
+
+def values(
+    model: ir.Model,
+    groups: Sequence[Sequence[ir.Value]],
+    rows: Sequence[NDArray[np.int64]],
+    weights: int,
+) -> Iterator[dict[ir.Value, Floats]]:
+    """float32 [tokens, size] of the values of a graph, on `rows`, a few groups at a time.
+
     The graph runs with these values as further outputs, one row at a time, and once for every
     part of them: together they can be larger than the model. What is yielded is the caller's to
     drop before the next part.
+
+    Args:
+        groups: values that are wanted at the same time.
+        weights: bytes of the matrices that are quantised.
     """
-    values = list(dict.fromkeys(product.node.inputs[0] for product in products))
-    weights = sum(product.weight.nbytes for product in products)
     tokens = sum(map(len, rows))
     most = max(LEAST_BYTES, int(SHARE * weights))
-    with running(model, values) as session:
-        for part in parts(values, [4 * tokens * _width(value) for value in values], most):
-            names = [str(value.name) for value in part]
+    sizes = [sum(4 * tokens * _width(value) for value in group) for group in groups]
+    with running(model, [value for group in groups for value in group]) as session:
+        for part in parts(groups, sizes, most):
+            wanted = [value for group in part for value in group]
+            names = [str(value.name) for value in wanted]
             seen: dict[ir.Value, Floats] = {
-                value: np.empty((tokens, _width(value)), np.float32) for value in part
+                value: np.empty((tokens, _width(value)), np.float32) for value in wanted
             }
             at = 0
             for row in rows:
@@ -77,15 +97,15 @@ def activations(
             yield seen
 
 
-def parts(values: Sequence[ir.Value], sizes: Sequence[int], most: int) -> Iterator[list[ir.Value]]:
-    """Neighbours of `values` whose sizes add up to `most` at most; each has one value at least."""
-    part: list[ir.Value] = []
+def parts(groups: Sequence[Any], sizes: Sequence[int], most: int) -> Iterator[list[Any]]:
+    """Neighbours of `groups` whose sizes add up to `most` at most; each has one at least."""
+    part: list[Any] = []
     size = 0
-    for value, more in zip(values, sizes, strict=True):
+    for group, more in zip(groups, sizes, strict=True):
         if part and size + more > most:
             yield part
             part, size = [], 0
-        part.append(value)
+        part.append(group)
         size += more
     if part:
         yield part

@@ -242,9 +242,13 @@ class _Job:
         precision = self.wishes.precision
         with self.shown.step(f"quantise to {precision}") as found:
             used = calibration[: calibrate.TOKENS // calibrate.ROW]
-            made, smoothed = recipe.make(converted, precision, used, self.shown.part)
+            made, smoothed, reached = recipe.make(converted, precision, used, self.shown.part)
             wide = [one.name for one in made if one.wide]
             found.append(f"{len(made)} matrices, {len(wide)} kept wider, {len(smoothed)} smoothed")
+            if reached:
+                unreached = sum(len(one.unreached) for one in reached)
+                experts = sum(one.experts for one in reached)
+                found.append(f"the text came to all but {unreached} of {experts} experts")
         report = self.write(converted, to, precision)
         rows = evaluation[: calibrate.TOKENS // calibrate.ROW]
         report |= self._compare_text(precision, to, rows) | {
@@ -252,6 +256,8 @@ class _Job:
             "wider": wide,
             "smoothed": smoothed,
         }
+        if reached:
+            report["experts"] = [asdict(one) for one in reached]
         self.judge(report)
         return report
 

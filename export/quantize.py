@@ -23,6 +23,7 @@ from fastgen.export.trim import (
     constant,
     insert,
     rank,
+    routers,
     take_place,
 )
 from numpy.typing import NDArray
@@ -91,10 +92,13 @@ class Product:
 
 
 def products(graph: ir.Graph) -> list[Product]:
-    """Every product with a constant matrix, in the order of the graph."""
+    """Every product with a constant matrix, in the order of the graph; routers stay as they are."""
     found = []
+    apart = routers(graph)
     for node in graph:
         if node.op_type not in ("MatMul", "FusedMatMul") or rank(node.inputs[1]) != 2:
+            continue
+        if node in apart:
             continue
         weight = constant(node.inputs[1])
         if weight is None or weight.dtype != np.float32:

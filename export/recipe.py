@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
-from fastgen.export import calibrate, smooth
+from fastgen.export import calibrate, experts, smooth
 from fastgen.export.gptq import gptq, search_scales
 from fastgen.export.quantize import (
     W8A8,
@@ -34,18 +34,22 @@ class Recipe:
         layer: of the decoder's matrices.
         head: of `lm_head`, and of the embedding that shares its matrix.
         wide: of matrices whose error is out of line.
+        experts: of the experts of a mixture.
     """
 
     layer: Kernel
     head: Kernel
     wide: Kernel
+    experts: Kernel
 
 
 # `lm_head` runs at a few positions only, where MatMulNBits is the fastest, and its codes serve the
 # embedding too. Block sizes: see bench/README.md.
 RECIPES = {
-    "int8": Recipe(layer=W8A8, head=Kernel(8, 256), wide=Kernel(8, 32)),
-    "int4": Recipe(layer=Kernel(4, 128), head=Kernel(4, 128), wide=Kernel(8, 128)),
+    "int8": Recipe(layer=W8A8, head=Kernel(8, 256), wide=Kernel(8, 32), experts=Kernel(8)),
+    "int4": Recipe(
+        layer=Kernel(4, 128), head=Kernel(4, 128), wide=Kernel(8, 128), experts=Kernel(4, 128)
+    ),
 }
 
 
@@ -70,7 +74,7 @@ def make(
     precision: str,
     rows: Sequence[NDArray[np.int64]],
     shown: Callable[[int, int], None],
-) -> tuple[list[Made], list[str]]:
+) -> tuple[list[Made], list[str], list[experts.Reached]]:
     """Quantise a trimmed graph in place.
 
     Activations are looked at a part of the graph at a time, and what is chosen for a matrix is
@@ -83,9 +87,11 @@ def make(
         shown: called with the number of matrices done and their total, as they are.
 
     Returns:
-        What became of each matrix, and the names of those that were smoothed.
+        What became of each matrix, the names of those that were smoothed, and which experts the
+        calibration text came to.
     """
     recipe = RECIPES[precision]
+    mixed, reached = experts.plan(model, recipe.experts, rows, shown)
     found = products(model.graph)
     plans: dict[str, Plan] = {}
     smoothed: list[str] = []
@@ -105,8 +111,12 @@ def make(
         for p in found
         for plan in [plans[p.name]]
     ]
+    made += [
+        Made(name, str(stored.kernel), round(stored.error, 6), wide=False)
+        for name, stored in experts.quantize(model, mixed)
+    ]
     quantize(model, lambda product: plans.pop(product.name).choice)
-    return made, smoothed
+    return made, smoothed, reached
 
 
 def _smoothed(

@@ -89,6 +89,37 @@ def rank(value: ir.Value | None) -> int | None:
     return None if value is None or value.shape is None else len(value.shape)
 
 
+def is_plain(gemm: ir.Node) -> bool:
+    """Whether a Gemm is a product and a sum, and nothing else."""
+    attributes = gemm.attributes
+    return (
+        attributes.get_float("alpha", 1.0) == 1
+        and attributes.get_float("beta", 1.0) == 1
+        and attributes.get_int("transA", 0) == 0
+    )
+
+
+def routers(graph: ir.Graph) -> set[ir.Node]:
+    """Products that choose among experts: the last ones before the k largest are taken.
+
+    What they choose jumps where two are close: they stay by themselves, and in float32.
+    """
+    found: set[ir.Node] = set()
+    seen: set[ir.Node] = set()
+    pending = [node.inputs[0] for node in graph if node.op_type == "TopK"]
+    while pending:
+        value = pending.pop()
+        node = None if value is None else value.producer()
+        if node is None or node in seen or node.op_type == "Shape":
+            continue
+        seen.add(node)
+        if node.op_type == "MatMul" and constant(node.inputs[1]) is not None:
+            found.add(node)
+        else:
+            pending += node.inputs
+    return found
+
+
 # Changing it
 
 
@@ -192,7 +223,7 @@ def products_without_reshapes(graph: ir.Graph) -> int:
     """Reshape, Gemm, Reshape on [rows, new, in] is MatMul and Add: neither needs two dimensions."""
     fired = 0
     for node in list(graph):
-        if node.op_type != "Gemm" or not _is_plain(node):
+        if node.op_type != "Gemm" or not is_plain(node):
             continue
         before = producer(node.inputs[0], "Reshape")
         uses = node.outputs[0].uses()
@@ -294,11 +325,13 @@ def pack_attention(model: ir.Model, max_length: int | None) -> int:
 def merge_products(graph: ir.Graph) -> int:
     """Products of one activation with several matrices are one product, split afterwards."""
     fired = 0
+    apart = routers(graph)
     for value in [output for node in list(graph) for output in node.outputs]:
         siblings = [
             use.node
             for use in value.uses()
             if use.node.op_type == "MatMul"
+            and use.node not in apart
             and use.idx == 0
             and rank(use.node.inputs[1]) == 2
             and constant(use.node.inputs[1]) is not None
@@ -331,15 +364,6 @@ def _equal(one: NDArray[np.generic], other: NDArray[np.generic]) -> bool:
     step = max(1, (1 << 22) // one.shape[1])
     return all(
         np.array_equal(one[i : i + step], other[i : i + step]) for i in range(0, len(one), step)
-    )
-
-
-def _is_plain(gemm: ir.Node) -> bool:
-    attributes = gemm.attributes
-    return (
-        attributes.get_float("alpha", 1.0) == 1
-        and attributes.get_float("beta", 1.0) == 1
-        and attributes.get_int("transA", 0) == 0
     )
 
 
