@@ -102,7 +102,9 @@ def probes(
     """Ragged rows of ids: real text where there is a tokenizer, one row longer than a window."""
     config = model.config.get_text_config(decoder=True)
     limit = getattr(config, "max_position_embeddings", None) or 1 << 20
-    vocab = model.get_input_embeddings().num_embeddings
+    # Ids that it both reads and says: some read more (of images), some say more (padding).
+    vocab = min(table().weight.shape[0] for table in
+                (model.get_input_embeddings, model.get_output_embeddings))  # fmt: skip
     rows = []
     if tokenizer is not None:
         rows = [np.array(tokenizer(text)["input_ids"], np.int64) for text in TEXTS]

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import transformers
-from fastgen.export import refuse
+from fastgen.export import refuse, rope
 from fastgen.export.attention import UnsupportedModel
 from fastgen.export.check import TEXTS
 from transformers import (
@@ -75,12 +75,13 @@ def load(name_or_path: str | os.PathLike[str], revision: str | None = None) -> S
     with refuse.by_name(config.model_type):
         refuse.configuration(config)
         model = _model(path, config)
+        rope.settle(model)
     tokenizer, note = _tokenizer(path)
     return Source(name, model.eval(), tokenizer, note)
 
 
 def of_object(model: PreTrainedModel, tokenizer: object | None) -> Source:
-    """A model object as a source; it is copied if it is not in float32 on the CPU."""
+    """A model object as a source; it is copied where what is exported is another one."""
     devices = {p.device.type for p in model.parameters()}
     if "meta" in devices:
         raise UnsupportedModel(f"{model.config.model_type} has no weights: it is on device 'meta'")
@@ -88,6 +89,9 @@ def of_object(model: PreTrainedModel, tokenizer: object | None) -> Source:
         p.dtype != torch.float32 for p in model.parameters() if p.is_floating_point()
     ):
         model = copy.deepcopy(model).float().cpu()
+    elif rope.limit(model) is not None:
+        model = copy.deepcopy(model)
+    rope.settle(model)
     fast, note = _fast(tokenizer) if tokenizer is not None else (None, "no tokenizer was given")
     said = model.config.name_or_path
     place = Path(said)

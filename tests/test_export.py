@@ -375,8 +375,6 @@ def test_a_vocabulary_larger_than_the_tokenizer(pair):
 
 # --- what is refused ---------------------------------------------------------------------------
 
-_LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4,
-         "long_factor": [3.0] * 4, "original_max_position_embeddings": 4096}  # fmt: skip
 _MLA = {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4,
         "qk_nope_head_dim": 8, "v_head_dim": 8, "first_k_dense_replace": 2, "n_routed_experts": 4,
         "moe_intermediate_size": 16, "num_experts_per_tok": 2, "n_group": 1,
@@ -400,12 +398,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "llama4_text": ("llama4_text", {"head_dim": 8, "num_local_experts": 1, "moe_layers": [],
                                     "attention_chunk_size": 8, "intermediate_size_mlp": 48},
                     "chunked attention"),
-    "dynamic rope": ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0,
-                                                   "rope_theta": 1e4}}, "'dynamic'"),
-    # Its switch lies far beyond what the export compares: it would pass, and be wrong there.
-    "longrope": ("phi3", {"rope_parameters": _LONG, "max_position_embeddings": 8192,
-                          "original_max_position_embeddings": 4096, "hidden_size": 32,
-                          "num_attention_heads": 4}, "'longrope'"),
     "roberta": ("roberta", {}, "mask is not causal"),
     "diffllama": ("diffllama", {}, "did not just write"),
 }  # fmt: skip
@@ -542,6 +534,14 @@ def test_time_is_told_apart_by_kind_of_step(pair):
 def test_int8_is_the_precision_where_none_is_asked_for(gpt2, tmp_path):
     out = pipeline.export(gpt2, tmp_path / "out", progress=None)
     assert fastgen.load(out).model.info.precision == "int8"
+
+
+def test_the_probes_are_ids_that_a_model_both_reads_and_says():
+    model = tiny.build("llama")
+    model.model.embed_tokens = torch.nn.Embedding(tiny.VOCAB + 900, 64)  # images', say
+    assert max(row.max() for row in check.probes(model, None, [])) < tiny.VOCAB
+    model.lm_head = torch.nn.Linear(64, tiny.VOCAB + 9000)
+    assert max(row.max() for row in check.probes(model, None, [])) < tiny.VOCAB + 900
 
 
 @pytest.fixture
