@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
+from fastgen.export import rope
 from fastgen.export.attention import UnsupportedModel
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -90,9 +91,12 @@ def model(model: PreTrainedModel) -> None:
 
 
 def _rope_types(model: PreTrainedModel) -> Iterator[str]:
-    """The rotations that the modules use: one name, or one for each kind of layer."""
+    """The rotations that the modules use: one name, or one for each kind of layer.
+
+    Without those that `rope` has settled.
+    """
     for module in model.modules():
-        kinds = getattr(module, "rope_type", None)
+        kinds = None if rope.settled(module) else getattr(module, "rope_type", None)
         yield from (kinds,) if isinstance(kinds, str) else (kinds or {}).values()
 
 
