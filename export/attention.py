@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,9 +22,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import DynamicCache
 
 Bias = Callable[[torch.Tensor], torch.Tensor]  # positions [total] -> [num_heads, total]
+# Whether a query sees a key, by their positions: bool of the two shapes, broadcast.
+Seen = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 NAME = "fastgen"  # what `attn_implementation` is while a model is exported
 HEAD_DIM_STEP = 8  # GroupQueryAttention takes heads of a multiple of it, one size for all three
-FURTHEST = 1 << 21  # distances up to which a mask is looked at; a longer window is no window
+FURTHEST = 1 << 21  # positions up to which a mask is looked at; a longer window is no window
 
 # Keywords that models pass to every attention function and that do not change its result:
 # what they mean is in the mask, in `layer`, or concerns training.
@@ -47,6 +50,7 @@ class Layer:
     head_dim: int  # of the buffers: queries, keys and values are padded to it
     scale: float
     window: int | None = None  # tokens a query sees, itself included; None for all
+    seen: Seen | None = None  # which of them it sees, where that is no window
     softcap: float = 0.0
     sinks: bool = False
 
@@ -72,7 +76,7 @@ class Pass:
     # By layer, what is attended where that is not what was written but made of it (recording).
     derived: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     # By id of a mask, its window, or why it has none.
-    windows: dict[int, int | UnsupportedModel | None] = field(default_factory=dict)
+    windows: dict[int, int | Seen | UnsupportedModel | None] = field(default_factory=dict)
     masks: list[torch.Tensor] = field(default_factory=list)  # kept alive: ids stay unique
 
 
@@ -165,7 +169,7 @@ def attend(
     key: torch.Tensor,
     value: torch.Tensor,
     scale: float,
-    window: int | None = None,
+    window: int | Seen | None = None,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
     bias: Bias | None = None,
@@ -177,13 +181,11 @@ def attend(
         bias: of a score, which depends on the head and the key's position alone.
     """
     assert _current is not None
-    pending, _current.pending = _current.pending, None
-    if pending is None:
-        raise UnsupportedModel("a layer attends to keys and values that it did not just write")
+    written, _current.pending = _current.pending, None
     if _current.feed is not None:
         return _emit(query, key, value, sinks, bias)
     layer = _describe(query, key, value, scale, window, softcap, sinks is not None)
-    if pending[0] is not key or pending[1] is not value:
+    if written is None or written[0] is not key or written[1] is not value:
         _current.derived[len(_current.layers)] = (key, value)
     _current.layers.append(layer)
     return _reference(query, key, value, layer, bias)
@@ -225,7 +227,7 @@ def _describe(
     key: torch.Tensor,
     value: torch.Tensor,
     scale: float,
-    window: int | None,
+    window: int | Seen | None,
     softcap: float,
     sinks: bool,
 ) -> Layer:
@@ -250,7 +252,8 @@ def _describe(
         kv_heads=key.shape[1],
         head_dim=-(-max(head_dim, value.shape[-1]) // HEAD_DIM_STEP) * HEAD_DIM_STEP,
         scale=scale,
-        window=window,
+        window=window if isinstance(window, int) else None,
+        seen=window if callable(window) else None,
         softcap=softcap,
         sinks=sinks,
     )
@@ -301,11 +304,9 @@ def _emit(
     if layer.softcap:
         attributes["softcap"] = layer.softcap
     head_sink = None if sinks is None else sinks.reshape(-1)
-    added = None  # [1, num_heads, new, total]: the key of position j is the buffer's key j
-    if bias is not None:
-        total = feed.total_sequence_length.item()
-        torch._check(total >= 0)
-        added = bias(torch.arange(total))[None, :, None].expand(-1, -1, new, -1)
+    added = None
+    if bias is not None or layer.seen is not None:
+        added = _added(feed, new, bias, layer.seen)
     out, present_key, present_value = torch.onnx.ops.symbolic_multi_out(
         "com.microsoft::GroupQueryAttention",
         # cos, sin, position_ids | attention_bias, sink | k_scale, v_scale, q_norm, k_norm
@@ -322,6 +323,24 @@ def _emit(
     return out if value.shape[-1] == layer.head_dim else out[..., : value.shape[-1]]
 
 
+def _added(feed: Feed, new: int, bias: Bias | None, seen: Seen | None) -> torch.Tensor:
+    """What is added to the scores: float32 [rows or 1, num_heads or 1, new, total].
+
+    The key of position j is the buffer's key j. What the kernel masks is anything here.
+    """
+    total = feed.total_sequence_length.item()
+    torch._check(total >= 0)
+    keys = torch.arange(total)
+    added = torch.zeros(1, 1, new, 1)
+    if bias is not None:
+        added = added + bias(keys)[None, :, None]
+    if seen is not None:
+        first = feed.seqlens_k + 1 - feed.query_seqlens
+        queries = first[:, None, None, None] + torch.arange(new)[:, None]
+        added = torch.where(seen(queries, keys), added, torch.finfo(torch.float32).min)
+    return added
+
+
 def mask(**kwargs: Any) -> torch.Tensor | None:
     """The mask function beside `attention`: a token while recording, nothing in the graph.
 
@@ -333,33 +352,54 @@ def mask(**kwargs: Any) -> torch.Tensor | None:
     token = torch.empty(kwargs["batch_size"], 1, kwargs["q_length"], kwargs["kv_length"])
     _current.masks.append(token)
     try:
-        _current.windows[id(token)] = window_of(kwargs["mask_function"])
+        positions = getattr(kwargs.get("config"), "max_position_embeddings", None)
+        _current.windows[id(token)] = window_of(kwargs["mask_function"], positions)
     except UnsupportedModel as error:  # it may be for layers that the model does not have
         _current.windows[id(token)] = error
     return token
 
 
-def window_of(mask_function: Any) -> int | None:
+def window_of(mask_function: Any, positions: int | None = None) -> int | Seen | None:
     """How many tokens a query sees, itself included, by asking the mask itself; None for all.
 
+    Where these are not just the last ones (it is chunked, say), the mask as a function.
+
+    Args:
+        mask_function: whether a query's position sees a key's.
+        positions: how many the model has, if it says so. A mask that cannot say more is asked up
+            to there.
+
     Raises:
-        UnsupportedModel: the mask is neither causal nor a sliding window (it is chunked, say).
+        UnsupportedModel: the mask is not causal, or depends on more than positions.
     """
+    for length in (FURTHEST, positions):
+        if length is not None:
+            with contextlib.suppress(IndexError):  # it has tables, of positions if not of tokens
+                return _window_within(mask_function, length)
+    raise UnsupportedModel("its mask depends on more than positions")
+
+
+def _window_within(mask_function: Any, length: int) -> int | Seen | None:
     first = torch.tensor(0)
-    seen = []
-    for position in (2 * FURTHEST, 2 * FURTHEST + 777):
-        keys = position - torch.arange(-1, FURTHEST)  # from the next token to the far past
+    last = length - 1
+    seen = {}
+    for position in (last, last - 1, last // 2):
+        keys = torch.arange(position, -1, -1)
+        if position < last:
+            keys = torch.cat([torch.tensor([position + 1]), keys])
         allowed = torch.as_tensor(mask_function(first, first, torch.tensor(position), keys))
         allowed = allowed.expand(keys.shape[0])
-        if bool(allowed[0]):
-            raise UnsupportedModel("its mask is not causal")
-        count = int(allowed.sum())
-        if not bool(allowed[1 : count + 1].all()):
-            raise UnsupportedModel("its mask has holes: neither causal nor a sliding window")
-        seen.append(count)
-    if seen[0] != seen[1]:
-        raise UnsupportedModel("its mask depends on the position (chunked attention)")
-    return None if seen[0] == FURTHEST else seen[0]
+        if position < last:
+            if bool(allowed[0]):
+                raise UnsupportedModel("its mask is not causal")
+            allowed = allowed[1:]
+        seen[position] = int(allowed.sum())
+        if not bool(allowed[: seen[position]].all()):
+            return partial(mask_function, first, first)
+    window = seen[last]
+    if any(count != min(window, position + 1) for position, count in seen.items()):
+        return partial(mask_function, first, first)
+    return None if window == length else window
 
 
 AttentionInterface.register(NAME, attention)

@@ -8,25 +8,29 @@
 | `total_sequence_length` | int32 [] | the largest of those, plus 1 |
 | `logits_positions` | int64 [rows, keep] | the new positions that want logits |
 | `past_key_values.{i}.key/value` | float32 [rows, kv_heads, capacity, head_dim] | buffers |
+| `past_state.{i}` | float32 [rows, ...] | what convolutions and recurrences keep |
 
-Outputs: `logits` float32 [rows, keep, vocab], and `present.{i}.key/value`, which the runtime
-binds to the memory of the inputs. `cache.quantize` makes both int8.
+Outputs: `logits` float32 [rows, keep, vocab], and `present.{i}.key/value` and `present_state.{i}`,
+which the runtime binds to the memory of the inputs. `cache.quantize` makes keys and values int8.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import onnx_ir
 import onnx_ir.passes.common
 import torch
-from fastgen.export import attention, refuse
-from fastgen.export.attention import Feed, Layer, PassingCache, UnsupportedModel
+from fastgen.export import attention, experts, hooks, refuse, states
+from fastgen.export.attention import Feed, Layer, UnsupportedModel
+from fastgen.export.states import Place, StatefulCache, States
 from transformers import PreTrainedModel
 
 OPSET = 23
@@ -44,13 +48,34 @@ def present_names(layers: int) -> list[str]:
     return [f"present.{i}.{kind}" for i in range(layers) for kind in ("key", "value")]
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What a model keeps of a row between steps.
+
+    Attributes:
+        layers: those with keys and values.
+        states: shapes of all else.
+    """
+
+    layers: list[Layer]
+    states: dict[Place, tuple[int, ...]]
+
+    def inputs(self) -> list[str]:
+        numbers = range(len(self.states))
+        return [*past_names(len(self.layers)), *(f"past_state.{i}" for i in numbers)]
+
+    def outputs(self) -> list[str]:
+        numbers = range(len(self.states))
+        return [*present_names(len(self.layers)), *(f"present_state.{i}" for i in numbers)]
+
+
 class Decoder(torch.nn.Module):
     """The model with the graph's signature."""
 
-    def __init__(self, model: PreTrainedModel, layers: list[Layer]) -> None:
+    def __init__(self, model: PreTrainedModel, kept: Kept) -> None:
         super().__init__()
         self.model = model
-        self.layers = layers
+        self.kept = kept
 
     def forward(
         self,
@@ -61,25 +86,31 @@ class Decoder(torch.nn.Module):
         total_sequence_length: torch.Tensor,
         logits_positions: torch.Tensor,
         past: list[torch.Tensor],
+        past_states: list[torch.Tensor],
     ) -> tuple[torch.Tensor, ...]:
         pairs = list(zip(past[0::2], past[1::2], strict=True))
         feed = Feed(pairs, seqlens_k, total_sequence_length, query_seqlens)
-        with attention.tracing(self.layers, feed) as run, gathered(self.model, logits_positions):
+        held = dict(zip(self.kept.states, past_states, strict=True))
+        with (
+            attention.tracing(self.kept.layers, feed) as run,
+            states.running(self.model, States(self.kept.states, held, query_seqlens)) as left,
+            gathered(self.model, logits_positions),
+        ):
             logits = call(self.model, input_ids, position_ids)
-        return logits, *(tensor for pair in run.present for tensor in pair)
+        present = [tensor for pair in run.present for tensor in pair]
+        return logits, *present, *(left.present[place] for place in self.kept.states)
 
 
 def call(
     model: PreTrainedModel, input_ids: torch.Tensor, position_ids: torch.Tensor
 ) -> torch.Tensor:
     """Logits of the model under attention 'fastgen'."""
-    out = model(
-        input_ids=input_ids,
-        position_ids=position_ids,
-        past_key_values=PassingCache(config=model.config.get_text_config(decoder=True)),
-        use_cache=True,
-    )
-    return out.logits
+    cache = StatefulCache(config=model.config.get_text_config(decoder=True))
+    with hooks.positions(model, position_ids) as given:
+        given |= {states.cache_argument(model): cache}
+        known = inspect.signature(model.forward).parameters
+        given = {name: value for name, value in given.items() if name in known}
+        return model(input_ids=input_ids, use_cache=True, **given).logits
 
 
 @contextlib.contextmanager
@@ -100,8 +131,8 @@ def gathered(model: PreTrainedModel, positions: torch.Tensor) -> Iterator[list[i
         handle.remove()
 
 
-def layers_of(model: PreTrainedModel) -> list[Layer]:
-    """Record the model's layers; raise for what the graph cannot express.
+def kept_by(model: PreTrainedModel) -> Kept:
+    """Record what the model keeps; raise for what the graph cannot express.
 
     Raises:
         UnsupportedModel: with the model's type and the reason.
@@ -110,15 +141,25 @@ def layers_of(model: PreTrainedModel) -> list[Layer]:
         return _record(model)
 
 
-def _record(model: PreTrainedModel) -> list[Layer]:
+def _record(model: PreTrainedModel) -> Kept:
     refuse.model(model)
     rows, new = 2, 5
     ids = torch.arange(rows * new).reshape(rows, new) % model.config.get_text_config().vocab_size
+    run, left = _run(model, ids)
+    if run.derived:
+        attention.check_kept(run, _run(model, ids[:, : new // 2])[0])
+    return Kept(run.layers, left.shapes)
+
+
+def _run(model: PreTrainedModel, ids: torch.Tensor) -> tuple[attention.Pass, States]:
+    """Record `ids` [rows, new] from scratch."""
+    rows, new = ids.shape
     positions = torch.arange(new).expand(rows, new)
     with (
         torch.no_grad(),
         using_attention(model),
         attention.recording() as run,
+        states.running(model, States()) as left,
         gathered(model, torch.zeros(rows, 1, dtype=torch.long)) as heads,
     ):
         try:
@@ -129,28 +170,36 @@ def _record(model: PreTrainedModel) -> list[Layer]:
             raise UnsupportedModel(
                 f"running it under fastgen's cache failed: {type(error).__name__}: {error}"
             ) from error
-    if not run.layers or run.pending is not None:
+    if model._is_stateful and not left.shapes:
+        raise UnsupportedModel(
+            "it keeps recurrent state of its own, which does not go through transformers' Cache"
+        )
+    if not (run.layers or left.shapes) or run.pending is not None:
         raise UnsupportedModel("its attention does not go through transformers' AttentionInterface")
     if len(heads) != 1:
         raise UnsupportedModel(f"its lm_head runs {len(heads)} times in a step")
-    return run.layers
+    return run, left
 
 
 @contextlib.contextmanager
 def using_attention(model: PreTrainedModel) -> Iterator[None]:
     """Run `model` with attention 'fastgen', then with its own again."""
-    own = model.config._attn_implementation
-    try:
-        model.set_attn_implementation(attention.NAME)
-    except (KeyError, ValueError) as error:
-        raise UnsupportedModel(f"it has attention code of its own ({error})") from error
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(own)
+    with hooks.own_code(model) as attends, experts.as_nodes(model):
+        if attends:
+            yield
+            return
+        own = model.config._attn_implementation
+        try:
+            model.set_attn_implementation(attention.NAME)
+        except (KeyError, ValueError) as error:
+            raise UnsupportedModel(f"it has attention code of its own ({error})") from error
+        try:
+            yield
+        finally:
+            model.set_attn_implementation(own)
 
 
-def convert(model: PreTrainedModel, layers: list[Layer]) -> onnx_ir.Model:
+def convert(model: PreTrainedModel, kept: Kept) -> onnx_ir.Model:
     """The graph of `model`, which must be in float32 and in eval mode; weights are shared with it.
 
     Raises:
@@ -159,9 +208,10 @@ def convert(model: PreTrainedModel, layers: list[Layer]) -> onnx_ir.Model:
     rows, new, keep, capacity = 2, 3, 2, 7
     past = [
         torch.zeros(rows, layer.kv_heads, capacity, layer.head_dim)
-        for layer in layers
+        for layer in kept.layers
         for _ in ("key", "value")
     ]
+    held = [torch.zeros(rows, *shape) for shape in kept.states.values()]
     inputs = {
         "input_ids": torch.ones(rows, new, dtype=torch.long),
         "position_ids": torch.arange(new).expand(rows, new).contiguous(),
@@ -170,6 +220,7 @@ def convert(model: PreTrainedModel, layers: list[Layer]) -> onnx_ir.Model:
         "total_sequence_length": torch.tensor(new, dtype=torch.int32),
         "logits_positions": torch.zeros(rows, keep, dtype=torch.long),
         "past": past,
+        "past_states": held,
     }
     dim = torch.export.Dim
     r, n, k, c = dim("rows"), dim("new"), dim("keep"), dim("capacity")
@@ -181,17 +232,18 @@ def convert(model: PreTrainedModel, layers: list[Layer]) -> onnx_ir.Model:
         "total_sequence_length": {},
         "logits_positions": {0: r, 1: k},
         "past": [{0: r, 2: c}] * len(past),
+        "past_states": [{0: r}] * len(held),
     }
     with _quiet(), torch.no_grad(), using_attention(model):
         try:
             program = torch.onnx.export(
-                Decoder(model, layers),
+                Decoder(model, kept),
                 kwargs=inputs,
                 dynamo=True,
                 opset_version=OPSET,
                 dynamic_shapes=shapes,
-                input_names=[*INPUTS, *past_names(len(layers))],
-                output_names=["logits", *present_names(len(layers))],
+                input_names=[*INPUTS, *kept.inputs()],
+                output_names=["logits", *kept.outputs()],
                 optimize=True,
                 verbose=False,
             )
@@ -203,6 +255,7 @@ def convert(model: PreTrainedModel, layers: list[Layer]) -> onnx_ir.Model:
             ) from error
     if program is None:
         raise RuntimeError("torch.onnx.export returned nothing")
+    experts.lay_out(program.model)
     return program.model
 
 
@@ -231,4 +284,4 @@ def save(graph: onnx_ir.Model, path: Path) -> None:
     onnx_ir.save(graph, path, external_data=path.name + ".data")
 
 
-__all__ = ["INPUTS", "Any", "convert", "layers_of", "save"]
+__all__ = ["INPUTS", "Any", "Kept", "convert", "kept_by", "save"]

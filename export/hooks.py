@@ -27,13 +27,13 @@ Place = tuple[Any, str, Callable[..., Any]]  # where a function stands, its name
 
 
 @contextlib.contextmanager
-def own_attention(model: PreTrainedModel) -> Iterator[bool]:
-    """Lead the model's own attention code to GroupQueryAttention; yields whether it has some."""
+def own_code(model: PreTrainedModel) -> Iterator[bool]:
+    """Ours stands in for the model's own code; yields whether that is its attention, too."""
     config = model.config
     kept = config._attn_implementation
     places = list(_attention_places(model))
     with contextlib.ExitStack() as stack:
-        for owner, name, ours in places:
+        for owner, name, ours in (*places, *_other_places(model)):
             stack.enter_context(_replaced(owner, name, ours))
         if any(owner is torch.nn.functional for owner, _, _ in places):
             config._attn_implementation_internal = "sdpa"
@@ -61,7 +61,7 @@ def positions(model: PreTrainedModel, position_ids: Tensor) -> Iterator[dict[str
 
 
 def has_own_attention(model: PreTrainedModel) -> bool:
-    """Whether `own_attention` knows the model's attention code."""
+    """Whether `own_code` knows the model's attention."""
     return any(True for _ in _attention_places(model))
 
 
@@ -140,7 +140,7 @@ def _compared(owner: Any, name: str, ours: Callable[..., Any]) -> Place:
             one, two = (out if isinstance(out, Tensor) else out[0] for out in
                         (own(*args, **kwargs), found))  # fmt: skip
             if one.shape != two.shape or (one - two).abs().max() > CLOSE * one.abs().max():
-                raise UnsupportedModel("its attention is not what fastgen knows of its kind")
+                raise UnsupportedModel(f"its code ({name}) is not what fastgen knows of its kind")
         return found
 
     return owner, name, function
@@ -287,3 +287,42 @@ _BIASES: dict[str, Callable[[Any], Bias]] = {
     "bloom.BloomAttention": _bloom_bias,
     "mpt.MptAttention": _mpt_bias,
 }
+
+
+# Code that torch's exporter cannot follow
+
+
+def _other_places(model: PreTrainedModel) -> Iterator[Place]:
+    """Where something besides attention is computed in a way that a graph cannot."""
+    turned = set()
+    for module in model.modules():
+        kind = _kind(module)
+        if kind in _COMPLEX and kind not in turned:  # one function serves all layers
+            turned.add(kind)
+            file = sys.modules[type(module).__module__]
+            yield _compared(file, "apply_rotary_emb", functools.partial(_turned, _COMPLEX[kind]))
+        elif getattr(module, "activation_sparsity", 0) and hasattr(module, "_gaussian_topk"):
+            share = torch.tensor(module.activation_sparsity)
+            cut = float(torch.distributions.Normal(0, 1).icdf(share))
+            yield _compared(module, "_gaussian_topk", functools.partial(_largest, cut))
+
+
+# Rotations by complex numbers, and the axis of their heads.
+_COMPLEX = {"llama4.Llama4TextAttention": 2, "deepseek_v2.DeepseekV2Attention": 1}
+
+
+def _turned(axis: int, query: Tensor, key: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
+    """Pairs of neighbours, turned by complex numbers [rows, new, pairs]."""
+    cos, sin = torch.view_as_real(angles).unsqueeze(axis).unbind(-1)
+
+    def turn(states: Tensor) -> Tensor:
+        even, odd = states[..., 0::2], states[..., 1::2]
+        return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
+
+    return turn(query), turn(key)
+
+
+def _largest(cut: float, inputs: Tensor) -> Tensor:
+    """What lies over `cut` standard deviations, less that."""
+    deviation = inputs.std(dim=-1, keepdim=True, unbiased=False)
+    return torch.relu(inputs - (inputs.mean(dim=-1, keepdim=True) + cut * deviation))

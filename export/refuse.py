@@ -8,11 +8,10 @@ only found here: a model that says the same on short texts and something else on
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
-from fastgen.export import rope
+from fastgen.export import hooks, rope
 from fastgen.export.attention import UnsupportedModel
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -53,41 +52,24 @@ def model(model: PreTrainedModel) -> None:
         UnsupportedModel: with the reason.
     """
     configuration(model.config)
-    config = model.config.get_text_config(decoder=True)
-    kept = set(getattr(config, "layer_types", None) or ()) - ATTENTION_LAYERS
-    if model._is_stateful or kept:
-        layers = f" (layers of the kind {', '.join(sorted(kept))})" if kept else ""
-        raise UnsupportedModel(
-            f"it keeps recurrent state{layers}; the graph keeps keys and values only"
-        )
-    if not model._can_set_attn_implementation():
-        raise UnsupportedModel(
-            "it has attention code of its own, which does not go through transformers' "
-            "AttentionInterface"
-        )
-    if "position_ids" not in inspect.signature(model.forward).parameters:
+    if has_attention(model) and not hooks.knows_positions(model):
         raise UnsupportedModel(
             "its forward takes no position_ids, and rows of different lengths need them"
         )
     if model.get_output_embeddings() is None:
         raise UnsupportedModel("it has no output embeddings (lm_head)")
-    if getattr(config, "kv_lora_rank", None) is not None:
-        raise UnsupportedModel(
-            "its attention is multi-head latent attention (MLA), whose keys and values differ in "
-            "size; GroupQueryAttention needs one size"
-        )
-    experts = next((m for m in model.modules() if hasattr(m, "_is_expert_parallel")), None)
-    if experts is not None:
-        raise UnsupportedModel(
-            f"it is a mixture of experts ({type(experts).__name__}), which the graph has no "
-            "operator for"
-        )
     for kind in _rope_types(model):
         if kind == "longrope" or "dynamic" in kind:
             raise UnsupportedModel(
                 f"its rotary embedding is of the type {kind!r}: it changes with the length of the "
                 "text, also for keys that are in the cache already"
             )
+
+
+def has_attention(model: PreTrainedModel) -> bool:
+    """Whether there is a layer whose tokens look at each other; a recurrence needs no positions."""
+    kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None)
+    return kinds is None or bool(ATTENTION_LAYERS & set(kinds))
 
 
 def _rope_types(model: PreTrainedModel) -> Iterator[str]:
