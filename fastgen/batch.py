@@ -222,10 +222,12 @@ def prefill(
     for start, end in together([len(prompt) for prompt in prompts]):
         if prefix_cache is not None:
             prefix_cache.fetch(model.fingerprint, prompts[start:end], cache, first + start, CHUNK)
-        _prefill(model, cache, prompts[start:end], first + start, out[start:end])
+        states = _prefill(model, cache, prompts[start:end], first + start, out[start:end])
         if prefix_cache is not None:
             for place in range(start, end):
-                prefix_cache.keep(model.fingerprint, prompts[place], cache, first + place)
+                mine = states[place - start]
+                prompt = prompts[place]
+                prefix_cache.keep(model.fingerprint, prompt, cache, first + place, CHUNK, mine)
     return out
 
 
@@ -272,9 +274,14 @@ def _prefill(
     prompts: Sequence[NDArray[np.int64]],
     first: int,
     out: NDArray[np.float32],
-) -> None:
-    """Read what the slots do not hold yet. Chunks end at multiples of `CHUNK`, for every row."""
+) -> list[dict[int, list[NDArray[np.float32]]]]:
+    """Read what the slots do not hold yet. Chunks end at multiples of `CHUNK`, for every row.
+
+    Returns:
+        Of each row its states where a chunk ended, by how many tokens were read.
+    """
     done = 0  # rows that are complete
+    states: list[dict[int, list[NDArray[np.float32]]]] = [{} for _ in prompts]
     while done < len(prompts):
         held = cache.lengths[first + done : first + len(prompts)].copy()
         end = (held.min() // CHUNK + 1) * CHUNK
@@ -284,4 +291,8 @@ def _prefill(
         positions = None if ended else np.zeros((len(chunk), 0), np.int64)
         logits = model.forward(chunk, cache, first + done, positions)
         out[done : done + ended] = logits[:ended, 0] if ended else 0
+        for row in range(done, len(prompts)) if model.info.states else ():
+            length, state = cache.state(first + row)
+            states[row] |= {length: state} if length == end else {}
         done += ended
+    return states

@@ -10,6 +10,7 @@ Two more carry tokens from one cache to another: `read` and `append`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -95,7 +96,7 @@ class Cache:
         return int(self.lengths[slot]), [states[slot].copy() for states in self._states]
 
     def restore(self, slot: int, state: tuple[int, list[NDArray[np.float32]]]) -> None:
-        """Let the row in `slot`, which has only got longer since, be what it was at `state`."""
+        """Let the row in `slot` be so long, with these states; its keys and values are there."""
         self.lengths[slot], kept = state
         for states, one in zip(self._states, kept, strict=True):
             states[slot] = one
@@ -168,11 +169,22 @@ class Cache:
     @property
     def layout(self) -> str:
         """What `read` gives for a token: caches of one layout understand each other."""
-        return str([(self.shapes, b.dtype.str) for b in self._buffers.values()])
+        kept = [(self.shapes, b.dtype.str) for b in self._buffers.values()]
+        return f"{kept} {self.state_shapes}"
 
     def nbytes(self, tokens: int) -> int:
-        """The bytes of so many tokens of one slot."""
-        return sum(tokens * b.dtype.itemsize * b[:, 0, :, 0].size for b in self._buffers.values())
+        """The bytes of so many tokens of one slot, and of its states."""
+        states = sum(4 * math.prod(shape) for shape in self.state_shapes)
+        return states + sum(
+            tokens * b.dtype.itemsize * b[:, 0, :, 0].size for b in self._buffers.values()
+        )
+
+    def kind(self, tokens: int) -> list[tuple[Any, tuple[int, ...]]]:
+        """dtype and shape of each part that `append` takes of so many tokens."""
+        kept: list[tuple[Any, tuple[int, ...]]] = [
+            (b.dtype, (b.shape[0], b.shape[2], tokens, b.shape[4])) for b in self._buffers.values()
+        ]
+        return kept + [(states.dtype, states.shape[1:]) for states in self._states]
 
     def read(self, slot: int, start: int, end: int) -> tuple[NDArray[Any], ...]:
         """A copy of tokens `start` to `end` of `slot`.
@@ -182,10 +194,14 @@ class Cache:
         """
         return tuple(buffer[:, slot, :, start:end].copy() for buffer in self._buffers.values())
 
-    def append(self, slot: int, tokens: Sequence[NDArray[Any]]) -> None:
-        """Let what `read` gave follow what `slot` holds; there must be room."""
+    def append(self, slot: int, count: int, parts: Sequence[NDArray[Any]]) -> None:
+        """Let `count` tokens follow what `slot` holds; there must be room.
+
+        Args:
+            parts: what `read` gave, and then the states after these tokens.
+        """
         start = self.lengths[slot]
-        end = start + tokens[0].shape[2]
-        for buffer, part in zip(self._buffers.values(), tokens, strict=True):
+        end = start + count
+        for buffer, part in zip(self._buffers.values(), parts, strict=False):
             buffer[:, slot, :, start:end] = part
-        self.lengths[slot] = end
+        self.restore(slot, (end, list(parts[len(self._buffers) :])))

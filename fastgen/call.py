@@ -156,7 +156,7 @@ def prepare(
     """
     config = _mapping(objects.generation_config)
     params = _with_padding(resolve(defaults, config, knobs), model, {**(config or {}), **knobs})
-    prefix.check(objects.prefix_cache, bool(model.info.states))
+    prefix.check(objects.prefix_cache)
     prompts = read(model, params, ids, objects.attention_mask)
     if ids is None and objects.among_tensors:
         prompts = replace(prompts, kind="torch")

@@ -303,7 +303,7 @@ class CausalLM:
         Raises:
             ValueError: a row is empty, or longer (with the prefix) than the model takes.
         """
-        check(prefix_cache, bool(self.model.info.states))
+        check(prefix_cache)
         if prefix_cache is not None and prefix is None:
             raise ValueError("prefix_cache keeps a prefix: pass the prefix that the rows share")
         before = None

@@ -4,6 +4,9 @@ What is kept are blocks of `BLOCK` tokens of prompts that were read. A block's n
 the model, of the cache's layout and of every token up to its end, so that the longest common
 prefix is a walk from name to name, and prompts that start alike share their blocks.
 (nano-vllm's block manager and mlx-lm's prompt cache are the models of this.)
+
+A model that keeps states besides has them only as they were where a prompt was cut into chunks. So
+its blocks are whole chunks, each with the states at its end.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import os
 import threading
 import zipfile
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Self
@@ -25,11 +28,11 @@ from numpy.typing import NDArray
 
 from fastgen.cache import Cache
 
-Block = tuple[NDArray[Any], ...]
+Block = tuple[int, tuple[NDArray[Any], ...]]  # how many tokens; keys, values and states
 
 BLOCK = 32  # tokens; what is left of a prompt below a block is read again
 MAX_BYTES = 256 * 2**20
-FORMAT = 1  # of the file
+FORMAT = 2  # of the file
 
 
 class PrefixCache:
@@ -74,7 +77,7 @@ class PrefixCache:
 
     def __len__(self) -> int:
         """The tokens that are kept."""
-        return BLOCK * len(self._blocks)
+        return sum(tokens for tokens, _ in self._blocks.values())
 
     def __repr__(self) -> str:
         return f"PrefixCache({len(self)} tokens, {self.nbytes:,} of {self.max_bytes:,} bytes)"
@@ -108,9 +111,10 @@ class PrefixCache:
         Raises:
             ValueError: a block does not fit, which a file can bring about; nothing is written.
         """
-        names = [_names(model, prompt[:-1], cache) for prompt in prompts]
+        size = _size(cache, chunk)
+        names = [_names(model, prompt[:-1], cache, size) for prompt in prompts]
         found: list[list[Block]] = []
-        kind = _kind(cache.read(first, 0, 0))
+        kind = size, cache.kind(size)
         with self._lock:
             for mine in names:
                 count = next((i for i, n in enumerate(mine) if n not in self._blocks), len(mine))
@@ -123,7 +127,8 @@ class PrefixCache:
                 self._touch(mine[:count])
             held = _aligned(
                 np.array([len(prompt) for prompt in prompts]),
-                np.array([BLOCK * len(blocks) for blocks in found]),
+                np.array([size * len(blocks) for blocks in found]),
+                size,
                 chunk,
                 {64, 128, 256, *(2 * dim for _, dim in cache.shapes)},
             )
@@ -131,22 +136,42 @@ class PrefixCache:
             self.misses += int((held == 0).sum())
             self.tokens_reused += int(held.sum())
         for slot, (blocks, tokens) in enumerate(zip(found, held.tolist(), strict=True), first):
-            for block in blocks[: tokens // BLOCK]:
-                cache.append(slot, block)
+            for count, parts in blocks[: tokens // size]:
+                cache.append(slot, count, parts)
 
-    def keep(self, model: str, prompt: NDArray[np.int64], cache: Cache, slot: int) -> None:
-        """Keep what `slot` holds of `prompt`, its first blocks if there is no room for all."""
-        names = _names(model, prompt, cache)
+    def keep(
+        self,
+        model: str,
+        prompt: NDArray[np.int64],
+        cache: Cache,
+        slot: int,
+        chunk: int,
+        states: Mapping[int, Sequence[NDArray[np.float32]]],
+    ) -> None:
+        """Keep what `slot` holds of `prompt`, its first blocks if there is no room for all.
+
+        Args:
+            chunk: as `fetch` takes it.
+            states: of the row after so many tokens, where the model keeps some.
+        """
+        size = _size(cache, chunk)
+        names = _names(model, prompt, cache, size)
         with self._lock:
-            size = cache.nbytes(BLOCK)
-            del names[self.max_bytes // size :]
-            missing = [i for i, name in enumerate(names) if name not in self._blocks]
+            nbytes = cache.nbytes(size)
+            del names[self.max_bytes // nbytes :]
+            missing = [
+                i
+                for i, name in enumerate(names)
+                if name not in self._blocks and (not cache.state_shapes or size * (i + 1) in states)
+            ]
             self._touch([name for name in names if name in self._blocks])
-            self._shrink(self.max_bytes - size * len(missing))
+            self._shrink(self.max_bytes - nbytes * len(missing))
             for i in missing:
-                self._blocks[names[i]] = cache.read(slot, BLOCK * i, BLOCK * (i + 1))
-                self._nbytes += size
-            self._touch(names)
+                end = size * (i + 1)
+                parts = cache.read(slot, end - size, end)
+                self._blocks[names[i]] = size, parts + tuple(states.get(end, ()))
+                self._nbytes += nbytes
+            self._touch([name for name in names if name in self._blocks])
 
     def _touch(self, names: Sequence[bytes]) -> None:
         for name in reversed(names):
@@ -166,16 +191,18 @@ class PrefixCache:
         with self._lock:
             blocks = list(self._blocks.items())
         names = [name.hex() for name, _ in blocks]
-        header = json.dumps({"format": FORMAT, "block": BLOCK, "names": names}).encode()
+        sizes = [tokens for _, (tokens, _) in blocks]
+        header = {"format": FORMAT, "block": BLOCK, "names": names, "sizes": sizes}
         arrays = {
             f"{place}.{part}": array
-            for place, (_, block) in enumerate(blocks)
-            for part, array in enumerate(block)
+            for place, (_, (_, parts)) in enumerate(blocks)
+            for part, array in enumerate(parts)
         }
+        arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
         neighbour = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
         try:
             with neighbour.open("wb") as file:
-                np.savez(file, header=np.frombuffer(header, np.uint8), **arrays)  # type: ignore[arg-type]
+                np.savez(file, **arrays)  # type: ignore[arg-type]
             neighbour.replace(path)
         finally:
             neighbour.unlink(missing_ok=True)
@@ -215,16 +242,20 @@ class PrefixCache:
         names = [bytes.fromhex(name) for name in header["names"]]
         if len(set(names)) < len(names):
             raise ValueError("it has a block twice")
+        sizes = header["sizes"]
+        if len(sizes) != len(names) or not all(type(n) is int and n > 0 for n in sizes):
+            raise ValueError(f"it has blocks of {sizes} tokens")
         for place, name in reversed(list(enumerate(names))):
             ours = (f"{place}.{part}.npy" for part in itertools.count())
             parts = list(itertools.takewhile(members.__contains__, ours))
             described = [_described(content, part) for part in parts]
-            if not parts or not all(_is_part(shape, dtype) for shape, dtype in described):
-                raise ValueError(f"it has {described} where a block of {BLOCK} tokens should be")
+            if not parts or not all(dtype in (np.float32, np.int8) for _, dtype in described):
+                raise ValueError(f"it has {described} where a block should be")
             size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in described)
             if self._nbytes + size > self.max_bytes:
                 break
-            self._blocks[name] = tuple(_array(content, part) for part in parts)
+            arrays = tuple(_array(content, part) for part in parts)
+            self._blocks[name] = sizes[place], arrays
             self._blocks.move_to_end(name, last=False)
             self._nbytes += size
 
@@ -253,33 +284,34 @@ def _array(content: zipfile.ZipFile, name: str) -> NDArray[Any]:
     return np.frombuffer(data, dtype, offset=start).reshape(shape)
 
 
-def _is_part(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bool:
-    """Whether these can be keys and values of a block, as `Cache.read` gives them."""
-    return len(shape) == 4 and shape[2] == BLOCK and dtype in (np.float32, np.int8)
-
-
-def _kind(block: Block) -> list[Any]:
+def _kind(block: Block) -> Any:
     """What blocks of one layout have in common."""
-    return [(part.dtype, part.shape[:2], part.shape[3:]) for part in block]
+    tokens, parts = block
+    return tokens, [(part.dtype, part.shape) for part in parts]
 
 
 def _nbytes(block: Block) -> int:
-    return sum(array.nbytes for array in block)
+    return sum(array.nbytes for array in block[1])
 
 
-def _names(model: str, prompt: NDArray[np.int64], cache: Cache) -> list[bytes]:
+def _size(cache: Cache, chunk: int) -> int:
+    """Tokens of a block."""
+    return chunk if cache.state_shapes else BLOCK
+
+
+def _names(model: str, prompt: NDArray[np.int64], cache: Cache, size: int) -> list[bytes]:
     """The name of each whole block of a prompt."""
-    name = f"{model} {cache.layout}".encode()
+    name = f"{model} {cache.layout} {size}".encode()
     names = []
-    for end in range(BLOCK, len(prompt) + 1, BLOCK):
-        tokens = prompt[end - BLOCK : end].astype("<i8").tobytes()
+    for end in range(size, len(prompt) + 1, size):
+        tokens = prompt[end - size : end].astype("<i8").tobytes()
         name = blake2b(name + tokens, digest_size=16).digest()
         names.append(name)
     return names
 
 
 def _aligned(
-    lengths: NDArray[np.int64], held: NDArray[np.int64], chunk: int, sizes: set[int]
+    lengths: NDArray[np.int64], held: NDArray[np.int64], block: int, chunk: int, sizes: set[int]
 ) -> NDArray[np.int64]:
     """How much of each prompt to take over, so that the rest is computed as without that.
 
@@ -290,7 +322,7 @@ def _aligned(
 
     Args:
         lengths: int64 [rows], of the prompts, shortest first.
-        held: int64 [rows], multiples of `BLOCK`: what is kept of them.
+        held: int64 [rows], multiples of `block`: what is kept of them.
         sizes: of groups, whichever it may be.
     """
     held = held.copy()
@@ -301,21 +333,12 @@ def _aligned(
         while low > start and not all(
             (((ends - start) % size == 1) == ((ends - low) % size == 1)).all() for size in sizes
         ):
-            low -= BLOCK
-        held[active] = np.minimum(held[active], max(low, start) // BLOCK * BLOCK)
+            low -= block
+        held[active] = np.minimum(held[active], max(low, start) // block * block)
     return held
 
 
-def check(value: Any, stateful: bool) -> None:
-    """Raise a ValueError for what is no `PrefixCache` (None is none, and right).
-
-    Args:
-        stateful: whether the model keeps states besides keys and values, which blocks have not.
-    """
+def check(value: Any) -> None:
+    """Raise a ValueError for what is no `PrefixCache` (None is none, and right)."""
     if value is not None and not isinstance(value, PrefixCache):
         raise ValueError(f"prefix_cache must be a fastgen.PrefixCache, got {type(value).__name__}")
-    if value is not None and stateful:
-        raise ValueError(
-            "prefix_cache keeps keys and values only, and this model keeps recurrent state "
-            "besides: leave it out"
-        )

@@ -75,11 +75,13 @@ def _read(model: Model, cache: Cache, ids: Ids, prefix_cache: PrefixCache | None
     """Read `ids` into the first slot, which is empty; nobody wants logits."""
     if prefix_cache is not None:
         prefix_cache.fetch(model.fingerprint, [ids], cache, 0, CHUNK)
-    nothing = np.zeros((1, 0), np.int64)
+    nothing, states = np.zeros((1, 0), np.int64), {}
     while (at := int(cache.lengths[0])) < len(ids):
         model.forward([ids[at : (at // CHUNK + 1) * CHUNK]], cache, 0, nothing)
+        length, state = cache.state(0)
+        states[length] = state
     if prefix_cache is not None:
-        prefix_cache.keep(model.fingerprint, ids, cache, 0)
+        prefix_cache.keep(model.fingerprint, ids, cache, 0, CHUNK, states)
 
 
 def _predicted(model: Model, cache: Cache, rows: Sequence[Ids]) -> list[Scores]:

@@ -291,7 +291,7 @@ def test_it_is_a_dictionary_of_prefixes_that_forgets_the_oldest(room, calls):
         for mine, right in zip(slot.slots(0, 1), filled(prompt).slots(0, 1), strict=True):
             assert np.array_equal(mine[:, :, : BLOCK * found], right[:, :, : BLOCK * found])
 
-        cache.keep("model", prompt, filled(prompt), 0)
+        cache.keep("model", prompt, filled(prompt), 0, 256, {})
         whole = digits + [2] * (len(prompt) // BLOCK - len(digits))
         mine = [tuple(whole[:end]) for end in range(1, len(whole) + 1)][: room // SIZE]
         used.update(dict.fromkeys(mine, now))
@@ -305,15 +305,15 @@ def test_it_is_a_dictionary_of_prefixes_that_forgets_the_oldest(room, calls):
 
 def test_what_extends_a_kept_prompt_is_not_kept_twice():
     cache, ids = PrefixCache(), np.arange(5 * BLOCK)
-    cache.keep("model", ids[: 3 * BLOCK], filled(ids), 0)
-    cache.keep("model", ids, filled(ids), 0)
-    cache.keep("model", ids[: 4 * BLOCK + 1], filled(ids), 0)
+    cache.keep("model", ids[: 3 * BLOCK], filled(ids), 0, 256, {})
+    cache.keep("model", ids, filled(ids), 0, 256, {})
+    cache.keep("model", ids[: 4 * BLOCK + 1], filled(ids), 0, 256, {})
     assert cache.nbytes == 5 * SIZE and len(cache) == 5 * BLOCK
 
 
 def test_caches_of_another_type_do_not_meet():
     cache, ids = PrefixCache(), np.arange(2 * BLOCK + 1)
-    cache.keep("model", ids, filled(ids), 0)
+    cache.keep("model", ids, filled(ids), 0, 256, {})
     for other in (Cache(SHAPES[:1], 1, 99), Cache(SHAPES[::-1], 1, 99)):
         cache.fetch("model", [ids], other, 0, BLOCK)
         assert (other.lengths[0] > 0) == (other.layout == filled(ids).layout)
@@ -322,7 +322,7 @@ def test_caches_of_another_type_do_not_meet():
 def test_the_arrays_that_are_kept_are_no_views():
     cache, ids = PrefixCache(), np.arange(BLOCK + 1)
     slot = filled(ids)
-    cache.keep("model", ids, slot, 0)
+    cache.keep("model", ids, slot, 0, 256, {})
     for view in slot.slots(0, 1):
         view[:] = 0
     cache.fetch("model", [ids], slot := Cache(SHAPES, 1, 99), 0, BLOCK)
@@ -365,7 +365,7 @@ def kept() -> PrefixCache:
     cache = PrefixCache()
     for first in (1, 2, 3):
         ids = np.arange(3 * BLOCK) + first
-        cache.keep("model", ids, filled(ids), 0)
+        cache.keep("model", ids, filled(ids), 0, 256, {})
     return cache
 
 
@@ -395,7 +395,7 @@ def test_less_room_loads_what_was_used_last(kept, tmp_path):
     assert again.nbytes == 5 * SIZE
     assert [finds(again, first) for first in (1, 2, 3)] == [3 * BLOCK, 0, 2 * BLOCK]
     ids = np.arange(BLOCK) + 9
-    again.keep("model", ids, filled(ids), 0)  # the end of the oldest goes first
+    again.keep("model", ids, filled(ids), 0, 256, {})  # the end of the oldest goes first
     assert [finds(again, first) for first in (1, 2, 3)] == [2 * BLOCK, 0, 2 * BLOCK]
 
 
@@ -432,10 +432,10 @@ def test_a_foreign_file_is_one_clear_error(tmp_path, monkeypatch):
         np.save(file, np.array([{}]), allow_pickle=True)
     with pytest.raises(ValueError, match="no file of PrefixCache"):
         PrefixCache.load(path)
-    monkeypatch.setattr(fastgen.prefix, "FORMAT", 2)
+    monkeypatch.setattr(fastgen.prefix, "FORMAT", 3)
     PrefixCache().save(path)
     monkeypatch.undo()
-    with pytest.raises(ValueError, match=r"has format 2 .* reads format 1"):
+    with pytest.raises(ValueError, match=r"has format 3 .* reads format 2"):
         PrefixCache.load(path)
     with pytest.raises(FileNotFoundError):
         PrefixCache.load(tmp_path / "nothing")
@@ -452,18 +452,19 @@ def forged(path: Path, header: Any, *arrays: np.ndarray, compressed: bool = Fals
 
 
 BLOCKS = np.zeros((2, 1, BLOCK, 4), np.float32)
-HEADER = {"format": 1, "block": BLOCK, "names": ["00" * 16]}
+HEADER = {"format": 2, "block": BLOCK, "names": ["00" * 16], "sizes": [BLOCK]}
 
 
 @pytest.mark.parametrize(
     ("header", "array", "words"),
     [
-        (HEADER, np.zeros((2, 1, BLOCK + 1, 4), np.float32), "where a block of 32 tokens"),
-        (HEADER, np.zeros((2, 1, BLOCK), np.float32), "where a block of 32 tokens"),
-        (HEADER, BLOCKS.astype(np.float64), "where a block of 32 tokens"),
+        (HEADER, BLOCKS.astype(np.float64), "where a block should be"),
+        (HEADER | {"sizes": [0]}, BLOCKS, r"it has blocks of \[0\] tokens"),
+        (HEADER | {"sizes": [True]}, BLOCKS, r"it has blocks of \[True\] tokens"),
+        (HEADER | {"sizes": [32, 32]}, BLOCKS, "it has blocks of"),
         (HEADER, np.asfortranarray(BLOCKS + 1), "says that it is"),
         (HEADER | {"names": ["zz"]}, BLOCKS, "hexadecimal"),
-        (HEADER | {"names": ["00", "01"]}, BLOCKS, r"it has \[\] where a block"),
+        (HEADER | {"names": ["00", "01"], "sizes": [32, 32]}, BLOCKS, r"it has \[\] where a block"),
         (HEADER | {"names": ["00", "00"]}, BLOCKS, "it has a block twice"),
         (HEADER | {"names": 5}, BLOCKS, "not iterable"),
         ([], BLOCKS, "list indices"),
@@ -510,9 +511,10 @@ def test_a_block_of_another_shape_is_refused_before_anything_is_taken_in(kept, t
     ids = np.arange(3 * BLOCK + 1) + 1
     names = list(kept._blocks)
     for place, wrong in (
-        (0, tuple(part[..., :1] for part in kept._blocks[names[0]])),
-        (1, kept._blocks[names[1]][:1]),
-        (2, tuple(part.astype(np.int8) for part in kept._blocks[names[2]])),
+        (0, (BLOCK, tuple(part[..., :1] for part in kept._blocks[names[0]][1]))),
+        (1, (BLOCK, kept._blocks[names[1]][1][:1])),
+        (1, (BLOCK + 1, kept._blocks[names[1]][1])),
+        (2, (BLOCK, tuple(part.astype(np.int8) for part in kept._blocks[names[2]][1]))),
     ):
         cache = PrefixCache()
         cache._blocks.update(kept._blocks)

@@ -147,10 +147,37 @@ def test_texts_are_scored_as_transformers_scores_them(stateful, kind):
 
 def test_what_cannot_be_taken_back_is_said(stateful, pair):
     _, ours = stateful("mamba2")
-    with pytest.raises(ValueError, match="prefix_cache keeps keys and values only"):
-        ours.generate([5, 6], max_new_tokens=3, prefix_cache=fastgen.PrefixCache())
     with pytest.raises(ValueError, match="assistant_model keeps recurrent state"):
         pair("llama")[1].generate([5, 6], max_new_tokens=3, assistant_model=ours)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_read_of_a_prompt_is_found_where_it_was_cut(stateful, kind, tmp_path, monkeypatch):
+    _, ours = stateful(kind)
+    monkeypatch.setattr(batch, "CHUNK", 8)
+    kept = {"return_dict_in_generate": True, "output_logits": True, **GREEDY}
+    row = ragged(3, (30,))[0]
+    rows = [row, row[:20] + [5, 6, 7], row[:17], row[:9], row[:8], [*row, 9, 9]]
+    cache = fastgen.PrefixCache()
+    for place in range(2):
+        for one in rows:
+            plain = ours.generate([one], **kept)
+            found = ours.generate([one], prefix_cache=cache, **kept)
+            assert found.sequences == plain.sequences
+            assert all(map(np.array_equal, found.logits, plain.logits))
+        assert cache.tokens_reused == [16 + 16 + 8 + 24, 40 + 24 + 16 + 16 + 8 + 24 + 24][place]
+        cache.save(tmp_path / "file")
+        reused, cache = cache.tokens_reused, fastgen.PrefixCache.load(tmp_path / "file")
+        cache.tokens_reused = reused
+    assert ours.generate(rows, prefix_cache=cache, **GREEDY) == ours.generate(rows, **GREEDY)
+    beams = {"num_beams": 3, **GREEDY}
+    assert ours.generate([row], prefix_cache=cache, **beams) == ours.generate([row], **beams)
+    texts = fastgen.PrefixCache()
+    for _ in range(2):
+        found = ours.score(rows[1:], prefix=row * 3, prefix_cache=texts)
+        for one, other in zip(found, ours.score(rows[1:], prefix=row * 3), strict=True):
+            np.testing.assert_array_equal(one, other)
+    assert texts.tokens_reused == 64
 
 
 def test_states_move_with_their_rows():
