@@ -12,13 +12,15 @@ onnxruntime's MoE, whose CPU kernel
   both matrices in turns: the weights are put in that order while they are written, one matrix at a
   time. Which alpha, beta and limit a model's gate has is found by trying them.
 
-What the kernel has no word for (a GELU before the gate, a norm after an expert) gathers each
-token's matrices, as transformers' own `batched_mm` does: exact, and slow.
+A gate or an activation that the kernel lacks (GELU, squared ReLU) becomes a Loop over the experts
+that some token goes to, each of which computes its tokens. Whatever else there is (a norm after
+each expert) gathers each token's matrices, as transformers' own `batched_mm` does: exact, slow.
 
 In 8 or 4 bits (`plan`, `quantize`) the node is QMoE. With a scale for each output channel its
 activations stay in float32; with scales for blocks of inputs they are quantised in such blocks,
 too, which is what makes it fast. Scales of 4 bits are searched on the tokens of the calibration
-text that came to each expert; there are too few of them for GPTQ.
+text that came to each expert; there are too few of them for GPTQ. A Loop keeps codes of 8 bits and
+makes floats of an expert's when it computes it.
 """
 
 from __future__ import annotations
@@ -49,6 +51,12 @@ LEAST = float(np.finfo(np.float32).tiny)  # a weight of zero has no logarithm
 # What the kernel computes of a product that is not gated.
 PLAIN: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": nn.functional.relu, "silu": nn.functional.silu, "identity": lambda x: x,
+}  # fmt: skip
+# What a Loop computes, where the kernel does not: of a product, or of its gate.
+LOOPED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "relu": nn.functional.relu, "gelu": nn.functional.gelu,
+    "gelu_tanh": partial(nn.functional.gelu, approximate="tanh"),
+    "relu2": lambda x: nn.functional.relu(x).square(),
 }  # fmt: skip
 SAMPLE = 512  # tokens that an error is measured on
 SMALLEST_BLOCK = 16  # of inputs that share a scale
@@ -188,7 +196,8 @@ def _silu_gated(activation: nn.Module) -> dict[str, Any]:
 def activation_of(module: nn.Module) -> dict[str, Any] | None:
     """The kernel's attributes for what a module does between its matrices; None if it has none.
 
-    Found by trying all that the kernel has, with the numbers that the module's attributes suggest.
+    Found by trying all that the kernel has, with the numbers that the module's attributes suggest,
+    and what a Loop has (whose gate and linear half follow each other: `swiglu_fusion` is 2).
     """
     if module.has_post_expert_norm:
         return None
@@ -196,14 +205,17 @@ def activation_of(module: nn.Module) -> dict[str, Any] | None:
     with torch.no_grad():
         if not module.has_gate:
             expected = module.act_fn(x)
-            names = (name for name, form in PLAIN.items() if _equal(form(x), expected))
+            forms = PLAIN | LOOPED
+            names = (name for name, form in forms.items() if _equal(form(x), expected))
             return next(({"activation_type": name} for name in names), None)
         expected = module._apply_gate(x)
         halves = x.chunk(2, dim=-1) if module.is_concatenated else (x[..., ::2], x[..., 1::2])
         alphas = {1.0} | _numbers(module, "alpha", "swiglu_alpha")
         limits = {None} | _numbers(module, "limit", "swiglu_limit")
         gates = (Gate(a, b, limit) for a in alphas for b in (0.0, 1.0) for limit in limits)
-        return next((g.attributes() for g in gates if _equal(g(*halves), expected)), None)
+        found = next((g.attributes() for g in gates if _equal(g(*halves), expected)), None)
+        names = (n for n, f in LOOPED.items() if _equal(f(halves[0]) * halves[1], expected))
+        return found or next(({"activation_type": n, "swiglu_fusion": 2} for n in names), None)
 
 
 def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -279,22 +291,126 @@ def lay_out(model: ir.Model) -> None:
         mixed, *transposed = (
             bool(given.pop(name)) for name in ("mixed", "first_transposed", "second_transposed")
         )
-        padded = [*node.inputs, None][:7]
-        tokens, logits, gate, up, first_bias, second, second_bias = padded
+        tokens, logits, gate, up, first_bias, second, second_bias = _filled(node.inputs, 7)
         count = int(logits.shape[-1])
-        in_turns = "swiglu_fusion" in given and not mixed
-        first = _made(model.graph, partial(_first, count, transposed[0], in_turns), gate, up)
-        inputs = [tokens, logits, first]
-        inputs.append(
-            _made(model.graph, partial(_in_turns, count), first_bias)
-            if in_turns and first_bias is not None
-            else first_bias
+        looped = given["activation_type"] in LOOPED.keys() - PLAIN.keys() or (
+            given.get("swiglu_fusion") == 2
         )
-        inputs += [_made(model.graph, partial(_second, count, transposed[1]), second), second_bias]
-        (out,) = insert(node, "MoE", inputs, given, domain=MICROSOFT)
+        in_turns = given.get("swiglu_fusion") == 1 and not mixed
+        first = _made(model.graph, partial(_first, count, transposed[0], in_turns), gate, up)
+        second = _made(model.graph, partial(_second, count, transposed[1]), second)
+        if in_turns and first_bias is not None:
+            first_bias = _made(model.graph, partial(_in_turns, count), first_bias)
+        if looped:
+            form = Looped(given["activation_type"], "swiglu_fusion" in given)
+            out = _loop(node, form, tokens, logits, (first, second), (first_bias, second_bias))
+        else:
+            inputs = [tokens, logits, first, first_bias, second, second_bias]
+            (out,) = insert(node, "MoE", inputs, given, domain=MICROSOFT)
         take_place(node, out)
     _plain_products(model.graph)
     ir.passes.common.RemoveUnusedNodesPass()(model)
+
+
+@dataclass(frozen=True)
+class Looped:
+    """What an expert of a Loop does between its matrices; written in the name of its body."""
+
+    kind: str
+    gated: bool
+
+    def __str__(self) -> str:
+        return f"experts {self.kind} {'gated' if self.gated else 'plain'}"
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = x.chunk(2, dim=-1) if self.gated else (x, 1.0)
+        return LOOPED[self.kind](gate) * up
+
+    def nodes(self, body: _Body, x: ir.Value) -> ir.Value:
+        gate, up = x, None
+        if self.gated:
+            gate, up = body.add("Split", [x], {"axis": -1, "num_outputs": 2}, outputs=2)
+        if self.kind.startswith("gelu"):
+            approximate = "tanh" if self.kind == "gelu_tanh" else "none"
+            (out,) = body.add("Gelu", [gate], {"approximate": approximate})
+        else:
+            (out,) = body.add("Relu", [gate])
+        if self.kind == "relu2":
+            (out,) = body.add("Mul", [out, out])
+        return out if up is None else body.add("Mul", [out, up])[0]
+
+
+class _Body:
+    """The nodes of a graph that is being written; values have names of their own in the model."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.nodes: list[ir.Node] = []
+
+    def add(
+        self, kind: str, inputs: Sequence[ir.Value | None], attributes: Any = None, outputs: int = 1
+    ) -> Sequence[ir.Value]:
+        node = ir.node(kind, inputs, attributes or {}, num_outputs=outputs)
+        for place, value in enumerate(node.outputs):
+            value.name = f"{self.name}.{len(self.nodes)}.{place}"
+        self.nodes.append(node)
+        return node.outputs
+
+
+def _loop(
+    before: ir.Node,
+    form: Looped,
+    tokens: ir.Value,
+    logits: ir.Value,
+    matrices: Sequence[ir.Value],
+    biases: Sequence[ir.Value | None],
+) -> ir.Value:
+    """What MoE gives, expert by expert: only those that some token goes to, and only its tokens."""
+    graph = before.graph
+    assert graph is not None
+    first, last = (add_initializer(graph, f"axis {i}", np.array([i], np.int64)) for i in (0, -1))
+    (weights,) = insert(before, "Softmax", [logits], {"axis": -1})
+    (most,) = insert(before, "ReduceMax", [weights, first], {"keepdims": 0})
+    (came,) = insert(before, "NonZero", [most])
+    (came,) = insert(before, "Squeeze", [came, first])
+    (count,) = insert(before, "Size", [came])
+    (shape,) = insert(before, "Shape", [tokens])
+    (zeros,) = insert(before, "ConstantOfShape", [shape])
+
+    body = _Body(f"{matrices[0].name}.loop")
+    kinds = (ir.DataType.INT64, ir.DataType.BOOL, ir.DataType.FLOAT)
+    shapes = (ir.Shape([]), ir.Shape([]), tokens.shape)
+    step, going, so_far = (
+        ir.Value(name=f"{body.name}.{name}", type=ir.TensorType(kind), shape=size)
+        for name, kind, size in zip(("step", "going", "so_far"), kinds, shapes, strict=True)
+    )
+    (expert,) = body.add("Gather", [came, step])
+    (mine,) = body.add("Gather", [weights, expert], {"axis": 1})
+    (places,) = body.add("NonZero", [mine])
+    (places,) = body.add("Squeeze", [places, first])
+    (x,) = body.add("Gather", [tokens, places])
+    for i, (matrix, bias) in enumerate(zip(matrices, biases, strict=True)):
+        inputs = [x, body.add("Gather", [matrix, expert])[0]]
+        inputs += [] if bias is None else body.add("Gather", [bias, expert])
+        (x,) = body.add("Gemm", inputs, {"transB": 1})
+        x = form.nodes(body, x) if i == 0 else x
+    (weight,) = body.add("Gather", [mine, places])
+    (weight,) = body.add("Unsqueeze", [weight, last])
+    (x,) = body.add("Mul", [x, weight])
+    (places,) = body.add("Unsqueeze", [places, last])
+    (total,) = body.add("ScatterND", [so_far, places, x], {"reduction": "add"})
+    (still,) = body.add("Identity", [going])
+    for value, like in ((still, going), (total, so_far)):
+        value.type, value.shape = like.type, like.shape
+    inner = ir.Graph([step, going, so_far], [still, total], nodes=body.nodes, name=str(form))
+    node = ir.Node("", "Loop", [count, None, zeros], [ir.AttrGraph("body", inner)], num_outputs=1)
+    graph.insert_before(before, node)
+    return node.outputs[0]
+
+
+def _filled(inputs: Sequence[ir.Value | None], count: int) -> list[ir.Value | None]:
+    """With None for those that are not there at the end."""
+    return [*inputs, *[None] * count][:count]
 
 
 def _plain_products(graph: ir.Graph) -> None:
@@ -383,28 +499,64 @@ def _second(count: int, transposed: bool, matrix: Array) -> Array:
 
 @dataclass(frozen=True)
 class Mixture:
-    """The experts of a layer, as the graph holds them: [experts, out, in] each."""
+    """The experts of a layer, as the graph holds them.
+
+    Attributes:
+        node: MoE, or a Loop.
+        tokens, logits: what it reads, [tokens, hidden] and [tokens, experts].
+        weights: its two matrices, [experts, out, in] each.
+        biases: [experts, out] each, where there are any.
+        between: what an expert does with the output of its first matrix.
+    """
 
     node: ir.Node
+    tokens: ir.Value
+    logits: ir.Value
+    weights: tuple[ir.Value, ir.Value]
+    biases: tuple[ir.Value | None, ir.Value | None]
+    between: Callable[[torch.Tensor], torch.Tensor]
 
-    @property
-    def weights(self) -> tuple[ir.Value, ir.Value]:
-        return self.node.inputs[2], self.node.inputs[4]
 
-    def biases(self, expert: int) -> tuple[Array | float, Array | float]:
-        found = [constant(self.node.inputs[i]) if i < len(self.node.inputs) else None
-                 for i in (3, 5)]  # fmt: skip
-        first, second = (0.0 if bias is None else bias[expert] for bias in found)
-        return first, second
+def mixtures(graph: ir.Graph) -> list[Mixture]:
+    found = (_mixture(node) if node.op_type == "MoE" else _looped(node) for node in graph)
+    return [one for one in found if one is not None]
 
-    def between(self, x: Array) -> Array:
-        """What an expert does with the output of its first matrix."""
-        given = {name: attribute.value for name, attribute in self.node.attributes.items()}
-        kind, states = given["activation_type"], torch.from_numpy(np.ascontiguousarray(x))
-        if kind != "swiglu":
-            return np.asarray(PLAIN[kind](states))
+
+def _mixture(node: ir.Node) -> Mixture:
+    tokens, logits, first, first_bias, second, second_bias = _filled(node.inputs, 6)
+    given = {name: attribute.value for name, attribute in node.attributes.items()}
+    between = PLAIN.get(given["activation_type"])
+    if between is None:
         gate = Gate(given["activation_alpha"], given["activation_beta"], given.get("swiglu_limit"))
-        return np.asarray(gate(states[:, 0::2], states[:, 1::2]))
+
+        def between(x: torch.Tensor) -> torch.Tensor:
+            return gate(x[:, 0::2], x[:, 1::2])
+
+    return Mixture(node, tokens, logits, (first, second), (first_bias, second_bias), between)
+
+
+def _looped(node: ir.Node) -> Mixture | None:
+    """A mixture that `_loop` wrote; None for other nodes."""
+    body = node.attributes["body"].as_graph() if node.op_type == "Loop" else None
+    name, *form = (body.name or "").split() if body is not None else [""]
+    if body is None or name != "experts":
+        return None
+    tokens = _behind(node.inputs[2], "Shape").inputs[0]
+    logits = _behind(node.inputs[0], "Softmax").inputs[0]
+    gathered = [
+        [None if value is None else _behind(value, "Gather").inputs[0] for value in inputs[1:]]
+        for inputs in (_filled(one.inputs, 3) for one in body if one.op_type == "Gemm")
+    ]
+    weights, biases = zip(*gathered, strict=True)
+    return Mixture(node, tokens, logits, weights, biases, Looped(form[0], form[1] == "gated"))
+
+
+def _behind(value: ir.Value, kind: str) -> ir.Node:
+    """The first node of that kind on the way up from `value`."""
+    node = value.producer()
+    while node.op_type != kind:
+        node = node.inputs[0].producer()
+    return node
 
 
 @dataclass(frozen=True)
@@ -437,10 +589,6 @@ class Stored:
     error: float
 
 
-def mixtures(graph: ir.Graph) -> list[Mixture]:
-    return [Mixture(node) for node in graph if node.op_type == "MoE"]
-
-
 def plan(
     model: ir.Model,
     kernel: Kernel,
@@ -459,7 +607,7 @@ def plan(
     size = sum(weight.const_value.nbytes for one in found for weight in one.weights)
     plans: dict[ir.Node, list[Stored]] = {}
     reached = []
-    groups = [tuple(one.node.inputs[:2]) for one in found]
+    groups = [(one.tokens, one.logits) for one in found]
     for part in calibrate.values(model, groups, rows, size) if found else ():
         for one, (tokens, logits) in zip(found, groups, strict=True):
             if tokens not in part:
@@ -475,7 +623,7 @@ def plan(
 def fitting(kernel: Kernel, mixture: Mixture) -> Kernel:
     """`kernel`, or with blocks that divide both matrices' inputs; without, 8 bits by channel."""
     block, sizes = kernel.block, [int(weight.shape[-1]) for weight in mixture.weights]
-    while block >= SMALLEST_BLOCK:
+    while mixture.node.op_type == "MoE" and block >= SMALLEST_BLOCK:
         if not any(size % block for size in sizes):
             return Kernel(kernel.bits, block)
         block //= 2
@@ -485,12 +633,13 @@ def fitting(kernel: Kernel, mixture: Mixture) -> Kernel:
 def _plan(mixture: Mixture, kernel: Kernel, tokens: Array, mine: NDArray[np.bool_]) -> list[Stored]:
     """Scales for both matrices of each expert, on its tokens; on all where none came to it."""
     weights = [constant(weight) for weight in mixture.weights]
+    biases = [constant(bias) for bias in mixture.biases]
     scales: tuple[list[Array], list[Array]] = [], []
     sums = np.zeros((2, 2))  # of each matrix: squared outputs, squared errors
     for expert in range(mine.shape[1]):
         came = mine[:, expert]
         x = tokens[came] if came.any() else tokens[:: max(1, len(tokens) // SAMPLE)]
-        for i, bias in enumerate(mixture.biases(expert)):
+        for i, bias in enumerate(biases):
             matrix = weights[i][expert].T
             found = _scales(matrix, kernel, x)
             scales[i].append(found)
@@ -499,7 +648,9 @@ def _plan(mixture: Mixture, kernel: Kernel, tokens: Array, mine: NDArray[np.bool
                 some = slice(None, None, max(1, len(x) // SAMPLE))
                 off = exact[some] - _output(x[some], matrix, kernel, found)
                 sums[i] += np.square(exact[some]).sum(), np.square(off).sum()
-            x = mixture.between(exact + bias) if i == 0 else x
+            if i == 0:
+                exact = exact if bias is None else exact + bias[expert]
+                x = np.asarray(mixture.between(torch.from_numpy(exact)))
     errors = np.sqrt(sums[:, 1] / np.maximum(sums[:, 0], LEAST))
     return [
         Stored(kernel, np.stack(one), float(error))
@@ -535,36 +686,59 @@ def quantize(model: ir.Model, plans: dict[ir.Node, list[Stored]]) -> list[tuple[
     """
     made = []
     for mixture in mixtures(model.graph):
-        node, stored = mixture.node, plans[mixture.node]
-        kernel = stored[0].kernel
-        codes = []
-        for weight, one in zip(mixture.weights, stored, strict=True):
-            made.append((str(weight.name), one))
-            count, out, size = (int(dim) for dim in weight.shape)
-            scales = one.scales if kernel.block else one.scales[..., 0]
-            codes.append((
-                _lazy(
-                    model.graph, f"{weight.name}.codes",
-                    partial(_codes, weight.const_value, kernel, one.scales),
-                    (count, out, size * kernel.bits // 8), np.uint8,
-                ),
-                add_initializer(model.graph, f"{weight.name}.scales", scales),
-            ))  # fmt: skip
-        bias = [node.inputs[i] if i < len(node.inputs) else None for i in (3, 5)]
-        attributes = {name: attribute.value for name, attribute in node.attributes.items()}
-        attributes |= {"expert_weight_bits": kernel.bits}
-        if kernel.block:  # activations in 8 bits, as those of MatMulNBits
-            attributes |= {"block_size": kernel.block, "accuracy_level": 4}
-        inputs = [*node.inputs[:2], *codes[0], bias[0], *codes[1], bias[1]]
-        (result,) = insert(node, "QMoE", inputs, attributes, domain=MICROSOFT)
-        take_place(node, result)
+        stored = plans[mixture.node]
+        made += [(str(w.name), one) for w, one in zip(mixture.weights, stored, strict=True)]
+        replace = _in_kernel if mixture.node.op_type == "MoE" else _in_loop
+        replace(model.graph, mixture, stored)
     ir.passes.common.RemoveUnusedNodesPass()(model)
     return made
 
 
-def _codes(weight: ir.TensorProtocol, kernel: Kernel, scales: Array) -> NDArray[np.uint8]:
-    """uint8 [experts, out, in * bits / 8]."""
+def _in_kernel(graph: ir.Graph, mixture: Mixture, stored: Sequence[Stored]) -> None:
+    kernel = stored[0].kernel
+    codes = [_in_codes(graph, w, one, 128) for w, one in zip(mixture.weights, stored, strict=True)]
+    attributes = {name: attribute.value for name, attribute in mixture.node.attributes.items()}
+    attributes |= {"expert_weight_bits": kernel.bits}
+    if kernel.block:  # activations in 8 bits, as those of MatMulNBits
+        attributes |= {"block_size": kernel.block, "accuracy_level": 4}
+    first, second = mixture.biases
+    inputs = [mixture.tokens, mixture.logits, *codes[0], first, *codes[1], second]
+    (result,) = insert(mixture.node, "QMoE", inputs, attributes, domain=MICROSOFT)
+    take_place(mixture.node, result)
+
+
+def _in_loop(graph: ir.Graph, mixture: Mixture, stored: Sequence[Stored]) -> None:
+    for weight, one in zip(mixture.weights, stored, strict=True):
+        codes, scales = _in_codes(graph, weight, one, 0)
+        (use,) = weight.uses()
+        (mine,) = insert(use.node, "Gather", [codes, use.node.inputs[1]])
+        (scale,) = insert(use.node, "Gather", [scales, use.node.inputs[1]])
+        (floats,) = insert(use.node, "DequantizeLinear", [mine, scale], {"axis": 0})
+        for place, value in enumerate((mine, scale, floats)):
+            value.name = f"{codes.name}.{place}"
+        use.node.outputs[0].dtype = ir.DataType.FLOAT
+        take_place(use.node, floats)
+
+
+def _in_codes(
+    graph: ir.Graph, weight: ir.Value, stored: Stored, zero: int
+) -> tuple[ir.Value, ir.Value]:
+    """Codes, made when they are written, and scales [experts, out] or [experts, out, blocks]."""
+    count, out, size = (int(dim) for dim in weight.shape)
+    kernel, name = stored.kernel, str(weight.name)
+    make = partial(_codes, weight.const_value, kernel, stored.scales, zero)
+    shape = (count, out, size * kernel.bits // 8)
+    codes = _lazy(graph, f"{name}.codes", make, shape, np.uint8 if zero else np.int8)
+    scales = stored.scales if kernel.block else stored.scales[..., 0]
+    return codes, add_initializer(graph, f"{name}.scales", scales)
+
+
+def _codes(
+    weight: ir.TensorProtocol, kernel: Kernel, scales: Array, zero: int
+) -> NDArray[np.uint8 | np.int8]:
+    """[experts, out, in * bits / 8]: bytes, or int8 where `zero` is the code of zero."""
     matrices = weight.numpy()
     whole = _whole(kernel, matrices.shape[-1])
     out = [block_codes(one.T, whole, scale) for one, scale in zip(matrices, scales, strict=True)]
-    return np.stack(out).reshape(*matrices.shape[:2], -1)
+    codes = np.stack(out).reshape(*matrices.shape[:2], -1)
+    return codes if zero else (codes ^ np.uint8(128)).view(np.int8)

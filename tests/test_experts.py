@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 import tiny
 import torch
-from fastgen.export import UnsupportedModel, calibrate, experts, export
+from fastgen.export import UnsupportedModel, calibrate, experts, export, graph, trim
 from fastgen.export.check import Tolerance
 from fastgen.export.quantize import Kernel, block_codes, block_scales, codes_values
 from onnx import TensorProto, helper, numpy_helper
@@ -90,12 +90,44 @@ def test_experts_in_three_flat_matrices(tmp_path):
     assert nodes(fastgen.load(path)).count("MoE") == 2
 
 
-def test_a_gate_that_the_kernel_lacks_is_computed_by_gathering(tmp_path):
-    model = tiny.build("mixtral", **MIXTURES["mixtral"], hidden_act="gelu", num_hidden_layers=1)
+@pytest.mark.parametrize("form", ["gelu", "gelu_pytorch_tanh", "relu", "gathered"])
+def test_a_gate_that_the_kernel_lacks(form, tmp_path, monkeypatch):
+    """A loop over the experts; what that lacks, too, gathers each token's matrices."""
+    act = "gelu" if form == "gathered" else form
+    model = tiny.build("mixtral", **MIXTURES["mixtral"], hidden_act=act, num_hidden_layers=1)
+    if form == "gathered":
+        monkeypatch.setattr(experts, "LOOPED", {})
     path = export(model, tmp_path / "out", precision="fp32", progress=None)
     report = json.loads((path / "report.json").read_text())
     assert not report["mismatch"] and report["logits"]["max_difference"] < 2e-5
-    assert "MoE" not in nodes(fastgen.load(path))
+    found = nodes(fastgen.load(path))
+    assert found.count("Loop") == (form != "gathered") and "MoE" not in found
+
+
+def test_a_loop_of_experts_in_codes(tmp_path):
+    """8 bits a code in both precisions: one layer of a loop with a gate, without doubt routed."""
+    model = tiny.build("mixtral", **MIXTURES["mixtral"], hidden_act="gelu", num_hidden_layers=1)
+    path = export(
+        model, tmp_path / "out", tokenizer=tiny.tokenizer(), precision="int8", progress=None,
+        tolerance=LOOSE,
+    )  # fmt: skip
+    report = json.loads((path / "report.json").read_text())
+    made = [one for one in report["matrices"] if "experts" in one["name"]]
+    assert [one["kernel"] for one in made] == ["int8 per channel"] * 2
+    assert all(0 < one["error"] < 0.02 for one in made) and report["quality"]["kl"] < 0.02
+    kept = {one.name: one for one in onnx.load(path / "model.onnx").graph.initializer}
+    codes = [one for name, one in kept.items() if "experts" in name and len(one.dims) == 3]
+    assert {one.data_type for one in codes} == {TensorProto.INT8}
+
+
+def test_a_graph_without_experts_is_left_alone():
+    for kind in ("gpt2", "llama"):
+        model = tiny.build(kind)
+        converted = graph.convert(model, graph.kept_by(model))
+        before = [(node.op_type, node.inputs, node.outputs) for node in converted.graph]
+        experts.lay_out(converted)
+        assert before == [(node.op_type, node.inputs, node.outputs) for node in converted.graph]
+        assert not trim.routers(converted.graph) and not experts.mixtures(converted.graph)
 
 
 def test_which_gate_a_module_has_is_found_by_trying():
@@ -107,7 +139,9 @@ def test_which_gate_a_module_has_is_found_by_trying():
     silu = experts.Gate(1.0, 0.0, None).attributes()
     assert found("mixtral") == silu and "swiglu_limit" not in silu
     assert found("gpt_oss") == experts.Gate(1.702, 1.0, 7.0).attributes()
-    assert found("mixtral", hidden_act="gelu") is None
+    looped = {"activation_type": "gelu_tanh", "swiglu_fusion": 2}
+    assert found("mixtral", hidden_act="gelu_pytorch_tanh") == looped
+    assert found("mixtral", hidden_act="tanh") is None
 
 
 def test_a_model_is_left_as_it_was(pair):
@@ -161,12 +195,12 @@ def run(kind: str, logits, constants: dict[str, np.ndarray], order: list[str], *
         helper.make_tensor_value_info(name, TensorProto.FLOAT, array.shape)
         for name, array in (("x", X), ("p", logits))
     ]
-    graph = helper.make_graph(
+    made = helper.make_graph(
         [node], "g", inputs, [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
         [numpy_helper.from_array(array, name) for name, array in constants.items()],
     )  # fmt: skip
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    model = helper.make_model(made, opset_imports=opsets, ir_version=10)
     session = onnxruntime.InferenceSession(model.SerializeToString())
     return session.run(None, {"x": X, "p": logits})[0]
 
@@ -279,9 +313,9 @@ def test_the_report_names_experts_that_no_text_came_to(quantized):
 
 def test_routers_stay_in_float32_and_what_feeds_experts_is_not_smoothed(quantized):
     precision, _, model = quantized
-    graph = onnx.load(model.directory / "model.onnx").graph
-    kept = {one.name: one for one in graph.initializer}
-    floats = [node for node in graph.node if node.op_type == "MatMul" and node.input[1] in kept]
+    found = onnx.load(model.directory / "model.onnx").graph
+    kept = {one.name: one for one in found.initializer}
+    floats = [node for node in found.node if node.op_type == "MatMul" and node.input[1] in kept]
     assert [list(kept[node.input[1]].dims) for node in floats] == [[64, 4]] * 2
     if precision == "int8":
         readers = [name for name in report_of(model)["smoothed"] if "gate" in name]
