@@ -12,7 +12,13 @@ import re
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 VOCAB, HIDDEN, HEADS, LAYERS, LENGTH, WINDOW = 128, 64, 4, 2, 256, 8
 FIRST = 16  # tokens with lower ids may mean something to a model: those of `SPECIAL`
@@ -69,10 +75,16 @@ ON: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def class_of(config: PretrainedConfig) -> Any:
+    """The class of models that write text from such a configuration, whatever they read."""
+    classes = (AutoModelForCausalLM._model_mapping, AutoModelForMultimodalLM._model_mapping)
+    return next(mapping[type(config)] for mapping in classes if type(config) in mapping)
+
+
 def config_of(kind: str) -> PretrainedConfig:
     """The default configuration of a type, shrunk, as a decoder."""
     config = AutoConfig.for_model(kind)
-    wanted = AutoModelForCausalLM._model_mapping[type(config)].config_class
+    wanted = class_of(config).config_class
     if not isinstance(config, wanted):  # the type's decoder has a configuration of its own
         config = next((c for c in vars(config).values() if isinstance(c, wanted)), config)
     return shrunk(config)
@@ -178,11 +190,11 @@ def _keep_relations(old: dict[str, Any], new: dict[str, Any]) -> None:
             new[name] = [one * HIDDEN // old[wide] for one in value]
 
 
-def build(kind: str, seed: int = 0) -> PreTrainedModel:
+def build(kind: str, seed: int = 0, config: PretrainedConfig | None = None) -> PreTrainedModel:
     """A tiny random model whose logits spread enough that its likeliest token is clear."""
     torch.manual_seed(seed)
-    kind_of_model = AutoModelForCausalLM._model_mapping[type(AutoConfig.for_model(kind))]
-    model = kind_of_model._from_config(config_of(kind)).eval()
+    whole = AutoConfig.for_model(kind)
+    model = class_of(whole)._from_config(config or config_of(kind)).eval()
     biases = [one for name, one in model.named_buffers() if name.endswith("bias")]
     with torch.no_grad():
         for weight in (*model.parameters(), *(one for one in biases if one.is_floating_point())):

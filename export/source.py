@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 import transformers
-from fastgen.export import refuse, rope
+from fastgen.export import refuse, rope, text
 from fastgen.export.attention import UnsupportedModel
 from fastgen.export.check import TEXTS
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -54,7 +53,7 @@ def load(name_or_path: str | os.PathLike[str], revision: str | None = None) -> S
 
     Raises:
         ModelError: there is no such model, or it is not complete.
-        UnsupportedModel: it is not a causal language model that transformers knows.
+        UnsupportedModel: it is no model that writes text, or none that transformers knows.
     """
     if not isinstance(name_or_path, str | os.PathLike):
         raise ValueError(
@@ -74,17 +73,22 @@ def load(name_or_path: str | os.PathLike[str], revision: str | None = None) -> S
     config = _configuration(path)
     with refuse.by_name(config.model_type):
         refuse.configuration(config)
-        model = _model(path, config)
+        model = text.alone(_model(path, config).eval())
+        refuse.configuration(model.config)
         rope.settle(model)
     tokenizer, note = _tokenizer(path)
-    return Source(name, model.eval(), tokenizer, note)
+    return Source(name, model, tokenizer, note)
 
 
 def of_object(model: PreTrainedModel, tokenizer: object | None) -> Source:
-    """A model object as a source; it is copied where what is exported is another one."""
+    """A model object as a source; what is exported is a copy where it is another one."""
+    kind, said = model.config.model_type, model.config.name_or_path
     devices = {p.device.type for p in model.parameters()}
     if "meta" in devices:
-        raise UnsupportedModel(f"{model.config.model_type} has no weights: it is on device 'meta'")
+        raise UnsupportedModel(f"{kind} has no weights: it is on device 'meta'")
+    with refuse.by_name(kind):
+        refuse.configuration(model.config)
+        model = text.alone(model)
     if devices != {"cpu"} or any(
         p.dtype != torch.float32 for p in model.parameters() if p.is_floating_point()
     ):
@@ -93,10 +97,9 @@ def of_object(model: PreTrainedModel, tokenizer: object | None) -> Source:
         model = copy.deepcopy(model)
     rope.settle(model)
     fast, note = _fast(tokenizer) if tokenizer is not None else (None, "no tokenizer was given")
-    said = model.config.name_or_path
     place = Path(said)
     name = name_of(place) if said and (place.is_absolute() or place.exists()) else said
-    return Source(name or model.config.model_type, model, fast, note)
+    return Source(name or kind, model, fast, note)
 
 
 def name_of(path: Path) -> str:
@@ -121,11 +124,12 @@ def _configuration(path: Path) -> PretrainedConfig:
 
 def _model(path: Path, config: PretrainedConfig) -> PreTrainedModel:
     """The weights, all of them: transformers makes up what a checkpoint lacks."""
-    if type(config) not in AutoModelForCausalLM._model_mapping:
+    door = text.known(config)
+    if door is None:
         raise UnsupportedModel("transformers has no causal language model of this type")
     try:
         with quiet():
-            model, found = AutoModelForCausalLM.from_pretrained(
+            model, found = door.from_pretrained(
                 path,
                 config=config,
                 dtype=torch.float32,
