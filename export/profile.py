@@ -15,6 +15,7 @@ from fastgen.model import GRAPH, Model, open_session, session_options
 PROMPT = 128  # tokens of the prefill
 STEPS = 16  # of decoding one row after it
 WARM = 2  # runs of each kind that are not counted
+AROUND = {"Loop", "If", "Scan"}  # operators whose time is that of the nodes in them
 
 
 def by_operator(directory: Path) -> dict[str, dict[str, float]]:
@@ -54,7 +55,8 @@ def _runs(events: list[dict[str, Any]]) -> list[Counter[str]]:
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
             run = int(np.searchsorted(places, event["ts"], side="right")) - 1
-            runs[run][event["args"]["op_name"]] += event["dur"]
+            if event["args"]["op_name"] not in AROUND:
+                runs[run][event["args"]["op_name"]] += event["dur"]
     return runs
 
 
