@@ -75,9 +75,9 @@ class Pass:
     pending: tuple[torch.Tensor, torch.Tensor] | None = None  # keys and values not attended yet
     # By layer, what is attended where that is not what was written but made of it (recording).
     derived: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-    # By id of a mask, its window, or why it has none.
+    # By the memory of a mask (parts of one are the same mask), its window, or why it has none.
     windows: dict[int, int | Seen | UnsupportedModel | None] = field(default_factory=dict)
-    masks: list[torch.Tensor] = field(default_factory=list)  # kept alive: ids stay unique
+    masks: list[torch.Tensor] = field(default_factory=list)  # kept alive: their memory stays theirs
 
 
 _current: Pass | None = None
@@ -152,12 +152,13 @@ def attention(
             raise UnsupportedModel(
                 f"its attention takes {name!r}, which the graph has no place for"
             )
-    if attention_mask is not None and id(attention_mask) not in _current.windows:
+    place = None if attention_mask is None else attention_mask.untyped_storage().data_ptr()
+    if place is not None and place not in _current.windows:
         raise UnsupportedModel(
             f"layer {len(_current.layers)}: its mask is not one of transformers' causal or "
             "sliding-window masks"
         )
-    window = None if attention_mask is None else _current.windows[id(attention_mask)]
+    window = None if place is None else _current.windows[place]
     if isinstance(window, UnsupportedModel):
         raise window
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -351,11 +352,12 @@ def mask(**kwargs: Any) -> torch.Tensor | None:
         return None
     token = torch.empty(kwargs["batch_size"], 1, kwargs["q_length"], kwargs["kv_length"])
     _current.masks.append(token)
+    place = token.untyped_storage().data_ptr()
     try:
         positions = getattr(kwargs.get("config"), "max_position_embeddings", None)
-        _current.windows[id(token)] = window_of(kwargs["mask_function"], positions)
+        _current.windows[place] = window_of(kwargs["mask_function"], positions)
     except UnsupportedModel as error:  # it may be for layers that the model does not have
-        _current.windows[id(token)] = error
+        _current.windows[place] = error
     return token
 
 

@@ -19,7 +19,7 @@ import torch
 from fastgen.export import attention
 from fastgen.export.attention import Bias, UnsupportedModel, attend
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 CLOSE = 1e-4  # of the largest number that the model's own function gives
 
@@ -115,8 +115,8 @@ def _attention_places(model: PreTrainedModel) -> Iterator[Place]:
             scale = _INNER[kind](module)
             yield _compared(module, "_attn", functools.partial(_inner, scale, _window(module)))
         elif kind in _WHOLE:
-            ours = functools.partial(_WHOLE[kind], module, _BIASES.get(kind, _no_bias)(module))
-            yield _compared(module, "forward", ours)
+            bias = _BIASES[kind](module) if kind in _BIASES else None
+            yield _compared(module, "forward", _by_name(module, _WHOLE[kind], bias))
         elif kind in _ON_TORCH:
             ours = functools.partial(_scaled_dot_product, _ON_TORCH[kind](module))
             yield _compared(torch.nn.functional, "scaled_dot_product_attention", ours)
@@ -136,6 +136,7 @@ def _compared(owner: Any, name: str, ours: Callable[..., Any]) -> Place:
     def function(*args: Any, **kwargs: Any) -> Any:
         found = ours(*args, **kwargs)
         if attention.is_recording():  # of a text from its start: without a cache it is the same
+            args = tuple(None if isinstance(value, Cache) else value for value in args)
             kwargs = {key: value for key, value in kwargs.items() if key not in _CACHES}
             one, two = (out if isinstance(out, Tensor) else out[0] for out in
                         (own(*args, **kwargs), found))  # fmt: skip
@@ -146,7 +147,7 @@ def _compared(owner: Any, name: str, ours: Callable[..., Any]) -> Place:
     return owner, name, function
 
 
-_CACHES = {"layer_past", "past_key_values"}
+_CACHES = ("layer_past", "past_key_values")
 
 
 # `_attn(query, key, value, mask)` on heads, and the scale of its scores.
@@ -215,13 +216,25 @@ def _bloom_bias(module: Any) -> Bias:
     return lambda at: slopes * at
 
 
-def _bloom(
-    module: Any, bias: Bias, hidden: Tensor, residual: Tensor, *, layer_past: Any, **_: Any
-) -> tuple[Tensor, None]:
+def _by_name(
+    module: Any, attends: Callable[..., Tensor], bias: Bias | None
+) -> Callable[..., tuple[Tensor, None]]:
+    """`attends` as the module's forward, whose arguments and cache have various names."""
+    signature = inspect.signature(module.forward)
+
+    def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        named = signature.bind(*args, **kwargs).arguments
+        cache = next(named[name] for name in _CACHES if name in named)
+        return attends(module, named, next(iter(named.values())), cache, bias), None
+
+    return forward
+
+
+def _bloom(module: Any, named: dict[str, Any], hidden: Tensor, cache: Cache, bias: Bias) -> Tensor:
     query, key, value = module._reshape(module.query_key_value(hidden))
-    key, value = layer_past.update(key, value, module.layer_idx)
+    key, value = cache.update(key, value, module.layer_idx)
     out = attend(query, key, value, module.inv_norm_factor, bias=bias)
-    return module.dense(out.flatten(2)) + residual, None
+    return module.dense(out.flatten(2)) + named["residual"]
 
 
 def _mpt_bias(module: Any) -> Bias:
@@ -230,58 +243,50 @@ def _mpt_bias(module: Any) -> Bias:
     return lambda at: slopes * (at - at[-1:])
 
 
-def _mpt(
-    module: Any, bias: Bias, hidden: Tensor, *, past_key_values: Any, **_: Any
-) -> tuple[Tensor, None]:
-    rows, new, _width = hidden.shape
+def _mpt(module: Any, _: dict[str, Any], hidden: Tensor, cache: Cache, bias: Bias) -> Tensor:
     mixed = module.Wqkv(hidden)
     if module.clip_qkv:
         mixed = mixed.clamp(min=-module.clip_qkv, max=module.clip_qkv)
-    query, key, value = (
-        part.reshape(rows, new, module.n_heads, module.head_dim).transpose(1, 2)
-        for part in mixed.chunk(3, dim=2)
-    )
-    key, value = past_key_values.update(key, value, module.layer_idx)
+    query, key, value = (_heads(part, module.head_dim) for part in mixed.chunk(3, dim=2))
+    key, value = cache.update(key, value, module.layer_idx)
     out = attend(query, key, value, module.softmax_scale, bias=bias)
-    return module.out_proj(out.flatten(2)), None
+    return module.out_proj(out.flatten(2))
 
 
-def _xglm(
-    module: Any, bias: None, hidden_states: Tensor, *, past_key_values: Any, **_: Any
-) -> tuple[Tensor, None]:
-    rows, new, _width = hidden_states.shape
-    query, key, value = (
-        product(hidden_states).view(rows, new, -1, module.head_dim).transpose(1, 2)
-        for product in (module.q_proj, module.k_proj, module.v_proj)
-    )
-    key, value = past_key_values.update(key, value, module.layer_idx)
-    return module.out_proj(attend(query, key, value, module.scaling).flatten(2)), None
+def _as_bart(
+    module: Any, named: dict[str, Any], hidden: Tensor, cache: Cache, bias: None
+) -> Tensor:
+    if named.get("attn_prompt") is not None:
+        raise UnsupportedModel("its attention has prompts that were learned")
+    products = (module.q_proj, module.k_proj, module.v_proj)
+    query, key, value = (_heads(product(hidden), module.head_dim) for product in products)
+    key, value = cache.update(key, value, module.layer_idx)
+    return module.out_proj(attend(query, key, value, module.scaling).flatten(2))
 
 
-def _bert(
-    module: Any, bias: None, hidden_states: Tensor, *_: Any, past_key_values: Any, **__: Any
-) -> tuple[Tensor, None]:
-    rows, new, _width = hidden_states.shape
-    query, key, value = (
-        product(hidden_states).view(rows, new, -1, module.attention_head_size).transpose(1, 2)
-        for product in (module.query, module.key, module.value)
-    )
-    key, value = past_key_values.update(key, value, module.layer_idx)
-    return attend(query, key, value, module.attention_head_size**-0.5).flatten(2), None
+def _as_bert(module: Any, _: dict[str, Any], hidden: Tensor, cache: Cache, bias: None) -> Tensor:
+    size, products = module.attention_head_size, (module.query, module.key, module.value)
+    query, key, value = (_heads(product(hidden), size) for product in products)
+    key, value = cache.update(key, value, module.layer_idx)
+    return attend(query, key, value, size**-0.5).flatten(2)
 
 
-def _no_bias(module: Any) -> None:
-    return None
+def _heads(states: Tensor, head_dim: int) -> Tensor:
+    """[rows, new, heads * head_dim] to [rows, heads, new, head_dim]."""
+    return states.unflatten(2, (-1, head_dim)).transpose(1, 2)
 
 
 # The whole of an attention module, and what it adds to scores.
-_WHOLE: dict[str, Callable[..., Any]] = {
+_WHOLE: dict[str, Callable[..., Tensor]] = {
+    "big_bird.BigBirdSelfAttention": _as_bert,
     "bloom.BloomAttention": _bloom,
+    "git.GitSelfAttention": _as_bert,
+    "megatron_bert.MegatronBertSelfAttention": _as_bert,
     "mpt.MptAttention": _mpt,
-    "xglm.XGLMAttention": _xglm,
-    "big_bird.BigBirdSelfAttention": _bert,
-    "megatron_bert.MegatronBertSelfAttention": _bert,
-    "rembert.RemBertSelfAttention": _bert,
+    "mvp.MvpAttention": _as_bart,
+    "rembert.RemBertSelfAttention": _as_bert,
+    "trocr.TrOCRAttention": _as_bart,
+    "xglm.XGLMAttention": _as_bart,
 }
 _BIASES: dict[str, Callable[[Any], Bias]] = {
     "bloom.BloomAttention": _bloom_bias,

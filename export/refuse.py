@@ -8,6 +8,7 @@ only found here: a model that says the same on short texts and something else on
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,6 +53,9 @@ def model(model: PreTrainedModel) -> None:
         UnsupportedModel: with the reason.
     """
     configuration(model.config)
+    switches = hasattr(model.base_model, "set_attention_type")
+    if switches and model.config.attention_type == "block_sparse":
+        raise UnsupportedModel("its attention is sparse by blocks on long texts (attention_type)")
     if has_attention(model) and not hooks.knows_positions(model):
         raise UnsupportedModel(
             "its forward takes no position_ids, and rows of different lengths need them"
@@ -69,7 +73,7 @@ def model(model: PreTrainedModel) -> None:
 def has_attention(model: PreTrainedModel) -> bool:
     """Whether there is a layer whose tokens look at each other; a recurrence needs no positions."""
     kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None)
-    return kinds is None or bool(ATTENTION_LAYERS & set(kinds))
+    return bool(ATTENTION_LAYERS & set(kinds)) if kinds else not model._is_stateful
 
 
 def _rope_types(model: PreTrainedModel) -> Iterator[str]:
