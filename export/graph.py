@@ -107,10 +107,10 @@ def call(
     """Logits of the model under attention 'fastgen'."""
     cache = StatefulCache(config=model.config.get_text_config(decoder=True))
     with hooks.positions(model, position_ids) as given:
-        given |= {states.cache_argument(model): cache}
+        given |= states.cache_argument(model, cache)
         known = inspect.signature(model.forward).parameters
         given = {name: value for name, value in given.items() if name in known}
-        return model(input_ids=input_ids, use_cache=True, **given).logits
+        return model(input_ids=input_ids, **given).logits
 
 
 @contextlib.contextmanager

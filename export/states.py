@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 Tensor = torch.Tensor
-Place = tuple[str, int, int]  # "conv" or "recurrent", the layer, and which of its states
+Place = tuple[str, int, int]  # "conv", "shift" or "recurrent", the layer, which of its states
 
 
 @dataclass
@@ -39,7 +39,8 @@ class States:
         past: float32 [rows, *shape] each; None while shapes are recorded.
         query_seqlens: int32 [rows], how many of the new tokens are real; None for all.
         present: what the run leaves, by place.
-        begun: the state that the next scan starts from.
+        begun: the state that the next scan starts from; several, one for each of its scans.
+        scans: how many there were.
     """
 
     shapes: dict[Place, tuple[int, ...]] = field(default_factory=dict)
@@ -47,6 +48,19 @@ class States:
     query_seqlens: Tensor | None = None
     present: dict[Place, Tensor] = field(default_factory=dict)
     begun: Tensor | None = None
+    scans: int = 0
+
+    def before(self, place: Place, inputs: Tensor, kept: int) -> Tensor:
+        """A convolution's inputs [rows, channels, new] with the `kept` last ones in front."""
+        rows, channels, _ = inputs.shape
+        if self.past is None:
+            self.leave(place, torch.zeros(rows, channels, kept))
+            return F.pad(inputs, (kept, 0))
+        full = torch.cat([self.past[place], inputs], dim=-1)
+        assert self.query_seqlens is not None
+        last = self.query_seqlens.long()[:, None] + torch.arange(kept)
+        self.leave(place, full.gather(2, last[:, None].expand(-1, channels, -1)))
+        return full
 
     def leave(self, place: Place, state: Tensor) -> None:
         if self.past is None:
@@ -79,6 +93,7 @@ class StatefulCache(PassingCache):
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         run = _run()
         run.begun = None if run.past is None else run.past["recurrent", layer_idx, state_idx]
+        run.scans = 0
         return run.begun
 
     def update_conv_state(
@@ -91,17 +106,7 @@ class StatefulCache(PassingCache):
     ) -> Tensor:
         if conv_kernel_size is None:
             raise UnsupportedModel("it keeps the inputs of a convolution of an unknown width")
-        run, place = _run(), ("conv", layer_idx, state_idx)
-        rows, channels, _ = conv_states.shape
-        kept = conv_kernel_size - 1
-        if run.past is None:
-            run.leave(place, torch.zeros(rows, channels, kept))
-            return F.pad(conv_states, (kept, 0))
-        full = torch.cat([run.past[place], conv_states], dim=-1)
-        assert run.query_seqlens is not None
-        last = run.query_seqlens.long()[:, None] + torch.arange(kept)
-        run.leave(place, full.gather(2, last[:, None].expand(-1, channels, -1)))
-        return full
+        return _run().before(("conv", layer_idx, state_idx), conv_states, conv_kernel_size - 1)
 
     def update_recurrent_state(
         self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
@@ -143,7 +148,9 @@ def _scan(
     run = _run()
     rows, new, heads, size = value.shape
     past = run.begun if run.begun is not None else torch.zeros(rows, heads, key.shape[-1], size)
-    run.begun = None
+    if past.dim() == 5:  # a layer that scans part after part
+        past = past[:, run.scans]
+    run.scans += 1
     inputs = [one.reshape(rows, new, -1) for one in (query, key, value)]
     out, present = torch.onnx.ops.symbolic_multi_out(
         "com.microsoft::LinearAttention",
@@ -233,18 +240,61 @@ def _mamba(
     return (out, state) if return_last_state else out
 
 
+def _wkv(
+    time_decay: Tensor,  # [channels]
+    time_first: Tensor,
+    key: Tensor,  # [rows, new, channels]
+    value: Tensor,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """rwkv_linear_attention: a token sees the state before it, and itself with a weight of its own.
+
+    (Peng et al. 2023, arXiv 2305.13048.) The scan begins with a token that changes nothing, and so
+    says at each place what was before the next. The weights are exp(key) without the running
+    maximum that transformers keeps: a key beyond 88 would be infinite.
+    """
+    run = _run()
+    place = ("recurrent", run.scans, 0)
+    run.begun = None if run.past is None else run.past[place]
+    weight = key.exp()
+    real = run.real(key)[..., None]
+    numbers = torch.stack([value, torch.ones_like(value)], dim=-1)
+    decay = (-time_decay.exp() * torch.ones_like(key)) * real
+    keys, values, decay = (
+        F.pad(x, (0, 0) * (x.dim() - 2) + (1, 0))
+        for x in ((weight * real)[..., None], numbers, decay)
+    )
+    out, state = _scan("gated", torch.ones_like(keys[:, :, :1]), keys, values, decay)
+    run.leave(place, state)
+    own = (time_first + key).exp()
+    above, below = out[:, :-1].unbind(-1)
+    return (above + own * value) / (below + own), None
+
+
+def _shift(place: int) -> Callable[[Tensor], Tensor]:
+    """A module that shows each token the one before it, [rows, new, channels]."""
+
+    def shifted(inputs: Tensor) -> Tensor:
+        full = _run().before(("shift", place, 0), inputs.transpose(1, 2), 1)
+        return full[:, :, :-1].transpose(1, 2)
+
+    return shifted
+
+
 SCANS: dict[str, Callable[..., Any]] = {
     "causal_conv1d_fn": _convolution,
     "torch_chunk_gated_delta_rule": _gated_delta,
     "chunk_kimi_delta_attention": _gated_delta,
     "mamba2_chunk_scan": _mamba2,
     "mamba_selective_scan": _mamba,
+    "rwkv_linear_attention": _wkv,
 }
 
 
 @contextlib.contextmanager
 def running(model: PreTrainedModel, run: States) -> Iterator[States]:
     """Run the model's code with the functions of `SCANS`, and its states with `run`'s."""
+    run.scans = 0
     global _current
     homes = {type(module).__module__ for module in model.modules()}
     kept = [
@@ -253,18 +303,25 @@ def running(model: PreTrainedModel, run: States) -> Iterator[States]:
         for name in SCANS
         if name in vars(sys.modules[home])
     ]
+    shifts = [one for one in model.modules() if isinstance(one, torch.nn.ZeroPad2d)]
+    shifts = [one for one in shifts if tuple(one.padding) == (0, 0, 1, -1)]
     try:
         _current = run
         for names, name, _ in kept:
             names[name] = SCANS[name]
+        for place, module in enumerate(shifts):
+            module.forward = _shift(place)  # type: ignore[method-assign]
         yield run
     finally:
         _current = None
         for names, name, function in kept:
             names[name] = function
+        for module in shifts:
+            del module.forward
 
 
-def cache_argument(model: PreTrainedModel) -> str:
-    """What the model's forward calls its cache."""
+def cache_argument(model: PreTrainedModel, cache: StatefulCache) -> dict[str, Any]:
+    """The cache as the model's forward takes it; a model without one keeps nothing by itself."""
     names = inspect.signature(model.forward).parameters
-    return next((name for name in ("past_key_values", "cache_params") if name in names), "")
+    name = next((name for name in ("past_key_values", "cache_params") if name in names), None)
+    return {"use_cache": False} if name is None else {"use_cache": True, name: cache}
