@@ -1,11 +1,14 @@
 """What int8 and int4 cost on text: perplexity of trained models, and of their outlier twins.
 
-    python export/demo.py demo && python export/demo.py larger --larger    # trained, once
-    python bench/quality.py demo larger
+    for recipe in demo larger mixture hybrid; do    # trained, once
+        python export/demo.py $recipe --recipe $recipe
+    done
+    python bench/quality.py demo larger mixture hybrid
 
 A twin is mathematically the same model with large outliers: in every layer some channels of the
 norms are scaled up and the matrices that read them down, and some channels of the feed-forward
 part likewise, those that the first token of a text uses most, so that this token becomes huge.
+Models of another kind than llama have none.
 """
 
 from __future__ import annotations
@@ -40,7 +43,10 @@ def main() -> None:
         model = AutoModelForCausalLM.from_pretrained(directory).eval()
         tokenizer = AutoTokenizer.from_pretrained(directory)
         text = rows(tokenizer, model.config.vocab_size)
-        for name, one in ((directory.name, model), (f"{directory.name}, twin", twin(model, text))):
+        several = {directory.name: model}
+        if model.config.model_type == "llama":
+            several[f"{directory.name}, twin"] = twin(model, text)
+        for name, one in several.items():
             for precision in args.precision:
                 keep = args.keep and args.keep / f"{name.replace(', ', '-')}-{precision}"
                 print(line(name, precision, one, tokenizer, text, keep), flush=True)

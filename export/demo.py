@@ -27,17 +27,24 @@ import sys
 import sysconfig
 import time
 import warnings
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from pydoc_data.topics import topics
 from types import ModuleType
+from typing import Any
 
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy, dropout
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 END = "<|endoftext|>"
 
@@ -92,6 +99,8 @@ COMPILED_MODULES = (
 class Recipe:
     """Every constant of the training, each with its reason."""
 
+    kind: str = "llama"  # transformers' name of the architecture
+    more: Mapping[str, Any] = field(default_factory=dict)  # of its configuration
     seed: int = 7  # of the initial weights, the dropout, the order of documents and the windows
     held_out_bytes: int = 60_000  # 3% of the corpus, and little enough to ship
     vocab_size: int = 2048  # 3.1 bytes a token, for a fifth of the weights
@@ -115,8 +124,24 @@ class Recipe:
     bfloat16: bool = True  # products in bfloat16: 1.6 times faster where the processor has them
 
 
-# Eleven million weights, for what quantising does to a model of more than a toy's size: 40 minutes.
-LARGER = Recipe(hidden_size=384, layers=6, intermediate_size=1152, steps=1400, rate=2e-3)
+RECIPES = {
+    "demo": Recipe(),
+    # The others are for what quantising does to them. Eleven million weights: 40 minutes.
+    "larger": Recipe(hidden_size=384, layers=6, intermediate_size=1152, steps=1400, rate=2e-3),
+    # A mixture of experts, two of eight for each token: 10 minutes.
+    "mixture": Recipe(
+        kind="mixtral", hidden_size=128, intermediate_size=192, heads=4, steps=800,
+        more={"num_local_experts": 8, "num_experts_per_tok": 2},
+    ),
+    # Three layers of recurrence (Mamba-2) and one of attention: 10 minutes.
+    "hybrid": Recipe(
+        kind="bamba", hidden_size=128, intermediate_size=384, heads=4, steps=800,
+        more={
+            "mamba_n_heads": 8, "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_d_state": 32,
+            "mamba_chunk_size": 64, "attn_layer_indices": [2],
+        },
+    ),
+}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -126,11 +151,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, help="default: what the recipe says")
     parser.add_argument("--threads", type=int, default=1, help="of torch; default: %(default)s")
     parser.add_argument(
-        "--larger", action="store_true", help="the model that bench/quality.py measures besides"
+        "--recipe", choices=RECIPES, default="demo", help="others are for bench/quality.py"
     )
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
-    recipe = LARGER if arguments.larger else Recipe()
+    recipe = RECIPES[arguments.recipe]
     build(arguments.out, replace(recipe, steps=arguments.steps or recipe.steps))
 
 
@@ -411,9 +436,10 @@ def windows(ids: torch.Tensor, end: int, recipe: Recipe) -> Iterator[torch.Tenso
 # ---------------------------------------------------------------------------------- the training
 
 
-def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     """The untrained model, with dropout, which transformers' Llama has for attention alone."""
-    config = LlamaConfig(
+    config = AutoConfig.for_model(
+        recipe.kind,
         vocab_size=len(tokenizer),
         hidden_size=recipe.hidden_size,
         intermediate_size=recipe.intermediate_size,
@@ -426,26 +452,25 @@ def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCa
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         use_cache=True,
+        **recipe.more,
     )
-    model = LlamaForCausalLM(config)
+    model = AutoModelForCausalLM.from_config(config)
     ids = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model.generation_config = GenerationConfig(**ids)
     # A padding token's embedding has no gradient; here it is the end-of-text token's as well.
-    model.model.embed_tokens.padding_idx = None
+    model.get_input_embeddings().padding_idx = None
 
     def drop(module: torch.nn.Module, _: object, output: torch.Tensor) -> torch.Tensor:
         return dropout(output, recipe.dropout, module.training)
 
-    model.model.embed_tokens.register_forward_hook(drop)
-    for layer in model.model.layers:
-        layer.self_attn.o_proj.register_forward_hook(drop)
-        layer.mlp.down_proj.register_forward_hook(drop)
+    model.get_input_embeddings().register_forward_hook(drop)
+    for name, module in model.named_modules():
+        if name.endswith((".o_proj", ".down_proj", ".out_proj", ".experts")):
+            module.register_forward_hook(drop)
     return model
 
 
-def train(
-    model: LlamaForCausalLM, ids: torch.Tensor, held_out: torch.Tensor, recipe: Recipe
-) -> int:
+def train(model: PreTrainedModel, ids: torch.Tensor, held_out: torch.Tensor, recipe: Recipe) -> int:
     """Train `model` in place, leave it with the best held-out loss, and return that one's step."""
     optimizer = make_optimizer(model, recipe)
     batches = windows(ids, model.config.eos_token_id, recipe)
@@ -471,7 +496,7 @@ def train(
     return best_step
 
 
-def make_optimizer(model: LlamaForCausalLM, recipe: Recipe) -> torch.optim.Optimizer:
+def make_optimizer(model: PreTrainedModel, recipe: Recipe) -> torch.optim.Optimizer:
     """AdamW that decays matrices but not the scales of normalisation, which belong near one."""
     parameters = list(model.parameters())
     groups = [
@@ -493,7 +518,7 @@ def rate(step: int, recipe: Recipe) -> float:
 
 
 def train_step(
-    model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, batch: torch.Tensor, recipe: Recipe
+    model: PreTrainedModel, optimizer: torch.optim.Optimizer, batch: torch.Tensor, recipe: Recipe
 ) -> float:
     """One step on `batch` `[rows, context + 1]`, in place; returns its mean loss."""
     model.train()
@@ -506,14 +531,14 @@ def train_step(
     return loss.item()
 
 
-def losses(model: LlamaForCausalLM, batch: torch.Tensor) -> torch.Tensor:
+def losses(model: PreTrainedModel, batch: torch.Tensor) -> torch.Tensor:
     """Of each token of `batch` `[rows, length]` but a row's first: the nats it takes, flat."""
     logits = model(input_ids=batch[:, :-1], use_cache=False).logits
     return cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
 
 
 @torch.inference_mode()
-def held_out_loss(model: LlamaForCausalLM, ids: torch.Tensor, recipe: Recipe) -> float:
+def held_out_loss(model: PreTrainedModel, ids: torch.Tensor, recipe: Recipe) -> float:
     """Mean nats a token of `ids` in fp32, each predicted once, in windows of the context."""
     model.eval()
     starts = range(0, len(ids) - 1, recipe.context)
@@ -545,7 +570,7 @@ def versions() -> dict:
 
 def write(
     out: Path,
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     held_out: list[str],
     facts: dict,
