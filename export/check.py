@@ -6,6 +6,7 @@ batch, a prefill and then token by token, through fastgen's own engine.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,12 +126,20 @@ def probes(
 def reference_logits(
     model: PreTrainedModel, rows: Sequence[NDArray[np.int64]]
 ) -> list[NDArray[np.float32]]:
-    """The original's logits, float32 [length, vocab] of each row, without padding or cache."""
+    """The original's logits, float32 [length, vocab] of each row, without padding or cache.
+
+    Positions are those that its `generate` gives it: a model that is asked without any may count
+    from another number (RoBERTa's kind), and so say something else than it does as it generates.
+    """
+    counted = "position_ids" in inspect.signature(model.forward).parameters
     out = []
     with torch.no_grad():
         for row in rows:
             ids = torch.from_numpy(row)[None]
-            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+            given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            if counted:
+                given["position_ids"] = torch.arange(len(row))[None]
+            logits = model(**given).logits
             out.append(logits[0].float().numpy())
     return out
 

@@ -53,6 +53,13 @@ def model(model: PreTrainedModel) -> None:
         UnsupportedModel: with the reason.
     """
     configuration(model.config)
+    kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()
+    sparse = sorted({kind for kind in kinds if re.search("sparse|indexed|compressed", kind)})
+    if sparse:
+        raise UnsupportedModel(
+            f"its attention is sparse (layers of the kind {', '.join(sparse)}): each token picks "
+            "those that it sees, which the graph has no operator for"
+        )
     switches = hasattr(model.base_model, "set_attention_type")
     if switches and model.config.attention_type == "block_sparse":
         raise UnsupportedModel("its attention is sparse by blocks on long texts (attention_type)")
