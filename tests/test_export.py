@@ -375,28 +375,19 @@ def test_a_vocabulary_larger_than_the_tokenizer(pair):
 
 # --- what is refused ---------------------------------------------------------------------------
 
-_MLA = {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4,
-        "qk_nope_head_dim": 8, "v_head_dim": 8, "first_k_dense_replace": 2, "n_routed_experts": 4,
-        "moe_intermediate_size": 16, "num_experts_per_tok": 2, "n_group": 1,
-        "topk_group": 1}  # fmt: skip
+_ROPE = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "bloom": ("bloom", {"n_layer": 2, "n_head": 4}, "attention code of its own"),
-    "gptj": ("gptj", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4},
-             "attention code of its own"),
-    "gpt_neo": ("gpt_neo", {"num_layers": 2, "num_heads": 4, "intermediate_size": 64,
-                            "attention_types": [[["global", "local"], 1]]},
-                "attention code of its own"),
-    "falcon": ("falcon", {}, "attention code of its own"),
-    "bart's decoder": ("bart", {}, "takes no position_ids"),
-    "mamba": ("mamba", {"state_size": 4}, "recurrent state"),
-    "lfm2 with convolutions": ("lfm2", {"layer_types": ["conv", "full_attention"]},
-                               r"recurrent state \(layers of the kind conv\)"),
-    "deepseek_v3": ("deepseek_v3", _MLA, "multi-head latent attention"),
-    "llama4_text": ("llama4_text", {"head_dim": 8, "num_local_experts": 1, "moe_layers": [],
-                                    "attention_chunk_size": 8, "intermediate_size_mlp": 48},
-                    "chunked attention"),
+    "recurrent_gemma": ("recurrent_gemma", {
+        "head_dim": 8, "lru_width": 32, "attention_window_size": 8, "num_hidden_layers": 3},
+        "recurrent state of its own"),
     "roberta": ("roberta", {}, "mask is not causal"),
-    "diffllama": ("diffllama", {}, "did not just write"),
+    "gemma3's rotations": ("gemma3_text", {"head_dim": 16, "rope_parameters": {
+        "full_attention": _ROPE, "sliding_attention": _ROPE}}, "'dynamic'"),
+    "deepseek_v32": ("deepseek_v32", {
+        "num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8, "v_head_dim": 16, "n_routed_experts": 4, "num_experts_per_tok": 2,
+        "n_group": 1, "topk_group": 1, "moe_intermediate_size": 32},
+        r"sparse \(layers of the kind indexed_attention\)"),
 }  # fmt: skip
 
 
