@@ -1,7 +1,7 @@
 """What int8 and int4 cost on text: perplexity of trained models, and of their outlier twins.
 
     for recipe in demo larger mixture hybrid; do    # trained, once
-        python export/demo.py $recipe --recipe $recipe
+        python -m fastgen.export.demo $recipe --recipe $recipe
     done
     python bench/quality.py demo larger mixture hybrid
 

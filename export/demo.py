@@ -1,6 +1,6 @@
 """Train the embedded demo model: a small Llama on the text of CPython's own documentation strings.
 
-    python export/demo.py OUT_DIR
+    python -m fastgen.export.demo OUT_DIR
 
 `OUT_DIR` becomes a plain transformers directory (`from_pretrained` reads it), with two files
 besides: `held_out.txt`, the documents that training never saw, each followed by the end-of-text

@@ -106,6 +106,7 @@ def export(
     force: bool = False,
     allow_mismatch: bool = False,
     revision: str | None = None,
+    adapter: str | os.PathLike[str] | None = None,
     calibration: str | os.PathLike[str] | None = None,
     tolerance: check.Tolerance | None = None,
     progress: TextIO | None = sys.stderr,
@@ -113,8 +114,8 @@ def export(
     """Export a causal language model to a model directory, proved equal to the original.
 
     Args:
-        model: a hub id, a `save_pretrained` directory, or a transformers model object, which is
-            left as it was.
+        model: a hub id, a `save_pretrained` directory, an adapter's (PEFT) of either kind, or a
+            transformers model object, which is left as it was.
         out: the directory to write; it appears when it is complete.
         tokenizer: the tokenizer of a model object; without one it is exported for ids only.
         precision: "fp32", "int8" or "int4".
@@ -122,6 +123,7 @@ def export(
         force: replace an existing model directory, once the new one is complete.
         allow_mismatch: keep an export that disagrees with the original beyond the tolerance.
         revision: a branch, tag or commit of a hub repository.
+        adapter: an adapter that is merged into the model first, a directory or a hub id.
         calibration: a file with text to quantise and to measure on; None for the one that comes
             with fastgen.
         tolerance: what may differ from the original; None for the coarser precision's own.
@@ -155,10 +157,14 @@ def export(
     quantised = (precision != "fp32") + (cache_precision != "fp32")
     shown = Progress(total=7 + 4 * quantised, stream=progress)
     with shown.step("load") as found:
-        if isinstance(model, PreTrainedModel):
-            loaded = source.of_object(model, tokenizer)
+        if not isinstance(model, PreTrainedModel):
+            loaded = source.load(model, revision, adapter)
+        elif adapter is not None:
+            raise ValueError(
+                "adapter goes with a model's name: a model object can be merged by peft"
+            )
         else:
-            loaded = source.load(model, revision)
+            loaded = source.of_object(model, tokenizer)
         found += _about(loaded)
     with _evaluating(loaded.model):
         _export(loaded, out, wishes, shown)

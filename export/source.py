@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import transformers
-from fastgen.export import refuse, rope, text
+from fastgen.export import adapter, refuse, rope, text
 from fastgen.export.attention import UnsupportedModel
 from fastgen.export.check import TEXTS
 from transformers import (
@@ -48,8 +48,17 @@ class Source:
     note: str = ""
 
 
-def load(name_or_path: str | os.PathLike[str], revision: str | None = None) -> Source:
+def load(
+    name_or_path: str | os.PathLike[str],
+    revision: str | None = None,
+    adapted: str | os.PathLike[str] | None = None,
+) -> Source:
     """Load from a `save_pretrained` directory or a hub id, whatever the stored dtype is.
+
+    Args:
+        name_or_path: a model, or an adapter, which says which model it belongs to.
+        revision: a branch, tag or commit of a hub repository.
+        adapted: an adapter to merge into the model, a directory or a hub id.
 
     Raises:
         ModelError: there is no such model, or it is not complete.
@@ -60,16 +69,16 @@ def load(name_or_path: str | os.PathLike[str], revision: str | None = None) -> S
             "model must be a hub id, a directory or a transformers model, "
             f"got {type(name_or_path).__name__}"
         )
-    path = Path(name_or_path)
-    if path.exists() and not path.is_dir():
-        raise ModelError(f"{path} is a file; expected a directory or a hub id")
-    name = str(name_or_path)
-    if path.is_dir():
-        name = name_of(path)
-    else:
-        path = hub.transformers_snapshot(name, revision)
+    name, path = _place(name_or_path, revision)
     if (path / INFO).is_file():
         raise ModelError(f"{name} is a fastgen model already: there is nothing to export")
+    base = adapter.base_of(path)
+    if base is not None and adapted is not None:
+        raise ModelError(f"{name} is an adapter itself: merge one into a model at a time")
+    if base is not None:
+        return _with_adapter(load(base), name, path)
+    if adapted is not None:
+        return _with_adapter(load(path), *_place(adapted, None))
     config = _configuration(path)
     with refuse.by_name(config.model_type):
         refuse.configuration(config)
@@ -78,6 +87,23 @@ def load(name_or_path: str | os.PathLike[str], revision: str | None = None) -> S
         rope.settle(model)
     tokenizer, note = _tokenizer(path)
     return Source(name, model, tokenizer, note)
+
+
+def _place(name_or_path: str | os.PathLike[str], revision: str | None) -> tuple[str, Path]:
+    """What a model or an adapter is called, and the directory where it is."""
+    path = Path(name_or_path)
+    if path.exists() and not path.is_dir():
+        raise ModelError(f"{path} is a file; expected a directory or a hub id")
+    if path.is_dir():
+        return name_of(path), path
+    return str(name_or_path), hub.transformers_snapshot(str(name_or_path), revision)
+
+
+def _with_adapter(base: Source, name: str, path: Path) -> Source:
+    """A model with an adapter merged; the adapter's own tokenizer, if it brings one."""
+    model = adapter.merged(base.model, path).eval()
+    own, note = _tokenizer(path) if any(path.glob("tokenizer*")) else (None, "")
+    return Source(name, model, own or base.tokenizer, note if own is None and note else base.note)
 
 
 def of_object(model: PreTrainedModel, tokenizer: object | None) -> Source:

@@ -132,12 +132,15 @@ def cli() -> None:
     "--calibration", type=click.Path(path_type=Path), help="text to quantise and measure on"
 )
 @click.option("--revision", help="branch, tag or commit of a hub repository")
+@click.option("--adapter", help="merge this adapter (PEFT) first: a directory or a hub id")
 def export(
     model: str, out: Path | None, precision: str, cache_precision: str, force: bool,
     allow_mismatch: bool, max_kl: float | None, min_top1: float | None, calibration: Path | None,
-    revision: str | None,
+    revision: str | None, adapter: str | None,
 ) -> None:  # fmt: skip
     """Export MODEL, a hub id or a transformers directory, to the model directory OUT.
+
+    MODEL may be an adapter (PEFT), which is merged into the model that it belongs to.
 
     Needs torch and transformers (the extra `export`); running the result does not.
     OUT is by default the model's name and its precisions, such as distilgpt2-int8, or
@@ -163,6 +166,7 @@ def export(
             force=force,
             allow_mismatch=allow_mismatch,
             revision=revision,
+            adapter=adapter,
             calibration=calibration,
             tolerance=pipeline.tolerance(precision, max_kl, min_top1, cache_precision),
         )
