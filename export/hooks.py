@@ -60,11 +60,6 @@ def positions(model: PreTrainedModel, position_ids: Tensor) -> Iterator[dict[str
         yield {"position_ids": position_ids} if given else {}
 
 
-def has_own_attention(model: PreTrainedModel) -> bool:
-    """Whether `own_code` knows the model's attention."""
-    return any(True for _ in _attention_places(model))
-
-
 def knows_positions(model: PreTrainedModel) -> bool:
     """Whether positions can be given to the model, or attention alone needs them (ALiBi)."""
     return (

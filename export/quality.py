@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from fastgen.export import hooks
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
@@ -57,8 +58,10 @@ def measure(
     loss = reference_loss = divergence = mean = largest = scale = 0.0
     for row in rows:
         with torch.no_grad():
-            ids = torch.from_numpy(row)[None]
-            reference = original(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0]
+            ids, counted = torch.from_numpy(row)[None], torch.arange(len(row))[None]
+            given = {"position_ids": counted} if hooks.takes_positions(original) else {}
+            reference = original(input_ids=ids, attention_mask=torch.ones_like(ids), **given)
+            reference = reference.logits[0]
         for start, found in _logits(exported, row[:-1]):
             expected = reference[start : start + len(found)].float().numpy()
             targets = row[start + 1 : start + 1 + len(found)]
