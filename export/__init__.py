@@ -1,7 +1,13 @@
 """From a transformers model to a model directory: the one place that knows torch.
 
 pipeline    the export, step by step          source     hub, directory or object -> model
-attention   what attention becomes            graph      model -> graph
+                                              text       the text part of a model of pictures
+                                              adapter    PEFT's, merged
+graph       model -> graph                    attention  what attention becomes
+                                              hooks      models with code of their own
+                                              states     recurrences and convolutions
+                                              experts    mixtures of them
+                                              rope       rotations that change with the length
 trim        rewriting rules                   check      whether both say the same
 bundle      the model directory               demo       trains the embedded demo model
 recipe      weights in int8 and int4          cache      keys and values in int8
