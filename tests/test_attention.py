@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "heads as bart's, positions that grow": ("xglm", {
         "d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 48,
         "max_position_embeddings": 128}),
+    "positions from generate": ("roberta", {
+        **_SMALL, "intermediate_size": 48, "is_decoder": True, "max_position_embeddings": 128}),
     "positions of its own": ("bart", _BART),
     "waves of its own": ("marian", _BART),
     "chunks": ("llama4_text", {"head_dim": 8, "num_local_experts": 1, "moe_layers": [],
@@ -102,6 +105,7 @@ def difference(theirs: PreTrainedModel, ours: CausalLM, rows: list[list[int]]) -
 def exported(tmp_path_factory):
     """`exported(case, precision, cache precision)`: a model and its export, loaded."""
 
+    @functools.cache
     def make(case: str, precision: str = "fp32", cache: str = "fp32") -> Any:
         model, out = build(case), tmp_path_factory.mktemp("attention") / "model"
         export(model, out, tokenizer=tiny.tokenizer(), precision=precision,
@@ -119,6 +123,12 @@ def test_each_kind_of_attention_says_what_transformers_says(exported, case):
     settings = {"num_beams": 3, "max_new_tokens": 8}
     expected = alone(theirs, rows[1], **settings).sequences.tolist()
     assert ours.generate([rows[1]], eos_token_id=None, **settings) == expected
+
+
+def test_a_table_of_positions_is_an_end(exported):
+    for case, end in (("positions of its own", 128), ("ALiBi, 6 heads", None)):
+        info = exported(case)[1].model.info
+        assert (info.max_length, info.hard_limit) == (end, end is not None)
 
 
 @pytest.mark.parametrize("case", ["ALiBi, 6 heads", "chunks"])
