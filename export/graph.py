@@ -20,7 +20,7 @@ import contextlib
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,8 +85,8 @@ class Decoder(torch.nn.Module):
         seqlens_k: torch.Tensor,
         total_sequence_length: torch.Tensor,
         logits_positions: torch.Tensor,
-        past: list[torch.Tensor],
-        past_states: list[torch.Tensor],
+        past: Sequence[torch.Tensor] = (),
+        past_states: Sequence[torch.Tensor] = (),
     ) -> tuple[torch.Tensor, ...]:
         pairs = list(zip(past[0::2], past[1::2], strict=True))
         feed = Feed(pairs, seqlens_k, total_sequence_length, query_seqlens)
@@ -219,8 +219,6 @@ def convert(model: PreTrainedModel, kept: Kept) -> onnx_ir.Model:
         "seqlens_k": torch.full((rows,), new - 1, dtype=torch.int32),
         "total_sequence_length": torch.tensor(new, dtype=torch.int32),
         "logits_positions": torch.zeros(rows, keep, dtype=torch.long),
-        "past": past,
-        "past_states": held,
     }
     dim = torch.export.Dim
     r, n, k, c = dim("rows"), dim("new"), dim("keep"), dim("capacity")
@@ -231,9 +229,11 @@ def convert(model: PreTrainedModel, kept: Kept) -> onnx_ir.Model:
         "seqlens_k": {0: r},
         "total_sequence_length": {},
         "logits_positions": {0: r, 1: k},
-        "past": [{0: r, 2: c}] * len(past),
-        "past_states": [{0: r}] * len(held),
     }
+    # An empty list would make torch's exporter forget the names of all dimensions.
+    for name, some, shape in (("past", past, {0: r, 2: c}), ("past_states", held, {0: r})):
+        if some:
+            inputs[name], shapes[name] = some, [shape] * len(some)
     with _quiet(), torch.no_grad(), using_attention(model):
         try:
             program = torch.onnx.export(

@@ -12,7 +12,7 @@ import tiny
 import torch
 from fastgen.export import UnsupportedModel, calibrate, experts, export, graph, trim
 from fastgen.export.check import Tolerance
-from fastgen.export.quantize import Kernel, block_codes, block_scales, codes_values
+from fastgen.export.quantize import Kernel, block_codes, block_scales, codes_values, products
 from onnx import TensorProto, helper, numpy_helper
 
 import fastgen
@@ -130,6 +130,8 @@ def test_a_graph_without_experts_is_left_alone():
         experts.lay_out(converted)
         assert before == [(node.op_type, node.inputs, node.outputs) for node in converted.graph]
         assert not trim.routers(converted.graph) and not experts.mixtures(converted.graph)
+        trim.trim(converted, 128)
+        assert [one.is_head for one in products(converted.graph)] == [False] * 8 + [True]
 
 
 def test_which_gate_a_module_has_is_found_by_trying():
