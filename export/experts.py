@@ -1,9 +1,9 @@
 """Mixtures of experts: one node a layer, whatever routes them, in float32 and in 8 or 4 bits.
 
-transformers routes nearly every mixture through `ExpertsInterface`: a module holds the matrices
-of all experts, and a function is given hidden states, which experts each token goes to, and with
-which weights. Here that function emits one node, `experts`. `lay_out` turns it into
-onnxruntime's MoE, whose CPU kernel
+Nearly every mixture of transformers is a module that holds the matrices of all experts and is
+given hidden states, which experts each token goes to, and with which weights. While a model is
+exported (`as_nodes`) such a module emits one node. `lay_out` turns it into onnxruntime's MoE, whose
+kernel on a CPU
 
 - does its own routing: softmax over logits, then the k best. Any weights w of any experts are
   expressed by logits of log w for these and of -1e30 for all others: its weights are w / sum(w),

@@ -44,7 +44,8 @@ class Recipe:
 
 
 # `lm_head` runs at a few positions only, where MatMulNBits is the fastest, and its codes serve the
-# embedding too. Block sizes: see bench/README.md.
+# embedding too. Block sizes: see bench/README.md. Experts in 8 bits have a scale for each channel:
+# with blocks their kernel quantises its inputs as well.
 RECIPES = {
     "int8": Recipe(layer=W8A8, head=Kernel(8, 256), wide=Kernel(8, 32), experts=Kernel(8)),
     "int4": Recipe(
