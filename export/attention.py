@@ -65,6 +65,19 @@ class Feed:
     query_seqlens: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Turn:
+    """Attention in another space than the model's: that of latents, say.
+
+    Attributes:
+        query: [rows, num_heads, new, head_dim] into that space.
+        found: [rows, new, num_heads, value_dim] from there.
+    """
+
+    query: Callable[[torch.Tensor], torch.Tensor]
+    found: Callable[[torch.Tensor], torch.Tensor]
+
+
 @dataclass
 class Pass:
     """One run of the model: what was found (recording) and what was emitted (tracing)."""
@@ -73,6 +86,7 @@ class Pass:
     feed: Feed | None = None  # None while recording
     present: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     pending: tuple[torch.Tensor, torch.Tensor] | None = None  # keys and values not attended yet
+    turn: Turn | None = None  # of the next queries, and of what they find
     # By layer, what is attended where that is not what was written but made of it (recording).
     derived: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     # By the memory of a mask (parts of one are the same mask), its window, or why it has none.
@@ -132,6 +146,12 @@ def write(key: torch.Tensor, value: torch.Tensor) -> None:
     _current.pending = (key, value)
 
 
+def turn_next(turn: Turn) -> None:
+    """The next attention is in the space of `turn`, as its keys and values are."""
+    assert _current is not None
+    _current.turn = turn
+
+
 def attention(
     module: torch.nn.Module,
     query: torch.Tensor,  # [rows, num_heads, new, head_dim]
@@ -182,6 +202,11 @@ def attend(
         bias: of a score, which depends on the head and the key's position alone.
     """
     assert _current is not None
+    turn, _current.turn = _current.turn, None
+    if turn is not None:
+        return turn.found(
+            attend(turn.query(query), key, value, scale, window, softcap, sinks, bias)
+        )
     written, _current.pending = _current.pending, None
     if _current.feed is not None:
         return _emit(query, key, value, sinks, bias)

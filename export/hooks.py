@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from fastgen.export import attention
-from fastgen.export.attention import Bias, UnsupportedModel, attend
+from fastgen.export.attention import Bias, Turn, UnsupportedModel, attend
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
@@ -301,6 +301,12 @@ def _other_places(model: PreTrainedModel) -> Iterator[Place]:
             turned.add(kind)
             file = sys.modules[type(module).__module__]
             yield _compared(file, "apply_rotary_emb", functools.partial(_turned, _COMPLEX[kind]))
+        if hasattr(module, "expand_kv") and _saves(module):
+            yield (
+                module,
+                "expand_kv",
+                functools.partial(_latent, module.expand_kv, *_spaces(module)),
+            )
         elif getattr(module, "activation_sparsity", 0) and hasattr(module, "_gaussian_topk"):
             share = torch.tensor(module.activation_sparsity)
             cut = float(torch.distributions.Normal(0, 1).icdf(share))
@@ -326,3 +332,49 @@ def _largest(cut: float, inputs: Tensor) -> Tensor:
     """What lies over `cut` standard deviations, less that."""
     deviation = inputs.std(dim=-1, keepdim=True, unbiased=False)
     return torch.relu(inputs - (inputs.mean(dim=-1, keepdim=True) + cut * deviation))
+
+
+# Multi-head latent attention (https://arxiv.org/abs/2405.04434): keys and values of all heads are
+# linear functions of one latent and one rotated key. So a head's query, taken back through its
+# function of keys, finds the same in the latents: one head of keys for all queries is stored.
+
+
+def _saves(module: Any) -> bool:
+    """Whether latents take less memory than the keys and values made of them."""
+    heads = module.config.num_attention_heads
+    each = max(module.qk_nope_head_dim + module.qk_rope_head_dim, module.v_head_dim)
+    latent = module.kv_lora_rank + module.qk_rope_head_dim
+    return module.kv_b_proj.bias is None and latent < heads * each
+
+
+def _spaces(module: Any) -> tuple[Tensor, Tensor]:
+    """From queries to latents [heads, size, rank], and from there to values [heads, rank, size]."""
+    sizes = (module.qk_nope_head_dim, module.v_head_dim)
+    weight = module.kv_b_proj.weight.detach().unflatten(0, (-1, sum(sizes)))
+    keys, values = weight.split(sizes, dim=1)
+    return keys.contiguous(), values.transpose(1, 2).contiguous()
+
+
+def _latent(
+    own: Callable[..., Any], from_query: Tensor, to_value: Tensor, latent: Tensor, turned: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Keys and values [rows, 1, new, ...] for queries that are taken to where the latents are."""
+    heads, size, _ = from_query.shape
+
+    def query(states: Tensor) -> Tensor:
+        return torch.cat((states[..., :size] @ from_query, states[..., size:]), dim=-1)
+
+    def found(states: Tensor) -> Tensor:
+        return (states.transpose(1, 2) @ to_value).transpose(1, 2)
+
+    keys = torch.cat((latent, turned), dim=-1)
+    if attention.is_recording():
+        expected = own(latent, turned)
+        some = torch.randn_like(expected[0])
+        scores = query(some) @ keys.transpose(2, 3)
+        values = found(latent.transpose(1, 2).expand(-1, -1, heads, -1)).transpose(1, 2)
+        for one, two in ((some @ expected[0].transpose(2, 3), scores), (expected[1], values)):
+            if one.shape != two.shape or (one - two).abs().max() > CLOSE * one.abs().max():
+                raise UnsupportedModel("its keys are not what fastgen knows of latents")
+    attention.turn_next(Turn(query, found))
+    return keys, latent
