@@ -246,6 +246,35 @@ def run(kinds: Sequence[str], quantised: bool, jobs: int, seconds: float) -> Ite
                 yield found
 
 
+# What a type's family is told by: an attribute of its configuration that is neither 0 nor None.
+FAMILIES: dict[str, str] = {
+    "experts": r"^(moe_)?(n|num)_.*experts$|^moe_num_experts",
+    "recurrences": r"ssm|state_size|d_state|linear_(num|head|attn)|lru|^attention_hidden",
+    "convolutions": r"^conv_|_conv_|d_conv",
+    "latent keys": r"kv_lora_rank",
+    "windows": r"^(sliding_)?window(_size)?$|^sliding_window|^local_attention$|attention_window",
+    "chunks": r"attention_chunk_size",
+    "shared keys": r"num_kv_shared",
+    "capped scores": r"attn_logit_softcapping",
+    "rotations": r"rope_parameters|rotary_dim",
+}
+
+
+def family(kind: str) -> str:
+    """The mechanisms of a type, by its configuration."""
+    try:
+        config = shrink.config_of(kind).get_text_config(decoder=True)
+    except Exception:  # of all kinds: some defaults do not build
+        return ""
+    named = [name for name, value in vars(config).items() if value]
+    found = [
+        name
+        for name, pattern in FAMILIES.items()
+        if any(re.search(pattern, attribute) for attribute in named)
+    ]
+    return ", ".join(found) or "none of these"
+
+
 def table(all_found: Sequence[Found], command: str) -> str:
     """The results as Markdown: counts, and a table for each outcome."""
     counts = Counter(one.outcome for one in all_found)
@@ -268,8 +297,15 @@ def table(all_found: Sequence[Found], command: str) -> str:
         ones = sorted((one for one in all_found if one.outcome == name), key=lambda one: one.kind)
         lines += ["", f"## {name[0].upper()}{name[1:]}: {len(ones)}", ""]
         if name == EXACT:
-            lines += ["| type | largest difference of a logit, of the largest |", "|---|---|"]
-            lines += [f"| {one.kind} | {one.difference:.0e} |" for one in ones]
+            families: dict[str, list[str]] = {}
+            for one in ones:
+                said = f"{one.kind} {one.difference:.0e}"
+                families.setdefault(family(one.kind), []).append(said)
+            lines += [
+                "| experts, recurrences ... | types, with the largest difference of a logit |",
+                "|---|---|",
+            ]
+            lines += [f"| {name} | {', '.join(families[name])} |" for name in sorted(families)]
             continue
         lines += ["| reason | types |", "|---|---|"]
         reasons: dict[str, list[str]] = {}
@@ -300,13 +336,13 @@ def main() -> None:
         difference = "" if found.difference is None else f"{found.difference:.0e}"
         print(f"{found.kind:28} {found.outcome:12} {difference:6} {found.seconds:5.1f} s  "
               f"{found.reason[:150]} {'; '.join(found.notes)}", flush=True)  # fmt: skip
+        if options.json:  # what is found by now
+            options.json.write_text(json.dumps([asdict(one) for one in done], indent=1))
     done.sort(key=lambda one: one.kind)
     print(dict(Counter(one.outcome for one in done)))
     command = "python bench/architectures.py" + (" --quantised" if options.quantised else "")
-    if options.json:
-        options.json.write_text(json.dumps([asdict(one) for one in done], indent=1))
     if options.markdown:
-        text = table(done, f"{command} --markdown {options.markdown.name}")
+        text = table(done, f"{command} --markdown bench/architectures.md")
         options.markdown.write_text(re.sub(r" +\n", "\n", text))
 
 
