@@ -27,7 +27,9 @@ def alone(model: PreTrainedModel) -> PreTrainedModel:
     """
     decoder = model.get_decoder()
     mapping = AutoModelForCausalLM._model_mapping
-    if decoder is None or decoder is model or type(decoder.config) not in mapping:
+    if decoder is model or not isinstance(decoder, PreTrainedModel):  # a head may have that name
+        return model
+    if type(decoder.config) not in mapping:
         return model
     kind = mapping[type(decoder.config)]
     if isinstance(model, kind):
