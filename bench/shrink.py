@@ -195,7 +195,8 @@ def build(kind: str, seed: int = 0, config: PretrainedConfig | None = None) -> P
     torch.manual_seed(seed)
     whole = AutoConfig.for_model(kind)
     model = class_of(whole)._from_config(config or config_of(kind)).eval()
-    biases = [one for name, one in model.named_buffers() if name.endswith("bias")]
+    # (GPT's first model keeps its causal mask, of four dimensions, under that name.)
+    biases = [one for name, one in model.named_buffers() if name.endswith("bias") and one.ndim < 4]
     with torch.no_grad():
         for weight in (*model.parameters(), *(one for one in biases if one.is_floating_point())):
             noise = torch.randn_like(weight)
