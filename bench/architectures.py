@@ -51,7 +51,7 @@ SECONDS = 240  # that one type may take
 # What can become of a type, the best first.
 EXACT, CAUGHT, REFUSED, WRONG, FAILED, LATE, UNBUILT = (
     "exact", "caught by the check", "refused", "WRONG", "crash", "too slow",
-    "transformers itself does not run it",
+    "not run: no tiny model of it that takes text",
 )  # fmt: skip
 
 
