@@ -327,11 +327,12 @@ def info(directory: Path | None, as_json: bool, verify: bool) -> None:
             "context": f"{limit} positions",
             "layers": f"{len(found.layers)} with keys and values",
             "cache": f"{found.cache_dtype}, {found.cache_bytes:,} bytes a token",
-            "states": f"{len(found.states)} besides, {found.state_bytes:,} bytes a row",
             "tokenizer": "yes" if (place / "tokenizer.json").is_file() else "no (ids only)",
             "runs with": str(tuned) if tuned else f"{Tuning()} (not tuned)",
             "exported by": f"fastgen {found.exporter}",
         }
+        if found.states:
+            lines["states"] = f"{len(found.states)} besides, {found.state_bytes:,} bytes a row"
         if verify:
             lines["verified"] = "every file has the bytes that were exported"
         for name, value in lines.items():
