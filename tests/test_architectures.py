@@ -14,7 +14,9 @@ sys.path.append(str(BENCH))
 import architectures  # noqa: E402
 import shrink  # noqa: E402
 
-# One type for each mechanism, the quickest to export.
+# One type for each mechanism, the quickest to export. Most have tests of their own besides, which
+# run with every change: test_parity, test_attention, test_experts, test_states, test_rope.
+ALONE = {"bert", "granite_swa", "gemma4_text", "mllama", "got_ocr2"}
 EXACT = [
     "gpt2",  # learned positions
     "gemma3_text",  # windows and full attention, rotations of their own
@@ -35,7 +37,10 @@ EXACT = [
 ]
 
 
-@pytest.mark.parametrize("kind", EXACT)
+@pytest.mark.parametrize(
+    "kind",
+    [one if one in ALONE else pytest.param(one, marks=pytest.mark.slow) for one in EXACT],
+)
 def test_it_is_exact(kind, tmp_path):
     found = architectures.examine(kind, tmp_path)
     assert (found.outcome, found.reason, found.notes) == (architectures.EXACT, "", [])
