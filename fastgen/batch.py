@@ -23,6 +23,9 @@ TOGETHER = 512  # tokens of several rows that are prefilled at a time
 CALL = 20  # tokens that take as long as a call without any: reading the weights, mostly
 
 
+States = dict[int, list[NDArray[np.float32]]]  # of a row, by how many tokens were read
+
+
 @dataclass(frozen=True)
 class Event:
     """One new token of one row."""
@@ -222,10 +225,12 @@ def prefill(
     for start, end in together([len(prompt) for prompt in prompts]):
         if prefix_cache is not None:
             prefix_cache.fetch(model.fingerprint, prompts[start:end], cache, first + start, CHUNK)
-        states = _prefill(model, cache, prompts[start:end], first + start, out[start:end])
-        if prefix_cache is not None:
-            for place in range(start, end):
-                mine = states[place - start]
+        states: list[States] | None = (
+            None if prefix_cache is None else [{} for _ in range(start, end)]
+        )
+        _prefill(model, cache, prompts[start:end], first + start, out[start:end], states)
+        if prefix_cache is not None and states is not None:
+            for place, mine in enumerate(states, start):
                 prompt = prompts[place]
                 prefix_cache.keep(model.fingerprint, prompt, cache, first + place, CHUNK, mine)
     return out
@@ -274,14 +279,14 @@ def _prefill(
     prompts: Sequence[NDArray[np.int64]],
     first: int,
     out: NDArray[np.float32],
-) -> list[dict[int, list[NDArray[np.float32]]]]:
+    states: list[States] | None = None,
+) -> None:
     """Read what the slots do not hold yet. Chunks end at multiples of `CHUNK`, for every row.
 
-    Returns:
-        Of each row its states where a chunk ended, by how many tokens were read.
+    Args:
+        states: gets each row's states where a chunk ended; None where nobody wants them.
     """
     done = 0  # rows that are complete
-    states: list[dict[int, list[NDArray[np.float32]]]] = [{} for _ in prompts]
     while done < len(prompts):
         held = cache.lengths[first + done : first + len(prompts)].copy()
         end = (held.min() // CHUNK + 1) * CHUNK
@@ -291,8 +296,8 @@ def _prefill(
         positions = None if ended else np.zeros((len(chunk), 0), np.int64)
         logits = model.forward(chunk, cache, first + done, positions)
         out[done : done + ended] = logits[:ended, 0] if ended else 0
-        for row in range(done, len(prompts)) if model.info.states else ():
-            length, state = cache.state(first + row)
-            states[row] |= {length: state} if length == end else {}
+        if states is not None:
+            for row in range(done, len(prompts)):
+                if cache.lengths[first + row] == end:
+                    states[row][end] = cache.state(first + row)[1]
         done += ended
-    return states

@@ -78,8 +78,9 @@ def _read(model: Model, cache: Cache, ids: Ids, prefix_cache: PrefixCache | None
     nothing, states = np.zeros((1, 0), np.int64), {}
     while (at := int(cache.lengths[0])) < len(ids):
         model.forward([ids[at : (at // CHUNK + 1) * CHUNK]], cache, 0, nothing)
-        length, state = cache.state(0)
-        states[length] = state
+        if prefix_cache is not None:
+            length, state = cache.state(0)
+            states[length] = state
     if prefix_cache is not None:
         prefix_cache.keep(model.fingerprint, ids, cache, 0, CHUNK, states)
 

@@ -35,6 +35,17 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
     return make
 
 
+@pytest.fixture(scope="session")
+def both(pair: Callable[..., Pair]) -> Pair:
+    """A tiny Llama, there and here."""
+    return pair("llama")
+
+
+@pytest.fixture(scope="session")
+def ours(both: Pair) -> fastgen.CausalLM:
+    return both[1]
+
+
 @pytest.fixture
 def always_guess(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompt lookup guesses at every step but the first, whether that pays or not."""

@@ -27,16 +27,6 @@ NAN = float("nan")
 SCORES, RECORD = "output_scores", "return_dict_in_generate"
 
 
-@pytest.fixture(scope="module")
-def both(pair) -> Any:
-    return pair("llama")
-
-
-@pytest.fixture(scope="module")
-def ours(both) -> fastgen.CausalLM:
-    return both[1]
-
-
 def refused(call: Callable[[], Any], words: str) -> None:
     """The call raises a ValueError that says these words, and warns of nothing."""
     with warnings.catch_warnings():

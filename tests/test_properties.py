@@ -42,16 +42,6 @@ ROWS = st.lists(st.lists(TOKEN, min_size=1, max_size=10), min_size=1, max_size=3
 OURS = ".*(no length is set|padded on the right|positions that the model was made for)"
 
 
-@pytest.fixture(scope="module")
-def both(pair) -> Any:
-    return pair("llama")
-
-
-@pytest.fixture(scope="module")
-def ours(both) -> fastgen.CausalLM:
-    return both[1]
-
-
 @contextlib.contextmanager
 def lawful(model: fastgen.CausalLM) -> Iterator[None]:
     """One of our own errors or none, no warning but ours, and a next call as if nothing was."""
