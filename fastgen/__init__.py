@@ -22,9 +22,13 @@ How a prompt becomes text, file by file:
     generator   what people hold: CausalLM, load, generate
     hub         a name -> a model directory            demo        the embedded one
     tune        what is fastest on this machine        tuning      kept beside the model
-    __main__    the command line's door                commands    what it does
     interrupt   Ctrl-C during imports                  report      what an export found, as a table
     export      from torch to a directory
+
+and what stands on it:
+
+    __main__    the command line's door                commands    what it does: one file a command
+    serve       the HTTP service                       jobs        many rows: files, a cluster
 """
 
 from __future__ import annotations

@@ -1,0 +1,136 @@
+"""fastgen generate: continue a prompt."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+import fastgen
+from fastgen.commands.knobs import given, knob_flags
+from fastgen.commands.models import load, model_option, threads_option
+from fastgen.commands.say import clear_errors, in_json, one_line
+from fastgen.params import resolve
+
+
+@click.command()
+@click.argument("prompt", required=False)
+@model_option
+@click.option("--file", "-f", type=click.Path(path_type=Path), help="read the prompt from a file")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="print one JSON object a sequence; null is what is not finite",
+)
+@threads_option
+@click.option(
+    "--prefix-cache", type=click.Path(path_type=Path),
+    help="keep prompts' keys and values in this file: a later prompt that starts alike is faster",
+)  # fmt: skip
+@knob_flags
+def generate(
+    prompt: str | None, model: str | None, file: Path | None, as_json: bool, threads: int | None,
+    prefix_cache: Path | None, **knobs: Any,
+) -> None:  # fmt: skip
+    """Continue PROMPT; without one it is read from --file or standard input."""
+    with clear_errors():
+        text = _prompt(prompt, file)
+        with _kept(prefix_cache) as cache:
+            loaded = load(model, threads)
+            wanted = given(knobs)
+            if _open_ended(wanted):
+                wanted["max_new_tokens"] = 64
+            several = _several(loaded, wanted)
+            wanted["prefix_cache"] = cache
+            if as_json:
+                for record in _records(loaded, text, wanted):
+                    click.echo(in_json(record))
+            elif several:
+                texts = loaded.complete(text, **wanted)
+                for one in [texts] if isinstance(texts, str) else texts:
+                    click.echo(text + one)
+            else:
+                tokens = loaded.stream(text, **wanted)  # which checks the prompt and the knobs
+                click.echo(text, nl=False)
+                for token in tokens:
+                    click.echo(token.text, nl=False)
+                click.echo()
+
+
+@contextlib.contextmanager
+def _kept(file: Path | None) -> Iterator[fastgen.PrefixCache | None]:
+    """What a file keeps of earlier prompts, if there is one; it is brought up to date after.
+
+    Raises:
+        ValueError: it is no such file, or could not be written afterwards.
+    """
+    if file is None:
+        yield None
+        return
+    if file.exists() and not file.is_file():
+        raise ValueError(f"--prefix-cache must be a file, {file} is something else")
+    try:
+        tempfile.TemporaryFile(dir=file.parent).close()
+    except OSError as error:
+        reason = one_line(error.strerror or error)
+        raise ValueError(f"--prefix-cache {file} cannot be written: {reason}") from error
+    cache = fastgen.PrefixCache.load(file) if file.exists() else fastgen.PrefixCache()
+    yield cache
+    cache.save(file)
+
+
+def _open_ended(knobs: dict[str, Any]) -> bool:
+    return knobs.get("max_new_tokens") is None and knobs.get("max_length") is None
+
+
+def _several(loaded: fastgen.CausalLM, knobs: dict[str, Any]) -> bool:
+    """Whether there is no one text that grows: beams, or more sequences than one."""
+    params = resolve(loaded.generation_config.to_dict(), None, knobs)
+    return max(params.num_beams, params.num_beam_groups, params.num_return_sequences) > 1
+
+
+def _prompt(prompt: str | None, file: Path | None) -> str:
+    if prompt is not None and file is not None:
+        raise ValueError("pass the prompt as an argument or with --file, not both")
+    if file is not None:
+        content = file.read_bytes()
+    elif prompt is None or prompt == "-":
+        if prompt is None and sys.stdin.isatty():
+            raise ValueError("no prompt: pass it as an argument, with --file or on standard input")
+        content = sys.stdin.buffer.read().rstrip(b"\r\n")
+    else:
+        content = os.fsencode(prompt)
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"the prompt is not UTF-8: {error.reason} at byte {error.start}"
+        ) from error
+    if not text:
+        raise ValueError("the prompt is empty")
+    return text
+
+
+def _records(
+    loaded: fastgen.CausalLM, text: str, knobs: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    rows: dict[int, list[fastgen.Token]] = {}
+    for token in loaded.stream(text, **knobs):
+        rows.setdefault(token.row, []).append(token)
+    for tokens in rows.values():
+        record: dict[str, Any] = {
+            "prompt": text,
+            "text": "".join(token.text for token in tokens),
+            "ids": [token.id for token in tokens],
+            "finish_reason": tokens[-1].finish_reason,
+        }
+        if knobs.get("top_logprobs"):
+            record["top_logprobs"] = [token.top_logprobs for token in tokens]
+        yield record

@@ -1,0 +1,53 @@
+"""fastgen info: what a model directory holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from fastgen.commands.say import clear_errors, in_json
+
+
+@click.command()
+@click.argument("directory", required=False, type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="print JSON; null is what is not finite")
+@click.option("--verify", is_flag=True, help="compare every file, weights too, with its digest")
+def info(directory: Path | None, as_json: bool, verify: bool) -> None:
+    """Say what a model DIRECTORY holds and what its export found (default: the demo model)."""
+    from fastgen import hub, jsonfile
+    from fastgen.model import INFO, ModelInfo
+    from fastgen.report import REPORT, table
+    from fastgen.tuning import Tuning, read
+
+    with clear_errors():
+        place = hub.directory(directory)
+        found = ModelInfo.verify(place) if verify else ModelInfo.read(place)
+        report = jsonfile.read(place / REPORT)
+        if as_json:
+            click.echo(in_json(jsonfile.read(place / INFO) | {"report": report}, indent=2))
+            return
+        compared = f"\nbeside the original:\n{table(report)}" if report else "report       none"
+        size = sum(found.files.values())
+        tuned = read(place)
+        limit = found.max_length or "any number of"
+        lines = {
+            "model": f"{found.name or place.name} ({found.model_type})",
+            "weights": f"{found.parameters:,}",
+            "precision": found.precision,
+            "size": f"{size / 1e6:,.1f} MB in {len(found.files)} files",
+            "vocabulary": f"{found.vocab_size:,} tokens",
+            "context": f"{limit} positions",
+            "layers": f"{len(found.layers)} with keys and values",
+            "cache": f"{found.cache_dtype}, {found.cache_bytes:,} bytes a token",
+            "tokenizer": "yes" if (place / "tokenizer.json").is_file() else "no (ids only)",
+            "runs with": str(tuned) if tuned else f"{Tuning()} (not tuned)",
+            "exported by": f"fastgen {found.exporter}",
+        }
+        if found.states:
+            lines["states"] = f"{len(found.states)} besides, {found.state_bytes:,} bytes a row"
+        if verify:
+            lines["verified"] = "every file has the bytes that were exported"
+        for name, value in lines.items():
+            click.echo(f"{name:<12} {value}")
+        click.echo(compared)

@@ -1,0 +1,22 @@
+"""Which model a command runs, and with how many threads."""
+
+from __future__ import annotations
+
+import click
+
+import fastgen
+from fastgen.commands.say import say
+
+model_option = click.option(
+    "--model", "-m", help="model directory or hub id [default: the embedded demo model]"
+)
+threads_option = click.option(
+    "--threads", type=int, help="threads of a step [default: physical cores]"
+)
+
+
+def load(model: str | None, threads: int | None) -> fastgen.CausalLM:
+    """The model of that name; without one the demo, and stderr says so."""
+    if model is None:
+        say("fastgen: no --model given, using the embedded demo model")
+    return fastgen.load(model, threads=threads)

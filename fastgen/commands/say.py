@@ -1,0 +1,50 @@
+"""What every command says in one way: errors in a line, JSON that every reader takes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import click
+
+
+def in_json(value: Any, indent: int | None = None) -> str:
+    """JSON that every reader takes: it has no NaN and no Infinity, null stands for them."""
+    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, indent=indent)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextlib.contextmanager
+def clear_errors() -> Iterator[None]:
+    """Errors that a user can mend are one line; nothing else is hidden."""
+    try:
+        yield
+    except BrokenPipeError as error:
+        raise click.exceptions.Exit(0) from error
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename is not None else ""
+        raise click.UsageError(place + one_line(error.strerror or error)) from error
+    except MemoryError as error:
+        raise click.UsageError(one_line(f"not enough memory: {error}")) from error
+    except ValueError as error:
+        raise click.UsageError(one_line(error)) from error
+
+
+def one_line(message: object) -> str:
+    return " ".join(str(message).split())
+
+
+def say(line: str) -> None:
+    """A line on stderr."""
+    with contextlib.suppress(OSError):  # nobody can be told; the exit code says it too
+        click.echo(line, err=True)

@@ -1,0 +1,76 @@
+"""fastgen tune: what is fastest on this machine."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from fastgen import bounds
+from fastgen.commands.say import clear_errors
+from fastgen.model import ModelInfo
+from fastgen.tune import Workload
+
+MOST = 10**9  # rows, tokens and rounds that `tune` takes for a wish, not a slip
+
+
+@click.command()
+@click.argument("directories", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--rows", default=1, show_default=True, help="rows that are generated together")
+@click.option("--prompt", default=64, show_default=True, help="tokens of the prompt")
+@click.option("--new", default=32, show_default=True, help="tokens that are generated")
+@click.option("--rounds", default=5, show_default=True, help="how often each is timed")
+@click.option("--max-kl", default=0.02, show_default=True, help="KL divergence allowed")
+@click.option("--min-top1", default=0.9, show_default=True, help="equal likeliest tokens asked")
+def tune(
+    directories: tuple[Path, ...], rows: int, prompt: int, new: int, rounds: int, max_kl: float,
+    min_top1: float,
+) -> None:  # fmt: skip
+    """Measure what is fastest on this machine: threads, kernels, and which of DIRECTORIES.
+
+    What is best for a model directory is saved in it and used from then on, on this machine only.
+    Given several exports of one model, say fp32, int8 and int4, the fastest is named whose report
+    keeps the accuracy budget (--max-kl, --min-top1).
+    """
+    from fastgen import tune, tuning
+
+    with clear_errors():
+        for name, value in {"rows": rows, "prompt": prompt, "new": new, "rounds": rounds}.items():
+            if value < 1:
+                raise ValueError(f"--{name} must be positive, got {value}")
+            if value > MOST:
+                raise ValueError(f"--{name} must be at most {MOST:,}, got {value}")
+        work = Workload(rows, prompt, new)
+        for place in directories:
+            _check_room(place, work)
+        every = {place: tune.candidates(place) for place in dict.fromkeys(directories)}
+        allowed = [place for place in every if tune.within(place, max_kl, min_top1)]
+        found = [one for place in every for one in every[place]]
+        steps = rounds * len(found)
+        with click.progressbar(length=steps, label="measuring", file=sys.stderr) as bar:
+            tune.measure(found, work, rounds, lambda: bar.update(1))
+        chosen = [tune.best(ones, new) for ones in every.values()]
+        for one in chosen:
+            tuning.write(one.directory, one.tuning)
+        for line in tune.table(found, chosen, new):
+            click.echo(line)
+        if len(every) > 1:
+            fastest = [one for one in chosen if one.directory in allowed]
+            if not fastest:
+                raise ValueError(f"no model has a KL divergence within {max_kl}: allow more")
+            one = min(fastest, key=lambda one: one.seconds(new))
+            click.echo(f"fastest within the budget: {one.directory} ({one.tuning})")
+
+
+def _check_room(directory: Path, work: Workload) -> None:
+    """Raise a ValueError if what is timed cannot be in this machine's memory."""
+    info = ModelInfo.read(directory)
+    tokens = work.prompt + work.new
+    tokens = tokens if info.max_length is None else min(tokens, info.max_length)
+    parts = {
+        "keys and values": work.rows * tokens * info.cache_bytes,
+        "ids": work.rows * tokens * 8,
+        "logits": work.rows * info.vocab_size * 2 * bounds.FLOAT,
+    }
+    bounds.check(parts, f"lower --rows {work.rows}, --prompt {work.prompt} or --new {work.new}")

@@ -1,0 +1,1 @@
+"""Many rows: files in, files out, on one machine or a cluster."""

@@ -1,0 +1,1 @@
+"""The HTTP service: requests become rows of one batch (extra `serve`)."""
