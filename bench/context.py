@@ -48,7 +48,7 @@ class Context:
     """A model with rows that hold a past."""
 
     def __init__(self, model: object, args: argparse.Namespace) -> None:
-        from fastgen.batch import CHUNK, prefill
+        from fastgen.prefill import CHUNK, prefill
 
         self.model, self.args = model, args
         self.steps: list[float] = []

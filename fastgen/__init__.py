@@ -9,7 +9,7 @@ How a prompt becomes text, file by file:
     request     the rows of one call and what they share
     model       new ids and a cache -> logits          cache       keys and values, in place
     jsonfile    what strangers wrote, checked          sandbox     where chat templates run
-    prefix      prompts' keys and values, for later
+    prefill     prompts -> the cache, chunk by chunk   prefix      what is kept of them for later
     bounds      what a call would take of memory       memory      pages given back
     cpu         cores, and what they can
     extras      what else can be installed             swap        one directory for another

@@ -1,6 +1,6 @@
 """THE LOOP: rows join by prefill, step together, and leave when they have ended.
 
-One prompt, a ragged batch, several sequences of one prompt, a stream and a server's requests
+One prompt, a ragged batch, several sequences of one prompt, a stream and a service's requests
 are all rows here. `step` is: logits, processors, pick, stop.
 """
 
@@ -13,17 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastgen import pick, stop
-from fastgen.cache import Cache
 from fastgen.model import Model
-from fastgen.prefix import PrefixCache
+from fastgen.prefill import CHUNK, Prefill
 from fastgen.request import Request, Row, by_request, context
-
-CHUNK = 256  # tokens of one row that are prefilled at a time
-TOGETHER = 512  # tokens of several rows that are prefilled at a time
-CALL = 20  # tokens that take as long as a call without any: reading the weights, mostly
-
-
-States = dict[int, list[NDArray[np.float32]]]  # of a row, by how many tokens were read
 
 
 @dataclass(frozen=True)
@@ -36,44 +28,119 @@ class Event:
     top_logprobs: tuple[tuple[int, float], ...] | None
 
 
-class Batch:
-    """The rows that run, in the first slots of one cache."""
+@dataclass(eq=False)
+class Joining:
+    """Rows whose prompts are being read.
 
-    def __init__(self, model: Model) -> None:
-        self.model = model
+    Attributes:
+        prefill: the prompts.
+        rows: the rows of each of them.
+    """
+
+    prefill: Prefill
+    rows: list[list[Row]]
+
+    @property
+    def slots(self) -> range:
+        return range(self.prefill.first, self.prefill.first + len(self.rows))
+
+    @property
+    def wanted(self) -> bool:
+        """Whether a row has not ended meanwhile."""
+        return any(not row.finish_reason for rows in self.rows for row in rows)
+
+
+class Batch:
+    """The rows that run, in the first slots of one cache, and behind them those that join.
+
+    Args:
+        model: what computes the logits.
+        chunk: tokens of a prompt that are read at a time; None for `prefill.CHUNK`.
+    """
+
+    def __init__(self, model: Model, chunk: int | None = None) -> None:
+        self.model, self.chunk = model, chunk
         self.rows: list[Row] = []
+        self.joining: list[Joining] = []
         self.cache = model.borrow_cache(rows=0, capacity=0)
 
     def add(self, request: Request) -> None:
-        """Let the rows of `request` join: their prompts are prefilled, once each."""
-        first = len(self.rows)
-        copies = len(request.rows) // len(request.prompts)
+        """Let the rows of `request` join at once: its prompts are prefilled, once each."""
+        joining = self.begin([request])
+        while joining in self.joining:
+            self.read(joining)
+
+    def begin(self, requests: Sequence[Request]) -> Joining:
+        """Let the rows of `requests` join when their prompts have been read, by calls of `read`.
+
+        Args:
+            requests: with one prefix cache, or none; their prompts are read together.
+        """
+        copies = [len(one.rows) // len(one.prompts) for one in requests]
+        waiting = [
+            (prompt, request.rows[place * count : (place + 1) * count])
+            for request, count in zip(requests, copies, strict=True)
+            for place, prompt in enumerate(request.prompts)
+        ]
         # Shortest first: in a chunk, the rows that have more to come are then neighbours.
-        order = np.argsort([len(prompt) for prompt in request.prompts], kind="stable")
-        self.cache.reserve(first + len(request.rows), request.max_length + CHUNK)
-        prompts = [request.prompts[i] for i in order]
-        logits = prefill(self.model, self.cache, prompts, first, request.prefix_cache)
-        if copies > 1:
-            parents = first + np.repeat(np.arange(len(order)), copies)
-            self.cache.take(np.concatenate([np.arange(first), parents]))
-        for place, prompt in enumerate(order):
-            for row in request.rows[prompt * copies : (prompt + 1) * copies]:
-                row.logits = logits[place]
+        waiting.sort(key=lambda one: len(one[0]))
+        first = self._end
+        longest = max(request.max_length for request in requests)
+        rows = sum(len(request.rows) for request in requests)
+        self.cache.reserve(first + rows, longest + CHUNK)
+        prompts = [prompt for prompt, _ in waiting]
+        known = requests[0].prefix_cache
+        prefill = Prefill(self.model, self.cache, prompts, first, known, self.chunk)
+        self.joining.append(Joining(prefill, [rows for _, rows in waiting]))
+        return self.joining[-1]
+
+    def read(self, joining: Joining) -> None:
+        """Read a chunk of these prompts; after the last one, their rows run."""
+        joining.prefill.read()
+        if joining.prefill.done:
+            self._join(joining)
+
+    @property
+    def _end(self) -> int:
+        """The first slot behind all that are used."""
+        return max([len(self.rows), *(one.slots.stop for one in self.joining)])
+
+    def _join(self, joining: Joining) -> None:
+        """Move what was read behind the rows that run, once for each row of a prompt."""
+        self.joining.remove(joining)
+        end = max(self._end, joining.slots.stop)
+        sources = np.repeat(np.asarray(joining.slots), [len(rows) for rows in joining.rows])
+        start, stop = len(self.rows), len(self.rows) + len(sources)
+        parents = np.arange(max(end, stop))
+        parents[start:stop] = sources
+        for other in self.joining:
+            if other.slots.start < stop:  # it makes way
+                parents, held = np.append(parents, other.slots), len(parents)
+                other.prefill.first = held
+        self.cache.reserve(len(parents), 0)
+        self.cache.take(parents)
+        for place, rows in enumerate(joining.rows):
+            for row in rows:
+                row.logits = joining.prefill.logits[place]
                 self.rows.append(row)
+        self.leave()
 
     def close(self) -> None:
         """Give the cache's memory back to the model: nothing runs any more."""
         self.model.give_back(self.cache)
 
     def step(self) -> list[Event]:
-        """Advance every row by one token."""
+        """Advance every row by one token.
+
+        What goes wrong while a token is chosen ends the rows of its request, whose `error` it
+        becomes; no other row notices.
+        """
         logits = self._logits()
         events: list[Event] = []
         for places in self._alike():
-            # Without a copy where all rows are alike, as they are outside of a server.
+            # Without a copy where all rows are alike, as they are outside of a service.
             mine = logits if len(places) == len(self.rows) else logits[places]
-            rows = [self.rows[i] for i in places]
-            events += take_in(rows, mine, *choose(rows, mine))
+            events += _advance([self.rows[i] for i in places], mine)
         self._end_step()
         return events
 
@@ -82,7 +149,7 @@ class Batch:
         for request, _ in by_request(self.rows):
             if request.deadline.passed():
                 request.end("time")
-        self._leave()
+        self.leave()
 
     def _alike(self) -> list[list[int]]:
         """Places of the rows that share their processors and their kind of pick."""
@@ -98,27 +165,60 @@ class Batch:
         joined = [row for row in self.rows if row.logits is not None]  # always the last slots
         parts: list[NDArray[np.float32]] = []
         if running:
-            last = [row.ids[row.length - 1 : row.length] for row in running]
-            parts.append(self.model.forward(last, self.cache)[:, 0])
+            held = self.cache.lengths.tolist()
+            new = [row.unread(held[slot]) for slot, row in enumerate(running)]
+            parts.append(self.model.forward(new, self.cache)[:, 0])
         for row in joined:
             assert row.logits is not None
             parts.append(row.logits[None])
             row.logits = None
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def _leave(self) -> None:
+    def leave(self) -> None:
         """Free the slots of rows that have ended; the rest move up, as few as possible."""
+        self.joining = [one for one in self.joining if one.wanted]
         stay = [row for row in self.rows if not row.finish_reason or _lingering(row)]
         if len(stay) == len(self.rows):
             return
         slots = {id(row): slot for slot, row in enumerate(self.rows)}
-        holes = [i for i, row in enumerate(self.rows[: len(stay)]) if row not in stay]
-        late = [row for row in stay if slots[id(row)] >= len(stay)]
         rows = self.rows[: len(stay)]
-        for hole, row in zip(holes, late, strict=True):
-            rows[hole] = row
-        self.cache.take([slots[id(row)] for row in rows])
+        holes = [i for i, row in enumerate(rows) if row not in stay]
+        late = [row for row in stay if slots[id(row)] >= len(stay)]
+        if any(row.logits is not None for row in late):
+            rows = stay  # they have not taken a step yet: they stay the last
+        else:
+            for hole, row in zip(holes, late, strict=True):
+                rows[hole] = row
+        # What is being read further behind stays where it is.
+        behind = range(len(rows), max(self._end, len(rows)))
+        self.cache.take([*(slots[id(row)] for row in rows), *behind])
         self.rows = rows
+
+
+def _advance(rows: Sequence[Row], logits: NDArray[np.float32]) -> list[Event]:
+    """A token for each of `rows`, which are alike; what goes wrong ends the request it is of."""
+    groups = by_request(rows)
+    try:
+        scores = _processed(rows, logits)
+    except Exception as error:  # whatever a caller's function raises
+        for request, _ in groups:
+            request.fail(error)
+        return []
+    events: list[Event] = []
+    for request, places in groups:
+        mine, part = [rows[i] for i in places], _view(places)
+        try:
+            tokens = _picked(mine, scores[part])
+            events += take_in(mine, logits[part], scores[part], tokens)
+        except Exception as error:
+            request.fail(error)
+    return events
+
+
+def _view(places: list[int]) -> slice | list[int]:
+    """The same places as a slice if they are neighbours: then nothing is copied."""
+    alike = places == list(range(places[0], places[0] + len(places)))
+    return slice(places[0], places[0] + len(places)) if alike else places
 
 
 def choose(
@@ -131,23 +231,32 @@ def choose(
     Raises:
         ValueError: the scores hold nan, or rule out what would be drawn.
     """
-    request, scores = rows[0].request, logits
-    if request.chain is not None:
-        scores = request.chain(context(rows), logits, spare=not request.keeps_logits)
-    if not request.params.do_sample:
-        return scores, pick.greedy(scores)
+    scores = _processed(rows, logits)
+    return scores, _picked(rows, scores)
+
+
+def _processed(rows: Sequence[Row], logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    request = rows[0].request
+    if request.chain is None:
+        return logits
+    return np.asarray(request.chain(context(rows), logits, spare=not request.keeps_logits))
+
+
+def _picked(rows: Sequence[Row], scores: NDArray[np.float32]) -> NDArray[np.int64]:
+    chain = rows[0].request.chain
+    if not rows[0].request.params.do_sample:
+        return pick.greedy(scores)
     draws: list[pick.Words] = [np.empty(0, np.uint64)] * len(rows)
     for request, places in by_request(rows):
         mine = request.uniform([rows[i] for i in places], scores.shape[1])
         for i, draw in zip(places, mine, strict=True):
             draws[i] = draw
     try:
-        return scores, pick.sample(scores, draws)
+        return pick.sample(scores, draws)
     except pick.NothingLeft as error:
-        if request.chain is None:
+        if chain is None:
             raise
-        by = request.chain.ruling_out(context(rows), scores.shape[1])
-        raise pick.NothingLeft(by) from error
+        raise pick.NothingLeft(chain.ruling_out(context(rows), scores.shape[1])) from error
 
 
 def take_in(
@@ -207,97 +316,3 @@ def _logprobs(
     if not any(row.request.logprobs for row in rows):
         return [float("nan")] * len(rows)
     return [float(value) for value in pick.logprob_of(scores, tokens)]
-
-
-def prefill(
-    model: Model,
-    cache: Cache,
-    prompts: Sequence[NDArray[np.int64]],
-    first: int,
-    prefix_cache: PrefixCache | None = None,
-) -> NDArray[np.float32]:
-    """Read `prompts`, shortest first, into the empty slots from `first` on, in chunks.
-
-    Returns:
-        float32 [prompts, vocab]: the logits after the last token of each.
-    """
-    out = np.empty((len(prompts), model.info.vocab_size), np.float32)
-    for start, end in together([len(prompt) for prompt in prompts]):
-        if prefix_cache is not None:
-            prefix_cache.fetch(model.fingerprint, prompts[start:end], cache, first + start, CHUNK)
-        states: list[States] | None = (
-            None if prefix_cache is None else [{} for _ in range(start, end)]
-        )
-        _prefill(model, cache, prompts[start:end], first + start, out[start:end], states)
-        if prefix_cache is not None and states is not None:
-            for place, mine in enumerate(states, start):
-                prompt = prompts[place]
-                prefix_cache.keep(model.fingerprint, prompt, cache, first + place, CHUNK, mine)
-    return out
-
-
-def together(lengths: Sequence[int]) -> list[tuple[int, int]]:
-    """Which neighbours of rows are read together: (first, last + 1) of each group.
-
-    Rows are padded to the longest of their group, and every call has a cost of its own; the
-    groups are those of the least sum. Up to TOGETHER tokens go into a call.
-
-    Args:
-        lengths: of the prompts, in ascending order.
-    """
-    least = [0.0] + [float("inf")] * len(lengths)  # cost of the first rows, by their number
-    starts = [0] * (len(lengths) + 1)
-    for end in range(1, len(lengths) + 1):
-        width = min(CHUNK, lengths[end - 1])
-        for start in range(end - 1, -1, -1):
-            if start < end - 1 and (end - start) * width > TOGETHER:
-                break
-            cost = least[start] + _cost(lengths[start:end])
-            if cost < least[end]:
-                least[end], starts[end] = cost, start
-    groups = []
-    end = len(lengths)
-    while end:
-        groups.append((starts[end], end))
-        end = starts[end]
-    return groups[::-1]
-
-
-def _cost(lengths: Sequence[int]) -> float:
-    """Of reading rows together: tokens, padding included, and CALL for each call."""
-    cost, at = 0.0, 0
-    while at < lengths[-1]:
-        going = sum(length > at for length in lengths)
-        cost += CALL + going * min(CHUNK, lengths[-1] - at)
-        at += CHUNK
-    return cost
-
-
-def _prefill(
-    model: Model,
-    cache: Cache,
-    prompts: Sequence[NDArray[np.int64]],
-    first: int,
-    out: NDArray[np.float32],
-    states: list[States] | None = None,
-) -> None:
-    """Read what the slots do not hold yet. Chunks end at multiples of `CHUNK`, for every row.
-
-    Args:
-        states: gets each row's states where a chunk ended; None where nobody wants them.
-    """
-    done = 0  # rows that are complete
-    while done < len(prompts):
-        held = cache.lengths[first + done : first + len(prompts)].copy()
-        end = (held.min() // CHUNK + 1) * CHUNK
-        chunk = [prompt[at:end] for prompt, at in zip(prompts[done:], held, strict=True)]
-        ended = sum(len(prompt) <= end for prompt in prompts[done:])
-        # Only a chunk in which a prompt ends needs logits.
-        positions = None if ended else np.zeros((len(chunk), 0), np.int64)
-        logits = model.forward(chunk, cache, first + done, positions)
-        out[done : done + ended] = logits[:ended, 0] if ended else 0
-        if states is not None:
-            for row in range(done, len(prompts)):
-                if cache.lengths[first + row] == end:
-                    states[row][end] = cache.state(first + row)[1]
-        done += ended

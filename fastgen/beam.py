@@ -17,6 +17,7 @@ in transformers they run on until the last is done, which changes nothing of the
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,8 +27,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastgen import pick, stop
-from fastgen.batch import CHUNK, Event, prefill
+from fastgen.batch import Event
 from fastgen.model import Model
+from fastgen.prefill import CHUNK, Prefill
 from fastgen.processors import BANS
 from fastgen.request import Request, context_of_beams
 from fastgen.softmax import log_softmax, normalisers
@@ -323,6 +325,9 @@ class Group(Beams):
 def search(model: Model, request: Request) -> Iterator[list[Event]]:
     """Search, and then tell what was found as a batch tells it: step by step, row by row.
 
+    While it searches, it gives an empty list after each chunk of the prompts and each step, so
+    that others can take theirs in between.
+
     Args:
         request: with one row for each sequence that is wanted; its `scores` and `logits` are
             float32 [prompts * num_beams, vocab] a step.
@@ -331,7 +336,10 @@ def search(model: Model, request: Request) -> Iterator[list[Event]]:
         ValueError: knobs that do not fit each other, or scores that leave no token.
     """
     found = _Search(model, request)
-    hypotheses = [best for beams in found.run() for best in beams]
+    with contextlib.closing(found):
+        for _ in found.steps():
+            yield []
+    hypotheses = [best for beams in found.results() for best in beams]
     for row, best in zip(request.rows, hypotheses, strict=True):
         row.score, row.beams = best.score, best.beams
         row.finish_reason = None if len(best.tokens) else best.reason
@@ -379,7 +387,8 @@ class _Search:
     """The prompts whose search goes on, and the cache that holds their beams.
 
     Attributes:
-        running: for each prompt its groups; one, unless the search is diverse.
+        prompts: for each prompt its groups; one, unless the search is diverse.
+        running: those of them whose search goes on.
         together: the processors that all beams go through at once.
         apart: those that each group goes through when its turn comes.
         top: a step: for each beam of the call its likeliest tokens, if `top_logprobs` asks.
@@ -411,10 +420,9 @@ class _Search:
             place = int(np.flatnonzero(order == prompt)[0])
             self.running.append(self._start(prompt, place * beams + np.arange(beams)))
         self.cache = model.borrow_cache(count * beams, request.max_length + CHUNK)
-        prompts = [request.prompts[i] for i in order]
-        logits = prefill(model, self.cache, prompts, 0, request.prefix_cache)
-        self.cache.take(np.repeat(np.arange(count), beams))
-        self.logits = np.repeat(logits, beams, axis=0)  # float32 [slots, vocab]
+        self.prompts = self.running
+        in_order = [request.prompts[i] for i in order]
+        self.prefill = Prefill(model, self.cache, in_order, 0, request.prefix_cache)
 
     def _start(self, prompt: int, slots: Ids) -> list[Beams]:
         kind, beams = Beams if self.groups == 1 else Group, len(slots)
@@ -424,13 +432,25 @@ class _Search:
             for start in range(0, beams, size)
         ]
 
-    def run(self) -> list[list[Hypothesis]]:
-        """The sequences of each prompt, best first."""
-        prompts = self.running
+    def steps(self) -> Iterator[None]:
+        """Search: a chunk of the prompts, or a token of every beam, at a time."""
+        while not self.prefill.done:
+            self.prefill.read()
+            yield
+        count, beams = len(self.prompts), self.request.params.num_beams
+        self.cache.take(np.repeat(np.arange(count), beams))
+        self.logits = np.repeat(self.prefill.logits, beams, axis=0)  # float32 [slots, vocab]
         while self.running:
             self._step()
+            yield
+
+    def results(self) -> list[list[Hypothesis]]:
+        """The sequences of each prompt, best first."""
+        return [_best(groups, self.request) for groups in self.prompts]
+
+    def close(self) -> None:
+        """Give the cache's memory back to the model."""
         self.model.give_back(self.cache)
-        return [_best(groups, self.request) for groups in prompts]
 
     def _step(self) -> None:
         """Choose the next token of every beam, and compute the logits that follow it."""

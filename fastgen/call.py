@@ -15,11 +15,11 @@ from fastgen import beam, bounds, healing, lookup, prefix, processors, prompt, s
 from fastgen.batch import Batch, Event
 from fastgen.guidance import Unconditional
 from fastgen.model import Model
-from fastgen.output import GenerateOutput
+from fastgen.output import GenerateOutput, Token
 from fastgen.params import Params, resolve
 from fastgen.prompt import Prompts
 from fastgen.request import Request
-from fastgen.tokenizer import Tokenizer
+from fastgen.tokenizer import TextStream, Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +55,21 @@ class Call:
     prompts: Prompts
     draft: lookup.Draft | None = None
 
-    def steps(self) -> Iterator[list[Event]]:
-        """Run it: the new tokens of each step. Beams come all at once, when they are known."""
+    @property
+    def searches(self) -> bool:
+        """Whether it has a cache of its own: its rows are compared, or their tokens guessed."""
         params = self.request.params
-        if params.num_beams > 1 or params.num_beam_groups > 1:
+        return params.num_beams > 1 or params.num_beam_groups > 1 or self.draft is not None
+
+    def steps(self) -> Iterator[list[Event]]:
+        """Run it: the new tokens of each step, none of one that read a part of the prompt.
+
+        Beams come all at once, when they are known.
+
+        Raises:
+            Exception: what a caller's function raises, or a ValueError: no token can be chosen.
+        """
+        if self.draft is None and self.searches:
             yield from beam.search(self.model, self.request)
             return
         batch = Batch(self.model)
@@ -67,9 +78,16 @@ class Call:
             payoff = None if by_itself else lookup.Payoff()
             batch = lookup.Speculation(self.model, self.draft, payoff)
         with contextlib.closing(batch):
-            batch.add(self.request)
+            joining = batch.begin([self.request])
+            batch.read(joining)
+            while joining in batch.joining:
+                yield []
+                batch.read(joining)
             while batch.rows:
-                yield batch.step()
+                events = batch.step()
+                if self.request.error is not None:
+                    raise self.request.error
+                yield events
 
     def tell(self, streamer: Any) -> None:
         """Run it, and give a streamer the prompt and then every step's tokens.
@@ -94,7 +112,7 @@ class Call:
             )
         ids = self.prompts.ids
         streamer.put(self.prompts.array(np.repeat(ids, rows // len(ids), axis=0)))
-        for events in self.steps():
+        for events in filter(None, self.steps()):
             tokens = _column(self.request, events) if self.draft is None else _tokens(events)
             streamer.put(self.prompts.array(tokens))
         streamer.end()
@@ -119,6 +137,40 @@ class Call:
             finish_reasons=[row.finish_reason or "" for row in request.rows],
             top_logprobs=request.top_logprobs if params.top_logprobs else None,
         )
+
+
+class Writer:
+    """Makes tokens with their text of a call's events.
+
+    Args:
+        texts: of each row; None where there is no tokenizer.
+    """
+
+    def __init__(self, texts: Sequence[TextStream] | None) -> None:
+        self._texts = texts
+
+    def take(self, events: Sequence[Event]) -> list[Token]:
+        """The tokens of a step."""
+        last = {event.row.index: place for place, event in enumerate(events)}
+        out = []
+        for place, event in enumerate(events):
+            row = event.row
+            # A step may bring a row several tokens; its reason to end belongs to the last.
+            reason = row.finish_reason if last[row.index] == place else None
+            text = "" if self._texts is None else self._texts[row.index].push(event.token)
+            if reason and self._texts is not None:
+                text += self._texts[row.index].end()
+            out.append(
+                Token(
+                    id=event.token,
+                    text=text,
+                    logprob=event.logprob,
+                    top_logprobs=event.top_logprobs,
+                    finish_reason=reason,
+                    row=row.index,
+                )
+            )
+        return out
 
 
 def _column(request: Request, events: Sequence[Event]) -> NDArray[np.int64]:
@@ -300,7 +352,7 @@ def _likeliest(
         "token_healing": False,
     }
     call = prepare(model, defaults, own_tokenizer, [ids], objects, knobs)
-    return next(call.steps())[0].token
+    return next(filter(None, call.steps()))[0].token
 
 
 def _unconditional(

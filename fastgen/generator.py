@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastgen import chat, hub, jsonfile, processors, score, stop, tensors, values
-from fastgen.call import Call, Objects, prepare, read
+from fastgen.call import Call, Objects, Writer, prepare, read
 from fastgen.model import Model, ModelInfo
 from fastgen.output import Token
 from fastgen.params import Params
@@ -230,15 +230,31 @@ class CausalLM:
         Yields:
             A `Token` as soon as it is known.
         """
+        call = self.call(prompt, logprobs=True, **kwargs)
+        return _tokens_of(call, self.writer(call, skip_special_tokens))
+
+    def call(self, prompt: Any, *, logprobs: bool = False, **kwargs: Any) -> Call:
+        """A call that is checked and has not begun: for whoever runs many (see `schedule`).
+
+        Args:
+            prompt: as `stream` takes it.
+            logprobs: whether its tokens carry their log-probability.
+            kwargs: the keywords of `generate`.
+
+        Raises:
+            ValueError: whatever cannot be done; the message names it.
+        """
         objects = {name: kwargs.pop(name) for name in _OBJECTS if name in kwargs}
-        call = self._call(self._ids(prompt), knobs=kwargs, logprobs=True, **objects)
-        texts = None
-        if self.has_tokenizer:
-            texts = [
-                TextStream(self.tokenizer, row.prompt.tolist(), skip_special_tokens)
-                for row in call.request.rows
-            ]
-        return _as_tokens(call, texts)
+        return self._call(self._ids(prompt), knobs=kwargs, logprobs=logprobs, **objects)
+
+    def writer(self, call: Call, skip_special_tokens: bool = True) -> Writer:
+        """What makes tokens with their text of a call's events."""
+        if not self.has_tokenizer:
+            return Writer(None)
+        rows = call.request.rows
+        return Writer(
+            [TextStream(self.tokenizer, r.prompt.tolist(), skip_special_tokens) for r in rows]
+        )
 
     def complete(self, prompt: str | Sequence[str], **kwargs: Any) -> Any:
         """The text that follows: str for a str, a list for a list (see `generate`'s keywords)."""
@@ -390,31 +406,16 @@ class CausalLM:
 _OBJECTS = tuple(Objects.__dataclass_fields__)
 
 
+def _tokens_of(call: Call, writer: Writer) -> Iterator[Token]:
+    for events in call.steps():
+        yield from writer.take(events)
+
+
 def _is_one(ids: Any) -> bool:
     """Whether this is one text or one row of ids, rather than several."""
     return isinstance(ids, str) or not (
         isinstance(ids[0], str) or np.ndim(tensors.array(ids[0])) > 0
     )
-
-
-def _as_tokens(call: Call, texts: list[TextStream] | None) -> Iterator[Token]:
-    for events in call.steps():
-        last = {event.row.index: place for place, event in enumerate(events)}
-        for place, event in enumerate(events):
-            row = event.row
-            # A step may bring a row several tokens; its reason to end belongs to the last.
-            reason = row.finish_reason if last[row.index] == place else None
-            text = "" if texts is None else texts[row.index].push(event.token)
-            if reason and texts is not None:
-                text += texts[row.index].end()
-            yield Token(
-                id=event.token,
-                text=text,
-                logprob=event.logprob,
-                top_logprobs=event.top_logprobs,
-                finish_reason=reason,
-                row=row.index,
-            )
 
 
 def load(

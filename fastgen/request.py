@@ -65,6 +65,11 @@ class Row:
         ids = np.concatenate([self.history, np.asarray(guess, np.int64)])
         return Row(self.request, self.index, self.prompt, ids, len(ids), self.pad)
 
+    def unread(self, held: int) -> NDArray[np.int64]:
+        """int64 [new]: what the model has not seen of it, if it has seen `held` tokens."""
+        seen = len(self.prompt) + self.length - self.request.prompt_length
+        return self.ids[self.length - (seen - held) : self.length]
+
     def push(self, token: int) -> None:
         self.ids[self.length] = token
         self.length += 1
@@ -89,6 +94,7 @@ class Request:
         streams: the source of chance: one for all rows, or one for each; empty when greedy.
         scores, logits: a step: float32 [rows, vocab], if asked for.
         top_logprobs: a row: a step: the likeliest tokens, if asked for.
+        error: what ended its rows, if something went wrong while a token was chosen.
     """
 
     params: Params
@@ -109,6 +115,7 @@ class Request:
 
     def __post_init__(self) -> None:
         params = self.params
+        self.error: Exception | None = None
         self.deadline = Deadline(params.max_time)
         self.eos = frozenset(params.eos_token_id or ())
         copies = params.num_return_sequences
@@ -155,6 +162,11 @@ class Request:
         """End the rows that have not ended."""
         for row in self.rows:
             row.end(reason)
+
+    def fail(self, error: Exception) -> None:
+        """End its rows by an error, which whoever waits for them gets to see."""
+        self.error = error
+        self.end("error")
 
     @property
     def width(self) -> int:

@@ -16,9 +16,9 @@ from fastgen.export.check import Tolerance
 
 import fastgen
 from fastgen import commands, hub
-from fastgen.batch import CHUNK
 from fastgen.cache import Cache
 from fastgen.model import GRAPH, INFO, Model
+from fastgen.prefill import CHUNK
 from fastgen.softmax import log_softmax
 
 LOOSE = Tolerance(max_difference=1.0, kl=0.02, top1=0.9, greedy=False)

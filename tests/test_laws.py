@@ -11,7 +11,7 @@ import tiny
 from test_parity import ragged
 
 import fastgen
-from fastgen import batch
+from fastgen import batch, prefill
 from fastgen import model as model_module
 from fastgen.tokenizer import TextStream
 
@@ -47,8 +47,8 @@ def test_chunked_prefill_is_whole(pair, kind, chunk, monkeypatch):
     _, model = pair(kind)
     rows = ragged(6, (40, 33, 2))
     whole = model.generate(rows, max_new_tokens=8)
-    monkeypatch.setattr(batch, "CHUNK", chunk)
-    monkeypatch.setattr(batch, "TOGETHER", 3 * chunk)
+    monkeypatch.setattr(prefill, "CHUNK", chunk)
+    monkeypatch.setattr(prefill, "TOGETHER", 3 * chunk)
     assert model.generate(rows, max_new_tokens=8) == whole
 
 
@@ -173,8 +173,7 @@ def test_broken_bytes_come_out_as_they_decode(pair):
 
 def test_rows_are_read_together_where_that_costs_least(monkeypatch):
     """Beside every way to cut a few rows into groups."""
-    monkeypatch.setattr(batch, "CHUNK", 16)
-    monkeypatch.setattr(batch, "TOGETHER", 48)
+    monkeypatch.setattr(prefill, "TOGETHER", 48)
     random = np.random.default_rng(0)
     for _ in range(60):
         lengths = sorted(random.integers(1, 40, int(random.integers(1, 8))).tolist())
@@ -183,12 +182,12 @@ def test_rows_are_read_together_where_that_costs_least(monkeypatch):
         def cost(cuts: tuple[int, ...], lengths: list[int] = lengths) -> float:
             groups = list(itertools.pairwise((0, *cuts, len(lengths))))
             fits = all(b - a == 1 or (b - a) * min(16, lengths[b - 1]) <= 48 for a, b in groups)
-            return sum(batch._cost(lengths[a:b]) for a, b in groups) if fits else float("inf")
+            return sum(prefill._cost(lengths[a:b], 16) for a, b in groups) if fits else float("inf")
 
         every = [
             cuts for size in range(count) for cuts in itertools.combinations(range(1, count), size)
         ]
-        found = batch.together(lengths)
+        found = prefill.together(lengths, 16)
         assert [a for a, _ in found] == [0, *[b for _, b in found[:-1]]] and found[-1][1] == count
         assert cost(tuple(b for _, b in found[:-1])) == min(map(cost, every))
 

@@ -48,9 +48,11 @@ LAYERS: dict[str, set[str]] = {
     "tuning": {"cpu", "jsonfile"},
     "tune": {"cpu", "jsonfile", "model", "report", "softmax", "tuning"},
     "request": {"params", "pick", "prefix", "processors", "stop"},
-    "batch": {"cache", "model", "pick", "prefix", "request", "stop"},
+    "prefill": {"cache", "model", "prefix"},
+    "batch": {"model", "pick", "prefill", "request", "stop"},
     "beam": {
-        "batch", "cache", "model", "params", "pick", "processors", "request", "softmax", "stop",
+        "batch", "cache", "model", "params", "pick", "prefill", "processors", "request", "softmax",
+        "stop",
     },
     "guidance": {"model", "processors"},
     "lookup": {"batch", "model", "pick", "request"},

@@ -19,7 +19,7 @@ from test_cli import run
 from test_parity import ragged
 
 import fastgen
-from fastgen import PrefixCache, batch
+from fastgen import PrefixCache, batch, prefill
 from fastgen.cache import Cache
 from fastgen.prefix import BLOCK
 
@@ -42,8 +42,8 @@ KNOBS: dict[str, dict[str, Any]] = {
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks that the prompts of models with 128 positions fill several times."""
-    monkeypatch.setattr(batch, "CHUNK", 2 * BLOCK)
-    monkeypatch.setattr(batch, "TOGETHER", 5 * BLOCK)
+    monkeypatch.setattr(prefill, "CHUNK", 2 * BLOCK)
+    monkeypatch.setattr(prefill, "TOGETHER", 5 * BLOCK)
 
 
 @pytest.fixture(scope="module", params=["fp32", "int8", "int4"])

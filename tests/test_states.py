@@ -12,7 +12,7 @@ import torch
 from test_parity import ragged
 
 import fastgen
-from fastgen import batch
+from fastgen import batch, prefill
 from fastgen.cache import Cache
 
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 16}
@@ -98,8 +98,8 @@ def test_prompts_may_be_read_in_chunks(stateful, kind, chunk, monkeypatch):
     _, ours = stateful(kind)
     rows = ragged(6, (40, 33, 2))
     whole = ours.generate(rows, **GREEDY)
-    monkeypatch.setattr(batch, "CHUNK", chunk)
-    monkeypatch.setattr(batch, "TOGETHER", 3 * chunk)
+    monkeypatch.setattr(prefill, "CHUNK", chunk)
+    monkeypatch.setattr(prefill, "TOGETHER", 3 * chunk)
     assert ours.generate(rows, **GREEDY) == whole
 
 
@@ -157,7 +157,7 @@ def test_what_cannot_be_taken_back_is_said(stateful, pair):
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_was_read_of_a_prompt_is_found_where_it_was_cut(stateful, kind, tmp_path, monkeypatch):
     _, ours = stateful(kind)
-    monkeypatch.setattr(batch, "CHUNK", 8)
+    monkeypatch.setattr(prefill, "CHUNK", 8)
     kept = {"return_dict_in_generate": True, "output_logits": True, **GREEDY}
     row = ragged(3, (30,))[0]
     rows = [row, row[:20] + [5, 6, 7], row[:17], row[:9], row[:8], [*row, 9, 9]]
