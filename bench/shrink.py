@@ -20,20 +20,21 @@ from transformers import (
     PreTrainedModel,
 )
 
-VOCAB, HIDDEN, HEADS, LAYERS, LENGTH, WINDOW = 128, 64, 4, 2, 256, 8
+VOCAB, HIDDEN, HEADS, LAYERS, LENGTH, WINDOW, PICKED = 128, 64, 4, 2, 256, 8, 160
 FIRST = 16  # tokens with lower ids may mean something to a model: those of `SPECIAL`
 
 # An attribute's size is that of the first pattern found in its name; none is enlarged.
 SIZES: list[tuple[str, int]] = [
     (r"vocab|^num_embeddings$", VOCAB),
     (r"indexer_kv", 1),
+    (r"index_topk$|^indexer_budget$", PICKED),
     (r"indexer_head_dim", 64),
     (r"max_.*position|max_seq_len|max_length|n_positions|n_ctx|context_length|extent|mem_len",
      LENGTH),
     (r"window_layers$|_offset$|first_k_dense|num_dense_layers|layer_start_index", 1),
-    (r"window|attention_chunk|attn_chunk_len|^local_attention$|index_topk$", WINDOW),
+    (r"window|attention_chunk|attn_chunk_len|^local_attention$", WINDOW),
     (r"layers?_per_|mem_blocks$|_period$|_interval$|every_n|group_size$|_pattern$", 2),
-    (r"layers?$|num_blocks|^depth$|layer_end_index|^indexer_budget$", LAYERS),
+    (r"layers?$|num_blocks|^depth$|layer_end_index", LAYERS),
     (r"(top_?k|per_tok|per_token|moe_k|compress_ratio)$|top_k_experts|topk_blocks", 2),
     (r"n_groups?$|topk_group|expert_group|o_groups", 2),
     (r"shared_experts?$", 1),

@@ -8,6 +8,7 @@ graph       model -> graph                    attention  what attention becomes
                                               states     recurrences and convolutions
                                               experts    mixtures of them
                                               rope       rotations that change with the length
+                                              sparse     attention by an index while it is plain
 trim        rewriting rules                   check      whether both say the same
 bundle      the model directory               demo       trains the embedded demo model
 recipe      weights in int8 and int4          cache      keys and values in int8

@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from fastgen.export import sparse
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import DynamicCache
 
@@ -168,17 +169,19 @@ def attention(
     softcap = float(kwargs.pop("softcap", None) or 0.0)
     sinks = kwargs.pop("s_aux", None)
     for name, extra in kwargs.items():
-        if extra is not None and name not in _HARMLESS:
+        if extra is not None and name not in _HARMLESS and not isinstance(extra, sparse.All):
             raise UnsupportedModel(
                 f"its attention takes {name!r}, which the graph has no place for"
             )
-    place = None if attention_mask is None else attention_mask.untyped_storage().data_ptr()
-    if place is not None and place not in _current.windows:
-        raise UnsupportedModel(
-            f"layer {len(_current.layers)}: its mask is not one of transformers' causal or "
-            "sliding-window masks"
-        )
-    window = None if place is None else _current.windows[place]
+    window = None
+    if attention_mask is not None and _current.feed is None:
+        place = attention_mask.untyped_storage().data_ptr()
+        if place not in _current.windows:
+            raise UnsupportedModel(
+                f"layer {len(_current.layers)}: its mask is not one of transformers' causal or "
+                "sliding-window masks"
+            )
+        window = _current.windows[place]
     if isinstance(window, UnsupportedModel):
         raise window
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -371,11 +374,18 @@ def mask(**kwargs: Any) -> torch.Tensor | None:
     """The mask function beside `attention`: a token while recording, nothing in the graph.
 
     GroupQueryAttention masks by itself. While recording, each mask is an empty tensor whose
-    identity tells `attention` which window it stands for.
+    identity tells `attention` which window it stands for. A model that cannot do without one
+    (it has an index, see `sparse`) gets one that is not used.
     """
-    if _current is None or _current.feed is not None:
+    needed = not kwargs.get("allow_is_causal_skip", True)
+    if _current is None or (_current.feed is not None and not needed):
         return None
-    token = torch.empty(kwargs["batch_size"], 1, kwargs["q_length"], kwargs["kv_length"])
+    dtype = torch.bool if needed else torch.float32
+    token = torch.empty(
+        kwargs["batch_size"], 1, kwargs["q_length"], kwargs["kv_length"], dtype=dtype
+    )
+    if _current.feed is not None:
+        return token
     _current.masks.append(token)
     place = token.untyped_storage().data_ptr()
     try:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fastgen.export import hooks
+from fastgen.export import hooks, sparse
 from fastgen.export.graph import Kept
 from fastgen.export.source import Source
 
@@ -106,7 +106,8 @@ def describe(source: Source, kept: Kept, precision: str) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in source.model.parameters()),
         "vocab_size": source.model.get_output_embeddings().weight.shape[0],
         "max_length": limit,
-        "hard_limit": limit is not None and not _computes(source, limit),
+        "hard_limit": sparse.limit(source.model) is not None
+        or (limit is not None and not _computes(source, limit)),
         "layers": [[layer.kv_heads, layer.head_dim] for layer in kept.layers],
         "states": [list(shape) for shape in kept.states.values()],
         "cache_dtype": "float32",

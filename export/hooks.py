@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from fastgen.export import attention
+from fastgen.export import attention, sparse
 from fastgen.export.attention import Bias, Turn, UnsupportedModel, attend
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
@@ -294,6 +294,7 @@ _BIASES: dict[str, Callable[[Any], Bias]] = {
 
 def _other_places(model: PreTrainedModel) -> Iterator[Place]:
     """Where something besides attention is computed in a way that a graph cannot."""
+    yield from sparse.places(model)
     turned = set()
     for module in model.modules():
         kind = _kind(module)
@@ -341,7 +342,7 @@ def _largest(cut: float, inputs: Tensor) -> Tensor:
 
 def _saves(module: Any) -> bool:
     """Whether latents take less memory than the keys and values made of them."""
-    heads = module.config.num_attention_heads
+    heads = module.kv_b_proj.out_features // (module.qk_nope_head_dim + module.v_head_dim)
     each = max(module.qk_nope_head_dim + module.qk_rope_head_dim, module.v_head_dim)
     latent = module.kv_lora_rank + module.qk_rope_head_dim
     return module.kv_b_proj.bias is None and latent < heads * each

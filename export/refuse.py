@@ -54,10 +54,10 @@ def model(model: PreTrainedModel) -> None:
     """
     configuration(model.config)
     kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()
-    sparse = sorted({kind for kind in kinds if re.search("sparse|indexed|compressed", kind)})
-    if sparse:
+    picking = sorted({kind for kind in kinds if re.search("sparse|compressed", kind)})
+    if picking:
         raise UnsupportedModel(
-            f"its attention is sparse (layers of the kind {', '.join(sparse)}): each token picks "
+            f"its attention is sparse (layers of the kind {', '.join(picking)}): each token picks "
             "those that it sees, which the graph has no operator for"
         )
     switches = hasattr(model.base_model, "set_attention_type")

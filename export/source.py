@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import transformers
-from fastgen.export import adapter, refuse, rope, text
+from fastgen.export import adapter, refuse, rope, sparse, text
 from fastgen.export.attention import UnsupportedModel
 from fastgen.export.check import TEXTS
 from transformers import (
@@ -84,7 +84,7 @@ def load(
         refuse.configuration(config)
         model = text.alone(_model(path, config).eval())
         refuse.configuration(model.config)
-        rope.settle(model)
+        _settle(model)
     tokenizer, note = _tokenizer(path)
     return Source(name, model, tokenizer, note)
 
@@ -119,13 +119,19 @@ def of_object(model: PreTrainedModel, tokenizer: object | None) -> Source:
         p.dtype != torch.float32 for p in model.parameters() if p.is_floating_point()
     ):
         model = copy.deepcopy(model).float().cpu()
-    elif rope.limit(model) is not None:
+    elif rope.limit(model) is not None or sparse.limit(model) is not None:
         model = copy.deepcopy(model)
-    rope.settle(model)
+    _settle(model)
     fast, note = _fast(tokenizer) if tokenizer is not None else (None, "no tokenizer was given")
     place = Path(said)
     name = name_of(place) if said and (place.is_absolute() or place.exists()) else said
     return Source(name or kind, model, fast, note)
+
+
+def _settle(model: PreTrainedModel) -> None:
+    """Give it as many positions as the graph can say the same for."""
+    sparse.settle(model)
+    rope.settle(model)
 
 
 def name_of(path: Path) -> str:
