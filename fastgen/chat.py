@@ -64,8 +64,26 @@ def prompt(
         ) from error
 
 
+def has_template(directory: Path, config: Mapping[str, Any]) -> bool:
+    """Whether a model comes with a template for conversations.
+
+    Raises:
+        ModelError: what it comes with is damaged.
+    """
+    return "default" in _templates(directory, config)
+
+
 def _source(directory: Path, config: Mapping[str, Any], with_tools: bool) -> str:
-    """The template itself: its file, or what the configuration holds, by name if it has several."""
+    """The template itself."""
+    templates = _templates(directory, config)
+    name = FOR_TOOLS if with_tools and FOR_TOOLS in templates else "default"
+    if name not in templates:
+        raise ValueError(f"{directory} has no chat template: use complete() with a text")
+    return str(templates[name])
+
+
+def _templates(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """All templates by name: those of the configuration, and of files, which come before them."""
     found = config.get("chat_template") or {}
     if isinstance(found, str):
         found = {"default": found}
@@ -79,11 +97,7 @@ def _source(directory: Path, config: Mapping[str, Any], with_tools: bool) -> str
     files = {path.stem: path for path in (directory / OTHERS).glob("*.jinja")}
     if (directory / FILE).is_file():
         files["default"] = directory / FILE
-    templates = {**found, **{name: _text(path) for name, path in files.items()}}
-    name = FOR_TOOLS if with_tools and FOR_TOOLS in templates else "default"
-    if name not in templates:
-        raise ValueError(f"{directory} has no chat template: use complete() with a text")
-    return str(templates[name])
+    return {**found, **{name: _text(path) for name, path in files.items()}}
 
 
 def _text(path: Path) -> str:
