@@ -63,6 +63,9 @@ LAYERS: dict[str, set[str]] = {
         "batch", "beam", "bounds", "guidance", "healing", "lookup", "model", "output", "params",
         "prefix", "processors", "prompt", "request", "stop", "tensors", "tokenizer", "values",
     },
+    "schedule": {
+        "batch", "bounds", "call", "cpu", "lookup", "model", "prefill", "prefix", "request",
+    },
     "generator": {
         "call", "chat", "hub", "jsonfile", "model", "output", "params", "prefix", "processors",
         "score", "stop", "tensors", "tokenizer", "values",
@@ -71,10 +74,13 @@ LAYERS: dict[str, set[str]] = {
     "interrupt": set(),
     "commands": {
         "", "bounds", "export", "extras", "hub", "interrupt", "jobs", "jsonfile", "model", "params",
-        "report", "serve", "tune", "tuning",
+        "report", "schedule", "serve", "tune", "tuning", "values",
     },
-    "serve": {""},
-    "jobs": {""},
+    "serve": {"", "schedule"},
+    "jobs": {
+        "call", "chat", "extras", "generator", "hub", "output", "params", "prefill", "prefix",
+        "schedule", "serve", "tokenizer", "values",
+    },
     "__main__": {"commands", "interrupt"},
 }  # fmt: skip
 
@@ -223,7 +229,7 @@ def test_the_distribution_has_the_name_and_the_version_that_we_say():
     assert extras.install("chat") == f"pip install '{project['name']}[chat]'"
 
 
-OF_EXTRAS = {"jinja2"}  # imported late, with an error that names the extra
+OF_EXTRAS = {"jinja2", "pyarrow", "ray"}  # imported late, with an error that names the extra
 
 
 def test_what_is_imported_is_declared():

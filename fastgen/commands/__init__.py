@@ -5,10 +5,12 @@ from __future__ import annotations
 import click
 
 import fastgen
+from fastgen.commands.batch import batch
 from fastgen.commands.export import export
 from fastgen.commands.generate import generate
 from fastgen.commands.info import info
 from fastgen.commands.say import one_line, say
+from fastgen.commands.score import score
 from fastgen.commands.tune import tune
 from fastgen.interrupt import QUIET_EXIT
 
@@ -19,7 +21,7 @@ def cli() -> None:
     """Run small language models on a CPU: transformers' generate, without torch."""
 
 
-for command in (export, generate, info, tune):
+for command in (batch, score, export, generate, info, tune):
     cli.add_command(command)
 
 

@@ -1,0 +1,63 @@
+"""fastgen batch: a file of prompts becomes a file of texts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from fastgen.commands.knobs import given, knob_flags
+from fastgen.commands.models import load, model_option, threads_option
+from fastgen.commands.rows import do, job_flags
+from fastgen.commands.say import clear_errors
+
+
+@click.command()
+@job_flags
+@model_option
+@threads_option
+@click.option("--ids", is_flag=True, help="give the tokens too")
+@click.option("--max-rows", type=int, help="rows that run together [default: 64]")
+@knob_flags
+def batch(
+    source: str, out: str, kind: str | None, keep: tuple[str, ...], restart: bool, quiet: bool,
+    model: str | None, threads: int | None, ids: bool, max_rows: int | None, **knobs: Any,
+) -> None:  # fmt: skip
+    """Continue every prompt of IN, and write an object a row to OUT, in IN's order.
+
+    IN has JSON lines: {"prompt": ...}, {"messages": [...]} or {"input_ids": [...]} with knobs of
+    their own, or lines of OpenAI's batch API. Or it has text, a prompt a line (.txt), or is a
+    Parquet file with such columns (.parquet). OUT ends in .jsonl or .parquet; - is standard input
+    and output.
+
+    What is done is kept in OUT.part: killed at any moment and started again, it goes on. A row
+    that is no good has an "error" in its place; then the exit code is 1. The flags of knobs are
+    for rows that say nothing else. --seed is the job's: each row draws from a seed made of it and
+    of the row's number.
+    """
+    with clear_errors():
+        from fastgen import params, values
+        from fastgen.jobs.ask import Reader
+        from fastgen.jobs.generation import Generation
+        from fastgen.jobs.job import Job
+        from fastgen.jobs.source import Source
+        from fastgen.schedule import MAX_ROWS
+
+        wanted = given(knobs)
+        seed = wanted.pop("seed", None)
+        if seed is not None:
+            seed = values.integer("--seed", seed)
+        rows = Source.of(source, kind)
+        loaded = load(model, threads)
+        params.resolve(loaded.generation_config.to_dict(), None, wanted)
+        Reader(loaded, wanted, keep, 0).check(rows.columns() or ())
+        settings = {
+            "command": "batch",
+            "model": loaded.model.fingerprint,
+            "knobs": wanted,
+            "keep": sorted(keep),
+            "ids": ids,
+        }
+        with Job(rows, out, settings, seed=seed, restart=restart) as job:
+            reader = Reader(loaded, wanted, keep, job.begun["seed"])
+            do(job, Generation(loaded, reader, ids, max_rows or MAX_ROWS), quiet)

@@ -1,0 +1,44 @@
+"""fastgen score: how likely the texts of a file are."""
+
+from __future__ import annotations
+
+import click
+
+from fastgen.commands.models import load, model_option, threads_option
+from fastgen.commands.rows import do, job_flags
+from fastgen.commands.say import clear_errors
+
+
+@click.command()
+@job_flags
+@model_option
+@threads_option
+@click.option("--tokens", "each", is_flag=True, help="the log-probability of every token too")
+def score(
+    source: str, out: str, kind: str | None, keep: tuple[str, ...], restart: bool, quiet: bool,
+    model: str | None, threads: int | None, each: bool,
+) -> None:  # fmt: skip
+    """Say how likely every text of IN is, an object a row in OUT, in IN's order.
+
+    IN has JSON lines, {"text": ...} or {"ids": [...]}, with a "prefix" that comes before, if there
+    is one; or text, one a line (.txt); or is a Parquet file with such columns. OUT has the sum of
+    the log-probabilities, the number of tokens and the perplexity. It is killed, started again and
+    wrong in single rows as `fastgen batch` is.
+    """
+    with clear_errors():
+        from fastgen.jobs.job import Job
+        from fastgen.jobs.scoring import Scoring
+        from fastgen.jobs.source import Source
+
+        rows = Source.of(source, kind)
+        loaded = load(model, threads)
+        work = Scoring(loaded, keep, each)
+        work.check(rows.columns() or ())
+        settings = {
+            "command": "score",
+            "model": loaded.model.fingerprint,
+            "keep": sorted(keep),
+            "tokens": each,
+        }
+        with Job(rows, out, settings, restart=restart) as job:
+            do(job, work, quiet)

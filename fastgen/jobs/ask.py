@@ -1,0 +1,158 @@
+"""What a row asks for: its prompt as ids, its knobs, and what of it is given back."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Any
+
+from fastgen import chat, params, values
+from fastgen.generator import CausalLM
+from fastgen.tokenizer import Tokenizer
+
+PROMPTS = ("prompt", "messages", "input_ids", "prompt_ids")
+OF_CHAT = ("tools", "template_variables")
+OBJECTS = ("negative_prompt_ids",)  # arguments of `generate` that JSON can hold
+ALWAYS = ("id", "custom_id", "metadata")  # fields that are given back without being asked for
+# What an output calls its own.
+OURS = frozenset({
+    "row", "text", "ids", "finish_reason", "top_logprobs", "prompt_tokens", "new_tokens", "error",
+    "warnings",
+})  # fmt: skip
+ALL = "*"  # of `keep`: every field that is neither a prompt nor a knob
+LENGTHS = ("max_new_tokens", "max_length")
+# Where nobody sets a length: as in `fastgen generate`, and as in `CausalLM.chat`.
+NEW_TOKENS, OF_REPLY = 64, chat.MAX_NEW_TOKENS
+KNOBS = frozenset({*params.KNOWN, *OBJECTS, "generation_config"})
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One row, ready to become a call.
+
+    Attributes:
+        ids: the prompt.
+        knobs: of `generate`.
+        kept: the row's own fields, for its output.
+        length: tokens that it may come to, prompt included, as far as the knobs say.
+    """
+
+    ids: list[int]
+    knobs: Mapping[str, Any]
+    kept: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def length(self) -> int:
+        new, longest = self.knobs.get("max_new_tokens"), self.knobs.get("max_length")
+        if isinstance(new, int):
+            return len(self.ids) + new
+        return longest if isinstance(longest, int) else len(self.ids) + NEW_TOKENS
+
+
+class Reader:
+    """Makes rows of a job to asks.
+
+    Args:
+        knobs: the job's own, for rows that say nothing else.
+        keep: fields to give back besides `ALWAYS`; `ALL` for all that mean nothing here.
+        seed: the job's. A row without a seed of its own has one made of it.
+
+    Raises:
+        ValueError: a field to keep has the name of one of the output's.
+    """
+
+    def __init__(
+        self, model: CausalLM, knobs: Mapping[str, Any], keep: Collection[str], seed: int
+    ) -> None:
+        self.model, self.knobs, self.seed = model, dict(knobs), seed
+        self.keep, self.keeps_all = {*ALWAYS, *keep}, ALL in keep
+        if odd := sorted(OURS & self.keep):
+            raise ValueError(f"{odd[0]} cannot be kept: the output has a field of that name")
+
+    def __call__(self, fields: Mapping[str, Any], name: str) -> Ask:
+        """What a row asks for.
+
+        Args:
+            name: what tells the row from others; its seed depends on it.
+
+        Raises:
+            ValueError: it has no prompt or several, or a field that nobody knows.
+        """
+        self.check(fields)
+        (kind, *others) = [one for one in PROMPTS if fields.get(one) is not None] or [""]
+        if not kind or others:
+            found = " and ".join([kind, *others]) if others else "none"
+            raise ValueError(f"needs one of {', '.join(PROMPTS)}; got {found}")
+        if kind != "messages" and (odd := [one for one in OF_CHAT if one in fields]):
+            raise ValueError(f"{odd[0]} needs messages")
+        ids = self._ids(kind, fields)
+        knobs = {"seed": seed_of(self.seed, name)}
+        knobs |= {one: value for one, value in fields.items() if one in KNOBS}
+        return Ask(ids, self._jobs(kind, knobs) | knobs, self.kept(fields))
+
+    def check(self, names: Collection[str]) -> None:
+        """Raise a ValueError for a name that is no keyword and that nobody asked to keep."""
+        for name in names:
+            if name in KNOBS or name in PROMPTS or name in OF_CHAT or self._is_kept(name):
+                continue
+            try:
+                params.resolve({}, None, {name: None})
+            except ValueError as error:
+                raise ValueError(f"{error} (fields of your own: --keep {name})") from error
+
+    def kept(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields that are given back."""
+        return {name: value for name, value in fields.items() if self._is_kept(name)}
+
+    def _is_kept(self, name: str) -> bool:
+        known = name in KNOBS or name in PROMPTS or name in OF_CHAT
+        return name in self.keep or (self.keeps_all and not known and name not in OURS)
+
+    def _ids(self, kind: str, fields: Mapping[str, Any]) -> list[int]:
+        value = fields[kind]
+        if kind == "messages":
+            return self._of_chat(value, fields.get("tools"), fields.get("template_variables"))
+        if kind == "prompt" and not (isinstance(value, list) and value):
+            return self.model.tokenizer.encode(values.text("prompt", value))
+        if not isinstance(value, list):
+            raise values.wrong(kind, "a list of token ids", value)
+        return [values.integer(kind, one) for one in value]
+
+    @functools.cached_property
+    def _of_templates(self) -> Tokenizer:
+        """The tokenizer, once it is known that the template is as it was exported."""
+        self.model.model.info.check(self.model.directory, chat.FILE)
+        return self.model.tokenizer
+
+    def _of_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any] | None,
+    ) -> list[int]:
+        tokenizer = self._of_templates
+        if not isinstance(messages, list):
+            raise values.wrong("messages", "a list of objects", messages)
+        if not isinstance(variables or {}, Mapping):
+            raise values.wrong("template_variables", "an object", variables)
+        text = chat.prompt(
+            self.model.directory, tokenizer.config, messages, tools, **(variables or {})
+        )
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    def _jobs(self, kind: str, own: Mapping[str, Any]) -> dict[str, Any]:
+        """The job's knobs for a row with these of its own. Whoever sets a length sets it alone."""
+        if any(own.get(name) for name in LENGTHS):
+            return {name: value for name, value in self.knobs.items() if name not in LENGTHS}
+        known = self.model.generation_config.to_dict() | self.knobs
+        if any(known.get(name) for name in LENGTHS):
+            return self.knobs
+        return self.knobs | {"max_new_tokens": NEW_TOKENS if kind != "messages" else OF_REPLY}
+
+
+def seed_of(seed: int, name: str) -> int:
+    """The seed of a row, by the job's seed and what tells the row from others: 0 to 2**63 - 1."""
+    found = blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
+    return int.from_bytes(found, "little") >> 1

@@ -1,0 +1,140 @@
+"""A row of a job: as it was found, and what it became."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from hashlib import blake2b
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row as it was found.
+
+    Attributes:
+        number: its line, counted from 0.
+        content: the line, without what ends it; of Parquet the row as JSON.
+        text: whether the line itself is the prompt, and no JSON.
+    """
+
+    number: int
+    content: bytes
+    text: bool = False
+
+    @property
+    def digest(self) -> str:
+        """What tells this row from another: 16 hexadecimal digits."""
+        return blake2b(self.content, digest_size=8).hexdigest()
+
+    def fields(self) -> dict[str, Any]:
+        """What it says, by name.
+
+        Raises:
+            ValueError: it is not UTF-8, no JSON, or no object.
+        """
+        try:
+            line = self.content.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"not UTF-8: {error.reason} at byte {error.start}") from error
+        return {"prompt": line} if self.text else parsed(line)
+
+
+def parsed(line: str) -> dict[str, Any]:
+    """The object that a line of JSON is.
+
+    Raises:
+        ValueError: it is none, has a name twice, a number that is none, or half a character.
+    """
+    try:
+        found = json.loads(line, object_pairs_hook=_once, parse_constant=_no_number)
+    except RecursionError as error:
+        raise ValueError("not JSON: it is nested too deep") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"must be a JSON object, got {type(found).__name__}")
+    if "\\u" in line:  # half a surrogate pair, which no file can hold?
+        try:
+            json.dumps(found, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("holds half a character (a surrogate alone)") from error
+    return found
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"has {twice!r} twice")
+    return found
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"not JSON: {name} is no number of JSON")
+
+
+@dataclass(frozen=True)
+class Done:
+    """A row and what it became.
+
+    Attributes:
+        output: an object for JSON.
+        tokens: how many were generated, or scored.
+        bad: why it came to nothing; None if it did not.
+    """
+
+    row: Row
+    output: Mapping[str, Any]
+    tokens: int = 0
+    bad: str | None = None
+
+    @property
+    def line(self) -> bytes:
+        """The output as a line of JSON, which has null for what is not finite."""
+        try:
+            text = json.dumps(self.output, ensure_ascii=False, allow_nan=False)
+        except ValueError:
+            text = json.dumps(_finite(self.output), ensure_ascii=False)
+        return text.encode()
+
+
+def failed(row: Row, why: object, kept: Mapping[str, Any]) -> Done:
+    """A row that is no good, in its place."""
+    line = " ".join(str(why).split())
+    return Done(row, {"row": row.number, **kept, "error": {"message": line}}, bad=line)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def as_json(fields: Mapping[str, Any]) -> str:
+    """A row of a table as JSON. A null or a nan says that the row has no such field.
+
+    Raises:
+        ValueError: JSON has nothing for a value, such as bytes.
+    """
+    given = {k: v for k, v in fields.items() if v is not None and not _is_nan(v)}
+    return json.dumps(given, ensure_ascii=False, default=_said)
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
+
+
+def _said(value: Any) -> Any:
+    """Times and exact numbers as text."""
+    if hasattr(value, "isoformat"):
+        return value.isoformat()
+    if isinstance(value, Decimal):
+        return str(value)
+    raise ValueError(f"a column holds {type(value).__name__}, which JSON has not: leave it out")

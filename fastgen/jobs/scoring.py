@@ -1,0 +1,141 @@
+"""Rows to numbers: how likely their texts are, read together by length and by what is before."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastgen import values
+from fastgen.generator import CausalLM
+from fastgen.jobs.ask import ALL, ALWAYS
+from fastgen.jobs.row import Done, Row, failed
+from fastgen.prefix import PrefixCache
+
+TEXTS = ("text", "prompt", "ids", "input_ids")  # a line of text comes as a prompt
+FIELDS = frozenset({*TEXTS, "prefix"})
+OURS = frozenset({"row", "logprob", "tokens", "perplexity", "logprobs", "error"})
+# A window: so many tokens are read ahead and sorted, and so many rows at most.
+WINDOW_TOKENS, WINDOW_ROWS = 2**16, 1024
+TOGETHER = 16  # rows between two that are written down
+
+
+@dataclass(frozen=True)
+class Given:
+    """A row to be scored: its ids, and those before it, if any."""
+
+    row: Row
+    kept: Mapping[str, Any]
+    ids: list[int]
+    prefix: tuple[int, ...] | None
+
+
+class Scoring:
+    """What `fastgen score` does with rows.
+
+    Args:
+        keep: fields to give back besides `ALWAYS`; `ALL` for all that mean nothing here.
+        each: whether every token's log-probability is given too.
+
+    Raises:
+        ValueError: a field to keep has the name of one of the output's.
+    """
+
+    def __init__(self, model: CausalLM, keep: Collection[str] = (), each: bool = False) -> None:
+        self.model, self.each = model, each
+        self.keep, self.keeps_all = {*ALWAYS, *keep}, ALL in keep
+        if odd := sorted(OURS & self.keep):
+            raise ValueError(f"{odd[0]} cannot be kept: the output has a field of that name")
+        self.cache = PrefixCache()
+
+    def run(self, rows: Iterable[Row]) -> Iterator[Done]:
+        """The numbers of each row, window by window: those with one prefix together, by length."""
+        left = iter(rows)
+        while window := self._window(left):
+            bad, given = window
+            yield from bad
+            given.sort(key=lambda one: (one.prefix or (), one.prefix is None, -len(one.ids)))
+            while given:
+                some = [one for one in given[:TOGETHER] if one.prefix == given[0].prefix]
+                del given[: len(some)]
+                yield from self._scored(some)
+
+    def check(self, names: Collection[str]) -> None:
+        """Raise a ValueError for a name that means nothing and that nobody asked to keep."""
+        for name in names:
+            if name not in FIELDS and not self._is_kept(name):
+                known = ", ".join(sorted(FIELDS))
+                raise ValueError(f"{name} is none of {known} (fields of your own: --keep {name})")
+
+    def _is_kept(self, name: str) -> bool:
+        return name in self.keep or (self.keeps_all and name not in FIELDS | OURS)
+
+    def _window(self, rows: Iterator[Row]) -> tuple[list[Done], list[Given]] | None:
+        """The next rows, as many as are sorted together; None if there are no more."""
+        bad: list[Done] = []
+        found: list[Given] = []
+        tokens = 0
+        for row in rows:
+            kept: Mapping[str, Any] = {}
+            try:
+                fields = row.fields()
+                kept = {name: value for name, value in fields.items() if self._is_kept(name)}
+                found.append(self._given(row, fields, kept))
+                tokens += len(found[-1].ids)
+            except ValueError as error:
+                bad.append(failed(row, error, kept))
+            if tokens >= WINDOW_TOKENS or len(found) + len(bad) >= WINDOW_ROWS:
+                break
+        return (bad, found) if bad or found else None
+
+    def _given(self, row: Row, fields: Mapping[str, Any], kept: Mapping[str, Any]) -> Given:
+        self.check(fields)
+        named = [name for name in TEXTS if fields.get(name) is not None]
+        if len(named) != 1:
+            found = " and ".join(named) or "none"
+            raise ValueError(f"needs one of {', '.join(TEXTS)}; got {found}")
+        prefix = fields.get("prefix")
+        before = None if prefix is None else tuple(self._ids("prefix", prefix, True))
+        ids = self._ids(named[0], fields[named[0]], prefix is None)
+        return Given(row, kept, ids, before)
+
+    def _ids(self, name: str, value: Any, special: bool) -> list[int]:
+        """A text or a list as ids, as `CausalLM.score` would read it."""
+        if isinstance(value, list):
+            ids = [values.integer(name, one) for one in value]
+        else:
+            text = values.text(name, value)
+            ids = self.model.tokenizer.encode(text, add_special_tokens=special)
+        if not ids:
+            raise ValueError(f"{name} is empty: it needs at least one token")
+        return ids
+
+    def _scored(self, some: list[Given]) -> Iterator[Done]:
+        """Rows with one prefix. One that cannot be is bad, and the others are not."""
+        prefix, cache = some[0].prefix, None if some[0].prefix is None else self.cache
+        rows, before = [one.ids for one in some], None if prefix is None else [list(prefix)]
+        try:
+            found = self.model.score(rows, prefix=before, prefix_cache=cache)
+        except ValueError as error:
+            if len(some) > 1:
+                for one in some:
+                    yield from self._scored([one])
+            else:
+                yield failed(some[0].row, error, some[0].kept)
+            return
+        for one, logprobs in zip(some, found, strict=True):
+            yield Done(one.row, self._written(one, logprobs), len(one.ids))
+
+    def _written(self, one: Given, logprobs: NDArray[np.float32]) -> dict[str, Any]:
+        known = logprobs[~np.isnan(logprobs)].astype(np.float64)
+        return {
+            "row": one.row.number,
+            **one.kept,
+            "logprob": float(known.sum()),
+            "tokens": len(one.ids),
+            "perplexity": float(np.exp(-known.mean())) if len(known) else None,
+            **({"logprobs": [float(value) for value in logprobs]} if self.each else {}),
+        }
