@@ -19,6 +19,7 @@ How a prompt becomes text, file by file:
     batch       THE LOOP: rows join, step, leave       beam        beams over the same stages
     guidance    what it would say without the prompt   lookup      several tokens a step
     call        one call, checked and ready to run     score       how likely given tokens are
+    schedule    many people's calls, side by side
     generator   what people hold: CausalLM, load, generate
     hub         a name -> a model directory            demo        the embedded one
     tune        what is fastest on this machine        tuning      kept beside the model

@@ -84,7 +84,7 @@ class Batch:
         ]
         # Shortest first: in a chunk, the rows that have more to come are then neighbours.
         waiting.sort(key=lambda one: len(one[0]))
-        first = self._end
+        first = self.end
         longest = max(request.max_length for request in requests)
         rows = sum(len(request.rows) for request in requests)
         self.cache.reserve(first + rows, longest + CHUNK)
@@ -101,14 +101,14 @@ class Batch:
             self._join(joining)
 
     @property
-    def _end(self) -> int:
+    def end(self) -> int:
         """The first slot behind all that are used."""
         return max([len(self.rows), *(one.slots.stop for one in self.joining)])
 
     def _join(self, joining: Joining) -> None:
         """Move what was read behind the rows that run, once for each row of a prompt."""
         self.joining.remove(joining)
-        end = max(self._end, joining.slots.stop)
+        end = max(self.end, joining.slots.stop)
         sources = np.repeat(np.asarray(joining.slots), [len(rows) for rows in joining.rows])
         start, stop = len(self.rows), len(self.rows) + len(sources)
         parents = np.arange(max(end, stop))
@@ -117,6 +117,7 @@ class Batch:
             if other.slots.start < stop:  # it makes way
                 parents, held = np.append(parents, other.slots), len(parents)
                 other.prefill.first = held
+        parents = parents[: max([stop, *(one.slots.stop for one in self.joining)])]
         self.cache.reserve(len(parents), 0)
         self.cache.take(parents)
         for place, rows in enumerate(joining.rows):
@@ -189,10 +190,9 @@ class Batch:
         else:
             for hole, row in zip(holes, late, strict=True):
                 rows[hole] = row
+        self.rows, parents = rows, [slots[id(row)] for row in rows]
         # What is being read further behind stays where it is.
-        behind = range(len(rows), max(self._end, len(rows)))
-        self.cache.take([*(slots[id(row)] for row in rows), *behind])
-        self.rows = rows
+        self.cache.take([*parents, *range(len(rows), self.end)])
 
 
 def _advance(rows: Sequence[Row], logits: NDArray[np.float32]) -> list[Event]:

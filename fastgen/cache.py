@@ -54,6 +54,7 @@ class Cache:
             shape: [i for i, other in enumerate(self.shapes) if other == shape]
             for shape in dict.fromkeys(self.shapes)
         }
+        self._reached = np.zeros(rows, np.int64)
         self._buffers = self._allocate()
         self._states = self._no_states()
 
@@ -147,19 +148,37 @@ class Cache:
         """Make room for at least `rows` rows of `capacity` tokens; what is held stays."""
         if rows <= self.rows and capacity <= self.capacity:
             return
-        capacity = -(-capacity // STEP) * STEP
-        old, old_rows, old_lengths = self._buffers, self.rows, self.lengths
-        old_states = self._states
-        self.rows, self.capacity = max(rows, self.rows), max(capacity, self.capacity)
+        self._move(max(rows, self.rows), max(capacity, self.capacity))
+
+    def renew(self, rows: int, capacity: int) -> None:
+        """Have room for just so much, in memory that nobody has reached; what is held stays."""
+        if self.lengths[rows:].any() or self.lengths.max(initial=0) > capacity:
+            raise ValueError(f"{rows} rows of {capacity} tokens are less than what is held")
+        self._move(rows, capacity)
+
+    def _move(self, rows: int, capacity: int) -> None:
+        """Move what is held into new buffers."""
+        old, old_lengths, old_states = self._buffers, self.lengths, self._states
+        kept = min(rows, self.rows)
+        self.rows, self.capacity = rows, -(-capacity // STEP) * STEP
         self._buffers, self._states = self._allocate(), self._no_states()
         for states, before in zip(self._states, old_states, strict=True):
-            states[:old_rows] = before
+            states[:kept] = before[:kept]
         self.bindings.clear()
         self.lengths = np.zeros(self.rows, np.int64)
-        self.lengths[:old_rows] = old_lengths
-        used = int(old_lengths.max(initial=0))
+        self.lengths[:kept] = old_lengths[:kept]
+        self._reached = self.lengths.copy()
         for shape, buffer in old.items():
-            self._buffers[shape][:, :old_rows, :, :used] = buffer[:, :, :, :used]
+            for row, used in enumerate(self.lengths[:kept].tolist()):
+                self._buffers[shape][:, row, :, :used] = buffer[:, row, :, :used]
+
+    def reached(self) -> int:
+        """Tokens of all slots that rows have reached since the buffers were made.
+
+        Asked after each step it is what the buffers take of the machine's memory.
+        """
+        np.maximum(self._reached, self.lengths, out=self._reached)
+        return int(self._reached.sum())
 
     @property
     def size(self) -> int:

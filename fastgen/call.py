@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -46,7 +46,7 @@ class Objects:
         )
 
 
-@dataclass
+@dataclass(eq=False)
 class Call:
     """One call, ready to run."""
 
@@ -61,7 +61,7 @@ class Call:
         params = self.request.params
         return params.num_beams > 1 or params.num_beam_groups > 1 or self.draft is not None
 
-    def steps(self) -> Iterator[list[Event]]:
+    def steps(self) -> Generator[list[Event]]:
         """Run it: the new tokens of each step, none of one that read a part of the prompt.
 
         Beams come all at once, when they are known.

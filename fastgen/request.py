@@ -116,6 +116,7 @@ class Request:
     def __post_init__(self) -> None:
         params = self.params
         self.error: Exception | None = None
+        self.abandoned = False
         self.deadline = Deadline(params.max_time)
         self.eos = frozenset(params.eos_token_id or ())
         copies = params.num_return_sequences
@@ -152,6 +153,8 @@ class Request:
     @property
     def lingers(self) -> bool:
         """Whether rows that have ended go on until all have: transformers, without an eos."""
+        if self.abandoned:
+            return False
         return not self.eos and not any(hasattr(one, "eos_token_id") for one in self.criteria)
 
     @property
@@ -166,7 +169,12 @@ class Request:
     def fail(self, error: Exception) -> None:
         """End its rows by an error, which whoever waits for them gets to see."""
         self.error = error
-        self.end("error")
+        self.abandon("error")
+
+    def abandon(self, reason: str) -> None:
+        """End the rows that have not ended, and let none linger."""
+        self.abandoned = True
+        self.end(reason)
 
     @property
     def width(self) -> int:

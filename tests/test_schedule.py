@@ -1,0 +1,204 @@
+"""Calls that come and go: each gets what it gets alone, and nobody stands still for long."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastgen import PrefixCache
+from fastgen.schedule import Scheduler, bytes_of, fitting_chunk
+
+EXAMPLES = int(os.environ.get("FASTGEN_EXAMPLES", "12"))
+
+KNOBS = (
+    {},
+    {"do_sample": True, "seed": 3, "top_k": 20},
+    {"do_sample": True, "seed": 4, "num_return_sequences": 3},
+    {"num_beams": 3, "num_return_sequences": 2},
+    {"prompt_lookup_num_tokens": 4},
+    {"repetition_penalty": 1.4},
+    {"no_repeat_ngram_size": 2, "eos_token_id": None},
+    {"eos_token_id": [7, 8, 9], "do_sample": True, "seed": 1},
+)
+
+
+def alone(model, prompt, knobs):
+    """What each row of a call generates when nothing else runs."""
+    rows: dict[int, list[int]] = {}
+    for token in model.stream([prompt], **knobs):
+        rows.setdefault(token.row, []).append(token.id)
+    return rows
+
+
+def run(scheduler, arrivals, cancels=()):
+    """Submit call i before step `arrivals[i]`; returns each call's tokens by row, and the steps."""
+    got = {id(call): {} for _, call in arrivals}
+    waiting, step = sorted(arrivals, key=lambda one: one[0]), 0
+    while waiting or not scheduler.idle:
+        while waiting and waiting[0][0] <= step:
+            scheduler.submit(waiting.pop(0)[1])
+        for at, call in cancels:
+            if at == step:
+                scheduler.cancel(call)
+        for call, events in scheduler.step():
+            for event in events:
+                got[id(call)].setdefault(event.row.index, []).append(event.token)
+        step += 1
+        assert step < 5000
+    return [got[id(call)] for _, call in arrivals], step
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mamba"])
+def test_each_call_gets_what_it_gets_alone(name, pair):
+    _, model = pair(name)
+
+    @settings(max_examples=EXAMPLES, deadline=None)
+    @given(st.integers(0, 2**32 - 1))
+    def check(seed):
+        random = np.random.default_rng(seed)
+        arrivals, expected = [], []
+        for _ in range(int(random.integers(1, 12))):
+            knobs = KNOBS[int(random.integers(len(KNOBS)))]
+            knobs = {**knobs, "max_new_tokens": int(random.integers(1, 24))}
+            prompt = random.integers(3, 90, int(random.choice([1, 5, 31, 70, 100]))).tolist()
+            expected.append(alone(model, prompt, knobs))
+            arrivals.append((int(random.integers(0, 30)), model.call([prompt], **knobs)))
+        cancelled = [
+            (int(random.integers(0, 40)), call) for _, call in arrivals if random.random() < 0.2
+        ]
+        scheduler = Scheduler(
+            model.model,
+            max_rows=int(random.choice([4, 16])),
+            chunk=32,
+            prefix_cache=PrefixCache() if random.random() < 0.5 else None,
+        )
+        got, _ = run(scheduler, arrivals, cancelled)
+        left = {id(call) for _, call in cancelled}
+        for (_, call), mine, whole in zip(arrivals, got, expected, strict=True):
+            assert call.request.error is None
+            if id(call) not in left:
+                assert mine == whole
+            for row, tokens in mine.items():  # what came before it was cancelled
+                assert tokens == whole[row][: len(tokens)]
+        assert (scheduler.rows, scheduler.waiting, scheduler.held) == (0, 0, 0)
+        scheduler.close()
+
+    check()
+
+
+def test_an_error_is_its_own(pair):
+    """A call that rules out every token, and one whose function fails, disturb nobody."""
+    _, model = pair("gpt2")
+
+    def wrong(ids, scores):
+        raise KeyError("mine")
+
+    prompt, knobs = [5, 6, 7], {"max_new_tokens": 12, "do_sample": True, "seed": 1}
+    nothing = {"logit_bias": {token: -np.inf for token in range(model.model.info.vocab_size)}}
+    calls = [
+        model.call([prompt], **knobs),
+        model.call([prompt], **knobs, **nothing),
+        model.call([prompt], **knobs, logits_processor=[wrong]),
+        model.call([prompt], max_new_tokens=4, num_beams=2, logits_processor=[wrong]),
+        model.call([prompt], **knobs | {"seed": 2}),
+    ]
+    got, _ = run(Scheduler(model.model, chunk=32), [(0, call) for call in calls])
+    assert got[0] == alone(model, prompt, knobs)
+    assert got[4] == alone(model, prompt, knobs | {"seed": 2})
+    assert "ruled out" in str(calls[1].request.error)
+    assert isinstance(calls[2].request.error, KeyError)
+    assert isinstance(calls[3].request.error, KeyError)
+    assert got[1:4] == [{}, {}, {}]
+
+
+def test_a_short_prompt_overtakes_a_long_one_that_is_being_read(pair):
+    _, model = pair("gpt2")
+    random = np.random.default_rng(0)
+    long = model.call([random.integers(3, 90, 120).tolist()], max_new_tokens=4)
+    other = model.call([random.integers(3, 90, 119).tolist()], max_new_tokens=4)
+    short = model.call([[5, 6, 7]], max_new_tokens=4)
+    scheduler, began = Scheduler(model.model, chunk=32), []
+    for call in (long, other, short):
+        scheduler.submit(call)
+    while not scheduler.idle:
+        began += [call for call, _ in scheduler.step() if call not in began]
+    assert began == [short, long, other]
+
+
+def test_running_rows_advance_while_a_prompt_is_read(pair):
+    """Between two of their tokens there is one chunk, and one step of one search."""
+    _, model = pair("gpt2")
+    random = np.random.default_rng(0)
+    scheduler, read = Scheduler(model.model, chunk=32), []
+    forward = model.model.forward
+
+    def counted(new, *rest):
+        read.append(max(map(len, new)))
+        return forward(new, *rest)
+
+    running = model.call([[5, 6, 7]], max_new_tokens=60, eos_token_id=None)
+    scheduler.submit(running)
+    scheduler.step()
+    model.model.forward = counted
+    try:
+        for _ in range(3):
+            scheduler.submit(model.call([random.integers(3, 90, 100).tolist()], max_new_tokens=2))
+            scheduler.submit(model.call([[9, 8, 7]], max_new_tokens=5, num_beams=2))
+        while not scheduler.idle:
+            before = len(read)
+            out = scheduler.step()
+            if not running.request.done:
+                assert any(call is running for call, _ in out)
+            assert len(read) - before <= 3 and max(read[before:], default=0) <= 32
+    finally:
+        del model.model.forward
+
+
+def test_what_does_not_fit_waits_in_order_and_what_never_fits_is_refused(pair):
+    _, model = pair("gpt2")
+    calls = [model.call([[5, 6, place]], max_new_tokens=6) for place in range(7, 12)]
+    most = 2 * bytes_of(calls[0])
+    scheduler, ended = Scheduler(model.model, max_bytes=most, chunk=32), []
+    for call in calls:
+        scheduler.submit(call)
+    with pytest.raises(ValueError, match=r"may need [\d,]+ bytes of memory, calls have"):
+        scheduler.submit(model.call([[5, 6]], max_new_tokens=100))
+    with pytest.raises(ValueError, match="90 rows or beams, 64 may run here"):
+        Scheduler(model.model).submit(model.call([[5]], max_new_tokens=2, num_beams=90))
+    while not scheduler.idle:
+        ended += [call for call, _ in scheduler.step() if call.request.done]
+        assert scheduler.held <= most and scheduler.rows <= 2
+    assert ended == calls
+
+
+def test_memory_that_rows_have_reached_is_given_back(pair):
+    """Slots whose rows have left do not keep what those reached for ever."""
+    _, model = pair("gpt2")
+    random = np.random.default_rng(0)
+    call = model.call([random.integers(3, 90, 100).tolist()], max_new_tokens=2)
+    scheduler = Scheduler(model.model, max_bytes=2 * bytes_of(call), chunk=32)
+    cache = scheduler._batch.cache
+    for _ in range(20):
+        scheduler.submit(model.call([random.integers(3, 90, 100).tolist()], max_new_tokens=2))
+        scheduler.submit(model.call([[5, 6, 7]], max_new_tokens=8))
+    while not scheduler.idle:
+        scheduler.step()
+        assert cache.reached() * model.model.info.cache_bytes <= scheduler.max_bytes
+
+
+@pytest.mark.parametrize("bad", [{"max_bytes": 0}, {"max_rows": -1}, {"chunk": 0}, {"chunk": 40}])
+def test_settings_that_cannot_be(bad, pair):
+    _, model = pair("gpt2")
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        Scheduler(model.model, **bad)
+
+
+def test_a_chunk_that_takes_too_long_is_cut(pair, monkeypatch):
+    _, model = pair("gpt2")
+    assert fitting_chunk(model.model)[0] == 256
+    monkeypatch.setattr("fastgen.schedule.STALL", 0.0)
+    assert fitting_chunk(model.model)[0] == 64
