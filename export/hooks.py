@@ -266,6 +266,24 @@ def _as_bert(module: Any, _: dict[str, Any], hidden: Tensor, cache: Cache, bias:
     return attend(query, key, value, size**-0.5).flatten(2)
 
 
+def _as_roformer(
+    module: Any, named: dict[str, Any], hidden: Tensor, cache: Cache, bias: None
+) -> Tensor:
+    size, products = module.attention_head_size, (module.query, module.key, module.value)
+    query, key, value = (_heads(product(hidden), size) for product in products)
+    turned = (query, key, value) if module.rotary_value else (query, key)
+    turned = module.apply_rotary_position_embeddings(named["sinusoidal_pos"], *turned)
+    query, key, value = (*turned, value)[:3]
+    key, value = cache.update(key, value, module.layer_idx)
+    return attend(query, key, value, size**-0.5).flatten(2)
+
+
+def _of_rows(own: Callable[..., Any], *args: Any, sinusoidal_pos: Tensor, **kwargs: Any) -> Any:
+    """Rotations [1, 1, rows, new, size] as [rows, 1, ...]: the model knows one row of positions."""
+    angles = sinusoidal_pos.reshape(-1, 1, *sinusoidal_pos.shape[-2:])
+    return own(*args, sinusoidal_pos=angles, **kwargs)
+
+
 def _heads(states: Tensor, head_dim: int) -> Tensor:
     """[rows, new, heads * head_dim] to [rows, heads, new, head_dim]."""
     return states.unflatten(2, (-1, head_dim)).transpose(1, 2)
@@ -280,6 +298,7 @@ _WHOLE: dict[str, Callable[..., Tensor]] = {
     "mpt.MptAttention": _mpt,
     "mvp.MvpAttention": _as_bart,
     "rembert.RemBertSelfAttention": _as_bert,
+    "roformer.RoFormerSelfAttention": _as_roformer,
     "trocr.TrOCRAttention": _as_bart,
     "xglm.XGLMAttention": _as_bart,
 }
@@ -302,7 +321,9 @@ def _other_places(model: PreTrainedModel) -> Iterator[Place]:
             turned.add(kind)
             file = sys.modules[type(module).__module__]
             yield _compared(file, "apply_rotary_emb", functools.partial(_turned, _COMPLEX[kind]))
-        if hasattr(module, "expand_kv") and _saves(module):
+        if kind == "roformer.RoFormerAttention":
+            yield module, "forward", functools.partial(_of_rows, module.forward)
+        elif hasattr(module, "expand_kv") and _saves(module):
             yield (
                 module,
                 "expand_kv",

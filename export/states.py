@@ -14,6 +14,7 @@ logarithm) and so is what it adds; of a convolution's inputs the last real ones 
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from fastgen.export.attention import PassingCache, UnsupportedModel
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.activations import ACT2FN
 
 Tensor = torch.Tensor
@@ -166,6 +167,16 @@ def _scan(
     return out.reshape(rows, new, heads, size), present
 
 
+def _gated(place: int, query: Tensor, key: Tensor, value: Tensor, decay: Tensor) -> Tensor:
+    """A scan by the rule `gated` of a model that has no place of its own for the state."""
+    run = _run()
+    at = ("recurrent", place, 0)
+    run.begun = None if run.past is None else run.past[at]
+    out, state = _scan("gated", query, key, value, decay)
+    run.leave(at, state)
+    return out
+
+
 def _gated_delta(
     query: Tensor,
     key: Tensor,
@@ -254,8 +265,7 @@ def _wkv(
     maximum that transformers keeps: a key beyond 88 would be infinite.
     """
     run = _run()
-    place = ("recurrent", run.scans, 0)
-    run.begun = None if run.past is None else run.past[place]
+    place = run.scans
     weight = key.exp()
     real = run.real(key)[..., None]
     numbers = torch.stack([value, torch.ones_like(value)], dim=-1)
@@ -264,21 +274,57 @@ def _wkv(
         F.pad(x, (0, 0) * (x.dim() - 2) + (1, 0))
         for x in ((weight * real)[..., None], numbers, decay)
     )
-    out, state = _scan("gated", torch.ones_like(keys[:, :, :1]), keys, values, decay)
-    run.leave(place, state)
+    out = _gated(place, torch.ones_like(keys[:, :, :1]), keys, values, decay)
     own = (time_first + key).exp()
     above, below = out[:, :-1].unbind(-1)
     return (above + own * value) / (below + own), None
 
 
-def _shift(place: int) -> Callable[[Tensor], Tensor]:
-    """A module that shows each token the one before it, [rows, new, channels]."""
+def _shift(place: int, module: Any, inputs: Tensor) -> Tensor:
+    """Each token is shown the one before it, [rows, new, channels]."""
+    if tuple(module.padding) != (0, 0, 1, -1):
+        return F.pad(inputs, module.padding)
+    full = _run().before(("shift", place, 0), inputs.transpose(1, 2), 1)
+    return full[:, :, :-1].transpose(1, 2)
 
-    def shifted(inputs: Tensor) -> Tensor:
-        full = _run().before(("shift", place, 0), inputs.transpose(1, 2), 1)
-        return full[:, :, :-1].transpose(1, 2)
 
-    return shifted
+def _lightning(
+    place: int, module: Any, hidden_states: Tensor, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Lightning attention (Qin et al. 2024, arXiv 2405.17381): a head forgets at its own rate."""
+    mixed = module.act_fn(module.qkv_proj(hidden_states))
+    query, key, value = mixed.unflatten(-1, (module.num_attention_heads, -1)).chunk(3, dim=-1)
+    real = _run().real(value)[..., None]
+    decay = -module.slope_rate.flatten() * real
+    out = _gated(place, query, key * real[..., None], value, decay)
+    out = F.sigmoid(module.output_gate(hidden_states)) * module.norm(out.flatten(2))
+    return module.out_proj(out), None
+
+
+def _griffin(
+    place: int, module: Any, input_states: Tensor, position_ids: Tensor, *_: Any, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """A convolution and a linear recurrence with gates (De et al. 2024, arXiv 2402.19427)."""
+    conv, branch = module.conv_1d, module.linear_x(input_states).transpose(1, 2)
+    full = _run().before(("conv", place, 0), branch, conv.kernel_size[0] - 1)
+    mixed = F.conv1d(full, conv.weight, conv.bias, groups=conv.groups).transpose(1, 2)
+    mixed = module.rg_lru(mixed, position_ids)
+    return module.linear_out(mixed * module.act_fn(module.linear_y(input_states))), None
+
+
+def _lru(
+    place: int,
+    module: Any,
+    hidden_states: Tensor,  # [rows, new, channels]
+    recurrent_gate: Tensor,
+    reset: Tensor,  # [rows, new, 1], where a text begins
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Every channel is a head of its own, with keys and values of one number."""
+    real = _run().real(hidden_states)[..., None]
+    decay = (recurrent_gate * ~reset).clamp(min=torch.finfo(torch.float32).tiny).log() * real
+    key = (real * torch.ones_like(decay))[..., None]
+    return _gated(place, key[:, :, :1], key, hidden_states[..., None], decay)[..., 0], None
 
 
 SCANS: dict[str, Callable[..., Any]] = {
@@ -291,33 +337,49 @@ SCANS: dict[str, Callable[..., Any]] = {
 }
 
 
+# What stands in for a module's function, by the names of its class and of the function.
+MODULES: dict[tuple[str, str], Callable[..., Any]] = {
+    ("MiniMaxLightningAttention", "forward"): _lightning,
+    ("RecurrentGemmaRecurrentBlock", "forward"): _griffin,
+    ("RecurrentGemmaRglru", "_rnn_scan"): _lru,
+    ("ZeroPad2d", "forward"): _shift,
+}
+
+
 @contextlib.contextmanager
 def running(model: PreTrainedModel, run: States) -> Iterator[States]:
     """Run the model's code with the functions of `SCANS`, and its states with `run`'s."""
     run.scans = 0
     global _current
-    homes = {type(module).__module__ for module in model.modules()}
-    kept = [
-        (vars(sys.modules[home]), name, vars(sys.modules[home])[name])
-        for home in homes
-        for name in SCANS
-        if name in vars(sys.modules[home])
+    modules = list(model.modules())
+    files = [vars(sys.modules[home]) for home in {type(module).__module__ for module in modules}]
+    ours = [(names, name, SCANS[name]) for names in files for name in SCANS.keys() & names.keys()]
+    ours += [  # a model with a cache of its own asks whether it has got one
+        (names, name, StatefulCache)
+        for names in files
+        for name, one in names.items()
+        if isinstance(one, type) and issubclass(one, Cache) and one.__module__ == names["__name__"]
     ]
-    shifts = [one for one in model.modules() if isinstance(one, torch.nn.ZeroPad2d)]
-    shifts = [one for one in shifts if tuple(one.padding) == (0, 0, 1, -1)]
+    theirs = [(names, name, names[name]) for names, name, _ in ours]
+    led = [
+        (module, name, functools.partial(function, place, module))
+        for place, module in enumerate(modules)
+        for (kind, name), function in MODULES.items()
+        if type(module).__name__ == kind
+    ]
     try:
         _current = run
-        for names, name, _ in kept:
-            names[name] = SCANS[name]
-        for place, module in enumerate(shifts):
-            module.forward = _shift(place)  # type: ignore[method-assign]
+        for names, name, one in ours:
+            names[name] = one
+        for module, name, function in led:
+            setattr(module, name, function)
         yield run
     finally:
         _current = None
-        for names, name, function in kept:
-            names[name] = function
-        for module in shifts:
-            del module.forward
+        for names, name, one in theirs:
+            names[name] = one
+        for module, name, _ in led:
+            delattr(module, name)
 
 
 def cache_argument(model: PreTrainedModel, cache: StatefulCache) -> dict[str, Any]:
