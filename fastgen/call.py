@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -233,13 +234,17 @@ def prepare(
     allowed = tensors.bridged(
         "prefix_allowed_tokens_fn", objects.prefix_allowed_tokens_fn, as_tensors
     )
-    chain = processors.build(
-        params,
-        info.vocab_size,
-        prefix_allowed_tokens_fn=allowed[0] if allowed else None,
-        logits_processor=tensors.bridged("logits_processor", objects.logits_processor, as_tensors),
-        unconditional=_unconditional(model, params, prompts, negative, max_length),
-    )
+    own: dict[str, Any] = {
+        "prefix_allowed_tokens_fn": allowed[0] if allowed else None,
+        "logits_processor": tensors.bridged(
+            "logits_processor", objects.logits_processor, as_tensors
+        ),
+        "unconditional": _unconditional(model, params, prompts, negative, max_length),
+    }
+    if any(own.values()):
+        chain = processors.build(params, info.vocab_size, **own)
+    else:
+        chain = _shared_chain(replace(params, **_OF_NO_CHAIN), info.vocab_size)
     request = Request(
         params=params,
         prompts=prompts.rows,
@@ -256,6 +261,18 @@ def prepare(
     if params.num_beams > 1 or params.num_beam_groups > 1:
         beam.check(request, info.vocab_size)
     return Call(model, request, prompts, draft)
+
+
+# Knobs that no processor looks at, and that calls differ in.
+_OF_NO_CHAIN: dict[str, Any] = dict.fromkeys(
+    ("max_length", "max_new_tokens", "max_time", "stop_strings", "seed")
+)
+
+
+@functools.lru_cache(maxsize=64)
+def _shared_chain(params: Params, vocab_size: int) -> processors.Chain:
+    """The processors of all calls with these knobs: their rows go through them together."""
+    return processors.build(params, vocab_size)
 
 
 def _mapping(config: Any) -> Mapping[str, Any] | None:

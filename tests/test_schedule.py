@@ -202,3 +202,12 @@ def test_a_chunk_that_takes_too_long_is_cut(pair, monkeypatch):
     assert fitting_chunk(model.model)[0] == 256
     monkeypatch.setattr("fastgen.schedule.STALL", 0.0)
     assert fitting_chunk(model.model)[0] == 64
+
+
+def test_calls_with_equal_knobs_go_through_their_processors_together(pair):
+    _, model = pair("gpt2")
+    knobs = {"do_sample": True, "top_k": 7, "repetition_penalty": 1.2}
+    one = model.call([[5, 6]], seed=1, max_new_tokens=3, **knobs)
+    other = model.call([[7, 8, 9]], seed=2, max_new_tokens=9, stop_strings=None, **knobs)
+    assert one.request.chain is other.request.chain
+    assert one.request.chain is not model.call([[5]], **knobs | {"top_k": 8}).request.chain
