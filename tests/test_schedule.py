@@ -210,4 +210,7 @@ def test_calls_with_equal_knobs_go_through_their_processors_together(pair):
     one = model.call([[5, 6]], seed=1, max_new_tokens=3, **knobs)
     other = model.call([[7, 8, 9]], seed=2, max_new_tokens=9, stop_strings=None, **knobs)
     assert one.request.chain is other.request.chain
-    assert one.request.chain is not model.call([[5]], **knobs | {"top_k": 8}).request.chain
+    assert (
+        one.request.chain
+        is not model.call([[5]], max_new_tokens=3, **knobs | {"top_k": 8}).request.chain
+    )
