@@ -241,7 +241,7 @@ def prepare(
         ),
         "unconditional": _unconditional(model, params, prompts, negative, max_length),
     }
-    if any(own.values()):
+    if any(own.values()) or params.watermarking_config is not None:  # which may be a dict
         chain = processors.build(params, info.vocab_size, **own)
     else:
         chain = _shared_chain(replace(params, **_OF_NO_CHAIN), info.vocab_size)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from fastgen.params import Params
 
@@ -41,12 +42,13 @@ def json_or_text(value: str) -> Any:
 
 
 def given(knobs: dict[str, Any]) -> dict[str, Any]:
-    """The knobs that were set.
+    """The knobs that were set, by the command that runs; None is one that was switched off.
 
     Raises:
         ValueError: a text in one is not Unicode: the arguments were not UTF-8.
     """
-    out = {name: value for name, value in knobs.items() if value is not None and value != ()}
+    source = click.get_current_context().get_parameter_source
+    out = {k: value for k, value in knobs.items() if source(k) is not ParameterSource.DEFAULT}
     for name, value in out.items():
         try:
             json.dumps(value, ensure_ascii=False).encode()
