@@ -18,7 +18,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from fastgen.export import sparse
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import DynamicCache
 
@@ -79,6 +78,13 @@ class Turn:
     found: Callable[[torch.Tensor], torch.Tensor]
 
 
+class All:
+    """What an index picks, where it picks all (`sparse`): of a mask, all that it shows."""
+
+    def __rand__(self, mask: torch.Tensor) -> torch.Tensor:
+        return mask
+
+
 @dataclass
 class Pass:
     """One run of the model: what was found (recording) and what was emitted (tracing)."""
@@ -88,6 +94,7 @@ class Pass:
     present: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     pending: tuple[torch.Tensor, torch.Tensor] | None = None  # keys and values not attended yet
     turn: Turn | None = None  # of the next queries, and of what they find
+    raised: torch.Tensor | None = None  # added to all scores of the next keys
     # By layer, what is attended where that is not what was written but made of it (recording).
     derived: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     # By the memory of a mask (parts of one are the same mask), its window, or why it has none.
@@ -153,6 +160,24 @@ def turn_next(turn: Turn) -> None:
     _current.turn = turn
 
 
+def raise_next(scores: torch.Tensor) -> None:
+    """Add `scores` [rows, kv_heads, new] to all that queries give to the next keys."""
+    assert _current is not None
+    _current.raised = scores
+
+
+def places(new: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The places of queries [rows or 1, new], and of keys [total], in their texts."""
+    assert _current is not None
+    feed = _current.feed
+    if feed is None:
+        return torch.arange(new)[None], torch.arange(new)
+    total = feed.total_sequence_length.item()
+    torch._check(total >= 0)
+    first = feed.seqlens_k + 1 - feed.query_seqlens
+    return first[:, None] + torch.arange(new), torch.arange(total)
+
+
 def attention(
     module: torch.nn.Module,
     query: torch.Tensor,  # [rows, num_heads, new, head_dim]
@@ -168,8 +193,13 @@ def attention(
         raise RuntimeError("attention 'fastgen' is only for exporting; use eager or sdpa to run")
     softcap = float(kwargs.pop("softcap", None) or 0.0)
     sinks = kwargs.pop("s_aux", None)
+    added = kwargs.pop("position_bias", None)
+    of_queries = kwargs.pop("sinks", None)  # [rows, num_heads, new, 1]
+    if of_queries is not None:  # the same as less for all keys, and 0 for the sink
+        added = -of_queries if added is None else added - of_queries
+        sinks = torch.zeros(query.shape[1])
     for name, extra in kwargs.items():
-        if extra is not None and name not in _HARMLESS and not isinstance(extra, sparse.All):
+        if extra is not None and name not in _HARMLESS and not isinstance(extra, All):
             raise UnsupportedModel(
                 f"its attention takes {name!r}, which the graph has no place for"
             )
@@ -185,7 +215,7 @@ def attention(
     if isinstance(window, UnsupportedModel):
         raise window
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attend(query, key, value, float(scale), window, softcap, sinks), None
+    return attend(query, key, value, float(scale), window, softcap, sinks, added=added), None
 
 
 def attend(
@@ -197,22 +227,28 @@ def attend(
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
     bias: Bias | None = None,
+    added: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What `attention` does, for those who know what it means: [rows, new, num_heads, value_dim].
 
     Args:
         query: [rows, num_heads, new, head_dim], as `attention` takes it; key and value too.
         bias: of a score, which depends on the head and the key's position alone.
+        added: to the scores, [rows, num_heads, new, total], by `places`.
     """
     assert _current is not None
     turn, _current.turn = _current.turn, None
     if turn is not None:
         return turn.found(
-            attend(turn.query(query), key, value, scale, window, softcap, sinks, bias)
+            attend(turn.query(query), key, value, scale, window, softcap, sinks, bias, added)
         )
+    raised, _current.raised = _current.raised, None
+    if raised is not None:  # by one more number of each key, which is kept with it
+        key = torch.cat((key, raised[..., None]), dim=-1)
+        query = torch.cat((query, torch.full_like(query[..., :1], 1 / scale)), dim=-1)
     written, _current.pending = _current.pending, None
     if _current.feed is not None:
-        return _emit(query, key, value, sinks, bias)
+        return _emit(query, key, value, sinks, bias, added)
     layer = _describe(query, key, value, scale, window, softcap, sinks is not None)
     if written is None or written[0] is not key or written[1] is not value:
         _current.derived[len(_current.layers)] = (key, value)
@@ -312,6 +348,7 @@ def _emit(
     value: torch.Tensor,
     sinks: torch.Tensor | None,
     bias: Bias | None,
+    added: torch.Tensor | None,
 ) -> torch.Tensor:
     assert _current is not None and _current.feed is not None
     feed, number = _current.feed, len(_current.present)
@@ -333,9 +370,8 @@ def _emit(
     if layer.softcap:
         attributes["softcap"] = layer.softcap
     head_sink = None if sinks is None else sinks.reshape(-1)
-    added = None
     if bias is not None or layer.seen is not None:
-        added = _added(feed, new, bias, layer.seen)
+        added = _added(new, bias, layer.seen, added)
     out, present_key, present_value = torch.onnx.ops.symbolic_multi_out(
         "com.microsoft::GroupQueryAttention",
         # cos, sin, position_ids | attention_bias, sink | k_scale, v_scale, q_norm, k_norm
@@ -352,21 +388,21 @@ def _emit(
     return out if value.shape[-1] == layer.head_dim else out[..., : value.shape[-1]]
 
 
-def _added(feed: Feed, new: int, bias: Bias | None, seen: Seen | None) -> torch.Tensor:
+def _added(
+    new: int, bias: Bias | None, seen: Seen | None, added: torch.Tensor | None
+) -> torch.Tensor:
     """What is added to the scores: float32 [rows or 1, num_heads or 1, new, total].
 
     The key of position j is the buffer's key j. What the kernel masks is anything here.
     """
-    total = feed.total_sequence_length.item()
-    torch._check(total >= 0)
-    keys = torch.arange(total)
-    added = torch.zeros(1, 1, new, 1)
+    queries, keys = places(new)
+    if added is None:
+        added = torch.zeros(1, 1, new, 1)
     if bias is not None:
         added = added + bias(keys)[None, :, None]
     if seen is not None:
-        first = feed.seqlens_k + 1 - feed.query_seqlens
-        queries = first[:, None, None, None] + torch.arange(new)[:, None]
-        added = torch.where(seen(queries, keys), added, torch.finfo(torch.float32).min)
+        shown = seen(queries[:, None, :, None], keys)
+        added = torch.where(shown, added, torch.finfo(torch.float32).min)
     return added
 
 

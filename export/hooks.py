@@ -23,7 +23,7 @@ from transformers import Cache, PreTrainedModel
 
 CLOSE = 1e-4  # of the largest number that the model's own function gives
 
-Place = tuple[Any, str, Callable[..., Any]]  # where a function stands, its name, and ours
+Place = tuple[Any, str, Any]  # where a function stands, its name, and ours
 
 
 @contextlib.contextmanager
@@ -321,7 +321,16 @@ def _other_places(model: PreTrainedModel) -> Iterator[Place]:
             turned.add(kind)
             file = sys.modules[type(module).__module__]
             yield _compared(file, "apply_rotary_emb", functools.partial(_turned, _COMPLEX[kind]))
-        if kind == "roformer.RoFormerAttention":
+        if hasattr(module, "rel_logits_proj"):
+            profiles, floor = module.rel_logits_proj, module.config.log_scaling_n_floor
+            ours = functools.partial(_by_distance, profiles.proj)
+            owner, name, ours = _compared(profiles, "forward", ours)
+            if floor is not None and not module.is_sliding:
+                yield module.config, "log_scaling_n_floor", sys.maxsize
+                growth = (floor, module.config.log_scaling_alpha)
+                ours = functools.partial(_grown, ours, *growth)
+            yield owner, name, ours
+        elif kind == "roformer.RoFormerAttention":
             yield module, "forward", functools.partial(_of_rows, module.forward)
         elif hasattr(module, "expand_kv") and _saves(module):
             yield (
@@ -348,6 +357,30 @@ def _turned(axis: int, query: Tensor, key: Tensor, angles: Tensor) -> tuple[Tens
         return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
 
     return turn(query), turn(key)
+
+
+def _by_distance(profiles: Tensor, states: Tensor, *_: Tensor) -> Tensor:
+    """What a query's state [rows, new, heads, size] adds to the scores of keys, by distance.
+
+    Args:
+        profiles: [size, extent], of distances from 0.
+    """
+    logits = (states @ profiles).transpose(1, 2)
+    queries, keys = attention.places(states.shape[1])
+    distance = (queries[:, :, None] - keys)[:, None].long()
+    last = logits.shape[-1] - 1
+    index = distance.clamp(0, last).expand(*logits.shape[:3], -1)
+    return torch.where((distance >= 0) & (distance <= last), logits.gather(-1, index), 0.0)
+
+
+def _grown(
+    own: Callable[..., Tensor], floor: int, alpha: float, states: Tensor, *args: Tensor
+) -> Tensor:
+    """Scores that grow with the logarithm of the query's position, from `floor` on."""
+    number = attention.places(states.shape[1])[0] + 1
+    tau = 1 + alpha * (number / floor).clamp(min=1).log()[:, None, :, None]
+    attention.turn_next(Turn(lambda query: query * tau, lambda found: found))
+    return own(states, *args) * tau
 
 
 def _largest(cut: float, inputs: Tensor) -> Tensor:

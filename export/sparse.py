@@ -1,7 +1,8 @@
 """Attention to the tokens that an index picks, as long as it picks all that there are.
 
 Some models (DeepSeek-V3.2, arXiv 2512.02556, and those after it) look at no more than a number of
-tokens, which a small network of each layer picks. Up to that number of tokens nothing is left out,
+tokens, which a small network of each layer picks, or scores of the keys (Shi et al. 2025, arXiv
+2508.02124). Up to that number of tokens nothing is left out,
 and attention is plain: so the graph has no index, and the model has that many positions:
 `max_length`, a hard limit.
 """
@@ -12,19 +13,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from fastgen.export import attention
 from transformers import PreTrainedModel
-
-
-class All:
-    """What an index picks: of a mask, all that it shows."""
-
-    def __rand__(self, mask: torch.Tensor) -> torch.Tensor:
-        return mask
 
 
 def limit(model: PreTrainedModel) -> int | None:
     """The tokens of a text of which none is left out; None for any number."""
-    return min((_covered(index) for index in _indices(model)), default=None)
+    return min((_covered(picks) for picks in _picking(model)), default=None)
 
 
 def settle(model: PreTrainedModel) -> None:
@@ -37,20 +32,34 @@ def settle(model: PreTrainedModel) -> None:
 
 def places(model: PreTrainedModel) -> Iterator[tuple[Any, str, Callable[..., Any]]]:
     """What stands in for the indices while a model is exported."""
-    for index in _indices(model):
-        yield index, "forward", lambda *_, **__: All()
+    for picks in _picking(model):
+        if hasattr(picks, "prepare_dynamic_mask"):  # by scores that count besides
+            yield picks, "prepare_dynamic_mask", _raised
+        else:
+            yield picks, "forward", lambda *_, **__: attention.All()
 
 
-def _indices(model: PreTrainedModel) -> Iterator[Any]:
+def _picking(model: PreTrainedModel) -> Iterator[Any]:
     for module in model.modules():
-        index = getattr(module, "indexer", None)
-        if hasattr(index, "index_topk") or hasattr(index, "token_budget"):
-            yield index
+        if any(hasattr(module, name) for name in _COVERED):
+            yield module
 
 
-def _covered(index: Any) -> int:
-    """It picks tokens, or blocks of them; those after the last whole block are always seen."""
-    if hasattr(index, "index_topk"):
-        return int(index.index_topk)
-    block = int(index.compress_ratio)
-    return int(index.token_budget) // block * block + block - 1
+# How many tokens a module sees at least, by the name of its number.
+_COVERED: dict[str, Callable[[Any], int]] = {
+    "index_topk": lambda picks: picks.index_topk,
+    "keep_window_size": lambda picks: picks.keep_window_size,
+    # Blocks of tokens; those after the last whole block are always seen.
+    "token_budget": lambda picks: (
+        (picks.token_budget // picks.compress_ratio + 1) * picks.compress_ratio - 1
+    ),
+}
+
+
+def _covered(picks: Any) -> int:
+    return next(int(covered(picks)) for name, covered in _COVERED.items() if hasattr(picks, name))
+
+
+def _raised(*, dt_states: torch.Tensor, attention_mask: torch.Tensor, **_: Any) -> torch.Tensor:
+    attention.raise_next(dt_states)
+    return attention_mask

@@ -327,6 +327,32 @@ def _lru(
     return _gated(place, key[:, :, :1], key, hidden_states[..., None], decay)[..., 0], None
 
 
+def _compressed(
+    place: int, module: Any, hidden_states: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values [rows, new, heads, head_dim] of compressed convolutional attention.
+
+    (Figliolia et al. 2025, arXiv 2510.04476.) Half of each value is that of the token before.
+    """
+    heads, shared = (-1, module.head_dim), module.num_key_value_groups
+    query, key = module.q_proj(hidden_states), module.k_proj(hidden_states)
+    mixed = torch.cat([query, key], dim=-1).transpose(1, 2)
+    full = _run().before(("conv", place, 0), mixed, module.conv_kernel_size)
+    mixed = module.conv_qk_grouped(module.conv_qk_depthwise(full)).transpose(1, 2)
+    both = query.unflatten(2, heads) + key.unflatten(2, heads).repeat_interleave(shared, dim=2)
+    both = both * 0.5
+    mean = both.unflatten(2, (-1, shared)).mean(dim=3)
+    width = query.shape[-1]
+    before = _run().before(("shift", place, 0), hidden_states.transpose(1, 2), 1)[:, :, :-1]
+    delayed = module.v_proj_delayed(before.transpose(1, 2))
+    value = torch.cat([module.v_proj_current(hidden_states), delayed], dim=-1)
+    return (
+        mixed[..., :width].unflatten(2, heads) + both,
+        mixed[..., width:].unflatten(2, heads) + mean,
+        value.unflatten(2, heads),
+    )
+
+
 SCANS: dict[str, Callable[..., Any]] = {
     "causal_conv1d_fn": _convolution,
     "torch_chunk_gated_delta_rule": _gated_delta,
@@ -342,6 +368,7 @@ MODULES: dict[tuple[str, str], Callable[..., Any]] = {
     ("MiniMaxLightningAttention", "forward"): _lightning,
     ("RecurrentGemmaRecurrentBlock", "forward"): _griffin,
     ("RecurrentGemmaRglru", "_rnn_scan"): _lru,
+    ("ZayaCCAProjection", "forward"): _compressed,
     ("ZeroPad2d", "forward"): _shift,
 }
 
