@@ -60,9 +60,6 @@ def model(model: PreTrainedModel) -> None:
             f"its attention is sparse (layers of the kind {', '.join(picking)}): each token picks "
             "those that it sees, which the graph has no operator for"
         )
-    switches = hasattr(model.base_model, "set_attention_type")
-    if switches and model.config.attention_type == "block_sparse":
-        raise UnsupportedModel("its attention is sparse by blocks on long texts (attention_type)")
     if has_attention(model) and not hooks.knows_positions(model):
         raise UnsupportedModel(
             "its forward takes no position_ids, and rows of different lengths need them"

@@ -19,15 +19,20 @@ from transformers import PreTrainedModel
 
 def limit(model: PreTrainedModel) -> int | None:
     """The tokens of a text of which none is left out; None for any number."""
-    return min((_covered(picks) for picks in _picking(model)), default=None)
+    limits = [_covered(picks) for picks in _picking(model)]
+    if _by_blocks(model):
+        limits.append((5 + 2 * model.config.num_random_blocks) * model.config.block_size)
+    return min(limits, default=None)
 
 
 def settle(model: PreTrainedModel) -> None:
-    """Give `model` no more positions than that."""
+    """Give `model` no more positions than that, and plain attention where it chooses."""
     length = limit(model)
     if length is not None:
         config = model.config.get_text_config(decoder=True)
         config.max_position_embeddings = min(length, config.max_position_embeddings)
+    if _by_blocks(model):
+        model.base_model.set_attention_type("original_full")
 
 
 def places(model: PreTrainedModel) -> Iterator[tuple[Any, str, Callable[..., Any]]]:
@@ -37,6 +42,12 @@ def places(model: PreTrainedModel) -> Iterator[tuple[Any, str, Callable[..., Any
             yield picks, "prepare_dynamic_mask", _raised
         else:
             yield picks, "forward", lambda *_, **__: attention.All()
+
+
+def _by_blocks(model: PreTrainedModel) -> bool:
+    """Whether tokens of a long text see blocks of it (BigBird, arXiv 2007.14062)."""
+    switches = hasattr(model.base_model, "set_attention_type")
+    return switches and model.config.attention_type == "block_sparse"
 
 
 def _picking(model: PreTrainedModel) -> Iterator[Any]:
