@@ -11,7 +11,7 @@ How a prompt becomes text, file by file:
     jsonfile    what strangers wrote, checked          sandbox     where chat templates run
     prefill     prompts -> the cache, chunk by chunk   prefix      what is kept of them for later
     bounds      what a call would take of memory       memory      pages given back
-    cpu         cores, and what they can
+    cpu         cores, and what they can               atomic      files that appear whole
     extras      what else can be installed             swap        one directory for another
     processors  logits -> logits, one function a knob  watermark   two of them
     pick        logits -> token, torch's random draws      softmax     and its logarithm
@@ -23,13 +23,14 @@ How a prompt becomes text, file by file:
     generator   what people hold: CausalLM, load, generate
     hub         a name -> a model directory            demo        the embedded one
     tune        what is fastest on this machine        tuning      kept beside the model
-    interrupt   Ctrl-C during imports                  report      what an export found, as a table
+    interrupt   Ctrl-C, in imports and between steps   report      what an export found, as a table
     export      from torch to a directory
 
 and what stands on it:
 
     __main__    the command line's door                commands    what it does: one file a command
     serve       the HTTP service                       jobs        many rows: files, a cluster
+    conversation  turns, answered and kept
 """
 
 from __future__ import annotations

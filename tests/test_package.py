@@ -25,6 +25,7 @@ LAYERS: dict[str, set[str]] = {
     "values": {"tensors"},
     "params": {"values"},
     "cpu": set(),
+    "atomic": set(),
     "extras": set(),
     "output": set(),
     "cache": set(),
@@ -72,9 +73,13 @@ LAYERS: dict[str, set[str]] = {
     },
     "__init__": {"generator", "model", "output", "params", "prefix", "tokenizer"},
     "interrupt": set(),
+    "conversation": {
+        "atomic", "call", "chat", "cpu", "generator", "jsonfile", "model", "params", "prefill",
+        "prefix", "values",
+    },
     "commands": {
-        "", "bounds", "export", "extras", "hub", "interrupt", "jobs", "jsonfile", "model", "params",
-        "report", "schedule", "serve", "tune", "tuning", "values",
+        "", "bounds", "conversation", "export", "extras", "hub", "interrupt", "jobs", "jsonfile",
+        "model", "params", "report", "schedule", "serve", "tune", "tuning", "values",
     },
     "serve": {"", "schedule"},
     "jobs": {

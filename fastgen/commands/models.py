@@ -15,8 +15,12 @@ threads_option = click.option(
 )
 
 
-def load(model: str | None, threads: int | None) -> fastgen.CausalLM:
-    """The model of that name; without one the demo, and stderr says so."""
+def load(model: str | None, threads: int | None, argument: str = "--model") -> fastgen.CausalLM:
+    """The model of that name; without one the demo, and stderr says so.
+
+    Args:
+        argument: how the command is told the name.
+    """
     if model is None:
-        say("fastgen: no --model given, using the embedded demo model")
+        say(f"fastgen: no {argument} given, using the embedded demo model")
     return fastgen.load(model, threads=threads)
