@@ -23,6 +23,12 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         "max_position_embeddings": 2048, "tie_word_embeddings": True, "rope_theta": 10000.0,
         "bos_token_id": 1, "eos_token_id": 2,
     }),
+    "qwen-0.5b": ("qwen2", {
+        "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864,
+        "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
+        "max_position_embeddings": 32768, "tie_word_embeddings": True, "rope_theta": 1e6,
+        "bos_token_id": 1, "eos_token_id": 2,
+    }),
 }  # fmt: skip
 
 

@@ -178,6 +178,10 @@ class Batch:
     def leave(self) -> None:
         """Free the slots of rows that have ended; the rest move up, as few as possible."""
         self.joining = [one for one in self.joining if one.wanted]
+        self._move_up()
+        self._empty()
+
+    def _move_up(self) -> None:
         stay = [row for row in self.rows if not row.finish_reason or _lingering(row)]
         if len(stay) == len(self.rows):
             return
@@ -193,6 +197,13 @@ class Batch:
         self.rows, parents = rows, [slots[id(row)] for row in rows]
         # What is being read further behind stays where it is.
         self.cache.take([*parents, *range(len(rows), self.end)])
+
+    def _empty(self) -> None:
+        """Let slots that nobody uses hold nothing."""
+        used = {*range(len(self.rows)), *(slot for one in self.joining for slot in one.slots)}
+        for slot in np.flatnonzero(self.cache.lengths).tolist():
+            if slot not in used:
+                self.cache.begin(slot)
 
 
 def _advance(rows: Sequence[Row], logits: NDArray[np.float32]) -> list[Event]:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastgen import PrefixCache
+from fastgen.prefill import CHUNK
 from fastgen.schedule import Scheduler, bytes_of, fitting_chunk
 
 EXAMPLES = int(os.environ.get("FASTGEN_EXAMPLES", "12"))
@@ -188,6 +189,33 @@ def test_memory_that_rows_have_reached_is_given_back(pair):
     while not scheduler.idle:
         scheduler.step()
         assert cache.reached() * model.model.info.cache_bytes <= scheduler.max_bytes
+
+
+def test_buffers_are_no_larger_than_the_machine_allows(pair, monkeypatch):
+    """They are as long as the longest row: a long one waits, and then they are made anew."""
+    _, model = pair("gpt2")
+    monkeypatch.setattr("fastgen.schedule.VIRTUAL", 0.0)
+    token, knobs = model.model.info.cache_bytes, {"max_new_tokens": 20, "eos_token_id": None}
+    prompt = [*range(3, 98)]
+    short = [model.call([[5, 6, place]], max_new_tokens=4) for place in range(7, 16)]
+    long, later = model.call([prompt], **knobs), model.call([prompt[:80]], max_new_tokens=4)
+    most = 4 * (long.request.max_length + CHUNK) * token
+    scheduler = Scheduler(model.model, max_bytes=most, chunk=32)
+    for call in (*short, long, later):
+        scheduler.submit(call)
+    waited, cancelled = False, False
+    while not scheduler.idle:
+        scheduler.step()
+        waited = waited or (scheduler.rows < 5 and scheduler.waiting == 2)
+        if later in scheduler._running and not cancelled:  # while it is being read
+            scheduler.cancel(later)
+            cancelled = True
+            scheduler.submit(model.call([[5, 6, 7]], max_new_tokens=4))
+        assert scheduler.rows * scheduler._longest([]) * token <= most
+        assert scheduler._batch.cache.size <= 2 * most
+    assert waited and cancelled
+    assert [call.request.error for call in (*short, long)] == [None] * 10
+    assert long.request.rows[0].generated.tolist() == alone(model, prompt, knobs)[0]
 
 
 @pytest.mark.parametrize("bad", [{"max_bytes": 0}, {"max_rows": -1}, {"chunk": 0}, {"chunk": 40}])
