@@ -23,6 +23,7 @@ How a prompt becomes text, file by file:
     generator   what people hold: CausalLM, load, generate
     hub         a name -> a model directory            demo        the embedded one
     tune        what is fastest on this machine        tuning      kept beside the model
+    measure     how fast models are on this machine    picture     that, as bars and as a PNG
     interrupt   Ctrl-C, in imports and between steps   report      what an export found, as a table
     export      from torch to a directory
 

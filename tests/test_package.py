@@ -77,9 +77,12 @@ LAYERS: dict[str, set[str]] = {
         "atomic", "call", "chat", "cpu", "generator", "jsonfile", "model", "params", "prefill",
         "prefix", "values",
     },
+    "measure": {"", "bounds", "call", "cpu", "model", "params", "tokenizer", "tuning"},
+    "picture": {"extras", "measure"},
     "commands": {
-        "", "bounds", "conversation", "export", "extras", "hub", "interrupt", "jobs", "jsonfile",
-        "model", "params", "report", "schedule", "serve", "tune", "tuning", "values",
+        "", "atomic", "bounds", "conversation", "export", "extras", "hub", "interrupt", "jobs",
+        "jsonfile", "measure", "model", "params", "picture", "report", "schedule", "serve", "tune",
+        "tuning", "values",
     },
     "serve": {"", "schedule"},
     "jobs": {
@@ -234,7 +237,7 @@ def test_the_distribution_has_the_name_and_the_version_that_we_say():
     assert extras.install("chat") == f"pip install '{project['name']}[chat]'"
 
 
-OF_EXTRAS = {"jinja2", "pyarrow", "ray"}  # imported late, with an error that names the extra
+OF_EXTRAS = {"jinja2", "matplotlib", "pyarrow", "ray"}  # imported late, with an error that names the extra
 
 
 def test_what_is_imported_is_declared():

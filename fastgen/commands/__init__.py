@@ -6,6 +6,7 @@ import click
 
 import fastgen
 from fastgen.commands.batch import batch
+from fastgen.commands.bench import bench
 from fastgen.commands.chat import chat
 from fastgen.commands.export import export
 from fastgen.commands.generate import generate
@@ -22,7 +23,7 @@ def cli() -> None:
     """Run small language models on a CPU: transformers' generate, without torch."""
 
 
-for command in (batch, chat, score, export, generate, info, tune):
+for command in (batch, bench, chat, score, export, generate, info, tune):
     cli.add_command(command)
 
 

@@ -1,0 +1,136 @@
+"""fastgen bench: how fast models are on this machine, as a table and as a picture."""
+
+from __future__ import annotations
+
+import datetime
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fastgen import atomic, hub
+from fastgen.commands.say import clear_errors, in_json, say
+from fastgen.model import ModelInfo
+
+MOST = 10**6  # of anything that is counted: more is a slip
+
+
+class Numbers(click.ParamType):  # type: ignore[type-arg]
+    """Positive integers between commas, each once: "1,8,32"."""
+
+    name = "N,N,..."
+
+    def convert(self, value: Any, param: Any, context: Any) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        parts = str(value).split(",")
+        if not all(part.strip().isdecimal() and len(part) < 20 for part in parts):
+            self.fail(f"{value!r} is no list of numbers such as 1,8,32", param, context)
+        found = tuple(dict.fromkeys(int(part) for part in parts))
+        for one in found:
+            if not 0 < one <= MOST:
+                self.fail(f"{one} is not from 1 to {MOST:,}", param, context)
+        return found
+
+
+NUMBERS = Numbers()
+
+
+@click.command()
+@click.argument("models", metavar="[DIR]...", nargs=-1)
+@click.option("--prompt", type=NUMBERS, help="tokens of the prompts [default: 64,512]")
+@click.option("--rows", type=NUMBERS, help="rows that are generated together [default: 1,8,32]")
+@click.option("--beams", type=NUMBERS, help="widths of the beam search [default: 4]")
+@click.option(
+    "--new", type=click.IntRange(2, MOST), default=32, show_default=True, help="new tokens of a row"
+)
+@click.option(
+    "--threads",
+    type=NUMBERS,
+    help="threads to compare; the rest runs with the most of them [default: 1, 2, 4 and "
+    "so on up to the physical cores; the rest as each model is tuned]",
+)
+@click.option(
+    "--rounds",
+    type=click.IntRange(1, MOST),
+    default=3,
+    show_default=True,
+    help="how often each is timed",
+)
+@click.option("--png", type=click.Path(path_type=Path), help="draw a picture into this file")
+@click.option(
+    "--json",
+    "as_json",
+    type=click.Path(path_type=Path),
+    help="write all that was measured into this file",
+)
+def bench(
+    models: tuple[str, ...], prompt: tuple[int, ...] | None, rows: tuple[int, ...] | None,
+    beams: tuple[int, ...] | None, new: int, threads: tuple[int, ...] | None, rounds: int,
+    png: Path | None, as_json: Path | None,
+) -> None:  # fmt: skip
+    """Time models on this machine: each DIR is a model directory or a hub id (default: the demo).
+
+    Prompts are read, and one row, many rows and beams are generated, all of a forced length, with
+    several numbers of threads. Models take turns, and medians of the rounds count. What does not
+    fit into a model's positions or the memory is left out, if it was not asked for.
+    """
+    from fastgen import measure, picture
+
+    with clear_errors():
+        if png is not None:
+            picture.drawable()
+            atomic.check("--png", png)
+        if as_json is not None:
+            atomic.check("--json", as_json)
+        if not models:
+            say("fastgen: no DIR given, using the embedded demo model")
+        given = list(dict.fromkeys(models))
+        places = dict(zip(measure.labels(given), map(hub.directory, given), strict=True))
+        places = places or {"demo": hub.directory(None)}
+        infos = {name: ModelInfo.read(place) for name, place in places.items()}
+        asked = measure.Asked(prompt, rows, beams, threads, new)
+        timed, notes = measure.cases(infos, asked)
+        for note in notes:
+            say(note)
+        loads = measure.planned(places, timed, threads)
+        found = [result for load in loads for result in load]
+        with click.progressbar(
+            length=rounds * len(found), label="measuring", file=sys.stderr
+        ) as bar:
+            measure.measure(places, loads, rounds, lambda: bar.update(1))
+        machine = measure.machine()
+        click.echo(f"{picture.of_machine(machine)}\n")
+        width = shutil.get_terminal_size().columns
+        for line in picture.lines(found, width, sys.stdout.encoding or "ascii"):
+            click.echo(line)
+        if as_json is not None:
+            with atomic.written("--json", as_json) as file:
+                file.write_text(_record(machine, infos, found, rounds), encoding="utf-8")
+        if png is not None:
+            with atomic.written("--png", png) as file:
+                picture.png(found, machine, rounds, file)
+
+
+def _record(
+    machine: dict[str, Any], infos: dict[str, ModelInfo], found: list[Any], rounds: int
+) -> str:
+    """All that was measured, as JSON."""
+    models = {
+        name: {
+            "name": info.name, "model_type": info.model_type, "precision": info.precision,
+            "cache_precision": info.cache_precision, "parameters": info.parameters,
+            "bytes": sum(info.files.values()), "max_length": info.max_length,
+        }
+        for name, info in infos.items()
+    }  # fmt: skip
+    record = {
+        "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": machine,
+        "rounds": rounds,
+        "models": models,
+        "results": [one.to_dict() for one in found],
+    }
+    return in_json(record, indent=2) + "\n"
