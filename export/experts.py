@@ -18,7 +18,8 @@ each expert) gathers each token's matrices, as transformers' own `batched_mm` do
 
 In 8 or 4 bits (`plan`, `quantize`) the node is QMoE. With a scale for each output channel its
 activations stay in float32; with scales for blocks of inputs they are quantised in such blocks,
-too, which is what makes it fast. Scales of 4 bits are searched on the tokens of the calibration
+too, which is what makes it fast; where that costs too much in 8 bits, inputs with outliers stay
+as they are. Scales of 4 bits are searched on the tokens of the calibration
 text that came to each expert; there are too few of them for GPTQ. A Loop keeps codes of 8 bits and
 makes floats of an expert's when it computes it.
 """
@@ -45,6 +46,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import batched_mm_experts_forward
 
 DOMAIN = "fastgen.export"  # of the node until it is laid out
+ROUNDED = 0.02  # of an output in 8 bits: with more, its inputs reach too far to be quantised
 NEVER = -1e30  # a router's logit for an expert that a token does not go to
 LEAST = float(np.finfo(np.float32).tiny)  # a weight of zero has no logarithm
 
@@ -614,7 +616,10 @@ def plan(
                 continue
             shown(len(plans), len(found))
             mine = part[logits] > NEVER / 2
-            plans[one.node] = _plan(one, fitting(kernel, one), part[tokens], mine)
+            stored = _plan(one, fitting(kernel, one), part[tokens], mine)
+            if kernel.bits == 8 and max(matrix.error for matrix in stored) > ROUNDED:
+                stored = _plan(one, Kernel(8), part[tokens], mine)
+            plans[one.node] = stored
             unreached = np.flatnonzero(~mine.any(axis=0)).tolist()
             reached.append(Reached(str(one.weights[0].name), mine.shape[1], unreached))
     return plans, reached

@@ -11,6 +11,7 @@ Two kernels of onnxruntime do the work:
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -92,9 +93,13 @@ class Product:
 
 
 def products(graph: ir.Graph) -> list[Product]:
-    """Every product with a constant matrix, in the order of the graph; routers stay as they are."""
+    """Every product with a constant matrix, in the order of the graph; routers stay as they are.
+
+    Each has a name of its own, also where layers share a matrix.
+    """
     found = []
     apart = routers(graph)
+    seen: Counter[str] = Counter()
     for node in graph:
         if node.op_type not in ("MatMul", "FusedMatMul") or rank(node.inputs[1]) != 2:
             continue
@@ -105,7 +110,10 @@ def products(graph: ir.Graph) -> list[Product]:
             continue
         transposed = node.op_type == "FusedMatMul"
         matrix = weight.T if transposed else weight
-        found.append(Product(node, str(node.inputs[1].name), matrix, transposed))
+        name = str(node.inputs[1].name)
+        seen[name] += 1
+        unique = name if seen[name] == 1 else f"{name}.{seen[name]}"
+        found.append(Product(node, unique, matrix, transposed))
     return found
 
 

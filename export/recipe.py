@@ -44,10 +44,10 @@ class Recipe:
 
 
 # `lm_head` runs at a few positions only, where MatMulNBits is the fastest, and its codes serve the
-# embedding too. Block sizes: see bench/README.md. Experts in 8 bits have a scale for each channel:
-# with blocks their kernel quantises its inputs as well.
+# embedding too. Block sizes: see bench/README.md. Experts have scales for blocks: their kernel then
+# quantises its inputs as well, which is what makes it fast.
 RECIPES = {
-    "int8": Recipe(layer=W8A8, head=Kernel(8, 256), wide=Kernel(8, 32), experts=Kernel(8)),
+    "int8": Recipe(layer=W8A8, head=Kernel(8, 256), wide=Kernel(8, 32), experts=Kernel(8, 128)),
     "int4": Recipe(
         layer=Kernel(4, 128), head=Kernel(4, 128), wide=Kernel(8, 128), experts=Kernel(4, 128)
     ),

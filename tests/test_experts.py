@@ -164,7 +164,7 @@ def test_negative_weights_are_refused(tmp_path):
 # The kernels
 
 random = np.random.default_rng(0)
-TOKENS, HIDDEN, INNER, EXPERTS, CHOSEN = 7, 64, 96, 8, 3
+TOKENS, HIDDEN, INNER, EXPERTS, CHOSEN = 7, 128, 256, 8, 3
 GATE = {"activation_type": "swiglu", "swiglu_fusion": 1, "activation_alpha": 1.0,
         "activation_beta": 0.0, "k": CHOSEN}  # fmt: skip
 X = random.standard_normal((TOKENS, HIDDEN)).astype(np.float32)
@@ -220,7 +220,7 @@ def test_logarithms_express_any_weights():
 @pytest.mark.parametrize(
     "kernel, level, activations",
     [(Kernel(8), 0, 0), (Kernel(4), 0, 0), (Kernel(4, 32), 0, 0), (Kernel(4, 32), 4, 8),
-     (Kernel(8, 32), 0, 8), (Kernel(8, 16), 0, 8)],
+     (Kernel(8, 128), 0, 8), (Kernel(8, 128), 4, 8), (Kernel(8, 32), 0, 8), (Kernel(8, 16), 0, 8)],
 )  # fmt: skip
 def test_codes_are_computed_as_they_are_understood(kernel, level, activations):
     """8 bits in blocks quantise their input whatever is asked; 4 bits where it is asked for.
@@ -246,8 +246,9 @@ def test_codes_are_computed_as_they_are_understood(kernel, level, activations):
     plain = mixture(weights, *exact)
     rounded = mixture(weights, *exact, lambda x: calibrate.quantized_input(x, kernel))
     scale = np.abs(plain).max()
-    assert np.abs(found - (rounded if activations else plain)).max() <= 2e-6 * scale
-    if activations:
+    wrong = np.abs(found - (rounded if activations else plain)) / scale
+    assert np.median(wrong) <= 1e-6 and wrong.max() <= (5e-4 if activations else 2e-6)
+    if activations:  # (which may round one number the other way)
         assert 0.003 * scale < np.abs(found - plain).max() < 0.03 * scale
 
 
@@ -258,9 +259,9 @@ CASES = {"int8": "qwen2_moe", "int4": "gpt_oss"}
 
 
 def outliers(model) -> list[torch.nn.Parameter]:
-    """Let some channels of the norm before the experts reach far, with all that reads them."""
+    """Let some channels of the last norm before experts reach far, with all that reads them."""
     norms = []
-    for layer in model.model.layers:
+    for layer in model.model.layers[-1:]:
         mlp, norm = layer.mlp, layer.post_attention_layernorm.weight
         norms.append(norm)
         norm[:4] *= 60
@@ -307,9 +308,11 @@ def test_the_report_names_experts_that_no_text_came_to(quantized):
     precision, _, model = quantized
     report = report_of(model)
     made = [one for one in report["matrices"] if "experts" in one["name"]]
-    kernel = {"int8": "int8 per channel", "int4": "int4, blocks of 32"}[precision]
-    assert len(made) == 4 and {one["kernel"] for one in made} == {kernel}
-    bound = {"int8": 0.1, "int4": 0.15}[precision]  # int8 has the outliers
+    # In 8 bits the second layer has inputs with outliers: they are not quantised.
+    second = {"int8": "int8 per channel", "int4": "int4, blocks of 32"}[precision]
+    kernels = [f"{precision}, blocks of 32"] * 2 + [second] * 2
+    assert [one["kernel"] for one in made] == kernels
+    bound = {"int8": 0.1, "int4": 0.15}[precision]
     assert all(0 < one["error"] < bound for one in made)
     idle = {"int8": [], "int4": [3]}[precision]
     assert [(one["experts"], one["unreached"]) for one in report["experts"]] == [(4, idle)] * 2
