@@ -313,10 +313,11 @@ class Conversation:
                     if len(ids) + room <= KEPT * limit:
                         break
         if len(ids) >= limit:
-            whose = "message" if self.system is None else "system message and this one"
+            whose = "message takes" if self.system is None else "system message and this one take"
+            asked = "" if limit == limits[0] else ", or set max_new_tokens in place of max_length"
             raise ValueError(
-                f"the {whose} take {len(ids)} tokens, and prompt and answer have {limit}: "
-                "say it in fewer words"
+                f"the {whose} {len(ids)} tokens, and prompt and answer have {limit} together: "
+                f"say it in fewer words{asked}"
             )
         return ids, min(new, limit - len(ids)), dropped
 

@@ -71,7 +71,9 @@ def bench(
     beams: tuple[int, ...] | None, new: int, threads: tuple[int, ...] | None, rounds: int,
     png: Path | None, as_json: Path | None,
 ) -> None:  # fmt: skip
-    """Time models on this machine: each DIR is a model directory or a hub id (default: the demo).
+    """Time models on this machine.
+
+    Each DIR is a model directory or a hub id; without one it is the embedded demo model.
 
     Prompts are read, and one row, many rows and beams are generated, all of a forced length, with
     several numbers of threads. Models take turns, and medians of the rounds count. What does not

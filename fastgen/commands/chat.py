@@ -28,7 +28,7 @@ PROMPT, MORE = ">>> ", "... "
 @threads_option
 @knob_flags
 def chat(model: str | None, system: str | None, threads: int | None, **knobs: Any) -> None:
-    """Talk with MODEL, a directory or a hub id (default: the embedded demo model).
+    """Talk with a model: MODEL is a directory or a hub id (default: the demo model).
 
     A line that ends with a backslash goes on in the next one, and so does everything between
     two \"\"\". Ctrl-C stops an answer. /help lists what else can be typed: settings, files.
@@ -36,7 +36,8 @@ def chat(model: str | None, system: str | None, threads: int | None, **knobs: An
     Answers go to standard output, everything else to standard error. Where standard input is no
     terminal, each line (or block) of it is answered, and the first error ends the program.
 
-    A model without a chat template was not trained to answer: it continues the text so far.
+    A model without a chat template was not trained to answer: it continues the text so far, by 64
+    tokens at most. An answer has 256. --max-new-tokens or --max-length change that.
     """
     with clear_errors():
         loaded = load(model, threads, "MODEL")
