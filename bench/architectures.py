@@ -47,6 +47,8 @@ LENGTHS, LONG, NEW = (1, 9, 30), 120, 16
 CLOSE = check.Tolerance().max_difference  # of the largest logit: what an exact one may differ by
 BEAMS = {"num_beams": 3, "num_return_sequences": 2, "output_scores": True}
 DRAWS = {"do_sample": True, "top_k": 0, "temperature": 1.5}
+# What a row's logits may differ by from those that it has alone, of the largest.
+ALONE = {"int8": 1e-4, "int4": 0.05}
 SECONDS = 240  # that one type may take
 
 # What can become of a type, the best first.
@@ -62,7 +64,8 @@ class Found:
 
     Attributes:
         difference: the largest of a logit, as a share of the largest logit.
-        notes: what was not the same, or what was not asked and why.
+        quantised: whether it loads and runs in int8 and int4, too.
+        notes: what was not the same there.
     """
 
     kind: str
@@ -70,6 +73,7 @@ class Found:
     reason: str = ""
     difference: float | None = None
     seconds: float = 0.0
+    quantised: bool = False
     notes: list[str] = field(default_factory=list)
 
 
@@ -143,15 +147,22 @@ def compare(model: PreTrainedModel, directory: Path) -> tuple[float, list[str]]:
     return largest, wrong
 
 
-def independent(directory: Path, rows: list[list[int]]) -> bool:
-    """Whether rows in one batch get the tokens that each gets alone."""
+def independent(directory: Path, rows: list[list[int]], share: float) -> bool:
+    """Whether rows in one batch have the logits that each has alone, but for a share of them."""
     ours = CausalLM(directory)
-    settings = {"max_new_tokens": NEW, "eos_token_id": None}
+    settings = {"max_new_tokens": NEW, "eos_token_id": None, "output_logits": True,
+                "return_dict_in_generate": True}  # fmt: skip
     together = ours.generate(rows, **settings)
-    return all(
-        both[-NEW:] == ours.generate([row], **settings)[0][-NEW:]
-        for both, row in zip(together, rows, strict=True)
-    )
+    for number, row in enumerate(rows):
+        alone = ours.generate([row], **settings)
+        for step, (one, other) in enumerate(zip(together.logits, alone.logits, strict=True)):
+            if np.abs(one[number] - other[0]).max() > share * np.abs(other).max():
+                return False
+            said = [text[len(text) - NEW + step] for text in
+                    (together.sequences[number], alone.sequences[0])]  # fmt: skip
+            if said[0] != said[1]:  # two that were near: from here on it is another text
+                break
+    return True
 
 
 @contextmanager
@@ -187,10 +198,11 @@ def examine(kind: str, directory: Path, quantised: bool = False) -> Found:
             found.difference, wrong = compare(model, directory / "fp32")
             if wrong or not found.difference <= CLOSE:
                 found.outcome, found.reason = WRONG, "; ".join(wrong) or "logits"
-            for precision in ("int8", "int4") if quantised else ():
+            for precision, share in ALONE.items() if quantised else ():
                 _export(model, directory / precision, precision)
-                if not independent(directory / precision, rows):
+                if not independent(directory / precision, rows, share):
                     found.notes.append(f"{precision}: rows are not independent")
+            found.quantised = quantised
     except UnsupportedModel as error:
         reason = str(error).removeprefix(f"{model.config.model_type} cannot be exported: ")
         found.outcome, found.reason = REFUSED, reason
@@ -325,10 +337,15 @@ def table(all_found: Sequence[Found], command: str) -> str:
             reasons.setdefault(one.reason.replace("|", "\\|"), []).append(one.kind)
         grouped = sorted(reasons.items(), key=lambda item: -len(item[1]))
         lines += [f"| {reason} | {', '.join(kinds)} |" for reason, kinds in grouped]
-    noted = [one for one in all_found if one.notes]
-    if noted:
+    quantised, noted = sum(one.quantised for one in all_found), [o for o in all_found if o.notes]
+    if quantised:
         lines += ["", "## Quantised", ""]
-        lines += [f"- {one.kind}: {'; '.join(one.notes)}" for one in noted]
+        lines += [
+            f"{quantised} types load and run in int8 and in int4; a row in a batch has the logits "
+            f"that it has alone (int8: to {ALONE['int8']:.0e} of the largest, int4: to "
+            f"{ALONE['int4']:.0e}){', but for:' if noted else '.'}"
+        ]
+        lines += ["", *(f"- {one.kind}: {'; '.join(one.notes)}" for one in noted)] if noted else []
     return "\n".join(lines) + "\n"
 
 
@@ -338,12 +355,16 @@ def main() -> None:
     parser.add_argument("--quantised", action="store_true", help="int8 and int4 besides")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=SECONDS, help="that a type may take")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="results; types that are in it are not run again")
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
     done = []
-    for found in run(options.types or types(), options.quantised, options.jobs, options.seconds):
+    if options.json and options.json.exists():
+        done = [Found(**one) for one in json.loads(options.json.read_text())]
+    known = {one.kind for one in done}
+    left = [kind for kind in options.types or types() if kind not in known]
+    for found in run(left, options.quantised, options.jobs, options.seconds):
         done.append(found)
         difference = "" if found.difference is None else f"{found.difference:.0e}"
         print(f"{found.kind:28} {found.outcome:12} {difference:6} {found.seconds:5.1f} s  "
