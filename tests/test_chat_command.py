@@ -26,6 +26,7 @@ from click.testing import CliRunner
 
 import fastgen
 from fastgen import commands
+from fastgen.commands.chat import _harmless
 from fastgen.conversation import Conversation
 from fastgen.params import Params
 from fastgen.prefix import BLOCK
@@ -582,6 +583,11 @@ def test_an_error_in_a_terminal_is_said_and_it_goes_on(long, terminal):
     assert "fastgen: a message has no end" in shell.until("\n>>> ")
     shell.type("/exit\n")
     assert shell.end() == 0
+
+
+def test_what_a_model_writes_is_no_command_to_the_terminal():
+    shown = _harmless("a\tb\n\x1b[2J\x07\r\x9b1m\x7f \u4f60\U0001f642\xa0\ufffd")
+    assert shown == "a\tb\n\\x1b[2J\\x07\\r\\x9b1m\\x7f \u4f60\U0001f642\xa0\ufffd"
 
 
 def test_lines_can_be_edited_and_called_up_again(long, terminal):

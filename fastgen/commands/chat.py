@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -216,12 +217,17 @@ def _answer(conversation: Conversation, text: str) -> None:
                 f"{conversation.dropped} messages are no longer read."
             )
         for piece in pieces:
-            click.echo(piece, nl=False)
+            click.echo(_harmless(piece) if sys.stdout.isatty() else piece, nl=False)
     click.echo()
     if conversation.took is None or not conversation.took.new:
         say("Stopped before the answer began: the message is taken back.")
     elif sys.stderr.isatty():
         click.echo(click.style(_shown(conversation.took), dim=True), err=True)
+
+
+def _harmless(text: str) -> str:
+    """Without what a terminal takes for commands: a model may write anything."""
+    return re.sub(r"[^\n\t\x20-\x7e\xa0-\U0010ffff]", lambda found: repr(found[0])[1:-1], text)
 
 
 def _shown(took: Took) -> str:
