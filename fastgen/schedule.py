@@ -112,12 +112,8 @@ class Scheduler:
         """The bytes that the calls that run may come to hold."""
         return sum(self._bytes.values())
 
-    def submit(self, call: Call) -> None:
-        """Let a call wait for its turn.
-
-        Raises:
-            ValueError: it can never run: it needs more than `max_bytes` or `max_rows`.
-        """
+    def check(self, call: Call) -> None:
+        """Raise a ValueError if a call can never run: it needs more than there is of something."""
         needed, rows = bytes_of(call), _rows(call)
         if needed > self.max_bytes:
             raise ValueError(
@@ -128,6 +124,14 @@ class Scheduler:
             raise ValueError(
                 f"this has {rows} rows or beams, {self.max_rows} may run here: ask for fewer"
             )
+
+    def submit(self, call: Call) -> None:
+        """Let a call wait for its turn.
+
+        Raises:
+            ValueError: see `check`.
+        """
+        self.check(call)
         if call.request.prefix_cache is None:
             call.request.prefix_cache = self.prefix_cache
         self._waiting.append(call)
