@@ -67,6 +67,25 @@ def is_grouped(node: ir.Node) -> bool:
     return node.op_type == "GroupQueryAttention" and node.domain == MICROSOFT
 
 
+def refuse_unknown(graph: ir.Graph, signature: Signature) -> None:
+    """Refuse attention that is not known, before anything is run."""
+    for layer in range(signature.layers):
+        for kind in range(2):
+            node = writer(graph, signature, layer, kind)
+            if not is_grouped(node) and node.op_type not in ("Concat", "Cast", "Identity"):
+                raise refused(
+                    layer, f"its attention is {node.op_type} ({node.name}): only "
+                    "GroupQueryAttention and joined keys (Concat) can be rewritten"
+                )  # fmt: skip
+    for node in graph:
+        if node.op_type in ("MultiHeadAttention", "Attention"):
+            raise UnsupportedModel(
+                f"its attention is {node.op_type} ({node.name}): only GroupQueryAttention and "
+                "joined keys (Concat) can be rewritten. Folders of onnxruntime-genai for float16 "
+                "on a CPU are of this kind: take the one in fp32 or int4"
+            )
+
+
 def writer(graph: ir.Graph, signature: Signature, layer: int, kind: int) -> ir.Node:
     """The node that gives a present key (0) or value (1)."""
     name = signature.present[2 * layer + kind]
@@ -78,6 +97,32 @@ def writer(graph: ir.Graph, signature: Signature, layer: int, kind: int) -> ir.N
 
 
 # GroupQueryAttention of others
+
+
+def turn_apart(graph: ir.Graph) -> None:
+    """Rotations by a table and positions become those of ONNX, whose angles are given.
+
+    `trim` knows these, and puts them into the attention node.
+    """
+    for node in list(graph):
+        if node.op_type != "RotaryEmbedding" or node.domain != MICROSOFT:
+            continue
+        x, positions, cos, sin = node.inputs[:4]
+        if x is None or x.shape is None or len(x.shape) != 3 or cos is None or cos.shape is None:
+            continue
+        if positions is None or positions.shape is None or len(positions.shape) != 2:
+            continue
+        turned = node.attributes.get_int("rotary_embedding_dim", 0)
+        heads = node.attributes.get_int("num_heads", 0) or x.shape[2] // (2 * cos.shape[1])
+        angles = [insert(node, "Gather", [table, positions])[0] for table in (cos, sin)]
+        attributes = {
+            "num_heads": heads, "rotary_embedding_dim": turned,
+            "interleaved": node.attributes.get_int("interleaved", 0),
+        }  # fmt: skip
+        (out,) = insert(node, "RotaryEmbedding", [x, *angles], attributes)
+        out.type, out.shape = node.outputs[0].type, node.outputs[0].shape
+        node.outputs[0].replace_all_uses_with(out)
+        graph.remove(node, safe=True)
 
 
 def regroup(graph: ir.Graph, node: ir.Node, layer: int, signature: Signature, feed: Feed) -> None:
@@ -94,7 +139,6 @@ def regroup(graph: ir.Graph, node: ir.Node, layer: int, signature: Signature, fe
     inputs[SEQLENS], inputs[TOTAL] = feed.seqlens_k, feed.total_sequence_length
     inputs[QUERIES], inputs[POSITIONS] = feed.query_seqlens, None
     attributes = {name: attribute.value for name, attribute in node.attributes.items()}
-    attributes.pop("sliding_window_cache", None)  # a ring; ours are buffers
     _replace(graph, node, insert(node, "GroupQueryAttention", inputs, attributes,
                                  domain=MICROSOFT, outputs=3))  # fmt: skip
 
@@ -300,6 +344,8 @@ def _window(layer: int, scores: NDArray[Any]) -> int | None:
     shown = shown > HIDDEN
     if not (shown == shown[:1]).all():
         raise refused(layer, "its heads see different keys")
+    if shown.all():
+        return None  # made for one new token, which sees all: so do ours, and no later ones
     counts = []
     for query in range(new):
         last = total - new + query

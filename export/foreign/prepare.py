@@ -16,26 +16,30 @@ REDUCTIONS = {"ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL2", 
 HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
-def prepare(model: ir.Model) -> bool:
-    """Bring a graph into the form that the rewriting reads, in place.
+def prepare(model: ir.Model) -> tuple[ir.Model, bool]:
+    """Bring a graph into the form that the rewriting reads.
 
     Half precision becomes single: a CPU computes in single precision anyway, with casts around
     each product, and one between a cache and its attention would convert the whole cache.
 
     Returns:
-        Whether something was in half precision.
+        The graph, with the weights of `model`, which is not to be used any more; and whether
+        something was in half precision.
 
     Raises:
         UnsupportedModel: its operators are of a version that is too old.
     """
     passes.InlinePass()(model)
     _take_branches(model)
+    model = model.clone()  # without the branches that were not taken, which still read inputs
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     _raise_opset(model)
     halves = _to_single(model)
-    _drop_idle(model.graph)
+    for node in model.graph:
+        node.attributes.pop("sliding_window_cache", None)  # a ring; ours are buffers
+    drop_idle(model.graph)
     clean_up(model)
-    return halves
+    return model, halves
 
 
 def _take_branches(model: ir.Model) -> None:
@@ -54,6 +58,7 @@ def _take_branches(model: ir.Model) -> None:
             raise UnsupportedModel(f"its graph branches by {node.inputs[0].name} ({node.name})")
         branch = node.attributes["then_branch"].as_graph()
         outputs = list(branch.outputs)
+        branch.outputs.clear()
         for value in list(branch.initializers.values()):
             inner = branch.initializers.pop(str(value.name))
             if inner.name in graph.initializers:
@@ -63,13 +68,12 @@ def _take_branches(model: ir.Model) -> None:
         branch.remove(inside)
         graph.insert_before(node, inside)
         for old, new in zip(node.outputs, outputs, strict=True):
-            if old.is_graph_output():
-                name, old.name = old.name, f"{old.name}.if"
-                if new.is_graph_output() or new.producer() is None:  # it gives what it got
-                    copy = ir.node("Identity", [new])
-                    graph.insert_before(node, copy)
-                    new = copy.outputs[0]
-                new.name = name
+            if old in graph.outputs and (new.producer() is None or new in graph.outputs):
+                copy = ir.node("Identity", [new])  # it gives what it got
+                graph.insert_before(node, copy)
+                new = copy.outputs[0]
+            name, old.name = old.name, f"{old.name}.if"
+            new.name = name
             if new.type is None:
                 new.type, new.shape = old.type, old.shape
             old.replace_all_uses_with(new, replace_graph_outputs=True)
@@ -146,7 +150,7 @@ def _widened(tensor: ir.TensorProtocol) -> ir.LazyTensor:
     )
 
 
-def _drop_idle(graph: ir.Graph) -> None:
+def drop_idle(graph: ir.Graph) -> None:
     """Nodes that give what they get."""
     known = {str(value.name): value.dtype for value in graph.inputs}
     for node in list(graph):

@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 from fastgen.export.foreign import attention, plain, shapes
 from fastgen.export.foreign.attention import Feed, is_grouped
-from fastgen.export.foreign.prepare import prepare
+from fastgen.export.foreign.prepare import drop_idle, prepare
 from fastgen.export.foreign.signature import KEEP, LOGITS, MASK, POSITIONS, Signature
 from fastgen.export.trim import add_initializer, clean_up, constant, insert, products_without_reshapes
 from fastgen.export.unsupported import UnsupportedModel
@@ -54,10 +54,10 @@ class Rewritten:
 def rewrite(
     model: ir.Model, signature: Signature, vocab: int, window: int | None, limit: int | None
 ) -> Rewritten:
-    """Rewrite a graph in place.
+    """Rewrite a graph.
 
     Args:
-        model: of a folder, as it was read.
+        model: of a folder, as it was read; it is not to be used any more.
         signature: of it.
         vocab: ids below which the model reads.
         window: that the folder's configuration names, so that a run goes beyond it.
@@ -66,9 +66,10 @@ def rewrite(
     Raises:
         UnsupportedModel: with the layer and the operator that stand in the way.
     """
-    halves = prepare(model)
+    model, halves = prepare(model)
     graph = model.graph
     single = _single(signature)
+    attention.refuse_unknown(graph, single)
     # Some tools' GroupQueryAttention reads several tokens after a past for one row only.
     alone = any(is_grouped(node) for node in graph)
     fed = [
@@ -78,6 +79,8 @@ def rewrite(
     seen = shapes.observe(model, fed)
     names = {"rows": ROWS, "new": NEW, "past": PAST, "total": TOTALS}
     shapes.name_shapes(graph, seen, names)
+    drop_idle(graph)
+    attention.turn_apart(graph)
     kinds, windows = _attend(model, seen, fed[0], single, vocab, window, limit)
     clean_up(model)
     computed = _positions(model, seen, fed)
