@@ -5,7 +5,6 @@ How a prompt becomes text, file by file:
     params      every knob: its name, default and rule  values    a check for each kind of value
     prompt      ids, masks, tensors -> rows            tokenizer   text <-> ids
     tensors     torch's, without torch                 chat        messages -> text
-    healing     the prompt's last token, again
     request     the rows of one call and what they share
     model       new ids and a cache -> logits          cache       keys and values, in place
     jsonfile    what strangers wrote, checked          sandbox     where chat templates run
@@ -14,6 +13,7 @@ How a prompt becomes text, file by file:
     cpu         cores, and what they can               atomic      files that appear whole
     extras      what else can be installed             swap        one directory for another
     processors  logits -> logits, one function a knob  watermark   two of them
+    constraint  which tokens JSON, a grammar allow     healing     the prompt's last token, again
     pick        logits -> token, torch's random draws      softmax     and its logarithm
     stop        when a row ends                        output      what comes out
     batch       THE LOOP: rows join, step, leave       beam        beams over the same stages

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fastgen import pick, stop
 from fastgen.model import Model
-from fastgen.prefill import CHUNK, Prefill
+from fastgen.prefill import CALL, CHUNK, Prefill
 from fastgen.request import Request, Row, by_request, context
 
 
@@ -142,15 +142,16 @@ class Batch:
             # Without a copy where all rows are alike, as they are outside of a service.
             mine = logits if len(places) == len(self.rows) else logits[places]
             events += _advance([self.rows[i] for i in places], mine)
-        self._end_step()
-        return events
+        return events + self._end_step()
 
-    def _end_step(self) -> None:
-        """Look at the clock, and let rows that have ended leave."""
+    def _end_step(self) -> list[Event]:
+        """Take what is certain, look at the clock, and let rows that have ended leave."""
+        events = take_certain(self.rows)
         for request, _ in by_request(self.rows):
             if request.deadline.passed():
                 request.end("time")
         self.leave()
+        return events
 
     def _alike(self) -> list[list[int]]:
         """Places of the rows that share their processors and their kind of pick."""
@@ -256,7 +257,10 @@ def _processed(rows: Sequence[Row], logits: NDArray[np.float32]) -> NDArray[np.f
 def _picked(rows: Sequence[Row], scores: NDArray[np.float32]) -> NDArray[np.int64]:
     chain = rows[0].request.chain
     if not rows[0].request.params.do_sample:
-        return pick.greedy(scores)
+        tokens = pick.greedy(scores)
+        if any(row.request.constraint for row in rows):
+            _refuse_nothing(rows, scores, tokens)
+        return tokens
     draws: list[pick.Words] = [np.empty(0, np.uint64)] * len(rows)
     for request, places in by_request(rows):
         mine = request.uniform([rows[i] for i in places], scores.shape[1])
@@ -268,6 +272,15 @@ def _picked(rows: Sequence[Row], scores: NDArray[np.float32]) -> NDArray[np.int6
         if chain is None:
             raise
         raise pick.NothingLeft(chain.ruling_out(context(rows), scores.shape[1])) from error
+
+
+def _refuse_nothing(
+    rows: Sequence[Row], scores: NDArray[np.float32], tokens: NDArray[np.int64]
+) -> None:
+    """Raise a ValueError if every token is ruled out, and so the likeliest is none."""
+    request = rows[0].request
+    if (scores[np.arange(len(tokens)), tokens] == -np.inf).any() and request.chain:
+        raise pick.NothingLeft(request.chain.ruling_out(context(rows), scores.shape[1]))
 
 
 def take_in(
@@ -294,6 +307,78 @@ def take_in(
     return events
 
 
+def take_certain(rows: Sequence[Row]) -> list[Event]:
+    """Give rows the tokens that must follow by their constraints, as far as that pays.
+
+    The next step reads them together with the one before, and all rows as many as the longest.
+    Rows that end by them are not read any more. What is not taken here is picked, the same, later.
+    """
+    events: list[Event] = []
+    ahead: list[tuple[Row, list[int]]] = []
+    for row in rows:
+        if row.finish_reason is None:
+            tokens = _certain(row)
+            if tokens and _ends_by(row, tokens):
+                events += _take(row, tokens)
+            else:
+                ahead.append((row, tokens))
+    if any(tokens for _, tokens in ahead):
+        width = _paying([1 + len(tokens) for _, tokens in ahead])
+        for row, tokens in ahead:
+            events += _take(row, tokens[: width - 1])
+    return events
+
+
+def _certain(row: Row) -> list[int]:
+    """The tokens that must follow; if that cannot be told, it is the error of the request."""
+    request = row.request
+    if request.constraint is None or not request.forces:
+        return []
+    try:
+        return request.constraint.certain(row.generated, request.max_length - row.length)
+    except ValueError as error:
+        request.fail(error)
+        return []
+
+
+def _ends_by(row: Row, tokens: Sequence[int]) -> bool:
+    """Whether `row` ends with these tokens."""
+    request = row.request
+    if tokens[-1] in request.eos or row.length + len(tokens) >= request.max_length:
+        return True
+    return (
+        request.constraint is not None
+        and not request.constraint.ends
+        and (request.constraint.complete(row.after(tokens).generated))
+    )
+
+
+def _take(row: Row, tokens: Sequence[int]) -> list[Event]:
+    """Append tokens that are certain to `row`, until it ends."""
+    events = []
+    for token in tokens:
+        if row.finish_reason is None:
+            row.push(token)
+            events.append(Event(row, token, 0.0 if row.request.logprobs else float("nan"), None))
+            row.end(_reason(row))
+    return events
+
+
+def _paying(counts: Sequence[int]) -> int:
+    """The tokens that rows may be read at once, of the `counts` that they have: what saves most.
+
+    A call costs its reading of the weights and all places, those of padding too; it saves the
+    calls that its tokens would be otherwise, some for each row.
+    """
+    rows = len(counts)
+
+    def saved(width: int) -> float:
+        tokens = sum(min(count, width) for count in counts)
+        return tokens * (CALL + rows) / rows - (CALL + rows * width)
+
+    return max(sorted({1, *counts}), key=saved)
+
+
 def _reason(row: Row) -> str | None:
     """Why `row`, which has a new token, has ended; None if it has not."""
     request = row.request
@@ -301,7 +386,10 @@ def _reason(row: Row) -> str | None:
         return "eos"
     if request.stop_text is not None and request.stop_text(row.history):
         return "stop_string"
-    return "length" if row.length >= request.max_length else None
+    full, form = row.length >= request.max_length, request.constraint
+    if form is not None and (full or not form.ends) and form.complete(row.generated):
+        return "grammar"
+    return "length" if full else None
 
 
 def _ask(rows: Sequence[Row]) -> None:

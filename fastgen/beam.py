@@ -144,9 +144,13 @@ class Beams:
 
     def results(self) -> list[Hypothesis]:
         """`num_return_sequences` sequences, best first."""
-        nothing = self._hypothesis(float(DEAD), 0, "length", 0)
         missing = self.request.params.num_return_sequences - len(self.ended)
-        return (self.ended + [nothing] * missing)[: self.request.params.num_return_sequences]
+        every = self.ended + [self.nothing()] * missing
+        return every[: self.request.params.num_return_sequences]
+
+    def nothing(self) -> Hypothesis:
+        """What there is where fewer sequences were found than were wanted."""
+        return self._hypothesis(float(DEAD), 0, "length", 0)
 
     def _accept(self, candidates: Candidates, reasons: Sequence[str | None]) -> None:
         """Keep those that have ended, were among the first and are better than what is kept."""
@@ -594,11 +598,15 @@ class _Search:
             if request.criteria:
                 scores = tuple(request.scores) if request.keeps_scores else None
                 criterion = stop.asked(request.criteria, ids, scores).tolist()
-        limit = "length" if length >= request.max_length else None
+        limit: list[str | None] = ["length" if length >= request.max_length else None] * count
+        form = request.constraint
+        if form is not None and (limit[0] or not form.ends):
+            whole = [form.complete(row[request.prompt_length :]) for row in rows()]
+            limit = ["grammar" if is_whole else limit[0] for is_whole in whole]
         late = "time" if request.deadline.passed() else None
         return [
-            "stop_string" if by_text else limit or ("criterion" if by_criterion else late)
-            for by_text, by_criterion in zip(text, criterion, strict=True)
+            "stop_string" if by_text else by_limit or ("criterion" if by_criterion else late)
+            for by_text, by_limit, by_criterion in zip(text, limit, criterion, strict=True)
         ]
 
     def _end_groups(self) -> bool:
@@ -699,4 +707,7 @@ def _best(groups: Sequence[Beams], request: Request) -> list[Hypothesis]:
     ended = [hypothesis for one in groups for hypothesis in one.ended]
     # Of equals the one that came last, as there.
     ended = sorted(ended, key=lambda hypothesis: hypothesis.score)[::-1]
+    if request.constraint is not None:  # what it rules out is no answer, where there are no others
+        nothing = groups[0].nothing()
+        ended = [one if one.score > -math.inf else nothing for one in ended]
     return ended[: request.params.num_return_sequences]

@@ -12,7 +12,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgen import beam, bounds, healing, lookup, prefix, processors, prompt, stop, tensors, values
+from fastgen import (
+    beam,
+    bounds,
+    constraint,
+    healing,
+    lookup,
+    prefix,
+    processors,
+    prompt,
+    stop,
+    tensors,
+    values,
+)
 from fastgen.batch import Batch, Event
 from fastgen.guidance import Unconditional
 from fastgen.model import Model
@@ -112,6 +124,7 @@ class Call:
                 "tokens: use one row, or CausalLM.stream"
             )
         ids = self.prompts.ids
+        self.request.forces = False  # a step is a token of each row
         streamer.put(self.prompts.array(np.repeat(ids, rows // len(ids), axis=0)))
         for events in filter(None, self.steps()):
             tokens = _column(self.request, events) if self.draft is None else _tokens(events)
@@ -234,12 +247,17 @@ def prepare(
     allowed = tensors.bridged(
         "prefix_allowed_tokens_fn", objects.prefix_allowed_tokens_fn, as_tensors
     )
+    text_form = None
+    if tokenizer is not None:
+        copies = max(params.num_beams, params.num_return_sequences)
+        text_form = constraint.build(params, tokenizer, info.vocab_size, len(prompts.rows) * copies)
     own: dict[str, Any] = {
         "prefix_allowed_tokens_fn": allowed[0] if allowed else None,
         "logits_processor": tensors.bridged(
             "logits_processor", objects.logits_processor, as_tensors
         ),
         "unconditional": _unconditional(model, params, prompts, negative, max_length),
+        "constraint": (text_form.name, text_form) if text_form else None,
     }
     if any(own.values()) or params.watermarking_config is not None:  # which may be a dict
         chain = processors.build(params, info.vocab_size, **own)
@@ -254,13 +272,30 @@ def prepare(
         chain=chain or None,
         criteria=tensors.bridged("stopping_criteria", objects.stopping_criteria, as_tensors),
         stop_text=_stop_text(params, tokenizer),
+        constraint=text_form,
         logprobs=logprobs,
         prefix_cache=objects.prefix_cache,
         torch=tensors.module() if as_tensors else None,
     )
     if params.num_beams > 1 or params.num_beam_groups > 1:
         beam.check(request, info.vocab_size)
+    request.forces = text_form is not None and _may_force(request)
     return Call(model, request, prompts, draft)
+
+
+def _may_force(request: Request) -> bool:
+    """Whether a token that is certain can be taken without a step, and nothing shows it.
+
+    Not where somebody looks at every step, or draws along with it; nor where another processor may
+    rule the token out, or keeps a cache of its own.
+    """
+    names = [name for name, _ in request.chain.steps] if request.chain else []
+    others = processors.RULE_OUT - set(constraint.KNOBS) | {"guidance_scale"}
+    seen = request.keeps or request.criteria or request.params.num_beams > 1
+    drawn = request.params.do_sample and request.torch is not None
+    return not (
+        seen or drawn or any(n in others or n.startswith(processors.CALLERS) for n in names)
+    )
 
 
 # Knobs that no processor looks at, and that calls differ in.
@@ -346,7 +381,8 @@ def read(model: Model, params: Params, ids: Any, attention_mask: Any = None) -> 
 def _tokenizer(
     params: Params, given: Any, own_tokenizer: Callable[[], Tokenizer]
 ) -> Tokenizer | None:
-    if params.stop_strings is None and not params.token_healing:
+    form = constraint.asked(params) is not None
+    if params.stop_strings is None and not params.token_healing and not form:
         return None
     return own_tokenizer() if given is None else Tokenizer.of(given)
 

@@ -109,11 +109,14 @@ class Speculation(Batch):
         searched = time.perf_counter()
         longest = max(map(len, guesses))
         events = self._read(guesses) if longest else super().step()
+        kept = len(events) / len(guesses)
+        if longest:
+            events += self._end_step()
         if self.payoff is not None:
             seconds = time.perf_counter() - searched
             self.payoff.searched(searched - start)
             if longest:
-                self.payoff.verified(seconds, longest, len(events) / len(guesses))
+                self.payoff.verified(seconds, longest, kept)
             else:
                 self.payoff.stepped(seconds)
         return events
@@ -130,20 +133,20 @@ class Speculation(Batch):
 
     def _read(self, guesses: Sequence[NDArray[np.int64]]) -> list[Event]:
         """Read the guesses, and keep what holds."""
-        new = [
-            np.append(row.ids[row.length - 1], guess)
-            for row, guess in zip(self.rows, guesses, strict=True)
-        ]
-        before = [self.cache.state(slot) for slot in range(len(new))]
-        logits = self._verify(new)
+        before = [self.cache.state(slot) for slot in range(len(guesses))]
+        known = [row.unread(held) for row, (held, _) in zip(self.rows, before, strict=True)]
+        new = [np.append(*pair) for pair in zip(known, guesses, strict=True)]
+        logits = self._verify(known, new)
         events: list[Event] = []
         for places in self._alike():
             events += _accept(
                 [self.rows[i] for i in places], [guesses[i] for i in places], logits[places]
             )
-        kept = [sum(event.row is row for event in events) for row in self.rows]
+        kept = [
+            len(ids) - 1 + sum(event.row is row for event in events)
+            for row, ids in zip(self.rows, known, strict=True)
+        ]
         self._roll_back(new, kept, before)
-        self._end_step()
         return events
 
     def _roll_back(
@@ -170,10 +173,13 @@ class Speculation(Batch):
         if any(map(len, again)):
             self.model.forward(again, self.cache, 0, np.zeros((len(again), 0), np.int64))
 
-    def _verify(self, new: Sequence[NDArray[np.int64]]) -> NDArray[np.float32]:
-        """float32 [rows, longest of new, vocab]: logits after each new token."""
-        ends = np.array([[len(tokens) - 1] for tokens in new])
-        positions = np.minimum(np.arange(ends.max() + 1), ends)
+    def _verify(
+        self, known: Sequence[NDArray[np.int64]], new: Sequence[NDArray[np.int64]]
+    ) -> NDArray[np.float32]:
+        """float32 [rows, longest guess + 1, vocab]: logits after the last known token and more."""
+        starts = np.array([[len(ids) - 1] for ids in known])
+        ends = np.array([[len(ids) - 1] for ids in new])
+        positions = np.minimum(starts + np.arange((ends - starts).max() + 1), ends)
         return self.model.forward(new, self.cache, logits_positions=positions)
 
 

@@ -20,7 +20,8 @@ class Token:
         logprob: its log-probability under the scores that it was chosen from.
         top_logprobs: the likeliest (token, log-probability) pairs, if `top_logprobs` asks for them.
         finish_reason: None until the last token; then "eos", "length", "stop_string", "time" or
-            "criterion".
+            "criterion"; or "grammar": what `json_schema`, `regex` or `grammar` asks for is there,
+            nothing more may follow, and there is no end-of-text token to say so, or no room.
         row: which row of the call it belongs to.
     """
 

@@ -86,6 +86,13 @@ class Params:
     watermarking_config: Any = knob(None, "a watermark's settings, as transformers writes them")
     token_healing: bool = knob(False, "regenerate the prompt's last token so that words can join")
 
+    # What the text has to be
+    json_schema: str | None = knob(
+        None, "the text is JSON of this schema; {} for any JSON", like="fastgen"
+    )
+    regex: str | None = knob(None, "the text is what this expression matches", like="fastgen")
+    grammar: str | None = knob(None, "the text is one of this grammar, in Lark", like="fastgen")
+
     # Guessing several tokens at once
     prompt_lookup_num_tokens: int | None = knob(None, "tokens guessed from the text so far")
     max_matching_ngram_size: int | None = knob(None, "longest n-gram looked up (default: 2)")
@@ -125,6 +132,7 @@ _BY_ANNOTATION = {
     "float | None": values.number,
     "bool": values.flag,
     "str": values.text,
+    "str | None": values.text,
     "tuple[int, ...] | None": values.integers,
     "tuple[tuple[int, ...], ...] | None": values.integer_lists,
     "tuple[str, ...] | None": values.strings,
@@ -137,7 +145,7 @@ _KINDS = {
     knob.name: _BY_ANNOTATION[str(knob.type)]
     for knob in fields(Params)
     if str(knob.type) in _BY_ANNOTATION
-} | {"early_stopping": values.early_stopping}
+} | {"early_stopping": values.early_stopping, "json_schema": values.json_schema}
 
 _POSITIVE = ("positive", lambda value: value > 0)
 _NOT_NEGATIVE = ("zero or more", lambda value: value >= 0)
@@ -194,12 +202,26 @@ def _check_together(params: Params) -> None:
         )
     if params.diversity_penalty and params.num_beam_groups == 1:
         raise ValueError(f"diversity_penalty={params.diversity_penalty} needs num_beam_groups > 1")
+    _check_form(params)
     suppressed = set(params.suppress_tokens or ())
     for name in ("forced_bos_token_id", "forced_eos_token_id"):
         forced = getattr(params, name)
         forced = {forced} if isinstance(forced, int) else set(forced or ())
         if forced and forced <= suppressed:
             raise ValueError(f"{name}={sorted(forced)} is also in suppress_tokens")
+
+
+def _check_form(params: Params) -> None:
+    """The rules of the knobs that say what the text has to be."""
+    forms = [n for n in ("json_schema", "regex", "grammar") if getattr(params, n) is not None]
+    if len(forms) > 1:
+        raise ValueError(f"{forms[0]} cannot be used with {forms[1]}: a text has one form")
+    for name in ("forced_bos_token_id", "forced_eos_token_id"):
+        if forms and getattr(params, name) is not None:
+            raise ValueError(
+                f"{name}={getattr(params, name)} cannot be used with {forms[0]}, which may not "
+                f"allow it: set {name}=None"
+            )
 
 
 NAMES = frozenset(knob.name for knob in fields(Params))

@@ -101,6 +101,7 @@ def build(
     prefix_allowed_tokens_fn: PrefixAllowedTokens | None = None,
     logits_processor: Sequence[UserProcessor] = (),
     unconditional: Callable[[Context], np.ndarray] | None = None,
+    constraint: tuple[str, Processor] | None = None,
 ) -> Chain:
     """The processors that `params` asks for, in transformers' order.
 
@@ -112,6 +113,8 @@ def build(
         prefix_allowed_tokens_fn: (batch id, ids [length]) -> the tokens allowed next.
         logits_processor: callables (ids [rows, length] int64, scores [rows, vocab]) -> scores.
         unconditional: gives the unconditional logits [rows, vocab] that guidance_scale needs.
+        constraint: the knob that says what the text has to be, and what rules out all else. It
+            comes last of what forbids tokens, so that nothing allows them again.
 
     Raises:
         ValueError: a knob names tokens outside the vocabulary, or lacks what it needs.
@@ -122,6 +125,7 @@ def build(
             *_penalties(params, vocab_size),
             *_bans(params, vocab_size, prefix_allowed_tokens_fn),
             *((f"{CALLERS} {_name(fn)}", _with(user_processor, fn)) for fn in logits_processor),
+            *((constraint,) if constraint else ()),
             *(_warpers(params) if params.do_sample else ()),
             *_finish(params, vocab_size),
         )
@@ -139,7 +143,7 @@ BANS = frozenset({
 # Those that forbid tokens, and may do other things besides.
 RULE_OUT = BANS | {
     "sequence_bias", "logit_bias", "prefix_allowed_tokens_fn", "forced_bos_token_id",
-    "forced_eos_token_id",
+    "forced_eos_token_id", "json_schema", "regex", "grammar",
 }  # fmt: skip
 
 CALLERS = "logits_processor"  # what the names of callers' own processors begin with

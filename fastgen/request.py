@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastgen import pick
+from fastgen.constraint import Constraint
 from fastgen.params import Params
 from fastgen.prefix import PrefixCache
 from fastgen.processors import Chain, Context
@@ -89,6 +90,8 @@ class Request:
         max_length: length, padding included, at which rows end.
         chain: the processors; None where there is nothing to do. Requests with equal knobs may
             share one, and rows that share one are processed together.
+        constraint: what the text of each row has to be, if anything.
+        forces: whether tokens that are certain by `constraint` are taken without a step.
         prefix_cache: where keys and values of the prompts are kept across calls, if anywhere.
         torch: the module, where the caller works with tensors and its generator is ours.
         streams: the source of chance: one for all rows, or one for each; empty when greedy.
@@ -105,6 +108,8 @@ class Request:
     chain: Chain | None = None
     criteria: Sequence[Criterion] = ()
     stop_text: StopText | None = None
+    constraint: Constraint | None = None
+    forces: bool = False
     logprobs: bool = False  # whether tokens carry their log-probability
     prefix_cache: PrefixCache | None = None
     torch: Any | None = None
@@ -153,7 +158,7 @@ class Request:
     @property
     def lingers(self) -> bool:
         """Whether rows that have ended go on until all have: transformers, without an eos."""
-        if self.abandoned:
+        if self.abandoned or self.constraint is not None:
             return False
         return not self.eos and not any(hasattr(one, "eos_token_id") for one in self.criteria)
 

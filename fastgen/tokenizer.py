@@ -82,6 +82,11 @@ class Tokenizer:
         vocabulary = self.backend.get_vocab(with_added_tokens=True)
         return [] if start is None else [i for t, i in vocabulary.items() if t.startswith(start)]
 
+    def special_ids(self) -> list[int]:
+        """The special tokens: those that a text is decoded without."""
+        added = self.backend.get_added_tokens_decoder()
+        return sorted(int(i) for i, token in added.items() if token.special)
+
     def spelling(self, index: int) -> bytes | None:
         """The bytes that a token stands for inside a text; None for an id without a token.
 
@@ -99,10 +104,14 @@ class Tokenizer:
         if self.bytes_are == "ByteFallback" and re.fullmatch(r"<0x[0-9a-fA-F]{2}>", token):
             return bytes([int(token[3:5], 16)])
         prefix = "abcdef"
-        tokens = [*self.backend.encode(prefix, add_special_tokens=False).tokens, token]
+        tokens = [*self._encoded_prefix, token]
         decoder = self.backend.decoder
         text = " ".join(tokens) if decoder is None else decoder.decode(tokens)
         return str(text[text.index(prefix) + len(prefix) :]).encode()
+
+    @functools.cached_property
+    def _encoded_prefix(self) -> list[str]:
+        return list(self.backend.encode("abcdef", add_special_tokens=False).tokens)
 
     @functools.cached_property
     def bytes_are(self) -> str | None:

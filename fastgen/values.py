@@ -6,6 +6,7 @@ ValueError with the name, the rule and the value.
 
 from __future__ import annotations
 
+import json
 import math
 import numbers
 import re
@@ -151,6 +152,32 @@ def decay(name: str, value: Any) -> tuple[int, float]:
     if len(pair) != 2:
         raise wrong(name, "(start, factor)", value)
     return integer(name, pair[0]), number(name, pair[1])
+
+
+def json_schema(name: str, value: Any) -> str:
+    """A JSON schema, as an object, true (for anything) or the text of one; always as its text."""
+    rule = "a JSON schema: an object, true, or the text of one"
+    found = _read(name, rule, text(name, value)) if isinstance(value, str) else value
+    if found is True:
+        found = {}
+    if not isinstance(found, Mapping):
+        raise wrong(name, rule, value)
+    try:
+        written = json.dumps(found, allow_nan=False, default=dict, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise wrong(name, rule, value) from error
+    return text(name, written)
+
+
+def _read(name: str, rule: str, value: str) -> Any:
+    """What a JSON text says."""
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        where = f"{error.msg} at line {error.lineno}, column {error.colno}"
+        raise ValueError(f"{name} must be {rule}, got {shown(value)}: {where}") from error
+    except (ValueError, RecursionError) as error:
+        raise wrong(name, rule, value) from error
 
 
 def early_stopping(name: str, value: Any) -> bool | str:

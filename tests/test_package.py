@@ -48,7 +48,8 @@ LAYERS: dict[str, set[str]] = {
     "report": {"jsonfile"},
     "tuning": {"cpu", "jsonfile"},
     "tune": {"cpu", "jsonfile", "model", "report", "softmax", "tuning"},
-    "request": {"params", "pick", "prefix", "processors", "stop"},
+    "constraint": {"extras", "params", "processors", "tokenizer"},
+    "request": {"constraint", "params", "pick", "prefix", "processors", "stop"},
     "prefill": {"cache", "model", "prefix"},
     "batch": {"model", "pick", "prefill", "request", "stop"},
     "beam": {
@@ -61,8 +62,9 @@ LAYERS: dict[str, set[str]] = {
     "score": {"bounds", "cache", "model", "pick", "prefix", "softmax"},
     "bounds": {"cpu", "model", "params"},
     "call": {
-        "batch", "beam", "bounds", "guidance", "healing", "lookup", "model", "output", "params",
-        "prefix", "processors", "prompt", "request", "stop", "tensors", "tokenizer", "values",
+        "batch", "beam", "bounds", "constraint", "guidance", "healing", "lookup", "model",
+        "output", "params", "prefix", "processors", "prompt", "request", "stop", "tensors",
+        "tokenizer", "values",
     },
     "schedule": {
         "batch", "bounds", "call", "cpu", "lookup", "model", "prefill", "prefix", "request",
@@ -237,7 +239,8 @@ def test_the_distribution_has_the_name_and_the_version_that_we_say():
     assert extras.install("chat") == f"pip install '{project['name']}[chat]'"
 
 
-OF_EXTRAS = {"jinja2", "matplotlib", "pyarrow", "ray"}  # imported late, with an error that names the extra
+# Imported late, with an error that names the extra.
+OF_EXTRAS = {"jinja2", "llguidance", "matplotlib", "pyarrow", "ray"}
 
 
 def test_what_is_imported_is_declared():

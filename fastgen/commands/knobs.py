@@ -24,6 +24,8 @@ def knob_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             flag = f"{flag}/--no-{flag[2:]}"
         elif kind.removesuffix(" | None") in ("int", "float"):
             options["type"] = {"int": int, "float": float}[kind.removesuffix(" | None")]
+        elif kind == "str | None":
+            options["metavar"] = "TEXT"
         elif kind == "tuple[str, ...] | None":
             options["multiple"] = True
             options["default"] = ()
