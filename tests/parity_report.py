@@ -14,7 +14,7 @@ import os
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,11 +98,11 @@ class Case:
     seed: int
 
 
-def cases() -> Iterator[Case]:
+def cases(kinds: Sequence[str]) -> Iterator[Case]:
     """Every mode, architecture and processor, one row and ragged rows; the rest takes turns."""
     for mode, settings in MODES.items():
         turn = itertools.count()
-        product = itertools.product(KINDS, (ONE_ROW, RAGGED), PROCESSORS)
+        product = itertools.product(kinds, (ONE_ROW, RAGGED), PROCESSORS)
         for (kind, rows, processors), place in zip(product, turn, strict=False):
             knobs = {"max_new_tokens": NEW, **settings[place % len(settings)], **processors}
             ends = 1 if "exponential_decay_length_penalty" in knobs else (1, 5, 0)[place % 3]
@@ -114,11 +114,11 @@ def cases() -> Iterator[Case]:
             yield Case(mode, kind, rows, ends, knobs, seed=place)
 
 
-def run(pair: Pair) -> Counter[tuple[str, str]]:
+def run(pair: Pair, kinds: Sequence[str] = KINDS) -> Counter[tuple[str, str]]:
     """{(mode, "equal" | "ties" | "different"): configurations}."""
-    ends = {kind: likely_tokens(pair(kind)[0]) for kind in KINDS}
+    ends = {kind: likely_tokens(pair(kind)[0]) for kind in kinds}
     counts: Counter[tuple[str, str]] = Counter()
-    for case in cases():
+    for case in cases(kinds):
         knobs = {"do_sample": False, "pad_token_id": 0, **case.knobs}
         knobs["eos_token_id"] = ends[case.kind][: case.ends] or None
         counts[case.mode, compare(pair(case.kind), case, knobs)] += 1

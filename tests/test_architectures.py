@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 
 BENCH = Path(__file__).parents[1] / "bench"
 sys.path.append(str(BENCH))
@@ -15,8 +16,8 @@ import architectures  # noqa: E402
 import shrink  # noqa: E402
 
 # One type for each mechanism, the quickest to export. Most have tests of their own besides, which
-# run with every change: test_parity, test_attention, test_experts, test_states, test_rope.
-ALONE = {"bert", "granite_swa", "gemma4_text", "mllama", "got_ocr2"}
+# run with every change: test_parity, test_attention, test_experts, test_states, test_masks.
+ALONE = {"mllama", "got_ocr2", "doge"}
 EXACT = [
     "gpt2",  # learned positions
     "gemma3_text",  # windows and full attention, rotations of their own
@@ -34,18 +35,24 @@ EXACT = [
     "gemma4_text",  # layers that share keys
     "mllama",  # it reads more ids than it says
     "got_ocr2",  # another model within it attends
+    "deepseek_v32",  # an index, while it picks all tokens
+    "doge",  # keys with scores of their own
+    "inkling_text",  # scores by distance and the query's state
+    "inkling2_text",  # and with the position; sinks of queries
+    "minimax",  # a scan, and a cache of the model's own
+    "recurrent_gemma",  # a scan, and state that the module keeps
+    "zaya",  # a convolution before attention
+    "roformer",  # rotations for one row of positions
 ]
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [one if one in ALONE else pytest.param(one, marks=pytest.mark.slow) for one in EXACT],
-)
+@pytest.mark.parametrize("kind", tiny.some(EXACT, ALONE))
 def test_it_is_exact(kind, tmp_path):
     found = architectures.examine(kind, tmp_path)
     assert (found.outcome, found.reason, found.notes) == (architectures.EXACT, "", [])
 
 
+@pytest.mark.slow
 def test_quantised_rows_are_independent(tmp_path):
     found = architectures.examine("llama", tmp_path, quantised=True)
     assert (found.outcome, found.notes) == (architectures.EXACT, [])
@@ -78,12 +85,15 @@ def test_the_table_says_what_became_of_each():
     found = [
         architectures.Found("llama", difference=1e-6),
         architectures.Found("t1", architectures.REFUSED, "no | place"),
-        architectures.Found("t2", architectures.REFUSED, "no | place", notes=["int4: off"]),
+        architectures.Found(
+            "t2", architectures.REFUSED, "no | place", 0.0, 0.0, True, ["int4: off"]
+        ),
     ]
     text = architectures.table(found, "the command")
     assert "    the command\n" in text and "3 types: 1 exact, 2 refused." in text
     assert "| rotations | llama 1e-06 |" in text
-    assert "| no \\| place | t1, t2 |" in text and "- t2: int4: off" in text
+    assert "| no \\| place | t1, t2 |" in text
+    assert "1 types load and run in int8" in text and "but for:\n\n- t2: int4: off\n" in text
 
 
 # --- how configurations shrink ----------------------------------------------------------------

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from fastgen.export import attention, export, graph, hooks
+from fastgen.export import attention, export, graph, hooks, source, sparse
 from fastgen.export.attention import UnsupportedModel
 from test_parity import ragged
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -57,13 +57,26 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
                                "attention_chunk_size": 8, "intermediate_size_mlp": 48,
                                "no_rope_layers": [1, 0]}),
     "one write, two attentions": ("diffllama", {}),
+    "keys that layers share": ("gemma4_text", {
+        "head_dim": 16, "global_head_dim": 16, "sliding_window": 8, "num_kv_shared_layers": 1,
+        "layer_types": ["full_attention"] * 2, "vocab_size_per_layer_input": tiny.VOCAB,
+        "hidden_size_per_layer_input": 8}),
+    "rotations for one row of positions": ("roformer", {
+        **_SMALL, "intermediate_size": 48, "is_decoder": True, "max_position_embeddings": 128}),
 }  # fmt: skip
+
+# One for each mechanism; the others, which share them, with -m slow.
+QUICK = (
+    "heads of 20", "MLA", "_attn, windows, no scale", "torch's attention, ALiBi", "ALiBi, 6 heads",
+    "heads as bert's", "positions of its own", "chunks", "one write, two attentions",
+    "keys that layers share",
+)  # fmt: skip
 
 
 def build(case: str) -> PreTrainedModel:
     """A random model; settings that `tiny` shares are for types that share them."""
     kind, settings = KINDS[case]
-    if kind in ("llama", "deepseek_v3", "deepseek_v2", "llama4_text", "diffllama"):
+    if kind in ("llama", "deepseek_v3", "deepseek_v2", "llama4_text", "diffllama", "gemma4_text"):
         return tiny.build(kind, **settings)
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **{**_IDS, **settings})
@@ -116,7 +129,7 @@ def exported(tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize("case", KINDS)
+@pytest.mark.parametrize("case", tiny.some(KINDS, QUICK))
 def test_each_kind_of_attention_says_what_transformers_says(exported, case):
     theirs, ours = exported(case)
     rows = ragged(1, LENGTHS)
@@ -135,7 +148,7 @@ def test_latents_are_stored_where_that_takes_less_memory(exported):
 
 def test_keys_and_values_of_unlike_sizes(tmp_path):
     """As they are where latents would take more: padded to one size."""
-    model = tiny.build("deepseek_v3", **{**_MLA, "kv_lora_rank": 96})
+    model = tiny.build("deepseek_v3", **{**_MLA, "kv_lora_rank": 96}, num_hidden_layers=1)
     export(model, tmp_path / "out", precision="fp32", progress=None)
     assert difference(model, CausalLM(tmp_path / "out"), ragged(1, LENGTHS)) <= 2e-5
 
@@ -167,7 +180,11 @@ def test_alibi_is_rounded_where_the_model_rounds(exported):
 
 @pytest.mark.parametrize(
     ("case", "precision", "cache"),
-    [("MLA", "int8", "int8"), ("heads of 20", "int8", "int8"), ("ALiBi, 6 heads", "int4", "int8")],
+    [
+        ("MLA", "int8", "int8"),
+        ("ALiBi, 6 heads", "int4", "int8"),
+        pytest.param("heads of 20", "int8", "int8", marks=pytest.mark.slow),
+    ],
 )
 def test_what_is_padded_or_biased_is_quantised_like_others(exported, case, precision, cache):
     """Channels that are padding hold zeros, whatever their scale: no division by zero."""
@@ -223,11 +240,14 @@ def test_code_that_is_not_what_it_was_is_refused(monkeypatch):
         graph.kept_by(model)
 
 
-def test_attention_by_blocks_is_refused_though_short_texts_are_attended_in_full():
-    config = AutoConfig.for_model("big_bird", **_SMALL, is_decoder=True, intermediate_size=48)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    with pytest.raises(UnsupportedModel, match=r"big_bird cannot .* sparse by blocks"):
-        graph.kept_by(model)
+def test_attention_by_blocks_is_taken_as_long_as_it_is_in_full():
+    settings = {**_SMALL, "is_decoder": True, "intermediate_size": 48, "block_size": 16}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("big_bird", **settings)).eval()
+    loaded = source.of_object(model, None).model
+    assert model.base_model.attention_type == "block_sparse"
+    assert loaded.base_model.attention_type == "original_full"
+    assert sparse.limit(loaded) == loaded.config.max_position_embeddings == (5 + 2 * 3) * 16
+    assert len(graph.kept_by(loaded).layers) == 2
 
 
 def test_a_mask_of_another_kind_is_refused_when_a_layer_uses_it(monkeypatch):

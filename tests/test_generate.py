@@ -34,11 +34,17 @@ from fastgen.stop import StopStrings
 GREEDY = {"do_sample": False, "max_new_tokens": 12}
 
 
-def test_no_token_differs_from_transformers(pair, capsys):
-    counts = parity_report.run(pair)
+# All modes and processors on two kinds of models, and on all four of the report.
+@pytest.mark.parametrize(
+    "kinds",
+    [("llama", "gemma2"), pytest.param(parity_report.KINDS, marks=pytest.mark.slow)],
+    ids=len,
+)
+def test_no_token_differs_from_transformers(pair, capsys, kinds):
+    counts = parity_report.run(pair, kinds)
     with capsys.disabled():
         print(f"\n{parity_report.table(counts)}")
-    assert sum(counts.values()) >= 400
+    assert sum(counts.values()) >= 100 * len(kinds)
     assert not any(n for (_, outcome), n in counts.items() if outcome == "different")
     assert sum(n for (_, outcome), n in counts.items() if outcome == "ties") <= 5
 

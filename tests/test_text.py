@@ -24,7 +24,7 @@ import shrink  # noqa: E402
     ("kind", "inner"),
     [
         ("llava", "llama"),  # it is no causal language model, but holds one
-        ("gemma3", "gemma3_text"),
+        pytest.param("gemma3", "gemma3_text", marks=pytest.mark.slow),
         ("qwen2_vl", "qwen2_vl"),  # transformers has no class for its text part
     ],
 )

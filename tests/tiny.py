@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from fastgen.export import export
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -19,6 +21,12 @@ from transformers import (
 from fastgen import CausalLM
 
 VOCAB = 99
+
+
+def some(names: Iterable[str], quick: Collection[str]) -> list[Any]:
+    """Parameters: those besides the quick ones, which share their mechanisms, with -m slow."""
+    return [one if one in quick else pytest.param(one, marks=pytest.mark.slow) for one in names]
+
 
 _WIDE: dict[str, Any] = {
     "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
