@@ -545,7 +545,9 @@ class _Search:
         with np.errstate(over="ignore"):  # scores may be as large as a caller's processor likes
             total = (scores + beams.scores[:, None]).ravel()
         count = _kept(self.request)
-        if self.request.params.do_sample:
+        # A constraint may leave nothing: then the search of this prompt is over.
+        nothing = self.request.constraint is not None and total.max() == -np.inf
+        if self.request.params.do_sample and not nothing:
             draws = self.request.draws(beams.new, beams.prompt, len(total))
             places = pick.sample_several(total, draws, count)
         else:
@@ -559,7 +561,10 @@ class _Search:
         if not (self.request.logprobs and self.request.chain):
             return np.zeros(len(scores), np.float32)
         top = scores.max(axis=1)
-        return np.asarray(top + np.log(np.exp(scores - top[:, None]).sum(axis=1)), np.float32)
+        alive = top > -np.inf  # a constraint may leave a beam nothing
+        top = np.where(alive, top, 0)
+        sums = np.exp(scores - top[:, None]).sum(axis=1)
+        return np.asarray(top + np.log(np.where(alive, sums, 1)), np.float32)
 
     def _reasons(
         self, beams: Sequence[Beams], candidates: Sequence[Candidates]

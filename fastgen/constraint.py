@@ -119,11 +119,14 @@ class Constraint:
     def __call__(self, context: Context, scores: NDArray[np.float32]) -> NDArray[np.float32]:
         """Rule out, in scores [rows, vocab], the tokens that may not follow.
 
-        A row that is no such text already, as only a beam without a chance can be, stays as it is.
+        Of a row that is no such text, or has ended, nothing is left. Only beams can be like that:
+        those that fill a search that has fewer texts to look at than beams.
         """
         for row, generated in enumerate(context.generated):
             state = self._state(generated)
-            if state is not None:
+            if state is None:
+                scores[row] = -np.inf
+            else:
                 state.allowed.apply(scores[row])
         return scores
 
@@ -190,7 +193,9 @@ class Writer:
     """A tokenizer as llguidance wants one: the bytes of all tokens, and a call that writes a text.
 
     A token's bytes are those that it adds to a text. Ids without a token stand for none. One more
-    id, behind them all, is the end of text, whatever a call's `eos_token_id` are.
+    id, behind them all, is the end of text, whatever a call's `eos_token_id` are. And ids behind
+    that stand for the bytes that no token has, so that llguidance can write what has to come: a
+    model cannot take them.
 
     Args:
         tokenizer: what writes.
@@ -208,7 +213,9 @@ class Writer:
             (tokenizer.token(i) or "").encode() if i in special else tokenizer.spelling(i) or b""
             for i in range(vocab_size)
         ]
+        texts = {one for i, one in enumerate(self.tokens) if i not in special}
         self.tokens.append(b"end of text")
+        self.tokens += [bytes([b]) for b in range(256) if bytes([b]) not in texts]
         self._encode, self._special = tokenizer.backend.encode, special
         self._by_bytes: dict[bytes, int] = {}
 
@@ -216,7 +223,7 @@ class Writer:
         """The tokens that the tokenizer writes for a text within another.
 
         What it cannot write without a space or the like in front is written with the longest token
-        first; what no tokens write, with none. It may not raise: llguidance asks.
+        first. It may not raise: llguidance asks.
         """
         wanted = text.encode() if isinstance(text, str) else text
         for before in ("", "\n", "a"):
@@ -245,9 +252,7 @@ class Writer:
         found, at = [], 0
         while at < len(wanted):
             ends = range(min(len(wanted), at + longest), at, -1)
-            end = next((end for end in ends if wanted[at:end] in self._by_bytes), None)
-            if end is None:
-                return []
+            end = next(end for end in ends if wanted[at:end] in self._by_bytes)
             found.append(self._by_bytes[wanted[at:end]])
             at = end
         return found
