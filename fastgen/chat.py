@@ -49,7 +49,7 @@ def prompt(
     said = [{k: v for k, v in message.items() if v is not None} for message in messages]
     given = {"messages": said, "tools": tools, "documents": None, "add_generation_prompt": True}
     plain = _plain(given | variables)
-    template, meter = _compiled(_source(directory, config, tools is not None))
+    template, meter = _compiled(source(directory, config, tools is not None))
     from jinja2 import TemplateError
 
     try:
@@ -73,8 +73,8 @@ def has_template(directory: Path, config: Mapping[str, Any]) -> bool:
     return "default" in _templates(directory, config)
 
 
-def _source(directory: Path, config: Mapping[str, Any], with_tools: bool) -> str:
-    """The template itself."""
+def source(directory: Path, config: Mapping[str, Any], with_tools: bool) -> str:
+    """The template itself: the one for calls with tools, if there is one and it is wanted."""
     templates = _templates(directory, config)
     name = FOR_TOOLS if with_tools and FOR_TOOLS in templates else "default"
     if name not in templates:

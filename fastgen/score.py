@@ -62,6 +62,24 @@ def log_probabilities(
     return out
 
 
+def likeliest(model: Model, row: Ids, count: int) -> list[list[tuple[int, float]]]:
+    """The `count` likeliest tokens after each token of a row but the last, best first.
+
+    Args:
+        row: int64 [length].
+
+    Returns:
+        For each of length - 1 places (token, log-probability) pairs.
+    """
+    cache = model.new_cache(1, len(row) + CHUNK)
+    out: list[list[tuple[int, float]]] = []
+    for at in range(0, len(row) - 1, CHUNK):
+        new = row[at : min(at + CHUNK, len(row) - 1)]
+        logits = model.forward([new], cache, 0, np.arange(len(new))[None])
+        out += pick.top_logprobs(logits[0], count)
+    return out
+
+
 def perplexity(logprobs: Sequence[Scores]) -> float:
     """exp of the mean negative log-probability of all tokens that something predicts."""
     known = np.concatenate(logprobs).astype(np.float64)

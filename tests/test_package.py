@@ -86,7 +86,9 @@ LAYERS: dict[str, set[str]] = {
         "jsonfile", "measure", "model", "params", "picture", "report", "schedule", "serve", "tune",
         "tuning", "values",
     },
-    "serve": {"", "schedule"},
+    "serve": {
+        "", "call", "chat", "extras", "params", "prefix", "schedule", "score", "tokenizer",
+    },
     "jobs": {
         "call", "chat", "extras", "generator", "hub", "output", "params", "prefill", "prefix",
         "schedule", "serve", "tokenizer", "values",
@@ -240,7 +242,10 @@ def test_the_distribution_has_the_name_and_the_version_that_we_say():
 
 
 # Imported late, with an error that names the extra.
-OF_EXTRAS = {"jinja2", "llguidance", "matplotlib", "pyarrow", "ray"}
+OF_EXTRAS = {
+    "fastapi", "jinja2", "llguidance", "matplotlib", "prometheus_client", "pyarrow", "pydantic", "ray",
+    "starlette", "uvicorn",
+}
 
 
 def test_what_is_imported_is_declared():

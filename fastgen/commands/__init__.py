@@ -13,6 +13,7 @@ from fastgen.commands.generate import generate
 from fastgen.commands.info import info
 from fastgen.commands.say import one_line, say
 from fastgen.commands.score import score
+from fastgen.commands.serve import serve
 from fastgen.commands.tune import tune
 from fastgen.interrupt import QUIET_EXIT
 
@@ -23,7 +24,7 @@ def cli() -> None:
     """Run small language models on a CPU: transformers' generate, without torch."""
 
 
-for command in (batch, bench, chat, score, export, generate, info, tune):
+for command in (batch, bench, chat, score, export, generate, info, serve, tune):
     cli.add_command(command)
 
 

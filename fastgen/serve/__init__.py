@@ -1,1 +1,35 @@
-"""The HTTP service: requests become rows of one batch (extra `serve`)."""
+"""The HTTP service: requests become rows of one batch (extra `serve`).
+
+app          the routes, the key, the errors     wire        what clients may send
+completions  prompts -> texts                    chats       conversations -> answers
+service      a request -> calls -> tokens        engine      the thread that runs them
+answers      tokens -> OpenAI's answers          tools       calls of tools in a text
+knobs        the one list, for the page          metrics     what /metrics shows
+page         the page at /
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fastgen import extras
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from fastgen import CausalLM
+
+
+def app(model: CausalLM, **settings: Any) -> FastAPI:
+    """An ASGI application that serves `model` (see `serve.app.app` for the settings).
+
+    Raises:
+        ValueError: the extra `serve` is not installed, or a setting cannot be.
+    """
+    try:
+        from fastgen.serve.app import app as make
+    except ImportError as error:
+        raise ValueError(
+            f"serving needs FastAPI and others: {extras.install('serve')} ({error})"
+        ) from error
+    return make(model, **settings)

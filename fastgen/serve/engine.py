@@ -1,0 +1,215 @@
+"""The one thread that runs the model: calls reach it, and their tokens leave it, through here.
+
+On its side a `Scheduler` steps as long as anything runs. On the other side is an event loop with
+the clients: it is told of a step's tokens all at once, and is never waited for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from fastgen import CausalLM, Token
+from fastgen.call import Call, Writer
+from fastgen.prefix import PrefixCache
+from fastgen.schedule import Scheduler
+
+QUEUE = 256  # calls that may wait
+
+
+class Full(Exception):
+    """As many calls wait as may."""
+
+
+class Stopping(Exception):
+    """No new calls are taken: the service is being stopped."""
+
+
+News = tuple["Stream", list[Token], bool]  # a stream, its new tokens, and whether it is over
+
+
+@dataclass(eq=False)
+class Stream:
+    """One call on its way, as the event loop sees it.
+
+    Attributes:
+        place: which of the calls of its request it is.
+        inbox: where its tokens go, with those of the other calls of its request.
+        begun: when it was submitted (`time.perf_counter`).
+        done: whether it is over.
+        error: what ended it, if something did.
+    """
+
+    call: Call
+    writer: Writer
+    place: int
+    inbox: asyncio.Queue[News]
+    begun: float = field(default_factory=time.perf_counter)
+    done: bool = False
+    error: Exception | None = None
+
+    def tell(self, tokens: list[Token], done: bool, error: Exception | None) -> None:
+        """Pass on a step's tokens; in the event loop."""
+        if not self.done:
+            self.done, self.error = done, error
+            self.inbox.put_nowait((self, tokens, done))
+
+
+class Engine:
+    """Runs calls of one model in a thread of its own.
+
+    Args:
+        model: whose calls they are.
+        queue: calls that may wait until there is room.
+        max_bytes, max_rows, chunk: see `Scheduler`.
+        watch: told of each step: how many seconds it took and the streams with their new tokens.
+
+    Raises:
+        ValueError: a setting that cannot be.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        *,
+        queue: int = QUEUE,
+        max_bytes: int | None = None,
+        max_rows: int | None = None,
+        chunk: int | None = None,
+        watch: Callable[[list[tuple[Stream, list[Token]]]], None] = lambda news: None,
+    ) -> None:
+        if queue < 1:
+            raise ValueError(f"queue must be positive, got {queue}")
+        rows = {} if max_rows is None else {"max_rows": max_rows}
+        self.prefix_cache = PrefixCache()
+        self.scheduler = Scheduler(
+            model.model, max_bytes=max_bytes, chunk=chunk, prefix_cache=self.prefix_cache, **rows
+        )
+        self.queue = queue
+        self._watch = watch
+        self._streams: dict[int, Stream] = {}  # by the id of the call
+        self._inbox: deque[tuple[str, Stream]] = deque()
+        self._news = threading.Condition()
+        self._refusing = self._ended = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._run, name="fastgen-engine", daemon=True)
+
+    # --- in the event loop -----------------------------------------------------------------------
+
+    def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    @property
+    def serving(self) -> bool:
+        """Whether new calls are taken."""
+        return self._thread.is_alive() and not self._refusing
+
+    @property
+    def waiting(self) -> int:
+        """The calls that wait for room, or to be looked at."""
+        return self.scheduler.waiting + sum(kind == "submit" for kind, _ in list(self._inbox))
+
+    @property
+    def running(self) -> int:
+        """The calls that are not over, waiting ones included."""
+        return len(self._streams)
+
+    def submit(self, call: Call, writer: Writer, place: int, inbox: asyncio.Queue[News]) -> Stream:
+        """Let a call wait for its turn; its tokens come to `inbox`.
+
+        Raises:
+            Full, Stopping: not now.
+            ValueError: it can never run.
+        """
+        if self._refusing:
+            raise Stopping
+        if not self._thread.is_alive():
+            raise RuntimeError("the engine's thread has ended")
+        if self.waiting >= self.queue:
+            raise Full
+        self.scheduler.check(call)
+        stream = Stream(call, writer, place, inbox)
+        self._streams[id(call)] = stream
+        self._post("submit", stream)
+        return stream
+
+    def cancel(self, stream: Stream) -> None:
+        """Let a call leave before the next step."""
+        if not stream.done:
+            self._post("cancel", stream)
+
+    async def drain(self, grace: float) -> None:
+        """Take nothing new; end when all is done, or after `grace` seconds with what is not."""
+        self._refusing = True
+        until = time.monotonic() + grace
+        while self._streams and time.monotonic() < until and self._thread.is_alive():
+            await asyncio.sleep(0.02)
+        with self._news:
+            self._ended = True
+            self._news.notify()
+        while self._thread.is_alive():
+            await asyncio.sleep(0.02)
+
+    def _post(self, kind: str, stream: Stream) -> None:
+        with self._news:
+            self._inbox.append((kind, stream))
+            self._news.notify()
+
+    def _tell(self, news: list[tuple[Stream, list[Token], bool, Exception | None]]) -> None:
+        for stream, tokens, done, error in news:
+            if done:
+                self._streams.pop(id(stream.call), None)
+            stream.tell(tokens, done, error)
+        self._watch([(stream, tokens) for stream, tokens, _, _ in news])
+
+    # --- in the engine's thread ------------------------------------------------------------------
+
+    def _run(self) -> None:
+        streams: dict[int, Stream] = {}
+        try:
+            while self._look(streams):
+                news = []
+                for call, events in self.scheduler.step():
+                    stream, done = streams[id(call)], call.request.done
+                    if done:
+                        del streams[id(call)]
+                    tokens = stream.writer.take(events)
+                    news.append((stream, tokens, done, call.request.error))
+                if news:
+                    self._report(news)
+            over: Exception = Stopping()
+        except BaseException as error:
+            over = RuntimeError(f"the engine has failed: {error!r}")
+            raise
+        finally:
+            self._refusing = True
+            self.scheduler.close()
+            self._report([(stream, [], True, over) for stream in streams.values()])
+
+    def _report(self, news: list[tuple[Stream, list[Token], bool, Exception | None]]) -> None:
+        assert self._loop is not None
+        with contextlib.suppress(RuntimeError):  # the loop is closed: there is nobody to be told
+            self._loop.call_soon_threadsafe(self._tell, news)
+
+    def _look(self, streams: dict[int, Stream]) -> bool:
+        """Take in what came, waiting where nothing runs; False when all is over."""
+        with self._news:
+            while not self._inbox and self.scheduler.idle and not self._ended:
+                self._news.wait()
+            if self._ended:
+                return False
+            came, self._inbox = self._inbox, deque()
+        for kind, stream in came:
+            if kind == "submit":
+                streams[id(stream.call)] = stream
+                self.scheduler.submit(stream.call)
+            elif streams.pop(id(stream.call), None):
+                self.scheduler.cancel(stream.call)
+                self._report([(stream, [], True, None)])
+        return True

@@ -1,0 +1,39 @@
+"""The knobs as data, for the page: made from the one list."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from fastgen.params import Params
+
+if TYPE_CHECKING:
+    from fastgen.serve.service import Service
+
+KINDS = {"bool": "bool", "int": "int", "float": "float", "str": "text"}
+
+
+def described(service: Service) -> dict[str, Any]:
+    """Every knob with its default, the model's own default, and what the model is."""
+    own, info = service.defaults, service.info
+    return {
+        "knobs": [
+            {
+                "name": knob.name,
+                "type": KINDS.get(str(knob.type).removesuffix(" | None"), "json"),
+                "default": knob.default,
+                "own_default": own.get(knob.name),
+                "help": knob.metadata["help"],
+            }
+            for knob in fields(Params)
+        ],
+        "model": {
+            "name": service.name,
+            "type": info.model_type,
+            "weights": info.parameters,
+            "precision": info.precision,
+            "max_length": info.max_length,
+            "has_template": service.has_template,
+            "has_tokenizer": service.model.has_tokenizer,
+        },
+    }
