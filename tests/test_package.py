@@ -87,7 +87,8 @@ LAYERS: dict[str, set[str]] = {
         "tuning", "values",
     },
     "serve": {
-        "", "call", "chat", "extras", "params", "prefix", "schedule", "score", "tokenizer",
+        "", "call", "chat", "extras", "generator", "output", "params", "prefix", "schedule", "score",
+        "tokenizer",
     },
     "jobs": {
         "call", "chat", "extras", "generator", "hub", "output", "params", "prefill", "prefix",
@@ -243,9 +244,9 @@ def test_the_distribution_has_the_name_and_the_version_that_we_say():
 
 # Imported late, with an error that names the extra.
 OF_EXTRAS = {
-    "fastapi", "jinja2", "llguidance", "matplotlib", "prometheus_client", "pyarrow", "pydantic", "ray",
-    "starlette", "uvicorn",
-}
+    "fastapi", "jinja2", "llguidance", "matplotlib", "prometheus_client", "pyarrow", "pydantic",
+    "ray", "starlette", "uvicorn",
+}  # fmt: skip
 
 
 def test_what_is_imported_is_declared():

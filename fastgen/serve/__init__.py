@@ -17,7 +17,7 @@ from fastgen import extras
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from fastgen import CausalLM
+    from fastgen.generator import CausalLM
 
 
 def app(model: CausalLM, **settings: Any) -> FastAPI:

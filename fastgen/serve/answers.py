@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastgen import Token
+from fastgen.output import Token
 from fastgen.tokenizer import Tokenizer
 
 # Why a row has ended (see `fastgen.Token`), in OpenAI's words.

@@ -18,7 +18,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import fastgen
-from fastgen import CausalLM
+from fastgen.generator import CausalLM
 from fastgen.serve import chats, completions
 from fastgen.serve.knobs import described
 from fastgen.serve.service import Service

@@ -9,7 +9,8 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastgen import Token, chat
+from fastgen import chat
+from fastgen.output import Token
 from fastgen.serve import tools
 from fastgen.serve.answers import chat_logprobs, usage
 from fastgen.serve.service import Run, Service

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastgen import Token
+from fastgen.output import Token
 from fastgen.serve.answers import logprobs, usage
 from fastgen.serve.service import Run, Service
 from fastgen.serve.wire import COMPLETION_TOKENS, Refused, Wish, wish

@@ -14,8 +14,9 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from fastgen import CausalLM, Token
 from fastgen.call import Call, Writer
+from fastgen.generator import CausalLM
+from fastgen.output import Token
 from fastgen.prefix import PrefixCache
 from fastgen.schedule import Scheduler
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from fastgen import Token
+from fastgen.output import Token
 
 if TYPE_CHECKING:
     from fastgen.serve.engine import Engine, Stream

@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from fastgen import CausalLM, Token, chat, score
+from fastgen import chat, score
 from fastgen.call import Call
+from fastgen.generator import CausalLM
+from fastgen.output import Token
 from fastgen.params import NAMES
 from fastgen.serve import tools
 from fastgen.serve.answers import Text
