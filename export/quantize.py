@@ -93,9 +93,10 @@ class Product:
 
 
 def products(graph: ir.Graph) -> list[Product]:
-    """Every product with a constant matrix, in the order of the graph; routers stay as they are.
+    """Every product with a constant matrix, in the order of the graph.
 
-    Each has a name of its own, also where layers share a matrix.
+    Routers stay as they are, and small matrices that are for each head of a token. Each has a name
+    of its own, also where layers share a matrix.
     """
     found = []
     apart = routers(graph)
@@ -103,7 +104,7 @@ def products(graph: ir.Graph) -> list[Product]:
     for node in graph:
         if node.op_type not in ("MatMul", "FusedMatMul") or rank(node.inputs[1]) != 2:
             continue
-        if node in apart:
+        if node in apart or (rank(node.inputs[0]) or 0) > 3:
             continue
         weight = constant(node.inputs[1])
         if weight is None or weight.dtype != np.float32:
