@@ -12,7 +12,8 @@ const ELSEWHERE = ["return_dict_in_generate", "output_scores", "output_logits", 
 // The names of OpenAI's API for what they have one for.
 const SENT_AS = { max_new_tokens: "max_tokens", stop_strings: "stop" };
 // Where the API's defaults are not those of `generate`.
-const API_DEFAULTS = { max_new_tokens: "", do_sample: "on, off with beams", top_k: 0 };
+const API_DEFAULTS = { max_new_tokens: "", do_sample: "auto", top_k: 0 };
+const API_NOTES = { do_sample: " (auto: they are drawn, but not with beams)", stop_strings: ': one text, or ["one", "two"]' };
 const NEW_TOKENS = "128"; // more than the API's default: there is a stop button
 const ALTERNATIVES = 5; // to each token
 const KEY = "fastgen-key";
@@ -97,6 +98,7 @@ async function* events(response) {
 
 /** What is said of a knob that is not set. */
 function unset(knob) {
+  if (knob.name === "do_sample") return API_DEFAULTS.do_sample; // whatever the model's own is
   const value = knob.own_default ?? API_DEFAULTS[knob.name] ?? knob.default;
   if (value === null || value === "") return "not set";
   if (typeof value === "boolean") return value ? "on" : "off";
@@ -125,9 +127,8 @@ function knobRow(knob) {
   const id = `knob-${knob.name}`;
   const input = control(knob, id);
   const name = SENT_AS[knob.name] === "stop" ? "stop" : knob.name;
-  let help = knob.help;
+  let help = knob.help.replace(/ \(default: 20\)$/, "") + (API_NOTES[knob.name] ?? "");
   if (knob.own_default !== null && knob.own_default !== undefined) help += " (the model's own default)";
-  if (name === "stop") help += ': one text, or ["one", "two"]';
   const note = make("span", { className: "quiet", id: `${id}-help` }, help);
   input.setAttribute("aria-describedby", note.id);
   const row = make("div", { className: knob.type === "text" ? "knob long" : "knob" },
@@ -294,7 +295,7 @@ class Text {
     span.tokens = this.pending;
     this.pending = [];
     const likelihood = Math.exp(Math.min(...span.tokens.map((token) => token.logprob ?? -99)));
-    const doubt = likelihood < 0.05 ? 3 : likelihood < 0.25 ? 2 : likelihood < 0.5 ? 1 : 0;
+    const doubt = likelihood < 0.02 ? 3 : likelihood < 0.1 ? 2 : likelihood < 0.3 ? 1 : 0;
     if (doubt) span.classList.add(`doubt-${doubt}`);
     if (text.startsWith("\n")) span.classList.add("line");
     return span;
@@ -328,11 +329,7 @@ const card = {
     this.of?.classList.remove("shown");
     this.of = span;
     span.classList.add("shown");
-    const parts = span.tokens.flatMap((token) => [
-      make("p", {}, make("code", {}, visible(token.spelling)), ` ${percent(token.logprob)}`),
-      alternatives(token),
-    ]);
-    $("card").replaceChildren(...parts);
+    $("card").replaceChildren(...span.tokens.map(alternatives));
     $("card").hidden = false;
     this.place(span);
   },
@@ -374,7 +371,7 @@ function watchTokens(element) {
   element.addEventListener("focusin", (event) => {
     const token = tokenAt(event);
     if (!token) return;
-    for (const other of element.querySelectorAll('.token[tabindex="0"]')) other.tabIndex = -1;
+    for (const other of token.parentElement.querySelectorAll('[tabindex="0"]')) other.tabIndex = -1;
     token.tabIndex = 0;
     card.show(token);
   });
@@ -382,7 +379,7 @@ function watchTokens(element) {
   element.addEventListener("keydown", (event) => {
     const token = tokenAt(event);
     if (!token || event.ctrlKey || event.altKey || event.metaKey) return;
-    const all = [...element.querySelectorAll(".token")];
+    const all = [...token.parentElement.querySelectorAll(".token")];
     const at = all.indexOf(token);
     const to = {
       ArrowRight: () => all[at + 1],
@@ -441,13 +438,14 @@ function request(text) {
 class Screen {
   constructor(text) {
     this.chat = mode() === "chat";
-    this.place = $("output");
-    this.place.replaceChildren();
+    this.place = this.chat ? $("log") : $("output");
+    this.answers = [];
     this.texts = [];
     this.prompt = text;
+    $("output").replaceChildren();
     if (this.chat) {
       this.question = turn("user", text);
-      $("log").append(this.question);
+      this.place.append(this.question);
     }
     this.text(0);
   }
@@ -460,7 +458,10 @@ class Screen {
         box.append(make("span", { className: "echo" }, this.prompt));
       }
       box.append(written);
-      this.place.append(this.chat ? turn("assistant", box) : make("div", {}, box));
+      const answer = this.chat ? turn("assistant", box) : make("div", {}, box);
+      answer.classList.add("running");
+      this.place.append(answer);
+      this.answers.push(answer);
       this.texts.push(new Text(written));
     }
     return this.texts[index];
@@ -470,10 +471,13 @@ class Screen {
     return this.texts.every((text) => text.content === "");
   }
 
-  /** Move a chat's answer to the conversation; what failed before its first token leaves. */
+  /** Let a chat know its answer; what failed before its first token leaves. */
   end() {
     for (const { spans } of this.texts) if (spans[0]) spans[0].tabIndex = 0;
-    if (this.empty) this.place.replaceChildren();
+    for (const answer of this.answers) {
+      answer.classList.remove("running");
+      if (this.empty) answer.remove();
+    }
     if (!this.chat) return;
     if (this.empty) {
       this.question.remove();
@@ -482,7 +486,6 @@ class Screen {
     }
     turns.push({ role: "user", content: this.prompt });
     turns.push({ role: "assistant", content: this.texts[0].content });
-    $("log").append(...this.place.children);
     $("clear").hidden = false;
   }
 }
@@ -530,7 +533,7 @@ class Numbers {
     this.frame = 0;
     const { speed, first, usage } = this;
     $("first").textContent = first === null ? "–" : time(first - this.start);
-    $("speed").textContent = speed === null ? "–" : `${speed.toPrecision(3).replace(/e.*/, "") && round(speed)} tokens/s`;
+    $("speed").textContent = speed === null ? "–" : `${round(speed)} tokens/s`;
     const read = usage ? `${usage.prompt_tokens} read, ` : "";
     $("count").textContent = `${read}${usage?.completion_tokens ?? this.tokens} written`;
     $("reason").textContent = [...this.reasons].join(", ") || "–";
@@ -547,10 +550,10 @@ async function read(response, screen, numbers) {
       if (chunk.error) throw new Failure(chunk.error.message, 0);
       if (chunk.usage) numbers.usage = chunk.usage;
       for (const choice of chunk.choices) {
-        const ids = choice.token_ids ?? [];
-        const piece = choice.text ?? choice.delta?.content ?? ids.map((id) => `${id} `).join("");
+        const ids = choice.token_ids ?? []; // of a model without a tokenizer
+        const piece = choice.text || choice.delta?.content || ids.map((id) => `${id} `).join("");
         const tokens = tokensOf(choice);
-        screen.text(choice.index).push(about.has_tokenizer ? piece : ids.map((id) => `${id} `).join(""), tokens);
+        screen.text(choice.index).push(piece, tokens);
         numbers.take(tokens.length || ids.length);
         const reason = choice.finish_reason;
         if (reason) numbers.reasons.add(ENDS[reason] ?? reason);
@@ -562,7 +565,6 @@ async function read(response, screen, numbers) {
 function setRunning(controller) {
   running = controller;
   document.body.classList.toggle("busy", Boolean(controller));
-  $("output").classList.toggle("running", Boolean(controller));
   $("go").classList.toggle("stop", Boolean(controller));
   $("go").textContent = controller ? "Stop" : mode() === "chat" ? "Send" : "Generate";
   for (const radio of document.getElementsByName("mode")) {
