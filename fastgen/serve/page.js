@@ -521,12 +521,12 @@ class Numbers {
     this.frame ||= requestAnimationFrame(() => this.draw());
   }
 
-  /** Tokens a second after the first ones; of all of them where they came at once. */
+  /** Tokens a second after the first ones; of all of them where they came about at once. */
   get speed() {
     if (this.first === null) return null;
-    const alone = this.tokens === this.atFirst;
-    const seconds = (this.last - (alone ? this.start : this.first)) / 1000;
-    return seconds > 0 ? (this.tokens - (alone ? 0 : this.atFirst)) / seconds : null;
+    const streamed = this.last - this.first > 50;
+    const [tokens, since] = streamed ? [this.tokens - this.atFirst, this.first] : [this.tokens, this.start];
+    return (1000 * tokens) / Math.max(1, this.last - since);
   }
 
   draw() {
@@ -546,6 +546,7 @@ const ENDS = { length: "its length", stop: "its end" };
 
 async function read(response, screen, numbers) {
   for await (const chunks of events(response)) {
+    let came = 0;
     for (const chunk of chunks) {
       if (chunk.error) throw new Failure(chunk.error.message, 0);
       if (chunk.usage) numbers.usage = chunk.usage;
@@ -554,11 +555,12 @@ async function read(response, screen, numbers) {
         const piece = choice.text || choice.delta?.content || ids.map((id) => `${id} `).join("");
         const tokens = tokensOf(choice);
         screen.text(choice.index).push(piece, tokens);
-        numbers.take(tokens.length || ids.length);
+        came += tokens.length || ids.length;
         const reason = choice.finish_reason;
         if (reason) numbers.reasons.add(ENDS[reason] ?? reason);
       }
     }
+    numbers.take(came);
   }
 }
 
