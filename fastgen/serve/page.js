@@ -20,6 +20,7 @@ const KEY = "fastgen-key";
 
 let about = { has_template: true, has_tokenizer: true };
 let knobs = [];
+let started = null; // a promise: what the service says of itself has come
 let running = null; // the AbortController of what runs
 let turns = []; // of the chat: {role, content}
 
@@ -576,6 +577,7 @@ function setRunning(controller) {
 }
 
 async function run() {
+  await started; // the knobs are there, or the service has said why not
   if (running) return;
   const text = $("prompt").value;
   card.hide();
@@ -642,7 +644,7 @@ async function useKey(event) {
   const key = $("key").value.trim();
   if (key) sessionStorage.setItem(KEY, key);
   else sessionStorage.removeItem(KEY);
-  await start();
+  await (started = start());
   if ($("alert").hidden) {
     toggleKey();
     $("prompt").focus();
@@ -722,4 +724,4 @@ window.addEventListener("resize", () => card.hide());
 document.addEventListener("keydown", keys);
 watchTokens($("output"));
 watchTokens($("log"));
-start();
+started = start();
