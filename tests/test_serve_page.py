@@ -7,6 +7,7 @@ what playwright's `wait_for_function` needs: the tests wait with `expect`.
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import time
@@ -38,6 +39,7 @@ def service() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    expect.set_options(timeout=20_000)
     with sync_playwright() as playwright:
         made = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield made
@@ -57,7 +59,7 @@ def visit(browser: Browser) -> Iterator[Open]:
         context = browser.new_context(**settings)
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(20_000)
         page.on("request", lambda request: requests.append((address, request.url)))
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on(
@@ -128,7 +130,7 @@ def test_text_streams_and_is_the_services(
     expect(page.locator("#count")).to_contain_text("60 written")
     expect(page.locator("#first")).to_have_text(re.compile(r"^[\d.]+ m?s$"))
     speed = re.match(r"([\d.]+) tokens/s", page.locator("#speed").text_content() or "")
-    assert speed and 0 < float(speed[1]) < 1 / 0.03 * 1.5
+    assert speed and 0 < float(speed[1]) < 500
 
 
 @pytest.mark.parametrize("how", ["button", "Escape"])
@@ -230,10 +232,11 @@ def test_a_tokens_probability_on_hover(service: str, visit: Open) -> None:
     expect(card).to_be_visible()
     expect(card.locator("tr")).to_have_count(5)
     top = whole["top_logprobs"][place]
-    assert card.locator("th").all_text_contents() == [re.sub("^ | $", "␣", name) for name in top
-                                                      ] or "\n" in "".join(top)  # fmt: skip
+    signs = str.maketrans({"\n": "↵", "\t": "⇥"})
+    names = [re.sub("^ | $", "␣", name.translate(signs)) for name in top]
+    assert card.locator("th").all_text_contents() == names
     chosen = card.locator(".chosen td").last.text_content() or ""
-    share = 100 * 2.718281828459045 ** whole["token_logprobs"][place]
+    share = 100 * math.exp(whole["token_logprobs"][place])
     assert abs(float(chosen.removesuffix(" %")) - share) < 0.1
     card.hover()  # the pointer can go over to it
     page.wait_for_timeout(250)

@@ -124,6 +124,11 @@ function control(knob, id) {
   return make("input", { ...shared, type: "text", spellcheck: false, placeholder: unset(knob) });
 }
 
+/** A name that may be broken after each "_". */
+function breakable(name) {
+  return name.split(/(?<=_)/).flatMap((part) => [part, make("wbr")]).slice(0, -1);
+}
+
 function knobRow(knob) {
   const id = `knob-${knob.name}`;
   const input = control(knob, id);
@@ -133,7 +138,7 @@ function knobRow(knob) {
   const note = make("span", { className: "quiet", id: `${id}-help` }, help);
   input.setAttribute("aria-describedby", note.id);
   const row = make("div", { className: knob.type === "text" ? "knob long" : "knob" },
-    make("label", { htmlFor: id }, name), input, note);
+    make("label", { htmlFor: id }, ...breakable(name)), input, note);
   row.dataset.name = `${name} ${knob.name} ${knob.help}`.toLowerCase();
   knobs.push({ ...knob, input, row });
   return row;
@@ -547,6 +552,7 @@ const ENDS = { length: "its length", stop: "its end" };
 
 async function read(response, screen, numbers) {
   for await (const chunks of events(response)) {
+    const inView = screen.chat && $("go").getBoundingClientRect().bottom <= window.innerHeight;
     let came = 0;
     for (const chunk of chunks) {
       if (chunk.error) throw new Failure(chunk.error.message, 0);
@@ -562,6 +568,7 @@ async function read(response, screen, numbers) {
       }
     }
     numbers.take(came);
+    if (inView) $("go").scrollIntoView({ block: "nearest" }); // a growing chat pushes it down
   }
 }
 
