@@ -384,7 +384,30 @@ def test_characters_of_several_tokens(service: str, visit: Open) -> None:
     page.keyboard.press("Control+Enter")
     ended(page)
     assert written(page).text_content() == "Hié foo\U0001f600!"
-    assert page.locator(".token").first.text_content() == "Hi"
+    assert page.locator(".token").all_text_contents() == ["Hi", "é foo", "\U0001f600", "!"]
+    page.locator(".token").nth(1).hover()
+    expect(page.locator("#card table")).to_have_count(3)
+
+
+def test_events_may_be_cut_anywhere(service: str, visit: Open) -> None:
+    page = visit(service)
+    body = 'data: {"text": "é\U0001f600"}\r\n\r\n: a comment\n\ndata: {"text": "b"}\n\n'
+    body += "data: [DONE]\n\n"
+    found = page.evaluate(
+        """async (bytes) => {
+            const cut = new ReadableStream({
+                start(stream) {
+                    for (const byte of bytes) stream.enqueue(new Uint8Array([byte]));
+                    stream.close();
+                },
+            });
+            const all = [];
+            for await (const some of events(new Response(cut))) all.push(...some);
+            return all;
+        }""",
+        list(body.encode()),
+    )
+    assert found == [{"text": "é\U0001f600"}, {"text": "b"}]
 
 
 def test_the_key_is_asked_for_and_kept_in_the_tab(visit: Open) -> None:

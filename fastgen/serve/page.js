@@ -273,6 +273,11 @@ class Text {
     const added = document.createDocumentFragment();
     let rest = piece;
     tokens.forEach((token, i) => {
+      const at = rest.indexOf(token.spelling);
+      if (this.pending.length && at > 0) { // what is before it is of those that wait
+        added.append(this.span(rest.slice(0, at)));
+        rest = rest.slice(at);
+      }
       const part = this.part(rest, token.spelling, i === tokens.length - 1);
       this.pending.push(token);
       if (part === "") return;
