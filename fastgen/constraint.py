@@ -39,8 +39,8 @@ JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": "
 MOST_RULES, MOST_REFERENCES, MOST_CHARACTERS = 1000, 500, 2**18
 
 REASON = 300  # characters of an error of llguidance that are shown
-FEW = 8  # where at most one token in so many is allowed, the allowed ones are what is handled
 SPARE = 16  # states that are kept besides a few for each row
+MASKS = 16  # different sets of tokens that are kept: within a text many are the same
 
 
 def asked(params: Params) -> tuple[str, str] | None:
@@ -54,23 +54,24 @@ class Allowed:
 
     Attributes:
         count: how many there are.
-        tokens: int64 [count], ascending, where they are few; None where they are many.
+        only: the one that there is; None where there are others.
+        complete: whether the text is whole and nothing but an end of text may follow.
     """
 
-    def __init__(self, allowed: NDArray[np.bool_]) -> None:
-        self.count = int(np.count_nonzero(allowed))
-        few = self.count * FEW <= len(allowed)
-        self.tokens = np.flatnonzero(allowed) if few else None
-        self._banned = None if few else ~allowed
+    def __init__(self, allowed: NDArray[np.bool_], complete: bool) -> None:
+        self.count, self.complete = int(np.count_nonzero(allowed)), complete
+        self._few = 2 * self.count <= len(allowed)  # what is handled is the fewer: these or others
+        self._tokens = np.flatnonzero(allowed if self._few else ~allowed)
+        self.only = int(self._tokens[0]) if self.count == 1 else None
 
     def apply(self, scores: NDArray[np.float32]) -> None:
         """Set the scores [vocab] of all others to -inf."""
-        if self.tokens is None:
-            scores[self._banned] = -np.inf
-        else:
-            kept = scores[self.tokens]
+        if self._few:
+            kept = scores[self._tokens]
             scores.fill(-np.inf)
-            scores[self.tokens] = kept
+            scores[self._tokens] = kept
+        else:
+            scores[self._tokens] = -np.inf
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,6 @@ class State:
 
     matcher: Any
     allowed: Allowed
-    complete: bool  # whether nothing but an end of text may follow
 
 
 class Constraint:
@@ -109,6 +109,7 @@ class Constraint:
         self.ends = len(self._eos) > 0
         self._most = 4 * rows + SPARE
         self._states: OrderedDict[bytes, State | None] = OrderedDict()
+        self._masks: OrderedDict[bytes, Allowed] = OrderedDict()
         try:
             first = self._state(np.empty(0, np.int64))
         except ValueError as error:
@@ -133,16 +134,16 @@ class Constraint:
     def complete(self, generated: NDArray[np.int64]) -> bool:
         """Whether nothing but an end of text may follow these tokens [new]."""
         state = self._state(generated)
-        return state is not None and state.complete
+        return state is not None and state.allowed.complete
 
     def certain(self, generated: NDArray[np.int64], most: int) -> list[int]:
         """The tokens, `most` at most, that must follow these [new], one after the other."""
         tokens: list[int] = []
         while len(tokens) < most:
             state = self._state(np.append(generated, tokens).astype(np.int64))
-            if state is None or state.allowed.count != 1 or state.allowed.tokens is None:
+            if state is None or state.allowed.only is None:
                 break
-            tokens.append(int(state.allowed.tokens[0]))
+            tokens.append(state.allowed.only)
             if tokens[-1] in self._eos:
                 break
         return tokens
@@ -174,15 +175,25 @@ class Constraint:
         self._check(matcher)
         if taken < len(rest):
             return None
-        bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+        mask = matcher.compute_bitmask()
         self._check(matcher)
-        allowed = np.unpackbits(bits, bitorder="little")[: self._vocab_size + 1].view(np.bool_)
-        # The bit behind the vocabulary stands for the end of text, whatever the call's eos are.
-        may_end, allowed = bool(allowed[-1]), allowed[:-1]
+        return State(matcher, self._allowed(mask))
+
+    def _allowed(self, mask: bytes) -> Allowed:
+        """The tokens that llguidance allows, a bit each, and the ends of text if it allows one."""
+        if mask in self._masks:
+            self._masks.move_to_end(mask)
+            return self._masks[mask]
+        bits = np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little")
+        allowed = bits[: self._vocab_size].view(np.bool_)
+        may_end = bool(bits[self._vocab_size])
         allowed[self._eos] = False
-        complete = not allowed.any()
+        complete = may_end and not allowed.any()
         allowed[self._eos] = may_end
-        return State(matcher, Allowed(allowed), complete)
+        found = self._masks[mask] = Allowed(allowed, complete)
+        if len(self._masks) > MASKS:
+            self._masks.popitem(last=False)
+        return found
 
     def _check(self, matcher: Any) -> None:
         if matcher.is_error():
