@@ -8,7 +8,14 @@ import click
 
 from fastgen.commands.knobs import given, knob_flags
 from fastgen.commands.models import load, model_option, threads_option
-from fastgen.commands.rows import do, job_flags
+from fastgen.commands.rows import (
+    SPREAD,
+    do,
+    job_flags,
+    on_a_cluster,
+    only_on_a_cluster,
+    spread_flags,
+)
 from fastgen.commands.say import clear_errors
 
 
@@ -18,10 +25,11 @@ from fastgen.commands.say import clear_errors
 @threads_option
 @click.option("--ids", is_flag=True, help="give the tokens too")
 @click.option("--max-rows", type=int, help="rows that run together [default: 64]")
+@spread_flags
 @knob_flags
 def batch(
     source: str, out: str, kind: str | None, keep: tuple[str, ...], restart: bool, quiet: bool,
-    model: str | None, threads: int | None, ids: bool, max_rows: int | None, **knobs: Any,
+    model: str | None, threads: int | None, ids: bool, max_rows: int | None, **others: Any,
 ) -> None:  # fmt: skip
     """Continue every prompt of IN, and write an object a row to OUT, in IN's order.
 
@@ -34,6 +42,9 @@ def batch(
     that is no good has an "error" in its place; then the exit code is 1. The flags of knobs are
     for rows that say nothing else. --seed is the job's: each row draws from a seed made of it and
     of the row's number.
+
+    With --ray, IN may be a directory or a URI, and OUT is a directory of files or its URI. Actors
+    that die are replaced and their rows done again; there is no OUT.part.
     """
     with clear_errors():
         from fastgen import params, values
@@ -43,10 +54,17 @@ def batch(
         from fastgen.jobs.source import Source
         from fastgen.schedule import MAX_ROWS
 
-        wanted = given(knobs)
+        flags = {name: others.pop(name) for name in SPREAD}
+        wanted = given(others)
         seed = wanted.pop("seed", None)
         if seed is not None:
             seed = values.integer("--seed", seed)
+        if flags["address"] is not None:
+            arguments = {"model": model, "keep": keep, "seed": seed or 0, "ids": ids, **wanted}
+            arguments |= {"threads": threads, "max_rows": max_rows or MAX_ROWS}
+            on_a_cluster("Generate", arguments, source, out, kind, restart, quiet, flags)
+            return
+        only_on_a_cluster(flags)
         rows = Source.of(source, kind)
         loaded = load(model, threads)
         params.resolve(loaded.generation_config.to_dict(), None, wanted)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from fastgen import extras
 from fastgen.commands.say import say
 from fastgen.interrupt import QUIET_EXIT
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from fastgen.jobs.job import Job, Work
     from fastgen.jobs.row import Done
 
+SPREAD = ("address", "actors", "cpus", "at_once", "ordered")  # what the flags of a cluster set
 SOME_BAD = 1  # the exit code when all is done, and some rows came to nothing
 
 
@@ -34,6 +36,51 @@ def job_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     )):  # fmt: skip
         command = option(command)
     return command
+
+
+def spread_flags(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give `command` the flags of a cluster."""
+    for option in reversed((
+        click.option("--ray", "address", metavar="ADDRESS",
+                     help="run on a cluster: local, auto or ray://HOST:PORT"),
+        click.option("--actors", type=click.IntRange(1),
+                     help="engines on the cluster [default: one on each node]"),
+        click.option("--cpus", type=click.FloatRange(0, min_open=True),
+                     help="CPUs, which are threads, of each [default: a node's but one]"),
+        click.option("--at-once", type=click.IntRange(1),
+                     help="rows that an engine on the cluster takes at a time [default: 256]"),
+        click.option("--ordered", is_flag=True,
+                     help="keep the order on a cluster too (elsewhere it always is)"),
+    )):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def on_a_cluster(
+    engine: str, arguments: dict[str, Any], source: str, out: str, kind: str | None, restart: bool,
+    quiet: bool, flags: dict[str, Any],
+) -> None:  # fmt: skip
+    """Run a job on Ray, and say how it went; the exit code is 1 if a row came to nothing."""
+    try:
+        from fastgen.jobs import cluster, spread
+    except ImportError as error:
+        raise ValueError(f"--ray needs Ray: {extras.install('ray')} ({error})") from error
+    rows = flags.pop("at_once")
+    how = spread.Spread(**flags, **({} if rows is None else {"rows": rows}))
+    silent = quiet or not sys.stderr.isatty()
+    made = getattr(cluster, engine)
+    found, bad = spread.run(how, made, arguments, source, out, kind, restart, silent)
+    if not quiet:
+        say(f"fastgen: {found:,} rows, {bad:,} bad")
+    if bad:
+        raise click.exceptions.Exit(SOME_BAD)
+
+
+def only_on_a_cluster(flags: dict[str, Any]) -> None:
+    """Raise a ValueError for flags of a cluster where there is none."""
+    for name, value in flags.items():
+        if name != "address" and value not in (None, False):
+            raise ValueError(f"--{name.replace('_', '-')} needs --ray")
 
 
 def do(job: Job, work: Work, quiet: bool) -> None:

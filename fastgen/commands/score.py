@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from fastgen.commands.models import load, model_option, threads_option
-from fastgen.commands.rows import do, job_flags
+from fastgen.commands.rows import do, job_flags, on_a_cluster, only_on_a_cluster, spread_flags
 from fastgen.commands.say import clear_errors
 
 
@@ -14,9 +16,10 @@ from fastgen.commands.say import clear_errors
 @model_option
 @threads_option
 @click.option("--tokens", "each", is_flag=True, help="the log-probability of every token too")
+@spread_flags
 def score(
     source: str, out: str, kind: str | None, keep: tuple[str, ...], restart: bool, quiet: bool,
-    model: str | None, threads: int | None, each: bool,
+    model: str | None, threads: int | None, each: bool, **flags: Any,
 ) -> None:  # fmt: skip
     """Say how likely every text of IN is, an object a row in OUT, in IN's order.
 
@@ -30,6 +33,11 @@ def score(
         from fastgen.jobs.scoring import Scoring
         from fastgen.jobs.source import Source
 
+        if flags["address"] is not None:
+            arguments = {"model": model, "keep": keep, "tokens": each, "threads": threads}
+            on_a_cluster("Score", arguments, source, out, kind, restart, quiet, flags)
+            return
+        only_on_a_cluster(flags)
         rows = Source.of(source, kind)
         loaded = load(model, threads)
         work = Scoring(loaded, keep, each)

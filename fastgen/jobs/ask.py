@@ -18,8 +18,8 @@ OBJECTS = ("negative_prompt_ids",)  # arguments of `generate` that JSON can hold
 ALWAYS = ("id", "custom_id", "metadata")  # fields that are given back without being asked for
 # What an output calls its own.
 OURS = frozenset({
-    "row", "text", "ids", "finish_reason", "top_logprobs", "prompt_tokens", "new_tokens", "error",
-    "warnings",
+    "file", "row", "text", "ids", "finish_reason", "top_logprobs", "prompt_tokens", "new_tokens",
+    "error", "warnings",
 })  # fmt: skip
 ALL = "*"  # of `keep`: every field that is neither a prompt nor a knob
 LENGTHS = ("max_new_tokens", "max_length")
@@ -95,7 +95,7 @@ class Reader:
     def check(self, names: Collection[str]) -> None:
         """Raise a ValueError for a name that is no keyword and that nobody asked to keep."""
         for name in names:
-            if name in KNOBS or name in PROMPTS or name in OF_CHAT or self._is_kept(name):
+            if name in KNOBS or name in PROMPTS or name in OF_CHAT or self.is_kept(name):
                 continue
             try:
                 params.resolve({}, None, {name: None})
@@ -104,9 +104,10 @@ class Reader:
 
     def kept(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """The fields that are given back."""
-        return {name: value for name, value in fields.items() if self._is_kept(name)}
+        return {name: value for name, value in fields.items() if self.is_kept(name)}
 
-    def _is_kept(self, name: str) -> bool:
+    def is_kept(self, name: str) -> bool:
+        """Whether the output has this field of the input."""
         known = name in KNOBS or name in PROMPTS or name in OF_CHAT
         return name in self.keep or (self.keeps_all and not known and name not in OURS)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,6 +53,14 @@ class Generation:
             model.model, max_rows=max_rows, chunk=CHUNK, prefix_cache=PrefixCache()
         )
 
+    def check(self, names: Collection[str]) -> None:
+        """Raise a ValueError for a field that means nothing and that nobody asked to keep."""
+        self.reader.check(names)
+
+    def is_kept(self, name: str) -> bool:
+        """Whether the output has this field of the input."""
+        return self.reader.is_kept(name)
+
     def run(self, rows: Iterable[Row]) -> Iterator[Done]:
         """What each row becomes, in whatever order they are done.
 
@@ -91,7 +99,7 @@ class Generation:
             try:
                 fields = row.fields()
                 kept = self.reader.kept(fields)
-                ask = self.reader(fields, str(row.number))
+                ask = self.reader(fields, row.name)
             except ValueError as error:
                 bad.append(failed(row, error, kept))
             else:
@@ -147,7 +155,7 @@ class Generation:
             del said["text"]
         alone = len(found) == 1
         return {
-            "row": one.row.number,
+            **one.row.place,
             **one.ask.kept,
             **{name: value[0] if alone else value for name, value in said.items()},
             "prompt_tokens": len(one.ask.ids),

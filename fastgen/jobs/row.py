@@ -17,13 +17,31 @@ class Row:
 
     Attributes:
         number: its line, counted from 0.
-        content: the line, without what ends it; of Parquet the row as JSON.
+        content: the line, without what ends it; of a table the row as JSON.
         text: whether the line itself is the prompt, and no JSON.
+        file: which one it is of, where there are several.
+        is_numbered: whether it has a place; in a table on a cluster it has none.
     """
 
     number: int
     content: bytes
     text: bool = False
+    file: str | None = None
+    is_numbered: bool = True
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """What its output says of where it was."""
+        if not self.is_numbered:
+            return {}
+        return (
+            {"row": self.number} if self.file is None else {"file": self.file, "row": self.number}
+        )
+
+    @property
+    def name(self) -> str:
+        """What its chance depends on: its place, or what it says."""
+        return " ".join(map(str, self.place.values())) or self.digest
 
     @property
     def digest(self) -> str:
@@ -106,7 +124,7 @@ class Done:
 def failed(row: Row, why: object, kept: Mapping[str, Any]) -> Done:
     """A row that is no good, in its place."""
     line = " ".join(str(why).split())
-    return Done(row, {"row": row.number, **kept, "error": {"message": line}}, bad=line)
+    return Done(row, {**row.place, **kept, "error": {"message": line}}, bad=line)
 
 
 def _finite(value: Any) -> Any:
@@ -128,13 +146,17 @@ def as_json(fields: Mapping[str, Any]) -> str:
 
 
 def _is_nan(value: Any) -> bool:
-    return isinstance(value, float) and math.isnan(value)
+    """nan, or what pandas has for what is missing."""
+    missing = type(value).__name__ in ("NAType", "NaTType")
+    return missing or (isinstance(value, float) and math.isnan(value))
 
 
 def _said(value: Any) -> Any:
     """Times and exact numbers as text."""
     if hasattr(value, "isoformat"):
         return value.isoformat()
+    if hasattr(value, "tolist"):  # of numpy
+        return value.tolist()
     if isinstance(value, Decimal):
         return str(value)
     raise ValueError(f"a column holds {type(value).__name__}, which JSON has not: leave it out")

@@ -17,7 +17,7 @@ from fastgen.prefix import PrefixCache
 
 TEXTS = ("text", "prompt", "ids", "input_ids")  # a line of text comes as a prompt
 FIELDS = frozenset({*TEXTS, "prefix"})
-OURS = frozenset({"row", "logprob", "tokens", "perplexity", "logprobs", "error"})
+OURS = frozenset({"file", "row", "logprob", "tokens", "perplexity", "logprobs", "error"})
 # A window: so many tokens are read ahead and sorted, and so many rows at most.
 WINDOW_TOKENS, WINDOW_ROWS = 2**16, 1024
 TOGETHER = 16  # rows between two that are written down
@@ -66,11 +66,12 @@ class Scoring:
     def check(self, names: Collection[str]) -> None:
         """Raise a ValueError for a name that means nothing and that nobody asked to keep."""
         for name in names:
-            if name not in FIELDS and not self._is_kept(name):
+            if name not in FIELDS and not self.is_kept(name):
                 known = ", ".join(sorted(FIELDS))
                 raise ValueError(f"{name} is none of {known} (fields of your own: --keep {name})")
 
-    def _is_kept(self, name: str) -> bool:
+    def is_kept(self, name: str) -> bool:
+        """Whether the output has this field of the input."""
         return name in self.keep or (self.keeps_all and name not in FIELDS | OURS)
 
     def _window(self, rows: Iterator[Row]) -> tuple[list[Done], list[Given]] | None:
@@ -82,7 +83,7 @@ class Scoring:
             kept: Mapping[str, Any] = {}
             try:
                 fields = row.fields()
-                kept = {name: value for name, value in fields.items() if self._is_kept(name)}
+                kept = {name: value for name, value in fields.items() if self.is_kept(name)}
                 found.append(self._given(row, fields, kept))
                 tokens += len(found[-1].ids)
             except ValueError as error:
@@ -132,7 +133,7 @@ class Scoring:
     def _written(self, one: Given, logprobs: NDArray[np.float32]) -> dict[str, Any]:
         known = logprobs[~np.isnan(logprobs)].astype(np.float64)
         return {
-            "row": one.row.number,
+            **one.row.place,
             **one.kept,
             "logprob": float(known.sum()),
             "tokens": len(one.ids),

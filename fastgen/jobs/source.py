@@ -1,6 +1,6 @@
 """Where rows come from: JSON lines, text lines, Parquet; a file, or standard input.
 
-A row's number is its line's, counted from 0 (blank lines of JSON have one and are no row).
+A row's number is its line's, counted from 0 (blank lines have one and are no row).
 """
 
 from __future__ import annotations
@@ -89,10 +89,16 @@ def kind_of(name: str) -> str:
 
 def _of_lines(lines: Iterable[bytes], text: bool) -> Iterator[Row]:
     for number, line in enumerate(lines):
-        content = line.removeprefix(BOM) if number == 0 else line
-        content = content.rstrip(b"\r\n")
-        if text or content.strip():
-            yield Row(number, content, text)
+        row = of_line(number, line, text)
+        if row is not None:
+            yield row
+
+
+def of_line(number: int, line: bytes, text: bool, file: str | None = None) -> Row | None:
+    """The row that a line is; None for a blank one."""
+    content = line.removeprefix(BOM) if number == 0 else line
+    content = content.rstrip(b"\r\n")
+    return Row(number, content, text, file) if content.strip() else None
 
 
 def _of_parquet(path: Path, columns: Collection[str] | None) -> Iterator[Row]:

@@ -1,0 +1,73 @@
+"""What an actor of a cluster finds on its node: the model's directory, once, and its threads."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import shutil
+from pathlib import Path
+
+from fastgen import extras, hub, swap
+from fastgen.model import INFO, ModelError
+
+
+def directory(model: str | os.PathLike[str] | None) -> Path:
+    """The directory of a model on this node. What is elsewhere is fetched once; others wait.
+
+    Args:
+        model: a directory, a hub id, or the URI of a directory in an object store or another file
+            system that pyarrow knows ("s3://bucket/model"); None for the demo model.
+
+    Raises:
+        ModelError: it cannot be had, or holds no model.
+    """
+    if model is None or ("://" not in str(model) and Path(model).exists()):
+        return hub.directory(model)
+    name = re.sub(r"[^\w.-]+", "--", str(model).strip("/"))[-60:]
+    key = hashlib.sha256(str(model).encode()).hexdigest()[:12]
+    place = hub.cache_directory() / "fetched" / f"{name}-{key}"
+    with hub.locked(place.with_name(place.name + ".lock")):
+        return _copied(str(model), place) if "://" in str(model) else hub.directory(model)
+
+
+def _copied(uri: str, place: Path) -> Path:
+    """Copy a directory to `place`, unless it is there as it was: `fastgen.json` says so."""
+    try:
+        from pyarrow import fs
+    except ImportError as error:
+        raise ModelError(f"{uri} needs pyarrow: {extras.install('batch')}") from error
+    try:
+        system, path = fs.FileSystem.from_uri(uri)
+        with system.open_input_stream(f"{path}/{INFO}") as file:
+            info = file.read()
+        if (place / INFO).is_file() and (place / INFO).read_bytes() == info:
+            return place
+        swap.remove_stale(place)
+        new = swap.neighbour(place, "new")
+        with swap.claimed(new):
+            try:
+                fs.copy_files(path, str(new), source_filesystem=system)
+                if place.exists():
+                    swap.replace(new, place)
+                else:
+                    new.rename(place)
+            finally:
+                shutil.rmtree(new, ignore_errors=True)
+    except (OSError, ValueError) as error:  # of pyarrow's: of the network, the store, the name
+        raise ModelError(f"{uri} cannot be had: {error}") from error
+    return place
+
+
+def threads() -> int | None:
+    """The threads that Ray gives this actor: its CPUs. None outside of one."""
+    import sys
+
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return None
+    with contextlib.suppress(Exception):
+        cpus = ray.get_runtime_context().get_assigned_resources().get("CPU")
+        return None if cpus is None else max(1, int(cpus))
+    return None
