@@ -57,7 +57,7 @@ def rows(tokenizer: Any, vocab_size: int) -> list[Any]:
     from fastgen.export import calibrate
 
     text = calibrate.TEXT.read_text(encoding="utf-8")
-    found = calibrate.rows_of_text(text, tokenizer, vocab_size, None)
+    found = calibrate.rows_of_text(text, tokenizer.backend_tokenizer, vocab_size, None)
     return calibrate.halves(found)[1][: 3 * calibrate.TOKENS // calibrate.ROW]
 
 
@@ -65,7 +65,8 @@ def line(
     name: str, precision: str, model: Any, tokenizer: Any, text: list[Any], keep: Path | None
 ) -> str:
     """Export, measure on `text`, and say it as a line of the table."""
-    from fastgen.export import export, quality
+    from fastgen.export import export, quality, source
+    from fastgen.export.original import Original
 
     from fastgen.model import Model
 
@@ -73,7 +74,7 @@ def line(
         out = keep or Path(temporary) / "model"
         export(model, out, tokenizer=tokenizer, precision=precision, allow_mismatch=True,
                force=True, progress=None)  # fmt: skip
-        found = quality.measure(model, Model(out), text)
+        found = quality.measure(Original(source.of_object(model, None)).logits, Model(out), text)
         report = json.loads((out / "report.json").read_text())
     return (
         f"| {name} | {precision} | {found.perplexity:.3f} against {found.reference_perplexity:.3f} "

@@ -14,8 +14,8 @@ bundle      the model directory               demo       trains the embedded dem
 recipe      weights in int8 and int4          cache      keys and values in int8
 """
 
-from fastgen.export.attention import UnsupportedModel
 from fastgen.export.check import Mismatch
 from fastgen.export.pipeline import export
+from fastgen.export.unsupported import UnsupportedModel
 
 __all__ = ["Mismatch", "UnsupportedModel", "export"]

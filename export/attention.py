@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from fastgen.export.unsupported import UnsupportedModel
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import DynamicCache
 
@@ -35,10 +36,6 @@ _HARMLESS = {
     "sliding_window", "is_causal", "position_embeddings", "past_key_values", "logits_to_keep",
     "output_hidden_states", "return_dict", "deterministic", "num_items_in_batch",
 }  # fmt: skip
-
-
-class UnsupportedModel(ValueError):
-    """A model that cannot be exported, and why."""
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-from fastgen.export import hooks, sparse
-from fastgen.export.graph import Kept
-from fastgen.export.source import Source
+import onnx_ir
+import onnx_ir.passes.common
 
-import fastgen
 from fastgen import jsonfile, swap
-from fastgen.model import FORMAT, INFO, ModelError, digest
-
-OF_THIS_MACHINE = {"name_or_path", "is_local", "local_files_only", "vocab_file", "tokenizer_file"}
+from fastgen.model import INFO, ModelError, digest
 
 
 @contextmanager
@@ -93,52 +88,13 @@ def _umask() -> int:
     return mask
 
 
-def describe(source: Source, kept: Kept, precision: str) -> dict[str, Any]:
-    """The content of `fastgen.json`, but for the files' sizes and digests."""
-    config = source.model.config.get_text_config(decoder=True)
-    limit = getattr(config, "max_position_embeddings", None)
-    return {
-        "format": FORMAT,
-        "fastgen": fastgen.__version__,
-        "precision": precision,
-        "model_type": source.model.config.model_type,
-        "name": source.name,
-        "parameters": sum(p.numel() for p in source.model.parameters()),
-        "vocab_size": source.model.get_output_embeddings().weight.shape[0],
-        "max_length": limit,
-        "hard_limit": sparse.limit(source.model) is not None
-        or (limit is not None and not _computes(source, limit)),
-        "layers": [[layer.kv_heads, layer.head_dim] for layer in kept.layers],
-        "states": [list(shape) for shape in kept.states.values()],
-        "cache_dtype": "float32",
-    }
+def save(graph: onnx_ir.Model, path: Path) -> None:
+    """Write `path` and its weights beside it, as `<name>.data`: no size limit, memory-mapped.
 
-
-def _computes(source: Source, position: int) -> bool:
-    """Whether the model can compute a token at `position`, the first beyond its limit."""
-    ids = torch.zeros(1, 1, dtype=torch.long)
-    try:
-        with torch.no_grad(), hooks.positions(source.model, ids + position) as given:
-            source.model(input_ids=ids, **given)
-    except (IndexError, RuntimeError):
-        return False
-    return True
-
-
-def write_configuration(source: Source, to: Path) -> None:
-    """config.json, generation_config.json and the tokenizer's files."""
-    config = json.loads(source.model.config.to_json_string(use_diff=False))
-    # Where the model came from is in `fastgen.json`, as a name; here it may be a path.
-    config.pop("_name_or_path", None)
-    write_json(to / "config.json", config)
-    defaults = source.model.generation_config.to_dict()
-    defaults = {name: value for name, value in defaults.items() if value is not None}
-    write_json(to / "generation_config.json", defaults)
-    if source.tokenizer is not None:
-        source.tokenizer.save_pretrained(to)
-        path = to / "tokenizer_config.json"
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        write_json(path, {k: v for k, v in kept.items() if k not in OF_THIS_MACHINE})
+    The exporter's notes (stack traces, the paths of this machine) stay out of the file.
+    """
+    onnx_ir.passes.common.ClearMetadataAndDocStringPass()(graph)
+    onnx_ir.save(graph, path, external_data=path.name + ".data")
 
 
 def seal(to: Path, description: dict[str, Any]) -> None:

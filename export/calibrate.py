@@ -22,7 +22,7 @@ from fastgen.export.quantize import (
     codes_values,
 )
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer
 
 TEXT = Path(__file__).with_name("held_out.txt")  # documentation that the demo model has not seen
 ROW = 128  # tokens of a row
@@ -32,14 +32,13 @@ LEAST_BYTES = 64 << 20  # so much is held at any rate
 
 
 def rows_of_text(
-    text: str, tokenizer: PreTrainedTokenizerFast | None, vocab_size: int, limit: int | None
+    text: str, tokenizer: Tokenizer | None, vocab_size: int, limit: int | None
 ) -> list[NDArray[np.int64]]:
     """int64 rows of ROW tokens (or what the model takes); random ids without a tokenizer."""
     length = min(ROW, limit or ROW)
     if tokenizer is None:
         return list(np.random.default_rng(0).integers(0, vocab_size, (2 * TOKENS // ROW, length)))
-    backend = tokenizer.backend_tokenizer
-    ids = np.array(backend.encode(text, add_special_tokens=False).ids, np.int64)
+    ids = np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
     ids = ids[ids < vocab_size]
     rows = [ids[i : i + length] for i in range(0, len(ids), length)]
     return [row for row in rows if len(row) > 1]

@@ -10,17 +10,19 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from fastgen.export.attention import Layer
 from fastgen.export.quality import Quality
 from numpy.typing import NDArray
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from fastgen import CausalLM
 from fastgen.model import Model
 from fastgen.softmax import log_softmax
+
+if TYPE_CHECKING:  # a folder is compared without torch
+    from fastgen.export.attention import Layer
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 DECODED = 8  # last tokens of each probe that are fed one at a time
 NEW_TOKENS = 24  # of the greedy continuation
@@ -106,14 +108,20 @@ def probes(
     # Ids that it both reads and says: some read more (of images), some say more (padding).
     vocab = min(table().weight.shape[0] for table in
                 (model.get_input_embeddings, model.get_output_embeddings))  # fmt: skip
-    rows = []
-    if tokenizer is not None:
-        rows = [np.array(tokenizer(text)["input_ids"], np.int64) for text in TEXTS]
-        rows = [row[row < vocab] for row in rows]
+    texts = [] if tokenizer is None else [tokenizer(text)["input_ids"] for text in TEXTS]
+    windows = [layer.window for layer in layers if layer.window is not None]
+    return ragged(texts, vocab, limit, windows)
+
+
+def ragged(
+    texts: Sequence[Sequence[int]], vocab: int, limit: int, windows: Sequence[int]
+) -> list[NDArray[np.int64]]:
+    """Rows of ids of some texts, or random ones; one longer than the shortest window."""
+    rows = [np.array(ids, np.int64) for ids in texts]
+    rows = [row[row < vocab] for row in rows]
     if not any(len(row) > 1 for row in rows):
         random = np.random.default_rng(0)
         rows = [random.integers(0, vocab, length) for length in (11, 37, 90)]
-    windows = [layer.window for layer in layers if layer.window is not None]
     if windows and min(windows) <= 512:  # a longer one costs more than it tells
         row = np.resize(rows[-1], max(len(rows[-1]), min(windows) + 40))
         rows[-1] = row
@@ -131,6 +139,8 @@ def reference_logits(
     Positions are those that its `generate` gives it: a model that is asked without any may count
     from another number (RoBERTa's kind), and so say something else than it does as it generates.
     """
+    import torch
+
     counted = "position_ids" in inspect.signature(model.forward).parameters
     out = []
     with torch.no_grad():
@@ -145,12 +155,13 @@ def reference_logits(
 
 
 def reference_continuation(
-    model: PreTrainedModel, rows: Sequence[NDArray[np.int64]]
+    model: PreTrainedModel, rows: Sequence[NDArray[np.int64]], count: int = NEW_TOKENS
 ) -> list[NDArray[np.int64]]:
     """What the original's own `generate` adds to each row, greedily and to full length."""
+    import torch
     from transformers import GenerationConfig
 
-    greedy = GenerationConfig(max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
+    greedy = GenerationConfig(max_new_tokens=count, min_new_tokens=count, do_sample=False)
     greedy.pad_token_id = 0
     kept, model.generation_config = model.generation_config, greedy
     try:

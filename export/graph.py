@@ -22,7 +22,6 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import onnx_ir
@@ -30,6 +29,7 @@ import onnx_ir.passes.common
 import torch
 from fastgen.export import attention, experts, hooks, refuse, states
 from fastgen.export.attention import Feed, Layer, UnsupportedModel
+from fastgen.export.bundle import save
 from fastgen.export.states import Place, StatefulCache, States
 from transformers import PreTrainedModel
 
@@ -273,15 +273,6 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def save(graph: onnx_ir.Model, path: Path) -> None:
-    """Write `path` and its weights beside it, as `<name>.data`: no size limit, memory-mapped.
-
-    The exporter's notes (stack traces, the paths of this machine) stay out of the file.
-    """
-    onnx_ir.passes.common.ClearMetadataAndDocStringPass()(graph)
-    onnx_ir.save(graph, path, external_data=path.name + ".data")
 
 
 __all__ = ["INPUTS", "Any", "Kept", "convert", "kept_by", "save"]

@@ -12,35 +12,27 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 import onnx_ir
 import onnxruntime
-import torch
-import transformers
-from fastgen.export import (
-    bundle,
-    cache,
-    calibrate,
-    check,
-    graph,
-    profile,
-    quality,
-    recipe,
-    source,
-    trim,
-)
-from fastgen.export.attention import Layer, UnsupportedModel
+from fastgen.export import bundle, cache, calibrate, check, profile, quality, recipe, trim
+from fastgen.export.foreign import folder
+from fastgen.export.foreign import origin as foreign
+from fastgen.export.origin import Origin
 from fastgen.export.recipe import RECIPES
-from fastgen.export.source import Source
+from fastgen.export.unsupported import UnsupportedModel
 from numpy.typing import NDArray
-from transformers import PreTrainedModel
 
 import fastgen
+from fastgen import extras, folders, hub
 from fastgen.hub import CACHE_PRECISION, PRECISION
-from fastgen.model import GRAPH, Model
+from fastgen.model import GRAPH, INFO, Model, ModelError
 from fastgen.report import REPORT
+
+if TYPE_CHECKING:  # which a folder needs none of
+    from transformers import PreTrainedModel
 
 PRECISIONS = ("fp32", *RECIPES)
 CACHE_PRECISIONS = tuple(cache.DTYPES)
@@ -101,7 +93,7 @@ def export(
     out: str | os.PathLike[str],
     *,
     tokenizer: object | None = None,
-    precision: str = PRECISION,
+    precision: str | None = None,
     cache_precision: str = CACHE_PRECISION,
     force: bool = False,
     allow_mismatch: bool = False,
@@ -114,11 +106,13 @@ def export(
     """Export a causal language model to a model directory, proved equal to the original.
 
     Args:
-        model: a hub id, a `save_pretrained` directory, an adapter's (PEFT) of either kind, or a
-            transformers model object, which is left as it was.
+        model: a hub id, a `save_pretrained` directory, an adapter's (PEFT) of either kind, an
+            ONNX folder that others exported, or a transformers model object, which is left as it
+            was.
         out: the directory to write; it appears when it is complete.
         tokenizer: the tokenizer of a model object; without one it is exported for ids only.
-        precision: "fp32", "int8" or "int4".
+        precision: "fp32", "int8" or "int4"; None for int8, and for a folder's own (see
+            `foreign.folder`), of which there are more.
         cache_precision: "fp32" or "int8", of the keys and values that are kept.
         force: replace an existing model directory, once the new one is complete.
         allow_mismatch: keep an export that disagrees with the original beyond the tolerance.
@@ -137,8 +131,6 @@ def export(
         Mismatch: the export disagrees with the original.
         ModelError: there is no such model, or `out` cannot be written.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if cache_precision not in CACHE_PRECISIONS:
         known = ", ".join(CACHE_PRECISIONS)
         raise ValueError(f"cache_precision must be one of {known}, got {cache_precision!r}")
@@ -146,48 +138,68 @@ def export(
         raise ValueError(f"calibration must be a file with text, {calibration} is none")
     out = Path(out)
     bundle.check_free(out, force)
+    found = _folder(model, precision, revision, adapter)
+    if found is None and precision not in (None, *PRECISIONS):
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    made = (precision or PRECISION) if found is None else found.precision
     wishes = Wishes(
-        precision=precision,
+        precision=made,
         cache_precision=cache_precision,
         force=force,
         allow_mismatch=allow_mismatch,
-        tolerance=tolerance or usual_tolerance(precision, cache_precision),
+        tolerance=tolerance or usual_tolerance(made, cache_precision),
         calibration=Path(calibration or calibrate.TEXT),
     )
-    quantised = (precision != "fp32") + (cache_precision != "fp32")
+    first = "fp32" if found is None else found.first
+    quantised = (made != first) + (cache_precision != "fp32")
     shown = Progress(total=7 + 4 * quantised, stream=progress)
-    with shown.step("load") as found:
-        if not isinstance(model, PreTrainedModel):
-            loaded = source.load(model, revision, adapter)
-        elif adapter is not None:
-            raise ValueError(
-                "adapter goes with a model's name: a model object can be merged by peft"
-            )
+    with shown.step("load") as about:
+        if found is not None:
+            origin: Origin = foreign.Folder(found)
         else:
-            loaded = source.of_object(model, tokenizer)
-        found += _about(loaded)
-    with _evaluating(loaded.model):
-        _export(loaded, out, wishes, shown)
+            origin = _original(model, tokenizer, revision, adapter)
+        about += origin.about()
+    with origin.evaluating():
+        _export(origin, out, wishes, shown)
     return out
 
 
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Without dropout and advice; afterwards each module trains or does not, as before."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+def _folder(
+    model: object, precision: str | None, revision: str | None, adapter: object
+) -> folder.Choice | None:
+    """The graph of an ONNX folder, here or on the hub; None for what is no such folder."""
+    if not isinstance(model, str | os.PathLike) or adapter is not None:
+        return None
+    place = Path(model)
+    if not place.is_dir():
+        if place.exists() or not hub.is_id(model):
+            return None
+        fetched = hub.onnx_folder(str(model), precision, revision)
+        return None if fetched is None else folder.choose(fetched, precision)
+    if (place / INFO).is_file() or not hub.is_onnx(folders.names_in(place), precision):
+        return None
+    return folder.choose(place, precision)
+
+
+def _original(model: Any, tokenizer: object | None, revision: str | None, adapter: Any) -> Origin:
+    """A transformers model, by name or as it is.
+
+    Raises:
+        ModelError: there is no torch or no transformers here.
+    """
     try:
-        with source.quiet():
-            yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _about(loaded: Source) -> list[str]:
-    size = sum(p.numel() for p in loaded.model.parameters())
-    about = [f"{loaded.model.config.model_type}, {size / 1e6:,.1f} M weights"]
-    return about + ([f"for ids only: {loaded.note}"] if loaded.tokenizer is None else [])
+        from fastgen.export import original, source
+        from transformers import PreTrainedModel
+    except ImportError as error:
+        raise ModelError(
+            f"{model} is a transformers model; exporting it needs torch and transformers: "
+            f"{extras.install('export')} ({error})"
+        ) from error
+    if not isinstance(model, PreTrainedModel):
+        return original.Original(source.load(model, revision, adapter))
+    if adapter is not None:
+        raise ValueError("adapter goes with a model's name: a model object can be merged by peft")
+    return original.Original(source.of_object(model, tokenizer))
 
 
 def usual_tolerance(precision: str, cache_precision: str) -> check.Tolerance:
@@ -196,9 +208,12 @@ def usual_tolerance(precision: str, cache_precision: str) -> check.Tolerance:
 
 
 def tolerance(
-    precision: str, kl: float | None, top1: float | None, cache_precision: str = "fp32"
+    precision: str | None, kl: float | None, top1: float | None, cache_precision: str = "fp32"
 ) -> check.Tolerance | None:
     """The usual tolerance with another bound or two; None where a precision is unknown."""
+    if precision is None and kl is None and top1 is None:
+        return None  # it is known when it is known what is exported
+    precision = precision or PRECISION
     if precision not in PRECISIONS or cache_precision not in CACHE_PRECISIONS:
         return None
     given = {name: bound for name, bound in (("kl", kl), ("top1", top1)) if bound is not None}
@@ -226,20 +241,18 @@ class _Job:
         description: the content of `fastgen.json`.
     """
 
-    loaded: Source
+    origin: Origin
     wishes: Wishes
     shown: Progress
     original: check.Reference
     description: dict[str, Any]
 
-    def convert(self, kept: graph.Kept) -> onnx_ir.Model:
+    def convert(self) -> onnx_ir.Model:
         with self.shown.step("convert") as found:
-            converted = graph.convert(self.loaded.model, kept)
+            converted, about = self.origin.convert()
             trim.trim(converted, self.description["max_length"])
             self.description["hard_limit"] |= trim.rotations_are_tabled(converted)
-            states = f", {len(kept.states)} other states" if kept.states else ""
-            nodes = len(converted.graph)
-            found.append(f"{len(kept.layers)} attention layers{states}, {nodes} nodes")
+            found += [*about, f"{len(converted.graph)} nodes"]
         return converted
 
     def quantise(self, converted: onnx_ir.Model, to: Path) -> dict[str, Any]:
@@ -288,7 +301,7 @@ class _Job:
     def write(self, converted: onnx_ir.Model, to: Path, name: str) -> dict[str, Any]:
         """Write the graph and compare what it says, through fastgen's own engine."""
         to.mkdir(parents=True, exist_ok=True)
-        graph.save(converted, to / GRAPH)
+        bundle.save(converted, to / GRAPH)
         bundle.seal(to, self.description)
         rows = self.original.rows
         with self.shown.step(f"{name} logits compared") as found:
@@ -297,7 +310,7 @@ class _Job:
         with self.shown.step(f"{name} greedy text compared") as found:
             greedy = check.compare_continuation(to, rows, self.original.continuation)
             found.append(greedy.summary())
-        wrong = check.judge(logits, check.Tolerance(), greedy)
+        wrong = check.judge(logits, self.origin.tolerance, greedy)
         size = sum((to / name).stat().st_size for name in (GRAPH, f"{GRAPH}.data"))
         return {
             "bytes": size, "logits": asdict(logits), "greedy": asdict(greedy), "mismatch": wrong,
@@ -313,7 +326,7 @@ class _Job:
         """Rows of ids to calibrate on, and others to measure on."""
         text = calibrate.rows_of_text(
             self.wishes.calibration.read_text(encoding="utf-8"),
-            self.loaded.tokenizer,
+            self.origin.tokenizer,
             self.description["vocab_size"],
             self.description["max_length"],
         )
@@ -324,7 +337,7 @@ class _Job:
     ) -> dict[str, Any]:
         """What the written model costs on `rows`, and whether that is too much."""
         with self.shown.step(f"{name} text compared") as found:
-            measured = quality.measure(self.loaded.model, Model(directory), rows)
+            measured = quality.measure(self.origin.logits, Model(directory), rows)
             found.append(measured.summary())
         return {
             "quality": asdict(measured) | {"more_perplexity": measured.more_perplexity},
@@ -332,30 +345,31 @@ class _Job:
         }
 
 
-def _export(loaded: Source, out: Path, wishes: Wishes, shown: Progress) -> None:
-    kept = graph.kept_by(loaded.model)
-    with shown.step("torch logits") as found:
-        original = _reference(loaded, kept.layers)
+def _export(origin: Origin, out: Path, wishes: Wishes, shown: Progress) -> None:
+    description = origin.describe(wishes.precision)
+    with shown.step("original logits") as found:
+        original = _reference(origin)
         lengths = [len(row) for row in original.rows]
         found.append(f"{len(lengths)} rows of {', '.join(map(str, lengths))} tokens")
-    job = _Job(loaded, wishes, shown, original, bundle.describe(loaded, kept, wishes.precision))
+    job = _Job(origin, wishes, shown, original, description)
     with bundle.directory(out, wishes.force) as temporary:
-        report = _stages(job, kept, temporary)
+        report = _stages(job, temporary)
         with shown.step("time by operator") as found:
             spent = profile.by_operator(temporary)
             found += [f"{step} {next(iter(shares))}" for step, shares in spent.items()]
         with shown.step("bundle") as found:
-            bundle.write_configuration(loaded, temporary)
+            origin.write_configuration(temporary)
             report |= {
                 "time": spent,
                 "precision": wishes.precision,
                 "cache_precision": wishes.cache_precision,
-                "model": loaded.name,
+                "model": origin.name,
                 "tolerance": asdict(wishes.tolerance),
                 "probe_tokens": lengths,
-                "tokenizer": loaded.note or "saved",
+                "tokenizer": origin.note or "saved",
                 "steps": shown.steps,
-                "versions": _versions(),
+                "versions": _versions() | origin.versions(),
+                **origin.report(),
             }
             bundle.write_json(temporary / REPORT, report)
             bundle.seal(temporary, job.description)
@@ -364,15 +378,16 @@ def _export(loaded: Source, out: Path, wishes: Wishes, shown: Progress) -> None:
             found.append(f"{out}, {size / 1e6:,.1f} MB")
 
 
-def _reference(loaded: Source, layers: list[Layer]) -> check.Reference:
-    model = loaded.model
-    rows = check.probes(model, loaded.tokenizer, layers)
+def _reference(origin: Origin) -> check.Reference:
+    rows = origin.probes()
     return check.Reference(
-        rows, check.reference_logits(model, rows), check.reference_continuation(model, rows)
+        rows,
+        [origin.logits(row) for row in rows],
+        [origin.continuation(row, check.NEW_TOKENS) for row in rows],
     )
 
 
-def _stages(job: _Job, kept: graph.Kept, out: Path) -> dict[str, Any]:
+def _stages(job: _Job, out: Path) -> dict[str, Any]:
     """Convert, prove, and quantise what is to be quantised; the last stage is written to `out`.
 
     Earlier ones go to a directory of their own, and the next one reads their weights from its
@@ -381,11 +396,11 @@ def _stages(job: _Job, kept: graph.Kept, out: Path) -> dict[str, Any]:
     kinds = []
     if job.wishes.cache_precision != "fp32":
         kinds.append("cache")
-    if job.wishes.precision != "fp32":
+    if job.wishes.precision != job.origin.first:
         kinds.append("weights")
     work = out / "work"
     place = work / "fp32" if kinds else out
-    converted = job.convert(kept)
+    converted = job.convert()
     report = proved = job.write(converted, place, "ONNX")
     job.judge(report)
     for kind in kinds:
@@ -405,8 +420,6 @@ def _stages(job: _Job, kept: graph.Kept, out: Path) -> dict[str, Any]:
 def _versions() -> dict[str, str]:
     return {
         "fastgen": fastgen.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
         "onnxruntime": onnxruntime.__version__,
         "python": platform.python_version(),
     }

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
-from fastgen.export import calibrate, experts, smooth
+from fastgen.export import calibrate, smooth
 from fastgen.export.gptq import gptq, search_scales
 from fastgen.export.quantize import (
     W8A8,
@@ -20,6 +22,9 @@ from fastgen.export.quantize import (
     quantize,
 )
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from fastgen.export import experts
 
 OUT_OF_LINE = 2.5  # times the median error of the layers: such a matrix is kept wider
 BUDGET = 0.08  # of the quantised size, for matrices in a wider type
@@ -92,7 +97,8 @@ def make(
         calibration text came to.
     """
     recipe = RECIPES[precision]
-    mixed, reached = experts.plan(model, recipe.experts, rows, shown)
+    experts = _experts(model.graph)
+    mixed, reached = experts.plan(model, recipe.experts, rows, shown) if experts else ({}, [])
     found = products(model.graph)
     plans: dict[str, Plan] = {}
     smoothed: list[str] = []
@@ -114,10 +120,19 @@ def make(
     ]
     made += [
         Made(name, str(stored.kernel), round(stored.error, 6), wide=False)
-        for name, stored in experts.quantize(model, mixed)
+        for name, stored in (experts.quantize(model, mixed) if experts else ())
     ]
     quantize(model, lambda product: plans.pop(product.name).choice)
     return made, smoothed, reached
+
+
+def _experts(graph: ir.Graph) -> ModuleType | None:
+    """What knows of mixtures, and of torch, which other graphs are quantised without."""
+    if all(node.op_type not in ("MoE", "Loop") for node in graph):
+        return None
+    from fastgen.export import experts
+
+    return experts
 
 
 def _smoothed(

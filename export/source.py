@@ -15,6 +15,7 @@ import transformers
 from fastgen.export import adapter, refuse, rope, sparse, text
 from fastgen.export.attention import UnsupportedModel
 from fastgen.export.check import TEXTS
+from fastgen.export.origin import name_of
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -132,14 +133,6 @@ def _settle(model: PreTrainedModel) -> None:
     """Give it as many positions as the graph can say the same for."""
     sparse.settle(model)
     rope.settle(model)
-
-
-def name_of(path: Path) -> str:
-    """What the model in a directory is called; the hub's own cache tells its id."""
-    parts = path.resolve().parts
-    if len(parts) > 2 and parts[-2] == "snapshots" and parts[-3].startswith("models--"):
-        return parts[-3].removeprefix("models--").replace("--", "/")
-    return parts[-1]
 
 
 def _configuration(path: Path) -> PretrainedConfig:

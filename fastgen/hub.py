@@ -6,14 +6,16 @@ Whatever is written is written beside its place and renamed when it is complete.
 from __future__ import annotations
 
 import contextlib
+import glob
+import importlib.util
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastgen import extras, swap
-from fastgen.model import INFO, ModelError, ModelInfo
+from fastgen import extras, folders, swap
+from fastgen.model import INFO, PRECISIONS, ModelError, ModelInfo
 
 DEMO = Path(__file__).parent / "demo"
 PRECISION = "int8"  # of an export where none is asked for
@@ -45,14 +47,21 @@ def directory(name_or_path: str | os.PathLike[str] | None) -> Path:
     if name_or_path is None:
         return DEMO
     if _is_here(name_or_path):
-        return Path(name_or_path)
+        place = Path(name_or_path)
+        known = (place / INFO).is_file() or not place.is_dir() or not _is_foreign(place)
+        return place if known else exported(name_or_path, None, None, None)
     # A repository that is not ours is not worth its weights: look for the description first.
-    if not (snapshot(str(name_or_path), only=[INFO, "config.json"]) / INFO).is_file():
-        raise ModelError(
-            f"the hub repository {name_or_path} holds no fastgen model ({INFO}); for a "
-            "transformers model use CausalLM.from_pretrained, or `fastgen export`"
-        )
-    return snapshot(str(name_or_path))
+    if (snapshot(str(name_or_path), only=[INFO, "config.json"]) / INFO).is_file():
+        return snapshot(str(name_or_path))
+    return exported(name_or_path, None, None, None)
+
+
+def _is_foreign(place: Path) -> bool:
+    """Whether a directory holds what others made: an ONNX folder or a transformers model."""
+    names = folders.names_in(place)
+    return folders.place_of(names) is not None or (
+        "config.json" in names and folders.holds_torch(names)
+    )
 
 
 def exported(
@@ -65,7 +74,8 @@ def exported(
 
     Args:
         precision, cache_precision: None for any of a fastgen directory, for PRECISION and
-            CACHE_PRECISION of an export.
+            CACHE_PRECISION of a transformers model's export, for the folder's own of an ONNX
+            folder's.
 
     Raises:
         ModelError: there is no such model, or it is one of another precision.
@@ -76,23 +86,100 @@ def exported(
         source = Path(name_or_path)
         if not source.is_dir():
             raise ModelError(f"{source} is not a directory, nor a hub id")
-        key = str(source.resolve()) + _fingerprint(source)
-    else:
-        source = transformers_snapshot(str(name_or_path), revision)
-        key = str(name_or_path) + source.name
         if (source / INFO).is_file():
-            source = snapshot(str(name_or_path), revision)
-    if (source / INFO).is_file():
-        return _of_precision(source, precision, cache_precision)
-    wanted, kept = precision or PRECISION, cache_precision or CACHE_PRECISION
+            return _of_precision(source, precision, cache_precision)
+        key = str(source.resolve()) + _fingerprint(source)
+        foreign = is_onnx(folders.names_in(source), precision)
+    else:
+        names = listed(str(name_or_path), revision)
+        if INFO in names:
+            found = snapshot(str(name_or_path), revision)
+            return _of_precision(found, precision, cache_precision)
+        foreign = is_onnx(names, precision)
+        if foreign:
+            source = _onnx_snapshot(str(name_or_path), names, precision, revision)
+        else:
+            source = transformers_snapshot(str(name_or_path), revision)
+        key = str(name_or_path) + _commit(source)
+    wanted, kept = precision or ("" if foreign else PRECISION), cache_precision or CACHE_PRECISION
     digest = hashlib.sha256(key.encode()).hexdigest()[:12]
     name = re.sub(r"[^\w.-]+", "--", str(name_or_path).strip("/"))[-60:]
-    out = cache_directory() / f"{name}-{kind(wanted, kept)}-{digest}"
+    out = cache_directory() / f"{name}-{kind(wanted or 'onnx', kept)}-{digest}"
     if not (out / INFO).is_file():
-        with _locked(out.with_name(out.name + ".lock")):
+        with locked(out.with_name(out.name + ".lock")):
             if not (out / INFO).is_file():  # another process may have made it meanwhile
-                _export(source, out, wanted, kept)
+                _export(source, out, wanted or None, kept, foreign)
     return out
+
+
+def is_onnx(names: Iterable[str], precision: str | None) -> bool:
+    """Whether files are to be opened as an ONNX folder.
+
+    Where weights for torch lie beside the graphs, and torch is here, they are the original:
+    its own precisions are made of them, and those that only the folder has are the folder's.
+    """
+    names = list(names)
+    if folders.place_of(names) is None:
+        return False
+    if not folders.holds_torch(names) or not _has_torch():
+        return True
+    return precision is not None and precision not in PRECISIONS
+
+
+def _has_torch() -> bool:
+    try:
+        return all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
+    except ImportError:
+        return False
+
+
+def listed(repository: str, revision: str | None = None) -> list[str]:
+    """The names of a repository's files; of those in the hub's own cache where it is away.
+
+    Raises:
+        ModelError: it cannot be reached and is not in the cache, or does not exist.
+    """
+    import huggingface_hub
+
+    try:
+        return list(huggingface_hub.list_repo_files(repository, revision=revision))
+    except Exception:  # what is wrong is said by `snapshot`, unless a copy is here
+        return _names_below(snapshot(repository, revision, only=[INFO, "config.json"]))
+
+
+def _names_below(place: Path) -> list[str]:
+    return [p.relative_to(place).as_posix() for p in sorted(place.rglob("*")) if p.is_file()]
+
+
+def onnx_folder(repository: str, precision: str | None, revision: str | None) -> Path | None:
+    """What an ONNX folder on the hub needs for a precision, here; None for what is no such folder.
+
+    Raises:
+        ModelError: it cannot be reached or does not exist, or is no decoder, or not of that
+            precision.
+    """
+    names = listed(repository, revision)
+    if INFO in names or not is_onnx(names, precision):
+        return None
+    return _onnx_snapshot(repository, names, precision, revision)
+
+
+def _onnx_snapshot(
+    repository: str, names: Sequence[str], precision: str | None, revision: str | None
+) -> Path:
+    try:
+        needed = folders.wanted(names, precision)
+    except ModelError as error:
+        raise ModelError(f"{repository} cannot be opened: {error}") from error
+    place = folders.place_of(needed) or ""
+    found = snapshot(repository, revision, only=[glob.escape(name) for name in needed])
+    return found if place in ("", "onnx") else found / place
+
+
+def _commit(source: Path) -> str:
+    """The commit that a snapshot is of, and the folder in it."""
+    parts = source.parts
+    return "/".join(parts[parts.index("snapshots") + 1 :]) if "snapshots" in parts else source.name
 
 
 def kind(precision: str, cache_precision: str) -> str:
@@ -161,10 +248,10 @@ def cache_directory() -> Path:
 
 def _is_here(name: str | os.PathLike[str]) -> bool:
     """Whether a name is a path. What a killed export of that path left is put back first."""
-    return Path(name).exists() or swap.restore(Path(name)) or not _is_hub_id(name)
+    return Path(name).exists() or swap.restore(Path(name)) or not is_id(name)
 
 
-def _is_hub_id(name: str | os.PathLike[str]) -> bool:
+def is_id(name: str | os.PathLike[str]) -> bool:
     return bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name))) and not str(name).startswith(".")
 
 
@@ -186,19 +273,24 @@ def _of_precision(source: Path, precision: str | None, cache_precision: str | No
     return source
 
 
-def _export(source: Path, out: Path, precision: str, cache_precision: str) -> None:
+def _export(
+    source: Path, out: Path, precision: str | None, cache_precision: str, foreign: bool
+) -> None:
     try:
         from fastgen.export import pipeline
     except ImportError as error:
-        raise ModelError(
-            f"{source} is a transformers model; exporting it needs torch and transformers: "
-            f"{extras.install('export')} ({error})"
-        ) from error
+        what = (
+            f"an ONNX folder; opening it needs onnx: {extras.install('onnx')}"
+            if foreign
+            else "a transformers model; exporting it needs torch and transformers: "
+            f"{extras.install('export')}"
+        )
+        raise ModelError(f"{source} is {what} ({error})") from error
     pipeline.export(source, out, precision=precision, cache_precision=cache_precision)
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Hold a lock file, which goes when the process does; others wait."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:

@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir
 import pytest
 import tiny
+import tokenizers
 import torch
 from fastgen.export import Mismatch, bundle, cache, calibrate, export, graph, pipeline
 from fastgen.export.check import Tolerance
@@ -173,9 +174,7 @@ def demo():
     model = fastgen.load()
     info = model.model.info
     text = calibrate.TEXT.read_text(encoding="utf-8")
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(hub.DEMO / "tokenizer.json"))
+    tokenizer = tokenizers.Tokenizer.from_file(str(hub.DEMO / "tokenizer.json"))
     rows = calibrate.rows_of_text(text, tokenizer, info.vocab_size, info.max_length)
     return model.model, *calibrate.halves(rows)
 

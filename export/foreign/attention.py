@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from fastgen.export.foreign.shapes import Seen
 from fastgen.export.foreign.signature import Signature
 from fastgen.export.trim import MICROSOFT, add_initializer, constant, insert
 from fastgen.export.unsupported import UnsupportedModel
@@ -202,9 +201,7 @@ def _follow(layer: int, node: ir.Node, through: set[str], to: str) -> ir.Node:
     """The next `to` behind `node`, through operators that are known."""
     while True:
         uses = [
-            use.node
-            for use in node.outputs[0].uses()
-            if use.node.op_type not in ("Shape", "IsNaN")
+            use.node for use in node.outputs[0].uses() if use.node.op_type not in ("Shape", "IsNaN")
         ]
         if len(set(uses)) != 1:
             raise refused(layer, f"{node.op_type} ({node.name}) has {len(set(uses))} readers")

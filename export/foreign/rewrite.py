@@ -16,7 +16,13 @@ from fastgen.export.foreign import attention, plain, shapes
 from fastgen.export.foreign.attention import Feed, is_grouped
 from fastgen.export.foreign.prepare import drop_idle, prepare
 from fastgen.export.foreign.signature import KEEP, LOGITS, MASK, POSITIONS, Signature
-from fastgen.export.trim import add_initializer, clean_up, constant, insert, products_without_reshapes
+from fastgen.export.trim import (
+    add_initializer,
+    clean_up,
+    constant,
+    insert,
+    products_without_reshapes,
+)
 from fastgen.export.unsupported import UnsupportedModel
 from numpy.typing import NDArray
 
@@ -262,7 +268,7 @@ def _read_at_positions(value: ir.Value, axis: int) -> bool:
         node = use.node
         if node.op_type == "Gather" and use.idx == 0 and node.attributes.get_int("axis", 0) == 0:
             continue
-        if node.op_type == "Squeeze" and axis == 2 or node.op_type == "Cast":
+        if (node.op_type == "Squeeze" and axis == 2) or node.op_type == "Cast":
             if _read_at_positions(node.outputs[0], 0 if node.op_type == "Squeeze" else axis):
                 continue
         return False
@@ -283,9 +289,9 @@ def _gather(graph: ir.Graph, seen: shapes.Seen) -> None:
             break
         if node.op_type == "DynamicQuantizeLinear":
             reader, hidden = node, node.inputs[0]
-        elif _picks(node, seen):
-            hidden = node.inputs[0]
-        elif node.op_type in ("Cast", "Reshape", "Squeeze") and node.op_type != "Cast":
+        elif _picks(node, seen) or (
+            node.op_type in ("Cast", "Reshape", "Squeeze") and node.op_type != "Cast"
+        ):
             hidden = node.inputs[0]
         else:
             break
@@ -305,7 +311,8 @@ def _head(logits: ir.Value, seen: shapes.Seen) -> ir.Node:
     value: ir.Value | None = logits
     while value is not None and (node := value.producer()) is not None:
         if node.op_type in HEADS and (
-            node.op_type not in ("MatMul", "Gemm") or constant(node.inputs[1]) is not None
+            node.op_type not in ("MatMul", "Gemm")
+            or constant(node.inputs[1]) is not None
             or _is_weight(node.inputs[1])
         ):
             return node

@@ -10,14 +10,18 @@ import click
 
 from fastgen import extras
 from fastgen.commands.say import clear_errors
-from fastgen.hub import CACHE_PRECISION, PRECISION, kind
+from fastgen.hub import CACHE_PRECISION, kind
 from fastgen.interrupt import ended_at_once
 
 
 @click.command()
 @click.argument("model")
 @click.argument("out", required=False, type=click.Path(path_type=Path))
-@click.option("--precision", default=PRECISION, show_default=True, help="fp32, int8 or int4")
+@click.option(
+    "--precision",
+    help="fp32, int8 or int4 [default: int8]; of an ONNX folder also its own: q4, q8, fp16, q4f16, "
+    "bnb4 ... [default: q4, else q8, else fp32]",
+)
 @click.option(
     "--cache-precision",
     default=CACHE_PRECISION,
@@ -34,7 +38,7 @@ from fastgen.interrupt import ended_at_once
 @click.option("--revision", help="branch, tag or commit of a hub repository")
 @click.option("--adapter", help="merge this adapter (PEFT) first: a directory or a hub id")
 def export(
-    model: str, out: Path | None, precision: str, cache_precision: str, force: bool,
+    model: str, out: Path | None, precision: str | None, cache_precision: str, force: bool,
     allow_mismatch: bool, max_kl: float | None, min_top1: float | None, calibration: Path | None,
     revision: str | None, adapter: str | None,
 ) -> None:  # fmt: skip

@@ -1,0 +1,275 @@
+"""An ONNX folder as the origin of an export: the graph as it is, and the graph by the contract."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import tokenizers
+from fastgen.export import check
+from fastgen.export.bundle import write_json
+from fastgen.export.foreign import folder, rewrite, signature
+from fastgen.export.foreign.folder import Choice
+from fastgen.export.foreign.plain import Plain
+from fastgen.export.foreign.signature import POSITIONS
+from fastgen.export.origin import name_of
+from fastgen.export.trim import constant
+from fastgen.export.unsupported import UnsupportedModel
+from numpy.typing import NDArray
+
+import fastgen
+from fastgen.model import FORMAT
+
+LIMITS = ("max_position_embeddings", "n_positions", "n_ctx", "seq_length", "max_seq_len")
+# What a rewritten graph may differ by from the folder's, by what is in it.
+EXACT = check.Tolerance(max_difference=1e-5)
+BLOCKS = check.Tolerance(max_difference=1e-3, kl=1e-5, top1=0.99)
+HALVES = check.Tolerance(max_difference=3e-2, kl=1e-3, top1=0.95, greedy=False)
+SHARED = check.Tolerance(max_difference=0.5, kl=0.1, top1=0.7, greedy=False)
+
+
+class Folder:
+    """A graph of an ONNX folder. See `origin.Origin`."""
+
+    def __init__(self, choice: Choice) -> None:
+        self.choice = choice
+        self.name = name_of(choice.folder)
+        self.first = choice.first
+        self.config = choice.config
+        with _named(self.name):
+            files = choice.files
+            model = ir.load(choice.graph)
+            self.signature = signature.read(model.graph, self._heads())
+            self.operators = {node.op_type for node in model.graph.all_nodes()}
+            self.plain = Plain(choice.graph, files, self.signature)
+        self.tokenizer, self.note = _tokenizer(choice.folder)
+        self.bytes = sum(path.stat().st_size for path in (choice.graph, *files))
+
+    def _heads(self) -> tuple[int, int] | None:
+        """Key heads and their size, as the configuration says; None where it does not."""
+        heads = self.config.get("num_attention_heads")
+        size = self.config.get("head_dim") or (
+            self.config["hidden_size"] // heads if heads and "hidden_size" in self.config else None
+        )
+        kept = self.config.get("num_key_value_heads") or heads
+        return (kept, size) if kept and size else None
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        yield
+
+    @cached_property
+    def vocab(self) -> int:
+        """Ids that it both reads and says."""
+        said = self.logits(np.zeros(1, np.int64)).shape[-1]
+        read = self.config.get("vocab_size")
+        return min(said, read) if isinstance(read, int) else said
+
+    @cached_property
+    def limit(self) -> int | None:
+        """Positions: as the configuration says, and not more than the graph's tables have."""
+        known = [self.config.get(name) for name in LIMITS]
+        said = next((limit for limit in known if isinstance(limit, int) and limit > 0), None)
+        tables = self._tables()
+        return min([*tables, *([said] if said else [])], default=None)
+
+    def _tables(self) -> list[int]:
+        """Rows of the tables that the graph looks positions up in."""
+        found = []
+        for node in self.rewritten.model.graph:
+            if node.op_type == "GroupQueryAttention" and node.attributes.get_int("do_rotary", 0):
+                table = node.inputs[7]
+                if table is not None and table.shape is not None:
+                    found.append(int(table.shape[0]))
+            if node.op_type == "Gather" and (table := constant(node.inputs[0])) is not None:
+                offset = _offset(node.inputs[1])
+                if offset is not None and table.ndim > 1:
+                    found.append(len(table) - offset)
+        return found
+
+    @cached_property
+    def rewritten(self) -> rewrite.Rewritten:
+        with _named(self.name):
+            model = ir.load(self.choice.graph)
+            config = self.config
+            said = next(
+                (config[name] for name in LIMITS if isinstance(config.get(name), int)), None
+            )
+            window = config.get("sliding_window") or config.get("window_size")
+            return rewrite.rewrite(
+                model, self.signature, self.vocab, window if isinstance(window, int) else None, said
+            )
+
+    @property
+    def tolerance(self) -> check.Tolerance:
+        if self.operators & {"DynamicQuantizeLinear", "DynamicQuantizeMatMul", "QLinearMatMul"}:
+            return SHARED
+        if self.rewritten.halves:
+            return HALVES
+        return EXACT if self.first == "fp32" else BLOCKS
+
+    def about(self) -> list[str]:
+        kind = self.config.get("model_type", "unknown type")
+        shown = f"{kind}, {self.choice.graph.name} ({self.choice.name})"
+        about = [shown, f"{self.bytes / 1e6:,.1f} MB"]
+        return about + ([f"for ids only: {self.note}"] if self.tokenizer is None else [])
+
+    def probes(self) -> list[NDArray[np.int64]]:
+        texts = (
+            [] if self.tokenizer is None else [self.tokenizer.encode(t).ids for t in check.TEXTS]
+        )
+        windows = [window for window in self.rewritten.windows if window is not None]
+        return check.ragged(texts, self.vocab, self.limit or 1 << 20, windows)
+
+    def logits(self, row: NDArray[np.int64]) -> NDArray[np.float32]:
+        return self.plain.logits(row)
+
+    def continuation(self, row: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+        return self.plain.continuation(row, count)
+
+    def convert(self) -> tuple[ir.Model, list[str]]:
+        made = self.rewritten
+        kinds = " and ".join(dict.fromkeys(made.kinds))
+        about = [f"{len(made.layers)} attention layers of {kinds}"]
+        if made.halves:
+            about.append("half precision became single")
+        return made.model, about
+
+    def describe(self, precision: str) -> dict[str, Any]:
+        made = self.rewritten
+        logits = next(value for value in made.model.graph.outputs if value.name == "logits")
+        assert logits.shape is not None
+        return {
+            "format": FORMAT,
+            "fastgen": fastgen.__version__,
+            "precision": precision,
+            "model_type": self.config.get("model_type", "unknown"),
+            "name": self.name,
+            "parameters": _parameters(made.model.graph),
+            "vocab_size": int(logits.shape[2]),
+            "max_length": self.limit,
+            "hard_limit": bool(self._tables()),
+            "layers": [list(layer) for layer in made.layers],
+            "states": [],
+            "cache_dtype": "float32",
+        }
+
+    def report(self) -> dict[str, Any]:
+        made = self.rewritten
+        notes = []
+        if self.operators & {"DynamicQuantizeLinear", "DynamicQuantizeMatMul"}:
+            notes.append(
+                "activations have one scale for all rows and tokens of a step: what a row says "
+                "depends on its neighbours by some percent. Prefer another precision"
+            )
+        said = self.config.get("sliding_window")
+        used = self.config.get("use_sliding_window", True)
+        if isinstance(said, int) and used and not any(made.windows):
+            notes.append(f"config.json has a window of {said} tokens, the folder's graph has none")
+        capped = self.config.get("attn_logit_softcapping")
+        caps = any(
+            node.attributes.get_float("softcap", 0.0)
+            for node in made.model.graph
+            if node.op_type == "GroupQueryAttention"
+        )
+        if capped and not caps:
+            notes.append(f"config.json caps scores at {capped}, the folder's graph does not")
+        return {
+            "folder": {
+                "graph": self.choice.graph.name,
+                "precision": self.choice.name,
+                "attention": sorted(set(made.kinds)),
+                "windows": made.windows,
+                "half_precision_became_single": made.halves,
+                "notes": notes,
+                "promise": "equals the folder, which may differ from its config.json",
+            }
+        }
+
+    def versions(self) -> dict[str, str]:
+        return {"onnx": onnx.__version__, "onnx_ir": ir.__version__}
+
+    def write_configuration(self, to: Path) -> None:
+        write_json(to / folder.CONFIG, self.config)
+        write_json(to / folder.DEFAULTS, self.choice.defaults)
+        if self.tokenizer is None:
+            return
+        for name in folder.TOKENIZER:
+            path = self.choice.folder / name
+            if path.is_file():
+                shutil.copyfile(path, to / name)
+        if not (to / "tokenizer_config.json").exists():
+            write_json(to / "tokenizer_config.json", {})
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Errors with the name of the folder before them."""
+    try:
+        yield
+    except UnsupportedModel as error:
+        raise UnsupportedModel(f"{name} cannot be exported: {error}") from error
+
+
+def _offset(index: ir.Value | None) -> int | None:
+    """What is added to positions before they are looked up; None for other indices."""
+    offset = 0
+    while index is not None:
+        if index.name == POSITIONS:
+            return offset
+        node = index.producer()
+        if node is None or node.op_type not in ("Add", "Cast", "Unsqueeze", "Reshape"):
+            return None
+        if node.op_type == "Add":
+            constants = [constant(value) for value in node.inputs]
+            added = next((array for array in constants if array is not None), None)
+            if added is None:
+                return None
+            offset += int(np.asarray(added).reshape(-1)[0])
+            index = next(
+                v for v, array in zip(node.inputs, constants, strict=True) if array is None
+            )
+        else:
+            index = node.inputs[0]
+    return None
+
+
+def _parameters(graph: ir.Graph) -> int:
+    """Numbers of the matrices and tables, quantised ones counted as what they stand for."""
+    sizes = {
+        name: int(np.prod(value.const_value.shape.numpy()))
+        for name, value in graph.initializers.items()
+        if value.const_value is not None and value.const_value.dtype.is_floating_point()
+    }
+    total = 0
+    for node in graph:
+        if node.op_type == "MatMulNBits":
+            total += node.attributes.get_int("K", 0) * node.attributes.get_int("N", 0)
+            for value in node.inputs[1:4]:
+                sizes.pop(str(value.name), None) if value is not None else None
+        elif node.op_type == "MatMulInteger":
+            weight = node.inputs[1]
+            if weight is not None and weight.const_value is not None:
+                total += int(np.prod(weight.const_value.shape.numpy()))
+    return total + sum(sizes.values())
+
+
+def _tokenizer(place: Path) -> tuple[tokenizers.Tokenizer | None, str]:
+    path = place / "tokenizer.json"
+    if not path.is_file():
+        return None, "the folder has no tokenizer.json"
+    try:
+        found = tokenizers.Tokenizer.from_str(json.dumps(json.loads(path.read_text("utf-8"))))
+    except Exception as error:  # tokenizers raises Exception itself
+        return None, f"its tokenizer.json cannot be read: {error}"
+    found.no_truncation()
+    found.no_padding()
+    return found, ""

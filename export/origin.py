@@ -1,0 +1,75 @@
+"""What a graph is made of, whatever it is: the same steps follow for all."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import onnx_ir
+    import tokenizers
+    from fastgen.export.check import Tolerance
+
+
+class Origin(Protocol):
+    """A transformers model, or an ONNX folder.
+
+    Attributes:
+        name: what it is called: a hub id or a directory's own name, never a path.
+        tokenizer: that cuts its texts; None for ids only.
+        note: why there is no tokenizer.
+        tolerance: what the graph may differ by from the original, before it is quantised.
+        first: the precision of that graph.
+    """
+
+    name: str
+    note: str
+    first: str
+
+    @property
+    def tokenizer(self) -> tokenizers.Tokenizer | None: ...
+
+    @property
+    def tolerance(self) -> Tolerance: ...
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """While it is read and asked."""
+
+    def about(self) -> list[str]:
+        """What is shown of it."""
+
+    def probes(self) -> list[NDArray[np.int64]]:
+        """Ragged rows of ids to compare on."""
+
+    def logits(self, row: NDArray[np.int64]) -> NDArray[np.float32]:
+        """What the original says: float32 [length, vocab] of one row."""
+
+    def continuation(self, row: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+        """The tokens that the original adds to a row, greedily."""
+
+    def convert(self) -> tuple[onnx_ir.Model, list[str]]:
+        """The graph by the contract, not trimmed, and what is shown of it."""
+
+    def describe(self, precision: str) -> dict[str, Any]:
+        """The content of `fastgen.json`, but for the files."""
+
+    def report(self) -> dict[str, Any]:
+        """What else the report says."""
+
+    def versions(self) -> dict[str, str]:
+        """Of what it was read with."""
+
+    def write_configuration(self, to: Path) -> None:
+        """config.json, generation_config.json and the tokenizer's files."""
+
+
+def name_of(path: Path) -> str:
+    """What the model in a directory is called; the hub's own cache tells its id."""
+    parts = path.resolve().parts
+    if len(parts) > 2 and parts[-2] == "snapshots" and parts[-3].startswith("models--"):
+        return parts[-3].removeprefix("models--").replace("--", "/")
+    return parts[-1]
