@@ -9,7 +9,7 @@ import os
 import sys
 from typing import TextIO
 
-from fastgen.interrupt import QUIET_EXIT, ended_at_once
+from fastgen.interrupt import QUIET_EXIT, ended_at_once, heard
 
 STREAMS = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))
 
@@ -20,7 +20,8 @@ def main() -> None:
     try:
         with ended_at_once():
             from fastgen.commands import run
-        code = run(sys.argv[1:])
+        with heard():
+            code = run(sys.argv[1:])
     except KeyboardInterrupt:
         code = QUIET_EXIT
     for stream in (sys.stdout, sys.stderr):

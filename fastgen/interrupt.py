@@ -1,13 +1,19 @@
-"""Ctrl-C: what ends at once while libraries are imported; what ends only between two steps."""
+"""Ctrl-C: what ends at once while libraries are imported; what ends only between two steps; and how
+it is heard where Python would lose it.
+"""
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import os
 import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator
 
 QUIET_EXIT = 130  # as shells count an end by Ctrl-C
+SOON = 0.01  # seconds until a Ctrl-C that was lost comes again
 
 
 @contextlib.contextmanager
@@ -42,3 +48,26 @@ def noted() -> Iterator[Callable[[], bool]]:
         yield lambda: bool(came)
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextlib.contextmanager
+def heard() -> Iterator[None]:
+    """For all of a program: a Ctrl-C that comes in a destructor or a callback comes again.
+
+    Python ignores exceptions there, and with them that one.
+    """
+    usual = sys.unraisablehook
+
+    def hook(lost: sys.UnraisableHookArgs) -> None:
+        if not issubclass(lost.exc_type, KeyboardInterrupt):
+            usual(lost)
+            return
+        again = threading.Timer(SOON, _thread.interrupt_main)
+        again.daemon = True
+        again.start()
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = usual

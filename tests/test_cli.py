@@ -443,3 +443,25 @@ def test_ctrl_c_during_an_export_leaves_nothing_and_ends_it_quietly(
     assert b"Traceback" not in err, err.decode()
     assert all(re.match(rb"\[\d+/\d+\] ", line) for line in err.split(b"\n") if line), err.decode()
     assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_in_a_destructor_is_heard():
+    """Python ignores what is raised there: an export went on as if nothing had been asked."""
+    program = """
+import os, signal, time
+from fastgen.interrupt import heard
+
+class Gone:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.001)
+
+with heard():
+    try:
+        Gone()
+        time.sleep(30)
+    except KeyboardInterrupt:
+        print("heard")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.stdout, done.stderr, done.returncode) == ("heard\n", "", 0)
