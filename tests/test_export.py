@@ -377,17 +377,17 @@ def test_a_vocabulary_larger_than_the_tokenizer(pair):
 
 _ROPE = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "recurrent_gemma": ("recurrent_gemma", {
-        "head_dim": 8, "lru_width": 32, "attention_window_size": 8, "num_hidden_layers": 3},
-        "recurrent state of its own"),
     "roberta": ("roberta", {}, "mask is not causal"),
     "gemma3's rotations": ("gemma3_text", {"head_dim": 16, "rope_parameters": {
         "full_attention": _ROPE, "sliding_attention": _ROPE}}, "'dynamic'"),
-    "deepseek_v32": ("deepseek_v32", {
-        "num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 16,
-        "qk_rope_head_dim": 8, "v_head_dim": 16, "n_routed_experts": 4, "num_experts_per_tok": 2,
-        "n_group": 1, "topk_group": 1, "moe_intermediate_size": 32},
-        r"sparse \(layers of the kind indexed_attention\)"),
+    "positions of rows": ("cpmant", {"dim_head": 16, "dim_ff": 96, "prompt_types": 2},
+        "takes no position_ids, and rows of different lengths need them"),
+    "attention of its own": ("xlm", {"emb_dim": 64, "n_heads": 4, "n_layers": 2},
+        "does not go through transformers' AttentionInterface"),
+    "keys that are compressed": ("deepseek_v4", {
+        "head_dim": 16, "qk_rope_head_dim": 8, "n_routed_experts": 4, "moe_intermediate_size": 32,
+        "layer_types": ["compressed_sparse_attention", "heavily_compressed_attention"]},
+        r"sparse \(layers of the kind compressed_sparse_attention"),
 }  # fmt: skip
 
 
