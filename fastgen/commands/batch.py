@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import click
@@ -62,13 +63,14 @@ def batch(
         if flags["address"] is not None:
             arguments = {"model": model, "keep": keep, "seed": seed or 0, "ids": ids, **wanted}
             arguments |= {"threads": threads, "max_rows": max_rows or MAX_ROWS}
+            arguments |= {"created": int(time.time())}
             on_a_cluster("Generate", arguments, source, out, kind, restart, quiet, flags)
             return
         only_on_a_cluster(flags)
         rows = Source.of(source, kind)
         loaded = load(model, threads)
         params.resolve(loaded.generation_config.to_dict(), None, wanted)
-        Reader(loaded, wanted, keep, 0).check(rows.columns() or ())
+        Reader(loaded, wanted, keep).check(rows.columns() or ())
         settings = {
             "command": "batch",
             "model": loaded.model.fingerprint,
@@ -77,5 +79,6 @@ def batch(
             "ids": ids,
         }
         with Job(rows, out, settings, seed=seed, restart=restart) as job:
-            reader = Reader(loaded, wanted, keep, job.begun["seed"])
-            do(job, Generation(loaded, reader, ids, max_rows or MAX_ROWS), quiet)
+            begun = job.begun
+            reader = Reader(loaded, wanted, keep, begun["seed"], ids, begun["created"])
+            do(job, Generation(reader, max_rows or MAX_ROWS), quiet)

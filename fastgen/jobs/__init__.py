@@ -2,9 +2,12 @@
 
 row         a row as found, and what it became     source      files -> rows
 ask         a row -> a prompt and knobs            parquet     tables in and out
-generation  asks -> texts, side by side            scoring     rows -> how likely they are
-journal     what is done, whatever happens         job         all of it together
-node        a model's directory, once a node       cluster     the same on Ray
+openai      a line of OpenAI's -> its answer       scoring     rows -> how likely they are
+generation  what is asked for -> texts             journal     what is done, whatever happens
+job         all of it together
+node        a model's directory, once a node       cluster     engines for Ray Data
+ray_files   lines for Ray Data                     spread      a job on a cluster
+replicas    the service on Ray Serve
 """
 
 from __future__ import annotations
@@ -12,7 +15,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastgen.jobs.cluster import Generate, Score, deployment
+    from fastgen.jobs.cluster import Generate, Score
+    from fastgen.jobs.replicas import deployment
 
 __all__ = ["Generate", "Score", "deployment"]
 
@@ -21,6 +25,6 @@ def __getattr__(name: str) -> Any:
     """What is offered, imported when it is first used."""
     if name not in __all__:
         raise AttributeError(f"module 'fastgen.jobs' has no attribute {name!r}")
-    from fastgen.jobs import cluster
+    from fastgen.jobs import cluster, replicas
 
-    return getattr(cluster, name)
+    return getattr(replicas if name == "deployment" else cluster, name)

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from fastgen import chat, params, values
+from fastgen import chat, extras, params, values
+from fastgen.call import Call, Writer
 from fastgen.generator import CausalLM
+from fastgen.jobs.row import Outcome, Row
+from fastgen.output import Token
 from fastgen.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from fastgen.jobs.openai import Line, Offline
 
 PROMPTS = ("prompt", "messages", "input_ids", "prompt_ids")
 OF_CHAT = ("tools", "template_variables")
@@ -28,6 +35,23 @@ NEW_TOKENS, OF_REPLY = 64, chat.MAX_NEW_TOKENS
 KNOBS = frozenset({*params.KNOWN, *OBJECTS, "generation_config"})
 
 
+class Wanted(Protocol):
+    """What a row asks for."""
+
+    @property
+    def length(self) -> int:
+        """Tokens that it may come to, prompt included."""
+
+    def calls(self) -> Sequence[tuple[Call, Writer]]:
+        """Its calls, and what makes their tokens; an error if it cannot be."""
+
+    def answer(self, tokens: Sequence[Sequence[Token]], notes: Sequence[str]) -> Outcome:
+        """What it becomes, of the tokens of each call and what was warned of."""
+
+    def refused(self, error: Exception) -> Outcome:
+        """What it becomes where it comes to nothing; raises what is no fault of the row's."""
+
+
 @dataclass(frozen=True)
 class Ask:
     """One row, ready to become a call.
@@ -35,20 +59,67 @@ class Ask:
     Attributes:
         ids: the prompt.
         knobs: of `generate`.
-        kept: the row's own fields, for its output.
-        length: tokens that it may come to, prompt included, as far as the knobs say.
+        kept: the row's own fields, and where it was, for its output.
+        shows_ids: whether the tokens are given out too; they always are without a tokenizer.
     """
 
+    model: CausalLM
     ids: list[int]
     knobs: Mapping[str, Any]
-    kept: Mapping[str, Any] = field(default_factory=dict)
+    kept: Mapping[str, Any]
+    shows_ids: bool
 
     @property
     def length(self) -> int:
+        """Tokens that it may come to, prompt included, as far as the knobs say."""
         new, longest = self.knobs.get("max_new_tokens"), self.knobs.get("max_length")
         if isinstance(new, int):
             return len(self.ids) + new
         return longest if isinstance(longest, int) else len(self.ids) + NEW_TOKENS
+
+    def calls(self) -> Sequence[tuple[Call, Writer]]:
+        """The only one.
+
+        Raises:
+            ValueError: it cannot be run.
+        """
+        call = self.model.call([self.ids], **self.knobs)
+        return [(call, self.model.writer(call))]
+
+    def answer(self, tokens: Sequence[Sequence[Token]], notes: Sequence[str]) -> Outcome:
+        """The output of a row: lists where it asks for several sequences."""
+        rows: dict[int, list[Token]] = {}
+        for token in tokens[0]:
+            rows.setdefault(token.row, []).append(token)
+        found = [rows[place] for place in sorted(rows)]
+        said: dict[str, list[Any]] = {}
+        if self.model.has_tokenizer:
+            said["text"] = ["".join(token.text for token in row) for row in found]
+        if self.shows_ids or not self.model.has_tokenizer:
+            said["ids"] = [[token.id for token in row] for row in found]
+        said["finish_reason"] = [row[-1].finish_reason for row in found]
+        if found[0][0].top_logprobs is not None:
+            said["top_logprobs"] = [[token.top_logprobs for token in row] for row in found]
+        count = len(tokens[0])
+        output = {
+            **self.kept,
+            **{name: value[0] if len(found) == 1 else value for name, value in said.items()},
+            "prompt_tokens": len(self.ids),
+            "new_tokens": count,
+            **({"warnings": list(notes)} if notes else {}),
+        }
+        return Outcome(output, count)
+
+    def refused(self, error: Exception) -> Outcome:
+        """An error in its place."""
+        if not isinstance(error, ValueError):
+            raise error
+        return Outcome.failed(error, self.kept)
+
+
+def is_openai(fields: Mapping[str, Any]) -> bool:
+    """Whether a row is a line of OpenAI's batch API."""
+    return "body" in fields and "url" in fields
 
 
 class Reader:
@@ -58,24 +129,25 @@ class Reader:
         knobs: the job's own, for rows that say nothing else.
         keep: fields to give back besides `ALWAYS`; `ALL` for all that mean nothing here.
         seed: the job's. A row without a seed of its own has one made of it.
+        ids: whether the tokens are given out too.
+        created: when the job was begun (Unix seconds), for answers that say it; None for now.
 
     Raises:
         ValueError: a field to keep has the name of one of the output's.
     """
 
     def __init__(
-        self, model: CausalLM, knobs: Mapping[str, Any], keep: Collection[str], seed: int
-    ) -> None:
-        self.model, self.knobs, self.seed = model, dict(knobs), seed
+        self, model: CausalLM, knobs: Mapping[str, Any], keep: Collection[str] = (), seed: int = 0,
+        ids: bool = False, created: int | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.knobs, self.seed, self.ids = model, dict(knobs), seed, ids
+        self.created = int(time.time()) if created is None else created
         self.keep, self.keeps_all = {*ALWAYS, *keep}, ALL in keep
         if odd := sorted(OURS & self.keep):
             raise ValueError(f"{odd[0]} cannot be kept: the output has a field of that name")
 
-    def __call__(self, fields: Mapping[str, Any], name: str) -> Ask:
+    def __call__(self, row: Row, fields: Mapping[str, Any]) -> Ask:
         """What a row asks for.
-
-        Args:
-            name: what tells the row from others; its seed depends on it.
 
         Raises:
             ValueError: it has no prompt or several, or a field that nobody knows.
@@ -88,9 +160,28 @@ class Reader:
         if kind != "messages" and (odd := [one for one in OF_CHAT if one in fields]):
             raise ValueError(f"{odd[0]} needs messages")
         ids = self._ids(kind, fields)
-        knobs = {"seed": seed_of(self.seed, name)}
+        knobs = {"seed": seed_of(self.seed, row.name)}
         knobs |= {one: value for one, value in fields.items() if one in KNOBS}
-        return Ask(ids, self._jobs(kind, knobs) | knobs, self.kept(fields))
+        kept = row.place | self.kept(fields)
+        return Ask(self.model, ids, self._jobs(kind, knobs) | knobs, kept, self.ids)
+
+    def line(self, row: Row, fields: Mapping[str, Any]) -> Line:
+        """What a line of OpenAI's asks for; one that cannot be says so in its answer.
+
+        Raises:
+            ValueError: the extra `serve` is not installed.
+        """
+        return self._offline.line(fields, row.name)
+
+    @functools.cached_property
+    def _offline(self) -> Offline:
+        try:
+            from fastgen.jobs.openai import Offline
+        except ImportError as error:
+            raise ValueError(
+                f"OpenAI's lines need the service: {extras.install('serve')} ({error})"
+            ) from error
+        return Offline(self.model, self.knobs, self.seed, self.created)
 
     def check(self, names: Collection[str]) -> None:
         """Raise a ValueError for a name that is no keyword and that nobody asked to keep."""

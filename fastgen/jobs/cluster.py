@@ -97,6 +97,7 @@ class Generate(Engine):
         ids: whether there is a column "ids" of the new tokens.
         max_rows: rows that run together.
         threads: of a step; None for the CPUs that Ray gives the actor, or the physical cores.
+        created: what OpenAI's answers say of when they were made (Unix seconds); None for now.
         knobs: the keywords of `generate`, for rows that say nothing else.
 
     Raises:
@@ -106,13 +107,14 @@ class Generate(Engine):
     def __init__(
         self, model: str | os.PathLike[str] | None = None, *, keep: Collection[str] = (),
         seed: int = 0, ids: bool = False, max_rows: int = MAX_ROWS, threads: int | None = None,
-        **knobs: Any,
+        created: int | None = None, **knobs: Any,
     ) -> None:  # fmt: skip
         self.model = CausalLM(node.directory(model), threads or node.threads())
         found = params.resolve(self.model.generation_config.to_dict(), None, knobs)
-        self.work = Generation(self.model, Reader(self.model, knobs, keep, seed), ids, max_rows)
+        reader = Reader(self.model, knobs, keep, seed, ids, created)
+        self.work = Generation(reader, max_rows)
         self.given = ["text"] if self.model.has_tokenizer else []
-        self.given += ["ids"] if self.work.ids else []
+        self.given += ["ids"] if ids or not self.model.has_tokenizer else []
         self.given += ["finish_reason", "prompt_tokens", "new_tokens", "warnings"]
         self.given += ["top_logprobs"] if found.top_logprobs else []
 

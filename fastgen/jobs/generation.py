@@ -1,17 +1,15 @@
-"""Rows to texts: asks run together through one scheduler, and each becomes an object."""
+"""Rows to texts: what they ask for runs together through one scheduler, a step at a time."""
 
 from __future__ import annotations
 
 import warnings
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-from fastgen.call import Call
-from fastgen.generator import CausalLM
-from fastgen.jobs.ask import Ask, Reader
-from fastgen.jobs.row import Done, Row, failed
+from fastgen.call import Call, Writer
+from fastgen.jobs.ask import Reader, Wanted, is_openai
+from fastgen.jobs.row import Done, Outcome, Row
 from fastgen.output import Token
 from fastgen.prefill import CHUNK
 from fastgen.prefix import PrefixCache
@@ -24,34 +22,39 @@ AHEAD = 16  # calls that wait in the scheduler, so that none of its steps is for
 
 @dataclass
 class Running:
-    """A row while it is generated."""
+    """A row while it is generated.
+
+    Attributes:
+        left: its calls that are not over.
+        notes: what was warned of at the door.
+        error: of the first of its calls that failed.
+    """
 
     row: Row
-    ask: Ask
-    call: Call
-    writer: Any
+    wanted: Wanted
+    calls: list[Call]
+    writers: list[Writer]
+    tokens: list[list[Token]]
     notes: list[str]
-    tokens: list[Token] = field(default_factory=list)
+    left: int
+    error: Exception | None = None
 
 
 class Generation:
     """What `fastgen batch` does with rows.
 
     Args:
-        reader: makes rows to asks.
-        ids: whether the tokens are given out too; they always are without a tokenizer.
+        reader: says what rows ask for.
         max_rows: rows that run together.
     """
 
-    def __init__(
-        self, model: CausalLM, reader: Reader, ids: bool = False, max_rows: int = MAX_ROWS
-    ) -> None:
-        self.model, self.reader = model, reader
-        self.ids = ids or not model.has_tokenizer
+    def __init__(self, reader: Reader, max_rows: int = MAX_ROWS) -> None:
+        self.reader = reader
         # Nobody reads along, so a chunk is the one that is read fastest.
         self.scheduler = Scheduler(
-            model.model, max_rows=max_rows, chunk=CHUNK, prefix_cache=PrefixCache()
+            reader.model.model, max_rows=max_rows, chunk=CHUNK, prefix_cache=PrefixCache()
         )
+        self._running: dict[int, tuple[Running, int]] = {}  # and which call, by the call's id
 
     def check(self, names: Collection[str]) -> None:
         """Raise a ValueError for a field that means nothing and that nobody asked to keep."""
@@ -68,97 +71,96 @@ class Generation:
         left alone. The next window is read when the last row of this one has begun: nobody waits
         for the others of his window.
         """
-        left, running = iter(rows), dict[int, Running]()
-        window: deque[tuple[Row, Ask]] = deque()
+        try:
+            yield from self._run(iter(rows))
+        finally:  # whoever reads no further leaves nothing behind
+            for one, place in list(self._running.values()):
+                self.scheduler.cancel(one.calls[place])
+            self._running.clear()
+
+    def _run(self, rows: Iterator[Row]) -> Iterator[Done]:
+        window: deque[tuple[Row, Wanted]] = deque()
         more = True
         while True:
             while self.scheduler.waiting < AHEAD and (window or more):
                 if not window:
-                    bad = self._fill(window, left)
+                    bad = self._fill(window, rows)
                     more = bool(window or bad)
                     yield from bad
                     continue
-                row, ask = window.popleft()
-                try:
-                    begun = self._begin(row, ask)
-                except ValueError as error:
-                    yield failed(row, error, ask.kept)
-                else:
-                    running[id(begun.call)] = begun
+                done = self._begin(*window.popleft())
+                if done is not None:
+                    yield done
             if self.scheduler.idle:
                 return
-            yield from self._step(running)
+            yield from self._step()
 
-    def _fill(self, window: deque[tuple[Row, Ask]], rows: Iterator[Row]) -> list[Done]:
+    def _fill(self, window: deque[tuple[Row, Wanted]], rows: Iterator[Row]) -> list[Done]:
         """Read the next window, longest first; returns the rows that are no good."""
         bad: list[Done] = []
-        found: list[tuple[Row, Ask]] = []
+        found: list[tuple[Row, Wanted]] = []
         tokens = 0
         for row in rows:
-            kept: Mapping[str, Any] = {}
-            try:
-                fields = row.fields()
-                kept = self.reader.kept(fields)
-                ask = self.reader(fields, row.name)
-            except ValueError as error:
-                bad.append(failed(row, error, kept))
+            read = self._read(row)
+            if isinstance(read, Outcome):
+                bad.append(Done(row, read))
             else:
-                found.append((row, ask))
-                tokens += ask.length
+                found.append((row, read))
+                tokens += read.length
             if tokens >= WINDOW_TOKENS or len(found) + len(bad) >= WINDOW_ROWS:
                 break
         window.extend(sorted(found, key=lambda pair: -pair[1].length))
         return bad
 
-    def _begin(self, row: Row, ask: Ask) -> Running:
-        """Let the scheduler have it; what its door warns of is noted.
+    def _read(self, row: Row) -> Wanted | Outcome:
+        """What a row asks for, or why it cannot be told.
 
         Raises:
-            ValueError: it cannot be run, or never fit.
+            ValueError: of what is installed; whatever is wrong with the row is its outcome.
         """
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            call = self.model.call([ask.ids], **ask.knobs)
-        self.scheduler.submit(call)
-        notes = [" ".join(str(one.message).split()) for one in caught]
-        return Running(row, ask, call, self.model.writer(call), notes)
+        kept: Mapping[str, object] = row.place
+        try:
+            fields = row.fields()
+            if not is_openai(fields):
+                kept = row.place | self.reader.kept(fields)
+                return self.reader(row, fields)
+        except ValueError as error:
+            return Outcome.failed(error, kept)
+        return self.reader.line(row, fields)
 
-    def _step(self, running: dict[int, Running]) -> Iterator[Done]:
+    def _begin(self, row: Row, wanted: Wanted) -> Done | None:
+        """Let the scheduler have a row's calls; it is done at once if it has none, or cannot be."""
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                made = wanted.calls()
+            for call, _ in made:
+                self.scheduler.check(call)
+        except Exception as error:
+            return Done(row, wanted.refused(error))
+        notes = [" ".join(str(one.message).split()) for one in caught]
+        if not made:
+            return Done(row, wanted.answer([], notes))
+        calls, writers = [call for call, _ in made], [writer for _, writer in made]
+        one = Running(row, wanted, calls, writers, [[] for _ in made], notes, len(made))
+        for place, call in enumerate(calls):
+            self._running[id(call)] = one, place
+            self.scheduler.submit(call)
+        return None
+
+    def _step(self) -> Iterator[Done]:
         """A step of all that run; gives the rows that end with it."""
         for call, events in self.scheduler.step():
-            one = running[id(call)]
-            one.tokens += one.writer.take(events)
+            one, place = self._running[id(call)]
+            one.tokens[place] += one.writers[place].take(events)
             if not call.request.done:
                 continue
-            del running[id(call)]
-            error = call.request.error
-            if error is None:
-                yield Done(one.row, self._written(one), len(one.tokens))
-            elif isinstance(error, ValueError):  # of its own knobs, such as all tokens ruled out
-                yield failed(one.row, error, one.ask.kept)
+            del self._running[id(call)]
+            one.left -= 1
+            one.error = one.error or call.request.error
+            if one.left:
+                continue
+            if one.error is None:
+                yield Done(one.row, one.wanted.answer(one.tokens, one.notes))
             else:
-                raise error
-
-    def _written(self, one: Running) -> dict[str, Any]:
-        """The output of a row: lists where it asks for several sequences."""
-        rows: dict[int, list[Token]] = {}
-        for token in one.tokens:
-            rows.setdefault(token.row, []).append(token)
-        found = [rows[place] for place in sorted(rows)]
-        said: dict[str, list[Any]] = {"text": ["".join(t.text for t in row) for row in found]}
-        if self.ids:
-            said["ids"] = [[token.id for token in row] for row in found]
-        said["finish_reason"] = [row[-1].finish_reason for row in found]
-        if one.call.request.params.top_logprobs:
-            said["top_logprobs"] = [[token.top_logprobs for token in row] for row in found]
-        if not self.model.has_tokenizer:
-            del said["text"]
-        alone = len(found) == 1
-        return {
-            **one.row.place,
-            **one.ask.kept,
-            **{name: value[0] if alone else value for name, value in said.items()},
-            "prompt_tokens": len(one.ask.ids),
-            "new_tokens": len(one.tokens),
-            **({"warnings": one.notes} if one.notes else {}),
-        }
+                yield Done(one.row, one.wanted.refused(one.error))

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from hashlib import blake2b
-from typing import Any
+from typing import Any, Self
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ def _no_number(name: str) -> Any:
 
 
 @dataclass(frozen=True)
-class Done:
-    """A row and what it became.
+class Outcome:
+    """What a row became.
 
     Attributes:
         output: an object for JSON.
@@ -106,10 +106,35 @@ class Done:
         bad: why it came to nothing; None if it did not.
     """
 
-    row: Row
     output: Mapping[str, Any]
     tokens: int = 0
     bad: str | None = None
+
+    @classmethod
+    def failed(cls, why: object, kept: Mapping[str, Any]) -> Self:
+        """A row that is no good: an error in its place, with the fields that are kept."""
+        line = " ".join(str(why).split())
+        return cls({**kept, "error": {"message": line}}, bad=line)
+
+
+@dataclass(frozen=True)
+class Done:
+    """A row and what it became."""
+
+    row: Row
+    outcome: Outcome
+
+    @property
+    def output(self) -> Mapping[str, Any]:
+        return self.outcome.output
+
+    @property
+    def tokens(self) -> int:
+        return self.outcome.tokens
+
+    @property
+    def bad(self) -> str | None:
+        return self.outcome.bad
 
     @property
     def line(self) -> bytes:
@@ -119,12 +144,6 @@ class Done:
         except ValueError:
             text = json.dumps(_finite(self.output), ensure_ascii=False)
         return text.encode()
-
-
-def failed(row: Row, why: object, kept: Mapping[str, Any]) -> Done:
-    """A row that is no good, in its place."""
-    line = " ".join(str(why).split())
-    return Done(row, {**row.place, **kept, "error": {"message": line}}, bad=line)
 
 
 def _finite(value: Any) -> Any:

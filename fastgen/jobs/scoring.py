@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from fastgen import values
 from fastgen.generator import CausalLM
 from fastgen.jobs.ask import ALL, ALWAYS
-from fastgen.jobs.row import Done, Row, failed
+from fastgen.jobs.row import Done, Outcome, Row
 from fastgen.prefix import PrefixCache
 
 TEXTS = ("text", "prompt", "ids", "input_ids")  # a line of text comes as a prompt
@@ -25,7 +25,7 @@ TOGETHER = 16  # rows between two that are written down
 
 @dataclass(frozen=True)
 class Given:
-    """A row to be scored: its ids, and those before it, if any."""
+    """A row to be scored: its ids, those before it, if any, and what its output has of it."""
 
     row: Row
     kept: Mapping[str, Any]
@@ -80,14 +80,14 @@ class Scoring:
         found: list[Given] = []
         tokens = 0
         for row in rows:
-            kept: Mapping[str, Any] = {}
+            kept: Mapping[str, Any] = row.place
             try:
                 fields = row.fields()
-                kept = {name: value for name, value in fields.items() if self.is_kept(name)}
+                kept = row.place | {n: value for n, value in fields.items() if self.is_kept(n)}
                 found.append(self._given(row, fields, kept))
                 tokens += len(found[-1].ids)
             except ValueError as error:
-                bad.append(failed(row, error, kept))
+                bad.append(Done(row, Outcome.failed(error, kept)))
             if tokens >= WINDOW_TOKENS or len(found) + len(bad) >= WINDOW_ROWS:
                 break
         return (bad, found) if bad or found else None
@@ -125,15 +125,14 @@ class Scoring:
                 for one in some:
                     yield from self._scored([one])
             else:
-                yield failed(some[0].row, error, some[0].kept)
+                yield Done(some[0].row, Outcome.failed(error, some[0].kept))
             return
         for one, logprobs in zip(some, found, strict=True):
-            yield Done(one.row, self._written(one, logprobs), len(one.ids))
+            yield Done(one.row, Outcome(self._written(one, logprobs), len(one.ids)))
 
     def _written(self, one: Given, logprobs: NDArray[np.float32]) -> dict[str, Any]:
         known = logprobs[~np.isnan(logprobs)].astype(np.float64)
         return {
-            **one.row.place,
             **one.kept,
             "logprob": float(known.sum()),
             "tokens": len(one.ids),

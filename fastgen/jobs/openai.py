@@ -1,0 +1,211 @@
+"""Lines of OpenAI's batch API: read and answered by the service's own code (extra `serve`).
+
+A line is {"custom_id": ..., "method": "POST", "url": "/v1/chat/completions", "body": {...}}; its
+answer is {"id", "custom_id", "response": {"status_code", "request_id", "body"}, "error": null}.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from typing import Any
+
+from pydantic import ValidationError
+
+from fastgen.call import Call, Writer
+from fastgen.generator import CausalLM
+from fastgen.jobs.ask import LENGTHS, seed_of
+from fastgen.jobs.row import Outcome
+from fastgen.output import Token
+from fastgen.prefill import CHUNK
+from fastgen.serve import chats, completions
+from fastgen.serve.answers import Text
+from fastgen.serve.engine import Stream
+from fastgen.serve.service import Run, Service
+from fastgen.serve.wire import ChatCompletion, Completion, Refused, Wish
+
+ROUTES: dict[str, tuple[type[Any], Any]] = {
+    "/v1/completions": (Completion, completions.answer),
+    "/v1/chat/completions": (ChatCompletion, chats.answer),
+}
+FIELDS = {"custom_id", "method", "url", "body"}
+OF_LENGTH = (*LENGTHS, "max_tokens", "max_completion_tokens")
+
+
+@dataclass
+class Held(Run):
+    """A request's calls before they are made, and their tokens when they are over.
+
+    Attributes:
+        usual: new tokens where nobody says how many, and there is room for so many.
+        special: whether special tokens are part of the text.
+        came: the tokens of each call.
+    """
+
+    prompts: Sequence[list[int]]
+    wish: Wish
+    usual: int
+    special: bool
+    came: Sequence[Sequence[Token]] = ()
+
+    async def tokens(self) -> AsyncIterator[tuple[int, Token]]:
+        for place, tokens in enumerate(self.came):
+            for token in tokens:
+                yield place * self.copies + token.row, token
+
+
+class Offline(Service):
+    """The service's door and its answers, without its thread.
+
+    Args:
+        knobs: the job's own, for lines that say nothing else.
+        seed: the job's. A line without a seed of its own has one made of it.
+        created: when the answers were made, as they say (Unix seconds).
+    """
+
+    def __init__(
+        self, model: CausalLM, knobs: Mapping[str, Any], seed: int, created: int
+    ) -> None:  # fmt: skip
+        super().__init__(model, chunk=CHUNK)
+        self.knobs, self.seed, self.created = dict(knobs), seed, created
+        self._runner = asyncio.Runner()
+        weakref.finalize(self, self._runner.close)
+
+    async def run(
+        self, prompts: Sequence[list[int]], wish: Wish, usual: int, special: bool = False
+    ) -> Run:
+        """A request whose calls the job makes and runs."""
+        texts = [Text(wish.stop) for _ in range(len(prompts) * wish.copies)]
+        return Held(
+            self.engine, [], asyncio.Queue(), texts, wish.copies, sum(map(len, prompts)),
+            prompts, wish, usual, special,
+        )  # fmt: skip
+
+    def streams(self, run: Held, name: str) -> list[Stream]:
+        """The calls of a request, a prompt each.
+
+        Raises:
+            Refused: one that cannot be.
+        """
+        made = []
+        for place, ids in enumerate(run.prompts):
+            seed = {"seed": seed_of(self.seed, f"{name} {place}")}
+            wish = replace(run.wish, knobs=seed | run.wish.knobs)
+            (call,) = self._calls([ids], wish, run.usual)
+            made.append(Stream(call, self.model.writer(call, not run.special), place, run.inbox))
+        return made
+
+    def line(self, fields: Mapping[str, Any], name: str) -> Line:
+        """What a line asks for. One that cannot be has its reason instead."""
+        try:
+            return Line(self, fields, name, self._runner.run(self._begun(fields)))
+        except Refused as error:
+            return Line(self, fields, name, error)
+
+    async def _begun(self, fields: Mapping[str, Any]) -> Any:
+        if odd := sorted(set(fields) - FIELDS):
+            raise Refused(400, f"{odd[0]} is no field of a line: it has {', '.join(FIELDS)}")
+        if fields.get("method", "POST") != "POST":
+            raise Refused(400, f"method must be POST, got {fields['method']!r}", param="method")
+        url, given = fields.get("url"), fields.get("body")
+        if not isinstance(url, str) or url not in ROUTES:
+            known = " or ".join(ROUTES)
+            raise Refused(400, f"url must be {known}, got {url!r}", param="url")
+        if not isinstance(given, Mapping):
+            raise Refused(400, "body must be an object", param="body")
+        kind, answer = ROUTES[url]
+        try:
+            body = kind.model_validate(self._with_knobs(given))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise Refused(400, f"{where}: {first['msg']}", param=where) from error
+        if body.stream:
+            raise Refused(400, "stream must be false: a line has one answer", param="stream")
+        return await answer(self, body)
+
+    def _with_knobs(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """A body with the job's knobs where it has none. Whoever sets a length sets it alone."""
+        knobs = dict(self.knobs)
+        if any(body.get(name) is not None for name in OF_LENGTH):
+            knobs = {name: value for name, value in knobs.items() if name not in LENGTHS}
+        return {**knobs, **body}
+
+    def whole(self, answer: Any) -> dict[str, Any]:
+        """An answer whose tokens are there."""
+        found: dict[str, Any] = self._runner.run(answer.whole())
+        return found
+
+
+@dataclass
+class Line:
+    """What a line asks for, or why it cannot be.
+
+    Attributes:
+        name: what tells the line from others; its seed and its ids depend on it.
+        begun: an answer of the service that has begun.
+    """
+
+    service: Offline
+    fields: Mapping[str, Any]
+    name: str
+    begun: Any
+
+    @property
+    def length(self) -> int:
+        """Tokens that its longest prompt may come to."""
+        run = getattr(self.begun, "run", None)
+        if not isinstance(run, Held):
+            return 0
+        return max(map(len, run.prompts)) + (run.wish.new or run.usual)
+
+    def calls(self) -> list[tuple[Call, Writer]]:
+        """Its calls, a prompt each; none where its prompts are only scored.
+
+        Raises:
+            Refused: it cannot be.
+        """
+        if isinstance(self.begun, Refused):
+            raise self.begun
+        run = self.begun.run
+        if isinstance(run, Held):
+            run.streams = self.service.streams(run, self.name)
+        return [(stream.call, stream.writer) for stream in run.streams]
+
+    def answer(self, tokens: Sequence[Sequence[Token]], notes: Sequence[str]) -> Outcome:
+        """Its answer, of its calls' tokens."""
+        run = self.begun.run
+        if isinstance(run, Held):
+            run.came = tokens
+        body = self.service.whole(self.begun)
+        kind = body["id"].partition("-")[0]
+        body |= {"id": f"{kind}-{self._id('body')}", "created": self.service.created}
+        for choice in body["choices"]:
+            for place, call in enumerate(choice.get("message", {}).get("tool_calls", ())):
+                call["id"] = "call_" + self._id(f"call {choice['index']} {place}")
+        return Outcome(self._said(200, body), sum(map(len, tokens)))
+
+    def refused(self, error: Exception) -> Outcome:
+        """Its answer where it came to nothing."""
+        if isinstance(error, ValueError):
+            error = Refused(400, str(error))
+        if not isinstance(error, Refused):
+            raise error
+        return Outcome(self._said(error.status, error.body), bad=" ".join(str(error).split()))
+
+    def _said(self, status: int, body: Mapping[str, Any]) -> dict[str, Any]:
+        request = {"status_code": status, "request_id": f"req_{self._id('request')}", "body": body}
+        return {
+            "id": f"batch_req_{self._id('line')}",
+            "custom_id": self.fields.get("custom_id"),
+            "response": request,
+            "error": None,
+        }
+
+    def _id(self, of: str) -> str:
+        """24 hexadecimal digits: the same whenever the job is done again."""
+        text = f"{self.service.seed} {self.service.created} {self.name} {of}"
+        return blake2b(text.encode(), digest_size=12).hexdigest()
