@@ -129,13 +129,10 @@ def observe(
     by_name = {str(value.name): value for node in graph for value in node.outputs}
     given = {str(value.name) for value in graph.outputs}
     graph.outputs.extend(by_name[name] for name in names if name not in given)
-    files = sorted({Path(t.path) for v in graph.initializers.values()
-                    if isinstance(t := v.const_value, ir.ExternalTensor)})  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="fastgen-") as place:
         path = Path(place) / "observed.onnx"
-        if len({file.name for file in files}) == len(files) and _all_beside(graph):
-            for file in files:
-                link_or_copy(file, Path(place) / file.name)
+        if _lazy(graph) < 1 << 30:
+            _bring(graph, Path(place))
             ir.save(model, path)
         else:
             ir.save(model, path, external_data="observed.data")
@@ -162,9 +159,23 @@ def observe(
     return found
 
 
-def _all_beside(graph: ir.Graph) -> bool:
-    """Whether no file of weights lies in a folder of its own, and no weight is made when read."""
+def _lazy(graph: ir.Graph) -> int:
+    """Bytes of weights that are in no file, or are made when they are read."""
     tensors = [value.const_value for value in graph.initializers.values()]
-    lazy = sum(t.nbytes for t in tensors if t is not None and not isinstance(t, ir.ExternalTensor))
-    external = [t for t in tensors if isinstance(t, ir.ExternalTensor)]
-    return lazy < 1 << 30 and all(Path(t.location).name == t.location for t in external)
+    return sum(t.nbytes for t in tensors if t is not None and not isinstance(t, ir.ExternalTensor))
+
+
+def _bring(graph: ir.Graph, place: Path) -> None:
+    """Weights that lie in files are read from links to them in `place`."""
+    names: dict[str, str] = {}
+    for value in graph.initializers.values():
+        tensor = value.const_value
+        if not isinstance(tensor, ir.ExternalTensor):
+            continue
+        if tensor.path not in names:
+            names[tensor.path] = f"weights.{len(names)}"
+            link_or_copy(Path(tensor.path), place / names[tensor.path])
+        value.const_value = ir.ExternalTensor(
+            names[tensor.path], tensor.offset, tensor.length, tensor.dtype,
+            shape=tensor.shape, name=tensor.name, base_dir=place,
+        )  # fmt: skip

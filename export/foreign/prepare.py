@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import PurePath
+
 import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
@@ -29,8 +32,10 @@ def prepare(model: ir.Model) -> tuple[ir.Model, bool]:
     Raises:
         UnsupportedModel: its operators are of a version that is too old.
     """
+    _find_weights(model)
     passes.InlinePass()(model)
     _take_branches(model)
+    model.graph.sort()  # tools that convert to half precision leave their casts at the end
     model = model.clone()  # without the branches that were not taken, which still read inputs
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     _raise_opset(model)
@@ -40,6 +45,26 @@ def prepare(model: ir.Model) -> tuple[ir.Model, bool]:
     drop_idle(model.graph)
     clean_up(model)
     return model, halves
+
+
+def _find_weights(model: ir.Model) -> None:
+    """Weights are read from where they really lie.
+
+    onnx_ir reads none through links, and caches are made of links. What stays forbidden is a graph
+    that names files outside its folder.
+    """
+    for graph in (model.graph, *model.graph.subgraphs()):
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if not isinstance(tensor, ir.ExternalTensor) or not tensor.base_dir:
+                continue
+            named = PurePath(tensor.location)
+            if named.is_absolute() or ".." in named.parts:
+                raise UnsupportedModel(f"its weights lie outside its folder: {named}")
+            value.const_value = ir.ExternalTensor(
+                os.path.realpath(tensor.path), tensor.offset, tensor.length, tensor.dtype,
+                shape=tensor.shape, name=tensor.name or str(value.name),
+            )  # fmt: skip
 
 
 def _take_branches(model: ir.Model) -> None:

@@ -34,6 +34,7 @@ LONG = 2048  # tokens up to which a mask is looked at where no configuration nam
 LARGEST_LONG = 1 << 28  # bytes of keys and values of such a run
 
 HEADS = {"MatMul", "MatMulNBits", "MatMulBnb4", "FusedMatMul", "MatMulInteger", "Gemm"}
+RESHAPING = {"Reshape", "Squeeze", "Unsqueeze"}
 LATE = {"Cast", "Mul", "Div", "Add", "Tanh", "Reshape", "Identity", "Sub"}  # behind lm_head
 
 
@@ -283,17 +284,14 @@ def _gather(graph: ir.Graph, seen: shapes.Seen) -> None:
     logits = next(value for value in graph.outputs if value.name == LOGITS)
     head = _head(logits, seen)
     reader, hidden = head, head.inputs[0]
-    while True:
-        node = hidden.producer()
-        if node is None:
-            break
+    before: ir.Value | None = hidden
+    while before is not None and (node := before.producer()) is not None:
+        before = node.inputs[0]
         if node.op_type == "DynamicQuantizeLinear":
-            reader, hidden = node, node.inputs[0]
-        elif _picks(node, seen) or (
-            node.op_type in ("Cast", "Reshape", "Squeeze") and node.op_type != "Cast"
-        ):
-            hidden = node.inputs[0]
-        else:
+            reader, hidden = node, before
+        elif _picks(node, seen) or (node.op_type in RESHAPING and _rank(hidden) != 3):
+            hidden = before  # of all positions, as [rows, new, size]
+        elif node.op_type not in RESHAPING:
             break
     if hidden.shape is None or len(hidden.shape) != 3:
         raise UnsupportedModel(f"lm_head ({head.name}) reads {hidden.name} of shape {hidden.shape}")
@@ -323,6 +321,10 @@ def _head(logits: ir.Value, seen: shapes.Seen) -> ir.Node:
         value = (wide or sized or [None])[0]
     said = "an input" if value is None or value.producer() is None else value.producer().op_type
     raise UnsupportedModel(f"its logits come from {said}, which is not known as an lm_head")
+
+
+def _rank(value: ir.Value) -> int | None:
+    return None if value.shape is None else len(value.shape)
 
 
 def _is_weight(value: ir.Value | None) -> bool:
