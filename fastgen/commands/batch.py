@@ -25,7 +25,7 @@ from fastgen.commands.say import clear_errors
 @model_option
 @threads_option
 @click.option("--ids", is_flag=True, help="give the tokens too")
-@click.option("--max-rows", type=int, help="rows that run together [default: 64]")
+@click.option("--max-rows", type=click.IntRange(1), help="rows that run together [default: 64]")
 @spread_flags
 @knob_flags
 def batch(

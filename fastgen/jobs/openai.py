@@ -121,7 +121,7 @@ class Offline(Service):
             body = kind.model_validate(self._with_knobs(given))
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
+            where = str(first["loc"][0])
             raise Refused(400, f"{where}: {first['msg']}", param=where) from error
         if body.stream:
             raise Refused(400, "stream must be false: a line has one answer", param="stream")
