@@ -26,9 +26,9 @@ from fastgen.export.unsupported import UnsupportedModel
 from numpy.typing import NDArray
 
 import fastgen
-from fastgen import extras, folders, hub
+from fastgen import folders, hub
 from fastgen.hub import CACHE_PRECISION, PRECISION
-from fastgen.model import GRAPH, INFO, Model, ModelError
+from fastgen.model import GRAPH, INFO, Model
 from fastgen.report import REPORT
 
 if TYPE_CHECKING:  # which a folder needs none of
@@ -90,7 +90,7 @@ class Progress:
 
 def export(
     model: str | os.PathLike[str] | PreTrainedModel,
-    out: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
     *,
     tokenizer: object | None = None,
     precision: str | None = None,
@@ -101,6 +101,8 @@ def export(
     adapter: str | os.PathLike[str] | None = None,
     calibration: str | os.PathLike[str] | None = None,
     tolerance: check.Tolerance | None = None,
+    max_kl: float | None = None,
+    min_top1: float | None = None,
     progress: TextIO | None = sys.stderr,
 ) -> Path:
     """Export a causal language model to a model directory, proved equal to the original.
@@ -109,7 +111,8 @@ def export(
         model: a hub id, a `save_pretrained` directory, an adapter's (PEFT) of either kind, an
             ONNX folder that others exported, or a transformers model object, which is left as it
             was.
-        out: the directory to write; it appears when it is complete.
+        out: the directory to write; it appears when it is complete. None for the model's name
+            and its precisions, such as distilgpt2-int8.
         tokenizer: the tokenizer of a model object; without one it is exported for ids only.
         precision: "fp32", "int8" or "int4"; None for int8, and for a folder's own (see
             `foreign.folder`), of which there are more.
@@ -121,6 +124,7 @@ def export(
         calibration: a file with text to quantise and to measure on; None for the one that comes
             with fastgen.
         tolerance: what may differ from the original; None for the coarser precision's own.
+        max_kl, min_top1: another KL divergence, or share of equal likeliest tokens, than there.
         progress: where steps are shown; None for nowhere.
 
     Returns:
@@ -136,18 +140,23 @@ def export(
         raise ValueError(f"cache_precision must be one of {known}, got {cache_precision!r}")
     if calibration is not None and not Path(calibration).is_file():
         raise ValueError(f"calibration must be a file with text, {calibration} is none")
-    out = Path(out)
-    bundle.check_free(out, force)
+    if out is not None:
+        bundle.check_free(Path(out), force)
     found = _folder(model, precision, revision, adapter)
     if found is None and precision not in (None, *PRECISIONS):
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     made = (precision or PRECISION) if found is None else found.precision
+    if out is None:
+        called = made if found is None or made != found.first else found.name
+        out = _usual_place(model, hub.kind(called, cache_precision))
+        bundle.check_free(out, force)
+    out = Path(out)
     wishes = Wishes(
         precision=made,
         cache_precision=cache_precision,
         force=force,
         allow_mismatch=allow_mismatch,
-        tolerance=tolerance or usual_tolerance(made, cache_precision),
+        tolerance=tolerance or usual_tolerance(made, cache_precision, max_kl, min_top1),
         calibration=Path(calibration or calibrate.TEXT),
     )
     first = "fp32" if found is None else found.first
@@ -191,10 +200,7 @@ def _original(model: Any, tokenizer: object | None, revision: str | None, adapte
         from fastgen.export import original, source
         from transformers import PreTrainedModel
     except ImportError as error:
-        raise ModelError(
-            f"{model} is a transformers model; exporting it needs torch and transformers: "
-            f"{extras.install('export')} ({error})"
-        ) from error
+        raise hub.needs(model, False, error) from error
     if not isinstance(model, PreTrainedModel):
         return original.Original(source.load(model, revision, adapter))
     if adapter is not None:
@@ -202,22 +208,21 @@ def _original(model: Any, tokenizer: object | None, revision: str | None, adapte
     return original.Original(source.of_object(model, tokenizer))
 
 
-def usual_tolerance(precision: str, cache_precision: str) -> check.Tolerance:
-    """That of the coarser of the two."""
-    return max((TOLERANCES[precision], TOLERANCES[cache_precision]), key=lambda one: one.kl)
+def _usual_place(model: object, kind: str) -> Path:
+    """A directory in this one, called after a model."""
+    if not isinstance(model, str | os.PathLike):
+        raise ValueError("out must be a directory: a model object has no name of its own")
+    name = Path(os.path.abspath(model)).name  # of a directory's path, or the end of a hub id
+    return Path(f"{name}-{kind}")
 
 
-def tolerance(
-    precision: str | None, kl: float | None, top1: float | None, cache_precision: str = "fp32"
-) -> check.Tolerance | None:
-    """The usual tolerance with another bound or two; None where a precision is unknown."""
-    if precision is None and kl is None and top1 is None:
-        return None  # it is known when it is known what is exported
-    precision = precision or PRECISION
-    if precision not in PRECISIONS or cache_precision not in CACHE_PRECISIONS:
-        return None
+def usual_tolerance(
+    precision: str, cache_precision: str, kl: float | None = None, top1: float | None = None
+) -> check.Tolerance:
+    """That of the coarser of the two; with another bound or two where they are given."""
+    usual = max((TOLERANCES[precision], TOLERANCES[cache_precision]), key=lambda one: one.kl)
     given = {name: bound for name, bound in (("kl", kl), ("top1", top1)) if bound is not None}
-    return replace(usual_tolerance(precision, cache_precision), **given)
+    return replace(usual, **given)
 
 
 @dataclass(frozen=True)

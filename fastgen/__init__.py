@@ -25,7 +25,7 @@ How a prompt becomes text, file by file:
     tune        what is fastest on this machine        tuning      kept beside the model
     measure     how fast models are on this machine    picture     that, as bars and as a PNG
     interrupt   Ctrl-C, in imports and between steps   report      what an export found, as a table
-    export      from torch to a directory
+    folders     what lies in those of others           export      from torch or ONNX to a directory
 
 and what stands on it:
 

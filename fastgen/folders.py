@@ -20,7 +20,8 @@ ALIKE = {"q4": ("q4", "int4"), "q8": ("q8", "int8", "uint8", "quantized")}
 MADE = ("int8", "int4")  # precisions that are made of a wider one
 WIDE = ("fp32", "fp16")
 WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth)$")
-DESCRIBED = ("config.json", "genai_config.json")
+ALONE = "fp32"  # what a graph without a suffix is called
+GENAI = "genai_config.json"
 
 
 def place_of(names: Iterable[str]) -> str | None:
@@ -66,7 +67,7 @@ def decoders(names: Iterable[str]) -> dict[str, str]:
     for file in files:
         if match := NAME.match(file.name):
             known = (STEMS.index(match[1]), str(file))
-            precision = match[2] or "fp32"
+            precision = match[2] or ALONE
             found[precision] = min(found.get(precision, known), known)
     if files and not found:
         raise ModelError(
@@ -103,8 +104,8 @@ def chosen(found: Mapping[str, str], precision: str | None) -> str:
 
 def wanted(names: Iterable[str], precision: str | None) -> list[str]:
     """The files of a repository that a precision needs: its graph, weights, and what is said."""
-    names = list(names)
-    graph = PurePosixPath((found := decoders(names))[chosen(found, precision)])
+    names, found = list(names), decoders(names)
+    graph = PurePosixPath(found[ALONE if _is_alone(names, found) else chosen(found, precision)])
     said = {".", str(graph.parent)}
     needed = []
     for name in names:
@@ -114,6 +115,18 @@ def wanted(names: Iterable[str], precision: str | None) -> list[str]:
         if mine or (described and str(path.parent) in said):
             needed.append(name)
     return needed
+
+
+def usual(names: Iterable[str]) -> str | None:
+    """The precision that is opened where none is asked for; None where only its graph can say."""
+    names = list(names)
+    found = decoders(names)
+    return None if _is_alone(names, found) else chosen(found, None)
+
+
+def _is_alone(names: Iterable[str], found: Mapping[str, str]) -> bool:
+    """Whether the one graph is of any precision: onnxruntime-genai's builder says it nowhere."""
+    return [*found] == [ALONE] and any(PurePosixPath(name).name == GENAI for name in names)
 
 
 def names_in(directory: Path) -> list[str]:

@@ -26,6 +26,8 @@ NOT_READ = [
     "*.h5", "*.msgpack", "*.ot", "*.onnx*", "*.gguf", "*.tflite", "coreml/*", "onnx/*",
     "original/*",
 ]  # fmt: skip
+# What says that there is a model of transformers, or an adapter of one.
+DESCRIBED = ("config.json", "adapter_config.json")
 PICKLES = ["*.bin", "*.pt", "*.pth"]  # the same weights again where there are safetensors
 
 # Errors of huggingface_hub by their names, of which not every version has all.
@@ -39,29 +41,12 @@ REASONS = {
 
 
 def directory(name_or_path: str | os.PathLike[str] | None) -> Path:
-    """The model directory behind a name: None is the demo model; a path; a hub repository.
+    """The model directory behind a name, made on first use: None is the demo model.
 
     Raises:
-        ModelError: it does not exist, or is not a fastgen directory.
+        ModelError: see `exported`.
     """
-    if name_or_path is None:
-        return DEMO
-    if _is_here(name_or_path):
-        place = Path(name_or_path)
-        known = (place / INFO).is_file() or not place.is_dir() or not _is_foreign(place)
-        return place if known else exported(name_or_path, None, None, None)
-    # A repository that is not ours is not worth its weights: look for the description first.
-    if (snapshot(str(name_or_path), only=[INFO, "config.json"]) / INFO).is_file():
-        return snapshot(str(name_or_path))
-    return exported(name_or_path, None, None, None)
-
-
-def _is_foreign(place: Path) -> bool:
-    """Whether a directory holds what others made: an ONNX folder or a transformers model."""
-    names = folders.names_in(place)
-    return folders.place_of(names) is not None or (
-        "config.json" in names and folders.holds_torch(names)
-    )
+    return DEMO if name_or_path is None else exported(name_or_path, None, None, None)
 
 
 def exported(
@@ -73,43 +58,79 @@ def exported(
     """A fastgen directory for any model: itself, or its export in the cache, made if need be.
 
     Args:
+        name_or_path: a fastgen directory, an ONNX folder or a transformers model, each here or on
+            the hub.
         precision, cache_precision: None for any of a fastgen directory, for PRECISION and
             CACHE_PRECISION of a transformers model's export, for the folder's own of an ONNX
             folder's.
+        revision: a branch, tag or commit of a hub repository.
 
     Raises:
         ModelError: there is no such model, or it is one of another precision.
     """
     import hashlib
 
-    if _is_here(name_or_path):
-        source = Path(name_or_path)
-        if not source.is_dir():
-            raise ModelError(f"{source} is not a directory, nor a hub id")
-        if (source / INFO).is_file():
-            return _of_precision(source, precision, cache_precision)
-        key = str(source.resolve()) + _fingerprint(source)
-        foreign = is_onnx(folders.names_in(source), precision)
-    else:
-        names = listed(str(name_or_path), revision)
-        if INFO in names:
-            found = snapshot(str(name_or_path), revision)
-            return _of_precision(found, precision, cache_precision)
-        foreign = is_onnx(names, precision)
-        if foreign:
-            source = _onnx_snapshot(str(name_or_path), names, precision, revision)
-        else:
-            source = transformers_snapshot(str(name_or_path), revision)
-        key = str(name_or_path) + _commit(source)
-    wanted, kept = precision or ("" if foreign else PRECISION), cache_precision or CACHE_PRECISION
+    here, name = _is_here(name_or_path), str(name_or_path)
+    place = Path(name_or_path)
+    if here and not place.is_dir():
+        raise ModelError(f"{name} is not a directory, nor a hub id")
+    names = folders.names_in(place) if here else listed(name, revision)
+    if INFO in names:
+        found = place if here else snapshot(name, revision)
+        return _of_precision(found, precision, cache_precision)
+    foreign = is_onnx(names, precision)
+    if not foreign and not any(described in names for described in DESCRIBED):
+        raise ModelError(
+            f"{name} is not a model: it has no {INFO}, no graph of ONNX, and no {DESCRIBED[0]} of "
+            "transformers"
+        )
+    if here:
+        key = str(place.resolve()) + _fingerprint(place, names)
+    else:  # its commit alone: what is in the cache needs none of its files
+        key = name + _commit(snapshot(name, revision, only=[*DESCRIBED]))
+    wanted = precision or (folders.usual(names) if foreign else PRECISION)
+    kept = cache_precision or CACHE_PRECISION
     digest = hashlib.sha256(key.encode()).hexdigest()[:12]
-    name = re.sub(r"[^\w.-]+", "--", str(name_or_path).strip("/"))[-60:]
-    out = cache_directory() / f"{name}-{kind(wanted or 'onnx', kept)}-{digest}"
+    called = re.sub(r"[^\w.-]+", "--", name.strip("/"))[-60:]
+    out = cache_directory() / f"{called}-{kind(wanted or 'onnx', kept)}-{digest}"
     if not (out / INFO).is_file():
         with locked(out.with_name(out.name + ".lock")):
             if not (out / INFO).is_file():  # another process may have made it meanwhile
-                _export(source, out, wanted or None, kept, foreign)
+                pipeline = _pipeline(name, foreign)
+                if not here and foreign:
+                    place = _onnx_snapshot(name, names, precision, revision)
+                elif not here:
+                    place = transformers_snapshot(name, revision)
+                pipeline.export(place, out, precision=wanted, cache_precision=kept)
     return out
+
+
+def _pipeline(name: str, foreign: bool) -> Any:
+    """The export.
+
+    Raises:
+        ModelError: what it needs is not installed.
+    """
+    try:
+        from fastgen.export import pipeline
+    except ImportError as error:
+        raise needs(name, foreign, error) from error
+    if not foreign and not _has_torch():
+        raise needs(name, foreign, "there is no torch or no transformers")
+    return pipeline
+
+
+def needs(name: object, foreign: bool, error: object) -> ModelError:
+    """What to install for a model that has to be exported first."""
+    if foreign:
+        return ModelError(
+            f"{name} is an ONNX folder; opening it needs onnx and onnx_ir: "
+            f"{extras.install('onnx')} ({error})"
+        )
+    return ModelError(
+        f"{name} is a transformers model; exporting it needs torch and transformers: "
+        f"{extras.install('export')} ({error})"
+    )
 
 
 def is_onnx(names: Iterable[str], precision: str | None) -> bool:
@@ -144,7 +165,7 @@ def listed(repository: str, revision: str | None = None) -> list[str]:
     try:
         return list(huggingface_hub.list_repo_files(repository, revision=revision))
     except Exception:  # what is wrong is said by `snapshot`, unless a copy is here
-        return _names_below(snapshot(repository, revision, only=[INFO, "config.json"]))
+        return _names_below(snapshot(repository, revision, only=[INFO, *DESCRIBED]))
 
 
 def _names_below(place: Path) -> list[str]:
@@ -255,13 +276,15 @@ def is_id(name: str | os.PathLike[str]) -> bool:
     return bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name))) and not str(name).startswith(".")
 
 
-def _fingerprint(source: Path) -> str:
+def _fingerprint(source: Path, names: Iterable[str]) -> str:
     """Names, sizes and times of a directory's files: an edited model is another model."""
-    stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(source.iterdir())]
-    return repr(stats)
+    stats = [(name, (source / name).stat()) for name in sorted(names)]
+    return repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
 
 
 def _of_precision(source: Path, precision: str | None, cache_precision: str | None) -> Path:
+    if precision is None and cache_precision is None:
+        return source  # any will do, and whoever opens it reads what it says
     info = ModelInfo.read(source)
     if precision is not None and precision != info.precision:
         raise ModelError(f"{source} was exported as {info.precision}, not {precision}")
@@ -271,22 +294,6 @@ def _of_precision(source: Path, precision: str | None, cache_precision: str | No
             f"not {cache_precision}"
         )
     return source
-
-
-def _export(
-    source: Path, out: Path, precision: str | None, cache_precision: str, foreign: bool
-) -> None:
-    try:
-        from fastgen.export import pipeline
-    except ImportError as error:
-        what = (
-            f"an ONNX folder; opening it needs onnx: {extras.install('onnx')}"
-            if foreign
-            else "a transformers model; exporting it needs torch and transformers: "
-            f"{extras.install('export')}"
-        )
-        raise ModelError(f"{source} is {what} ({error})") from error
-    pipeline.export(source, out, precision=precision, cache_precision=cache_precision)
 
 
 @contextlib.contextmanager

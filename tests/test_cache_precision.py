@@ -288,27 +288,30 @@ def test_an_unknown_cache_precision_is_an_error(tmp_path):
 
 def test_the_tolerance_is_that_of_the_coarser():
     usual = pipeline.TOLERANCES
-    assert pipeline.tolerance("fp32", None, None) == usual["fp32"]
-    assert pipeline.tolerance("fp32", None, None, "int8") == usual["int8"]
-    assert pipeline.tolerance("int4", None, None, "int8") == usual["int4"]
-    bound = pipeline.tolerance("fp32", 0.5, None, "int8")
+    assert pipeline.usual_tolerance("fp32", "fp32") == usual["fp32"]
+    assert pipeline.usual_tolerance("fp32", "int8") == usual["int8"]
+    assert pipeline.usual_tolerance("int4", "int8") == usual["int4"]
+    bound = pipeline.usual_tolerance("fp32", "int8", 0.5)
     assert bound == dataclasses.replace(usual["int8"], kl=0.5)
-    assert pipeline.tolerance("fp32", None, None, "int3") is None
 
 
 @pytest.mark.parametrize(
     ("flags", "name"), [([], "some-int8"), (["--cache-precision", "int8"], "some-int8-kv-int8")]
 )
-def test_the_flag_of_the_command_line(monkeypatch, pair, flags, name):
+def test_the_flags_of_the_command_line(monkeypatch, pair, tmp_path, flags, name):
     seen = {}
 
-    def made(model, out, **knobs):
-        seen.update(knobs, out=str(out))
-        return pair("gpt2")[1].directory
+    def made(origin, out, wishes, shown):
+        seen.update(out=str(out), wishes=wishes)
+        shutil.copytree(pair("gpt2")[1].directory, out)
 
-    monkeypatch.setattr(pipeline, "export", made)
-    commands.cli.main(["export", "org/some", *flags], standalone_mode=False)
-    assert seen["out"] == name and seen["cache_precision"] == (flags or ["", "fp32"])[1]
+    tiny.build("gpt2").save_pretrained(tmp_path / "some")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pipeline, "_export", made)
+    bounds = ["--max-kl", "0.5", "--min-top1", "0.25"]
+    commands.cli.main(["export", "some", *bounds, *flags], standalone_mode=False)
+    assert seen["out"] == name and seen["wishes"].cache_precision == (flags or ["", "fp32"])[1]
+    assert (seen["wishes"].tolerance.kl, seen["wishes"].tolerance.top1) == (0.5, 0.25)
 
 
 def test_info_says_how_keys_and_values_are_stored(exported, capsys):

@@ -30,6 +30,9 @@ def hub(pair, tmp_path_factory) -> Iterator[Hub]:
     for name in ("tf_model.h5", "pytorch_model.bin", "onnx/model.onnx"):  # the weights once more
         (source / name).parent.mkdir(exist_ok=True)
         (source / name).write_bytes(b"not to be downloaded")
+    shutil.copytree(source, root / "org" / "torch", ignore=shutil.ignore_patterns("onnx", "*.bin"))
+    (root / "org" / "empty").mkdir()
+    (root / "org" / "empty" / "README.md").write_text("nothing")
     with serving(root) as server:
         yield server
 
@@ -108,11 +111,31 @@ def test_two_processes_that_start_together_export_once(world, expected, pair):
     assert world.hub.asked == []
 
 
-def test_without_torch_a_transformers_repository_says_what_to_install(world):
-    code, _, err = world.run(NO_TORCH + FROM_PRETRAINED, "org/source")
-    assert code == 1
-    assert "pip install 'fastgen-onnx[export]'" in err.splitlines()[-1]
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("org/torch", r"is a transformers model.*pip install 'fastgen-onnx\[export\]'"),
+        ("org/source", r"is an ONNX folder.*pip install 'fastgen-onnx\[onnx\]'"),
+    ],
+)
+def test_what_to_install_is_said_before_weights_are_fetched(world, name, words):
+    code, _, err = world.run(NO_TORCH + FROM_PRETRAINED, name)
+    assert code == 1 and re.search(f"{name} {words}", err.splitlines()[-1]), err
     assert not list(world.cache.glob("org*-fp32-*/"))
+    fetched = {one.rpartition("/")[2] for one in world.hub.asked if "/resolve/" in one}
+    assert fetched == {"config.json"}
+
+
+def test_the_command_line_exports_a_transformers_repository_on_first_use(world):
+    """And the second use is of what the first one made."""
+    ask = ("generate", "The quick", "-m", "org/torch", "--max-new-tokens", "4")
+    code, out, err = world.command(*ask)
+    assert code == 0 and "] convert" in err and out.startswith("The quick"), err
+    (made,) = world.cache.glob("org--torch-int8-*/")
+    code, again, err = world.command(*ask)
+    assert (code, again) == (0, out) and "] convert" not in err
+    code, out, err = world.command("info", "org/torch")
+    assert code == 0 and "org/torch (gpt2)" in out and made.is_dir()
 
 
 @pytest.mark.parametrize(
@@ -120,8 +143,8 @@ def test_without_torch_a_transformers_repository_says_what_to_install(world):
     [
         (["generate", "x", "-m", "org/nothing"], "org/nothing is neither .* no such repository"),
         (["info", "org/nothing"], "no such repository, or it is private"),
-        (["generate", "x", "-m", "org/source"],
-         "org/source holds no fastgen model .* CausalLM.from_pretrained"),
+        (["tune", "org/nothing"], "no such repository, or it is private"),
+        (["generate", "x", "-m", "org/empty"], "org/empty is not a model: it has no fastgen.json"),
     ],
 )  # fmt: skip
 def test_what_the_hub_does_not_have_is_one_clear_line(world, arguments, words):

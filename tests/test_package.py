@@ -44,7 +44,8 @@ LAYERS: dict[str, set[str]] = {
     "memory": set(),
     "model": {"cache", "cpu", "jsonfile", "memory", "tuning", "values"},
     "swap": {"model"},
-    "hub": {"extras", "model", "swap", "export"},
+    "folders": {"jsonfile"},
+    "hub": {"extras", "folders", "model", "swap", "export"},
     "report": {"jsonfile"},
     "tuning": {"cpu", "jsonfile"},
     "tune": {"cpu", "jsonfile", "model", "report", "softmax", "tuning"},
@@ -212,7 +213,9 @@ def test_the_wheel_installs_fastgen_alone(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"fastgen"}
-    assert "fastgen/export/pipeline.py" in names
+    parts = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("export/**/*.py")}
+    assert "export/foreign/folder.py" in parts
+    assert {f"fastgen/{part}" for part in parts} <= set(names)
     assert "fastgen/demo/fastgen.json" in names
     assert "fastgen/py.typed" in names
 

@@ -74,7 +74,7 @@ class Choice:
 
     @cached_property
     def defaults(self) -> dict[str, Any]:
-        """Of `generate`: the folder's generation_config.json, or the search of onnxruntime-genai."""
+        """Of `generate`: generation_config.json, or the search of onnxruntime-genai."""
         path = self.folder / DEFAULTS
         return jsonfile.read(path) if path.is_file() else _searched(self.genai)
 

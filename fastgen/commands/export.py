@@ -1,16 +1,15 @@
-"""fastgen export: a transformers model becomes a model directory."""
+"""fastgen export: a transformers model or an ONNX folder becomes a model directory."""
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import click
 
 from fastgen import extras
 from fastgen.commands.say import clear_errors
-from fastgen.hub import CACHE_PRECISION, kind
+from fastgen.hub import CACHE_PRECISION
 from fastgen.interrupt import ended_at_once
 
 
@@ -42,11 +41,17 @@ def export(
     allow_mismatch: bool, max_kl: float | None, min_top1: float | None, calibration: Path | None,
     revision: str | None, adapter: str | None,
 ) -> None:  # fmt: skip
-    """Export MODEL, a hub id or a transformers directory, to the model directory OUT.
+    """Export MODEL, a transformers model or an ONNX folder, to the model directory OUT.
 
-    MODEL may be an adapter (PEFT), which is merged into the model that it belongs to.
+    MODEL is a directory or a hub id. It may be an adapter (PEFT), which is merged into the model
+    that it belongs to; or what others exported to ONNX (onnxruntime-genai's builder, optimum,
+    transformers.js), whose graph is rewritten and compared with itself as it was.
 
-    Needs torch and transformers (the extra `export`); running the result does not.
+    A transformers model needs torch and transformers (the extra `export`), an ONNX folder onnx
+    and onnx_ir (the extra `onnx`); running the result needs none of them. Where a repository has
+    both, and torch is here, the transformers model is exported; --precision q4, q8, fp16 and so on
+    take what the folder has. Of its fp32, int8 and int4 are made without torch.
+
     OUT is by default the model's name and its precisions, such as distilgpt2-int8, or
     distilgpt2-int8-kv-int8. What was compared and found is printed as a table, which
     `fastgen info OUT` shows again.
@@ -57,14 +62,14 @@ def export(
                 from fastgen.export import pipeline
         except ImportError as error:
             raise ValueError(
-                f"exporting needs torch and transformers: {extras.install('export')} ({error})"
+                f"exporting needs torch and transformers: {extras.install('export')}; of an ONNX "
+                f"folder, onnx and onnx_ir: {extras.install('onnx')} ({error})"
             ) from error
         from fastgen.report import REPORT, table
 
-        name = Path(os.path.abspath(model)).name  # of a directory's path, or the end of a hub id
         made = pipeline.export(
             model,
-            out or Path(f"{name}-{kind(precision, cache_precision)}"),
+            out,
             precision=precision,
             cache_precision=cache_precision,
             force=force,
@@ -72,6 +77,7 @@ def export(
             revision=revision,
             adapter=adapter,
             calibration=calibration,
-            tolerance=pipeline.tolerance(precision, max_kl, min_top1, cache_precision),
+            max_kl=max_kl,
+            min_top1=min_top1,
         )
         click.echo(table(json.loads((made / REPORT).read_text(encoding="utf-8"))))

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 from fastgen.commands.say import clear_errors, in_json
 
 
 @click.command()
-@click.argument("directory", required=False, type=click.Path(path_type=Path))
+@click.argument("model", required=False)
 @click.option("--json", "as_json", is_flag=True, help="print JSON; null is what is not finite")
 @click.option("--verify", is_flag=True, help="compare every file, weights too, with its digest")
-def info(directory: Path | None, as_json: bool, verify: bool) -> None:
-    """Say what a model DIRECTORY holds and what its export found (default: the demo model)."""
+def info(model: str | None, as_json: bool, verify: bool) -> None:
+    """Say what MODEL (default: the demo model) holds and what its export found."""
     from fastgen import hub, jsonfile
     from fastgen.model import INFO, ModelInfo
     from fastgen.report import REPORT, table
     from fastgen.tuning import Tuning, read
 
     with clear_errors():
-        place = hub.directory(directory)
+        place = hub.directory(model)
         found = ModelInfo.verify(place) if verify else ModelInfo.read(place)
         report = jsonfile.read(place / REPORT)
         if as_json:

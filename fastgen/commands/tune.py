@@ -16,7 +16,7 @@ MOST = 10**9  # rows, tokens and rounds that `tune` takes for a wish, not a slip
 
 
 @click.command()
-@click.argument("directories", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("models", nargs=-1, required=True)
 @click.option("--rows", default=1, show_default=True, help="rows that are generated together")
 @click.option("--prompt", default=64, show_default=True, help="tokens of the prompt")
 @click.option("--new", default=32, show_default=True, help="tokens that are generated")
@@ -24,16 +24,17 @@ MOST = 10**9  # rows, tokens and rounds that `tune` takes for a wish, not a slip
 @click.option("--max-kl", default=0.02, show_default=True, help="KL divergence allowed")
 @click.option("--min-top1", default=0.9, show_default=True, help="equal likeliest tokens asked")
 def tune(
-    directories: tuple[Path, ...], rows: int, prompt: int, new: int, rounds: int, max_kl: float,
+    models: tuple[str, ...], rows: int, prompt: int, new: int, rounds: int, max_kl: float,
     min_top1: float,
 ) -> None:  # fmt: skip
-    """Measure what is fastest on this machine: threads, kernels, and which of DIRECTORIES.
+    """Measure what is fastest on this machine: threads, kernels, and which of MODELS.
 
-    What is best for a model directory is saved in it and used from then on, on this machine only.
+    Each is a directory or a hub id. What is best for a model directory is saved in it (of a hub's,
+    in the copy here) and used from then on, on this machine only.
     Given several exports of one model, say fp32, int8 and int4, the fastest is named whose report
     keeps the accuracy budget (--max-kl, --min-top1).
     """
-    from fastgen import tune, tuning
+    from fastgen import hub, tune, tuning
 
     with clear_errors():
         for name, value in {"rows": rows, "prompt": prompt, "new": new, "rounds": rounds}.items():
@@ -42,6 +43,7 @@ def tune(
             if value > MOST:
                 raise ValueError(f"--{name} must be at most {MOST:,}, got {value}")
         work = Workload(rows, prompt, new)
+        directories = [hub.directory(model) for model in models]
         for place in directories:
             _check_room(place, work)
         every = {place: tune.candidates(place) for place in dict.fromkeys(directories)}
