@@ -104,7 +104,7 @@ def test_what_is_made_is_kept_until_its_source_changes(tmp_path: Path) -> None:
         made.append(path)
 
     for source in ("one", "one", "two"):
-        assert home._kept(tmp_path / "thing", source, make) == tmp_path / "thing"
+        assert home.kept(tmp_path / "thing", source, make) == tmp_path / "thing"
     assert len(made) == 2
 
     def fail(path: Path) -> None:
@@ -112,7 +112,7 @@ def test_what_is_made_is_kept_until_its_source_changes(tmp_path: Path) -> None:
 
     for _ in range(2):
         with pytest.raises(Unavailable, match="no network"):
-            home._kept(tmp_path / "other", "one", fail)
+            home.kept(tmp_path / "other", "one", fail)
     assert not (tmp_path / "other").exists()
     home.lock.close()
 

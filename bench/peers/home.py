@@ -18,7 +18,7 @@ from typing import TextIO
 import shapes
 
 from peers import models
-from peers.engines import adapter
+from peers.engines import NAMES, adapter
 
 HERE = Path(__file__).resolve().parent
 CHECKOUT = HERE.parents[1]
@@ -56,29 +56,30 @@ class Home:
 
         def make(path: Path) -> None:
             command = [sys.executable, str(HERE / "models.py"), shape, str(path)]
-            self._run(command, f"model-{shape}", {"PYTHONPATH": str(HERE.parent)})
+            self.run(command, f"model-{shape}", {"PYTHONPATH": str(HERE.parent)})
 
-        return self._kept(self.path / "models" / shape, made_from, make)
+        return self.kept(self.path / "models" / shape, made_from, make)
 
     def python(self, name: str | None) -> Path:
         """The interpreter of the environment of a requirements file; None is the driver's own."""
         if name is None:
             return Path(sys.executable)
-        return _python(self.environment(name))
+        return python_in(self.environment(name))
 
-    def environment(self, name: str) -> Path:
-        """The environment of a requirements file."""
-        requirements = HERE / "requirements" / f"{name}.txt"
+    def environment(self, name: str, folder: Path = HERE / "requirements") -> Path:
+        """The environment of a requirements file in `folder`."""
+        requirements = folder / f"{name}.txt"
 
         def make(path: Path) -> None:
-            self._run([sys.executable, "-m", "venv", str(path)], f"venv-{name}")
+            self.run([sys.executable, "-m", "venv", str(path)], f"venv-{name}")
             (path / "empty").write_text(str(size(path)))
-            build = adapter(name.removesuffix("-convert")).build
+            engine = name.removesuffix("-convert")
+            build = adapter(engine).build if engine in NAMES else None
             self._install(path, ["--no-deps", "-r", str(requirements)], f"pip-{name}", build)
 
         # Environments cannot be moved: their scripts name their place.
         place = self.path / "environments" / name
-        place = self._kept(place, requirements.read_text(), make, in_place=True)
+        place = self.kept(place, requirements.read_text(), make, in_place=True)
         if name == OURS:
             self._install_checkout(place)
         return place
@@ -97,7 +98,7 @@ class Home:
     def _install(
         self, environment: Path, what: list[str], name: str, build: dict[str, str] | None = None
     ) -> None:
-        self._run([str(_python(environment)), "-m", "pip", "install", *what], name, build)
+        self.run([str(python_in(environment)), "-m", "pip", "install", *what], name, build)
 
     def megabytes(self, name: str) -> float:
         """What installing an environment's packages took."""
@@ -118,12 +119,12 @@ class Home:
             path.mkdir()
             python = self.python(converter)
             command = [str(python), str(WORKER), "prepare", name, str(source), str(path), precision]
-            self._run(command, f"convert-{shape}-{name}-{precision}", OFFLINE)
+            self.run(command, f"convert-{shape}-{name}-{precision}", OFFLINE)
 
         place = self.path / "converted" / f"{shape}-{name}-{precision}"
-        return self._kept(place, made_from, make)
+        return self.kept(place, made_from, make)
 
-    def _kept(
+    def kept(
         self, place: Path, made_from: str, make: Callable[[Path], None], in_place: bool = False
     ) -> Path:
         """`place`, made anew unless it has the stamp of what it would be made from."""
@@ -150,7 +151,12 @@ class Home:
         print(f"{time.perf_counter() - start:.0f} s", file=sys.stderr)
         return place
 
-    def _run(self, command: list[str], name: str, more: dict[str, str] | None = None) -> None:
+    def run(self, command: list[str], name: str, more: dict[str, str] | None = None) -> None:
+        """Run a step, with a log of that name.
+
+        Raises:
+            Unavailable: it failed; the message has its last words.
+        """
         log = self.log(name)
         with log.open("w") as out:
             env = os.environ | (more or {})
@@ -217,7 +223,8 @@ def copy_package(target: Path) -> None:
         )
 
 
-def _python(environment: Path) -> Path:
+def python_in(environment: Path) -> Path:
+    """The interpreter of an environment."""
     return environment / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 

@@ -47,12 +47,17 @@ def make_tokenizer(directory: Path, size: int, eos: int) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<|endoftext|>"])
     tokenizer.save(str(directory / "tokenizer.json"))
+    write_tokenizer_config(directory, "<|endoftext|>")
+
+
+def write_tokenizer_config(directory: Path, special: str) -> None:
+    """One that all versions of transformers read, with one token for all that is special."""
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<|endoftext|>",
-        "eos_token": "<|endoftext|>",
-        "pad_token": "<|endoftext|>",
-        "unk_token": "<|endoftext|>",
+        "bos_token": special,
+        "eos_token": special,
+        "pad_token": special,
+        "unk_token": special,
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
 

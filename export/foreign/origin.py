@@ -32,7 +32,7 @@ LIMITS = ("max_position_embeddings", "n_positions", "n_ctx", "seq_length", "max_
 # What a rewritten graph may differ by from the folder's, by what is in it.
 EXACT = check.Tolerance(max_difference=1e-5)
 BLOCKS = check.Tolerance(max_difference=1e-3, kl=1e-5, top1=0.99)
-HALVES = check.Tolerance(max_difference=3e-2, kl=1e-3, top1=0.95, greedy=False)
+HALVES = check.Tolerance(max_difference=0.1, kl=1e-3, top1=0.95, greedy=False)
 SHARED = check.Tolerance(max_difference=0.5, kl=0.1, top1=0.7, greedy=False)
 
 

@@ -75,7 +75,7 @@ def rewrite(
     """
     model, halves = prepare(model)
     graph = model.graph
-    single = _single(signature)
+    single = signature.single()
     attention.refuse_unknown(graph, single)
     # Some tools' GroupQueryAttention reads several tokens after a past for one row only.
     alone = any(is_grouped(node) for node in graph)
@@ -99,15 +99,6 @@ def rewrite(
     layers = _sign(model, single)
     _settle(model, vocab, layers)
     return Rewritten(model, layers, windows, halves, kinds, computed)
-
-
-def _single(signature: Signature) -> Signature:
-    """The signature after `prepare`: no branch, nothing in half precision."""
-    wide = {
-        name: np.dtype(np.float32) if dtype.itemsize == 2 and dtype.kind not in "iu" else dtype
-        for name, dtype in signature.dtypes.items()
-    }
-    return Signature(signature.past, signature.present, signature.shapes, wide, signature.inputs)
 
 
 def _random(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -69,6 +69,15 @@ class Signature:
         }
         fed = {name: known[name].astype(self.dtypes[name]) for name in self.inputs}
         return fed | dict(zip(self.past, past, strict=True))
+
+    def single(self) -> Signature:
+        """That of the same graph in single precision."""
+        wide = {
+            name: np.dtype(np.float32) if kind.itemsize == 2 and kind.kind not in "iu" else kind
+            for name, kind in self.dtypes.items()
+        }
+        inputs = [name for name in self.inputs if name != BRANCH]
+        return replace(self, dtypes=wide, inputs=inputs)
 
     def nothing(self, rows: int, length: int = 0) -> list[NDArray[Any]]:
         """A past of `length` tokens of zeros."""

@@ -1,0 +1,1 @@
+"""Folders that other tools made, opened: which are exact, and how fast they are."""

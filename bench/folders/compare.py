@@ -1,0 +1,126 @@
+"""What becomes of a folder: opened as anybody would, and beside transformers and the folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+import traceback
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import architectures
+import numpy as np
+import onnx_ir
+import torch
+import transformers
+from fastgen.export import Mismatch, UnsupportedModel, check, export
+from fastgen.export.foreign import folder as folders_of
+from fastgen.export.foreign.origin import Folder as Origin
+from fastgen.export.foreign.plain import Plain
+from fastgen.export.foreign.prepare import prepare
+from transformers import AutoModelForCausalLM
+
+from fastgen.model import Model, ModelError
+from folders import demo
+from folders.made import DEMO, Folder
+
+# The best first. "Equal" is: exact, and not transformers' model; or not in single precision.
+EXACT, EQUAL, REFUSED, UNMADE, WRONG, FAILED = (
+    "exact", "equals the folder", "refused", "not made", "WRONG", "crash",
+)  # fmt: skip
+CLOSE = 1e-5  # of the largest logit
+# What quantises what it computes has numbers between two codes, which may go to either.
+ROUNDED = 2e-2
+
+
+@dataclass
+class Found:
+    """What became of a folder.
+
+    Attributes:
+        difference: the largest of a logit from the folder's, as a share of the largest logit: the
+            folder's graph in single precision, by plain `session.run`.
+        theirs: likewise from transformers' model, in ragged rows.
+    """
+
+    tool: str
+    version: str
+    kind: str
+    what: str
+    outcome: str
+    attention: str = ""
+    difference: float | None = None
+    theirs: float | None = None
+    reason: str = ""
+
+
+def examine(folder: Folder) -> Found:
+    """Open and compare a folder; whatever goes wrong is what is found."""
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    tool = folder.tool
+    found = Found(tool.name, tool.version, folder.kind, folder.what, UNMADE, reason=folder.error)
+    if folder.path is None or folder.source is None:
+        return found
+    with tempfile.TemporaryDirectory() as place:
+        out = Path(place) / "out"
+        try:
+            export(folder.path, out, precision=folder.precision, progress=None)
+            _compare(found, folder, folder.path, folder.source, out)
+        except (UnsupportedModel, ModelError) as error:
+            found.outcome, found.reason = REFUSED, _without_name(str(error))
+        except Mismatch as error:
+            found.outcome, found.reason = WRONG, _without_name(str(error))
+        except Exception as error:
+            traceback.print_exc()
+            line = " ".join(str(error).split())[:200]
+            found.outcome, found.reason = FAILED, f"{type(error).__name__}: {line}"
+    return found
+
+
+def _compare(found: Found, folder: Folder, path: Path, source: Path, out: Path) -> None:
+    said = json.loads((out / "report.json").read_text())["folder"]
+    found.attention = " and ".join(said["attention"])
+    origin = Origin(folders_of.choose(path, folder.precision))
+    found.difference = from_folder(origin, out)
+    rounds = any(kind.startswith("DynamicQuantize") for kind in origin.operators)
+    found.outcome = EQUAL if found.difference <= (ROUNDED if rounds else CLOSE) else WRONG
+    notes = list(said["notes"])
+    if said["half_precision_became_single"]:
+        notes.append("half precision became single")
+    if origin.first == "fp32" and not said["half_precision_became_single"]:
+        theirs = AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager").eval()
+        found.theirs, wrong = architectures.compare(theirs, out)
+        if folder.kind == DEMO:
+            wrong += demo.compare(source, out)
+        if not wrong and found.theirs <= CLOSE and found.outcome == EQUAL:
+            found.outcome = EXACT
+        else:
+            notes.append(f"not transformers' model: {', '.join(wrong) or 'logits'}")
+    found.reason = "; ".join(notes)
+
+
+def from_folder(origin: Origin, out: Path) -> float:
+    """The largest difference of a logit from the folder's, each row alone, as others run it."""
+    rows = origin.probes()
+    with tempfile.TemporaryDirectory() as place:
+        graph = Path(place) / "single.onnx"
+        single, _ = prepare(onnx_ir.load(origin.choice.graph))
+        onnx_ir.save(single, graph, external_data="single.data")
+        signature = origin.signature.single()
+        plain = Plain(graph, [graph.with_name("single.data")], signature)
+        theirs = [plain.logits(row) for row in rows]
+    model = Model(out)
+    ours = [check.exported_logits(model, [row])[0] for row in rows]
+    scale = max(float(np.abs(logits).max()) for logits in theirs)
+    return max(float(np.abs(a - b).max()) for a, b in zip(theirs, ours, strict=True)) / scale
+
+
+def _without_name(text: str) -> str:
+    for words in (" cannot be exported: ", " cannot be opened: ", "with the original: "):
+        text = text.partition(words)[2] or text
+    return text
