@@ -25,9 +25,12 @@ MEMORY = "a quarter of the machine's memory"
               "FASTGEN_API_KEY]")  # fmt: skip
 @threads_option
 @click.option("--name", help="what clients see the model called [default: its own name]")
-@click.option("--rows", type=int, help="rows that run together, at most [default: 64]")
+@click.option(
+    "--rows", type=click.IntRange(1), help="rows that run together, at most [default: 64]"
+)
 @click.option("--memory", type=float, help=f"GB that calls may come to hold [default: {MEMORY}]")
-@click.option("--queue", type=int, help="requests that may wait; more are told 429 [default: 256]")
+@click.option("--queue", type=click.IntRange(1),
+              help="requests that may wait; more are told 429 [default: 256]")  # fmt: skip
 @click.option("--grace", default=30.0, show_default=True,
               help="seconds that what runs has to finish, once told to stop")  # fmt: skip
 @click.option("--cors", help="an origin whose pages may call from a browser, * for all")

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import hmac
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from importlib import resources
 from typing import Annotated, Any
 
@@ -21,7 +21,7 @@ import fastgen
 from fastgen.generator import CausalLM
 from fastgen.serve import chats, completions
 from fastgen.serve.knobs import described
-from fastgen.serve.service import Service
+from fastgen.serve.service import Service, failure
 from fastgen.serve.wire import (
     ChatCompletion,
     Completion,
@@ -139,7 +139,7 @@ def _errors(made: FastAPI) -> None:
 
     @made.exception_handler(Refused)
     async def refused(_: Request, error: Refused) -> Response:
-        return JSONResponse(error.body, error.status, error.headers)
+        return Json(error.body, error.status, error.headers)
 
     @made.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
@@ -150,6 +150,10 @@ def _errors(made: FastAPI) -> None:
         text = f"{request.method} {request.url.path}: {error.detail}"
         headers = dict(error.headers or {})
         return await refused(request, Refused(error.status_code, text, headers=headers))
+
+    @made.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> Response:
+        return await refused(request, failure(error))
 
 
 def _invalid(error: RequestValidationError) -> Refused:
@@ -241,35 +245,57 @@ def _model(service: Service) -> dict[str, Any]:
 async def _answer(request: Request, made: Any) -> Response:
     """What `answer` of a route made, whole or as events, given up where the client goes away."""
     if made.events is not None:
-        return StreamingResponse(_events(made), media_type="text/event-stream", headers=STREAM)
-    whole = asyncio.create_task(made.whole())
-    gone = asyncio.create_task(_disconnected(request))
+        return Events(made)
     try:
-        await asyncio.wait({whole, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not whole.done():
-            return Response(status_code=499)  # nobody reads it
-        return JSONResponse(whole.result())
+        whole = await _unless_gone(made.whole(), request.receive)
     finally:
         made.run.cancel()
-        for task in (whole, gone):
+    return Response(status_code=499) if whole is None else Json(whole)  # 499: nobody reads it
+
+
+async def _unless_gone(work: Coroutine[Any, Any, Any], receive: Receive) -> Any:
+    """What `work` returns; None where the client has gone away before."""
+    tasks = asyncio.create_task(work), asyncio.create_task(_disconnected(receive))
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return tasks[0].result() if tasks[0].done() else None
+    finally:
+        for task in tasks:
             task.cancel()
 
 
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
         pass
 
 
-async def _events(made: Any) -> AsyncIterator[bytes]:
-    """Server-sent events; an error on the way is the last of them."""
-    try:
-        async for chunk in made.events():
-            yield b"data: " + as_json(chunk) + b"\n\n"
-    except Refused as error:
-        yield b"data: " + as_json(error.body) + b"\n\n"
-    finally:
-        made.run.cancel()
-    yield b"data: [DONE]\n\n"
+class Json(JSONResponse):
+    """JSON that a client's text cannot break: half a surrogate pair in it becomes a `?`."""
+
+    def render(self, content: Any) -> bytes:
+        return as_json(content)
+
+
+class Events(StreamingResponse):
+    """Server-sent events, given up where the client goes away; an error is the last but one."""
+
+    def __init__(self, made: Any) -> None:
+        super().__init__(self._events(), media_type="text/event-stream", headers=STREAM)
+        self.made = made
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await _unless_gone(self.stream_response(send), receive)
+        finally:
+            self.made.run.cancel()
+
+    async def _events(self) -> AsyncIterator[bytes]:
+        try:
+            async for chunk in self.made.events():
+                yield b"data: " + as_json(chunk) + b"\n\n"
+        except Refused as error:
+            yield b"data: " + as_json(error.body) + b"\n\n"
+        yield b"data: [DONE]\n\n"
 
 
 def as_json(value: Any) -> bytes:

@@ -70,7 +70,8 @@ class Answer:
         if self.reads is None:
             return text, []
         content, calls = self.reads(text)
-        return self.service.without_special_tokens(content), calls
+        content = self.service.without_special_tokens(content)
+        return content.strip() if calls else content, calls
 
     def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
         if self.wish.alternatives is None:
@@ -133,7 +134,8 @@ async def answer(service: Service, body: Any) -> Answer:
         service.conversation, messages, functions, body.chat_template_kwargs or {}
     )
     reads = service.reads_tools if functions else None
-    run = await service.run([ids], wished, chat.MAX_NEW_TOKENS, special=reads is not None)
+    usual = service.defaults.get("max_new_tokens") or chat.MAX_NEW_TOKENS
+    run = await service.run([ids], wished, usual, special=reads is not None)
     options = body.stream_options
     include = bool(options and options.include_usage)
     return Answer(service, run, wished, reads, include, body.stream)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from fastgen.output import Token
 
@@ -13,6 +15,30 @@ if TYPE_CHECKING:
     from fastgen.serve.engine import Engine, Stream
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+
+class _Known:
+    """What an engine, its scheduler and its prefix cache count themselves, read when asked for."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def collect(self) -> Iterator[Any]:
+        cache, scheduler = self.engine.prefix_cache, self.engine.scheduler
+        for name, what, value in (
+            ("fastgen_rows_running", "rows that run or are being read", scheduler.rows),
+            ("fastgen_calls_waiting", "calls that wait for room", self.engine.waiting),
+            ("fastgen_bytes_promised", "that running calls may come to hold", scheduler.held),
+            ("fastgen_prefix_cache_bytes", "of prompts that are kept", cache.nbytes),
+        ):
+            yield GaugeMetricFamily(name, what, value=value)
+        for name, what, value in (
+            ("fastgen_prefix_cache_hits", "prompts that were found in part", cache.hits),
+            ("fastgen_prefix_cache_misses", "prompts that were not", cache.misses),
+            ("fastgen_prefix_cache_tokens_reused", "tokens that were not read again",
+             cache.tokens_reused),
+        ):  # fmt: skip
+            yield CounterMetricFamily(name, what, value=value)
 
 
 class Metrics:
@@ -39,19 +65,7 @@ class Metrics:
 
     def watch(self, engine: Engine) -> None:
         """Show what the engine knows by itself."""
-        cache, scheduler = engine.prefix_cache, engine.scheduler
-        for name, what, value in (
-            ("fastgen_rows_running", "rows that run or are being read", lambda: scheduler.rows),
-            ("fastgen_calls_waiting", "calls that wait for room", lambda: engine.waiting),
-            ("fastgen_bytes_promised", "that running calls may come to hold",
-             lambda: scheduler.held),
-            ("fastgen_prefix_cache_bytes", "of prompts that are kept", lambda: cache.nbytes),
-            ("fastgen_prefix_cache_hits", "prompts that were found in part", lambda: cache.hits),
-            ("fastgen_prefix_cache_misses", "prompts that were not", lambda: cache.misses),
-            ("fastgen_prefix_cache_tokens_reused", "tokens that were not read again",
-             lambda: cache.tokens_reused),
-        ):  # fmt: skip
-            Gauge(name, what, registry=self.registry).set_function(value)
+        self.registry.register(_Known(engine))
 
     def step(self, news: list[tuple[Stream, list[Token]]]) -> None:
         """Note what a step brought."""
@@ -71,4 +85,5 @@ class Metrics:
 
     def text(self) -> bytes:
         """All of it, as Prometheus reads it."""
-        return generate_latest(self.registry)
+        shown: bytes = generate_latest(self.registry)
+        return shown

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,8 +78,20 @@ def refusal(error: Exception) -> Refused:
             headers={"Retry-After": str(RETRY)},
         )  # fmt: skip
     if isinstance(error, ValueError):
-        first = str(error).partition(" ")[0].partition("=")[0]
-        return Refused(400, str(error), param=first if first in NAMES else None)
+        return _wrong(str(error), {})
+    return failure(error)
+
+
+def _wrong(message: str, names: Mapping[str, str]) -> Refused:
+    """What is wrong with a request, in the words that it used itself (see `Wish.names`)."""
+    first = message.partition(" ")[0].partition("=")[0]
+    for ours, theirs in names.items():
+        message = re.sub(rf"\b{ours}\b", theirs, message)
+    return Refused(400, message, param=names.get(first, first) if first in NAMES else None)
+
+
+def failure(error: Exception) -> Refused:
+    """An error that is none of the client's."""
     return Refused(500, f"{type(error).__name__}: {error}", code="internal_error")
 
 
@@ -200,6 +213,7 @@ class Service:
 
     def _calls(self, prompts: Sequence[list[int]], wish: Wish, usual: int) -> list[Call]:
         knobs = dict(wish.knobs)
+        by_length = wish.new is None and knobs.get("max_length") is not None
         if wish.stop:
             knobs["stop_strings"] = list(wish.stop)
         if wish.alternatives:
@@ -210,14 +224,14 @@ class Service:
                     [ids],
                     attention_mask=[[1] * len(ids)],
                     logprobs=wish.alternatives is not None or wish.copies > wish.n,
-                    max_new_tokens=self.room(len(ids), wish.new, usual),
+                    max_new_tokens=None if by_length else self.room(len(ids), wish.new, usual),
                     num_return_sequences=wish.copies,
                     **knobs,
                 )
                 for ids in prompts
             ]
         except ValueError as error:
-            raise refusal(error) from error
+            raise _wrong(str(error), wish.names) from error
 
     def room(self, prompt: int, new: int | None, usual: int) -> int:
         """How many tokens follow a prompt of so many.

@@ -5,7 +5,7 @@ OpenAI's fields are checked here; knobs are checked where they always are, by `g
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -158,6 +158,7 @@ class Wish:
         copies: sequences of each prompt; `n` of them are given out.
         alternatives: of each token; None where no log-probabilities are asked for.
         stop: texts that end it.
+        names: what the client calls a knob that it gave under another name.
     """
 
     knobs: dict[str, Any]
@@ -166,6 +167,7 @@ class Wish:
     copies: int
     alternatives: int | None
     stop: tuple[str, ...]
+    names: dict[str, str]
 
 
 def wish(body: Any, defaults: Mapping[str, Any]) -> Wish:
@@ -217,7 +219,15 @@ def wish(body: Any, defaults: Mapping[str, Any]) -> Wish:
         copies=copies,
         alternatives=_alternatives(body, sent),
         stop=stop,
+        names=_names(sent, lengths),
     )
+
+
+def _names(sent: Mapping[str, Any], lengths: Iterable[str]) -> dict[str, str]:
+    """Knobs that the client gave under OpenAI's names, with those."""
+    known = {"stop_strings": "stop", "num_return_sequences": "n"}
+    given = {ours: theirs for ours, theirs in known.items() if ours not in sent and theirs in sent}
+    return given | {"max_new_tokens": name for name in lengths}
 
 
 def _sampling(knobs: dict[str, Any], defaults: Mapping[str, Any]) -> None:
