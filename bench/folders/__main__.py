@@ -32,9 +32,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from folders import compare, made  # noqa: E402
-from folders.compare import Found  # noqa: E402
+from peers.cases import CASES  # noqa: E402
 from peers.home import Home  # noqa: E402
+from shapes import SHAPES  # noqa: E402
+
+from folders import compare, made, speed  # noqa: E402
+from folders.compare import Found  # noqa: E402
+from folders.made import DEMO  # noqa: E402
 
 
 def main() -> None:
@@ -47,9 +51,22 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=["*"], metavar="TOOL/TYPE", help="a pattern")
     parser.add_argument("--json", type=Path, help="what was found; what is in it is not done again")
     parser.add_argument("--markdown", type=Path, help="write the table")
+    parser.add_argument("--speed", action="store_true", help="time folders instead")
+    parser.add_argument("--shapes", nargs="+", choices=[DEMO, *SHAPES],
+                        default=["smollm-135m", "distilgpt2"], help="of --speed")  # fmt: skip
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=speed.WANTED, metavar="CASE")
+    parser.add_argument("--rounds", type=int, default=5, help="of --speed, after one that warms up")
+    parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     with contextlib.ExitStack() as stack:
         home = Home(args.home or Path(stack.enter_context(tempfile.TemporaryDirectory())))
+        if args.speed:
+            pairs = []
+            for pair in speed.measure(home, args.shapes, args.cases, args.rounds, args.threads):
+                pairs.append(pair)
+                print(speed.table([pair], args.cases).splitlines()[-1], flush=True)
+            print(speed.table(pairs, args.cases))
+            return
         done = []
         if args.json and args.json.exists():
             done = [Found(**one) for one in json.loads(args.json.read_text())]
@@ -66,7 +83,7 @@ def main() -> None:
 def run(home: Home, patterns: Sequence[str], done: set[tuple[str, str]]) -> Iterator[Found]:
     """Make and examine the folders that match, in a process that may end."""
     spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(1, spawn)
+    pool = ProcessPoolExecutor(1, spawn, compare.quiet)
     for tool in made.TOOLS:
         for kind in tool.kinds:
             name = f"{tool.name}/{kind}"
@@ -76,7 +93,7 @@ def run(home: Home, patterns: Sequence[str], done: set[tuple[str, str]]) -> Iter
                 try:
                     yield pool.submit(compare.examine, folder).result()
                 except BrokenProcessPool:
-                    pool = ProcessPoolExecutor(1, spawn)
+                    pool = ProcessPoolExecutor(1, spawn, compare.quiet)
                     yield Found(tool.name, tool.version, kind, folder.what, compare.FAILED,
                                 reason="its process ended")  # fmt: skip
     pool.shutdown()

@@ -56,17 +56,22 @@ class Found:
     reason: str = ""
 
 
-def examine(folder: Folder) -> Found:
-    """Open and compare a folder; whatever goes wrong is what is found."""
+def quiet() -> None:
+    """For a process that does nothing else."""
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
+
+
+def examine(folder: Folder) -> Found:
+    """Open and compare a folder; whatever goes wrong is what is found."""
     tool = folder.tool
     found = Found(tool.name, tool.version, folder.kind, folder.what, UNMADE, reason=folder.error)
     if folder.path is None or folder.source is None:
         return found
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as place, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of transformers, about its own models
         out = Path(place) / "out"
         try:
             export(folder.path, out, precision=folder.precision, progress=None)

@@ -10,11 +10,11 @@ import numpy as np
 import onnx_ir
 import torch
 from fastgen.export import check
+from peers.models import write_tokenizer_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import fastgen
 from fastgen import CausalLM
-from peers.models import write_tokenizer_config
 
 PLACE = Path(fastgen.__file__).parent / "demo"
 # Of the text that the model was trained on.

@@ -29,9 +29,10 @@ def source(kind: str, target: Path) -> None:
     Its logits spread enough that the likeliest token is clear.
     """
     import torch
-    from folders import kinds
     from peers.models import make_tokenizer
     from transformers import AutoConfig, AutoModelForCausalLM
+
+    from folders import kinds
 
     config = AutoConfig.for_model(kind, **kinds.settings(kind))
     torch.manual_seed(0)

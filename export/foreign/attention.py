@@ -289,9 +289,8 @@ def _four(layer: int, query: NDArray[Any], rows: int, new: int, size: int) -> ND
 
 def _ratio(layer: int, one: NDArray[Any], other: NDArray[Any], what: str) -> float:
     """The factor between two arrays that are otherwise equal."""
-    if one.shape != other.shape:
-        if other.shape[1] % one.shape[1] == 0 and one.ndim == 4:  # not spread over the heads
-            one = np.repeat(one, other.shape[1] // one.shape[1], axis=1)
+    if one.shape != other.shape and one.ndim == 4 and other.shape[1] % one.shape[1] == 0:
+        one = np.repeat(one, other.shape[1] // one.shape[1], axis=1)  # not spread over the heads
     if one.shape == other.shape:
         place = np.unravel_index(np.abs(other).argmax(), other.shape)
         factor = float(one[place] / other[place]) if other[place] else 1.0

@@ -158,10 +158,10 @@ def _to_single(model: ir.Model) -> bool:
                 node.attributes[name] = ir.AttrInt64(name, int(ir.DataType.FLOAT))
                 found = True
         held = node.attributes.get("value")
-        if held is not None and isinstance(held.value, ir.TensorProtocol):
-            if held.value.dtype in HALVES:
-                single = ir.tensor(held.value.numpy().astype(np.float32))
-                node.attributes["value"] = ir.AttrTensor("value", single)
+        tensor = None if held is None else held.value
+        if isinstance(tensor, ir.TensorProtocol) and tensor.dtype in HALVES:
+            single = ir.tensor(tensor.numpy().astype(np.float32))
+            node.attributes["value"] = ir.AttrTensor("value", single)
     return found
 
 

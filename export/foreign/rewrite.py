@@ -260,10 +260,10 @@ def _read_at_positions(value: ir.Value, axis: int) -> bool:
         node = use.node
         if node.op_type == "Gather" and use.idx == 0 and node.attributes.get_int("axis", 0) == 0:
             continue
-        if (node.op_type == "Squeeze" and axis == 2) or node.op_type == "Cast":
-            if _read_at_positions(node.outputs[0], 0 if node.op_type == "Squeeze" else axis):
-                continue
-        return False
+        squeezes = node.op_type == "Squeeze" and axis == 2
+        passes = squeezes or node.op_type == "Cast"
+        if not passes or not _read_at_positions(node.outputs[0], 0 if squeezes else axis):
+            return False
     return True
 
 

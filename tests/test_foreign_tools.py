@@ -1,0 +1,58 @@
+"""Folders by the real tools, each in an environment of its own, by the code of `bench/folders`.
+
+    pytest -m slow tests/test_foreign_tools.py
+
+The environments are gigabytes, and kept in FASTGEN_BENCH_HOME where that is set.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parents[1] / "bench"
+sys.path.append(str(BENCH))
+
+from folders import compare, made  # noqa: E402
+from peers.home import Home  # noqa: E402
+
+pytestmark = pytest.mark.slow
+
+TOOLS = {tool.does: tool for tool in made.TOOLS}
+# What must come of folders, by tool and type; the types are those with a mechanism of their own.
+EXPECTED: dict[tuple[str, str], dict[str, str]] = {
+    ("builder", made.DEMO): {"fp32": compare.EXACT, "int4": compare.EQUAL},
+    ("builder", "llama"): {
+        "fp32": compare.EXACT, "int8": compare.EQUAL, "int4": compare.EQUAL,
+        "fp32-pruned": compare.EXACT, "fp16-cpu": compare.REFUSED, "fp16-cuda": compare.EQUAL,
+        "fp16-dml": compare.EQUAL, "int4-cuda": compare.EQUAL, "int4-webgpu": compare.EQUAL,
+    },
+    ("optimum", made.DEMO): {"fp32": compare.EXACT, "q4": compare.EQUAL},
+    ("optimum", "gpt2"): {
+        "fp32": compare.EXACT, **dict.fromkeys(made.SUFFIXES, compare.EQUAL),
+    },
+    ("optimum", "gemma3_text"): {"fp32": compare.EXACT},
+    ("optimum", "bloom"): {"fp32": compare.REFUSED},
+    ("merged", made.DEMO): {"merged": compare.EXACT},
+    ("merged", "gpt2"): dict.fromkeys(("merged", "two", "one"), compare.EXACT),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
+    kept = os.environ.get("FASTGEN_BENCH_HOME")
+    home = Home(Path(kept) if kept else tmp_path_factory.mktemp("folders"))
+    yield home
+    if home.lock is not None:
+        home.lock.close()
+
+
+@pytest.mark.parametrize(("does", "kind"), EXPECTED, ids="-".join)
+def test_folders_of_real_tools_say_what_they_said(home: Home, does: str, kind: str) -> None:
+    found = [compare.examine(folder) for folder in made.folders(home, TOOLS[does], kind)]
+    said = {one.what: (one.outcome, one.reason) for one in found}
+    assert {what: outcome for what, (outcome, _) in said.items()} == EXPECTED[does, kind], said
