@@ -81,8 +81,8 @@ def exported(
     foreign = is_onnx(names, precision)
     if not foreign and not any(described in names for described in DESCRIBED):
         raise ModelError(
-            f"{name} is not a model: it has no {INFO}, no graph of ONNX, and no {DESCRIBED[0]} of "
-            "transformers"
+            f"{name} is not a fastgen model directory: it has no {INFO}; nor an ONNX folder, nor a "
+            f"transformers model (it has no {DESCRIBED[0]})"
         )
     if here:
         key = str(place.resolve()) + _fingerprint(place, names)

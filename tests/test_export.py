@@ -449,7 +449,7 @@ def test_what_the_configuration_tells_is_refused_before_weights_are_read(config,
 # --- what is shown, compared and left behind ---------------------------------------------------
 
 STEPS = [
-    "load", "torch logits", "convert", "ONNX logits compared", "ONNX greedy text compared",
+    "load", "original logits", "convert", "ONNX logits compared", "ONNX greedy text compared",
     "time by operator", "bundle",
 ]  # fmt: skip
 
