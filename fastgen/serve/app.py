@@ -31,6 +31,7 @@ from fastgen.serve.wire import (
 )
 
 MOST_BYTES = 8 << 20  # of a request's body
+MOST_DISCARDED = 64 << 20  # of a longer one, before its connection is cut
 GRACE = 30.0  # seconds that running calls have once the service is to stop
 PAGE = {"page.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
 POLICY = (
@@ -122,6 +123,10 @@ class Door:
             message = await receive()
             size += len(message.get("body", b""))
             if size > MOST_BYTES:
+                # Who is still sending would not see the answer: it is read on, and forgotten.
+                while message.get("more_body") and size < MOST_DISCARDED:
+                    message = await receive()
+                    size += len(message.get("body", b""))
                 raise HTTPException(413, f"the body has more than {MOST_BYTES:,} bytes")
             return message
 

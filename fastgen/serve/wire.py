@@ -227,7 +227,7 @@ def _names(sent: Mapping[str, Any], lengths: Iterable[str]) -> dict[str, str]:
     """Knobs that the client gave under OpenAI's names, with those."""
     known = {"stop_strings": "stop", "num_return_sequences": "n"}
     given = {ours: theirs for ours, theirs in known.items() if ours not in sent and theirs in sent}
-    return given | {"max_new_tokens": name for name in lengths}
+    return given | dict.fromkeys(("max_new_tokens",), next(iter(lengths), "max_tokens"))
 
 
 def _sampling(knobs: dict[str, Any], defaults: Mapping[str, Any]) -> None:
