@@ -155,11 +155,14 @@ class OfLines:
         self.engine = engine(**arguments)
         self.text, self.to_lines, self.is_alone = text, to_lines, is_alone
 
-    def __call__(self, batch: Columns) -> Columns:
+    def __call__(self, batch: Columns) -> Any:
         """The batch has "line" (bytes), "number" and "file", or the columns of a table.
 
         Returns:
-            "line" (bytes) and "bad" (bool); or columns, for a table.
+            "line" (bytes) and "bad" (bool); or a pyarrow Table.
+
+        Raises:
+            ValueError: a column that means nothing here and is not to be kept.
         """
         if "line" in batch:
             lines = zip(batch["number"], batch["line"], batch["file"], strict=True)
@@ -169,16 +172,46 @@ class OfLines:
             ]
             found = self.engine.done(row for row in rows if row is not None)
         else:
-            found = self.engine.done(_rows(_columns(batch)))
+            table = _columns(batch)
+            self.engine.work.check(table)
+            found = self.engine.done(_rows(table))
         if self.to_lines:
             bad = np.array([done.bad is not None for done in found], np.bool_)
             return {"line": _objects([done.line for done in found]), "bad": bad}
         names = {name for done in found for name in done.output} - {"error"}
         kept = sorted(names - set(self.engine.given))
-        return {
-            **{name: _objects([done.output.get(name) for done in found]) for name in kept},
-            **self.engine.new_columns(found),
-        }
+        return _table(
+            {name: [done.output.get(name) for done in found] for name in kept}
+            | {name: list(values) for name, values in self.engine.new_columns(found).items()}
+        )
+
+
+def _table(columns: Mapping[str, list[Any]]) -> Any:
+    """A pyarrow Table whose columns have their types though all of a batch are null.
+
+    Raises:
+        ValueError: a field has types in different rows that no column can have.
+    """
+    import pyarrow
+
+    texts = pyarrow.string()
+    usual = {
+        "text": texts,
+        "finish_reason": texts,
+        "error": texts,
+        "warnings": pyarrow.list_(texts),
+    }
+    made = {}
+    for name, values in columns.items():
+        try:
+            found = pyarrow.array(values)
+        except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
+            raise ValueError(
+                f"{name} does not fit into one column ({error}): write .jsonl"
+            ) from error
+        is_null = pyarrow.types.is_null(found.type)
+        made[name] = found.cast(usual[name]) if is_null and name in usual else found
+    return pyarrow.table(made)
 
 
 def _columns(batch: Any) -> Columns:
@@ -195,12 +228,22 @@ def _columns(batch: Any) -> Columns:
 def _rows(table: Columns) -> list[Row]:
     """The rows of columns, as lines of JSON."""
     names = list(table)
-    lists = [values.tolist() for values in table.values()]
+    lists = [_whole(values).tolist() for values in table.values()]
     return [
         Row(place, as_json(dict(zip(names, row, strict=True))).encode("utf-8", "surrogatepass"),
             is_numbered=False)
         for place, row in enumerate(zip(*lists, strict=True))
     ]  # fmt: skip
+
+
+def _whole(values: NDArray[Any]) -> NDArray[Any]:
+    """Integers that numpy and pandas have as floats, since some are missing."""
+    if values.dtype.kind != "f" or values.ndim != 1:
+        return values
+    there = ~np.isnan(values)
+    if there.all() or not (values[there] % 1 == 0).all():
+        return values
+    return _objects([int(v) if known else None for v, known in zip(values, there, strict=True)])
 
 
 def _objects(values: list[Any]) -> NDArray[Any]:

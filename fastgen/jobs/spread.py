@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fastgen import extras, swap
 from fastgen.jobs.cluster import Engine, OfLines
 from fastgen.jobs.source import kind_of
+
+# What an actor's own errors end with, of those that a user can mend. Ray passes on their text.
+TOLD = re.compile(r"^(?:\w+\.)*(?:ValueError|ModelError): (.+)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -61,11 +68,13 @@ def run(
         How many rows there are, and how many came to nothing.
 
     Raises:
-        ValueError: there is no Ray, or no source; or there is an output.
+        ValueError: there is no Ray, no source, no such model; there is an output; or an argument
+            cannot be.
     """
     try:
         import ray
         import ray.data
+        import ray.exceptions
     except ImportError as error:
         raise ValueError(f"--ray needs Ray: {extras.install('ray')} ({error})") from error
     found, wanted = kind or kind_of(source), kind_of(out)
@@ -92,9 +101,15 @@ def run(
         },
         batch_size=spread.rows, compute=ray.data.ActorPoolStrategy(size=actors), num_cpus=cpus,
     )  # fmt: skip
-    if place is None:
-        return _write(ray.data, made, out, wanted)
-    return _appear(place, lambda new: _write(ray.data, made, new, wanted))
+    try:
+        if place is None:
+            return _write(ray.data, made, out, wanted)
+        return _appear(place, lambda new: _write(ray.data, made, new, wanted))
+    except ray.exceptions.RayError as error:
+        told = TOLD.search(str(error))
+        if told is None:
+            raise
+        raise ValueError(told[1]) from error
 
 
 def _connect(address: str) -> None:
@@ -104,7 +119,7 @@ def _connect(address: str) -> None:
     if address != "local":
         ray.init(address)
         return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # as ours and onnxruntime's: off
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # as onnxruntime's: off
     ray.init("local", include_dashboard=False, log_to_driver=False)
 
 
@@ -163,13 +178,16 @@ def _write(data: Any, made: Any, place: str, kind: str) -> tuple[int, int]:
         made.write_datasink(sink)
         return sink.rows, sink.bad
     made.write_parquet(place)
-    written = data.read_parquet(place, columns=["error"])
-    rows = written.count()
-    return rows, rows - written.filter(_is_right).count()
+    counts = data.read_parquet(place).select_columns(["error"]).map_batches(
+        _counted, batch_format="pyarrow"
+    ).take_all()  # fmt: skip
+    return sum(one["rows"] for one in counts), sum(one["bad"] for one in counts)
 
 
-def _is_right(row: Mapping[str, Any]) -> bool:
-    return row["error"] is None
+def _counted(table: Any) -> dict[str, NDArray[np.int64]]:
+    """How many rows there are, and how many of them came to nothing."""
+    rows = table.num_rows
+    return {"rows": np.array([rows]), "bad": np.array([rows - table.column("error").null_count])}
 
 
 def _appear(place: Path, write: Callable[[str], tuple[int, int]]) -> tuple[int, int]:
