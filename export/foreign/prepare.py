@@ -44,6 +44,9 @@ def prepare(model: ir.Model) -> tuple[ir.Model, bool]:
         node.attributes.pop("sliding_window_cache", None)  # a ring; ours are buffers
     drop_idle(model.graph)
     clean_up(model)
+    idle = [value for value in model.graph.inputs if value.name == BRANCH and not value.uses()]
+    for value in idle:
+        model.graph.inputs.remove(value)
     return model, halves
 
 
