@@ -56,6 +56,8 @@ class Run:
             stream, tokens, done = await self.inbox.get()
             for token in tokens:
                 yield stream.place * self.copies + token.row, token
+                if len(tokens) > 1 or not self.inbox.empty():
+                    await asyncio.sleep(0)  # many in a row: others have their turn, or leave
             left -= done
             if stream.error is not None:
                 raise refusal(stream.error)
