@@ -106,10 +106,10 @@ def run(
             return _write(ray.data, made, out, wanted)
         return _appear(place, lambda new: _write(ray.data, made, new, wanted))
     except ray.exceptions.RayError as error:
-        told = TOLD.search(str(error))
-        if told is None:
+        told = TOLD.findall(str(error))
+        if not told:
             raise
-        raise ValueError(told[1]) from error
+        raise ValueError(told[-1]) from error
 
 
 def _connect(address: str) -> None:
