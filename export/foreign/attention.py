@@ -360,8 +360,8 @@ def group(
     graph: ir.Graph, one: Joined, means: Meaning, signature: Signature, feed: Feed, ids: ir.Value
 ) -> None:
     """Put GroupQueryAttention in the place of the nodes from queries to their sums of values."""
-    before, query = one.values, one.scores.inputs[0]
-    assert query is not None
+    before = one.values
+    query, scale = _unscaled(one.scores.inputs[0], means.scale)
     flat = add_initializer(graph, "flat_heads", np.array([0, 0, -1], np.int64))
     sizes = [means.num_heads, means.head_dim]
     joined_heads = query.shape is not None and len(query.shape) == 3
@@ -378,7 +378,7 @@ def group(
     inputs[SEQLENS], inputs[TOTAL] = feed.seqlens_k, feed.total_sequence_length
     inputs[QUERIES] = feed.query_seqlens
     attributes: dict[str, Any] = {
-        "num_heads": means.num_heads, "kv_num_heads": means.kv_heads, "scale": means.scale,
+        "num_heads": means.num_heads, "kv_num_heads": means.kv_heads, "scale": scale,
     }  # fmt: skip
     if means.window is not None:
         attributes["local_window_size"] = means.window
@@ -398,6 +398,23 @@ def group(
         new.type, new.shape = old.type, old.shape
         old.replace_all_uses_with(new, replace_graph_outputs=True)
         old.name, new.name = f"{name}.joined", name
+
+
+def _unscaled(query: ir.Value | None, scale: float) -> tuple[ir.Value, float]:
+    """Queries before they are multiplied by a number, and a scale with it: the node has one."""
+    assert query is not None
+    while (node := query.producer()) is not None and node.op_type in ("Mul", "Div"):
+        numbers = {
+            i: held for i, value in enumerate(node.inputs)
+            if (held := constant(value)) is not None and held.size == 1
+        }  # fmt: skip
+        place = max(numbers, default=None)
+        if place is None or (node.op_type == "Div" and place == 0):
+            break
+        factor = float(numbers[place].reshape(-1)[0])
+        scale *= factor if node.op_type == "Mul" else 1 / factor
+        (query,) = (value for i, value in enumerate(node.inputs) if i != place)
+    return query, scale
 
 
 def _reshaped(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import onnx_ir as ir
@@ -46,14 +46,23 @@ class Choice:
 
     @property
     def files(self) -> list[Path]:
-        """The graph's weights: X.onnx_data, X.onnx_data_1, X.onnx.data, and what else it names."""
-        model = ir.load(self.graph)
+        """The graph's weights: X.onnx_data, X.onnx_data_1, X.onnx.data, and what else it names.
+
+        Raises:
+            UnsupportedModel: one is missing, or would lie outside the folder.
+        """
+        model = load(self.graph)
         names = {
-            Path(tensor.location)
+            str(tensor.location)
             for graph in (model.graph, *model.graph.subgraphs())
             for value in graph.initializers.values()
             if isinstance(tensor := value.const_value, ir.ExternalTensor)
         }
+        for name in names:
+            if set(name) & set("\\:") or name.startswith("/") or ".." in PurePosixPath(name).parts:
+                raise UnsupportedModel(
+                    f"{self.graph.name} wants weights from {name!r}: only files beside it are read"
+                )
         files = sorted(self.graph.parent / name for name in names)
         missing = [file.name for file in files if not file.is_file()]
         if missing:
@@ -79,10 +88,29 @@ class Choice:
         return jsonfile.read(path) if path.is_file() else _searched(self.genai)
 
 
+def load(path: Path) -> ir.Model:
+    """A graph as it is.
+
+    Raises:
+        UnsupportedModel: the file is none.
+    """
+    try:
+        return ir.load(path)
+    except Exception as error:  # of protobuf, or of any kind where a graph contradicts itself
+        said = (str(error).strip() or repr(error)).splitlines()[0]
+        raise UnsupportedModel(f"{path.name} cannot be read as a graph: {said}") from error
+
+
+def _part(told: dict[str, Any], name: str) -> dict[str, Any]:
+    """An object within another; without content where it is something else."""
+    part = told.get(name)
+    return part if isinstance(part, dict) else {}
+
+
 def _configured(genai: dict[str, Any]) -> dict[str, Any]:
     """A config.json of what onnxruntime-genai's says."""
-    model = genai.get("model", {})
-    decoder = model.get("decoder", {})
+    model = _part(genai, "model")
+    decoder = _part(model, "decoder")
     found = {
         "model_type": model.get("type"),
         "vocab_size": model.get("vocab_size"),
@@ -92,7 +120,7 @@ def _configured(genai: dict[str, Any]) -> dict[str, Any]:
         "head_dim": decoder.get("head_size"),
         "hidden_size": decoder.get("hidden_size"),
         "num_hidden_layers": decoder.get("num_hidden_layers"),
-        "sliding_window": decoder.get("sliding_window", {}).get("window_size"),
+        "sliding_window": _part(decoder, "sliding_window").get("window_size"),
     }
     found |= {name: model.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return {name: value for name, value in found.items() if value is not None}
@@ -102,7 +130,7 @@ def _searched(genai: dict[str, Any]) -> dict[str, Any]:
     """Defaults of `generate`. Its max_length is the model's own limit, and no wish."""
     if not genai:
         return {}
-    model, search = genai.get("model", {}), genai.get("search", {})
+    model, search = _part(genai, "model"), _part(genai, "search")
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     found = {name: model[name] for name in names if model.get(name) is not None}
     if search.get("do_sample"):
@@ -110,10 +138,12 @@ def _searched(genai: dict[str, Any]) -> dict[str, Any]:
         for name in ("temperature", "top_k", "top_p"):
             if search.get(name) is not None:
                 found[name] = search[name]
-    if search.get("repetition_penalty", 1.0) != 1.0:
-        found["repetition_penalty"] = search["repetition_penalty"]
-    if search.get("no_repeat_ngram_size", 0):
-        found["no_repeat_ngram_size"] = search["no_repeat_ngram_size"]
+    for name, neutral in (
+        ("repetition_penalty", 1.0), ("no_repeat_ngram_size", 0), ("num_beams", 1),
+        ("length_penalty", 1.0), ("min_length", 0),
+    ):  # fmt: skip
+        if search.get(name, neutral) not in (neutral, None):
+            found[name] = search[name]
     return found
 
 
@@ -146,7 +176,7 @@ def choose(place: Path, precision: str | None) -> Choice:
 def kind_of(path: Path) -> str:
     """ "fp32", "int8" or "int4": what a graph's matrices are stored in."""
     bits = set()
-    for node in ir.load(path).graph.all_nodes():
+    for node in load(path).graph.all_nodes():
         if node.op_type == "MatMulNBits":
             bits.add(node.attributes.get_int("bits", 4))
         elif node.op_type in QUANTISED:

@@ -8,20 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from fastgen.export.foreign import attention, plain, shapes
+from fastgen.export.foreign import attention, plain, shapes, turns
 from fastgen.export.foreign.attention import Feed, is_grouped
 from fastgen.export.foreign.prepare import drop_idle, prepare
 from fastgen.export.foreign.signature import KEEP, LOGITS, MASK, POSITIONS, Signature
 from fastgen.export.trim import (
     add_initializer,
+    add_lazily,
     clean_up,
     constant,
     insert,
+    is_constant,
     products_without_reshapes,
+    rank,
+    shape_of,
 )
 from fastgen.export.unsupported import UnsupportedModel
 from numpy.typing import NDArray
@@ -96,6 +101,7 @@ def rewrite(
     products_without_reshapes(graph)
     _gather(graph, seen)
     clean_up(model)
+    _hold_tables(graph)
     layers = _sign(model, single)
     _settle(model, vocab, layers)
     return Rewritten(model, layers, windows, halves, kinds, computed)
@@ -344,6 +350,28 @@ def _picks(node: ir.Node, seen: shapes.Seen) -> bool:
     return len(before) == 3 and before[-1] == after[-1]
 
 
+def _hold_tables(graph: ir.Graph) -> None:
+    """A table that is a matrix transposed as the graph runs is kept as a table.
+
+    `trim` then lets both, which are tied, be one.
+    """
+    for node in list(graph):
+        if node.op_type != "Transpose" or not is_constant(node.inputs[0]):
+            continue
+        matrix, out = node.inputs[0], node.outputs[0]
+        read = any(use.node.op_type == "Gather" and use.idx == 0 for use in out.uses())
+        if not read or rank(matrix) != 2:
+            continue
+        held = matrix.const_value
+        shape = shape_of(matrix)[::-1]
+        made = add_lazily(graph, f"{matrix.name}.T", partial(_turned, held), shape, held.dtype)
+        out.replace_all_uses_with(made)
+
+
+def _turned(held: ir.TensorProtocol) -> NDArray[Any]:
+    return held.numpy().T
+
+
 # The contract's names
 
 
@@ -427,6 +455,10 @@ def _settle(model: ir.Model, vocab: int, layers: list[tuple[int, int]]) -> None:
         seen = shapes.observe(model, fed)
     _undo_turns(model)
     shapes.name_shapes(model.graph, seen, sizes)
+    if turns.turn(model.graph, seen):
+        clean_up(model)
+        seen = shapes.observe(model, fed)
+        shapes.name_shapes(model.graph, seen, sizes)
     logits = next(value for value in model.graph.outputs if value.name == LOGITS)
     found = shapes.shape_of(seen[0][LOGITS])
     if len(found) != 3 or found[:2] != (ROWS[0], KEPT[0]):
