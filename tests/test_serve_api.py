@@ -548,6 +548,18 @@ def test_many_clients_at_once(client: openai.OpenAI, model: fastgen.CausalLM) ->
         assert text == model.complete(prompt, **{**sampled, **knobs})
 
 
+@pytest.mark.slow
+def test_rude_clients() -> None:
+    """A short run of bench/soak.py, which the long one is for: broken, slow and lost requests."""
+    script = Path(fastgen.__file__).parents[1] / "bench" / "soak.py"
+    words = ["--requests", "200", "--warm", "200", "--clients", "20", "--growth", "200"]
+    done = subprocess.run(
+        [sys.executable, str(script), *words], capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "none lost" in done.stdout
+
+
 # --- besides ------------------------------------------------------------------------------------
 
 
