@@ -360,8 +360,8 @@ def group(
     graph: ir.Graph, one: Joined, means: Meaning, signature: Signature, feed: Feed, ids: ir.Value
 ) -> None:
     """Put GroupQueryAttention in the place of the nodes from queries to their sums of values."""
-    before = one.values
-    query, scale = _unscaled(one.scores.inputs[0], means.scale)
+    before, query = one.values, one.scores.inputs[0]
+    assert query is not None
     flat = add_initializer(graph, "flat_heads", np.array([0, 0, -1], np.int64))
     sizes = [means.num_heads, means.head_dim]
     joined_heads = query.shape is not None and len(query.shape) == 3
@@ -378,7 +378,7 @@ def group(
     inputs[SEQLENS], inputs[TOTAL] = feed.seqlens_k, feed.total_sequence_length
     inputs[QUERIES] = feed.query_seqlens
     attributes: dict[str, Any] = {
-        "num_heads": means.num_heads, "kv_num_heads": means.kv_heads, "scale": scale,
+        "num_heads": means.num_heads, "kv_num_heads": means.kv_heads, "scale": means.scale,
     }  # fmt: skip
     if means.window is not None:
         attributes["local_window_size"] = means.window
@@ -400,21 +400,40 @@ def group(
         old.name, new.name = f"{name}.joined", name
 
 
-def _unscaled(query: ir.Value | None, scale: float) -> tuple[ir.Value, float]:
-    """Queries before they are multiplied by a number, and a scale with it: the node has one."""
-    assert query is not None
-    while (node := query.producer()) is not None and node.op_type in ("Mul", "Div"):
-        numbers = {
-            i: held for i, value in enumerate(node.inputs)
-            if (held := constant(value)) is not None and held.size == 1
-        }  # fmt: skip
-        place = max(numbers, default=None)
-        if place is None or (node.op_type == "Div" and place == 0):
-            break
-        factor = float(numbers[place].reshape(-1)[0])
-        scale *= factor if node.op_type == "Mul" else 1 / factor
-        (query,) = (value for i, value in enumerate(node.inputs) if i != place)
-    return query, scale
+def take_scales(graph: ir.Graph) -> int:
+    """Queries that are multiplied by a number are not: attention has one to multiply with."""
+    fired = 0
+    for node in graph:
+        if not is_grouped(node) or not node.attributes.get_float("scale", 0.0):
+            continue
+        value = node.inputs[0]
+        while value is not None and len(value.uses()) == 1:
+            before = value.producer()
+            if before is None:
+                break
+            factor = _factor(before)
+            value = before.inputs[0 if factor is None else factor[0]]
+            if factor is not None:
+                scale = node.attributes.get_float("scale", 0.0) * factor[1]
+                node.attributes["scale"] = ir.AttrFloat32("scale", scale)
+                before.outputs[0].replace_all_uses_with(value)
+                fired += 1
+            elif before.op_type not in ("Transpose", "Reshape"):
+                break
+    return fired
+
+
+def _factor(node: ir.Node) -> tuple[int, float] | None:
+    """Which input a node multiplies by a number, and by which; None for others."""
+    if node.op_type not in ("Mul", "Div"):
+        return None
+    for place in (1, 0):
+        held = constant(node.inputs[place])
+        if held is None or held.size != 1 or (node.op_type == "Div" and place == 0):
+            continue
+        number = float(held.reshape(-1)[0])
+        return 1 - place, number if node.op_type == "Mul" else 1 / number
+    return None
 
 
 def _reshaped(

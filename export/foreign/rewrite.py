@@ -451,7 +451,8 @@ def _settle(model: ir.Model, vocab: int, layers: list[tuple[int, int]]) -> None:
     del sizes["flat"]
     fed = [_ours(vocab, layers, *one) for one in zip(ROWS, NEW, KEPT, CAPACITY, strict=True)]
     seen = shapes.observe(model, fed)
-    if shapes.fold(model, seen, sizes):
+    if shapes.fold(model, seen, sizes) + attention.take_scales(model.graph):
+        clean_up(model)
         seen = shapes.observe(model, fed)
     _undo_turns(model)
     shapes.name_shapes(model.graph, seen, sizes)
