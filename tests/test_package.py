@@ -92,8 +92,8 @@ LAYERS: dict[str, set[str]] = {
         "tokenizer",
     },
     "jobs": {
-        "call", "chat", "extras", "generator", "hub", "output", "params", "prefill", "prefix",
-        "schedule", "serve", "tokenizer", "values",
+        "call", "chat", "extras", "generator", "hub", "model", "output", "params", "prefill",
+        "prefix", "schedule", "serve", "swap", "tokenizer", "values",
     },
     "__main__": {"commands", "interrupt"},
 }  # fmt: skip

@@ -185,6 +185,7 @@ def test_every_command_runs_or_is_checked(
     here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree("distilgpt2", tmp_path / "distilgpt2")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "The os module", "id": "a"}\n')
     monkeypatch.chdir(tmp_path)
     runner, some = CliRunner(), [block for block in blocks() if block.kind == "sh"]
     assert len(some) > 5
