@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -70,6 +71,7 @@ class Origin(Protocol):
 def name_of(path: Path) -> str:
     """What the model in a directory is called; the hub's own cache tells its id."""
     parts = path.resolve().parts
-    if len(parts) > 2 and parts[-2] == "snapshots" and parts[-3].startswith("models--"):
-        return parts[-3].removeprefix("models--").replace("--", "/")
+    for repository, below in itertools.pairwise(parts):
+        if repository.startswith("models--") and below == "snapshots":
+            return repository.removeprefix("models--").replace("--", "/")
     return parts[-1]

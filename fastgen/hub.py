@@ -79,6 +79,7 @@ def exported(
         found = place if here else snapshot(name, revision)
         return _of_precision(found, precision, cache_precision)
     foreign = is_onnx(names, precision)
+    needed = _needed(name, names, precision) if foreign else []
     if not foreign and not any(described in names for described in DESCRIBED):
         raise ModelError(
             f"{name} is not a fastgen model directory: it has no {INFO}; nor an ONNX folder, nor a "
@@ -98,7 +99,7 @@ def exported(
             if not (out / INFO).is_file():  # another process may have made it meanwhile
                 pipeline = _pipeline(name, foreign)
                 if not here and foreign:
-                    place = _onnx_snapshot(name, names, precision, revision)
+                    place = _onnx_snapshot(name, needed, revision)
                 elif not here:
                     place = transformers_snapshot(name, revision)
                 pipeline.export(place, out, precision=wanted, cache_precision=kept)
@@ -182,16 +183,17 @@ def onnx_folder(repository: str, precision: str | None, revision: str | None) ->
     names = listed(repository, revision)
     if INFO in names or not is_onnx(names, precision):
         return None
-    return _onnx_snapshot(repository, names, precision, revision)
+    return _onnx_snapshot(repository, _needed(repository, names, precision), revision)
 
 
-def _onnx_snapshot(
-    repository: str, names: Sequence[str], precision: str | None, revision: str | None
-) -> Path:
+def _needed(name: str, names: Sequence[str], precision: str | None) -> list[str]:
     try:
-        needed = folders.wanted(names, precision)
+        return folders.wanted(names, precision)
     except ModelError as error:
-        raise ModelError(f"{repository} cannot be opened: {error}") from error
+        raise ModelError(f"{name} cannot be opened: {error}") from error
+
+
+def _onnx_snapshot(repository: str, needed: Sequence[str], revision: str | None) -> Path:
     place = folders.place_of(needed) or ""
     found = snapshot(repository, revision, only=[glob.escape(name) for name in needed])
     return found if place in ("", "onnx") else found / place

@@ -67,6 +67,7 @@ def _notes(report: dict[str, Any]) -> list[str]:
     ]
     if report.get("wider"):
         notes.append(f"kept in a wider type: {', '.join(report['wider'])}")
+    notes += [f"note: {note}" for note in report.get("folder", {}).get("notes", [])]
     notes.append(f"beyond the tolerance: {'; '.join(report['mismatch']) or 'nothing'}")
     return notes
 

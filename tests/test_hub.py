@@ -144,7 +144,7 @@ def test_the_command_line_exports_a_transformers_repository_on_first_use(world):
         (["generate", "x", "-m", "org/nothing"], "org/nothing is neither .* no such repository"),
         (["info", "org/nothing"], "no such repository, or it is private"),
         (["tune", "org/nothing"], "no such repository, or it is private"),
-        (["generate", "x", "-m", "org/empty"], "org/empty is not a fastgen model .* nor an ONNX folder"),
+        (["info", "org/empty"], "org/empty is not a fastgen model .* nor an ONNX folder"),
     ],
 )  # fmt: skip
 def test_what_the_hub_does_not_have_is_one_clear_line(world, arguments, words):
