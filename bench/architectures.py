@@ -38,6 +38,7 @@ import shrink
 import torch
 import transformers
 from fastgen.export import Mismatch, UnsupportedModel, check, export, graph
+from fastgen.export.attention import CACHES
 from transformers import DynamicCache, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -131,7 +132,7 @@ def compare(model: PreTrainedModel, directory: Path) -> tuple[float, list[str]]:
         else:
             wrong.append(f"greedy tokens after {len(row)} tokens")
     # transformers cannot reorder a state that is not in its Cache: then its beams read all anew.
-    caches = {"past_key_values", "cache_params"} & {*inspect.signature(model.forward).parameters}
+    caches = {*CACHES} & {*inspect.signature(model.forward).parameters}
     own_state = _remembering(model) or any(
         isinstance(one, type) and issubclass(one, DynamicCache) and one is not DynamicCache
         for one in vars(sys.modules[type(model).__module__]).values()

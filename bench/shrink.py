@@ -138,8 +138,15 @@ def _few_layers(
         kept |= {i for i in range(count) if kinds[:i].count(kinds[i]) == 1}
     cycle = max((len(v) for n, v in lists.items() if n.endswith("_types") and n not in each),
                 default=0)  # fmt: skip
+    parts = [n for n, v in old.items() if re.search("^n_.*_layers$", n) and type(v) is int]
+    if sum(old[n] for n in parts) == count:  # one after the other
+        new |= dict.fromkeys(parts, 1)
+    else:
+        parts = []
     rest = [i for i in range(count) if i not in kept]
-    kept = sorted(kept | set(rest[: max(0, LAYERS - len(kept), min(cycle, count) - len(kept))]))
+    kept = sorted(
+        kept | set(rest[: max(LAYERS, len(parts), min(cycle, count), len(kept)) - len(kept)])
+    )
     if "num_kv_shared_layers" in old:  # each kind twice: once with keys of its own
         kept, new["num_kv_shared_layers"] = kept * 2, len(kept)
     out: dict[str, Any] = {n: [_small(n, v[i]) for i in kept] for n, v in each.items()}

@@ -29,12 +29,15 @@ NAME = "fastgen"  # what `attn_implementation` is while a model is exported
 HEAD_DIM_STEP = 8  # GroupQueryAttention takes heads of a multiple of it, one size for all three
 FURTHEST = 1 << 21  # positions up to which a mask is looked at; a longer window is no window
 
+# What models call their cache: transformers up to 5.23 had a name for each kind.
+CACHES = ("cache", "past_key_values", "cache_params", "layer_past")
+
 # Keywords that models pass to every attention function and that do not change its result:
 # what they mean is in the mask, in `layer`, or concerns training.
 _HARMLESS = {
     "position_ids", "use_cache", "output_router_logits", "output_attentions", "cache_position",
-    "sliding_window", "is_causal", "position_embeddings", "past_key_values", "logits_to_keep",
-    "output_hidden_states", "return_dict", "deterministic", "num_items_in_batch",
+    "sliding_window", "is_causal", "position_embeddings", "logits_to_keep",
+    "output_hidden_states", "return_dict", "deterministic", "num_items_in_batch", *CACHES,
 }  # fmt: skip
 
 
@@ -127,6 +130,11 @@ def tracing(layers: list[Layer], feed: Feed) -> contextlib.AbstractContextManage
 class PassingCache(DynamicCache):
     """Hands the new keys and values through: the past lives in the attention node's buffers."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for layer in self.layers:  # models that loop copy them; nothing is in them
+            layer.__deepcopy__ = lambda _, layer=layer: layer
+
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):  # type: ignore[no-untyped-def]
         write(key_states, value_states)
         return key_states, value_states
@@ -212,6 +220,13 @@ def attention(
     if isinstance(window, UnsupportedModel):
         raise window
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if (
+        attention_mask is None
+        and _current.pending is None
+        and not getattr(module, "is_causal", True)
+    ):  # not to tokens: to what the layers before said of one, say
+        weights = (query @ key.transpose(-1, -2) * scale).softmax(-1)
+        return (weights @ value).transpose(1, 2), None
     return attend(query, key, value, float(scale), window, softcap, sinks, added=added), None
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from fastgen.export import attention, sparse
-from fastgen.export.attention import Bias, Turn, UnsupportedModel, attend
+from fastgen.export.attention import CACHES, Bias, Turn, UnsupportedModel, attend
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
@@ -106,7 +106,7 @@ def _attention_places(model: PreTrainedModel) -> Iterator[Place]:
     """Where the model's attention is computed by code of its own, and what stands in for it."""
     for module in model.modules():
         kind = _kind(module)
-        if kind in _INNER:
+        if kind in _INNER and hasattr(module, "_attn"):  # some lost it in transformers 5.24
             scale = _INNER[kind](module)
             yield _compared(module, "_attn", functools.partial(_inner, scale, _window(module)))
         elif kind in _WHOLE:
@@ -132,7 +132,7 @@ def _compared(owner: Any, name: str, ours: Callable[..., Any]) -> Place:
         found = ours(*args, **kwargs)
         if attention.is_recording():  # of a text from its start: without a cache it is the same
             args = tuple(None if isinstance(value, Cache) else value for value in args)
-            kwargs = {key: value for key, value in kwargs.items() if key not in _CACHES}
+            kwargs = {key: value for key, value in kwargs.items() if key not in CACHES}
             one, two = (out if isinstance(out, Tensor) else out[0] for out in
                         (own(*args, **kwargs), found))  # fmt: skip
             if one.shape != two.shape or (one - two).abs().max() > CLOSE * one.abs().max():
@@ -140,9 +140,6 @@ def _compared(owner: Any, name: str, ours: Callable[..., Any]) -> Place:
         return found
 
     return owner, name, function
-
-
-_CACHES = ("layer_past", "past_key_values")
 
 
 # `_attn(query, key, value, mask)` on heads, and the scale of its scores.
@@ -219,7 +216,7 @@ def _by_name(
 
     def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         named = signature.bind(*args, **kwargs).arguments
-        cache = next(named[name] for name in _CACHES if name in named)
+        cache = next(named[name] for name in CACHES if name in named)
         return attends(module, named, next(iter(named.values())), cache, bias), None
 
     return forward
@@ -330,6 +327,8 @@ def _other_places(model: PreTrainedModel) -> Iterator[Place]:
                 growth = (floor, module.config.log_scaling_alpha)
                 ours = functools.partial(_grown, ours, *growth)
             yield owner, name, ours
+        elif hasattr(module, "rel_extent") and kind.endswith("RelativePositionBias"):
+            yield _compared(module, "forward", functools.partial(_from_hidden, module))
         elif kind == "roformer.RoFormerAttention":
             yield module, "forward", functools.partial(_of_rows, module.forward)
         elif hasattr(module, "expand_kv") and _saves(module):
@@ -371,6 +370,12 @@ def _by_distance(profiles: Tensor, states: Tensor, *_: Tensor) -> Tensor:
     last = logits.shape[-1] - 1
     index = distance.clamp(0, last).expand(*logits.shape[:3], -1)
     return torch.where((distance >= 0) & (distance <= last), logits.gather(-1, index), 0.0)
+
+
+def _from_hidden(module: Any, hidden: Tensor, distance: Tensor, position_ids: Tensor) -> Tensor:
+    """The same from the tokens' hidden states [rows, new, channels]."""
+    states = module.linear(hidden).unflatten(-1, (module.num_heads, -1))
+    return _by_distance(module.proj, module.norm(states, position_ids))
 
 
 def _grown(

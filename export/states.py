@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fastgen.export.attention import PassingCache, UnsupportedModel
+from fastgen.export.attention import CACHES, PassingCache, UnsupportedModel
 from transformers import Cache, PreTrainedModel
 from transformers.activations import ACT2FN
 
@@ -412,5 +412,5 @@ def running(model: PreTrainedModel, run: States) -> Iterator[States]:
 def cache_argument(model: PreTrainedModel, cache: StatefulCache) -> dict[str, Any]:
     """The cache as the model's forward takes it; a model without one keeps nothing by itself."""
     names = inspect.signature(model.forward).parameters
-    name = next((name for name in ("past_key_values", "cache_params") if name in names), None)
+    name = next((name for name in CACHES if name in names), None)
     return {"use_cache": False} if name is None else {"use_cache": True, name: cache}
