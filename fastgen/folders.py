@@ -19,7 +19,7 @@ PICTURES = re.compile(r"^(vision|audio|speech|image|embed_tokens)")
 ALIKE = {"q4": ("q4", "int4"), "q8": ("q8", "int8", "uint8", "quantized")}
 MADE = ("int8", "int4")  # precisions that are made of a wider one
 WIDE = ("fp32", "fp16")
-WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth)$")
+WEIGHTS = re.compile(r"\.safetensors$|model.*\.(bin|pt|pth)$")
 ALONE = "fp32"  # what a graph without a suffix is called
 GENAI = "genai_config.json"
 

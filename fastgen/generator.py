@@ -87,17 +87,25 @@ class CausalLM:
         threads: int | None = None,
         revision: str | None = None,
     ) -> Self:
-        """Load a fastgen directory, a transformers model or a hub repository of either kind.
+        """Load a fastgen directory, a transformers model, an ONNX folder that others exported, or
+        a hub repository of any of these kinds.
 
-        A transformers model is exported on first use (which needs the extra `export`) and kept in
-        a cache (`FASTGEN_CACHE`, by default ~/.cache/fastgen); afterwards torch is not needed.
+        A transformers model is exported on first use (which needs the extra `export`), an ONNX
+        folder is rewritten (which needs the extra `onnx`, and no torch). What comes of it is kept
+        in a cache (`FASTGEN_CACHE`, by default ~/.cache/fastgen) and needs neither.
 
         Args:
             name_or_path: a directory, or a hub id such as "distilgpt2".
-            precision: "fp32", "int8" (an export's default) or "int4".
+            precision: "fp32", "int8" (an export's default) or "int4"; of an ONNX folder also its
+                own, such as "q4" (its default), "q8", "fp16" or "q4f16".
             cache_precision: of keys and values, "fp32" (an export's default) or "int8".
             threads: threads of a step; None for the physical cores.
             revision: a branch, tag or commit of the hub repository.
+
+        Raises:
+            ModelError: there is no such model, or not in that precision, or what is needed to make
+                one of it is not installed.
+            ValueError: it cannot be expressed, or its export differs from it.
         """
         model = cls(hub.exported(name_or_path, precision, cache_precision, revision), threads)
         model.name_or_path = str(name_or_path)
@@ -421,7 +429,10 @@ def _is_one(ids: Any) -> bool:
 def load(
     name_or_path: str | os.PathLike[str] | None = None, *, threads: int | None = None
 ) -> CausalLM:
-    """Load a model directory, or a hub repository that holds one; torch is not needed.
+    """Load a model by its name: a fastgen directory, an ONNX folder or a transformers model.
+
+    The last two are made into a directory in the cache on first use, as `CausalLM.from_pretrained`
+    says, which also takes a precision; a fastgen directory needs no torch and no onnx.
 
     Args:
         name_or_path: a directory or a hub id; None for the embedded demo model.
@@ -457,5 +468,5 @@ def _loaded(directory: Path) -> CausalLM:
 def generate(
     input_ids: Any = None, *, model: str | os.PathLike[str] | None = None, **kwargs: Any
 ) -> Any:
-    """`CausalLM.generate` of a model directory, which is loaded once; None is the demo model."""
+    """`CausalLM.generate` of a model (see `load`), which is loaded once; None is the demo model."""
     return _loaded(hub.directory(model).resolve()).generate(input_ids, **kwargs)

@@ -280,9 +280,10 @@ class Writer:
             speeds = theta ** -(np.arange(0, self.size, 2) / self.size)
             counted = self("Cast", self("Unsqueeze", asked, self.ints(2)), to=TensorProto.FLOAT)
             angles = self("MatMul", counted, self.of(speeds.reshape(1, 1, -1)))
-        angles = self("Unsqueeze", self("Concat", angles, angles, axis=-1), self.ints(1))
+        angles = self("Concat", angles, angles, axis=-1)
         self.cos, self.sin = (
-            self("Cast", self(kind, angles), to=self.kind) for kind in ("Cos", "Sin")
+            self("Unsqueeze", self("Cast", self(kind, angles), to=self.kind), self.ints(1))
+            for kind in ("Cos", "Sin")
         )
         keys = self("Unsqueeze", self("Range", zero, end, one), self.ints(0))
         queries = self("Unsqueeze", places, self.ints(1))

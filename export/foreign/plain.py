@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,9 @@ from fastgen.export.foreign.signature import LOGITS, Signature
 from fastgen.export.unsupported import UnsupportedModel
 from numpy.typing import NDArray
 
+# onnxruntime's: where the weights of a graph lie that does not come from a file.
+PLACE = "session.model_external_initializers_file_folder_path"
+LARGEST = 1 << 30  # bytes of weights within a graph; a file of protobuf has 2 GB at most
 STEPS = 8  # last tokens of a row that are fed one at a time, as the engine is fed
 
 
@@ -31,8 +34,16 @@ class Plain:
 
     def __init__(self, path: Path, files: Sequence[Path], signature: Signature) -> None:
         self.signature = signature
-        with beside([path, *files]) as place:
-            self.session = open_graph(place / path.name)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        linked = any(file.is_symlink() or file.parent != path.parent for file in (path, *files))
+        try:
+            self.session = open_graph(ir.load(path) if linked else path, options)
+        except Exception as error:  # onnxruntime raises classes of its own, derived from Exception
+            said = str(error).strip().splitlines()[-1]
+            raise UnsupportedModel(
+                f"onnxruntime cannot run {path.name} on a CPU: {said}"
+            ) from error
 
     def logits(self, row: NDArray[np.int64]) -> NDArray[np.float32]:
         """float32 [length, vocab] of a row: most of it at once, its last tokens one by one."""
@@ -70,46 +81,71 @@ class Plain:
         return logits[0].astype(np.float32), present
 
 
-@contextmanager
-def beside(files: Sequence[Path]) -> Iterator[Path]:
-    """A directory in which the files lie together under their own names.
+def open_graph(graph: ir.Model | Path, options: Any) -> Any:
+    """A session of a graph. Its weights are read from where they lie.
 
-    onnxruntime reads weights beside their graph only, and follows no link out of there; the hub's
-    cache is made of links. A hard link costs nothing; across file systems it is a copy.
+    onnxruntime follows no link out of a graph's directory, and the hub's cache is made of links:
+    so it is told the directory that they lead to. Where they lie in several, they are linked into
+    one, and copied where file systems do not allow that.
+
+    Args:
+        graph: a file; or a graph whose weights come to be named otherwise.
     """
-    if not any(path.is_symlink() for path in files) and len({p.parent for p in files}) == 1:
-        yield files[0].parent
-        return
-    with tempfile.TemporaryDirectory(prefix="fastgen-") as place:
-        for path in files:
-            link_or_copy(path, Path(place) / path.name)
-        yield Path(place)
+    with ExitStack() as stack:
+        source: str | bytes = str(graph)
+        if isinstance(graph, ir.Model) and _inline(graph.graph) < LARGEST:
+            source, place = _gathered(graph, stack)
+            options.add_session_config_entry(PLACE, place)
+        elif isinstance(graph, ir.Model):
+            source = str(Path(_temporary(stack)) / "graph.onnx")
+            ir.save(graph, source, external_data="graph.onnx.data")
+        return onnxruntime.InferenceSession(
+            source, options, providers=["CPUExecutionProvider"], enable_fallback=False
+        )
+
+
+def _temporary(stack: ExitStack) -> str:
+    return stack.enter_context(tempfile.TemporaryDirectory(prefix="fastgen-"))
+
+
+def _inline(graph: ir.Graph) -> int:
+    """Bytes of weights that are in no file, or are made when they are read."""
+    tensors = [value.const_value for value in graph.initializers.values()]
+    return sum(t.nbytes for t in tensors if t is not None and not isinstance(t, ir.ExternalTensor))
+
+
+def _gathered(model: ir.Model, stack: ExitStack) -> tuple[bytes, str]:
+    """A graph as bytes, and the directory in which it finds its weights."""
+    held = [
+        (value, tensor)
+        for graph in (model.graph, *model.graph.subgraphs())
+        for value in graph.initializers.values()
+        if isinstance(tensor := value.const_value, ir.ExternalTensor)
+    ]
+    files = {tensor.path: Path(os.path.realpath(tensor.path)) for _, tensor in held}
+    places = {file.parent for file in files.values()}
+    if len(places) == 1:
+        place = str(*places)
+        names = {path: file.name for path, file in files.items()}
+    else:
+        place = _temporary(stack)
+        names = {path: f"weights.{number}" for number, path in enumerate(files)}
+        for path, name in names.items():
+            link_or_copy(files[path], Path(place) / name)
+    for value, tensor in held:
+        value.const_value = ir.ExternalTensor(
+            names[tensor.path], tensor.offset, tensor.length, tensor.dtype,
+            shape=tensor.shape, name=tensor.name or str(value.name), base_dir=place,
+        )  # fmt: skip
+    return ir.to_proto(model).SerializeToString(), place
 
 
 def link_or_copy(source: Path, to: Path) -> None:
     """Another name of a file, or a copy of it where file systems do not allow that."""
-    real = source.resolve()
     try:
-        os.link(real, to)
+        os.link(source, to)
     except OSError:
-        shutil.copyfile(real, to)
-
-
-def open_graph(path: Path) -> Any:
-    """A session of a graph of others.
-
-    Raises:
-        UnsupportedModel: onnxruntime cannot run it on a CPU.
-    """
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    try:
-        return onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"], enable_fallback=False
-        )
-    except Exception as error:  # onnxruntime raises classes of its own, derived from Exception
-        said = str(error).strip().splitlines()[-1]
-        raise UnsupportedModel(f"onnxruntime cannot run {path.name} on a CPU: {said}") from error
+        shutil.copyfile(source, to)
 
 
 def observe(
@@ -129,53 +165,21 @@ def observe(
     by_name = {str(value.name): value for node in graph for value in node.outputs}
     given = {str(value.name) for value in graph.outputs}
     graph.outputs.extend(by_name[name] for name in names if name not in given)
-    with tempfile.TemporaryDirectory(prefix="fastgen-") as place:
-        path = Path(place) / "observed.onnx"
-        if _lazy(graph) < 1 << 30:
-            _bring(graph, Path(place))
-            ir.save(model, path)
-        else:
-            ir.save(model, path, external_data="observed.data")
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.add_session_config_entry("session.disable_prepacking", "1")
-        try:
-            session = onnxruntime.InferenceSession(
-                str(path), options, providers=["CPUExecutionProvider"]
-            )
-            taken = {value.name for value in session.get_inputs()}
-            found = []
-            for fed in feeds:
-                fed = {name: array for name, array in fed.items() if name in taken}
-                arrays = session.run(names, fed)
-                found.append({
-                    name: array if array.size <= most else array.shape
-                    for name, array in zip(names, arrays, strict=True)
-                })  # fmt: skip
-        except Exception as error:  # onnxruntime raises classes of its own, derived from Exception
-            said = str(error).strip().splitlines()[-1]
-            raise UnsupportedModel(f"its graph does not run: {said}") from error
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    found = []
+    try:
+        session = open_graph(model, options)
+        taken = {value.name for value in session.get_inputs()}
+        for fed in feeds:
+            arrays = session.run(names, {name: fed[name] for name in fed if name in taken})
+            found.append({
+                name: array if array.size <= most else array.shape
+                for name, array in zip(names, arrays, strict=True)
+            })  # fmt: skip
+    except Exception as error:  # onnxruntime raises classes of its own, derived from Exception
+        said = str(error).strip().splitlines()[-1]
+        raise UnsupportedModel(f"its graph does not run: {said}") from error
     return found
-
-
-def _lazy(graph: ir.Graph) -> int:
-    """Bytes of weights that are in no file, or are made when they are read."""
-    tensors = [value.const_value for value in graph.initializers.values()]
-    return sum(t.nbytes for t in tensors if t is not None and not isinstance(t, ir.ExternalTensor))
-
-
-def _bring(graph: ir.Graph, place: Path) -> None:
-    """Weights that lie in files are read from links to them in `place`."""
-    names: dict[str, str] = {}
-    for value in graph.initializers.values():
-        tensor = value.const_value
-        if not isinstance(tensor, ir.ExternalTensor):
-            continue
-        if tensor.path not in names:
-            names[tensor.path] = f"weights.{len(names)}"
-            link_or_copy(Path(tensor.path), place / names[tensor.path])
-        value.const_value = ir.ExternalTensor(
-            names[tensor.path], tensor.offset, tensor.length, tensor.dtype,
-            shape=tensor.shape, name=tensor.name, base_dir=place,
-        )  # fmt: skip

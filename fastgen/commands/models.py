@@ -8,7 +8,9 @@ import fastgen
 from fastgen.commands.say import say
 
 model_option = click.option(
-    "--model", "-m", help="model directory or hub id [default: the embedded demo model]"
+    "--model",
+    "-m",
+    help="directory or hub id of a model, exported on first use if need be [default: the demo]",
 )
 threads_option = click.option(
     "--threads", type=int, help="threads of a step [default: physical cores]"
