@@ -125,6 +125,7 @@ class Batch:
                 row.logits = joining.prefill.logits[place]
                 self.rows.append(row)
         self.leave()
+        self._empty()  # the slots that they were read into
 
     def close(self) -> None:
         """Give the cache's memory back to the model: nothing runs any more."""
@@ -178,12 +179,14 @@ class Batch:
 
     def leave(self) -> None:
         """Free the slots of rows that have ended; the rest move up, as few as possible."""
-        self.joining = [one for one in self.joining if one.wanted]
-        self._move_up()
-        self._empty()
-
-    def _move_up(self) -> None:
         stay = [row for row in self.rows if not row.finish_reason or _lingering(row)]
+        joining = [one for one in self.joining if one.wanted]
+        if len(stay) < len(self.rows) or len(joining) < len(self.joining):
+            self.joining = joining
+            self._move_up(stay)
+            self._empty()
+
+    def _move_up(self, stay: list[Row]) -> None:
         if len(stay) == len(self.rows):
             return
         slots = {id(row): slot for slot, row in enumerate(self.rows)}
@@ -216,6 +219,10 @@ def _advance(rows: Sequence[Row], logits: NDArray[np.float32]) -> list[Event]:
         for request, _ in groups:
             request.fail(error)
         return []
+    if len(groups) > 1 and all(_plain(request) for request, _ in groups):
+        tokens = scores.argmax(axis=1)
+        if np.isfinite(scores[np.arange(len(rows)), tokens]).all():
+            return take_in(rows, logits, scores, tokens)
     events: list[Event] = []
     for request, places in groups:
         mine, part = [rows[i] for i in places], _view(places)
@@ -225,6 +232,12 @@ def _advance(rows: Sequence[Row], logits: NDArray[np.float32]) -> list[Event]:
         except Exception as error:
             request.fail(error)
     return events
+
+
+def _plain(request: Request) -> bool:
+    """Whether its rows take the likeliest token, and nothing that can go wrong looks at it."""
+    looked_at = request.keeps or request.criteria or request.constraint
+    return not (looked_at or request.params.do_sample)
 
 
 def _view(places: list[int]) -> slice | list[int]:
