@@ -346,6 +346,57 @@ def test_weights_outside_the_folder_are_not_read(llama, tmp_path, where):
     refused(changed(place, change), "wants weights from .*only files beside it are read")
 
 
+def test_weights_behind_links_and_in_places_of_their_own(llama, tmp_path):
+    """What is made has all of it, and needs none of these."""
+    place = write(llama, STYLES["optimum"], tmp_path / "model", external="several")
+    (place / "onnx" / "weights").mkdir()
+    for name, to in (("model.onnx_data", tmp_path / "elsewhere"),
+                     ("model.onnx_data_1", place / "onnx" / "weights" / "more")):  # fmt: skip
+        (place / "onnx" / name).rename(to)
+    (place / "onnx" / "model.onnx_data").symlink_to(tmp_path / "elsewhere")
+
+    def change(made: onnx.ModelProto) -> None:
+        for tensor in made.graph.initializer:
+            for entry in tensor.external_data:
+                entry.value = entry.value.replace("model.onnx_data_1", "weights/more")
+
+    out = export(changed(place, change), tmp_path / "out", precision="fp32", progress=None)
+    shutil.rmtree(place)
+    (tmp_path / "elsewhere").unlink()
+    ours = fastgen.load(out)
+    assert report_of(ours)["greedy"]["same"] == 72 and ours.generate([5, 6], max_new_tokens=2)
+
+
+@pytest.mark.slow
+def test_weights_larger_than_a_graph_can_hold(llama, tmp_path):
+    """2.3 GB beside the graph: a table of many words, most of which are holes in the file."""
+    style = STYLES["genai"]
+    place = write(llama, style, tmp_path / "model", external="one")
+    rows, width = 9_000_000, llama.config.hidden_size
+    size = rows * width * 4
+    assert size > 1 << 31
+    data = place / "onnx" / "model.onnx_data_1"
+    with data.open("wb") as file:
+        file.write(llama.get_input_embeddings().weight.detach().numpy().tobytes())
+        file.truncate(size)
+
+    def change(made: onnx.ModelProto) -> None:
+        (table,) = (one for one in made.graph.initializer if one.name == "embed")
+        del table.external_data[:], table.dims[:]
+        table.ClearField("raw_data")
+        table.dims.extend([rows, width])
+        table.data_location = onnx.TensorProto.EXTERNAL
+        for key, value in {"location": data.name, "offset": 0, "length": size}.items():
+            table.external_data.add(key=key, value=str(value))
+
+    (path,) = changed(place, change).glob("onnx/*.onnx")
+    ours = fastgen.load(export(place, tmp_path / "out", progress=None))
+    assert (ours.directory / "model.onnx.data").stat().st_size > size
+    found = ours.generate(ROWS, max_new_tokens=NEW, eos_token_id=None)
+    for given, row in zip(ROWS, found, strict=True):
+        assert list(row[-NEW:]) == foreign_graphs.greedy(path, given, NEW)
+
+
 def test_damaged_folders_are_one_error(llama, tmp_path):
     place = write(llama, STYLES["optimum"], tmp_path / "model", external="several")
     data = place / "onnx" / "model.onnx_data_1"
