@@ -232,11 +232,11 @@ def test_keys_that_are_no_tokens_are_refused(monkeypatch):
 
 def test_code_that_is_not_what_it_was_is_refused(monkeypatch):
     """Each stand-in is compared with what it stands for, whenever a model is recorded."""
-    model = build("_attn, rotation")
-    kind = type(model.transformer.h[0].attn)
+    model = build("_attn, windows, no scale")
+    kind = type(model.transformer.h[0].attn.attention)
     own = kind._attn
     monkeypatch.setattr(kind, "_attn", lambda self, q, *rest: own(self, 2 * q, *rest))
-    with pytest.raises(UnsupportedModel, match=r"gptj cannot .* \(_attn\) is not what fastgen"):
+    with pytest.raises(UnsupportedModel, match=r"gpt_neo cannot .* \(_attn\) is not what fastgen"):
         graph.kept_by(model)
 
 
@@ -264,7 +264,7 @@ def _not_causal() -> None:
 
 
 def test_a_model_is_left_as_it_was():
-    for case in ("_attn, rotation", "torch's attention", "positions of its own", "chunks"):
+    for case in ("_attn, windows, no scale", "torch's attention", "positions of its own", "chunks"):
         model = build(case)
         before = [dict(vars(module)) for module in model.modules()]
         own = (model.config._attn_implementation, torch.nn.functional.scaled_dot_product_attention)
