@@ -12,6 +12,7 @@ graph       model -> graph                    attention  what attention becomes
 trim        rewriting rules                   check      whether both say the same
 bundle      the model directory               demo       trains the embedded demo model
 recipe      weights in int8 and int4          cache      keys and values in int8
+parts       large matrices, by parts
 """
 
 from fastgen.export.check import Mismatch

@@ -16,6 +16,8 @@ import onnx_ir.passes.common
 from fastgen import jsonfile, swap
 from fastgen.model import INFO, ModelError, digest
 
+INLINE = 256  # bytes of a constant that stays in the graph itself, at most
+
 
 @contextmanager
 def directory(out: Path, force: bool) -> Iterator[Path]:
@@ -91,10 +93,16 @@ def _umask() -> int:
 def save(graph: onnx_ir.Model, path: Path) -> None:
     """Write `path` and its weights beside it, as `<name>.data`: no size limit, memory-mapped.
 
+    From now on `graph` reads its weights from that file, one after the other as they are wanted:
+    the system can have back what memory they take.
+
     The exporter's notes (stack traces, the paths of this machine) stay out of the file.
     """
     onnx_ir.passes.common.ClearMetadataAndDocStringPass()(graph)
-    onnx_ir.save(graph, path, external_data=path.name + ".data")
+    onnx_ir.external_data.unload_from_model(
+        graph, path.parent, path.name + ".data", size_threshold_bytes=INLINE
+    )
+    onnx_ir.save(graph, path)
 
 
 def seal(to: Path, description: dict[str, Any]) -> None:

@@ -54,7 +54,8 @@ def reach(
     }
     last = (limit or FURTHEST) - max(len(row) for row in rows)
     found: dict[str, Floats] = {}
-    with calibrate.running(positioned) as session:
+    with calibrate.place(positioned) as directory:
+        session = calibrate.running(positioned, list(present.values()), directory)
         for row, start in zip(rows, np.linspace(0, last, len(rows)).astype(int), strict=True):
             stored = session.run(list(present.values()), calibrate.feeds(session, row, int(start)))
             for name, array in zip(present, stored, strict=True):

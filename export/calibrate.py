@@ -6,11 +6,11 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
+from fastgen.export import bundle
 from fastgen.export.quantize import (
     Choice,
     Floats,
@@ -20,6 +20,7 @@ from fastgen.export.quantize import (
     block_scales,
     channel_codes,
     codes_values,
+    multiplied,
 )
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
@@ -27,8 +28,6 @@ from tokenizers import Tokenizer
 TEXT = Path(__file__).with_name("held_out.txt")  # documentation that the demo model has not seen
 ROW = 128  # tokens of a row
 TOKENS = 2048  # of calibration, at most
-SHARE = 0.4  # of the weights in float32: activations that are held at a time
-LEAST_BYTES = 64 << 20  # so much is held at any rate
 
 
 def rows_of_text(
@@ -49,65 +48,60 @@ def halves(rows: Sequence[NDArray[np.int64]]) -> tuple[list[NDArray[np.int64]], 
     return list(rows[0::2]), list(rows[1::2])
 
 
+@contextmanager
 def activations(
     model: ir.Model, products: Sequence[Product], rows: Sequence[NDArray[np.int64]]
 ) -> Iterator[dict[ir.Value, Floats]]:
-    """float32 [tokens, in] of each distinct input of `products`, on `rows`, a few inputs at a time.
-
-    See `values`.
-    """
-    inputs = dict.fromkeys(product.node.inputs[0] for product in products)
-    weights = sum(product.weight.nbytes for product in products)
-    return values(model, [(value,) for value in inputs], rows, weights)
+    """float32 [tokens, in] of each distinct input of `products`, on `rows`. See `values`."""
+    with values(model, [product.node.inputs[0] for product in products], rows) as seen:
+        yield seen
 
 
+@contextmanager
 def values(
-    model: ir.Model,
-    groups: Sequence[Sequence[ir.Value]],
-    rows: Sequence[NDArray[np.int64]],
-    weights: int,
+    model: ir.Model, wanted: Sequence[ir.Value], rows: Sequence[NDArray[np.int64]]
 ) -> Iterator[dict[ir.Value, Floats]]:
-    """float32 [tokens, size] of the values of a graph, on `rows`, a few groups at a time.
+    """float32 [tokens, size] of some values of a graph, on `rows`.
 
-    The graph runs with these values as further outputs, one row at a time, and once for every
-    part of them: together they can be larger than the model. What is yielded is the caller's to
-    drop before the next part.
-
-    Args:
-        groups: values that are wanted at the same time.
-        weights: bytes of the matrices that are quantised.
+    The graph runs once, a row at a time. What is seen can be larger than the model: it goes to a
+    file, where it takes no memory that the system could not have back.
     """
+    wanted = list(dict.fromkeys(wanted))
     tokens = sum(map(len, rows))
-    most = max(LEAST_BYTES, int(SHARE * weights))
-    sizes = [sum(4 * tokens * _width(value) for value in group) for group in groups]
-    with running(model, [value for group in groups for value in group]) as session:
-        for part in parts(groups, sizes, most):
-            wanted = [value for group in part for value in group]
-            names = [str(value.name) for value in wanted]
-            seen: dict[ir.Value, Floats] = {
-                value: np.empty((tokens, _width(value)), np.float32) for value in wanted
-            }
-            at = 0
-            for row in rows:
-                for array, out in zip(session.run(names, feeds(session, row)), seen.values(),
-                                      strict=True):  # fmt: skip
-                    out[at : at + len(row)] = array.reshape(-1, array.shape[-1])
-                at += len(row)
-            yield seen
+    with place(model) as directory, _spool(directory, tokens, wanted) as seen:
+        _run(model, rows, seen, directory)
+        yield seen
 
 
-def parts(groups: Sequence[Any], sizes: Sequence[int], most: int) -> Iterator[list[Any]]:
-    """Neighbours of `groups` whose sizes add up to `most` at most; each has one at least."""
-    part: list[Any] = []
-    size = 0
-    for group, more in zip(groups, sizes, strict=True):
-        if part and size + more > most:
-            yield part
-            part, size = [], 0
-        part.append(group)
-        size += more
-    if part:
-        yield part
+def _run(
+    model: ir.Model,
+    rows: Sequence[NDArray[np.int64]],
+    seen: dict[ir.Value, Floats],
+    directory: Path,
+) -> None:
+    names = [str(value.name) for value in seen]
+    session = running(model, names, directory)
+    at = 0
+    for row in rows:
+        arrays = session.run(names, feeds(session, row))
+        for array, out in zip(arrays, seen.values(), strict=True):
+            out[at : at + len(row)] = array.reshape(-1, array.shape[-1])
+        at += len(row)
+
+
+@contextmanager
+def _spool(
+    directory: Path, tokens: int, wanted: Sequence[ir.Value]
+) -> Iterator[dict[ir.Value, Floats]]:
+    """Arrays [tokens, size] in a file that nobody else sees and that goes with them."""
+    sizes = [tokens * _width(value) for value in wanted]
+    with tempfile.TemporaryFile(dir=directory) as file:
+        held = np.asarray(np.memmap(file, np.float32, "w+", shape=(max(1, sum(sizes)),)))
+        ends = np.cumsum([0, *sizes])
+        yield {
+            value: held[start : start + size].reshape(tokens, -1)
+            for value, start, size in zip(wanted, ends, sizes, strict=False)
+        }
 
 
 def _width(value: ir.Value) -> int:
@@ -117,24 +111,47 @@ def _width(value: ir.Value) -> int:
 
 
 @contextmanager
-def running(
-    model: ir.Model, values: Sequence[ir.Value] = ()
-) -> Iterator[onnxruntime.InferenceSession]:
-    """A session of the graph, with `values` as further outputs."""
-    graph = model.graph
-    outputs = list(graph.outputs)
-    with tempfile.TemporaryDirectory() as directory:
-        graph.outputs.extend(values)
-        try:
-            path = Path(directory) / "model.onnx"
-            ir.save(model, path, external_data="model.onnx.data")
-        finally:
-            del graph.outputs[len(outputs) :]
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        # Weights stay in the file that is mapped: no packed copy of them beside torch's.
-        options.add_session_config_entry("session.disable_prepacking", "1")
-        yield onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+def place(model: ir.Model) -> Iterator[Path]:
+    """The directory of the file that a graph's weights are in, or a temporary one."""
+    found = {_directory(tensor) for tensor in _large(model)}
+    if len(found) == 1 and None not in found:
+        yield found.pop() or Path()
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        yield Path(temporary)
+
+
+def _large(model: ir.Model) -> list[ir.TensorProtocol]:
+    """Constants that no graph holds itself."""
+    held = [value.const_value for value in model.graph.initializers.values()]
+    return [one for one in held if one is not None and one.nbytes > bundle.INLINE]
+
+
+def _directory(tensor: ir.TensorProtocol) -> Path | None:
+    return Path(tensor.base_dir) if isinstance(tensor, ir.ExternalTensor) else None
+
+
+def running(model: ir.Model, names: Sequence[str], directory: Path) -> onnxruntime.InferenceSession:
+    """A session of the part of the graph that gives the values of these names, and no other.
+
+    Args:
+        directory: see `place`.
+    """
+    part = model.clone()
+    made = {value.name: value for node in part.graph for value in node.outputs}
+    part.graph.outputs[:] = [made[name] for name in names]
+    ir.passes.common.RemoveUnusedNodesPass()(part)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    # Weights stay in the file that is mapped: no packed copy of them.
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    path = directory / "calibration.onnx"
+    try:
+        there = all(_directory(tensor) == directory for tensor in _large(part))
+        ir.save(part, path, external_data=None if there else f"{path.name}.data")
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def feeds(
@@ -167,12 +184,19 @@ def feeds(
     return {name: array for name, array in fed.items() if name in wanted} | past
 
 
-def output_error(x: Floats, weight: Floats, choice: Choice) -> float:
-    """|x W - x' W'| / |x W| of a quantised product, activations quantised as the kernel does."""
-    exact = x @ weight
+def output_error(x: Floats, weight: Floats, choice: Choice, exact: Floats | None = None) -> float:
+    """|x W - x' W'| / |x W| of a quantised product, activations quantised as the kernel does.
+
+    Args:
+        x: float32 [tokens, in].
+        weight: float32 [in, out].
+        exact: x W, where it is known.
+    """
+    exact = x @ weight if exact is None else exact
     approximate = quantized_input(x, choice.kernel) @ stored(weight, choice)
     norm = float(np.linalg.norm(exact))
-    return float(np.linalg.norm(exact - approximate)) / norm if norm else 0.0
+    approximate -= exact
+    return float(np.linalg.norm(approximate)) / norm if norm else 0.0
 
 
 def quantized_input(x: Floats, kernel: Kernel) -> Floats:
@@ -192,7 +216,7 @@ def stored(weight: Floats, choice: Choice) -> Floats:
     kernel = choice.kernel
     if kernel.block == 0:
         codes, per_channel = channel_codes(weight)
-        return codes * per_channel
+        return multiplied(codes, per_channel)
     scales = block_scales(weight, kernel) if choice.scales is None else choice.scales
     codes = block_codes(weight, kernel, scales) if choice.codes is None else choice.codes
     return codes_values(codes, kernel, scales, len(weight))

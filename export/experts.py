@@ -606,19 +606,18 @@ def plan(
         shown: called with the number of mixtures done and their total.
     """
     found = mixtures(model.graph)
-    size = sum(weight.const_value.nbytes for one in found for weight in one.weights)
     plans: dict[ir.Node, list[Stored]] = {}
     reached = []
-    groups = [(one.tokens, one.logits) for one in found]
-    for part in calibrate.values(model, groups, rows, size) if found else ():
-        for one, (tokens, logits) in zip(found, groups, strict=True):
-            if tokens not in part:
-                continue
+    if not found:
+        return plans, reached
+    wanted = [value for one in found for value in (one.tokens, one.logits)]
+    with calibrate.values(model, wanted, rows) as seen:
+        for one in found:
             shown(len(plans), len(found))
-            mine = part[logits] > NEVER / 2
-            stored = _plan(one, fitting(kernel, one), part[tokens], mine)
+            tokens, mine = seen[one.tokens], seen[one.logits] > NEVER / 2
+            stored = _plan(one, fitting(kernel, one), tokens, mine)
             if kernel.bits == 8 and max(matrix.error for matrix in stored) > ROUNDED:
-                stored = _plan(one, Kernel(8), part[tokens], mine)
+                stored = _plan(one, Kernel(8), tokens, mine)
             plans[one.node] = stored
             unreached = np.flatnonzero(~mine.any(axis=0)).tolist()
             reached.append(Reached(str(one.weights[0].name), mine.shape[1], unreached))

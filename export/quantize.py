@@ -13,13 +13,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
+from fastgen.export import parts
 from fastgen.export.trim import (
     MICROSOFT,
     add_initializer,
+    add_lazily,
     clean_up,
     constant,
     insert,
@@ -134,56 +137,139 @@ def quantize(
         choice = choose(product)
         if choice is None:
             continue
-        product, choice = _scaled(product, choice)
         if choice.kernel.block == 0:
-            _replace_w8a8(graph, product, activations)
+            _replace_w8a8(graph, product, choice, activations)
         else:
             _replace_nbits(graph, product, choice)
     clean_up(model)
 
 
-def _scaled(product: Product, choice: Choice) -> tuple[Product, Choice]:
-    """With the factors of rows and columns in the matrix. Codes do not depend on the columns'."""
-    weight, scales = product.weight, choice.scales
-    if choice.rows is not None:
-        weight = weight * choice.rows[:, None]
-    if choice.columns is not None:
-        weight = weight / choice.columns
-        scales = None if scales is None else scales / choice.columns[:, None]
-    return replace(product, weight=weight), replace(choice, scales=scales)
+# Codes. Matrices are large: what is made of them is made of a few outputs at a time.
 
 
-# Codes
+@dataclass(frozen=True)
+class Scaled:
+    """A matrix [in, out] with its rows multiplied and its columns divided, read by columns.
+
+    Attributes:
+        weight: float32 [in, out].
+        rows, columns: see `Choice`.
+    """
+
+    weight: Floats
+    rows: Floats | None = None
+    columns: Floats | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.shape[0], self.weight.shape[1]
+
+    def __getitem__(self, place: slice) -> Floats:
+        part = self.weight[:, place]
+        if self.rows is not None:
+            part = part * self.rows[:, None]
+        return part if self.columns is None else part / self.columns[place]
+
+    def whole(self) -> Floats:
+        """The matrix [in, out], laid out as `weight` is."""
+        return self[:]
 
 
-def channel_codes(weight: Floats) -> tuple[NDArray[np.int8], Floats]:
+Matrix = Floats | Scaled
+
+
+def _by_columns(weight: Matrix) -> Scaled:
+    return weight if isinstance(weight, Scaled) else Scaled(weight)
+
+
+def channel_scales(weight: Matrix) -> Floats:
+    """[out]: the largest weight of each output takes the largest code."""
+    matrix = _by_columns(weight)
+    size, out = matrix.shape
+    scales = np.empty(out, np.float32)
+
+    def part(some: slice) -> None:
+        scales[some] = np.abs(matrix[some]).max(axis=0) / np.float32(127)
+
+    parts.each(out, size, part)
+    scales[scales == 0] = 1
+    return scales
+
+
+def channel_codes(weight: Matrix, scales: Floats | None = None) -> tuple[NDArray[np.int8], Floats]:
     """int8 [in, out] and scales [out] of a matrix [in, out]: symmetric, per output channel."""
-    scales = np.abs(weight).max(axis=0) / np.float32(127)
-    scales[scales == 0] = 1
-    return np.rint(weight / scales).astype(np.int8), scales.astype(np.float32)
+    matrix = _by_columns(weight)
+    size, out = matrix.shape
+    scales = channel_scales(matrix) if scales is None else scales
+    codes = np.empty((size, out), np.int8)
+
+    def part(some: slice) -> None:
+        values = matrix[some] / scales[some]
+        codes[:, some] = np.rint(values, out=values)
+
+    parts.each(out, size, part)
+    return codes, scales
 
 
-def block_scales(weight: Floats, kernel: Kernel) -> Floats:
+def multiplied(codes: NDArray[np.int8], scales: Floats) -> Floats:
+    """The matrix [in, out] that codes per channel stand for."""
+    values = np.empty(codes.shape, np.float32)
+
+    def part(some: slice) -> None:
+        np.multiply(codes[:, some], scales[some], out=values[:, some])
+
+    parts.each(codes.shape[1], len(codes), part)
+    return values
+
+
+def block_scales(weight: Matrix, kernel: Kernel) -> Floats:
     """[out, blocks]: the largest weight of each block takes the largest code."""
-    scales = np.abs(blocks(weight, kernel.block)).max(axis=-1) / np.float32(LEVELS[kernel.bits])
+    matrix = _by_columns(weight)
+    size, out = matrix.shape
+    scales = np.empty((out, -(-size // kernel.block)), np.float32)
+
+    def part(some: slice) -> None:
+        largest = np.abs(blocks(matrix[some], kernel.block)).max(axis=-1)
+        scales[some] = largest / np.float32(LEVELS[kernel.bits])
+
+    parts.each(out, size, part)
     scales[scales == 0] = 1
-    return scales.astype(np.float32)
+    return scales
 
 
-def block_codes(weight: Floats, kernel: Kernel, scales: Floats) -> NDArray[np.uint8]:
+def block_codes(weight: Matrix, kernel: Kernel, scales: Floats) -> NDArray[np.uint8]:
     """uint8 [out, blocks, block] (8 bits) or [out, blocks, block / 2] (4 bits, low half first)."""
+    matrix = _by_columns(weight)
+    size, out = matrix.shape
     low, high = (-128, 127) if kernel.bits == 8 else (-8, 7)
-    codes = np.rint(blocks(weight, kernel.block) / scales[..., None])
-    codes = (np.clip(codes, low, high) - low).astype(np.uint8)
-    return codes if kernel.bits == 8 else codes[..., 0::2] | (codes[..., 1::2] << 4)
+    made = np.empty((*scales.shape, kernel.block * kernel.bits // 8), np.uint8)
+
+    def part(some: slice) -> None:
+        values = blocks(matrix[some], kernel.block)
+        values /= scales[some, :, None]
+        np.clip(np.rint(values, out=values), low, high, out=values)
+        values -= low
+        codes = values.astype(np.uint8)
+        made[some] = codes if kernel.bits == 8 else codes[..., 0::2] | (codes[..., 1::2] << 4)
+
+    parts.each(out, size, part)
+    return made
 
 
 def codes_values(codes: NDArray[np.uint8], kernel: Kernel, scales: Floats, size: int) -> Floats:
     """The matrix [size, out] that block codes stand for."""
-    if kernel.bits == 4:
-        codes = np.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:2], -1)
-    middle = 128 if kernel.bits == 8 else 8
-    return join_blocks((codes.astype(np.float32) - middle) * scales[..., None], size)
+    middle = np.float32(128 if kernel.bits == 8 else 8)
+    values = np.empty((*scales.shape, kernel.block), np.float32)
+
+    def part(some: slice) -> None:
+        mine = codes[some]
+        if kernel.bits == 4:
+            mine = np.stack([mine & 15, mine >> 4], axis=-1).reshape(*mine.shape[:2], -1)
+        np.subtract(mine, middle, out=values[some], dtype=np.float32)
+        values[some] *= scales[some, :, None]
+
+    parts.each(len(codes), size, part)
+    return join_blocks(values, size)
 
 
 def blocks(weight: Floats, block: int) -> Floats:
@@ -249,16 +335,26 @@ class _Activations:
         return self._zeros[key]
 
 
-def _replace_w8a8(graph: ir.Graph, product: Product, activations: _Activations) -> None:
+def _replace_w8a8(
+    graph: ir.Graph, product: Product, choice: Choice, activations: _Activations
+) -> None:
     node = product.node
-    codes, scales = channel_codes(product.weight)
+    weight = Scaled(product.weight, choice.rows, choice.columns)
+    scales = channel_scales(weight)
+    codes = add_lazily(
+        graph,
+        f"{product.name}.codes",
+        lambda: channel_codes(weight, scales)[0],
+        weight.shape,
+        ir.DataType.INT8,
+    )
     x, scale = activations.quantized(node.inputs[0], node)
     (sums,) = insert(
         node,
         "MatMulIntegerToFloat",
         [
             x,
-            add_initializer(graph, f"{product.name}.codes", codes),
+            codes,
             activations.constant("1", np.array(1, np.float32)),
             add_initializer(graph, f"{product.name}.scales", scales),
             activations.constant("128", np.array(128, np.uint8)),
@@ -271,11 +367,22 @@ def _replace_w8a8(graph: ir.Graph, product: Product, activations: _Activations) 
 
 def _replace_nbits(graph: ir.Graph, product: Product, choice: Choice) -> None:
     node, kernel = product.node, choice.kernel
-    scales = block_scales(product.weight, kernel) if choice.scales is None else choice.scales
-    array = block_codes(product.weight, kernel, scales) if choice.codes is None else choice.codes
-    codes = add_initializer(graph, f"{product.name}.codes", array)
+    weight = Scaled(product.weight, choice.rows, choice.columns)
+    size, out = weight.shape
+    if choice.scales is None:
+        scales = block_scales(weight, kernel)
+    elif choice.columns is None:
+        scales = choice.scales
+    else:  # codes do not depend on what the columns are divided by
+        scales = choice.scales / choice.columns[:, None]
+    name = f"{product.name}.codes"
+    if choice.codes is None:
+        make = partial(block_codes, weight, kernel, scales)
+        shape = [*scales.shape, kernel.block * kernel.bits // 8]
+        codes = add_lazily(graph, name, make, shape, ir.DataType.UINT8)
+    else:
+        codes = add_initializer(graph, name, choice.codes)
     scale = add_initializer(graph, f"{product.name}.scales", scales)
-    size, out = product.weight.shape
     attributes = {"K": size, "N": out, "bits": kernel.bits, "block_size": kernel.block}
     (result,) = insert(
         node, "MatMulNBits", [node.inputs[0], codes, scale],

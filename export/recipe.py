@@ -83,8 +83,8 @@ def make(
 ) -> tuple[list[Made], list[str], list[experts.Reached]]:
     """Quantise a trimmed graph in place.
 
-    Activations are looked at a part of the graph at a time, and what is chosen for a matrix is
-    codes and scales: nothing here is as large as the weights in float32.
+    Activations and weights are in files, and read a matrix at a time. What is chosen for one is
+    scales, and codes where they are not the nearest: nothing here is as large as the weights.
 
     Args:
         model: the graph in float32.
@@ -102,7 +102,7 @@ def make(
     found = products(model.graph)
     plans: dict[str, Plan] = {}
     smoothed: list[str] = []
-    for inputs in calibrate.activations(model, found, rows):
+    with calibrate.activations(model, found, rows) as inputs:
         for value, x in inputs.items():
             readers = [product for product in found if product.node.inputs[0] is value]
             scales = _smoothed(model.graph, recipe, value, readers, x, found, plans)
@@ -112,7 +112,7 @@ def make(
             for product in readers:
                 shown(len(plans), len(found))
                 plans[product.name] = _plan(recipe, product, x, scales)
-    wide = _keep_wide(found, plans)
+        wide = _keep_wide(found, plans, inputs)
     made = [
         Made(p.name, str(plan.choice.kernel), round(plan.error, 6), p.name in wide)
         for p in found
@@ -177,24 +177,25 @@ class Plan:
 
     Attributes:
         choice: by the recipe, and `error` of its output on the calibration text, relative.
-        wide: a wider type, and `wide_error`.
+        wide: a wider type.
     """
 
     choice: Choice
     error: float
     wide: Choice
-    wide_error: float
 
 
 def _plan(recipe: Recipe, product: Product, x: Floats, scales: Floats | None) -> Plan:
     """Try a product's kernels on its input x [tokens, in], which was divided by `scales`."""
-    if scales is not None:
-        product = replace(product, weight=product.weight * scales[:, None])
+    product = _multiplied(product, scales)
     choice = _choice(product, fitting(recipe.head if product.is_head else recipe.layer, product), x)
-    wide = Choice(fitting(recipe.wide, product))
-    error = _error(product, choice, x)
-    wide_error = error if product.is_head else _error(product, wide, x)
-    return Plan(replace(choice, rows=scales), error, replace(wide, rows=scales), wide_error)
+    wide = Choice(fitting(recipe.wide, product), rows=scales)
+    return Plan(replace(choice, rows=scales), _error(product, choice, x), wide)
+
+
+def _multiplied(product: Product, scales: Floats | None) -> Product:
+    """With each row of its matrix multiplied by what its input is divided by."""
+    return product if scales is None else replace(product, weight=product.weight * scales[:, None])
 
 
 def fitting(kernel: Kernel, product: Product) -> Kernel:
@@ -227,8 +228,14 @@ def _error(product: Product, choice: Choice, x: Floats) -> float:
     return calibrate.output_error(sample, weight, choice)
 
 
-def _keep_wide(found: Sequence[Product], plans: dict[str, Plan]) -> set[str]:
-    """Give the worst matrices a wider kernel, worst first, as long as the budget lasts."""
+def _keep_wide(
+    found: Sequence[Product], plans: dict[str, Plan], inputs: dict[ir.Value, Floats]
+) -> set[str]:
+    """Give the worst matrices a wider kernel, worst first, as long as the budget lasts.
+
+    Args:
+        inputs: float32 [tokens, in] of each product's input, not divided by anything.
+    """
     kept: set[str] = set()
     layers = [product for product in found if not product.is_head]
     if not layers:
@@ -238,12 +245,23 @@ def _keep_wide(found: Sequence[Product], plans: dict[str, Plan]) -> set[str]:
     for product in sorted(layers, key=lambda product: -plans[product.name].error):
         plan = plans[product.name]
         more = _bytes(product, plan.wide.kernel) - _bytes(product, plan.choice.kernel)
-        if plan.error <= bound or more > left or plan.wide_error >= plan.error / 2:
+        if plan.error <= bound or more > left:
             continue
-        plan.choice, plan.error = plan.wide, plan.wide_error
+        error = _wide_error(product, plan.wide, inputs[product.node.inputs[0]])
+        if error >= plan.error / 2:
+            continue
+        plan.choice, plan.error = plan.wide, error
         left -= more
         kept.add(product.name)
     return kept
+
+
+def _wide_error(product: Product, wide: Choice, x: Floats) -> float:
+    return _error(
+        _multiplied(product, wide.rows),
+        Choice(wide.kernel),
+        x if wide.rows is None else x / wide.rows,
+    )
 
 
 def _bytes(product: Product, kernel: Kernel) -> int:

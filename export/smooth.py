@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
+from fastgen.export import parts
 from fastgen.export.calibrate import output_error
 from fastgen.export.quantize import Choice, Floats, Kernel, Product
 from fastgen.export.trim import add_initializer, constant
@@ -87,20 +88,31 @@ def best_scales(x: Floats, weights: Sequence[Floats], kernel: Kernel) -> Floats 
     Returns:
         float32 [in]: the activation is to be divided by it, the weights' rows multiplied.
     """
-    weight = np.concatenate(weights, axis=1)
-    reach_x, reach_w = np.abs(x).max(axis=0), np.abs(weight).max(axis=1)
+    weight = weights[0] if len(weights) == 1 else np.concatenate(weights, axis=1)
+    reach_x, reach_w = np.abs(x).max(axis=0), _reach(weight)
     sample = x[:: max(1, len(x) // 256)]
-    least = GAIN * output_error(sample, weight, Choice(kernel))
+    exact = sample @ weight
+    least = GAIN * output_error(sample, weight, Choice(kernel), exact)
     best = None
     for strength in STRENGTHS:
         with np.errstate(divide="ignore", invalid="ignore"):
             scales = reach_x**strength / reach_w ** (1 - strength)
         scales = np.where(np.isfinite(scales) & (scales > 0), scales, 1).astype(np.float32)
         scales /= np.exp(np.log(scales).mean())
-        error = output_error(sample / scales, weight * scales[:, None], Choice(kernel))
+        error = output_error(sample / scales, weight * scales[:, None], Choice(kernel), exact)
         if error < least:
             best, least = scales, error
     return best
+
+
+def _reach(weight: Floats) -> Floats:
+    """float32 [in]: the largest absolute value of each row of a matrix [in, out]."""
+    found = parts.each(weight.shape[1], len(weight), lambda some: _largest(weight[:, some]))
+    return np.max(found, axis=0)
+
+
+def _largest(weight: Floats) -> Floats:
+    return np.asarray(np.abs(weight).max(axis=1))
 
 
 def fold_into_norm(graph: ir.Graph, norm: ir.Node, scales: Floats) -> None:

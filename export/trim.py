@@ -7,7 +7,7 @@ A rule knows operators, never models: where its pattern does not hold, it does n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -77,6 +77,16 @@ def constant(value: ir.Value | None) -> NDArray[np.generic] | None:
     return value.const_value.numpy()
 
 
+def is_constant(value: ir.Value | None) -> bool:
+    """Whether it is an initializer, whose array may be large: it is not read."""
+    return value is not None and value.const_value is not None and value.is_initializer()
+
+
+def shape_of(constant: ir.Value) -> list[int]:
+    """Of an initializer: that of its array, whatever the graph says."""
+    return [int(size) for size in constant.const_value.shape]
+
+
 def same_shape(one: ir.Value | None, other: ir.Value | None) -> bool:
     """Whether both shapes are known and equal, symbolic dimensions by name."""
     if one is None or other is None or one.shape is None or other.shape is None:
@@ -113,7 +123,7 @@ def routers(graph: ir.Graph) -> set[ir.Node]:
         if node is None or node in seen or node.op_type == "Shape":
             continue
         seen.add(node)
-        if node.op_type == "MatMul" and constant(node.inputs[1]) is not None:
+        if node.op_type == "MatMul" and is_constant(node.inputs[1]):
             found.add(node)
         else:
             pending += node.inputs
@@ -125,12 +135,29 @@ def routers(graph: ir.Graph) -> set[ir.Node]:
 
 def add_initializer(graph: ir.Graph, name: str, array: NDArray[np.generic]) -> ir.Value:
     """A constant of the graph, under a name that is free."""
+    return _added(graph, name, ir.tensor(np.ascontiguousarray(array)))
+
+
+def add_lazily(
+    graph: ir.Graph,
+    name: str,
+    make: Callable[[], NDArray[np.generic]],
+    shape: Sequence[int],
+    dtype: ir.DataType,
+) -> ir.Value:
+    """A constant whose array is made whenever it is read, and not kept."""
+    tensor = ir.LazyTensor(lambda: ir.tensor(np.ascontiguousarray(make())), dtype, ir.Shape(shape))
+    return _added(graph, name, tensor)
+
+
+def _added(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
     free, number = name, 0
     while free in graph.initializers:
         number += 1
         free = f"{name}.{number}"
-    value = ir.Value(name=free, const_value=ir.tensor(np.ascontiguousarray(array), name=free))
-    value.shape, value.dtype = ir.Shape(array.shape), ir.DataType.from_numpy(array.dtype)
+    tensor.name = free
+    value = ir.Value(name=free, const_value=tensor)
+    value.shape, value.dtype = tensor.shape, tensor.dtype
     graph.register_initializer(value)
     return value
 
@@ -189,7 +216,7 @@ def share_tied_weights(graph: ir.Graph) -> int:
     copy. The fused product transposes while it packs, so the embedding serves both.
     """
     tables = [node.inputs[0] for node in graph if node.op_type == "Gather"]
-    tables = [table for table in tables if rank(table) == 2 and constant(table) is not None]
+    tables = [table for table in tables if rank(table) == 2 and is_constant(table)]
     fired = 0
     for node in list(graph):
         if node.op_type != "MatMul":
@@ -208,13 +235,11 @@ def _transposed_weight(value: ir.Value | None, tables: Sequence[ir.Value]) -> ir
     """The initializer that `value` is the transposition of."""
     transpose = producer(value, "Transpose")
     if transpose is not None and rank(transpose.inputs[0]) == 2:
-        return transpose.inputs[0] if constant(transpose.inputs[0]) is not None else None
-    matrix = constant(value)
+        return transpose.inputs[0] if is_constant(transpose.inputs[0]) else None
     for table in tables:
-        tied = constant(table)
-        if matrix is None or tied is None or tied.shape != matrix.shape[::-1]:
+        if not is_constant(value) or shape_of(table) != shape_of(value)[::-1]:
             continue
-        if _equal(tied, matrix.T):
+        if _equal(constant(table), constant(value).T):
             return table
     return None
 
@@ -228,19 +253,19 @@ def products_without_reshapes(graph: ir.Graph) -> int:
         before = producer(node.inputs[0], "Reshape")
         uses = node.outputs[0].uses()
         after = uses[0].node if only_use(node.outputs[0]) else None
-        weight = constant(node.inputs[1])
-        if before is None or after is None or after.op_type != "Reshape" or weight is None:
+        matrix = node.inputs[1]
+        if before is None or after is None or after.op_type != "Reshape":
+            continue
+        if not is_constant(matrix):
             continue
         x, out = before.inputs[0], after.outputs[0]
-        weight = weight.T if node.attributes.get_int("transB", 0) else weight
-        if rank(x) != 3 or rank(out) != 3 or x.shape[-1] != weight.shape[0]:
+        shape = shape_of(matrix)
+        shape = shape[::-1] if node.attributes.get_int("transB", 0) else shape
+        if rank(x) != 3 or rank(out) != 3 or [x.shape[-1], out.shape[-1]] != shape:
             continue
-        if out.shape[-1] != weight.shape[1]:
-            continue
-        name = str(node.inputs[1].name)
-        matrix = node.inputs[1]
         if node.attributes.get_int("transB", 0):
-            matrix = add_initializer(graph, f"{name}.T", weight)
+            read = partial(_transposed, matrix.const_value)
+            matrix = add_lazily(graph, f"{matrix.name}.T", read, shape, matrix.const_value.dtype)
         (product,) = insert(node, "MatMul", [x, matrix])
         product.shape, product.dtype = out.shape, out.dtype
         if len(node.inputs) > 2 and node.inputs[2] is not None:
@@ -334,16 +359,16 @@ def merge_products(graph: ir.Graph) -> int:
             and use.node not in apart
             and use.idx == 0
             and rank(use.node.inputs[1]) == 2
-            and constant(use.node.inputs[1]) is not None
+            and is_constant(use.node.inputs[1])
         ]
         if len(siblings) < 2:
             continue
         order = {node: place for place, node in enumerate(graph)}
         siblings.sort(key=lambda node: order[node])
-        weights = [constant(node.inputs[1]) for node in siblings]
-        sizes = [weight.shape[1] for weight in weights if weight is not None]
-        name = f"{siblings[0].inputs[1].name}.merged"
-        merged = add_initializer(graph, name, np.concatenate(weights, axis=1))
+        matrices = [node.inputs[1] for node in siblings]
+        sizes = [shape_of(matrix)[1] for matrix in matrices]
+        name = f"{matrices[0].name}.merged"
+        merged = _side_by_side(graph, name, matrices)
         (product,) = insert(siblings[0], "MatMul", [value, merged])
         _set_width(product, value, sum(sizes))
         lengths = add_initializer(graph, f"{name}.sizes", np.array(sizes, np.int64))
@@ -357,6 +382,21 @@ def merge_products(graph: ir.Graph) -> int:
 
 
 # What the rules ask
+
+
+def _side_by_side(graph: ir.Graph, name: str, matrices: Sequence[ir.Value]) -> ir.Value:
+    """Matrices [in, out] as one, joined when it is read."""
+    held = [matrix.const_value for matrix in matrices]
+    shape = [shape_of(matrices[0])[0], sum(shape_of(matrix)[1] for matrix in matrices)]
+    return add_lazily(graph, name, partial(_joined, held), shape, held[0].dtype)
+
+
+def _joined(held: Sequence[ir.TensorProtocol]) -> NDArray[np.generic]:
+    return np.concatenate([one.numpy() for one in held], axis=1)
+
+
+def _transposed(held: ir.TensorProtocol) -> NDArray[np.generic]:
+    return held.numpy().T
 
 
 def _equal(one: NDArray[np.generic], other: NDArray[np.generic]) -> bool:
@@ -406,21 +446,20 @@ def _packed(graph: ir.Graph, node: ir.Node) -> tuple[ir.Value, ir.Node | None] |
     parts = [_linear(part) for part in (query, key, value)]
     if any(part is None for part in parts) or len({part[0] for part in parts}) != 1:
         return None
-    weights = np.concatenate([constant(part[1]) for part in parts], axis=1)
-    matrix = add_initializer(graph, f"{parts[0][1].name}.packed", weights)
+    matrices = [part[1] for part in parts]
+    matrix = _side_by_side(graph, f"{matrices[0].name}.packed", matrices)
+    width = shape_of(matrix)[1]
     first = min((part[2] for part in parts), key=list(graph).index)
     (product,) = insert(first, "MatMul", [parts[0][0], matrix])
-    _set_width(product, parts[0][0], weights.shape[1])
+    _set_width(product, parts[0][0], width)
     if any(part[3] is not None for part in parts):
         biases = [
-            np.zeros(constant(part[1]).shape[1], np.float32)
-            if part[3] is None
-            else constant(part[3])
+            np.zeros(shape_of(part[1])[1], np.float32) if part[3] is None else constant(part[3])
             for part in parts
         ]
         bias = add_initializer(graph, f"{matrix.name}.bias", np.concatenate(biases))
         (product,) = insert(first, "Add", [product, bias])
-        _set_width(product, parts[0][0], weights.shape[1])
+        _set_width(product, parts[0][0], width)
     return product, rotation
 
 
@@ -436,7 +475,7 @@ def _linear(
             return None
         value = next(v for v in add.inputs if v is not bias)
     product = producer(value, "MatMul")
-    if product is None or not only_use(value) or constant(product.inputs[1]) is None:
+    if product is None or not only_use(value) or not is_constant(product.inputs[1]):
         return None
     if rank(product.inputs[1]) != 2:
         return None

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from fastgen.export import Mismatch, calibrate, export, gptq, smooth
+from fastgen.export import Mismatch, calibrate, export, gptq, parts, smooth
 from fastgen.export.check import Tolerance
 from fastgen.export.quantize import (
     W8A8,
@@ -147,20 +147,27 @@ def test_what_falls_beyond_the_tolerance_is_refused(tmp_path):
     assert json.loads((out / "report.json").read_text())["mismatch"]
 
 
-def test_activations_come_a_few_inputs_at_a_time(monkeypatch):
-    """However little is held at a time, what is chosen is the same."""
-    assert list(calibrate.parts("abcde", [3, 3, 3, 9, 1], 6)) == [["a", "b"], ["c"], ["d"], ["e"]]
-
-
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_a_small_memory_gives_the_same_model(precision, tmp_path, monkeypatch):
+def test_parts_and_threads_give_the_same_model(precision, tmp_path, monkeypatch):
+    """However few outputs of a matrix are looked at at a time, and by how many threads."""
     model = tiny.build("llama")
     strict = {"precision": precision, "allow_mismatch": True, "progress": None}
+    monkeypatch.setattr(parts, "PART", 1 << 30)
     one = export(model, tmp_path / "one", **strict)
-    monkeypatch.setattr(calibrate, "LEAST_BYTES", 1)
-    monkeypatch.setattr(calibrate, "SHARE", 0.0)
+    monkeypatch.setattr(parts, "PART", 640)
+    monkeypatch.setattr(parts, "physical_cores", lambda: 3)
     two = export(model, tmp_path / "two", **strict)
     assert (one / "model.onnx.data").read_bytes() == (two / "model.onnx.data").read_bytes()
+
+
+def test_a_factor_by_halves_is_the_factor_of_the_inverse():
+    """What GPTQ needs of the inputs, without inverting their moments: to float32's precision."""
+    x = matrix(700, 300) @ matrix(300, 300)
+    moments = (x.T @ x).astype(np.float64) / len(x)
+    moments += np.eye(300) * (gptq.DAMPING * np.diag(moments).mean() + 1e-12)
+    expected = np.linalg.cholesky(np.linalg.inv(moments)).T
+    found = gptq._inverse_cholesky(x)
+    np.testing.assert_allclose(found, expected, rtol=2e-6, atol=2e-6 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("choice", [Choice(W8A8), Choice(Kernel(8, 32)), Choice(Kernel(4, 32))])
