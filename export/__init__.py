@@ -1,6 +1,8 @@
-"""From a transformers model to a model directory: the one place that knows torch.
+"""From a transformers model, or a folder that others exported, to a model directory.
 
-pipeline    the export, step by step          source     hub, directory or object -> model
+pipeline    the export, step by step          origin     what it is made of, whatever it is
+original    a transformers model as that      foreign    an ONNX folder as that, without torch
+                                              source     hub, directory or object -> model
                                               text       the text part of a model of pictures
                                               adapter    PEFT's, merged
 graph       model -> graph                    attention  what attention becomes

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import foreign_graphs
 import pytest
 import tiny
 import torch
@@ -128,6 +129,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         eos_token="</s>", model_input_names=["input_ids", "attention_mask"],
     )  # fmt: skip
     words.save_pretrained(home / "distilgpt2")
+    folder = home / "onnx-community" / "Qwen3-0.6B-ONNX"
+    for style, name in (("genai int4", "model_q4"), ("optimum", "model")):
+        foreign_graphs.write(
+            tiny.build("llama"), foreign_graphs.STYLES[style], folder, f"onnx/{name}.onnx"
+        )
     return home
 
 
