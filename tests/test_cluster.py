@@ -20,10 +20,12 @@ from pyarrow import parquet
 
 import fastgen
 from fastgen import commands
+from fastgen.cpu import memory_bytes
 from fastgen.jobs import Generate, Score, deployment, node
 from fastgen.jobs.cluster import OfLines
 from fastgen.jobs.spread import Spread, run
 from fastgen.model import ModelError
+from fastgen.schedule import SHARE
 
 # Ray's own: files and sockets that it leaves behind, and what it says of its next release.
 pytestmark = [
@@ -143,7 +145,8 @@ def test_generate_maps_a_dataset(cluster, model, tmp_path):
     class Telling(Generate):
         def __call__(self, batch: Any) -> Any:
             made = super().__call__(batch)
-            return made | {"threads": np.full(len(made["text"]), self.model.model.tuning.threads)}
+            found = [self.model.model.tuning.threads, self.work.scheduler.max_bytes]
+            return made | {"given": np.array([found] * len(made["text"]))}
 
     rows = [{"prompt": f"The {n}", "id": n, "mine": float(n)} for n in range(24)]
     made = ray.data.from_items(rows).map_batches(
@@ -155,7 +158,10 @@ def test_generate_maps_a_dataset(cluster, model, tmp_path):
     assert [row["text"] for row in found] == [
         model.complete(row["prompt"], max_new_tokens=5) for row in rows
     ]
-    assert {row["threads"] for row in found} == {1} and not any(row["error"] for row in found)
+    ((threads, held),) = {tuple(row["given"]) for row in found}
+    memory = SHARE * (memory_bytes() or 0)
+    assert threads == 1 and held == pytest.approx(memory / (os.cpu_count() or 1), rel=0.01)
+    assert not any(row["error"] for row in found)
     assert [row["mine"] for row in found] == [float(n) for n in range(24)]
 
 

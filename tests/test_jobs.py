@@ -360,6 +360,7 @@ def test_a_job_that_cannot_be_says_so_in_a_line(model, here):
         (("in.jsonl", "o.txt"), "name the output .jsonl or .parquet"),
         (("in.jsonl", "o.csv"), "o.csv must end in .jsonl"),
         (("in.jsonl", "no/o.jsonl"), "no is not a directory"),
+        (("in.jsonl", "/proc/o.jsonl"), "/proc/o.jsonl.part: "),
         (("in.jsonl", "odd.jsonl"), "odd.jsonl.part is no journal of a job: move it away"),
         (("in.jsonl", "odd.jsonl", "--restart"), "odd.jsonl.part is no journal of a job"),
         (("in.jsonl", "o.jsonl", "--keep", "text"), "text cannot be kept"),
@@ -460,7 +461,7 @@ def test_killed_at_any_moment_and_started_again_nothing_is_lost_or_repeated(mode
     kept = part.read_bytes().splitlines(keepends=True)
     Path("calm.jsonl.part").write_bytes(kept[0])
 
-    said = killed_and_done(command, Path("out.jsonl"), (20, 61, 100))
+    said = killed_and_done(command, Path("out.jsonl"), (20, 100))
     assert "150 rows" in said and "15 bad" in said
     assert run("batch", "in.jsonl", "calm.jsonl", "-m", model.directory)[0] == 1
     assert Path("out.jsonl").read_bytes() == Path("calm.jsonl").read_bytes()
@@ -727,11 +728,18 @@ def test_scores_are_those_of_the_model(model, here, counted):
     assert found[4]["logprobs"] == pytest.approx(expected.tolist(), abs=1e-5)
     assert found[4]["tokens"] == len(expected) and "logprobs" in found[7]
 
+    Path("in.txt").write_text("\n".join(texts))
+    assert run("score", "in.txt", "text.jsonl", "-m", model.directory)[0] == 0
+    assert [one["logprob"] for one in read(Path("text.jsonl"))] == [
+        pytest.approx(one["logprob"], abs=1e-5) for one in found[:3]
+    ]
     parquet.write_table(pyarrow.table({"text": texts, "id": [7, 8, 9]}), "in.parquet")
     assert run("score", "in.parquet", "out.parquet", "-m", model.directory)[0] == 0
     table = parquet.read_table("out.parquet").to_pylist()
     assert [one["id"] for one in table] == [7, 8, 9]
-    assert [one["logprob"] for one in table] == [one["logprob"] for one in found[:3]]
+    assert [one["logprob"] for one in table] == [
+        pytest.approx(one["logprob"], abs=1e-5) for one in found[:3]
+    ]
 
 
 def test_scoring_goes_on_after_a_kill(model, here, counted):

@@ -92,7 +92,7 @@ LAYERS: dict[str, set[str]] = {
         "tokenizer",
     },
     "jobs": {
-        "call", "chat", "extras", "generator", "hub", "model", "output", "params", "prefill",
+        "call", "chat", "cpu", "extras", "generator", "hub", "model", "output", "params", "prefill",
         "prefix", "schedule", "serve", "swap", "tokenizer", "values",
     },
     "__main__": {"commands", "interrupt"},

@@ -112,7 +112,7 @@ class Generate(Engine):
         self.model = CausalLM(node.directory(model), threads or node.threads())
         found = params.resolve(self.model.generation_config.to_dict(), None, knobs)
         reader = Reader(self.model, knobs, keep, seed, ids, created)
-        self.work = Generation(reader, max_rows)
+        self.work = Generation(reader, max_rows, node.memory())
         self.given = ["text"] if self.model.has_tokenizer else []
         self.given += ["ids"] if ids or not self.model.has_tokenizer else []
         self.given += ["finish_reason", "prompt_tokens", "new_tokens", "warnings"]

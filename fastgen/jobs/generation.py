@@ -45,14 +45,20 @@ class Generation:
 
     Args:
         reader: says what rows ask for.
-        max_rows: rows that run together.
+        max_rows, max_bytes: of what runs together (see `Scheduler`).
     """
 
-    def __init__(self, reader: Reader, max_rows: int = MAX_ROWS) -> None:
+    def __init__(
+        self, reader: Reader, max_rows: int = MAX_ROWS, max_bytes: int | None = None
+    ) -> None:
         self.reader = reader
         # Nobody reads along, so a chunk is the one that is read fastest.
         self.scheduler = Scheduler(
-            reader.model.model, max_rows=max_rows, chunk=CHUNK, prefix_cache=PrefixCache()
+            reader.model.model,
+            max_bytes=max_bytes,
+            max_rows=max_rows,
+            chunk=CHUNK,
+            prefix_cache=PrefixCache(),
         )
         self._running: dict[int, tuple[Running, int]] = {}  # and which call, by the call's id
 

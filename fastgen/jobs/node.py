@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import re
@@ -10,7 +9,9 @@ import shutil
 from pathlib import Path
 
 from fastgen import extras, hub, swap
+from fastgen.cpu import memory_bytes
 from fastgen.model import INFO, ModelError
+from fastgen.schedule import SHARE
 
 
 def directory(model: str | os.PathLike[str] | None) -> Path:
@@ -62,12 +63,30 @@ def _copied(uri: str, place: Path) -> Path:
 
 def threads() -> int | None:
     """The threads that Ray gives this actor: its CPUs. None outside of one."""
+    cpus = _cpus()
+    return None if cpus is None else max(1, int(cpus))
+
+
+def memory() -> int | None:
+    """The bytes that calls may come to hold in this actor: its CPUs' part of the machine's share.
+
+    None outside of an actor, for all of that share.
+    """
+    cpus, most = _cpus(), memory_bytes()
+    if cpus is None or most is None:
+        return None
+    return int(SHARE * most * min(1.0, cpus / (os.cpu_count() or 1)))
+
+
+def _cpus() -> float | None:
+    """The CPUs that Ray gives this actor; None outside of one."""
     import sys
 
     ray = sys.modules.get("ray")
     if ray is None or not ray.is_initialized():
         return None
-    with contextlib.suppress(Exception):
-        cpus = ray.get_runtime_context().get_assigned_resources().get("CPU")
-        return None if cpus is None else max(1, int(cpus))
-    return None
+    context = ray.get_runtime_context()
+    if context.get_actor_id() is None:  # the program that has started Ray
+        return None
+    cpus = context.get_assigned_resources().get("CPU")
+    return None if cpus is None else float(cpus)

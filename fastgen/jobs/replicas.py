@@ -51,7 +51,7 @@ def deployment(
 
     def made() -> FastAPI:
         loaded = CausalLM(node.directory(model), threads or node.threads())
-        return app(loaded, **settings)
+        return app(loaded, **{"max_bytes": node.memory(), **settings})
 
     wanted = {"max_ongoing_requests": WAITING, **(options or {})}
     return serve.deployment(**wanted)(serve.ingress(made)(Replica)).bind()
