@@ -190,7 +190,8 @@ def test_two_lines_change_for_users_of_transformers(here: Path) -> None:
 def test_every_command_runs_or_is_checked(
     here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copytree("distilgpt2", tmp_path / "distilgpt2")
+    for name in ("distilgpt2", "onnx-community"):
+        shutil.copytree(name, tmp_path / name)
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "The os module", "id": "a"}\n')
     monkeypatch.chdir(tmp_path)
     runner, some = CliRunner(), [block for block in blocks() if block.kind == "sh"]
