@@ -135,7 +135,7 @@ def routers(graph: ir.Graph) -> set[ir.Node]:
 
 def add_initializer(graph: ir.Graph, name: str, array: NDArray[np.generic]) -> ir.Value:
     """A constant of the graph, under a name that is free."""
-    return _added(graph, name, ir.tensor(np.ascontiguousarray(array)))
+    return _added(graph, name, ir.tensor(np.asarray(array, order="C")))
 
 
 def add_lazily(

@@ -53,7 +53,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "gpt_bigcode": {**_GPT, "multi_query": True},
     "gpt_neox": {"rotary_pct": 0.5},
     "opt": {"ffn_dim": 192, "word_embed_proj_dim": 128},
-    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False},
+    "falcon": {"multi_query": False, "new_decoder_architecture": False, "alibi": False},
     "bloom": {"n_layer": 2, "n_head": 4},
 }  # fmt: skip
 WHOLE = ("gpt2", "gpt_neo", "gptj", "codegen", "gpt_bigcode")

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from fastgen.export.foreign.signature import Signature
-from fastgen.export.trim import MICROSOFT, add_initializer, constant, insert
+from fastgen.export.trim import MICROSOFT, add_initializer, constant, insert, rank
 from fastgen.export.unsupported import UnsupportedModel
 from numpy.typing import NDArray
 
@@ -364,8 +364,7 @@ def group(
     assert query is not None
     flat = add_initializer(graph, "flat_heads", np.array([0, 0, -1], np.int64))
     sizes = [means.num_heads, means.head_dim]
-    joined_heads = query.shape is not None and len(query.shape) == 3
-    if joined_heads:  # [rows * heads, new, size]
+    if rank(query) == 3:  # [rows * heads, new, size]
         query = _reshaped(graph, before, query, ids, ["rows", sizes[0], "new", sizes[1]])
     parts = []
     for part in (query, *one.new):
@@ -390,7 +389,7 @@ def group(
     shape = add_initializer(graph, "split_heads", np.array([0, 0, *sizes], np.int64))
     (split,) = insert(before, "Reshape", [out, shape])
     (found,) = insert(before, "Transpose", [split], {"perm": [0, 2, 1, 3]})
-    if joined_heads:
+    if rank(one.values.outputs[0]) == 3:
         found = _reshaped(graph, before, found, ids, [-1, "new", sizes[1]])
     one.values.outputs[0].replace_all_uses_with(found)
     for old, new in zip(one.present, present, strict=True):

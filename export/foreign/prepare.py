@@ -13,8 +13,11 @@ from fastgen.export.trim import MICROSOFT, add_initializer, clean_up, constant
 from fastgen.export.unsupported import UnsupportedModel
 
 OPSET = 23  # what trim's rules write
-OLDEST = 13  # whose operators mean what today's do, but for those that are brought up here
+OLDEST = 11  # whose operators mean what today's do, but for those that are brought up here
 REDUCTIONS = {"ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL2", "ReduceSumSquare"}
+LISTS = {"Squeeze", "Unsqueeze", "ReduceSum", "Split"}  # whose attribute became an input with 13
+# Before 13 they took all axes from one on: that is the last one, or the graph will not be proved.
+FLATTENING = {"Softmax", "LogSoftmax", "Hardmax"}
 # What quantises to whole numbers and back has scales of 16 bits, and computes as with 32.
 HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
@@ -127,13 +130,18 @@ def _raise_opset(model: ir.Model) -> None:
     for node in list(model.graph):
         if node.domain not in ("", "ai.onnx"):
             continue
-        if version < 18 and node.op_type in REDUCTIONS and "axes" in node.attributes:
-            axes = np.array(node.attributes.pop("axes").as_ints(), np.int64)
-            node.resize_inputs(2)
-            node.replace_input_with(1, add_initializer(model.graph, f"{node.name}.axes", axes))
-        if version < 18 and node.op_type == "Split" and len(node.inputs) < 2:
-            count = len(node.outputs)
-            node.attributes["num_outputs"] = ir.AttrInt64("num_outputs", count)
+        kind = node.op_type
+        if (version < 18 and kind in REDUCTIONS) or (version < 13 and kind in LISTS):
+            name = "split" if kind == "Split" else "axes"
+            if name in node.attributes:
+                held = np.array(node.attributes.pop(name).as_ints(), np.int64)
+                node.resize_inputs(2)
+                made = add_initializer(model.graph, f"{node.name}.{name}", held)
+                node.replace_input_with(1, made)
+        if version < 18 and kind == "Split" and len(node.inputs) < 2:
+            node.attributes["num_outputs"] = ir.AttrInt64("num_outputs", len(node.outputs))
+        if version < 13 and kind in FLATTENING and "axis" not in node.attributes:
+            node.attributes["axis"] = ir.AttrInt64("axis", 1)
     model.opset_imports[""] = max(version, OPSET)
     model.opset_imports.setdefault(MICROSOFT, 1)
     model.ir_version = max(model.ir_version or 0, 10)

@@ -26,6 +26,7 @@ PICTURES = (
 ENCODED = ("encoder_hidden_states", "encoder_attention_mask", "decoder_input_ids")
 STATES = re.compile(r"(conv|ssm|recurrent|state)", re.IGNORECASE)
 PAST = re.compile(r"^past(?:_key_values)?[._](\d+)[._](?:self[._])?(key|value|k|v)$")
+JOINED = re.compile(r"^past.*key_value$")
 PRESENT = re.compile(r"^present(?:_key_values)?[._](\d+)[._](?:self[._])?(key|value|k|v)$")
 
 
@@ -102,6 +103,8 @@ def read(graph: ir.Graph, heads: tuple[int, int] | None = None) -> Signature:
     _refuse(names)
     past = _numbered(names, PAST)
     present = _numbered([str(value.name) for value in graph.outputs], PRESENT)
+    if joined := [name for name in names if JOINED.search(name)]:
+        raise UnsupportedModel(f"it keeps keys and values in one ({joined[0]})")
     if not past:
         raise UnsupportedModel(
             f"its graph keeps no keys and values: it takes {', '.join(names)}. A graph with a past "
