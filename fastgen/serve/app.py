@@ -89,10 +89,10 @@ def app(
     return made
 
 
-def _guard(api_key: str | None) -> Callable[[Request], None]:
+def _guard(api_key: str | None) -> Callable[[Request], Awaitable[None]]:
     """What lets in whoever has the key."""
 
-    def check(request: Request) -> None:
+    async def check(request: Request) -> None:
         if api_key is None:
             return
         kind, _, given = request.headers.get("authorization", "").partition(" ")

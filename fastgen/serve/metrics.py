@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client import CollectorRegistry, Counter, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+)
 
 from fastgen.output import Token
 
@@ -41,6 +47,23 @@ class _Known:
             yield CounterMetricFamily(name, what, value=value)
 
 
+class Times:
+    """A histogram of seconds. (prometheus_client's own looks at every bucket, at every token.)"""
+
+    def __init__(self, name: str, what: str) -> None:
+        self.name, self.what = name, what
+        self.counts, self.sum = [0] * (len(SECONDS) + 1), 0.0
+
+    def observe(self, seconds: float) -> None:
+        self.counts[bisect_left(SECONDS, seconds)] += 1
+        self.sum += seconds
+
+    def collect(self) -> Iterator[Any]:
+        bounds = [*map(str, SECONDS), "+Inf"]
+        buckets = list(zip(bounds, accumulate(self.counts), strict=True))
+        yield HistogramMetricFamily(self.name, self.what, buckets=buckets, sum_value=self.sum)
+
+
 class Metrics:
     """Counts of one engine, in a registry of its own."""
 
@@ -53,14 +76,14 @@ class Metrics:
             "fastgen_prompt_tokens", "tokens of prompts", registry=self.registry
         )
         self.new_tokens = Counter("fastgen_generated_tokens", "new tokens", registry=self.registry)
-        self.first = Histogram(
-            "fastgen_time_to_first_token_seconds", "from a call's arrival to its first token",
-            buckets=SECONDS, registry=self.registry,
-        )  # fmt: skip
-        self.between = Histogram(
-            "fastgen_time_between_tokens_seconds", "from one step of a call to its next",
-            buckets=SECONDS, registry=self.registry,
-        )  # fmt: skip
+        self.first = Times(
+            "fastgen_time_to_first_token_seconds", "from a call's arrival to its first token"
+        )
+        self.between = Times(
+            "fastgen_time_between_tokens_seconds", "from one step of a call to its next"
+        )
+        self.registry.register(self.first)
+        self.registry.register(self.between)
         self._latest: dict[int, float] = {}  # of each stream, by id: when its last tokens came
 
     def watch(self, engine: Engine) -> None:
@@ -70,9 +93,10 @@ class Metrics:
     def step(self, news: list[tuple[Stream, list[Token]]]) -> None:
         """Note what a step brought."""
         now = time.perf_counter()
+        if count := sum(len(tokens) for _, tokens in news):
+            self.new_tokens.inc(count)
         for stream, tokens in news:
             if tokens:
-                self.new_tokens.inc(len(tokens))
                 before = self._latest.get(id(stream))
                 if before is None:
                     self.prompt_tokens.inc(sum(map(len, stream.call.request.prompts)))
