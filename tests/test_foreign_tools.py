@@ -53,6 +53,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
 
 @pytest.mark.parametrize(("does", "kind"), EXPECTED, ids="-".join)
 def test_folders_of_real_tools_say_what_they_said(home: Home, does: str, kind: str) -> None:
-    found = [compare.examine(folder) for folder in made.folders(home, TOOLS[does], kind)]
+    with made.Maker(home, TOOLS[does]) as maker:
+        found = [compare.examine(folder) for folder in maker.folders(kind)]
     said = {one.what: (one.outcome, one.reason) for one in found}
     assert {what: outcome for what, (outcome, _) in said.items()} == EXPECTED[does, kind], said

@@ -85,17 +85,18 @@ def run(home: Home, patterns: Sequence[str], done: set[tuple[str, str]]) -> Iter
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(1, spawn, compare.quiet)
     for tool in made.TOOLS:
-        for kind in tool.kinds:
-            name = f"{tool.name}/{kind}"
-            if (tool.name, kind) in done or not any(fnmatch.fnmatch(name, p) for p in patterns):
-                continue
-            for folder in made.folders(home, tool, kind):
-                try:
-                    yield pool.submit(compare.examine, folder).result()
-                except BrokenProcessPool:
-                    pool = ProcessPoolExecutor(1, spawn, compare.quiet)
-                    yield Found(tool.name, tool.version, kind, folder.what, compare.FAILED,
-                                reason="its process ended")  # fmt: skip
+        with made.Maker(home, tool) as maker:
+            for kind in tool.kinds:
+                name = f"{tool.name}/{kind}"
+                if (tool.name, kind) in done or not any(fnmatch.fnmatch(name, p) for p in patterns):
+                    continue
+                for folder in maker.folders(kind):
+                    try:
+                        yield pool.submit(compare.examine, folder).result()
+                    except BrokenProcessPool:
+                        pool = ProcessPoolExecutor(1, spawn, compare.quiet)
+                        yield Found(tool.name, tool.version, kind, folder.what, compare.FAILED,
+                                    reason="its process ended")  # fmt: skip
     pool.shutdown()
 
 

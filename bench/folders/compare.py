@@ -111,7 +111,7 @@ def _compare(found: Found, folder: Folder, path: Path, source: Path, out: Path) 
         if not wrong and found.theirs <= CLOSE and found.outcome == EQUAL:
             found.outcome = EXACT
         else:
-            notes.append(f"not transformers' model: {', '.join(wrong) or 'logits'}")
+            notes.append(f"transformers has other {'tokens' if wrong else 'logits'}")
     found.reason = "; ".join(notes)
 
 

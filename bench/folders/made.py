@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,50 +95,100 @@ TOOLS = (
 )  # fmt: skip
 
 
-def folders(home: Home, tool: Tool, kind: str) -> Iterator[Folder]:
-    """The folders of a type by a tool; makes what is missing."""
-    wanted = tool.kinds[kind]
-    try:
-        place = _kept(home, tool, kind)
-    except Unavailable as error:
-        yield from (Folder(tool, kind, what, None, None, None, str(error)) for what in wanted)
-        return
-    for what in wanted:
-        several = tool.does == "optimum"
-        path = place / ("js" if several else what)
-        said = path.with_name(f"{path.name}.json")
-        if several and path.is_dir() and what != "fp32":
-            said = path / "onnx" / f"model_{what}.onnx.json"
-        error = json.loads(said.read_text())["error"] if said.exists() else ""
-        if not path.is_dir() or error:
-            yield Folder(tool, kind, what, None, None, place / "source", error)
-            continue
-        precision = what if several else None
-        yield Folder(tool, kind, what, precision, path, place / "source")
+class Maker:
+    """A tool in a process of its own, which makes what is not there yet."""
 
+    def __init__(self, home: Home, tool: Tool) -> None:
+        self.home, self.tool = home, tool
+        self.processes: dict[str, subprocess.Popen[str]] = {}
 
-def _kept(home: Home, tool: Tool, kind: str) -> Path:
-    python = str(python_in(home.environment(tool.environment, tool.requirements)))
-    stamp = (home.path / "environments" / tool.environment / STAMP).read_text()
-    settings = "" if kind == DEMO else repr(kinds.settings(kind))
+    def __enter__(self) -> Maker:
+        return self
 
-    def make(path: Path) -> None:
-        name = f"folders-{tool.does}-{kind}"
-        source = path / "source"
-        if kind == DEMO:
-            demo.write(source)
-        else:
-            home.run([python, str(MAKE), "source", kind, str(source)], f"{name}-source", OFFLINE)
-        one = [tool.does, str(source), str(path)]
-        several = tool.does == "optimum"
-        whats = ["js"] if several else list(tool.kinds[kind])
-        home.run([python, str(MAKE), *one, *whats], name, OFFLINE)
-        graph = path / "js" / "onnx" / "model.onnx"
-        more = [f"model_{what}.onnx" for what in tool.kinds[kind] if what != "fp32"]
-        if several and more and graph.exists():
-            place = str(graph.parent)
-            command = [sys.executable, str(MAKE), "quantised", str(graph), place, *more]
-            home.run(command, f"{name}-quantised", OFFLINE)
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes.values():
+            with process:
+                assert process.stdin
+                process.stdin.close()
 
-    made_from = MAKE.read_text() + stamp + settings + repr(tool.kinds[kind])
-    return home.kept(home.path / "folders" / f"{tool.does}-{kind}", made_from, make)
+    @property
+    def python(self) -> Path:
+        """Of the tool's environment."""
+        return python_in(self.home.environment(self.tool.environment, self.tool.requirements))
+
+    @property
+    def stamp(self) -> str:
+        """What a folder's making depends on besides its model."""
+        environment = self.python.parents[1]
+        return MAKE.read_text() + (environment / STAMP).read_text()
+
+    def make(self, source: Path, target: Path, whats: Sequence[str], kind: str = "") -> None:
+        """Folders of a model.
+
+        Raises:
+            Unavailable: there is no such model.
+        """
+        self._ask(self.tool.does, self.python, source, target, whats, kind)
+
+    def quantise(self, graph: Path, target: Path, whats: Sequence[str]) -> None:
+        """transformers.js's precisions of a graph, by the driver's own onnxruntime."""
+        names = [f"{graph.stem}_{what}.onnx" for what in whats]
+        self._ask("quantised", Path(sys.executable), graph, target, names, "")
+
+    def _ask(
+        self, does: str, python: Path, source: Path, target: Path, whats: Sequence[str], kind: str
+    ) -> None:
+        if does not in self.processes:
+            with self.home.log(f"make-{does}").open("a") as log:
+                self.processes[does] = subprocess.Popen(
+                    [str(python), str(MAKE), does], env=os.environ | OFFLINE, text=True,
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
+                )  # fmt: skip
+        process = self.processes[does]
+        assert process.stdin and process.stdout
+        request = {"kind": kind, "source": str(source), "target": str(target), "whats": [*whats]}
+        process.stdin.write(json.dumps(request) + "\n")
+        process.stdin.flush()
+        line = process.stdout.readline()
+        if not line:
+            del self.processes[does]
+            raise Unavailable(f"{does} ended with code {process.wait()}")
+        if error := json.loads(line).get("error"):
+            raise Unavailable(error)
+
+    def folders(self, kind: str) -> Iterator[Folder]:
+        """The folders of a type."""
+        tool, several = self.tool, self.tool.does == "optimum"
+        try:
+            place = self._kept(kind)
+        except Unavailable as error:
+            for what in tool.kinds[kind]:
+                yield Folder(tool, kind, what, None, None, None, str(error))
+            return
+        for what in tool.kinds[kind]:
+            path = place / ("js" if several else what)
+            failed = [path.with_name(f"{path.name}.json")]
+            if several:
+                failed.append(path / "onnx" / f"model_{what}.onnx.json")
+            error = "".join(
+                json.loads(said.read_text())["error"] for said in failed if said.exists()
+            )
+            made = None if error else path
+            yield Folder(tool, kind, what, what if several else None, made, place / "source", error)
+
+    def _kept(self, kind: str) -> Path:
+        whats = self.tool.kinds[kind]
+        settings = "" if kind == DEMO else repr(kinds.settings(kind))
+
+        def make(path: Path) -> None:
+            if kind == DEMO:
+                demo.write(path / "source")
+            several = self.tool.does == "optimum"
+            self.make(path / "source", path, ["js"] if several else whats, kind)
+            graph = path / "js" / "onnx" / "model.onnx"
+            more = [what for what in whats if what != "fp32"]
+            if several and more and graph.exists():
+                self.quantise(graph, graph.parent, more)
+
+        place = self.home.path / "folders" / f"{self.tool.does}-{kind}"
+        return self.home.kept(place, self.stamp + settings + repr(whats), make)

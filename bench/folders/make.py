@@ -1,10 +1,11 @@
 """Folders as people make them: run inside the environment of the tool that makes them.
 
-    python make.py source KIND SOURCE
-    python make.py TOOL SOURCE TARGET [WHAT ...]
+    python make.py TOOL
 
-Each of WHAT becomes a folder of that name in TARGET. What a tool does not make has its last words
-in `WHAT.txt` instead. This file imports nothing but what its environment has.
+Each line of what it reads is a request in JSON: `kind` a type of a model, `source` a directory that
+it is made in if there is none, `target` a directory, and `whats`, each of which becomes a folder of
+that name there. What a tool does not make has its last words in `WHAT.json` instead. Each request
+is answered by a line. This file imports nothing but what its environment has.
 """
 
 from __future__ import annotations
@@ -94,6 +95,8 @@ def merged(model: Path, target: Path) -> None:
         str(model), str(target), task="text-generation-with-past", legacy=legacy,
         do_validation=False, no_post_process=target.name == "two",
     )  # fmt: skip
+    for path in model.glob("tokenizer*"):  # which its transformers may be too old to read
+        shutil.copy(path, target)
 
 
 def quantised(graph: Path, target: Path) -> None:
@@ -140,22 +143,41 @@ TOOLS: dict[str, Callable[[Path, Path], None]] = {
 }  # fmt: skip
 
 
-def main() -> None:
-    what, first, target, *names = sys.argv[1:]
-    if what == "source":
-        source(first, Path(target))
-        return
-    for name in names:
-        place = Path(target) / name
+def answer(does: str, request: dict[str, Any]) -> dict[str, str]:
+    """Make what is asked for; the answer is empty, or says why there is no model."""
+    model, target = Path(request["source"]), Path(request["target"])
+    try:
+        if not model.exists():
+            source(request["kind"], model)
+    except Exception as error:
+        return _said(error, request)
+    for name in request["whats"]:
+        place = target / name
         place.parent.mkdir(parents=True, exist_ok=True)
         try:
-            TOOLS[what](Path(first), place)
+            TOOLS[does](model, place)
         except (Exception, SystemExit) as error:
-            traceback.print_exc()
             shutil.rmtree(place, ignore_errors=True)
-            lines = str(error).strip().splitlines() or [""]
-            said = {"error": f"{type(error).__name__}: {lines[-1]}"}
-            place.with_name(f"{place.name}.json").write_text(json.dumps(said))
+            place.with_name(f"{place.name}.json").write_text(json.dumps(_said(error, request)))
+    return {}
+
+
+def _said(error: BaseException, request: dict[str, Any]) -> dict[str, str]:
+    """An error's last line, with the model's name instead of where it lies."""
+    traceback.print_exception(error)
+    lines = str(error).strip().splitlines() or [""]
+    last = lines[-1].replace(request["source"], request["kind"])
+    return {"error": f"{type(error).__name__}: {last}"}
+
+
+def main() -> None:
+    # Tools write to stdout: keep it for answers, and give them stderr.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    does = sys.argv[1]
+    for line in sys.stdin:
+        answers.write(json.dumps(answer(does, json.loads(line))) + "\n")
+        answers.flush()
 
 
 if __name__ == "__main__":

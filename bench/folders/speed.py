@@ -6,6 +6,8 @@ its environment; fastgen on the same folder, opened.
 
 from __future__ import annotations
 
+import json
+import shutil
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,12 +17,12 @@ from pathlib import Path
 import onnx_ir
 from fastgen.export import export
 from peers.cases import CASES, Case, prompts
-from peers.home import OFFLINE, STAMP, Home, Unavailable, python_in
+from peers.home import STAMP, Home, Unavailable
 from peers.workers import Failed, Worker
 from shapes import SHAPES
 
 from folders import demo
-from folders.made import DEMO, MAKE, TOOLS, Tool
+from folders.made import DEMO, TOOLS, Maker, Tool
 
 ENGINES = {"builder": "ort_genai", "optimum": "optimum_onnx"}
 WHATS = {"builder": ("fp32", "int8", "int4"), "optimum": ("fp32", "fp16", "q4", "q4f16",
@@ -54,19 +56,20 @@ def measure(
     for shape in shapes:
         source = _source(home, shape)
         for tool in TOOLS:
-            for what in WHATS.get(tool.does, ()):
-                try:
-                    pair = _pair(home, tool, shape, source, what, threads)
-                except Unavailable as error:
-                    print(f"{shape} {tool.name} {what}: {error}", file=sys.stderr)
-                    continue
-                try:
-                    for name in cases:
-                        _time(pair, CASES[name], _vocabulary(shape), rounds)
-                finally:
-                    pair.theirs.stop()
-                    pair.ours.stop()
-                yield pair
+            with Maker(home, tool) as maker:
+                for what in WHATS.get(tool.does, ()):
+                    try:
+                        pair = _pair(maker, shape, source, what, threads)
+                    except Unavailable as error:
+                        print(f"{shape} {tool.name} {what}: {error}", file=sys.stderr)
+                        continue
+                    try:
+                        for name in cases:
+                            _time(pair, CASES[name], _vocabulary(shape), rounds)
+                    finally:
+                        pair.theirs.stop()
+                        pair.ours.stop()
+                    yield pair
 
 
 def _source(home: Home, shape: str) -> Path:
@@ -79,36 +82,30 @@ def _vocabulary(shape: str) -> int:
     return 2048 if shape == DEMO else SHAPES[shape][1].get("vocab_size", 50257)
 
 
-def _pair(home: Home, tool: Tool, shape: str, source: Path, what: str, threads: int) -> Pair:
+def _pair(maker: Maker, shape: str, source: Path, what: str, threads: int) -> Pair:
     """A folder of one graph, its own engine and ours."""
-    python = python_in(home.environment(tool.environment, tool.requirements))
-    stamp = (home.path / "environments" / tool.environment / STAMP).read_text()
-    made_from = MAKE.read_text() + stamp + (source / STAMP).read_text()
+    home, tool = maker.home, maker.tool
+    made_from = maker.stamp + (source / STAMP).read_text()
     name = f"{shape}-{tool.does}"
 
     def make(path: Path) -> None:
-        folder = "js" if tool.does == "optimum" else what
-        command = [str(python), str(MAKE), tool.does, str(source), str(path), folder]
-        home.run(command, f"speed-{name}-{folder}", OFFLINE)
+        maker.make(source, path, ["js" if tool.does == "optimum" else what])
         if said := next(path.glob("*.json"), None):
-            raise Unavailable(said.read_text())
+            raise Unavailable(json.loads(said.read_text())["error"])
 
     def alone(path: Path) -> None:
         """One graph and its weights, with what is said of it, as an engine loads it."""
-        made = home.kept(home.path / "speed" / f"{name}-made", made_from, make)
-        folder = made / "js"
+        folder = home.kept(home.path / "speed" / f"{name}-made", made_from, make) / "js"
         path.mkdir()
         for file in folder.glob("*.json"):
-            (path / file.name).write_bytes(file.read_bytes())
+            shutil.copy(file, path)
         if what == "fp32":
             for file in (folder / "onnx").glob("model.onnx*"):
-                (path / file.name).write_bytes(file.read_bytes())
+                shutil.copy(file, path)
             return
-        graph = str(folder / "onnx" / "model.onnx")
-        command = [sys.executable, str(MAKE), "quantised", graph, str(path), f"model_{what}.onnx"]
-        home.run(command, f"speed-{name}-{what}", OFFLINE)
+        maker.quantise(folder / "onnx" / "model.onnx", path, [what])
         if (said := path / f"model_{what}.onnx.json").exists():
-            raise Unavailable(said.read_text())
+            raise Unavailable(json.loads(said.read_text())["error"])
 
     place = home.path / "speed" / f"{name}-{what}"
     if tool.does == "optimum":
@@ -124,7 +121,7 @@ def _pair(home: Home, tool: Tool, shape: str, source: Path, what: str, threads: 
     graph = onnx_ir.load(ours / "model.onnx").graph
     casts = sum(node.op_type == "Cast" for node in graph)
     engine = ENGINES[tool.does]
-    runs = python if engine == "optimum_onnx" else home.python(engine)
+    runs = maker.python if engine == tool.environment else home.python(engine)
     log = home.log(f"speed-run-{name}-{what}")
     return Pair(
         shape, tool, what,
