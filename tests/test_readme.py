@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import re
 import shlex
 import shutil
+import subprocess
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ import tiny
 import torch
 from click.testing import CliRunner
 from fastgen.export import export
+from serving import served
 
 import fastgen
 from fastgen import params
@@ -95,7 +98,7 @@ def section(title: str) -> str:
 
 def commands(block: Block) -> Iterator[list[str]]:
     """The words of each command of a shell block, without comments."""
-    for line in block.text.splitlines():
+    for line in block.text.replace("\\\n", "").splitlines():
         words = shlex.split(line, comments=True)
         while "&&" in words:
             place = words.index("&&")
@@ -137,6 +140,16 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
+SERVED = "http://127.0.0.1:8000"  # where `fastgen serve` listens
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[str]:
+    """The address of what `fastgen serve` starts, in a thread and at a free port."""
+    with served(fastgen.load(), max_rows=32) as address:
+        yield address
+
+
 @pytest.fixture
 def here(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """That directory as the working directory; the cache of exports is in it too."""
@@ -159,7 +172,7 @@ def shown(output: str) -> list[str]:
     return [line.rstrip() for line in lines]
 
 
-def test_every_python_block_runs(here: Path) -> None:
+def test_every_python_block_runs(here: Path, service: str) -> None:
     export("distilgpt2", here / "distilgpt2-int8", progress=None)
     shutil.copytree("distilgpt2-int8", "SmolLM2-135M-Instruct-int8")
     (here / "SmolLM2-135M-Instruct-int8" / "chat_template.jinja").write_text(TEMPLATE)
@@ -167,7 +180,7 @@ def test_every_python_block_runs(here: Path) -> None:
     some = [block for block in blocks() if block.kind == "python"]
     assert len(some) > 3
     for block in some:
-        found = run(block, block.text, names)
+        found = run(block, block.text.replace(SERVED, service), names)
         if block.output is not None:
             assert shown(found) == shown(block.output), f"{block} prints\n{found}"
 
@@ -188,7 +201,7 @@ def test_two_lines_change_for_users_of_transformers(here: Path) -> None:
 
 
 def test_every_command_runs_or_is_checked(
-    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, service: str
 ) -> None:
     for name in ("distilgpt2", "onnx-community"):
         shutil.copytree(name, tmp_path / name)
@@ -199,7 +212,11 @@ def test_every_command_runs_or_is_checked(
     for block in some:
         found = ""
         for words in commands(block):
-            if words[0] == "fastgen":
+            if words[:2] == ["fastgen", "serve"]:  # it does not end: `service` is it
+                cli.commands["serve"].make_context("serve", words[2:])
+            elif words[0] == "curl":
+                asked(words, service)
+            elif words[0] == "fastgen":
                 done = runner.invoke(cli, words[1:])
                 assert done.exit_code == 0, f"{block}: {shlex.join(words)}\n{done.output}"
                 found += done.stdout
@@ -217,6 +234,14 @@ def test_the_two_commands_of_a_checkout_are_there() -> None:
     lines = [line for block in blocks() for line in block.text.splitlines()]
     assert 'pip install . && fastgen generate "The os module"' in lines
     assert 'pip install -e ".[dev]" && python -m pytest' in lines
+
+
+def asked(words: list[str], service: str) -> None:
+    """Run curl; the answer is one that OpenAI's clients can read."""
+    if shutil.which("curl"):
+        there = [word.replace(SERVED, service) for word in words]
+        done = subprocess.run(there, capture_output=True, text=True, timeout=60)
+        assert json.loads(done.stdout)["choices"], f"{shlex.join(words)}\n{done}"
 
 
 # --- what cannot run here -----------------------------------------------------------------------
