@@ -14,7 +14,8 @@ graph       model -> graph                    attention  what attention becomes
 trim        rewriting rules                   check      whether both say the same
 bundle      the model directory               demo       trains the embedded demo model
 recipe      weights in int8 and int4          cache      keys and values in int8
-parts       large matrices, by parts
+parts       large matrices, by parts          stored     weights in their own type until used
+room        what it needs of the machine      progress   what it shows, and what it took
 """
 
 from fastgen.export.check import Mismatch

@@ -61,12 +61,21 @@ def check_free(out: Path, force: bool) -> Path:
     if os.path.islink(out) and not place.exists():
         raise ModelError(f"{out} is a link to {place}, which does not exist: remove the link")
     _check_replaceable(place, force)
-    parent = next(parent for parent in place.parents if os.path.lexists(parent))
+    parent = _above(place)
     try:
         swap.neighbour(place, "new", parent).rmdir()
     except OSError as error:
         raise ModelError(f"{out} cannot be written, {parent}: {error.strerror}") from error
     return place
+
+
+def _above(place: Path) -> Path:
+    return next(parent for parent in place.parents if os.path.lexists(parent))
+
+
+def parent(out: Path) -> Path:
+    """The directory that is there already in which `out` is made."""
+    return _above(Path(os.path.realpath(out)))
 
 
 def _check_replaceable(out: Path, force: bool) -> None:

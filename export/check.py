@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -217,10 +216,12 @@ def compare(
 
 
 def compare_continuation(
-    directory: Path, rows: Sequence[NDArray[np.int64]], expected: Sequence[NDArray[np.int64]]
+    model: CausalLM, rows: Sequence[NDArray[np.int64]], expected: Sequence[NDArray[np.int64]]
 ) -> Continuation:
-    """Continue `rows` in one ragged batch through `CausalLM.generate` and compare."""
-    model = CausalLM(directory)
+    """Continue `rows` in one ragged batch through `CausalLM.generate` and compare.
+
+    The model's own defaults are put away.
+    """
     model.generation_config.__dict__.clear()
     out = model.generate(
         [row.tolist() for row in rows],

@@ -29,7 +29,7 @@ import onnx_ir
 import onnx_ir.passes.common
 import onnxscript.rewriter
 import torch
-from fastgen.export import attention, experts, hooks, refuse, states
+from fastgen.export import attention, experts, hooks, refuse, states, stored
 from fastgen.export.attention import Feed, Layer, UnsupportedModel
 from fastgen.export.bundle import save
 from fastgen.export.states import Place, StatefulCache, States
@@ -150,6 +150,7 @@ def _record(model: PreTrainedModel) -> Kept:
     run, left = _run(model, ids)
     if run.derived:
         attention.check_kept(run, _run(model, ids[:, : new // 2])[0])
+    refuse.layers(model, run.layers)
     return Kept(run.layers, left.shapes)
 
 
@@ -236,7 +237,10 @@ def convert(model: PreTrainedModel, kept: Kept) -> onnx_ir.Model:
     for name, some, shape in (("past", past, {0: r, 2: c}), ("past_states", held, {0: r})):
         if some:
             inputs[name], shapes[name] = some, [shape] * len(some)
-    with _quiet(), _pairs_of_slices(), torch.no_grad(), using_attention(model):
+    with (
+        _quiet(), _pairs_of_slices(), torch.no_grad(), using_attention(model),
+        stored.standing_in(model) as behind,
+    ):  # fmt: skip
         try:
             program = torch.onnx.export(
                 Decoder(model, kept),
@@ -257,6 +261,7 @@ def convert(model: PreTrainedModel, kept: Kept) -> onnx_ir.Model:
             ) from error
     if program is None:
         raise RuntimeError("torch.onnx.export returned nothing")
+    stored.settle(program.model.graph, behind)
     experts.lay_out(program.model)
     return program.model
 

@@ -7,9 +7,7 @@ import os
 import platform
 import shutil
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -17,19 +15,31 @@ from typing import TYPE_CHECKING, Any, TextIO
 import numpy as np
 import onnx_ir
 import onnxruntime
-from fastgen.export import bundle, cache, calibrate, check, profile, quality, recipe, trim
+from fastgen.export import (
+    bundle,
+    cache,
+    calibrate,
+    check,
+    profile,
+    quality,
+    recipe,
+    room,
+    trim,
+)
 from fastgen.export.foreign import folder
 from fastgen.export.foreign import origin as foreign
 from fastgen.export.origin import Origin
+from fastgen.export.progress import Progress
 from fastgen.export.recipe import RECIPES
 from fastgen.export.unsupported import UnsupportedModel
 from numpy.typing import NDArray
 
 import fastgen
-from fastgen import folders, hub
+from fastgen import CausalLM, folders, hub
 from fastgen.hub import CACHE_PRECISION, PRECISION
-from fastgen.model import GRAPH, INFO, Model
+from fastgen.model import GRAPH, INFO, UNPACKED
 from fastgen.report import REPORT
+from fastgen.tuning import Tuning
 
 if TYPE_CHECKING:  # which a folder needs none of
     from transformers import PreTrainedModel
@@ -43,49 +53,6 @@ TOLERANCES = {
     "int8": check.Tolerance(max_difference=1.0, kl=0.02, top1=0.95, greedy=False),
     "int4": check.Tolerance(max_difference=1.0, kl=0.2, top1=0.80, greedy=False),
 }
-
-
-class Progress:
-    """Shows each step with its time and what it found; on a terminal, the running one too.
-
-    Attributes:
-        steps: what was shown, for the report.
-    """
-
-    def __init__(self, total: int, stream: TextIO | None) -> None:
-        self.total = total
-        self.stream = stream
-        self.steps: list[dict[str, Any]] = []
-
-    @contextmanager
-    def step(self, name: str) -> Iterator[list[str]]:
-        """Time a step; what is appended to the yielded list is shown as its finding."""
-        label = f"[{len(self.steps) + 1}/{self.total}] {name}"
-        live = self.stream is not None and self.stream.isatty()
-        if live:
-            self._write(f"{label} ...")
-        found: list[str] = []
-        start = time.perf_counter()
-        try:
-            yield found
-        except BaseException:
-            if live:
-                self._write("\n")
-            raise
-        seconds = time.perf_counter() - start
-        self.steps.append({"step": name, "seconds": round(seconds, 3), "found": "; ".join(found)})
-        clear = "\r\x1b[K" if live else ""
-        self._write(f"{clear}{label:<38}{seconds:7.1f} s  {'; '.join(found)}\n")
-
-    def part(self, done: int, total: int) -> None:
-        """Show how far the running step is, on a terminal."""
-        if self.stream is not None and self.stream.isatty():
-            self._write(f"\r\x1b[K[{len(self.steps) + 1}/{self.total}] {done + 1} of {total} ...")
-
-    def _write(self, text: str) -> None:
-        if self.stream is not None:
-            self.stream.write(text)
-            self.stream.flush()
 
 
 def export(
@@ -103,6 +70,7 @@ def export(
     tolerance: check.Tolerance | None = None,
     max_kl: float | None = None,
     min_top1: float | None = None,
+    quick: bool = False,
     progress: TextIO | None = sys.stderr,
 ) -> Path:
     """Export a causal language model to a model directory, proved equal to the original.
@@ -125,6 +93,8 @@ def export(
             with fastgen.
         tolerance: what may differ from the original; None for the coarser precision's own.
         max_kl, min_top1: another KL divergence, or share of equal likeliest tokens, than there.
+        quick: leave out the comparison on text of what was quantised, and so its tolerance. What
+            proves the graph in float32 is never left out.
         progress: where steps are shown; None for nowhere.
 
     Returns:
@@ -133,7 +103,8 @@ def export(
     Raises:
         UnsupportedModel: the graph cannot express the model; the message says why.
         Mismatch: the export disagrees with the original.
-        ModelError: there is no such model, or `out` cannot be written.
+        ModelError: there is no such model, or `out` cannot be written, or the machine has not the
+            memory or the disk that it takes.
     """
     if cache_precision not in CACHE_PRECISIONS:
         known = ", ".join(CACHE_PRECISIONS)
@@ -158,19 +129,66 @@ def export(
         allow_mismatch=allow_mismatch,
         tolerance=tolerance or usual_tolerance(made, cache_precision, max_kl, min_top1),
         calibration=Path(calibration or calibrate.TEXT),
+        quick=quick,
     )
-    first = "fp32" if found is None else found.first
-    quantised = (made != first) + (cache_precision != "fp32")
-    shown = Progress(total=7 + 4 * quantised, stream=progress)
-    with shown.step("load") as about:
-        if found is not None:
-            origin: Origin = foreign.Folder(found)
-        else:
-            origin = _original(model, tokenizer, revision, adapter)
-        about += origin.about()
-    with origin.evaluating():
-        _export(origin, out, wishes, shown)
+    kinds = wishes.kinds("fp32" if found is None else found.first)
+    shown = Progress(_steps(wishes, kinds), progress)
+    with shown.watch.working():
+        with shown.step("load") as about:
+            if found is not None:
+                origin: Origin = foreign.Folder(found)
+            else:
+                place = _Place(out, made, len(kinds))
+                origin = _original(model, tokenizer, revision, adapter, place)
+                about += [place.needs.summary()] if place.needs is not None else []
+                shown.watch.unseen = place.spilled
+            about[:0] = origin.about()
+        with origin.evaluating():
+            _export(origin, out, wishes, shown)
     return out
+
+
+def _steps(wishes: Wishes, kinds: Sequence[str]) -> list[str]:
+    """What is shown, in order."""
+    names = ["load", "original logits", "convert", *_compared("ONNX")]
+    for kind in kinds:
+        weights = kind == "weights"
+        name = wishes.precision if weights else f"{wishes.cache_precision} cache"
+        names += [f"quantise to {name}" if weights else "quantise keys and values"]
+        names += _compared(name) + ([] if wishes.quick else [f"{name} text compared"])
+    return [*names, "time by operator", "bundle"]
+
+
+def _compared(name: str) -> list[str]:
+    return [f"{name} logits compared", f"{name} greedy text compared"]
+
+
+@dataclass
+class _Place:
+    """What a transformers model may take where it is exported to.
+
+    Attributes:
+        quantised: how often it is.
+        needs: as it turns out.
+        spilled: bytes of a file with its weights in float32.
+    """
+
+    out: Path
+    precision: str
+    quantised: int
+    needs: room.Needs | None = None
+    spilled: int = 0
+
+    def in_own_types(self, directory: Path) -> bool:
+        """Whether the weights of a checkpoint stay as they are; raises for what cannot fit."""
+        size = room.of_checkpoint(directory)
+        return size is not None and self.settle(size).own_types
+
+    def settle(self, size: room.Size, may_stay: bool = True) -> room.Needs:
+        needs = room.needs(size, self.precision, self.quantised, may_stay)
+        needs.check(self.out)
+        self.needs = needs
+        return needs
 
 
 def _folder(
@@ -190,21 +208,28 @@ def _folder(
     return folder.choose(place, precision)
 
 
-def _original(model: Any, tokenizer: object | None, revision: str | None, adapter: Any) -> Origin:
+def _original(
+    model: Any, tokenizer: object | None, revision: str | None, adapter: Any, place: _Place
+) -> Origin:
     """A transformers model, by name or as it is.
 
     Raises:
         ModelError: there is no torch or no transformers here.
     """
     try:
-        from fastgen.export import original, source
+        from fastgen.export import original, source, stored
         from transformers import PreTrainedModel
     except ImportError as error:
         raise hub.needs(model, False, error) from error
     if not isinstance(model, PreTrainedModel):
-        return original.Original(source.load(model, revision, adapter))
+        loaded = source.load(model, revision, adapter, place.in_own_types)
+        if place.needs is None:
+            place.settle(room.of_model(loaded.model), may_stay=False)
+        place.spilled = stored.spill(loaded.model, bundle.parent(place.out))
+        return original.Original(loaded)
     if adapter is not None:
         raise ValueError("adapter goes with a model's name: a model object can be merged by peft")
+    place.settle(room.of_model(model), may_stay=False)
     return original.Original(source.of_object(model, tokenizer))
 
 
@@ -235,6 +260,12 @@ class Wishes:
     allow_mismatch: bool
     tolerance: check.Tolerance
     calibration: Path
+    quick: bool
+
+    def kinds(self, first: str) -> list[str]:
+        """What is quantised of a graph that is in the precision `first` already."""
+        cache = ["cache"] if self.cache_precision != "fp32" else []
+        return cache + (["weights"] if self.precision != first else [])
 
 
 @dataclass
@@ -242,6 +273,7 @@ class _Job:
     """One export: what all its steps need.
 
     Attributes:
+        out: where the last graph is written.
         original: what the original says of the probes.
         description: the content of `fastgen.json`.
     """
@@ -249,16 +281,23 @@ class _Job:
     origin: Origin
     wishes: Wishes
     shown: Progress
+    out: Path
     original: check.Reference
     description: dict[str, Any]
 
-    def convert(self) -> onnx_ir.Model:
+    def convert(self, to: Path) -> onnx_ir.Model:
         with self.shown.step("convert") as found:
             converted, about = self.origin.convert()
             trim.trim(converted, self.description["max_length"])
             self.description["hard_limit"] |= trim.rotations_are_tabled(converted)
+            self.save(converted, to)
             found += [*about, f"{len(converted.graph)} nodes"]
         return converted
+
+    def save(self, converted: onnx_ir.Model, to: Path) -> None:
+        to.mkdir(parents=True, exist_ok=True)
+        bundle.save(converted, to / GRAPH)
+        bundle.seal(to, self.description)
 
     def quantise(self, converted: onnx_ir.Model, to: Path) -> dict[str, Any]:
         """Quantise the weights of a graph that was proved equal, and say what it costs."""
@@ -267,15 +306,15 @@ class _Job:
         with self.shown.step(f"quantise to {precision}") as found:
             used = calibration[: calibrate.TOKENS // calibrate.ROW]
             made, smoothed, reached = recipe.make(converted, precision, used, self.shown.part)
+            self.save(converted, to)
             wide = [one.name for one in made if one.wide]
             found.append(f"{len(made)} matrices, {len(wide)} kept wider, {len(smoothed)} smoothed")
             if reached:
                 unreached = sum(len(one.unreached) for one in reached)
                 experts = sum(one.experts for one in reached)
                 found.append(f"the text came to all but {unreached} of {experts} experts")
-        report = self.write(converted, to, precision)
         rows = evaluation[: calibrate.TOKENS // calibrate.ROW]
-        report |= self._compare_text(precision, to, rows) | {
+        report = self.compare(to, precision, rows) | {
             "matrices": [asdict(one) for one in made],
             "wider": wide,
             "smoothed": smoothed,
@@ -293,33 +332,39 @@ class _Job:
             reached = cache.reach(converted, calibration[: cache.TOKENS // calibrate.ROW], limit)
             cache.quantize(converted, reached)
             self.description["cache_dtype"] = cache.DTYPES[precision]
+            self.save(converted, to)
             channels = sum(one.size for one in reached.values())
             found.append(f"{channels:,} channels, {precision}")
         name = f"{precision} cache"
-        report = self.write(converted, to, name)
         rows = cache.long_rows(evaluation, limit)
         rows = rows[: max(1, calibrate.TOKENS // len(rows[0]))]
-        report |= self._compare_text(name, to, rows)
+        report = self.compare(to, name, rows)
         self.judge(report)
         return report
 
-    def write(self, converted: onnx_ir.Model, to: Path, name: str) -> dict[str, Any]:
-        """Write the graph and compare what it says, through fastgen's own engine."""
-        to.mkdir(parents=True, exist_ok=True)
-        bundle.save(converted, to / GRAPH)
-        bundle.seal(to, self.description)
-        rows = self.original.rows
+    def compare(
+        self, to: Path, name: str, texts: Sequence[NDArray[np.int64]] = ()
+    ) -> dict[str, Any]:
+        """Compare what a written graph says, through fastgen's own engine.
+
+        Args:
+            texts: rows of ids on which it is compared too, where it was quantised.
+        """
         with self.shown.step(f"{name} logits compared") as found:
-            logits = check.compare(self.original.logits, check.exported_logits(Model(to), rows))
+            tuning = None if to == self.out else Tuning(entries=UNPACKED)
+            model = CausalLM(to, tuning=tuning)
+            rows = self.original.rows
+            logits = check.compare(self.original.logits, check.exported_logits(model.model, rows))
             found.append(logits.summary())
         with self.shown.step(f"{name} greedy text compared") as found:
-            greedy = check.compare_continuation(to, rows, self.original.continuation)
+            greedy = check.compare_continuation(model, rows, self.original.continuation)
             found.append(greedy.summary())
         wrong = check.judge(logits, self.origin.tolerance, greedy)
         size = sum((to / name).stat().st_size for name in (GRAPH, f"{GRAPH}.data"))
-        return {
+        report = {
             "bytes": size, "logits": asdict(logits), "greedy": asdict(greedy), "mismatch": wrong,
         }  # fmt: skip
+        return report | (self._compare_text(name, model, texts) if texts else {})
 
     def judge(self, report: dict[str, Any]) -> None:
         if report["mismatch"] and not self.wishes.allow_mismatch:
@@ -338,11 +383,13 @@ class _Job:
         return calibrate.halves(text)
 
     def _compare_text(
-        self, name: str, directory: Path, rows: Sequence[NDArray[np.int64]]
+        self, name: str, model: CausalLM, rows: Sequence[NDArray[np.int64]]
     ) -> dict[str, Any]:
         """What the written model costs on `rows`, and whether that is too much."""
+        if self.wishes.quick:
+            return {"quick": True, "mismatch": []}
         with self.shown.step(f"{name} text compared") as found:
-            measured = quality.measure(self.origin.logits, Model(directory), rows)
+            measured = quality.measure(self.origin.logits, model.model, rows, self.shown.part)
             found.append(measured.summary())
         return {
             "quality": asdict(measured) | {"more_perplexity": measured.more_perplexity},
@@ -352,13 +399,16 @@ class _Job:
 
 def _export(origin: Origin, out: Path, wishes: Wishes, shown: Progress) -> None:
     description = origin.describe(wishes.precision)
+    floats = room.FLOAT * description["parameters"]
+    shown.weights = floats
     with shown.step("original logits") as found:
         original = _reference(origin)
         lengths = [len(row) for row in original.rows]
         found.append(f"{len(lengths)} rows of {', '.join(map(str, lengths))} tokens")
-    job = _Job(origin, wishes, shown, original, description)
     with bundle.directory(out, wishes.force) as temporary:
-        report = _stages(job, temporary)
+        shown.watch.directory = temporary
+        job = _Job(origin, wishes, shown, temporary, original, description)
+        report = _stages(job)
         with shown.step("time by operator") as found:
             spent = profile.by_operator(temporary)
             found += [f"{step} {next(iter(shares))}" for step, shares in spent.items()]
@@ -372,7 +422,9 @@ def _export(origin: Origin, out: Path, wishes: Wishes, shown: Progress) -> None:
                 "tolerance": asdict(wishes.tolerance),
                 "probe_tokens": lengths,
                 "tokenizer": origin.note or "saved",
+                "quick": wishes.quick,
                 "steps": shown.steps,
+                "peaks": asdict(shown.watch.peaks) | {"float32_weights": floats},
                 "versions": _versions() | origin.versions(),
                 **origin.report(),
             }
@@ -392,21 +444,17 @@ def _reference(origin: Origin) -> check.Reference:
     )
 
 
-def _stages(job: _Job, out: Path) -> dict[str, Any]:
+def _stages(job: _Job) -> dict[str, Any]:
     """Convert, prove, and quantise what is to be quantised; the last stage is written to `out`.
 
     Earlier ones go to a directory of their own, and the next one reads their weights from its
     file, where they take no memory that the system could not have back.
     """
-    kinds = []
-    if job.wishes.cache_precision != "fp32":
-        kinds.append("cache")
-    if job.wishes.precision != job.origin.first:
-        kinds.append("weights")
+    kinds, out = job.wishes.kinds(job.origin.first), job.out
     work = out / "work"
     place = work / "fp32" if kinds else out
-    converted = job.convert()
-    report = proved = job.write(converted, place, "ONNX")
+    converted = job.convert(place)
+    report = proved = job.compare(place, "ONNX")
     job.judge(report)
     for kind in kinds:
         converted = onnx_ir.load(place / GRAPH)

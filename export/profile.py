@@ -33,6 +33,7 @@ def by_operator(directory: Path) -> dict[str, dict[str, float]]:
         options = session_options(model.tuning)
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(temporary) / "profile")
+        del model.session  # two would hold the weights twice
         model.session = open_session(directory / GRAPH, options)
         for _ in range(WARM + 1):
             cache = model.new_cache(1, length + STEPS + WARM)

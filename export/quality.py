@@ -51,15 +51,18 @@ def measure(
     original: Callable[[NDArray[np.int64]], NDArray[np.float32]],
     exported: Model,
     rows: Sequence[NDArray[np.int64]],
+    shown: Callable[[int, int], None] = lambda done, total: None,
 ) -> Quality:
     """Compare on `rows` of ids, each from scratch; the original's logits are held for one row.
 
     Args:
         original: ids [length] -> its logits, float32 [length, vocab].
+        shown: called with the number of rows done and their total, as they are.
     """
     tokens, agree = 0, 0
     loss = reference_loss = divergence = mean = largest = scale = 0.0
-    for row in rows:
+    for done, row in enumerate(rows):
+        shown(done, len(rows))
         reference = original(row)
         for start, found in _logits(exported, row[:-1]):
             expected = reference[start : start + len(found)]

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from fastgen.export import adapter, refuse, rope, sparse, text
+from fastgen.export import adapter, refuse, rope, sparse, stored, text
 from fastgen.export.attention import UnsupportedModel
 from fastgen.export.check import TEXTS
 from fastgen.export.origin import name_of
@@ -53,6 +53,7 @@ def load(
     name_or_path: str | os.PathLike[str],
     revision: str | None = None,
     adapted: str | os.PathLike[str] | None = None,
+    in_own_types: Callable[[Path], bool] = lambda path: False,
 ) -> Source:
     """Load from a `save_pretrained` directory or a hub id, whatever the stored dtype is.
 
@@ -60,6 +61,7 @@ def load(
         name_or_path: a model, or an adapter, which says which model it belongs to.
         revision: a branch, tag or commit of a hub repository.
         adapted: an adapter to merge into the model, a directory or a hub id.
+        in_own_types: whether the weights in a directory stay as they are stored (see `stored`).
 
     Raises:
         ModelError: there is no such model, or it is not complete.
@@ -81,9 +83,10 @@ def load(
     if adapted is not None:
         return _with_adapter(load(path), *_place(adapted, None))
     config = _configuration(path)
+    own_types = in_own_types(path)
     with refuse.by_name(config.model_type):
         refuse.configuration(config)
-        model = text.alone(_model(path, config).eval())
+        model = text.alone(_model(path, config, own_types).eval())
         refuse.configuration(model.config)
         _settle(model)
     tokenizer, note = _tokenizer(path)
@@ -147,8 +150,20 @@ def _configuration(path: Path) -> PretrainedConfig:
         raise ModelError(f"{path} is not a transformers model: {_short(error)}") from error
 
 
-def _model(path: Path, config: PretrainedConfig) -> PreTrainedModel:
-    """The weights, all of them: transformers makes up what a checkpoint lacks."""
+def _model(path: Path, config: PretrainedConfig, own_types: bool) -> PreTrainedModel:
+    """The weights, all of them: transformers makes up what a checkpoint lacks.
+
+    Args:
+        own_types: keep them as they are stored.
+    """
+    if own_types:
+        model = _loaded(path, copy.deepcopy(config), "auto")
+        if stored.keep(model):
+            return model
+    return _loaded(path, config, torch.float32)
+
+
+def _loaded(path: Path, config: PretrainedConfig, dtype: torch.dtype | str) -> PreTrainedModel:
     door = text.known(config)
     if door is None:
         raise UnsupportedModel("transformers has no causal language model of this type")
@@ -157,7 +172,7 @@ def _model(path: Path, config: PretrainedConfig) -> PreTrainedModel:
             model, found = door.from_pretrained(
                 path,
                 config=config,
-                dtype=torch.float32,
+                dtype=dtype,
                 trust_remote_code=False,
                 output_loading_info=True,
             )

@@ -19,6 +19,7 @@ from fastgen.params import Params
 from fastgen.prefix import PrefixCache, check
 from fastgen.tokenizer import CONFIG, TextStream, Tokenizer
 from fastgen.tokenizer import FILE as TOKENIZER
+from fastgen.tuning import Tuning
 
 
 class Settings:
@@ -57,6 +58,7 @@ class CausalLM:
     Args:
         directory: a model directory that `fastgen export` wrote.
         threads: threads of a step; None for the physical cores.
+        tuning: how to run it; None for what `fastgen tune` found best on this machine.
 
     Attributes:
         config: the model's config.json.
@@ -69,10 +71,15 @@ class CausalLM:
 
     device = Device("cpu")
 
-    def __init__(self, directory: str | os.PathLike[str], threads: int | None = None) -> None:
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        threads: int | None = None,
+        tuning: Tuning | None = None,
+    ) -> None:
         self.directory = Path(directory)
         self.name_or_path = str(directory)
-        self.model = Model(self.directory, threads)
+        self.model = Model(self.directory, threads, tuning)
         self.config = Settings(jsonfile.read(self.directory / "config.json"))
         self.generation_config = Settings(jsonfile.read(self.directory / "generation_config.json"))
         self.has_tokenizer = (self.directory / TOKENIZER).is_file()

@@ -38,6 +38,8 @@ SPIN_US = "2000"  # microseconds that threads spin for more work
 KEPT_BINDINGS = 16  # shapes of call that stay bound to a cache
 SPARE_BYTES = 128 << 20  # of a cache that is kept for the next call, at most
 SPARE_LOGITS = 16 << 20  # bytes of logits that stay bound to it
+# To run what is not run often: weights stay in the mapped file, and no packed copy is made of them.
+UNPACKED = {"session.disable_prepacking": "1"}
 # How keys and values can be stored: numpy's name, and what the graph's inputs are then.
 CACHE_DTYPES = {"float32": "tensor(float)", "int8": "tensor(int8)"}
 
@@ -273,7 +275,8 @@ class Model:
         if count is not None:
             self.tuning = replace(self.tuning, threads=count)
         self.session = _session(directory / GRAPH, self.tuning)
-        page_out(directory / WEIGHTS)
+        if not UNPACKED.items() <= self.tuning.entries.items():  # else they are read there
+            page_out(directory / WEIGHTS)
         self._spare: list[Cache] = []
         self._check_graph()
 

@@ -65,11 +65,26 @@ def _notes(report: dict[str, Any]) -> list[str]:
         f"time, {step}: " + ", ".join(f"{name} {share:.0%}" for name, share in _largest(shares))
         for step, shares in report.get("time", {}).items()
     ]
+    if report.get("quick"):
+        notes.append("text: not compared, for the export was quick")
+    if "peaks" in report:
+        notes.append(f"the export took: {_taken(report['peaks'])}")
     if report.get("wider"):
         notes.append(f"kept in a wider type: {', '.join(report['wider'])}")
     notes += [f"note: {note}" for note in report.get("folder", {}).get("notes", [])]
     notes.append(f"beyond the tolerance: {'; '.join(report['mismatch']) or 'nothing'}")
     return notes
+
+
+def _taken(peaks: dict[str, Any]) -> str:
+    """Memory and disk at most, beside the float32 weights."""
+    floats, anonymous = peaks["float32_weights"], peaks["anonymous"]
+    told = []
+    if anonymous is not None:  # Linux tells
+        times = f", {anonymous / floats:.2f} times the float32 weights" if floats else ""
+        told.append(f"{anonymous / 1e6:,.0f} MB of memory{times}")
+        told.append(f"{peaks['resident'] / 1e6:,.0f} MB with mapped files")
+    return ", ".join([*told, f"{peaks['disk'] / 1e6:,.0f} MB of disk"])
 
 
 def _largest(shares: dict[str, float]) -> list[tuple[str, float]]:

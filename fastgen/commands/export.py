@@ -34,12 +34,15 @@ from fastgen.interrupt import ended_at_once
 @click.option(
     "--calibration", type=click.Path(path_type=Path), help="text to quantise and measure on"
 )
+@click.option(
+    "--quick", is_flag=True, help="leave out the comparison on text (not the proof in float32)"
+)
 @click.option("--revision", help="branch, tag or commit of a hub repository")
 @click.option("--adapter", help="merge this adapter (PEFT) first: a directory or a hub id")
 def export(
     model: str, out: Path | None, precision: str | None, cache_precision: str, force: bool,
     allow_mismatch: bool, max_kl: float | None, min_top1: float | None, calibration: Path | None,
-    revision: str | None, adapter: str | None,
+    quick: bool, revision: str | None, adapter: str | None,
 ) -> None:  # fmt: skip
     """Export MODEL, a transformers model or an ONNX folder, to the model directory OUT.
 
@@ -79,5 +82,6 @@ def export(
             calibration=calibration,
             max_kl=max_kl,
             min_top1=min_top1,
+            quick=quick,
         )
         click.echo(table(json.loads((made / REPORT).read_text(encoding="utf-8"))))

@@ -1,0 +1,153 @@
+"""Weights that stay in their own type and file, and become float32 whenever they are used.
+
+To the model they are float32. An operator that reads one gets it cast, and the cast goes with the
+operator: so a model is run, exactly as in float32, in the memory of its largest matrix.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch.utils import _pytree as trees
+from transformers import PreTrainedModel
+
+LARGE = 1 << 16  # numbers of a weight for which it pays; smaller ones are cast once
+HALVES = (torch.bfloat16, torch.float16)
+
+
+class Stored(torch.Tensor):
+    """A float32 tensor that is held in fewer bits.
+
+    Attributes:
+        held: what it is cast from.
+    """
+
+    held: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, held: torch.Tensor) -> Stored:
+        made = torch.Tensor._make_wrapper_subclass(
+            cls, held.shape, strides=held.stride(), dtype=torch.float32, device=held.device
+        )
+        made.held = held
+        return made
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].held)
+        if func._schema.is_mutable and args and isinstance(args[0], cls):
+            raise RuntimeError(f"{func} would change a weight that is only read")
+        if func is torch.ops.aten.embedding.default and isinstance(args[0], cls):
+            return func(args[0].held, *args[1:], **(kwargs or {})).float()
+        args, kwargs = trees.tree_map_only(cls, cast, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"Stored({self.held.dtype}, {tuple(self.held.shape)})"
+
+
+def cast(weight: Stored) -> torch.Tensor:
+    return weight.held.float()
+
+
+def keep(model: PreTrainedModel) -> bool:
+    """Let a model that was loaded in its own types compute in float32, in place.
+
+    Returns:
+        False, with nothing done, where a buffer has fewer bits: what it was before is lost.
+    """
+    if any(buffer.dtype in HALVES for buffer in model.buffers()):
+        return False
+    made: dict[int, torch.nn.Parameter] = {}
+    for module in model.modules():
+        for name, weight in list(module._parameters.items()):
+            if weight is None or weight.dtype not in HALVES:
+                continue
+            if id(weight) not in made:
+                data = Stored(weight.data) if weight.numel() > LARGE else weight.data.float()
+                made[id(weight)] = torch.nn.Parameter(data, requires_grad=False)
+            module._parameters[name] = made[id(weight)]
+    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+        config.dtype = torch.float32
+    return True
+
+
+@contextmanager
+def standing_in(model: PreTrainedModel) -> Iterator[dict[int, torch.Tensor]]:
+    """For tracing, which reads no large weight: float32 tensors that take no memory.
+
+    Yields:
+        What is behind each, by the address of what stands in for it. See `settle`.
+    """
+    behind: dict[int, torch.Tensor] = {}
+    made: dict[int, torch.nn.Parameter] = {}
+    places = []
+    for module in model.modules():
+        for name, weight in list(module._parameters.items()):
+            if not isinstance(weight, Stored):
+                continue
+            if id(weight) not in made:
+                # Pages that nobody writes are the system's one page of zeros.
+                empty = torch.from_numpy(np.zeros(weight.shape, np.float32))
+                made[id(weight)] = torch.nn.Parameter(empty, requires_grad=False)
+                behind[empty.data_ptr()] = weight.held
+            places.append((module, name, weight))
+            module._parameters[name] = made[id(weight)]
+    try:
+        yield behind
+    finally:
+        for module, name, weight in places:
+            module._parameters[name] = weight
+
+
+def settle(graph: ir.Graph, behind: dict[int, torch.Tensor]) -> None:
+    """Let a graph that was traced with stand-ins read what they stood for."""
+    for value in graph.initializers.values():
+        raw = getattr(value.const_value, "raw", None)
+        if not isinstance(raw, torch.Tensor) or raw.data_ptr() not in behind:
+            continue
+        read = partial(_array, behind[raw.data_ptr()])
+        tensor = value.const_value
+        value.const_value = ir.LazyTensor(read, tensor.dtype, tensor.shape, name=tensor.name)
+
+
+def _array(held: torch.Tensor) -> ir.TensorProtocol:
+    return ir.tensor(held.detach().float().numpy())
+
+
+def spill(model: PreTrainedModel, directory: Path) -> int:
+    """Move the large weights of a float32 model to a file that is mapped, in place.
+
+    The file has no name that stays: it goes with the model.
+
+    Args:
+        directory: on a disk with room for them.
+
+    Returns:
+        Its bytes.
+    """
+    large = {id(p): p for p in model.parameters() if p.numel() > LARGE}.values()
+    size = sum(weight.numel() for weight in large)
+    if not size:
+        return 0
+    with tempfile.TemporaryFile(dir=directory) as file:
+        held = np.memmap(file, np.float32, "w+", shape=(size,))
+    at = 0
+    for weight in large:
+        mine = torch.from_numpy(held[at : at + weight.numel()]).view(weight.shape)
+        weight.data = mine.copy_(weight.data)
+        at += weight.numel()
+    return held.nbytes
