@@ -59,3 +59,9 @@ def test_a_table_of_rotations_is_what_the_graph_computes_and_ends():
     frequencies = 10000.0 ** (-np.arange(0, 16, 2) / 16)
     expected = np.cos(np.arange(128)[:, None] * frequencies)
     np.testing.assert_allclose(table, expected, atol=1e-5)
+
+
+def test_a_number_stays_a_number_as_a_constant():
+    """A shape of one dimension in its place could not be joined with others."""
+    held = ir.Graph([], [], nodes=[], opset_imports={"": 23})
+    assert trim.constant(trim.add_initializer(held, "four", np.array(4))).shape == ()
