@@ -186,17 +186,22 @@ def converted_once() -> Iterator[None]:
 
 def examine(kind: str, directory: Path, quantised: bool = False) -> Found:
     """Build, export and compare one type; whatever goes wrong is what is found."""
-    found = Found(kind)
+    found, unable = Found(kind), None
     try:
         model = shrink.build(kind)
-        rows = rows_of(model, LENGTHS)
-        for row in rows:
-            original(model, row, max_new_tokens=3)
     except Exception as error:
         return _failed(found, UNBUILT, error)
     try:
+        rows = rows_of(model, LENGTHS)
+        for row in rows:
+            original(model, row, max_new_tokens=3)
+    except Exception as error:  # what the export says of it is worth more
+        unable = error
+    try:
         with converted_once():
             _export(model, directory / "fp32", "fp32")
+            if unable is not None:
+                return _failed(found, UNBUILT, unable)
             found.difference, wrong = compare(model, directory / "fp32")
             if wrong or not found.difference <= CLOSE:
                 found.outcome, found.reason = WRONG, "; ".join(wrong) or "logits"

@@ -170,6 +170,11 @@ def _run(model: PreTrainedModel, ids: torch.Tensor) -> tuple[attention.Pass, Sta
         except UnsupportedModel:
             raise
         except Exception as error:
+            if isinstance(error, AttributeError) and isinstance(error.obj, StatefulCache):
+                raise UnsupportedModel(
+                    f"it keeps state of its own ({error.name}), which does not go through "
+                    "transformers' Cache"
+                ) from error
             raise UnsupportedModel(
                 f"running it under fastgen's cache failed: {type(error).__name__}: {error}"
             ) from error

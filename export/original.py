@@ -80,6 +80,7 @@ class Original:
         return graph.convert(self.model, self.kept), [shown]
 
     def describe(self, precision: str) -> dict[str, Any]:
+        kept = self.kept  # or why there is none
         config = self.model.config.get_text_config(decoder=True)
         limit = getattr(config, "max_position_embeddings", None)
         return {
@@ -93,8 +94,8 @@ class Original:
             "max_length": limit,
             "hard_limit": sparse.limit(self.model) is not None
             or (limit is not None and not self._computes(limit)),
-            "layers": [[layer.kv_heads, layer.head_dim] for layer in self.kept.layers],
-            "states": [list(shape) for shape in self.kept.states.values()],
+            "layers": [[layer.kv_heads, layer.head_dim] for layer in kept.layers],
+            "states": [list(shape) for shape in kept.states.values()],
             "cache_dtype": "float32",
         }
 

@@ -8,13 +8,14 @@ only found here: a model that says the same on short texts and something else on
 from __future__ import annotations
 
 import contextlib
+import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fastgen.export import hooks, rope
-from fastgen.export.attention import UnsupportedModel
-from transformers import PretrainedConfig, PreTrainedModel
+from fastgen.export.attention import Layer, UnsupportedModel
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 # The layers whose state is the keys and values of the tokens so far; others keep another one.
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
@@ -53,7 +54,17 @@ def model(model: PreTrainedModel) -> None:
         UnsupportedModel: with the reason.
     """
     configuration(model.config)
-    kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()
+    if "shared_kv_states" in inspect.signature(model.forward).parameters:
+        raise UnsupportedModel(
+            "it reads another model's keys and values: it is that model's assistant, and says "
+            "nothing by itself"
+        )
+    config = model.config.get_text_config(decoder=True)
+    if not hasattr(config, "num_hidden_layers"):
+        raise UnsupportedModel(
+            "its configuration has no number of layers: it is several models, one within another"
+        )
+    kinds = getattr(config, "layer_types", None) or ()
     picking = sorted({kind for kind in kinds if re.search("sparse|compressed", kind)})
     if picking:
         raise UnsupportedModel(
@@ -64,14 +75,34 @@ def model(model: PreTrainedModel) -> None:
         raise UnsupportedModel(
             "its forward takes no position_ids, and rows of different lengths need them"
         )
-    if model.get_output_embeddings() is None:
+    head = model.get_output_embeddings()
+    if head is None:
         raise UnsupportedModel("it has no output embeddings (lm_head)")
+    if not hasattr(head, "weight"):
+        raise UnsupportedModel("it has several output embeddings: codes of sounds, no text")
     for kind in _rope_types(model):
         if kind == "longrope" or "dynamic" in kind:
             raise UnsupportedModel(
                 f"its rotary embedding is of the type {kind!r}: it changes with the length of the "
                 "text, also for keys that are in the cache already"
             )
+
+
+def layers(model: PreTrainedModel, found: Sequence[Layer]) -> None:
+    """Refuse a model whose cache forgets tokens that its attention sees.
+
+    What it says then depends on where a text was cut: transformers' `forward` of a whole text and
+    its `generate` differ.
+
+    Raises:
+        UnsupportedModel: with the reason.
+    """
+    forgets = any(DynamicCache(config=model.config.get_text_config(decoder=True)).is_sliding)
+    if forgets and not any(layer.window or layer.seen for layer in found):
+        raise UnsupportedModel(
+            "its cache forgets what lies before a window, and its attention has none: what it says "
+            "depends on where a text is cut"
+        )
 
 
 def has_attention(model: PreTrainedModel) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -25,6 +27,8 @@ def alone(model: PreTrainedModel) -> PreTrainedModel:
     Towers for images and sounds, which text does not pass, are left behind. Where transformers has
     no such class, or it says something else, the model is run as it is, on text.
     """
+    if "shared_kv_states" in inspect.signature(model.forward).parameters:  # another model's
+        return model
     decoder = model.get_decoder()
     mapping = AutoModelForCausalLM._model_mapping
     if decoder is model or not isinstance(decoder, PreTrainedModel):  # a head may have that name
