@@ -75,6 +75,8 @@ def main() -> None:
             print(line(found), flush=True)
             if args.json:
                 args.json.write_text(json.dumps([asdict(one) for one in done], indent=1))
+    names = [(tool.name, kind) for tool in made.TOOLS for kind in tool.kinds]
+    done.sort(key=lambda one: names.index((one.tool, one.kind)))
     print(dict(Counter(one.outcome for one in done)))
     if args.markdown:
         args.markdown.write_text(table(done))

@@ -189,7 +189,8 @@ class Folder:
                 "Prefer another precision"
             )
         found = {window for window in self.rewritten.windows if window is not None}
-        said = self._said("sliding_window") if self.config.get("use_sliding_window", True) else None
+        used = self.config.get("use_sliding_window", True)
+        said = self._said("sliding_window", "window_size") if used else None
         if said is not None and said < (self.limit or said + 1) and found != {said}:
             has = f"one of {min(found)}" if found else "none"
             notes.append(f"config.json has a window of {said} tokens, the folder's graph {has}")
