@@ -38,6 +38,7 @@ REASONS = {
     "IncompleteSnapshotError": "the hub cannot be reached, and only a part of it is in the cache",
     "LocalEntryNotFoundError": "the hub cannot be reached, and it is not in the cache",
 }
+ANSWERS = {"GatedRepoError", "RepositoryNotFoundError", "RevisionNotFoundError"}
 
 
 def directory(name_or_path: str | os.PathLike[str] | None) -> Path:
@@ -164,9 +165,13 @@ def listed(repository: str, revision: str | None = None) -> list[str]:
     import huggingface_hub
 
     try:
-        return list(huggingface_hub.list_repo_files(repository, revision=revision))
-    except Exception:  # what is wrong is said by `snapshot`, unless a copy is here
-        return _names_below(snapshot(repository, revision, only=[INFO, *DESCRIBED]))
+        # One request, which fails at once; `list_repo_files` tries again for half a minute.
+        said = huggingface_hub.model_info(repository, revision=revision or "main")
+        return [one.rfilename for one in said.siblings or ()]
+    except Exception as error:  # of huggingface_hub, of the system, or of whatever speaks HTTP
+        if _has_answered(error):
+            raise _unknown(repository, error, revision) from error
+        return _names_below(snapshot(repository, revision, only=[INFO, *DESCRIBED], here=True))
 
 
 def _names_below(place: Path) -> list[str]:
@@ -228,6 +233,7 @@ def snapshot(
     *,
     only: list[str] | None = None,
     ignore: list[str] | None = None,
+    here: bool = False,
 ) -> Path:
     """Download (or find in the hub's own cache) a repository, with its progress bars.
 
@@ -235,6 +241,7 @@ def snapshot(
         repository: its id.
         revision: a branch, tag or commit; None for the default branch.
         only, ignore: patterns of files.
+        here: whether to look into the hub's own cache alone.
 
     Raises:
         ModelError: it cannot be reached or does not exist.
@@ -244,14 +251,24 @@ def snapshot(
     try:
         return Path(
             huggingface_hub.snapshot_download(
-                repository, revision=revision, allow_patterns=only, ignore_patterns=ignore
+                repository, revision=revision, allow_patterns=only, ignore_patterns=ignore,
+                local_files_only=here,
             )
-        )
+        )  # fmt: skip
     except Exception as error:  # of huggingface_hub, of the system, or of whatever speaks HTTP
-        raise ModelError(
-            f"{repository} is neither a directory here nor a repository that can be had from the "
-            f"hub: {_reason(error, revision)}"
-        ) from error
+        raise _unknown(repository, error, revision) from error
+
+
+def _unknown(repository: str, error: Exception, revision: str | None) -> ModelError:
+    return ModelError(
+        f"{repository} is neither a directory here nor a repository that can be had from the "
+        f"hub: {_reason(error, revision)}"
+    )
+
+
+def _has_answered(error: Exception) -> bool:
+    """Whether the hub itself said no: asking again, or looking into the cache, changes nothing."""
+    return bool({kind.__name__ for kind in type(error).__mro__} & ANSWERS)
 
 
 def _reason(error: Exception, revision: str | None) -> str:

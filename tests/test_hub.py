@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -126,18 +127,6 @@ def test_what_to_install_is_said_before_weights_are_fetched(world, name, words):
     assert fetched == {"config.json"}
 
 
-def test_the_command_line_exports_a_transformers_repository_on_first_use(world):
-    """And the second use is of what the first one made."""
-    ask = ("generate", "The quick", "-m", "org/torch", "--max-new-tokens", "4")
-    code, out, err = world.command(*ask)
-    assert code == 0 and "] convert" in err and out.startswith("The quick"), err
-    (made,) = world.cache.glob("org--torch-int8-*/")
-    code, again, err = world.command(*ask)
-    assert (code, again) == (0, out) and "] convert" not in err
-    code, out, err = world.command("info", "org/torch")
-    assert code == 0 and "org/torch (gpt2)" in out and made.is_dir()
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -199,6 +188,48 @@ def test_a_local_directory_is_exported_once_and_again_when_it_changes(
     assert len(made) == 2  # the same in other words
     fastgen.CausalLM.from_pretrained(source, cache_precision="int8")
     assert len(made) == 3 and "-int8-kv-int8-" in made[2][1].name
+
+
+COMMANDS = [
+    ["generate", "The quick", "--max-new-tokens", "2", "--model", "org/some"],
+    ["chat", "org/some"],
+    ["serve", "org/some", "--port", "0"],
+    ["batch", "rows.jsonl", "out.jsonl", "--quiet", "--model", "org/some"],
+    ["score", "texts.jsonl", "out.jsonl", "--quiet", "--model", "org/some"],
+    ["bench", "org/some", "--rounds", "1", "--prompt", "4", "--rows", "1", "--beams", "2",
+     "--threads", "1", "--new", "2"],
+    ["tune", "org/some", "--rounds", "1", "--prompt", "4", "--new", "2"],
+    ["info", "org/some"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", COMMANDS, ids=lambda words: words[0])
+def test_every_command_takes_every_name(pair, tmp_path, monkeypatch, arguments):
+    """Through one door, which makes of it what can be run."""
+    from fastgen import commands, hub
+
+    place = shutil.copytree(pair("gpt2")[1].directory, tmp_path / "made")
+    asked = []
+    monkeypatch.setattr(hub, "exported", lambda *given: asked.append(given) or place)
+    monkeypatch.setattr("asyncio.run", lambda running: running.close())  # of a server
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text('{"prompt": "The quick"}\n')
+    Path("texts.jsonl").write_text('{"text": "The quick"}\n')
+    assert commands.run(arguments) == 0
+    assert asked == [("org/some", None, None, None)]
+    assert {one[0] for one in COMMANDS} == {*commands.cli.commands} - {"export"}
+
+
+def test_load_and_generate_take_what_from_pretrained_takes(pair, monkeypatch):
+    from fastgen import hub
+
+    place, asked = pair("gpt2")[1].directory, []
+    monkeypatch.setattr(hub, "exported", lambda *given: asked.append(given) or place)
+    fastgen.load("org/some")
+    fastgen.CausalLM.from_pretrained("org/some")
+    fastgen.generate([[5, 6]], model="org/some", max_new_tokens=1)
+    assert asked == 3 * [("org/some", None, None, None)]
 
 
 def test_a_fastgen_directory_is_taken_as_it_is(pair):
