@@ -12,7 +12,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import onnx_ir
 import pytest
+from fastgen.export import export
 
 BENCH = Path(__file__).parents[1] / "bench"
 sys.path.append(str(BENCH))
@@ -51,9 +53,27 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
         home.lock.close()
 
 
-@pytest.mark.parametrize(("does", "kind"), EXPECTED, ids="-".join)
+@pytest.mark.parametrize(("does", "kind"), EXPECTED, ids=["-".join(one) for one in EXPECTED])
 def test_folders_of_real_tools_say_what_they_said(home: Home, does: str, kind: str) -> None:
     with made.Maker(home, TOOLS[does]) as maker:
         found = [compare.examine(folder) for folder in maker.folders(kind)]
     said = {one.what: (one.outcome, one.reason) for one in found}
     assert {what: outcome for what, (outcome, _) in said.items()} == EXPECTED[does, kind], said
+
+
+def test_no_cast_is_left_between_a_cache_of_half_precision_and_attention(
+    home: Home, tmp_path: Path
+) -> None:
+    with made.Maker(home, TOOLS["optimum"]) as maker:
+        folder = next(one for one in maker.folders("llama") if one.what == "q4f16")
+    assert folder.path is not None
+    export(folder.path, tmp_path / "out", precision="q4f16", progress=None)
+    graph = onnx_ir.load(tmp_path / "out" / "model.onnx").graph
+    theirs = onnx_ir.load(folder.path / "onnx" / "model_q4f16.onnx").graph
+    beside = [
+        {near.op_type for value in (*node.inputs, *node.outputs) if value is not None
+         for near in (value.producer(), *(use.node for use in value.uses())) if near is not None}
+        for node in graph if node.op_type == "GroupQueryAttention"
+    ]  # fmt: skip
+    assert sum(node.op_type == "Cast" for node in theirs) > 2
+    assert len(beside) == 2 and not any("Cast" in near for near in beside)
