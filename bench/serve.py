@@ -41,6 +41,7 @@ from typing import Any
 import shapes
 import soak
 from peers.home import OFFLINE, Home, Unavailable
+from serve_worker import STREAM
 
 CLIENTS = (8, 32)
 DEMO = "demo"
@@ -112,7 +113,7 @@ async def stalled(
             ready.set()
 
     streams = [
-        asyncio.create_task(follow(port, prompt, 200, lambda n=name: told(n)))
+        asyncio.create_task(follow(port, prompt, STREAM, lambda n=name: told(n)))
         for name, prompt in enumerate(running)
     ]
     await ready.wait()

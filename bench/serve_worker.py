@@ -16,7 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from peers.worker import rest
+
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+STREAM = 150  # tokens of the streams that run while a long prompt is read
 SLOTS = 40  # requests that run together, at most
 POSITIONS = 1152  # tokens of a request, prompt included
 
@@ -181,7 +184,7 @@ def stall(
         `usual` and `longest`: seconds between two tokens of a stream, before it and meanwhile;
         `first` and `first_of_long`: seconds to the first token of the short one and the long one.
     """
-    total, count = 200, len(running)
+    total, count = STREAM, len(running)
     got, latest = [0] * (count + 2), [0.0] * (count + 2)
     before: list[float] = []
     meanwhile: list[float] = []
@@ -221,7 +224,9 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         what = {"loop": loop, "stall": stall}[request.pop("do")]
-        answers.write(json.dumps(what(engine, **request)) + "\n")
+        answer = what(engine, **request)
+        rest()  # or its threads, waiting for more, would slow the next engine down
+        answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
 

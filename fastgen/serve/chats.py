@@ -78,8 +78,8 @@ class Answer:
             return None
         return chat_logprobs(tokens, self.service.model.tokenizer)
 
-    async def _events(self) -> AsyncIterator[dict[str, Any]]:
-        """A chunk for each piece of an answer."""
+    async def _events(self) -> AsyncIterator[dict[str, Any] | None]:
+        """A chunk for each piece of an answer; None for a token that adds nothing to it yet."""
         for index in range(len(self.run.texts)):
             yield self._chunk(index, {"role": "assistant", "content": "", "refusal": None})
         parts: list[list[str]] = [[] for _ in self.run.texts]
@@ -91,6 +91,7 @@ class Answer:
             if self.reads is not None:
                 parts[place].append(piece)
                 if reason is None:
+                    yield None
                     continue
                 content, calls = self._read("".join(parts[place]))
                 delta, tokens = {"content": content}, text.tokens
@@ -98,8 +99,8 @@ class Answer:
                     reason, numbered = "tool_calls", enumerate(tools.in_message(calls))
                     delta = {"content": content or None}
                     delta["tool_calls"] = [{"index": i, **one} for i, one in numbered]
-            if any(delta.values()) or tokens or reason:
-                yield self._chunk(place, delta, self._logprobs(tokens))
+            says = any(delta.values()) or tokens or reason
+            yield self._chunk(place, delta, self._logprobs(tokens)) if says else None
             if reason:
                 yield self._chunk(place, {}, None, reason)
         if self.include_usage:

@@ -92,8 +92,8 @@ class Answer:
             choice["token_ids"] = [token.id for token in made]
         return choice
 
-    async def _events(self) -> AsyncIterator[dict[str, Any]]:
-        """A chunk for each piece of a text."""
+    async def _events(self) -> AsyncIterator[dict[str, Any] | None]:
+        """A chunk for each piece of a text; None for a token that adds nothing to it yet."""
         more = {"usage": None} if self.include_usage else {}
         offsets = [0] * len(self.run.texts)
         for place in range(len(self.run.texts)) if self.echoes else ():
@@ -108,6 +108,7 @@ class Answer:
             text = self.run.texts[place]
             piece, tokens = text.push(token)
             if not (piece or tokens or text.reason) and self.service.model.has_tokenizer:
+                yield None
                 continue
             choice = self._choice(place, piece, tokens, text.reason, [token], offsets[place])
             offsets[place] += len(piece)

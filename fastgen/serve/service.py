@@ -6,7 +6,7 @@ import asyncio
 import re
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ class Run:
     Attributes:
         texts: of each row of each call, in order.
         prompt_tokens: of all prompts, each counted once.
+        behind: whether there are more tokens at hand than the one that `tokens` gave last.
     """
 
     engine: Engine
@@ -40,6 +41,7 @@ class Run:
     texts: list[Text]
     copies: int
     prompt_tokens: int
+    behind: bool = field(default=False, init=False)
 
     @property
     def new_tokens(self) -> int:
@@ -54,10 +56,9 @@ class Run:
         left = len(self.streams)
         while left:
             stream, tokens, done = await self.inbox.get()
-            for token in tokens:
+            for left_here, token in zip(range(len(tokens) - 1, -1, -1), tokens, strict=True):
+                self.behind = left_here > 0 or not self.inbox.empty()
                 yield stream.place * self.copies + token.row, token
-                if len(tokens) > 1 or not self.inbox.empty():
-                    await asyncio.sleep(0)  # many in a row: others have their turn, or leave
             left -= done
             if stream.error is not None:
                 raise refusal(stream.error)
