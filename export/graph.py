@@ -244,7 +244,7 @@ def convert(model: PreTrainedModel, kept: Kept) -> onnx_ir.Model:
             inputs[name], shapes[name] = some, [shape] * len(some)
     with (
         _quiet(), _pairs_of_slices(), torch.no_grad(), using_attention(model),
-        stored.standing_in(model) as behind,
+        stored.standing_in(model) as stand_ins,
     ):  # fmt: skip
         try:
             program = torch.onnx.export(
@@ -266,7 +266,7 @@ def convert(model: PreTrainedModel, kept: Kept) -> onnx_ir.Model:
             ) from error
     if program is None:
         raise RuntimeError("torch.onnx.export returned nothing")
-    stored.settle(program.model.graph, behind)
+    stored.settle(program.model.graph, stand_ins)
     experts.lay_out(program.model)
     return program.model
 

@@ -7,8 +7,9 @@ operator: so a model is run, exactly as in float32, in the memory of its largest
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
+from numpy.typing import NDArray
 from torch.utils import _pytree as trees
 from transformers import PreTrainedModel
 
@@ -77,7 +79,8 @@ def keep(model: PreTrainedModel) -> bool:
             if weight is None or weight.dtype not in HALVES:
                 continue
             if id(weight) not in made:
-                data = Stored(weight.data) if weight.numel() > LARGE else weight.data.float()
+                stays = weight.numel() > LARGE and weight.is_contiguous()
+                data = Stored(weight.data) if stays else weight.data.float()
                 made[id(weight)] = torch.nn.Parameter(data, requires_grad=False)
             module._parameters[name] = made[id(weight)]
     for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
@@ -85,14 +88,34 @@ def keep(model: PreTrainedModel) -> bool:
     return True
 
 
-@contextmanager
-def standing_in(model: PreTrainedModel) -> Iterator[dict[int, torch.Tensor]]:
-    """For tracing, which reads no large weight: float32 tensors that take no memory.
+@dataclass(frozen=True)
+class StandIn:
+    """A float32 array of zeros, in memory that is never touched and so takes none.
 
-    Yields:
-        What is behind each, by the address of what stands in for it. See `settle`.
+    Attributes:
+        array: a vector as long as the weight.
+        held: what it stands for, contiguous.
     """
-    behind: dict[int, torch.Tensor] = {}
+
+    array: NDArray[np.float32]
+    held: torch.Tensor
+
+    def behind(self, view: NDArray[np.float32]) -> torch.Tensor | None:
+        """The part of the weight that a view of the array is of; None if it is of something else.
+
+        torch's exporter transposes weights, and splits them.
+        """
+        offset = (view.ctypes.data - self.array.ctypes.data) // self.array.itemsize
+        if not 0 <= offset < len(self.array):
+            return None
+        strides = [stride // self.array.itemsize for stride in view.strides]
+        return self.held.as_strided(view.shape, strides, self.held.storage_offset() + offset)
+
+
+@contextmanager
+def standing_in(model: PreTrainedModel) -> Iterator[list[StandIn]]:
+    """For tracing, which reads no large weight: others stand in for those that are `Stored`."""
+    stand_ins: list[StandIn] = []
     made: dict[int, torch.nn.Parameter] = {}
     places = []
     for module in model.modules():
@@ -100,32 +123,34 @@ def standing_in(model: PreTrainedModel) -> Iterator[dict[int, torch.Tensor]]:
             if not isinstance(weight, Stored):
                 continue
             if id(weight) not in made:
-                # Pages that nobody writes are the system's one page of zeros.
-                empty = torch.from_numpy(np.zeros(weight.shape, np.float32))
+                array = np.zeros(weight.numel(), np.float32)
+                empty = torch.from_numpy(array).view(weight.shape)
                 made[id(weight)] = torch.nn.Parameter(empty, requires_grad=False)
-                behind[empty.data_ptr()] = weight.held
+                stand_ins.append(StandIn(array, weight.held))
             places.append((module, name, weight))
             module._parameters[name] = made[id(weight)]
     try:
-        yield behind
+        yield stand_ins
     finally:
         for module, name, weight in places:
             module._parameters[name] = weight
 
 
-def settle(graph: ir.Graph, behind: dict[int, torch.Tensor]) -> None:
+def settle(graph: ir.Graph, stand_ins: Sequence[StandIn]) -> None:
     """Let a graph that was traced with stand-ins read what they stood for."""
-    for value in graph.initializers.values():
-        raw = getattr(value.const_value, "raw", None)
-        if not isinstance(raw, torch.Tensor) or raw.data_ptr() not in behind:
-            continue
-        read = partial(_array, behind[raw.data_ptr()])
+    for value in graph.initializers.values() if stand_ins else ():
         tensor = value.const_value
-        value.const_value = ir.LazyTensor(read, tensor.dtype, tensor.shape, name=tensor.name)
+        if tensor is None or tensor.dtype != ir.DataType.FLOAT:
+            continue
+        view = tensor.numpy()
+        held = next((found for one in stand_ins if (found := one.behind(view)) is not None), None)
+        if held is not None:
+            read = partial(_array, held)
+            value.const_value = ir.LazyTensor(read, tensor.dtype, tensor.shape, name=tensor.name)
 
 
 def _array(held: torch.Tensor) -> ir.TensorProtocol:
-    return ir.tensor(held.detach().float().numpy())
+    return ir.tensor(held.float().numpy())
 
 
 def spill(model: PreTrainedModel, directory: Path) -> int:
