@@ -284,7 +284,8 @@ def cut(text: str, stops: Any) -> str:
 def run(args: argparse.Namespace) -> None:
     made = wishes(args.requests, args.longest, args.seed)
     accounts: list[tuple[str, dict[str, float]]] = []
-    with service(args.model, "--queue", str(args.queue)) as (port, process):
+    limits = "--queue", str(args.queue), "--rows", str(args.rows)
+    with service(args.model, *limits) as (port, process):
 
         async def all_of_it() -> dict[str, float]:
             # What a process takes once: code that is loaded late, prefixes, slots of keys and
@@ -337,7 +338,8 @@ def main() -> None:
     parser.add_argument("--growth", type=float, default=32, help="MB that are no growth")
     parser.add_argument("--clients", type=int, default=50)
     parser.add_argument("--longest", type=int, default=60, help="new tokens of a request, at most")
-    parser.add_argument("--queue", type=int, default=40, help="the service's; more are told 429")
+    parser.add_argument("--queue", type=int, default=12, help="the service's; more are told 429")
+    parser.add_argument("--rows", type=int, default=24, help="the service's; others wait")
     parser.add_argument("--model", help="a directory; the demo model if none")
     parser.add_argument("--seed", type=int, default=0)
     run(parser.parse_args())

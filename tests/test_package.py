@@ -88,8 +88,8 @@ LAYERS: dict[str, set[str]] = {
         "tuning", "values",
     },
     "serve": {
-        "", "call", "chat", "extras", "generator", "output", "params", "prefix", "schedule", "score",
-        "tokenizer",
+        "", "call", "chat", "extras", "generator", "output", "params", "prefix", "schedule",
+        "score", "tokenizer",
     },
     "jobs": {
         "call", "chat", "cpu", "extras", "generator", "hub", "model", "output", "params", "prefill",
