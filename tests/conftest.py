@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import hashlib
 import os
 from collections.abc import Callable
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests that want a hub start one of their own
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import onnx_ir
 import pytest
 import tiny
 import torch
 import transformers
+from fastgen.export import graph
 from transformers import PreTrainedModel
 
 import fastgen
@@ -24,13 +28,38 @@ transformers.logging.set_verbosity_error()
 Pair = tuple[PreTrainedModel, fastgen.CausalLM]
 
 
+Convert = Callable[[PreTrainedModel, graph.Kept], onnx_ir.Model]
+
+
 @pytest.fixture(scope="session")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
+def convert_once() -> Convert:
+    """`graph.convert` of one model, which takes seconds, is run once; each call has its copy.
+
+    Not for tests that put something else in the place of what it calls.
+    """
+    real = graph.convert
+    made: dict[bytes, onnx_ir.Model] = {}
+
+    def convert(model: PreTrainedModel, kept: graph.Kept) -> onnx_ir.Model:
+        weights = b"".join(p.detach().numpy().tobytes() for p in model.parameters())
+        config = {k: v for k, v in model.config.to_dict().items() if k != "_name_or_path"}
+        key = hashlib.sha256(repr(config).encode() + weights).digest()
+        if key not in made:
+            made[key] = real(copy.deepcopy(model), kept)
+        return made[key].clone()
+
+    return convert
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory, convert_once: Convert) -> Callable[..., Pair]:
     """`pair(kind, **config changes)`: a tiny transformers model and its export, loaded."""
 
     @functools.cache
     def make(kind: str, **changes: object) -> Pair:
-        return tiny.exported(kind, tmp_path_factory.mktemp("models") / kind, **changes)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(graph, "convert", convert_once)
+            return tiny.exported(kind, tmp_path_factory.mktemp("models") / kind, **changes)
 
     return make
 

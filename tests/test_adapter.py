@@ -12,7 +12,7 @@ import peft
 import pytest
 import tiny
 import torch
-from fastgen.export import export
+from fastgen.export import export, graph
 from test_parity import ragged
 from transformers import AutoModelForCausalLM
 
@@ -57,7 +57,10 @@ def expected(place) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("how", ["directory", "argument", "command", "from_pretrained"])
-def test_an_adapter_says_what_it_says_there(place, expected, how, tmp_path, monkeypatch):
+def test_an_adapter_says_what_it_says_there(
+    place, expected, how, tmp_path, monkeypatch, convert_once
+):
+    monkeypatch.setattr(graph, "convert", convert_once)
     out = tmp_path / "out"
     if how == "directory":
         export(place / "adapter", out, precision="fp32", progress=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -43,13 +44,38 @@ EXACT = [
     "recurrent_gemma",  # a scan, and state that the module keeps
     "zaya",  # a convolution before attention
     "roformer",  # rotations for one row of positions
+    "dory",  # layers that run several times, with keys of each
+    "inkling2_loop_text",  # and attention of a token to what its layers said
 ]
+# What is not, and why.
+REFUSED = {
+    "moshi": "its cache forgets what lies before a window",
+    "musicgen": "it has several output embeddings",
+    "blt": "several models, one within another",
+    "xlstm": r"state of its own \(rnn_state\)",
+    "gemma4_unified_assistant": "it is that model's assistant",
+}
+
+
+def known(kind):
+    if kind not in architectures.types():
+        pytest.skip(f"transformers {architectures.transformers.__version__} has no {kind}")
 
 
 @pytest.mark.parametrize("kind", tiny.some(EXACT, ALONE))
 def test_it_is_exact(kind, tmp_path):
+    known(kind)
     found = architectures.examine(kind, tmp_path)
     assert (found.outcome, found.reason, found.notes) == (architectures.EXACT, "", [])
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_it_is_refused_with_the_reason(kind, tmp_path):
+    known(kind)
+    found = architectures.examine(kind, tmp_path)
+    assert found.outcome == architectures.REFUSED
+    assert re.search(REFUSED[kind], found.reason), found.reason
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

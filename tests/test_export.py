@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import hashlib
 import io
 import json
 import math
@@ -54,22 +53,6 @@ ROOT = Path(__file__).parent.parent
 export = functools.partial(pipeline.export, precision="fp32")
 
 HERE = (str(ROOT), str(Path.home()) + "/", tempfile.gettempdir())  # paths of this machine
-
-
-@pytest.fixture(scope="session")
-def convert_once():
-    """`graph.convert` of one model, which takes seconds, is run once; each call has its copy."""
-    real = graph.convert
-    kept: dict[bytes, Any] = {}
-
-    def convert(model: PreTrainedModel, layers: list[Any]) -> Any:
-        weights = b"".join(p.detach().numpy().tobytes() for p in model.parameters())
-        key = hashlib.sha256(weights).digest()
-        if key not in kept:
-            kept[key] = real(copy.deepcopy(model), layers)
-        return kept[key].clone()
-
-    return convert
 
 
 @pytest.fixture

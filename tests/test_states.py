@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import functools
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from fastgen.export import export, graph
 from test_parity import ragged
 
 import fastgen
@@ -44,14 +45,12 @@ GREEDY: dict[str, Any] = {"max_new_tokens": 12, "eos_token_id": None, "pad_token
 
 
 @pytest.fixture(scope="module")
-def stateful(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    made: dict[str, Any] = {}
-
+def stateful(tmp_path_factory: pytest.TempPathFactory, convert_once: Any) -> Any:
+    @functools.cache
     def make(kind: str) -> Any:
-        if kind not in made:
-            place = tmp_path_factory.mktemp("states") / kind
-            made[kind] = tiny.exported(kind, place, **KINDS[kind])
-        return made[kind]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(graph, "convert", convert_once)
+            return tiny.exported(kind, tmp_path_factory.mktemp("states") / kind, **KINDS[kind])
 
     return make
 
@@ -216,18 +215,12 @@ def test_states_move_with_their_rows():
 
 
 @pytest.mark.parametrize(("kind", "precision"), [("mamba2", "int8"), ("lfm2", "int4")])
-def test_quantised_rows_are_independent(kind, precision, tmp_path: Path):
-    model = tiny.build(kind, **KINDS[kind])
-    fastgen_export(model, tmp_path / "out", precision)
-    ours = fastgen.load(tmp_path / "out")
+def test_quantised_rows_are_independent(kind, precision, tmp_path, convert_once, monkeypatch):
+    monkeypatch.setattr(graph, "convert", convert_once)
+    out = export(tiny.build(kind, **KINDS[kind]), tmp_path / "out", precision=precision,
+                 tokenizer=tiny.tokenizer(), allow_mismatch=True, progress=None)  # fmt: skip
+    ours = fastgen.load(out)
     rows = ragged(3, (3, 12, 7))
     together = ours.generate(rows, **GREEDY)
     for place, row in enumerate(rows):
         assert together[place][12 - len(row) :] == ours.generate([row], **GREEDY)[0]
-
-
-def fastgen_export(model: Any, out: Path, precision: str) -> None:
-    from fastgen.export import export
-
-    export(model, out, precision=precision, allow_mismatch=True, progress=None,
-           tokenizer=tiny.tokenizer())  # fmt: skip
