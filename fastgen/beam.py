@@ -3,7 +3,7 @@
 Three searches share one loop (`_Search`), which differs from the loop of `batch` in that rows
 are compared with each other and change places:
 
-- beam search and beam sampling as transformers 5.23's `_beam_search` does them: the same tokens,
+- beam search and beam sampling as transformers 5.24's `_beam_search` does them: the same tokens,
   `sequences_scores` and `beam_indices` (`Beams`);
 - diverse beam search (Vijayakumar et al. 2016, arXiv 1610.02424; AAAI 2018), which transformers
   has moved to remote code (`Group`, which says what it follows and where it differs).
@@ -42,7 +42,7 @@ DEAD = np.float32(-1e9)  # added to the score of what may not go on, as transfor
 
 
 class Candidates(NamedTuple):
-    """The best continuations [K] of the beams of one prompt, best (or first drawn) first."""
+    """The best continuations [K] of the beams of one prompt, best first."""
 
     scores: Scores  # log-probability of the whole sequence, without a length penalty
     parents: Ids  # the beam that is continued, counted within the prompt (or the group)
@@ -549,7 +549,8 @@ class _Search:
         nothing = self.request.constraint is not None and total.max() == -np.inf
         if self.request.params.do_sample and not nothing:
             draws = self.request.draws(beams.new, beams.prompt, len(total))
-            places = pick.sample_several(total, draws, count)
+            drawn = pick.sample_several(total, draws, count)
+            places = drawn[np.argsort(-total[drawn], kind="stable")]
         else:
             places = pick.largest(total, count)
         parents, tokens = np.divmod(places, scores.shape[1])

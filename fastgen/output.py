@@ -52,7 +52,7 @@ class GenerateOutput(Mapping[str, Any]):
         beam_indices: int32 [rows, new], beams only, if `output_scores`.
         finish_reasons: why each row ended (see `Token`).
         top_logprobs: a row: a step: the likeliest (token, log-probability) pairs, if asked for.
-        attentions, hidden_states, past_key_values: None; they are here for scripts that look.
+        attentions, hidden_states, cache, past_key_values: None; here for scripts that look.
     """
 
     sequences: Any
@@ -64,6 +64,7 @@ class GenerateOutput(Mapping[str, Any]):
     top_logprobs: list[list[tuple[tuple[int, float], ...]]] | None = None
     attentions: None = None
     hidden_states: None = None
+    cache: None = None
     past_key_values: None = None
 
     def _set(self) -> dict[str, Any]:

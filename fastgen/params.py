@@ -264,6 +264,7 @@ UNSUPPORTED = {
     "token_type_ids": "the graph takes no other ids than tokens",
     "position_ids": "positions follow from the attention_mask",
     "past_key_values": "the cache belongs to the call",
+    "cache": "the cache belongs to the call",
     "encoder_outputs": "for encoder-decoder models",
     "decoder_input_ids": "for encoder-decoder models",
     "custom_generate": "remote code is not run",

@@ -1,6 +1,6 @@
 """What happens to the logits between the model and the choice of a token.
 
-Every processor and warper of transformers 5.23 (`generation/logits_process.py`), and OpenAI's
+Every processor and warper of transformers 5.24 (`generation/logits_process.py`), and OpenAI's
 penalties: functions from `logits [rows, vocab] float32` to such logits. A processor may write
 into what it is given and return it: a copy of all logits costs more than most of them do. `build`
 chains the active ones in the order of transformers' `_get_logits_processor`.

@@ -259,11 +259,12 @@ def test_outputs_are_mappings(both):
         for name in ("sequences", "scores", "beam_indices", "sequences_scores", "logits"):
             assert (name in found) == (name in expected)
             assert found.get(name) is getattr(found, name, None)
-        assert {*expected.keys()} - {"past_key_values"} <= {*found.keys()}
+        assert {*expected.keys()} - {"cache"} <= {*found.keys()}
         assert found[0] is found["sequences"] and found.to_tuple()[0] is found.sequences
         assert len(found) == len(found.keys()) == len(found[:])
         assert dict(found)["sequences"] is found.sequences and next(iter(found)) == "sequences"
-        assert found.attentions is found.hidden_states is found.past_key_values is None
+        assert found.attentions is found.hidden_states is None
+        assert found.cache is found.past_key_values is None
         with pytest.raises(KeyError):
             found["attentions"]
 

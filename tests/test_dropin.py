@@ -185,7 +185,7 @@ TAKEN: list[dict[str, Any]] = [
     {"return_dict_in_generate": False, "output_scores": True},
     {"num_assistant_tokens": 5, "token_healing": False, "is_assistant": False},
     {"repetition_penalty": 1.2, "encoder_repetition_penalty": 1.2},
-    {"position_ids": None, "past_key_values": None, "inputs_embeds": None},
+    {"position_ids": None, "cache": None, "inputs_embeds": None},
 ]
 
 
