@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from fastgen.export.quality import Quality
+from fastgen.export.quality import CHUNK, Quality
 from numpy.typing import NDArray
 
 from fastgen import CausalLM
@@ -197,21 +197,31 @@ def compare(
     reference: Sequence[NDArray[np.float32]], found: Sequence[NDArray[np.float32]]
 ) -> Agreement:
     """Compare logits [length, vocab] of the same rows."""
-    one, two = np.concatenate(reference), np.concatenate(found)
-    scale = float(np.abs(one).max()) or 1.0
-    difference = np.abs(one - two)
-    p, q = log_softmax(one), log_softmax(two)
-    best, other = one.argmax(1), two.argmax(1)
-    places = np.arange(len(one))
-    parted = best != other
-    ties = parted & (one[places, best] - one[places, other] <= TIE * scale)
+    scale = max(float(np.abs(row).max()) for row in reference) or 1.0
+    positions = parts = ties = 0
+    largest = mean = divergence = 0.0
+    for expected, row in zip(reference, found, strict=True):
+        for at in range(0, len(row), CHUNK):
+            one, two = expected[at : at + CHUNK], row[at : at + CHUNK]
+            difference = np.abs(one - two)
+            largest = max(largest, float(difference.max()))
+            mean += float(difference.mean(dtype=np.float64)) * len(one)
+            p, q = log_softmax(one), log_softmax(two)
+            divergence += float((np.exp(p) * (p - q)).sum(dtype=np.float64))
+            best, other = one.argmax(1), two.argmax(1)
+            places = np.arange(len(one))
+            parted = best != other
+            tie = parted & (one[places, best] - one[places, other] <= TIE * scale)
+            positions += len(one)
+            parts += int((parted & ~tie).sum())
+            ties += int(tie.sum())
     return Agreement(
-        positions=len(one),
-        max_difference=float(difference.max()) / scale,
-        mean_difference=float(difference.mean()) / scale,
-        kl=max(0.0, float((np.exp(p) * (p - q)).sum(1, dtype=np.float64).mean())),
-        top1=float(1 - (parted & ~ties).mean()),
-        ties=int(ties.sum()),
+        positions=positions,
+        max_difference=largest / scale,
+        mean_difference=mean / positions / scale,
+        kl=max(0.0, divergence / positions),
+        top1=1 - parts / positions,
+        ties=ties,
     )
 
 

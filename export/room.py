@@ -23,8 +23,9 @@ from fastgen.model import ModelError
 
 FLOAT = 4  # bytes
 LIBRARIES = 600 << 20  # of memory: torch, transformers, and what they hold of a graph
-COPIES = 8  # of the largest matrix, while it is quantised
-LOGITS = 12  # arrays [row, vocabulary], while texts are compared
+COPIES = 10  # of a layer's largest matrix, while it is quantised; two may be packed into one
+MOMENTS = 4  # matrices [in, in] in float64, of its inputs
+LOGITS = 6  # arrays [row, vocabulary], while texts are compared
 AT_HAND = 0.4  # of the machine's memory: float32 weights up to here are kept in a file of their own
 
 # Bytes of a weight in what is written, and in the memory of what runs it.
@@ -37,14 +38,16 @@ class Size:
 
     Attributes:
         weights: how many it has.
-        largest: of its largest matrix.
+        largest: numbers of its largest matrix, but for those of the vocabulary.
+        widest: inputs of a matrix, at most.
         widths: inputs of all matrices together.
-        vocabulary: its largest first dimension.
+        vocabulary: the largest first dimension.
         is_float32: whether all are stored so.
     """
 
     weights: int
     largest: int
+    widest: int
     widths: int
     vocabulary: int
     is_float32: bool
@@ -107,7 +110,8 @@ def needs(size: Size, precision: str, steps: int, may_stay: bool = True) -> Need
     own = may_stay and not size.is_float32 and there is not None and floats > AT_HAND * there
     cast = 0 if size.is_float32 or own else floats
     codes = int(0.6 * size.weights) if precision == "int4" else 0
-    working = FLOAT * (COPIES * size.largest + LOGITS * calibrate.ROW * size.vocabulary)
+    moments = MOMENTS * 8 * size.widest**2 if precision == "int4" else 0
+    working = FLOAT * (COPIES * size.largest + LOGITS * calibrate.ROW * size.vocabulary) + moments
     memory = {
         "libraries": LIBRARIES,
         "weights": max(cast, written, codes),
@@ -142,11 +146,14 @@ def of_model(model: Any) -> Size:
 
 def _size(shapes: list[tuple[str, list[int]]]) -> Size:
     matrices = [shape for _, shape in shapes if len(shape) > 1]
+    vocabulary = max((shape[0] for shape in matrices), default=0)
+    inner = [shape[-2:] for shape in matrices if shape[0] != vocabulary]
     return Size(
         weights=sum(math.prod(shape) for _, shape in shapes),
-        largest=max((math.prod(shape[-2:]) for shape in matrices), default=0),
+        largest=max(map(math.prod, inner), default=0),
+        widest=max((max(shape) for shape in inner), default=0),
         widths=sum(shape[-1] for shape in matrices),
-        vocabulary=max((shape[0] for shape in matrices), default=0),
+        vocabulary=vocabulary,
         is_float32=all(kind == "F32" for kind, _ in shapes if kind[0] in "BF"),
     )
 

@@ -160,6 +160,23 @@ def test_parts_and_threads_give_the_same_model(precision, tmp_path, monkeypatch)
     assert (one / "model.onnx.data").read_bytes() == (two / "model.onnx.data").read_bytes()
 
 
+def test_gptq_by_parts_rounds_as_the_paper_does(monkeypatch):
+    """The same numbers, bit for bit, as one input after the other for all outputs at once."""
+    monkeypatch.setattr(parts, "PART", 1 << 10)
+    weight, x, kernel = matrix(80, 50), matrix(200, 80), Kernel(4, 32)
+    scales = gptq.search_scales(weight, kernel, np.einsum("ti,ti->i", x, x) / len(x))
+    factor, rest, rounded = gptq._inverse_cholesky(x), weight.copy(), np.empty_like(weight)
+    for start in range(0, 80, 32):
+        end = min(start + 32, 80)
+        scale, errors = scales[:, start // 32], np.empty((end - start, 50), np.float32)
+        for i in range(start, end):
+            rounded[i] = np.clip(np.rint(rest[i] / scale), -8, 7) * scale
+            errors[i - start] = (rest[i] - rounded[i]) / factor[i, i]
+            rest[i + 1 : end] -= np.outer(factor[i, i + 1 : end], errors[i - start])
+        rest[end:] -= factor[start:end, end:].T @ errors
+    assert np.array_equal(gptq.gptq(weight, kernel, scales, x), rounded)
+
+
 def test_a_factor_by_halves_is_the_factor_of_the_inverse():
     """What GPTQ needs of the inputs, without inverting their moments: to float32's precision."""
     x = matrix(700, 300) @ matrix(300, 300)
