@@ -72,7 +72,7 @@ LAYERS: dict[str, set[str]] = {
     },
     "generator": {
         "call", "chat", "hub", "jsonfile", "model", "output", "params", "prefix", "processors",
-        "score", "stop", "tensors", "tokenizer", "values",
+        "score", "stop", "tensors", "tokenizer", "tuning", "values",
     },
     "__init__": {"generator", "model", "output", "params", "prefix", "tokenizer"},
     "interrupt": set(),
