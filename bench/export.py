@@ -1,85 +1,186 @@
-"""How much memory an export needs, as multiples of the model's float32 weights.
+"""What an export takes: seconds, memory and disk, beside what others' converters take.
 
-    python bench/export.py --shape smollm-135m --precision fp32 int8 int4
+    python bench/export.py --home DIR --shapes smollm-135m llama-0.5b --precision int8 int4
 
-A process of its own exports a saved model and notes its resident memory every few milliseconds,
-by the step that runs. What the imports of torch and transformers take is told apart.
+Each export is a process of its own (fastgen's `fastgen export` in the driver's environment, the
+others' in environments of their own, which `bench/peers` makes in DIR). It and its children are
+looked at every few milliseconds: anonymous memory is what the system could not have back, since no
+file has its content; resident memory has mapped files besides. Disk is what lies in the target's
+directory at most. onnxruntime-genai's builder and llama.cpp's converter prove nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import shapes
+from peers.engines import adapter
+from peers.home import OFFLINE, WORKER, Home, Unavailable
+from peers.home import size as bytes_below
 
-NEEDED = "RssAnon"  # what no other process could use: mapped files aside
-PAUSE = 0.01  # seconds between two looks at the memory
+PAUSE = 0.02  # seconds between two looks
+LOOKS = 25  # of those for each look at the disk
+OURS, QUICK = "fastgen", "fastgen --quick"
+ENGINES = (OURS, QUICK, "ort_genai", "llama")
+
+
+@dataclass
+class Found:
+    """Of an export.
+
+    Attributes:
+        anonymous, resident, disk: bytes, at most.
+        written: bytes, in the end.
+    """
+
+    seconds: float
+    anonymous: int = 0
+    resident: int = 0
+    disk: int = 0
+    written: int = 0
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=shapes.SHAPES, default="smollm-135m")
-    parser.add_argument("--precision", nargs="+", default=["fp32", "int8", "int4"])
-    parser.add_argument("--source", type=Path, help=argparse.SUPPRESS)  # of the child process
+    parser.add_argument("--home", type=Path, help="where models and environments are kept")
+    parser.add_argument("--shapes", nargs="+", choices=shapes.SHAPES, default=["smollm-135m"])
+    parser.add_argument("--precision", nargs="+", default=["int8", "int4"])
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=[OURS])
+    parser.add_argument("--json", type=Path, help="add a line for each export to this file")
     args = parser.parse_args()
-    if args.source:
-        child(args.source, args.precision[0])
-        return
     with tempfile.TemporaryDirectory() as temporary:
-        source = Path(temporary) / "source"
-        model = shapes.build(args.shape)
-        weights = 4 * sum(p.numel() for p in model.parameters()) / 1e6
-        model.save_pretrained(source)
-        del model
-        print(f"{args.shape}, {weights:,.0f} MB of weights; {shapes.machine(2)}\n")
-        print(
-            "| precision | MB after imports | peak MB | of which the step | more than the imports |"
-        )
-        print("|---|---|---|---|---|")
-        for precision in args.precision:
-            found = json.loads(
-                subprocess.run(
-                    [sys.executable, __file__, "--source", source, "--precision", precision],
-                    check=True, stdout=subprocess.PIPE,
-                ).stdout
-            )  # fmt: skip
-            step, peak = max(found["steps"].items(), key=lambda item: item[1])
-            more = (peak - found["imports"]) / weights
-            print(f"| {precision} | {found['imports']:.0f} | {peak:.0f} | {step} | {more:.2f} |")
-            steps = ", ".join(f"{name} {value:.0f}" for name, value in found["steps"].items())
-            print(f"  {steps}", file=sys.stderr)
+        home = Home(args.home or Path(temporary))
+        print(f"{shapes.machine(2)}\n")
+        print("| shape | precision | by | seconds | MB anonymous | of float32 | MB resident |"
+              " MB of disk | MB written |\n|---|---|---|---|---|---|---|---|---|")  # fmt: skip
+        for shape in args.shapes:
+            source = home.source(shape)
+            floats = 4 * weights(source)
+            for precision in args.precision:
+                for engine in args.engines:
+                    try:
+                        found = export(home, shape, source, engine, precision)
+                    except Unavailable as error:
+                        print(f"{shape} {precision} {engine}: {error}", file=sys.stderr)
+                        continue
+                    print(row(shape, precision, engine, found, floats), flush=True)
+                    if args.json:
+                        line = {
+                            "shape": shape,
+                            "precision": precision,
+                            "by": engine,
+                            "float32": floats,
+                        }
+                        with args.json.open("a") as file:
+                            file.write(json.dumps(line | vars(found)) + "\n")
 
 
-def child(source: Path, precision: str) -> None:
-    """Export, and print the resident memory after the imports and at each step's peak."""
-    from fastgen.export import pipeline
+def row(shape: str, precision: str, engine: str, found: Found, floats: int) -> str:
+    title = engine if engine in (OURS, QUICK) else adapter(engine).title
+    sizes = [
+        f"{n / 1e6:,.0f}" for n in (found.anonymous, found.resident, found.disk, found.written)
+    ]
+    cells = [shape, precision, title, f"{found.seconds:.1f}", sizes[0]]
+    cells += [f"{found.anonymous / floats:.2f}", *sizes[1:]]
+    return f"| {' | '.join(cells)} |"
 
-    imports = shapes.resident(NEEDED)
-    running, peaks, ended = ["load"], {}, threading.Event()
 
-    class Watched(pipeline.Progress):
-        def step(self, name):
-            running[0] = name
-            return super().step(name)
+def weights(source: Path) -> int:
+    """How many numbers the safetensors files of a model hold."""
+    from fastgen.export import room
 
-    def watch() -> None:
-        while not ended.is_set():
-            name = running[0]
-            peaks[name] = max(peaks.get(name, 0), shapes.resident(NEEDED))
-            time.sleep(PAUSE)
+    size = room.of_checkpoint(source)
+    assert size is not None
+    return size.weights
 
-    pipeline.Progress = Watched
-    threading.Thread(target=watch, daemon=True).start()
-    pipeline.export(source, source.parent / precision, precision=precision, allow_mismatch=True)
-    ended.set()
-    print(json.dumps({"imports": imports, "steps": peaks}))
+
+def export(home: Home, shape: str, source: Path, engine: str, precision: str) -> Found:
+    """Convert the model once, anew, and watch it."""
+    with tempfile.TemporaryDirectory(dir=home.path) as temporary:
+        target = Path(temporary) / "out"
+        if engine in (OURS, QUICK):
+            command = [sys.executable, "-m", "fastgen", "export", str(source), str(target)]
+            command += ["--precision", precision, "--allow-mismatch"]
+            command += ["--quick"] if engine == QUICK else []
+        else:
+            target.mkdir()
+            python = home.python(adapter(engine).converter(shape))
+            command = [
+                str(python),
+                str(WORKER),
+                "prepare",
+                engine,
+                str(source),
+                str(target),
+                precision,
+            ]
+        with home.log(f"export-{shape}-{engine}-{precision}".replace(" ", "")).open("w") as log:
+            found = watched(command, Path(temporary), log)
+        if found is None:
+            raise Unavailable(f"failed: see {log.name}")
+        shutil.rmtree(target / "cache", ignore_errors=True)
+        found.written = bytes_below(target)
+        return found
+
+
+def watched(command: list[str], directory: Path, log: object) -> Found | None:
+    """Run a command; None if it fails."""
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | OFFLINE)
+    found, looks = Found(0.0), 0
+    while process.poll() is None:
+        held = [memory(pid) for pid in family(process.pid)]
+        found.anonymous = max(found.anonymous, sum(one for one, _ in held))
+        found.resident = max(found.resident, sum(one for _, one in held))
+        if looks % LOOKS == 0:
+            found.disk = max(found.disk, on_disk(directory))
+        looks += 1
+        time.sleep(PAUSE)
+    found.seconds = time.perf_counter() - start
+    return None if process.returncode else found
+
+
+def family(pid: int) -> Iterator[int]:
+    """A process and its children."""
+    yield pid
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:  # it has ended
+        return
+    for child in children:
+        yield from family(int(child))
+
+
+def memory(pid: int) -> tuple[int, int]:
+    """Bytes that a process holds: anonymous, and resident."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0, 0
+    held = dict(line.split(":", 1) for line in lines)
+    sizes = [int(held.get(name, "0 kB").split()[0]) << 10 for name in ("RssAnon", "VmRSS")]
+    return sizes[0], sizes[1]
+
+
+def on_disk(directory: Path) -> int:
+    """Bytes of the files below a directory, some of which go meanwhile."""
+    total = 0
+    for path in directory.rglob("*"):
+        try:
+            total += path.lstat().st_size
+        except FileNotFoundError:
+            continue
+    return total
 
 
 if __name__ == "__main__":

@@ -29,11 +29,24 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         "max_position_embeddings": 32768, "tie_word_embeddings": True, "rope_theta": 1e6,
         "bos_token_id": 1, "eos_token_id": 2,
     }),
+    "llama-0.5b": ("llama", {
+        "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864,
+        "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
+        "max_position_embeddings": 4096, "tie_word_embeddings": True, "rope_theta": 10000.0,
+        "bos_token_id": 1, "eos_token_id": 2,
+    }),
+    "llama-3b": ("llama", {
+        "vocab_size": 128256, "hidden_size": 3072, "intermediate_size": 8192,
+        "num_hidden_layers": 28, "num_attention_heads": 24, "num_key_value_heads": 8,
+        "head_dim": 128, "max_position_embeddings": 8192, "tie_word_embeddings": True,
+        "rope_theta": 500000.0, "bos_token_id": 1, "eos_token_id": 2, "dtype": "bfloat16",
+    }),
 }  # fmt: skip
+LARGE = {"llama-3b"}  # what is measured only when it is asked for
 
 
 def build(shape: str) -> Any:
-    """A transformers model of that shape, float32, eager attention."""
+    """A transformers model of that shape, float32 where it names no type, eager attention."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -78,7 +78,12 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--engines", nargs="+", choices=NAMES, default=NAMES, metavar="ENGINE",
                         help=f"of {', '.join(NAMES)}")  # fmt: skip
-    parser.add_argument("--shapes", nargs="+", choices=shapes.SHAPES, default=[*shapes.SHAPES])
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        choices=shapes.SHAPES,
+        default=[shape for shape in shapes.SHAPES if shape not in shapes.LARGE],
+    )
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS)
     parser.add_argument("--cases", nargs="+", default=["*"], metavar="PATTERN",
                         help=f"of {', '.join([*cases.CASES, cases.COLD])}")  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -122,16 +123,15 @@ def write_gguf(source: Path, path: Path) -> None:
     """
     import gguf
     import numpy as np
-    from safetensors.numpy import load_file
 
     config = json.loads((source / "config.json").read_text())
     kind = config["model_type"]
     arch = {"gpt2": gguf.MODEL_ARCH.GPT2, "llama": gguf.MODEL_ARCH.LLAMA}[kind]
     layers = config["n_layer"] if kind == "gpt2" else config["num_hidden_layers"]
-    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch], use_temp_file=True)
     describe(writer, config, layers)
     names = gguf.get_tensor_name_map(arch, layers)
-    for name, tensor in load_file(source / "model.safetensors").items():
+    for name, tensor in tensors(source / "model.safetensors"):
         if kind == "gpt2" and name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
             tensor = tensor.T
         for part, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
@@ -144,6 +144,23 @@ def write_gguf(source: Path, path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def tensors(path: Path) -> Iterator[tuple[str, Any]]:
+    """Names and float32 arrays of a safetensors file, one after the other, from F32 or BF16."""
+    import numpy as np
+
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    held = np.memmap(path, np.uint8, "r", offset=8 + length)
+    for name, said in header.items():
+        start, end = said["data_offsets"]
+        bits = held[start:end]
+        if said["dtype"] == "BF16":
+            bits = bits.view(np.uint16).astype(np.uint32) << 16
+        yield name, bits.view(np.float32).reshape(said["shape"])
 
 
 def describe(writer: Any, config: dict[str, Any], layers: int) -> None:
