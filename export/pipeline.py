@@ -179,6 +179,11 @@ class _Place:
     needs: room.Needs | None = None
     spilled: int = 0
 
+    @property
+    def spills(self) -> bool:
+        """Whether its weights go to a file of their own."""
+        return self.needs is not None and self.needs.disk[room.ORIGINAL] > 0
+
     def in_own_types(self, directory: Path) -> bool:
         """Whether the weights of a checkpoint stay as they are; raises for what cannot fit."""
         size = room.of_checkpoint(directory)
@@ -224,12 +229,13 @@ def _original(
     if not isinstance(model, PreTrainedModel):
         loaded = source.load(model, revision, adapter, place.in_own_types)
         if place.needs is None:
-            place.settle(room.of_model(loaded.model), may_stay=False)
-        place.spilled = stored.spill(loaded.model, bundle.parent(place.out))
+            place.settle(room.of_model(loaded.model, is_mapped=False), may_stay=False)
+        if place.spills:
+            place.spilled = stored.spill(loaded.model, bundle.parent(place.out))
         return original.Original(loaded)
     if adapter is not None:
         raise ValueError("adapter goes with a model's name: a model object can be merged by peft")
-    place.settle(room.of_model(model), may_stay=False)
+    place.settle(room.of_model(model, is_mapped=True), may_stay=False)
     return original.Original(source.of_object(model, tokenizer))
 
 

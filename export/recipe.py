@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 OUT_OF_LINE = 2.5  # times the median error of the layers: such a matrix is kept wider
 BUDGET = 0.08  # of the quantised size, for matrices in a wider type
-SAMPLE = 512  # tokens that an error is measured on
+SAMPLE = 256  # tokens that an error is measured on
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ LIBRARIES = 600 << 20  # of memory: torch, transformers, and what they hold of a
 COPIES = 10  # of a layer's largest matrix, while it is quantised; two may be packed into one
 MOMENTS = 4  # matrices [in, in] in float64, of its inputs
 LOGITS = 6  # arrays [row, vocabulary], while texts are compared
+ORIGINAL = "the original in float32"
 AT_HAND = 0.4  # of the machine's memory: float32 weights up to here are kept in a file of their own
 
 # Bytes of a weight in what is written, and in the memory of what runs it.
@@ -42,7 +43,7 @@ class Size:
         widest: inputs of a matrix, at most.
         widths: inputs of all matrices together.
         vocabulary: the largest first dimension.
-        is_float32: whether all are stored so.
+        is_float32: whether all can be used as they are.
     """
 
     weights: int
@@ -118,7 +119,7 @@ def needs(size: Size, precision: str, steps: int, may_stay: bool = True) -> Need
         "work": working,
     }
     disk = {
-        "the original in float32": cast,
+        ORIGINAL: cast,
         "the graph in float32": floats if steps else 0,
         "with keys and values in int8": floats if steps == 2 else 0,
         "activations": FLOAT * calibrate.TOKENS * size.widths if precision != "fp32" else 0,
@@ -138,10 +139,14 @@ def of_checkpoint(directory: Path) -> Size | None:
     return _size(shapes) if shapes else None
 
 
-def of_model(model: Any) -> Size:
-    """What a transformers model has."""
+def of_model(model: Any, is_mapped: bool) -> Size:
+    """What a transformers model has.
+
+    Args:
+        is_mapped: whether its weights need no file of their own: they are in one, or the caller's.
+    """
     seen = {id(p): p for p in model.parameters()}.values()
-    return _size([("F32", list(p.shape)) for p in seen])
+    return _size([("F32" if is_mapped else "BF16", list(p.shape)) for p in seen])
 
 
 def _size(shapes: list[tuple[str, list[int]]]) -> Size:
