@@ -25,6 +25,7 @@ import shrink  # noqa: E402
     [
         ("llava", "llama"),  # it is no causal language model, but holds one
         pytest.param("gemma3", "gemma3_text", marks=pytest.mark.slow),
+        pytest.param("mistral3", "mistral", marks=pytest.mark.slow),
         ("qwen2_vl", "qwen2_vl"),  # transformers has no class for its text part
     ],
 )
