@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import inspect
 import logging
 import warnings
@@ -243,7 +244,7 @@ def convert(model: PreTrainedModel, kept: Kept) -> onnx_ir.Model:
         if some:
             inputs[name], shapes[name] = some, [shape] * len(some)
     with (
-        _quiet(), _pairs_of_slices(), torch.no_grad(), using_attention(model),
+        _quiet(), _pairs_of_slices(), _uncollected(), torch.no_grad(), using_attention(model),
         stored.standing_in(model) as stand_ins,
     ):  # fmt: skip
         try:
@@ -303,6 +304,20 @@ def _pairs_of_slices() -> Iterator[None]:
     finally:
         for rule in slow:
             del rule.try_rewrite
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Tracing makes objects by the million, all of which stay: looking for garbage among them
+    would take a sixth of the time.
+    """
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _at_slices(
