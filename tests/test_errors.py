@@ -115,7 +115,7 @@ def test_a_foreign_directory(tmp_path):
     with pytest.raises(fastgen.ModelError, match="not a fastgen model directory"):
         fastgen.load(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(fastgen.ModelError, match="fastgen export"):
+    with pytest.raises(fastgen.ModelError, match="is not a transformers model: Unrecognized model"):
         fastgen.load(tmp_path)
 
 
