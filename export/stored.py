@@ -22,6 +22,7 @@ from torch.utils import _pytree as trees
 from transformers import PreTrainedModel
 
 LARGE = 1 << 16  # numbers of a weight for which it pays; smaller ones are cast once
+PART = 1 << 20  # numbers of a weight that are cast at a time for a product
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -48,17 +49,39 @@ class Stored(torch.Tensor):
     def __torch_dispatch__(
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is torch.ops.aten.detach.default:
-            return cls(args[0].held)
+        if func in VIEWS:
+            return cls(func(args[0].held))
         if func._schema.is_mutable and args and isinstance(args[0], cls):
             raise RuntimeError(f"{func} would change a weight that is only read")
         if func is torch.ops.aten.embedding.default and isinstance(args[0], cls):
             return func(args[0].held, *args[1:], **(kwargs or {})).float()
+        if func in PRODUCTS and isinstance(args[-1], cls) and not kwargs:
+            return _product(func, args)
         args, kwargs = trees.tree_map_only(cls, cast, (args, kwargs or {}))
         return func(*args, **kwargs)
 
     def __repr__(self) -> str:
         return f"Stored({self.held.dtype}, {tuple(self.held.shape)})"
+
+
+# What only looks at a weight otherwise, and products with one on the right.
+VIEWS = (torch.ops.aten.detach.default, torch.ops.aten.t.default)
+PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+
+
+def _product(func: Any, args: Any) -> torch.Tensor:
+    """A product with a weight, some outputs at a time: what is cast fits into a cache."""
+    *bias, x, weight = args
+    size, out = weight.shape
+    step = max(1, PART // size)
+    made = []
+    for at in range(0, out, step):
+        part = weight.held[:, at : at + step].float()
+        some = [
+            one[..., at : at + step] if one.ndim and one.shape[-1] == out else one for one in bias
+        ]
+        made.append(func(*some, x, part))
+    return made[0] if len(made) == 1 else torch.cat(made, dim=-1)
 
 
 def cast(weight: Stored) -> torch.Tensor:

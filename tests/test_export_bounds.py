@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -50,19 +50,18 @@ def report_of(directory: Path) -> dict[str, Any]:
 
 
 def test_weights_in_their_own_type_give_the_same_files(half, tmp_path, monkeypatch):
-    """Whether the checkpoint becomes float32 as a whole, in a file, or a matrix at a time."""
+    """Whether the checkpoint becomes float32 as a whole, or a matrix at a time."""
     settings = {"precision": "int8", "progress": None, "allow_mismatch": True}
-    plain = pipeline.export(half, tmp_path / "plain", **settings)
     monkeypatch.setattr(stored, "LARGE", 1 << 13)
-    spilled = pipeline.export(half, tmp_path / "spilled", **settings)
+    whole = pipeline.export(half, tmp_path / "whole", **settings)
     monkeypatch.setattr(room, "AT_HAND", 0)
     cast: list[int] = []
     real = stored.cast
     monkeypatch.setattr(stored, "cast", lambda weight: cast.append(1) or real(weight))
     own = pipeline.export(half, tmp_path / "own", **settings)
-    assert content(plain) == content(spilled) == content(own)
+    assert content(whole) == content(own)
     assert "weights stay in their own type" in report_of(own)["steps"][0]["found"] and cast
-    assert "own type" not in report_of(spilled)["steps"][0]["found"]
+    assert "own type" not in report_of(whole)["steps"][0]["found"]
     assert not report_of(own)["fp32"]["mismatch"]
 
 
@@ -82,7 +81,10 @@ def test_a_stored_weight_computes_as_its_cast(monkeypatch):
     assert isinstance(model.lm_head.weight, stored.Stored)
     assert model.lm_head.weight is model.model.embed_tokens.weight  # tied as before
     with torch.no_grad():
-        assert torch.equal(model(ids).logits, in_bf16().float()(ids).logits)
+        logits = in_bf16().float()(ids).logits
+        assert torch.equal(model(ids).logits, logits)
+        monkeypatch.setattr(stored, "PART", 640)  # some outputs at a time
+        torch.testing.assert_close(model(ids).logits, logits)
         with pytest.raises(RuntimeError, match="only read"):
             model.lm_head.weight.add_(1)
 
@@ -95,40 +97,25 @@ def test_a_model_whose_buffers_lost_bits_does_not_keep_its_types():
 
 # --- bounds -------------------------------------------------------------------------------------
 
-MEASURED = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
-import tiny, torch
-torch.set_num_threads(1)
-from fastgen.export import export, pipeline, progress
-import onnxscript, transformers.models.llama.modeling_llama
-export(tiny.build("llama"), sys.argv[3], precision="int8", progress=None, allow_mismatch=True)
-before = progress.memory()
-out = export(sys.argv[2], sys.argv[4], precision=sys.argv[5], progress=None, allow_mismatch=True)
-print(json.dumps(vars(before)))
-"""
-
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell")
 @pytest.mark.parametrize("precision", ["int8", pytest.param("int4", marks=pytest.mark.slow)])
-def test_an_export_is_within_its_bound(precision, tmp_path):
-    """At most 1.3 times the float32 weights that no file holds, beside what libraries take."""
+def test_an_export_is_within_its_bound(half, precision, tmp_path):
+    """At most 1.3 times the float32 weights that no file holds, beside what was there before."""
     config = AutoConfig.for_model(
-        "llama", vocab_size=8000, hidden_size=768, intermediate_size=3072, num_hidden_layers=3,
+        "llama", vocab_size=16000, hidden_size=768, intermediate_size=1536, num_hidden_layers=2,
         num_attention_heads=12, num_key_value_heads=4, max_position_embeddings=256,
     )  # fmt: skip
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "source")
-    found = subprocess.run(
-        [sys.executable, "-c", MEASURED, Path(__file__).parent, tmp_path / "source",
-         tmp_path / "warm", tmp_path / "out", precision],
-        check=True, stdout=subprocess.PIPE, timeout=600,
-    )  # fmt: skip
-    before = json.loads(found.stdout)
-    peaks = report_of(tmp_path / "out")["peaks"]
+    source, settings = tmp_path / "source", {"progress": None, "allow_mismatch": True}
+    AutoModelForCausalLM.from_config(config).save_pretrained(source)
+    pipeline.export(half, tmp_path / "first", precision=precision, **settings)  # what stays loaded
+    gc.collect()
+    before = progress.memory().anonymous
+    out = pipeline.export(source, tmp_path / "out", precision=precision, **settings)
+    peaks = report_of(out)["peaks"]
     floats = peaks["float32_weights"]
-    assert floats > 150e6
-    assert peaks["anonymous"] - before["anonymous"] < 1.3 * floats
+    assert floats > 100e6
+    assert peaks["anonymous"] - before < 1.3 * floats
     assert peaks["resident"] > peaks["anonymous"]
     assert peaks["disk"] > floats  # the graph that is proved, while it is there
 
