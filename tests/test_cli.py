@@ -466,5 +466,6 @@ with heard():
     except KeyboardInterrupt:
         print("heard")
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    with interrupt(signal.SIG_DFL):
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.stdout, done.stderr, done.returncode) == ("heard\n", "", 0)
