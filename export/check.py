@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # a folder is compared without torch
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 DECODED = 8  # last tokens of each probe that are fed one at a time
+AT_ONCE = 128 << 20  # bytes of a prefill's logits that are asked at once
 NEW_TOKENS = 24  # of the greedy continuation
 TIE = 1e-4  # two best logits nearer than this times the largest are a tie: either may win
 
@@ -175,22 +176,34 @@ def reference_continuation(
 
 
 def exported_logits(model: Model, rows: Sequence[NDArray[np.int64]]) -> list[NDArray[np.float32]]:
-    """The export's logits of the same rows: one ragged prefill, then token by token together."""
-    cache = model.new_cache(len(rows), 2 * max(len(row) for row in rows))
+    """The export's logits of the same rows: one ragged prefill, then token by token together.
+
+    Where logits of all positions would take much memory, the prefill is asked again from scratch
+    for those that are missing.
+    """
+    vocab = model.info.vocab_size
+    found = [np.empty((len(row), vocab), np.float32) for row in rows]
     heads = [row[: max(1, len(row) - DECODED)] for row in rows]
-    positions = np.minimum(
-        np.arange(max(len(head) for head in heads)), np.array([[len(h) - 1] for h in heads])
-    )
-    logits = model.forward(heads, cache, logits_positions=positions)
-    parts = [[logits[i, : len(head)].copy()] for i, head in enumerate(heads)]
+    last = np.array([[len(head) - 1] for head in heads])
+    width = int(last.max()) + 1
+    asked = max(CHUNK, AT_ONCE // (found[0].itemsize * vocab * len(rows)))
+    for start in range(0, width, asked):
+        cache = model.new_cache(len(rows), 2 * max(len(row) for row in rows))
+        places = np.minimum(np.arange(start, min(start + asked, width)), last)
+        logits = model.forward(heads, cache, logits_positions=places)
+        for i, head in enumerate(heads):
+            end = min(start + asked, len(head))
+            found[i][start:end] = logits[i, : max(0, end - start)]
+        del logits
+    cache.bindings.clear()
     for step in range(max(len(row) - len(head) for row, head in zip(rows, heads, strict=True))):
         # A row that is through repeats its last token: the others must not notice.
         at = [min(len(head) + step, len(row) - 1) for row, head in zip(rows, heads, strict=True)]
         logits = model.forward([row[a : a + 1] for row, a in zip(rows, at, strict=True)], cache)
         for i, (row, head) in enumerate(zip(rows, heads, strict=True)):
             if len(head) + step < len(row):
-                parts[i].append(logits[i].copy())
-    return [np.concatenate(part) for part in parts]
+                found[i][len(head) + step] = logits[i, 0]
+    return found
 
 
 def compare(

@@ -15,7 +15,7 @@ import onnx_ir
 import pytest
 import tiny
 import torch
-from fastgen.export import bundle, pipeline, progress, room, stored, trim
+from fastgen.export import bundle, check, pipeline, progress, room, stored, trim
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import fastgen
@@ -211,3 +211,11 @@ def test_a_graph_reads_its_weights_from_the_file_it_was_written_to(pair, tmp_pat
     large = [v.const_value for v in graph.graph.initializers.values() if v.const_value.nbytes > 256]
     assert {Path(tensor.path) for tensor in large} == {tmp_path / "model.onnx.data"}
     assert len(made) == 1 and np.array_equal(lazy.const_value.numpy(), array.T)
+
+
+def test_logits_asked_by_parts_are_the_same(ours, monkeypatch):
+    rows = [np.random.default_rng(n).integers(0, tiny.VOCAB, n) for n in (11, 90, 3, 1)]
+    whole = check.exported_logits(ours.model, rows)
+    monkeypatch.setattr(check, "AT_ONCE", 1)
+    for one, other in zip(whole, check.exported_logits(ours.model, rows), strict=True):
+        assert np.array_equal(one, other)
