@@ -24,12 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import shapes
+from fastgen.export.progress import LOOKS, PAUSE, memory, on_disk
 from peers.engines import adapter
 from peers.home import OFFLINE, WORKER, Home, Unavailable
 from peers.home import size as bytes_below
 
-PAUSE = 0.02  # seconds between two looks
-LOOKS = 25  # of those for each look at the disk
 OURS, QUICK = "fastgen", "fastgen --quick"
 ENGINES = (OURS, QUICK, "ort_genai", "llama")
 
@@ -140,8 +139,8 @@ def watched(command: list[str], directory: Path, log: object) -> Found | None:
     found, looks = Found(0.0), 0
     while process.poll() is None:
         held = [memory(pid) for pid in family(process.pid)]
-        found.anonymous = max(found.anonymous, sum(one for one, _ in held))
-        found.resident = max(found.resident, sum(one for _, one in held))
+        found.anonymous = max(found.anonymous, sum(one.anonymous or 0 for one in held))
+        found.resident = max(found.resident, sum(one.resident or 0 for one in held))
         if looks % LOOKS == 0:
             found.disk = max(found.disk, on_disk(directory))
         looks += 1
@@ -159,28 +158,6 @@ def family(pid: int) -> Iterator[int]:
         return
     for child in children:
         yield from family(int(child))
-
-
-def memory(pid: int) -> tuple[int, int]:
-    """Bytes that a process holds: anonymous, and resident."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return 0, 0
-    held = dict(line.split(":", 1) for line in lines)
-    sizes = [int(held.get(name, "0 kB").split()[0]) << 10 for name in ("RssAnon", "VmRSS")]
-    return sizes[0], sizes[1]
-
-
-def on_disk(directory: Path) -> int:
-    """Bytes of the files below a directory, some of which go meanwhile."""
-    total = 0
-    for path in directory.rglob("*"):
-        try:
-            total += path.lstat().st_size
-        except FileNotFoundError:
-            continue
-    return total
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,27 +22,17 @@ INLINE = 256  # bytes of a constant that stays in the graph itself, at most
 def directory(out: Path, force: bool) -> Iterator[Path]:
     """A temporary neighbour of `out` that takes its place at the end, or leaves nothing.
 
-    A process that is killed cannot clean up: the next one that writes `out` does it.
-
     Raises:
         ModelError: see `check_free`.
     """
     place = check_free(out, force)
     made = [parent for parent in place.parents if not parent.exists()]
     place.parent.mkdir(parents=True, exist_ok=True)
-    swap.remove_stale(place)
-    temporary = swap.neighbour(place, "new")
     try:
-        os.chmod(temporary, 0o777 & ~_umask())
-        with swap.claimed(temporary):
+        with swap.appearing(place) as temporary:
             yield temporary
             _check_replaceable(place, force)  # it may have come meanwhile
-            if place.exists():
-                swap.replace(temporary, place)
-            else:
-                temporary.rename(place)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
         for parent in made:
             with suppress(OSError):  # it holds something by now
                 parent.rmdir()
@@ -91,12 +80,6 @@ def _check_replaceable(out: Path, force: bool) -> None:
         raise ModelError(f"{out} exists: choose another name, or replace it with --force")
     if not (out / INFO).is_file():
         raise ModelError(f"{out} is not a fastgen model directory: --force does not replace it")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def save(graph: onnx_ir.Model, path: Path) -> None:

@@ -28,7 +28,7 @@ OF_THIS_MACHINE = {"name_or_path", "is_local", "local_files_only", "vocab_file",
 class Original:
     """A transformers model. See `origin.Origin`."""
 
-    label, first = "torch", "fp32"
+    first = "fp32"
     tolerance = check.Tolerance()
 
     def __init__(self, loaded: Source) -> None:

@@ -50,14 +50,20 @@ class Peaks:
                 setattr(self, name, max(value, getattr(self, name) or 0))
 
 
-def memory() -> Peaks:
-    """What this process holds now, by the system's own account of it (Linux)."""
+def memory(process: int | str = "self") -> Peaks:
+    """What a process holds now, by the system's own account of it (Linux).
+
+    Of one that has ended, and elsewhere, nothing is known.
+    """
     try:
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
     except OSError:
         return Peaks()
     held = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
-    size = {name: int(held[name].split()[0]) << 10 for name in ("RssAnon", "RssShmem", "VmRSS")}
+    size = {
+        name: int(held.get(name, "0 kB").split()[0]) << 10
+        for name in ("RssAnon", "RssShmem", "VmRSS")
+    }
     return Peaks(size["RssAnon"] + size["RssShmem"], size["VmRSS"])
 
 
@@ -106,12 +112,12 @@ class Watch:
     def _look(self, disk: bool) -> None:
         now = memory()
         if disk and self.directory is not None:
-            now.disk = self.unseen + _size(self.directory)
+            now.disk = self.unseen + on_disk(self.directory)
         for peaks in (self._since_start, self._since_step):
             peaks.see(now)
 
 
-def _size(directory: Path) -> int:
+def on_disk(directory: Path) -> int:
     """Bytes of the files below a directory, some of which may go meanwhile."""
     total = 0
     for path in directory.rglob("*"):

@@ -35,6 +35,33 @@ def neighbour(out: Path, kind: str, parent: Path | None = None) -> Path:
     return Path(tempfile.mkdtemp(prefix=f".{out.name}.{kind}.", dir=parent or out.parent))
 
 
+@contextmanager
+def appearing(out: Path) -> Iterator[Path]:
+    """A temporary neighbour of `out` that takes its place at the end, or leaves nothing.
+
+    A process that is killed cannot clean up: the next one that writes `out` does it.
+    """
+    remove_stale(out)
+    new = neighbour(out, "new")
+    try:
+        new.chmod(0o777 & ~_umask())  # what makes temporary directories gives them to one user
+        with claimed(new):
+            yield new
+            if out.exists():
+                replace(new, out)
+            else:
+                new.rename(out)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _umask() -> int:
+    """The mask of new files' modes, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def replace(new: Path, out: Path) -> None:
     """Give `new` the name of `out`, which goes, or has the name of `new`. Both are directories."""
     if _exchange(new, out):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shutil
 from pathlib import Path
 
 from fastgen import extras, hub, swap
@@ -45,17 +44,8 @@ def _copied(uri: str, place: Path) -> Path:
             info = file.read()
         if (place / INFO).is_file() and (place / INFO).read_bytes() == info:
             return place
-        swap.remove_stale(place)
-        new = swap.neighbour(place, "new")
-        with swap.claimed(new):
-            try:
-                fs.copy_files(path, str(new), source_filesystem=system)
-                if place.exists():
-                    swap.replace(new, place)
-                else:
-                    new.rename(place)
-            finally:
-                shutil.rmtree(new, ignore_errors=True)
+        with swap.appearing(place) as new:
+            fs.copy_files(path, str(new), source_filesystem=system)
     except (OSError, ValueError) as error:  # of pyarrow's: of the network, the store, the name
         raise ModelError(f"{uri} cannot be had: {error}") from error
     return place

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,7 +103,8 @@ def run(
     try:
         if place is None:
             return _write(ray.data, made, out, wanted)
-        return _appear(place, lambda new: _write(ray.data, made, new, wanted))
+        with swap.appearing(place) as new:
+            return _write(ray.data, made, str(new), wanted)
     except ray.exceptions.RayError as error:
         told = TOLD.findall(str(error))
         if not told:
@@ -188,27 +188,3 @@ def _counted(table: Any) -> dict[str, NDArray[np.int64]]:
     """How many rows there are, and how many of them came to nothing."""
     rows = table.num_rows
     return {"rows": np.array([rows]), "bad": np.array([rows - table.column("error").null_count])}
-
-
-def _appear(place: Path, write: Callable[[str], tuple[int, int]]) -> tuple[int, int]:
-    """Let a directory appear when it is whole."""
-    swap.remove_stale(place)
-    new = swap.neighbour(place, "new")
-    with swap.claimed(new):
-        try:
-            found = write(str(new))
-            new.chmod(0o777 & ~_umask())
-            if place.exists():
-                swap.replace(new, place)
-            else:
-                new.rename(place)
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
-    return found
-
-
-def _umask() -> int:
-    """The mask of new files' modes, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
