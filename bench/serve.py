@@ -155,14 +155,20 @@ def worker(python: Path, engine: str, directory: Path, threads: int, log: Path) 
     ):
         assert process.stdin and process.stdout
 
-        def ask(**request: Any) -> Answers:
-            assert process.stdin and process.stdout
-            process.stdin.write(json.dumps(request) + "\n")
-            process.stdin.flush()
+        def said() -> str:
+            assert process.stdout
             line = process.stdout.readline()
             if not line:
                 raise SystemExit(f"{engine} ended: see {log}")
-            return json.loads(line)  # type: ignore[no-any-return]
+            return line
+
+        def ask(**request: Any) -> Answers:
+            assert process.stdin
+            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.flush()
+            return json.loads(said())  # type: ignore[no-any-return]
+
+        said()  # it is ready: what it measures of itself is not measured while others load
 
         try:
             yield ask
@@ -212,13 +218,12 @@ def throughput(args: argparse.Namespace, shape: str, all_: dict[str, Side]) -> N
     rates: dict[tuple[str, int], list[float]] = defaultdict(list)
     for turn in range(args.rounds + 1):  # the first warms up
         source = random.Random(turn)
-        count = args.requests if turn else 4
-        new = [source.randrange(32, 65) for _ in range(count)]
         for clients in (1, *CLIENTS):
+            count = args.alone if clients == 1 else args.requests * clients
+            new = [source.randrange(32, 65) for _ in range(count)]
             prompts = [ids(source, shape, source.randrange(16, 65)) for _ in new]
-            some = args.alone if clients == 1 else count
             for name, side in all_.items():
-                answer = side(do="loop", prompts=prompts[:some], new=new[:some], clients=clients)
+                answer = side(do="loop", prompts=prompts, new=new, clients=clients)
                 if turn:
                     rates[name, clients].append(answer["tokens"] / answer["seconds"])
     for name in all_:
@@ -264,8 +269,8 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=[DEMO, *shapes.SHAPES], default=[DEMO])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS])
     parser.add_argument("--peers", action="store_true", help="beside OpenVINO GenAI and llama.cpp")
-    parser.add_argument("--requests", type=int, default=32)
-    parser.add_argument("--alone", type=int, default=12, help="of them one after another")
+    parser.add_argument("--requests", type=int, default=3, help="of each of many clients")
+    parser.add_argument("--alone", type=int, default=12, help="requests one after another")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--home", type=Path, default=os.environ.get("FASTGEN_BENCH_HOME"),

@@ -221,6 +221,8 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # engines write to stdout
     engine = ENGINES[name](Path(directory), int(threads))
+    answers.write("ready\n")
+    answers.flush()
     for line in sys.stdin:
         request = json.loads(line)
         what = {"loop": loop, "stall": stall}[request.pop("do")]

@@ -116,8 +116,9 @@ def made_up(vocab_size: int) -> Any:
 def row(name: str, model: fastgen.CausalLM, tokenizer: Any, rounds: int) -> str:
     """The line of the table for a model."""
     ids = tokenizer.encode(PROMPT)
-    eos = model.generation_config.eos_token_id
-    common: dict[str, Any] = {"tokenizer": tokenizer, "eos_token_id": 2 if eos is None else eos}
+    made_up = model.tokenizer is None
+    eos = tokenizer.index("</s>") if made_up else model.generation_config.eos_token_id
+    common: dict[str, Any] = {"tokenizer": tokenizer, "eos_token_id": eos}
     forms: dict[str, Any] = {"json_schema": SCHEMA, "max_new_tokens": 450, **common}
     text = model.generate(ids, **forms)[0][len(ids) :]
     json.loads(tokenizer.decode(text))

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastgen.memory import lazy_zeros
+
 STEP = 256  # tokens: buffers grow by multiples, so that they do not grow at every call
 AT_ONCE = 1 << 18  # bytes of all layers that are copied in one assignment
 
@@ -63,7 +65,7 @@ class Cache:
 
     def _allocate(self) -> dict[tuple[int, int], NDArray[Any]]:
         return {
-            (heads, dim): np.zeros(
+            (heads, dim): lazy_zeros(
                 (2 * len(layers), self.rows, heads, self.capacity, dim), self.dtype
             )
             for (heads, dim), layers in self._layers.items()

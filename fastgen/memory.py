@@ -1,11 +1,36 @@
-"""Memory that is mapped from a file and was read once: give it back to the system."""
+"""Memory of which only a part is used: what the system gives by the page, and takes back."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import math
+import mmap
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
 MADV_PAGEOUT = 21  # Linux 5.4: drop clean pages now, read them again when they are wanted
+
+
+def lazy_zeros(shape: Sequence[int], dtype: DTypeLike) -> NDArray[np.generic]:
+    """`np.zeros` of which what is never written takes no memory, but for a page at each end of
+    what is.
+
+    numpy asks for huge pages, where the first byte that is written takes two megabytes, and the
+    time to zero them: a cache whose rows are half as long as they may become would be all there.
+    """
+    count = math.prod(shape)
+    size = count * np.dtype(dtype).itemsize
+    if not size:
+        return np.zeros(shape, dtype)
+    memory = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, dtype, count).reshape(shape)
 
 
 def page_out(path: Path) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastgen import PrefixCache
+from fastgen.cache import Cache
 from fastgen.prefill import CHUNK
 from fastgen.schedule import Scheduler, bytes_of, fitting_chunk
 
@@ -242,3 +245,17 @@ def test_calls_with_equal_knobs_go_through_their_processors_together(pair):
         one.request.chain
         is not model.call([[5]], max_new_tokens=3, **knobs | {"top_k": 8}).request.chain
     )
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="asks Linux")
+def test_what_no_row_reaches_takes_no_memory() -> None:
+    def resident() -> int:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        return pages * mmap.PAGESIZE
+
+    cache = Cache([(4, 64)] * 8, rows=16, capacity=4096)
+    before = resident()
+    for view in cache.slots(0, 16):
+        view[:, :, :10] = 1
+    assert cache.size == 2**30
+    assert resident() - before < 2**25

@@ -68,7 +68,8 @@ def serve(
             loaded = load(model, threads, "MODEL")
             made = app(loaded, name=name, api_key=api_key, cors=cors, grace=grace, **given)
             server = Server(made, grace, ready=lambda: say(f"fastgen: serving at {_url(place)}"))
-            asyncio.run(server.serve(sockets=[place]))
+            with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
+                runner.run(server.serve(sockets=[place]))
 
 
 def _listening(host: str, port: int) -> socket.socket:
