@@ -32,7 +32,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-0.5b": ("llama", {
         "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864,
         "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
-        "max_position_embeddings": 4096, "tie_word_embeddings": True, "rope_theta": 10000.0,
+        "max_position_embeddings": 40960, "tie_word_embeddings": True, "rope_theta": 10000.0,
         "bos_token_id": 1, "eos_token_id": 2,
     }),
     "llama-3b": ("llama", {
