@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,7 +16,7 @@ sys.path.append(str(BENCH))
 
 import shapes  # noqa: E402
 from peers import cases, report, worker  # noqa: E402
-from peers.engines import BASE, NAMES, Engine, adapter, left_padded  # noqa: E402
+from peers.engines import BASE, NAMES, OURS, Engine, adapter, left_padded  # noqa: E402
 from peers.home import Home, Unavailable  # noqa: E402
 
 
@@ -31,6 +32,7 @@ class Counting(Engine):
     def generate(self, prompts: list[list[int]], new: int, beams: int) -> list[list[int]]:
         if beams > 1:
             raise NotImplementedError("no beams")
+        self.first = time.perf_counter()
         return [[prompt[-1] + i + 1 for i in range(new)] for prompt in prompts]
 
 
@@ -46,7 +48,7 @@ def test_a_worker_answers_every_request_with_one_line() -> None:
     loaded, generated, held = asked(load, go, {"do": "memory"})
     assert loaded == {}
     assert generated["ids"] == [[7, 8, 9], [10, 11, 12]]
-    assert generated["seconds"] >= 0 and generated["spun"] >= 0
+    assert generated["seconds"] >= generated["first"] > 0 and generated["spun"] >= 0
     assert held["peak"] > 0
 
 
@@ -71,6 +73,7 @@ def test_cases_are_chosen_by_pattern() -> None:
     assert cases.chosen(["*"]) == [*cases.CASES, cases.COLD]
     assert cases.chosen(["cold", "greedy-*"]) == ["greedy-16", "greedy-256", "cold"]
     assert len(cases.chosen(["beams-*"])) == 20
+    assert cases.chosen(["long-*"]) == [name for name in cases.CASES if name not in cases.USUAL]
     with pytest.raises(ValueError, match="no case matches 'nothing'"):
         cases.chosen(["nothing"])
 
@@ -78,7 +81,7 @@ def test_cases_are_chosen_by_pattern() -> None:
 def test_every_engine_has_its_files() -> None:
     for name in NAMES:
         engine = adapter(name)
-        needed = {name, *map(engine.converter, shapes.SHAPES)} - {None}
+        needed = {engine.environment or name, *map(engine.converter, shapes.SHAPES)} - {None}
         for requirements in needed:
             text = (BENCH / "peers" / "requirements" / f"{requirements}.txt").read_text()
             pins = [line for line in text.splitlines() if line and not line.startswith("#")]
@@ -133,6 +136,13 @@ LINES: list[dict[str, Any]] = [
         ]
         for turn, drift in enumerate([1.0, 2.0, 1.0], 1)
     ),
+    *(
+        {"kind": "time", "shape": "tiny", "engine": engine, "precision": "int8", "case": "chat",
+         "round": turn, "seconds": 2.0 + turn, "first": first, "tokens": 128, "equal": None,
+         "spun": 0.0}
+        for engine, first in [("ours", 0.46), ("ours_int8_keys", 0.73), ("ct2", None)]
+        for turn in (1, 2, 3)
+    ),
     {"kind": "check", "shape": "tiny", "engine": "ours", "precision": "int8", "equal": 0.5,
      "equal_first": 0.875},
     {"kind": "absent", "shape": "tiny", "engine": "llama", "precision": "int4", "case": "*",
@@ -150,11 +160,29 @@ def test_tables_show_medians_ratios_and_reasons() -> None:
     assert "| fastgen fp32 | **25.0** (4.00) |" in text
     assert "| CTranslate2 float32 | 50.0 (2.00) |" in text
     assert "| fastgen int8 | **12.5** (8.00) |" in text
+    assert "|  | fastgen fp32 | fastgen int8 | fastgen int8, 8-bit keys |" in text
     assert "| 16 -> 64 | 2.00 (CTranslate2) | - | - |" in text
+    assert "| chat turn, 512 -> 128 | - | 1.00 (CTranslate2) | 1.00 (CTranslate2) |" in text
     assert "| fastgen int8 | 0.25 | 145 | 200 | 180 |" in text
     assert "that are transformers': fastgen int8 88%" in text
     assert "- llama.cpp Q4_0: cannot be installed" in text
     assert "- CTranslate2 float32, greedy-16: 50.0% of transformers' tokens" in text
+
+
+def test_tables_tell_the_wait_for_the_first_token_from_the_pace_after_it() -> None:
+    text = report.markdown(LINES)
+    assert "|  | 512 -> 128: first, s | then ms a token |" in text
+    assert "| fastgen int8 | 0.46 | 27.9 |" in text  # 4 s but 0.46, over 127 tokens
+    assert "| fastgen int8, 8-bit keys | 0.73 | 25.7 |" in text
+    assert "| CTranslate2 int8 | - | - |" in text
+
+
+def test_only_fastgen_reads_the_longest_prompts() -> None:
+    longest = cases.LONG[-1]
+    able = {name for name in NAMES if not adapter(name).refuses(longest)}
+    assert able == set(OURS)
+    assert not any(adapter(name).refuses(cases.LONG[0]) for name in NAMES)
+    assert "beam" in adapter("llama").refuses(cases.CASES["beams-2-new-4"])
 
 
 def test_tables_of_a_partial_run_need_no_transformers() -> None:

@@ -2,11 +2,13 @@
 
     python bench/peers --home DIR --json results.jsonl --picture results.png
     python bench/peers --engines transformers_eager ct2 ours --cases greedy-16 'beams-*' --rounds 3
+    python bench/peers --shapes llama-0.5b --cases 'long-*' --rounds 1
     python bench/peers --report results.jsonl --picture results.png
 
 Run it with the Python that has fastgen's `export` extra. Each engine gets an environment of its own
 from `requirements/`, and each model is converted once; `--home` keeps both for the next run. An
-engine that cannot be installed is left out, and said so.
+engine that cannot be installed is left out, and said so. `--make` converts what is missing and
+measures nothing: the run after it needs a quiet machine only for as long as it measures.
 """
 
 from __future__ import annotations
@@ -32,6 +34,11 @@ from peers.home import CHECKOUT, Home, Unavailable  # noqa: E402
 from peers.workers import Failed, Worker  # noqa: E402
 
 PRECISIONS = ("fp32", "int8", "int4")
+SHAPES = {  # what is measured by default, and in which precisions
+    "distilgpt2": PRECISIONS,
+    "smollm-135m": PRECISIONS,
+    "llama-0.5b": ("int8", "int4"),
+}
 COLD_STARTS = 3
 FIRST_TOKENS = 32  # prompts of the check
 
@@ -78,19 +85,17 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--engines", nargs="+", choices=NAMES, default=NAMES, metavar="ENGINE",
                         help=f"of {', '.join(NAMES)}")  # fmt: skip
-    parser.add_argument(
-        "--shapes",
-        nargs="+",
-        choices=shapes.SHAPES,
-        default=[shape for shape in shapes.SHAPES if shape not in shapes.LARGE],
-    )
-    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS)
-    parser.add_argument("--cases", nargs="+", default=["*"], metavar="PATTERN",
-                        help=f"of {', '.join([*cases.CASES, cases.COLD])}")  # fmt: skip
+    parser.add_argument("--shapes", nargs="+", choices=shapes.SHAPES, default=list(SHAPES))
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS,
+                        help="all; int8 and int4 of the shape of half a billion")  # fmt: skip
+    known = ", ".join([*cases.CASES, cases.COLD])
+    parser.add_argument("--cases", nargs="+", default=cases.USUAL, metavar="PATTERN",
+                        help=f"of {known}; all but long-*, which are slow")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=5, help="after one that warms up")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--home", type=Path, default=os.environ.get("FASTGEN_BENCH_HOME"),
                         help="keeps environments and models; else temporary")  # fmt: skip
+    parser.add_argument("--make", action="store_true", help="measure nothing: convert models")
     parser.add_argument("--json", type=Path, help="write what was measured, as JSON lines")
     parser.add_argument("--picture", type=Path, help="draw a PNG; needs matplotlib")
     parser.add_argument("--report", type=Path, nargs="+", help="measure nothing: read such files")
@@ -111,11 +116,15 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         lines.add("machine", text=shapes.machine(args.threads), commit=commit(), rounds=args.rounds)
         for shape in args.shapes:
             workers = list(ready(args, home, shape, lines))
+            if args.make:
+                continue
             try:
                 check(shape, workers, lines)
                 for name in args.cases:
                     if name == cases.COLD:
                         cold(shape, workers, lines)
+                    elif cases.CASES[name].positions > positions(shape):
+                        progress(f"{shape} {name}: it has {positions(shape)} positions")
                     else:
                         run(shape, cases.CASES[name], workers, args.rounds, lines)
             finally:
@@ -123,7 +132,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
                     worker.stop()
         for name in args.engines:
             with contextlib.suppress(Unavailable):
-                size = home.megabytes(name)
+                size = home.megabytes(adapter(name).environment or name)
                 lines.add("installed", engine=name, megabytes=size)
     return lines.all
 
@@ -131,7 +140,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 def ready(args: argparse.Namespace, home: Home, shape: str, lines: Lines) -> Iterator[Worker]:
     """The workers of a shape, with all that they need made; says which cannot be had."""
     for name in args.engines:
-        for precision in args.precisions:
+        for precision in args.precisions or SHAPES.get(shape, PRECISIONS):
             if precision not in adapter(name).precisions:
                 continue
             try:
@@ -152,7 +161,8 @@ def check(shape: str, workers: list[Worker], lines: Lines) -> None:
     for worker in list(workers):
         try:
             ids = worker.generate(cases.TEXT, text)["ids"]
-            first = [worker.generate(cases.FIRST, start)["ids"][0] for start in starts]
+            asked = starts if expected or worker.name == BASE else []
+            first = [worker.generate(cases.FIRST, start)["ids"][0] for start in asked]
         except Failed as error:
             progress(f"{shape} {worker.name} {worker.precision}: {error}")
             lines.absent(shape, (worker.name, worker.precision), "*", error)
@@ -172,17 +182,17 @@ def check(shape: str, workers: list[Worker], lines: Lines) -> None:
 
 
 def run(shape: str, case: cases.Case, workers: list[Worker], rounds: int, lines: Lines) -> None:
-    """Time a case: each round asks every worker in turn, with the same new prompts."""
+    """Time a case: each round asks every worker in turn, with the same new prompts.
+
+    A round that is not timed warms up, but for long prompts, most of whose time is warm anyway.
+    """
     able = []
     for worker in workers:
-        reason = worker.engine.refuses(
-            shape, worker.precision, len(case.lengths), case.ragged, case.beams
-        )
-        if reason:
+        if reason := worker.engine.refuses(case):
             lines.absent(shape, (worker.name, worker.precision), case.name, reason)
         else:
             able.append(worker)
-    for turn in range(rounds + 1):  # the first warms up
+    for turn in range(1 if case in cases.LONG else 0, rounds + 1):
         progress(f"{shape} {case.name} round {turn}/{rounds}")
         prompts = cases.prompts(case, vocabulary(shape), turn)
         expected = None
@@ -200,7 +210,7 @@ def run(shape: str, case: cases.Case, workers: list[Worker], rounds: int, lines:
                 lines.add(
                     "time", shape=shape, engine=worker.name, precision=worker.precision,
                     case=case.name, round=turn, seconds=answer["seconds"],
-                    tokens=case.new * len(case.lengths),
+                    first=answer["first"], tokens=case.new * len(case.lengths),
                     equal=agreement(answer["ids"], expected), spun=answer["spun"],
                 )  # fmt: skip
 
@@ -248,6 +258,11 @@ def agreement(ids: list[list[int]], expected: list[list[int]] | None) -> float |
 def vocabulary(shape: str) -> int:
     kind, settings = shapes.SHAPES[shape]
     return settings.get("vocab_size", {"gpt2": 50257}.get(kind))
+
+
+def positions(shape: str) -> int:
+    kind, settings = shapes.SHAPES[shape]
+    return settings.get("max_position_embeddings", {"gpt2": 1024}.get(kind))
 
 
 def commit() -> str:

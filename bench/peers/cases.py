@@ -38,23 +38,36 @@ class Case:
         """Whether the prompts differ in length."""
         return len(set(self.lengths)) > 1
 
+    @property
+    def positions(self) -> int:
+        """What a row takes of a model's context."""
+        return max(self.lengths) + self.new
+
 
 def _beams(beams: int, new: int) -> Case:
     title = f"{beams} beam{'s' if beams > 1 else ''}, {BEAM_PROMPT} -> {new}"
     return Case(f"beams-{beams}-new-{new}", title, (BEAM_PROMPT,), new, beams)
 
 
+CHAT = Case("chat", "chat turn, 512 -> 128", (512,), 128)
+# So slow that they run only when they are named.
+LONG = tuple(
+    Case(f"long-{length}", f"{length:,} -> 32", (length,), 32) for length in (2048, 8192, 32768)
+)
 MAIN = (
     Case("greedy-16", "16 -> 64", (16,), 64),
     Case("greedy-256", "256 -> 64", (256,), 64),
     Case("prefill-512", "first token after 512", (512,), 1),
+    CHAT,
     _beams(4, 64),
-    Case("rows-8", "8 rows, 64 -> 64", (64,) * 8, 64),
+    *(Case(f"rows-{rows}", f"{rows} rows, 64 -> 64", (64,) * rows, 64) for rows in (8, 16, 32)),
     Case("ragged-8", "8 rows, 8 to 128 -> 64", (8, 25, 42, 59, 77, 94, 111, 128), 64),
 )
 CASES = {
-    case.name: case for case in (*MAIN, *(_beams(b, new) for new in BEAM_LENGTHS for b in BEAMS))
+    case.name: case
+    for case in (*MAIN, *(_beams(b, new) for new in BEAM_LENGTHS for b in BEAMS), *LONG)
 }
+USUAL = [*(name for name, case in CASES.items() if case not in LONG), COLD]
 TEXT = Case("text", "12 -> 24", (12,), 24)
 FIRST = Case("first", "first token after 16", (16,), 1)
 AFTER = Case("after", "16 -> 64", (16,), 64)

@@ -18,12 +18,11 @@ from typing import TextIO
 import shapes
 
 from peers import models
-from peers.engines import NAMES, adapter
+from peers.engines import NAMES, OURS, adapter
 
 HERE = Path(__file__).resolve().parent
 CHECKOUT = HERE.parents[1]
 WORKER = HERE / "worker.py"
-OURS = "ours"
 STAMP = "stamp.json"
 
 
@@ -80,7 +79,7 @@ class Home:
         # Environments cannot be moved: their scripts name their place.
         place = self.path / "environments" / name
         place = self.kept(place, requirements.read_text(), make, in_place=True)
-        if name == OURS:
+        if name in OURS:
             self._install_checkout(place)
         return place
 
@@ -110,7 +109,7 @@ class Home:
         engine = adapter(name)
         source, converter = self.source(shape), engine.converter(shape)
         made_from = (source / STAMP).read_text() + inspect.getsource(engine.prepare)
-        if name == OURS:
+        if name in OURS:
             made_from += self.package
         elif converter:
             made_from += (self.environment(converter) / STAMP).read_text()

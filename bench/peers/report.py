@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from peers.cases import BEAM_LENGTHS, BEAMS, CASES, COLD, MAIN, Case
-from peers.engines import BASE, NAMES, adapter
+from peers.cases import BEAM_LENGTHS, BEAMS, CASES, CHAT, COLD, LONG, MAIN, Case
+from peers.engines import BASE, NAMES, OURS, adapter
 
 Line = dict[str, Any]
 Key = tuple[str, str]  # engine, precision
-OURS = "ours"
 CLASSES = {"fp32": "fp32", "int8": "8 bit", "int4": "4 bit"}
 COLOURS = {"fp32": "#8c9bab", "int8": "#3b7dd8", "int4": "#e08a1e"}
 
@@ -23,8 +22,12 @@ class Results:
     def __init__(self, lines: Sequence[Line], shape: str) -> None:
         self.lines = [line for line in lines if line.get("shape") == shape]
         self.seconds: dict[tuple[Key, str], dict[int, float]] = {}
+        self.firsts: dict[tuple[Key, str], list[tuple[float, float]]] = {}
         for line in self.of("time"):
-            self.seconds.setdefault((key(line), line["case"]), {})[line["round"]] = line["seconds"]
+            cell = key(line), line["case"]
+            self.seconds.setdefault(cell, {})[line["round"]] = line["seconds"]
+            if first := line.get("first"):
+                self.firsts.setdefault(cell, []).append((first, line["seconds"] - first))
         self.tried = {key(line) for line in self.lines}
         self.keys = [k for k in every_key() if k in {k for k, _ in self.seconds} | self.cold_keys()]
 
@@ -40,6 +43,14 @@ class Results:
         """Median seconds of a case over its rounds."""
         rounds = self.seconds.get((who, case))
         return statistics.median(rounds.values()) if rounds else None
+
+    def phases(self, who: Key, case: str) -> tuple[float, float] | None:
+        """Median seconds to the first token of a case, and from it to the last; None if untold."""
+        rounds = self.firsts.get((who, case))
+        if not rounds:
+            return None
+        before, after = zip(*rounds, strict=True)
+        return statistics.median(before), statistics.median(after)
 
     def ratio(self, who: Key, other: Key, case: str) -> float | None:
         """How many times faster than another: the median of the rounds' ratios."""
@@ -74,8 +85,8 @@ def markdown(lines: Sequence[Line]) -> str:
     ]
     for shape in dict.fromkeys(line["shape"] for line in lines if "shape" in line):
         results = Results(lines, shape)
-        out += [f"## {shape} shape", *speed(results), *beams(results), *against(results)]
-        out += [*starting(results, lines), *remarks(results)]
+        out += [f"## {shape} shape", *speed(results), *turns(results), *beams(results)]
+        out += [*against(results), *starting(results, lines), *remarks(results)]
     return "\n\n".join(part for part in out if part) + "\n"
 
 
@@ -89,6 +100,27 @@ def speed(results: Results) -> list[str]:
         "Milliseconds for each token that a row gets, prompt included; in brackets how many times "
         "faster than transformers. Bold: the fastest of its precision.",
         grid(results, cases, titles, lambda case, seconds: f"{1e3 * seconds / case.new:.1f}"),
+    ]
+
+
+def turns(results: Results) -> list[str]:
+    """The wait for the first token and the pace after it, of a chat turn and of long prompts."""
+    cases = [case for case in (CHAT, *LONG) if measured(results, case.name)]
+    if not cases:
+        return []
+    rows = []
+    for who in results.keys:
+        cells = []
+        for case in cases:
+            found = results.phases(who, case.name)
+            pace = found and 1e3 * found[1] / (case.new - 1)
+            cells += [f"{found[0]:.2f}", f"{pace:.1f}"] if found else ["-", "-"]
+        rows.append([label(who), *cells])
+    titles = [f"{case.lengths[0]:,} -> {case.new}" for case in cases]
+    heads = [head for title in titles for head in (f"{title}: first, s", "then ms a token")]
+    return [
+        "The wait for the first token, and the milliseconds of each that follows:",
+        table(["", *heads], rows),
     ]
 
 
@@ -134,20 +166,21 @@ def grid(
 def against(results: Results) -> list[str]:
     """fastgen beside the fastest peer of the same precision, in every case."""
     rows = []
-    peers = [k for k in results.keys if k[0] != OURS]
+    peers = [k for k in results.keys if k[0] not in OURS]
+    mine = [k for k in results.keys if k[0] in OURS]
     for case in CASES.values():
         cells = []
-        for precision in CLASSES:
-            best = results.best(case.name, precision, peers)
-            ratio = best and results.ratio((OURS, precision), best, case.name)
+        for who in mine:
+            best = results.best(case.name, who[1], peers)
+            ratio = best and results.ratio(who, best, case.name)
             cells.append(f"{ratio:.2f} ({adapter(best[0]).title})" if best and ratio else "-")
-        if set(cells) != {"-"}:
+        if set(cells) - {"-"}:
             rows.append([case.title, *cells])
     if not rows:
         return []
     return [
         "How many times faster fastgen is than the fastest peer of that precision:",
-        table(["", *CLASSES.values()], rows),
+        table(["", *map(label, mine)], rows),
     ]
 
 
@@ -248,9 +281,9 @@ def bars(axis: Any, results: Results, names: Sequence[str], case: Case) -> None:
             axis.annotate(
                 f" {tokens / seconds:.0f}", (tokens / seconds, y), va="center", fontsize=7
             )
-    axis.set_yticks(range(len(names)), [adapter(name).title for name in names], fontsize=9)
+    axis.set_yticks(range(len(names)), [named(name) for name in names], fontsize=9)
     for tick, name in zip(axis.get_yticklabels(), names, strict=False):  # only the first has any
-        tick.set_fontweight("bold" if name == OURS else "normal")
+        tick.set_fontweight("bold" if name in OURS else "normal")
     axis.margins(x=0.14)
     axis.spines[["top", "right"]].set_visible(False)
 
@@ -266,8 +299,13 @@ def every_key() -> list[Key]:
 
 def label(who: Key) -> str:
     """An engine at a precision, with the engine's own name of the precision."""
-    engine = adapter(who[0])
-    return f"{engine.title} {engine.precisions[who[1]]}"
+    return named(who[0], adapter(who[0]).precisions[who[1]])
+
+
+def named(engine: str, precision: str = "") -> str:
+    """An engine, with a precision or alone, and what sets it apart."""
+    found = adapter(engine)
+    return ", ".join(filter(None, [f"{found.title} {precision}".strip(), found.variant]))
 
 
 def measured(results: Results, case: str) -> bool:

@@ -43,11 +43,13 @@ def respond(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
             engine.load(directory, request["precision"], request["threads"])
             return {}
         case "generate":
+            engine.first = None
             start = time.perf_counter()
             ids = engine.generate(request["prompts"], request["new"], request["beams"])
             seconds = time.perf_counter() - start
             return {
                 "seconds": seconds,
+                "first": engine.first and engine.first - start,
                 "ids": [[int(i) for i in row] for row in ids],
                 "spun": rest() if request.get("rest", True) else 0.0,
             }

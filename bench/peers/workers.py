@@ -47,7 +47,7 @@ class Worker:
         Raises:
             Unavailable: that failed.
         """
-        python = home.python(name)
+        python = home.python(adapter(name).environment or name)
         directory = home.converted(shape, name, precision)
         log = home.log(f"run-{shape}-{name}-{precision}")
         return Worker(name, precision, directory, python, threads, log)
@@ -73,7 +73,8 @@ class Worker:
         )
 
     def generate(self, case: Case, prompts: list[list[int]]) -> dict[str, Any]:
-        """Run a case: its `seconds`, the `ids`, and how long its threads `spun` afterwards.
+        """Run a case: its `seconds`, those to the `first` token if the engine can tell, the `ids`,
+        and how long its threads `spun` afterwards.
 
         Raises:
             Failed: an error, the end of the process, or another number of tokens than asked for.

@@ -10,6 +10,9 @@ import importlib
 from pathlib import Path
 from typing import Any, ClassVar
 
+from peers.cases import Case
+
+OURS = ("ours", "ours_int8_keys")
 NAMES = (
     "transformers_eager",
     "optimum_onnx",
@@ -17,7 +20,7 @@ NAMES = (
     "ct2",
     "openvino_llm",
     "llama",
-    "ours",
+    *OURS,
 )
 BASE = NAMES[0]  # what the others are compared with
 
@@ -27,19 +30,29 @@ class Engine:
 
     Attributes:
         title: the engine's name in tables.
+        variant: what sets it apart from another engine of that name.
         precisions: those of fp32, int8 and int4 that it has, with its own name for each.
         build: environment variables of `pip install`.
+        environment: the engine whose environment it shares; an empty string: it has its own.
+        longest: tokens of the longest prompt that it is asked to read.
         note: what a reader of the numbers should know.
+        first: when the last call had its first token, by `time.perf_counter`; None: it cannot tell.
     """
 
     title: ClassVar[str]
+    variant: ClassVar[str] = ""
     precisions: ClassVar[dict[str, str]]
     build: ClassVar[dict[str, str]] = {}
+    environment: ClassVar[str] = ""
+    longest: ClassVar[int] = 8192
     note: ClassVar[str] = ""
+    first: float | None = None
 
     @classmethod
-    def refuses(cls, shape: str, precision: str, rows: int, ragged: bool, beams: int) -> str:
-        """Why it cannot do a case; an empty string if it can."""
+    def refuses(cls, case: Case) -> str:
+        """Why it does not do a case; an empty string if it does."""
+        if max(case.lengths) > cls.longest:
+            return f"takes minutes, so it is not asked for more than {cls.longest:,} tokens"
         return ""
 
     @classmethod

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
+from peers.cases import Case
 from peers.engines import Engine
 
-POSITIONS = 1024  # of a row's cache
+ROUND = 256  # a row's cache has a multiple of so many positions
 
 
 class Adapter(Engine):
@@ -20,11 +22,12 @@ class Adapter(Engine):
     model: Any
     cache_type: int
     threads: int
-    contexts: dict[int, Any]
+    context: Any
+    sizes: tuple[int, int]
 
     @classmethod
-    def refuses(cls, shape: str, precision: str, rows: int, ragged: bool, beams: int) -> str:
-        return "has no beam search" if beams > 1 else ""
+    def refuses(cls, case: Case) -> str:
+        return "has no beam search" if case.beams > 1 else super().refuses(case)
 
     @classmethod
     def converter(cls, shape: str) -> str:
@@ -60,39 +63,45 @@ class Adapter(Engine):
         exact = precision == "fp32"
         self.cache_type = llama_cpp.GGML_TYPE_F32 if exact else llama_cpp.GGML_TYPE_F16
         self.threads = threads
-        self.contexts = {}
+        self.context, self.sizes = None, (0, 0)
 
-    def context(self, rows: int) -> Any:
-        """A context for that many rows, kept: one sized for 8 rows is slower for one."""
+    def sized(self, rows: int, length: int) -> Any:
+        """A context for rows of that length, kept: one sized for 8 rows is slower for one."""
         import llama_cpp
 
-        if rows not in self.contexts:
+        sizes = rows, -(-length // ROUND) * ROUND
+        if sizes != self.sizes:
+            if self.context:
+                llama_cpp.llama_free(self.context)
             settings = llama_cpp.llama_context_default_params()
-            settings.n_ctx = POSITIONS * rows
+            settings.n_ctx = settings.n_batch = rows * sizes[1]
             settings.n_seq_max = rows
             settings.n_threads = settings.n_threads_batch = self.threads
             settings.type_k = settings.type_v = self.cache_type
-            self.contexts[rows] = llama_cpp.llama_init_from_model(self.model, settings)
-        return self.contexts[rows]
+            self.context = llama_cpp.llama_init_from_model(self.model, settings)
+            self.sizes = sizes
+        return self.context
 
     def generate(self, prompts: list[list[int]], new: int, beams: int) -> list[list[int]]:
         import llama_cpp
         import numpy as np
 
-        context = self.context(len(prompts))
+        context = self.sized(len(prompts), max(map(len, prompts)) + new)
         vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
         batch = llama_cpp.llama_batch_init(sum(map(len, prompts)), 0, 1)
         lengths = [0] * len(prompts)
         ids: list[list[int]] = [[] for _ in prompts]
         fresh = prompts
-        for _ in range(new):
+        for step in range(new):
             last = fill(batch, fresh, lengths)
             if code := llama_cpp.llama_decode(context, batch):
                 raise RuntimeError(f"llama_decode gave {code}")
             for row, place in enumerate(last):
                 logits = llama_cpp.llama_get_logits_ith(context, place)
                 ids[row].append(int(np.ctypeslib.as_array(logits, (vocab,)).argmax()))
+            if step == 0:
+                self.first = time.perf_counter()
             fresh = [row[-1:] for row in ids]
         llama_cpp.llama_batch_free(batch)
         return ids

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -56,7 +57,9 @@ class Adapter(Engine):
         settings.ignore_eos = True
         settings.num_beams = beams
         settings.apply_chat_template = False
+        start = time.perf_counter()
         out = self.model.generate(
             openvino_genai.TokenizedInputs(openvino.Tensor(ids), openvino.Tensor(mask)), settings
         )
+        self.first = start + out.perf_metrics.get_ttft().mean / 1e3
         return [list(row) for row in out.tokens]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -68,8 +69,10 @@ class Adapter(Engine):
         )
         generator = onnxruntime_genai.Generator(self.model, settings)
         generator.append_tokens(ids)
-        for _ in range(new):
+        for step in range(new):
             generator.generate_next_token()
+            if step == 0:
+                self.first = time.perf_counter()
         return [list(generator.get_sequence(row)[-new:]) for row in range(len(prompts))]
 
 
