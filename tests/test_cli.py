@@ -375,6 +375,9 @@ def test_info_says_what_the_directory_holds_and_what_the_export_found(model, dir
     weights = json.loads((directory / "fastgen.json").read_text())["parameters"]
     assert lines["weights"] == f"{weights:,}"
     assert lines["vocabulary"] == f"{tiny.VOCAB} tokens" and lines["context"] == "128 positions"
+    whole = sum(held.nbytes for held in model.model.new_cache(1, 128).slots(0, 1))
+    row = f"{whole / 1e6:.1f} MB a row of 128"
+    assert lines["cache"] == f"float32, {whole // 128:,} bytes a token, {row}"
     assert re.search(r"\nlargest logit error +\d\.\de-0\d\n", out)
     assert re.search(r"\ngreedy tokens until one differs +72 of 72\n", out)
     assert re.search(r"\ntime, decode: \w+ \d+%, .*\n", out)

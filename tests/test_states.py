@@ -13,7 +13,7 @@ from fastgen.export import export, graph
 from test_parity import ragged
 
 import fastgen
-from fastgen import batch, prefill
+from fastgen import batch, commands, prefill
 from fastgen.cache import Cache
 
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 16}
@@ -192,6 +192,14 @@ def test_what_was_read_of_a_prompt_is_found_where_it_was_cut(stateful, kind, tmp
         for one, other in zip(found, ours.score(rows[1:], prefix=row * 3), strict=True):
             np.testing.assert_array_equal(one, other)
     assert texts.tokens_reused == 64
+
+
+def test_info_says_what_states_take(stateful, capsys):
+    ours = stateful("mamba")[1]
+    states = list(ours.model.new_cache(1, 64).states(0, 1))
+    commands.cli.main(["info", str(ours.directory)], standalone_mode=False)
+    said = f"{len(states)} besides, {sum(s.nbytes for s in states):,} bytes a row of any length\n"
+    assert f"\nstates       {said}" in capsys.readouterr().out
 
 
 def test_states_move_with_their_rows():

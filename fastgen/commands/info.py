@@ -28,22 +28,24 @@ def info(model: str | None, as_json: bool, verify: bool) -> None:
         compared = f"\nbeside the original:\n{table(report)}" if report else "report       none"
         size = sum(found.files.values())
         tuned = read(place)
-        limit = found.max_length or "any number of"
+        token, limit = found.cache_bytes, found.max_length
+        full = f", {limit * token / 1e6:,.1f} MB a row of {limit:,}" if limit else ""
         lines = {
             "model": f"{found.name or place.name} ({found.model_type})",
             "weights": f"{found.parameters:,}",
             "precision": found.precision,
             "size": f"{size / 1e6:,.1f} MB in {len(found.files)} files",
             "vocabulary": f"{found.vocab_size:,} tokens",
-            "context": f"{limit} positions",
+            "context": f"{limit or 'any number of'} positions",
             "layers": f"{len(found.layers)} with keys and values",
-            "cache": f"{found.cache_dtype}, {found.cache_bytes:,} bytes a token",
+            "cache": f"{found.cache_dtype}, {token:,} bytes a token{full}",
             "tokenizer": "yes" if (place / "tokenizer.json").is_file() else "no (ids only)",
             "runs with": str(tuned) if tuned else f"{Tuning()} (not tuned)",
             "exported by": f"fastgen {found.exporter}",
         }
         if found.states:
-            lines["states"] = f"{len(found.states)} besides, {found.state_bytes:,} bytes a row"
+            row = f"{found.state_bytes:,} bytes a row of any length"
+            lines["states"] = f"{len(found.states)} besides, {row}"
         if verify:
             lines["verified"] = "every file has the bytes that were exported"
         for name, value in lines.items():
