@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 from fastgen.export import calibrate
 from fastgen.export.quantize import Floats
-from fastgen.export.trim import add_initializer
+from fastgen.export.trim import add_initializer, replace
 from numpy.typing import NDArray
 
 DTYPES = {"fp32": "float32", "int8": "int8"}  # of each cache precision
@@ -64,25 +64,103 @@ def reach(
     return found
 
 
-def quantize(model: ir.Model, reached: dict[str, Floats]) -> None:
-    """Store keys and values in int8, in place.
+def quantize(model: ir.Model, reached: dict[str, Floats]) -> NDArray[np.float32]:
+    """Store keys and values in int8, in place; prompts are read into float32 ones.
+
+    Attention to codes is fast for a token and slow for a prompt: there the kernel turns keys into
+    floats again for every few queries. So each layer attends in one of two ways, by the input
+    `reads_prompt`: to `prompt_key_values.{i}.key/value`, float32, or to the past in int8. What it
+    does not attend to passes through; the runtime carries tokens from the one to the other.
 
     Args:
         model: the trimmed graph.
         reached: what `reach` found.
+
+    Returns:
+        The scales of all keys and values, layer by layer, each [kv_heads, head_dim], flat.
     """
-    for node in _attention(model):
-        for kind, (past, scale) in PAST_AND_SCALE.items():
-            value, present = node.inputs[past], node.outputs[past - 2]
-            assert value is not None
-            constant = scales(reached[str(value.name)])
-            node.replace_input_with(
-                scale, add_initializer(model.graph, f"{value.name}.scale", constant)
-            )
-            name = f"{kind}_quant_type"
-            node.attributes[name] = ir.AttrString(name, "PER_CHANNEL")
-            value.dtype = present.dtype = ir.DataType.INT8
-        node.attributes["kv_cache_bit_width"] = ir.AttrInt64("kv_cache_bit_width", 8)
+    graph = model.graph
+    reads_prompt = ir.Value(
+        name="reads_prompt", shape=ir.Shape([]), type=ir.TensorType(ir.DataType.BOOL)
+    )
+    graph.inputs.append(reads_prompt)
+    found: dict[str, Floats] = {}
+    for node in list(_attention(model)):
+        constants = {}
+        for kind, (past, _) in PAST_AND_SCALE.items():
+            name = str(node.inputs[past].name)
+            found[name] = scales(reached[name])
+            constants[kind] = add_initializer(graph, f"{name}.scale", found[name])
+        _split(graph, node, constants, reads_prompt)
+    past = (str(value.name) for value in graph.inputs)
+    return np.concatenate([found[name].ravel() for name in past if name in found])
+
+
+def _split(
+    graph: ir.Graph, node: ir.Node, constants: dict[str, ir.Value], reads_prompt: ir.Value
+) -> None:
+    """An attention node becomes two, of which one runs."""
+    codes = [node.inputs[past] for past, _ in PAST_AND_SCALE.values()]
+    floats = [_input(graph, value) for value in codes]
+    for value in codes:
+        value.dtype = ir.DataType.INT8
+    attended = dict(zip(PAST_AND_SCALE.values(), floats, strict=True))
+    prompt = _branch("prompt", node, {past: value for (past, _), value in attended.items()}, codes)
+    scaled = {scale: constants[kind] for kind, (_, scale) in PAST_AND_SCALE.items()}
+    kinds: dict[str, int | str] = {f"{kind}_quant_type": "PER_CHANNEL" for kind in PAST_AND_SCALE}
+    step = _branch("step", node, scaled, floats, kinds | {"kv_cache_bit_width": 8})
+    # Their outputs in one order: found, codes, floats.
+    prompt.outputs[:] = [prompt.outputs[0], *prompt.outputs[3:], *prompt.outputs[1:3]]
+    either = ir.node(
+        "If",
+        [reads_prompt],
+        {"then_branch": prompt, "else_branch": step},
+        num_outputs=len(prompt.outputs),
+    )
+    graph.insert_before(node, either)
+    for old, new in zip(node.outputs, either.outputs, strict=False):
+        replace(old, new)
+    for value, new in zip(codes, either.outputs[1:3], strict=True):
+        new.dtype, new.shape = ir.DataType.INT8, value.shape
+    for value, new in zip(floats, either.outputs[3:], strict=True):
+        new.name = str(value.name).replace("prompt_key_values", "prompt_present")
+        new.dtype, new.shape = value.dtype, value.shape
+        graph.outputs.append(new)
+    graph.remove(node, safe=True)
+
+
+def _branch(
+    name: str,
+    node: ir.Node,
+    inputs: dict[int, ir.Value],
+    passed: Sequence[ir.Value],
+    attributes: dict[str, int | str] | None = None,
+) -> ir.Graph:
+    """The graph of an attention node with some other inputs, and of what passes it by."""
+    changed = [inputs.get(place, value) for place, value in enumerate(node.inputs)]
+    kept = {key: attribute.value for key, attribute in node.attributes.items()}
+    attends = ir.node(
+        node.op_type, changed, kept | (attributes or {}), domain=node.domain,
+        num_outputs=len(node.outputs),
+    )  # fmt: skip
+    passes = [ir.node("Identity", [value]) for value in passed]
+    nodes = [attends, *passes]
+    outputs = [value for one in nodes for value in one.outputs]
+    for place, value in enumerate(outputs):  # names are the whole graph's
+        value.name = f"{node.outputs[1].name}.{name}.{place}"
+    return ir.Graph([], outputs, nodes=nodes, name=name)
+
+
+def _input(graph: ir.Graph, past: ir.Value) -> ir.Value:
+    """The graph's input of the float32 keys or values that stand beside `past`."""
+    _, heads, _, size = past.shape
+    value = ir.Value(
+        name=str(past.name).replace("past_key_values", "prompt_key_values"),
+        shape=ir.Shape(["prompt_rows", heads, "prompt_capacity", size]),
+        type=ir.TensorType(ir.DataType.FLOAT),
+    )
+    graph.inputs.append(value)
+    return value
 
 
 def scales(reached: Floats) -> Floats:

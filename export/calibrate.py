@@ -166,6 +166,7 @@ def feeds(
         "seqlens_k": np.array([count - 1], np.int32),
         "total_sequence_length": np.array(count, np.int32),
         "logits_positions": np.arange(count)[None],
+        "reads_prompt": np.array(True),
     }
     wanted = {value.name: value for value in session.get_inputs()}
     past = {
@@ -174,7 +175,7 @@ def feeds(
             np.int8 if value.type == "tensor(int8)" else np.float32,
         )
         for name, value in wanted.items()
-        if name.startswith("past_key_values")
+        if name.startswith(("past_key_values", "prompt_key_values"))
     }
     past |= {
         name: np.zeros((1, *value.shape[1:]), np.float32)

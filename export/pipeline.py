@@ -36,6 +36,7 @@ from numpy.typing import NDArray
 
 import fastgen
 from fastgen import CausalLM, folders, hub
+from fastgen.codes import SCALES
 from fastgen.hub import CACHE_PRECISION, PRECISION
 from fastgen.model import GRAPH, INFO, UNPACKED
 from fastgen.report import REPORT
@@ -282,6 +283,7 @@ class _Job:
         out: where the last graph is written.
         original: what the original says of the probes.
         description: the content of `fastgen.json`.
+        scales: of keys and values, once they are quantised.
     """
 
     origin: Origin
@@ -290,6 +292,7 @@ class _Job:
     out: Path
     original: check.Reference
     description: dict[str, Any]
+    scales: NDArray[np.float32] | None = None
 
     def convert(self, to: Path) -> onnx_ir.Model:
         with self.shown.step("convert") as found:
@@ -303,6 +306,8 @@ class _Job:
     def save(self, converted: onnx_ir.Model, to: Path) -> None:
         to.mkdir(parents=True, exist_ok=True)
         bundle.save(converted, to / GRAPH)
+        if self.scales is not None:
+            np.save(to / SCALES, self.scales)
         bundle.seal(to, self.description)
 
     def quantise(self, converted: onnx_ir.Model, to: Path) -> dict[str, Any]:
@@ -336,7 +341,7 @@ class _Job:
         calibration, evaluation = self._text()
         with self.shown.step("quantise keys and values") as found:
             reached = cache.reach(converted, calibration[: cache.TOKENS // calibrate.ROW], limit)
-            cache.quantize(converted, reached)
+            self.scales = cache.quantize(converted, reached)
             self.description["cache_dtype"] = cache.DTYPES[precision]
             self.save(converted, to)
             channels = sum(one.size for one in reached.values())

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fastgen.model import GRAPH, Model, open_session, session_options
+from fastgen.prefill import prefill
 
 PROMPT = 128  # tokens of the prefill
 STEPS = 16  # of decoding one row after it
@@ -37,7 +38,7 @@ def by_operator(directory: Path) -> dict[str, dict[str, float]]:
         model.session = open_session(directory / GRAPH, options)
         for _ in range(WARM + 1):
             cache = model.new_cache(1, length + STEPS + WARM)
-            model.forward([prompt], cache)
+            prefill(model, cache, [prompt], 0)
         for _ in range(STEPS + WARM):
             model.forward([prompt[-1:]], cache)
         events = json.loads(Path(model.session.end_profiling()).read_text(encoding="utf-8"))

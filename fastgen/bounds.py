@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from fastgen.cpu import memory_bytes
 from fastgen.model import ModelInfo
 from fastgen.params import Params
+from fastgen.prefill import TOGETHER
 
 FLOAT = 4  # bytes
+READ = 2  # long prompts that are read at a time, at most
 # Bytes of each row's each logit while a token is chosen: the model's logits, what processors make
 # of them and two steps of their sums; and the random words of a draw.
 CHOOSING, DRAWING = 4 * FLOAT, 8
@@ -40,6 +42,7 @@ def of_call(
     step = vocab * (CHOOSING + params.do_sample * DRAWING)
     return {
         "keys and values": rows * max_length * token,
+        "prompts being read": info.reading_bytes * min(prompts, READ) * max(width, TOGETHER),
         "states": rows * info.state_bytes * (1 + guided + (guesses > 0)),
         "logits": rows * (1 + min(guesses, new)) * step,
         "what is returned": rows * new * (kept * vocab * FLOAT + PAIR * params.top_logprobs),

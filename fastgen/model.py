@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from fastgen import jsonfile, values
 from fastgen.cache import Cache
+from fastgen.codes import SCALES, Codes
 from fastgen.cpu import int8_overflows
 from fastgen.jsonfile import ModelError as ModelError
 from fastgen.jsonfile import is_count, is_text, take
@@ -89,6 +90,12 @@ class ModelInfo:
         return (
             sum(2 * heads * dim for heads, dim in self.layers) * np.dtype(self.cache_dtype).itemsize
         )
+
+    @property
+    def reading_bytes(self) -> int:
+        """Of the float32 keys and values beside those of a token that is being read."""
+        floats = np.dtype(np.float32).itemsize * self.cache_bytes
+        return floats if self.cache_dtype == "int8" else 0
 
     @property
     def state_bytes(self) -> int:
@@ -277,18 +284,27 @@ class Model:
         self.session = _session(directory / GRAPH, self.tuning)
         if not UNPACKED.items() <= self.tuning.entries.items():  # else they are read there
             page_out(directory / WEIGHTS)
-        self._spare: list[Cache] = []
+        self.codes: Codes | None = None
+        if self.info.cache_dtype == "int8":
+            self.codes = Codes(directory / SCALES, self.info.layers)
+        self._spare: dict[str, Cache] = {}  # by the type of its keys
         self._check_graph()
 
     def _check_graph(self) -> None:
         layers = range(len(self.info.layers))
-        past = [f"past_key_values.{i}.{kind}" for i in layers for kind in ("key", "value")]
-        present = [f"present.{i}.{kind}" for i in layers for kind in ("key", "value")]
+        past, present = _names("past_key_values", layers), _names("present", layers)
         numbers = range(len(self.info.states))
         held, left = ([f"{when}_state.{i}" for i in numbers] for when in ("past", "present"))
+        both = () if self.codes is None else layers  # attended in float32 too
+        prompt, prompt_present = _names("prompt_key_values", both), _names("prompt_present", both)
+        self.choices = ["reads_prompt"] if both else []
         for what, found, expected in (
-            ("inputs", self.session.get_inputs(), [*_Call.INPUTS, *past, *held]),
-            ("outputs", self.session.get_outputs(), ["logits", *present, *left]),
+            (
+                "inputs",
+                self.session.get_inputs(),
+                [*_Call.INPUTS, *self.choices, *past, *prompt, *held],
+            ),
+            ("outputs", self.session.get_outputs(), ["logits", *present, *prompt_present, *left]),
         ):
             names = [value.name for value in found]
             if sorted(names) != sorted(expected):
@@ -307,7 +323,8 @@ class Model:
         shapes: dict[str, tuple[int | None, ...]]
         shapes = {"logits": (None, None, self.info.vocab_size)}
         for i, (heads, dim) in enumerate(self.info.layers):
-            shapes |= dict.fromkeys(past[2 * i : 2 * i + 2], (None, heads, None, dim))
+            pair = slice(2 * i, 2 * i + 2)
+            shapes |= dict.fromkeys((*past[pair], *prompt[pair]), (None, heads, None, dim))
         for i, shape in enumerate(self.info.states):
             shapes |= dict.fromkeys((held[i], left[i]), (None, *shape))
         for value in (*self.session.get_inputs(), *self.session.get_outputs()):
@@ -316,7 +333,10 @@ class Model:
                     f"{self.directory / GRAPH} has {value.name} of shape {value.shape}, "
                     f"{INFO} says {shapes[value.name]}: copy or export the model again"
                 )
-        self.past_names, self.present_names = [*past, *held], [*present, *left]
+        self.key_values = {self.info.cache_dtype: list(zip(past, present, strict=True))}
+        if both:
+            self.key_values["float32"] = list(zip(prompt, prompt_present, strict=True))
+        self.states = list(zip(held, left, strict=True))
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -330,26 +350,34 @@ class Model:
         known = f"{onnxruntime.__version__} {self.info} {computed}"
         return hashlib.sha256(known.encode()).hexdigest()
 
-    def new_cache(self, rows: int, capacity: int) -> Cache:
-        """An empty cache for `rows` rows of up to `capacity` tokens."""
-        return Cache(self.info.layers, rows, capacity, self.info.cache_dtype, self.info.states)
+    def new_cache(self, rows: int, capacity: int, reads_prompts: bool = False) -> Cache:
+        """An empty cache for `rows` rows of up to `capacity` tokens.
 
-    def borrow_cache(self, rows: int, capacity: int) -> Cache:
+        Args:
+            reads_prompts: for texts that are read and not gone on with: float32 where the model
+                can have it so (see `codes`).
+        """
+        dtype = self._dtype(reads_prompts)
+        return Cache(self.info.layers, rows, capacity, dtype, self.info.states)
+
+    def _dtype(self, reads_prompts: bool) -> str:
+        return "float32" if reads_prompts and self.codes is not None else self.info.cache_dtype
+
+    def borrow_cache(self, rows: int, capacity: int, reads_prompts: bool = False) -> Cache:
         """As `new_cache`, from memory (and bindings) of an earlier call where there is some."""
-        try:
-            cache = self._spare.pop()
-        except IndexError:
-            return self.new_cache(rows, capacity)
+        cache = self._spare.pop(self._dtype(reads_prompts), None)
+        if cache is None:
+            return self.new_cache(rows, capacity, reads_prompts)
         cache.lengths[:] = 0
         cache.reserve(rows, capacity)
         return cache
 
     def give_back(self, cache: Cache) -> None:
-        """Keep a cache for the next call: one, if it is not large, with what it is bound to."""
+        """Keep a cache for the next call: one of a type, if it is not large, and its bindings."""
         if sum(call.logits.nbytes for call in cache.bindings.values()) > SPARE_LOGITS:
             cache.bindings.clear()
-        if not self._spare and 0 < cache.size <= SPARE_BYTES:
-            self._spare.append(cache)
+        if 0 < cache.size <= SPARE_BYTES:
+            self._spare.setdefault(cache.dtype.name, cache)
 
     def forward(
         self,
@@ -404,6 +432,10 @@ class Model:
         return call
 
 
+def _names(kind: str, layers: Sequence[int]) -> list[str]:
+    return [f"{kind}.{i}.{half}" for i in layers for half in ("key", "value")]
+
+
 def _fits(stated: Sequence[Any], expected: Sequence[int | None]) -> bool:
     """Whether a graph's shape, some of it by name, can be another, some of it unknown (None)."""
     return all(
@@ -434,10 +466,31 @@ class _Call:
         for name in self.INPUTS:
             _bind(self.binding.bind_input, name, getattr(self, name))
         _bind(self.binding.bind_output, "logits", self.logits)
+        names = (*model.key_values[cache.dtype.name], *model.states)
         views = (*cache.slots(first, rows), *cache.states(first, rows))
-        for past, present, view in zip(model.past_names, model.present_names, views, strict=True):
+        for (past, present), view in zip(names, views, strict=True):
             _bind(self.binding.bind_input, past, view)
             _bind(self.binding.bind_output, present, view)
+        for name in model.choices:
+            self.reads_prompt = np.array(cache.dtype == np.float32)
+            _bind(self.binding.bind_input, name, self.reads_prompt)
+        self.others = [
+            self._pass_by(model, *pair, np.dtype(dtype))
+            for dtype, pairs in model.key_values.items()
+            if dtype != cache.dtype.name
+            for pair in zip(pairs, np.repeat(model.info.layers, 2, axis=0).tolist(), strict=True)
+        ]
+
+    def _pass_by(
+        self, model: Model, names: tuple[str, str], layer: tuple[int, int], dtype: np.dtype[Any]
+    ) -> NDArray[Any]:
+        """Bind keys or values that are not attended to: a token of one row, for the shape."""
+        nothing = np.zeros((1, layer[0], 1, layer[1]), dtype)
+        for bind, name in zip(
+            (self.binding.bind_input, self.binding.bind_output), names, strict=True
+        ):
+            _bind(bind, name, nothing)
+        return nothing
 
 
 def _bind(bind: Any, name: str, array: NDArray[Any]) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastgen.cache import Cache
+from fastgen.codes import Desk
 from fastgen.model import Model
 from fastgen.prefix import PrefixCache
 
@@ -73,18 +74,25 @@ class Prefill:
     def _read_group(self, start: int, end: int) -> Iterator[None]:
         """Read prompts `start` to `end`, but what the prefix cache knows of them."""
         prompts, known = self.prompts[start:end], self.prefix_cache
+        desk = Desk(self.model, self.cache, len(prompts), len(prompts[-1]) + self.chunk)
         if known is None:
-            yield from self._read_rows(start, end, None)
+            desk.lay(self.first + start, len(prompts))
+            yield from self._read_rows(desk, start, end, None)
+            desk.close()
             return
         model = self.model.fingerprint
         known.fetch(model, prompts, self.cache, self.first + start, self.chunk)
+        desk.lay(self.first + start, len(prompts))
         states: list[States] = [{} for _ in prompts]
-        yield from self._read_rows(start, end, states)
+        yield from self._read_rows(desk, start, end, states)
+        desk.close()
         for place, mine in enumerate(states, start):
             slot = self.first + place
             known.keep(model, self.prompts[place], self.cache, slot, self.chunk, mine)
 
-    def _read_rows(self, start: int, end: int, states: list[States] | None) -> Iterator[None]:
+    def _read_rows(
+        self, desk: Desk, start: int, end: int, states: list[States] | None
+    ) -> Iterator[None]:
         """Read what the slots do not hold yet, row by row shorter ones leaving.
 
         Args:
@@ -100,7 +108,7 @@ class Prefill:
             ended = sum(len(prompt) <= stop for prompt in prompts)
             # Only a chunk in which a prompt ends needs logits.
             positions = None if ended else np.zeros((len(new), 0), np.int64)
-            logits = self.model.forward(new, self.cache, first, positions)
+            logits = desk.forward(new, first, at - start, positions)
             self.logits[at : at + ended] = logits[:ended, 0] if ended else 0
             for row in range(at, end) if states is not None else ():
                 assert states is not None

@@ -354,7 +354,7 @@ def fitting_chunk(model: Model) -> tuple[int, float]:
         ids = np.zeros(min(chunk, most), np.int64)
         seconds = float("inf")
         for _ in range(READINGS):
-            cache = model.new_cache(1, chunk)
+            cache = model.new_cache(1, chunk, reads_prompts=True)
             start = time.perf_counter()
             model.forward([ids], cache, 0, np.zeros((1, 0), np.int64))
             seconds = min(seconds, time.perf_counter() - start)

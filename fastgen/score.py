@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from fastgen import bounds, pick
 from fastgen.cache import Cache
+from fastgen.codes import Desk
 from fastgen.model import Model
 from fastgen.prefix import PrefixCache
 from fastgen.softmax import log_softmax
@@ -44,10 +45,12 @@ def log_probabilities(
     start = held[:0] if prefix is None else prefix[-1:]
     longest = max(len(row) for row in rows)
     together, capacity = min(len(rows), TOGETHER), len(held) + longest + CHUNK
-    size = together * (capacity * model.info.cache_bytes + model.info.state_bytes)
+    token = model.info.cache_bytes + model.info.reading_bytes
+    size = together * (capacity * token + model.info.state_bytes)
     bounds.check({"keys and values": size}, "shorter texts need less")
-    cache = model.new_cache(together, capacity)
-    _read(model, cache, held, prefix_cache)
+    desk = Desk(model, model.new_cache(together, capacity), together, capacity)
+    _read(desk, held, prefix_cache)
+    cache = desk.floats
     begun = cache.state(0)
     out: list[Scores] = [np.empty(0, np.float32)] * len(rows)
     order = sorted(range(len(rows)), key=lambda place: -len(rows[place]))
@@ -71,7 +74,7 @@ def likeliest(model: Model, row: Ids, count: int) -> list[list[tuple[int, float]
     Returns:
         For each of length - 1 places (token, log-probability) pairs.
     """
-    cache = model.new_cache(1, len(row) + CHUNK)
+    cache = model.new_cache(1, len(row) + CHUNK, reads_prompts=True)
     out: list[list[tuple[int, float]]] = []
     for at in range(0, len(row) - 1, CHUNK):
         new = row[at : min(at + CHUNK, len(row) - 1)]
@@ -89,13 +92,15 @@ def perplexity(logprobs: Sequence[Scores]) -> float:
     return float(np.exp(-known.mean()))
 
 
-def _read(model: Model, cache: Cache, ids: Ids, prefix_cache: PrefixCache | None) -> None:
+def _read(desk: Desk, ids: Ids, prefix_cache: PrefixCache | None) -> None:
     """Read `ids` into the first slot, which is empty; nobody wants logits."""
+    model, cache = desk.model, desk.cache
     if prefix_cache is not None:
         prefix_cache.fetch(model.fingerprint, [ids], cache, 0, CHUNK)
+    desk.lay(0, 1)
     nothing, states = np.zeros((1, 0), np.int64), {}
     while (at := int(cache.lengths[0])) < len(ids):
-        model.forward([ids[at : (at // CHUNK + 1) * CHUNK]], cache, 0, nothing)
+        desk.forward([ids[at : (at // CHUNK + 1) * CHUNK]], 0, 0, nothing)
         if prefix_cache is not None:
             length, state = cache.state(0)
             states[length] = state

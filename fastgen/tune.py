@@ -19,6 +19,7 @@ from fastgen import jsonfile
 from fastgen.cpu import physical_cores, usable_cpus
 from fastgen.jsonfile import ModelError, is_number, is_object, take
 from fastgen.model import Model
+from fastgen.prefill import prefill as read
 from fastgen.report import REPORT
 from fastgen.softmax import log_softmax
 from fastgen.tuning import Tuning, kernels
@@ -109,7 +110,7 @@ def _timed(model: Model, work: Workload) -> tuple[float, float, NDArray[np.float
     for _ in range(2):
         cache = model.new_cache(work.rows, length + new)
         start = time.perf_counter()
-        logits = model.forward(list(ids), cache)[:, 0].copy()
+        logits = read(model, cache, list(ids), 0)
         prefill = time.perf_counter() - start
     for step in range(new):
         if step == WARM:

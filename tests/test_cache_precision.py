@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import onnx_ir
@@ -18,8 +20,9 @@ from fastgen.export.check import Tolerance
 import fastgen
 from fastgen import commands, hub
 from fastgen.cache import Cache
+from fastgen.codes import SCALES, Codes, Desk
 from fastgen.model import GRAPH, INFO, Model
-from fastgen.prefill import CHUNK
+from fastgen.prefill import CHUNK, Prefill
 from fastgen.softmax import log_softmax
 
 LOOSE = Tolerance(max_difference=1.0, kl=0.02, top1=0.9, greedy=False)
@@ -158,6 +161,99 @@ def test_moving_rows_keeps_the_codes():
         assert np.array_equal(view[2, :, :4], old[0])
 
 
+# --- prompts -----------------------------------------------------------------------------------
+
+
+def kept(model: Model, rows: list[np.ndarray], **knobs) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The logits after prompts that were read a chunk at a time, and what is kept of them."""
+    held = model.new_cache(len(rows), max(len(row) for row in rows) + CHUNK)
+    reading = Prefill(model, held, rows, 0, **knobs)
+    while not reading.done:
+        reading.read()
+    lengths = held.lengths.tolist()
+    return reading.logits, [part for i, n in enumerate(lengths) for part in held.read(i, 0, n)]
+
+
+def test_a_prompt_of_one_chunk_is_read_as_with_float32_keys(both):
+    plain, model = both
+    rows = rows_of(5, 17, 90)
+    expected, _ = kept(plain.model, rows)
+    found, parts = kept(model.model, rows)
+    assert {part.dtype for part in parts} == {np.dtype("int8")}
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_what_is_kept_of_a_prompt_is_what_the_kernel_would_keep(both):
+    _, model = both
+    (row,) = rows_of(60)
+    held = model.model.new_cache(1, 64)
+    for at in range(60):
+        model.model.forward([row[at : at + 1]], held)
+    _, found = kept(model.model, [row])
+    for part, expected in zip(found, held.read(0, 0, 60), strict=True):
+        apart = np.abs(part.astype(int) - expected)[:2]  # later layers see other keys
+        assert apart.max() <= 1 and (apart > 0).mean() < 0.01
+
+
+def test_chunks_see_what_was_kept_and_so_do_later_calls(exported):
+    _, model = exported("llama")
+    (row,) = rows_of(90)
+    known = fastgen.PrefixCache()
+    first, parts = kept(model.model, [row], prefix_cache=known, chunk=32)
+    again, same = kept(model.model, [row], prefix_cache=known, chunk=32)
+    assert known.hits == 1 and known.tokens_reused == 64
+    np.testing.assert_array_equal(first, again)
+    for one, two in zip(parts, same, strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_a_row_is_read_as_it_is_alone(both):
+    _, model = both
+    rows = rows_of(5, 17, 90)
+    together, _ = kept(model.model, rows)
+    for row, mine in zip(rows, together, strict=True):
+        alone, _ = kept(model.model, [row])
+        np.testing.assert_allclose(mine, alone[0], atol=1e-4 * np.abs(mine).max())
+
+
+def test_codes_stand_for_keys_and_values():
+    random = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / SCALES
+        np.save(path, random.uniform(0.01, 0.1, 2 * (2 * 3 + 1 * 4 + 2 * 3)).astype(np.float32))
+        codes = Codes(path, [(2, 3), (1, 4), (2, 3)])
+        flat = np.load(path)
+    parts = [random.integers(-128, 128, (4, 2, 7, 3)), random.integers(-128, 128, (2, 1, 7, 4))]
+    floats = codes.decode([part.astype(np.int8) for part in parts])
+    assert [one.dtype for one in floats] == [np.float32] * 2
+    for expected, found in zip(parts, codes.encode(floats), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    # The third layer's keys are the second pair of the first shape.
+    np.testing.assert_allclose(floats[0][2, 1, :, 2], parts[0][2, 1, :, 2] * flat[12 + 8 + 5])
+    far = codes.encode([1e9 * np.ones((4, 2, 1, 3), np.float32), -1e9 * np.ones((2, 1, 1, 4))])
+    assert (far[0] == 127).all() and (far[1] == -128).all()
+
+
+def test_a_desk_of_float32_keys_is_the_cache_itself(pair):
+    _, plain = pair("gpt2")
+    held = plain.model.new_cache(2, 8)
+    assert Desk(plain.model, held, 2, 8).floats is held
+
+
+def test_scales_that_are_missing_or_damaged(exported, tmp_path):
+    _, model = exported("gpt2")
+    without = changed(model.directory, tmp_path / "without")
+    said = json.loads((without / INFO).read_text())
+    del said["files"][SCALES]
+    (without / INFO).write_text(json.dumps(said))
+    (without / SCALES).unlink()
+    with pytest.raises(fastgen.ModelError, match="as exports of older versions: export the model"):
+        fastgen.load(without)
+    np.save(without / SCALES, np.zeros(3, np.float32))
+    with pytest.raises(fastgen.ModelError, match=r"is damaged \(expected 128 positive float32"):
+        fastgen.load(without)
+
+
 # --- scales ------------------------------------------------------------------------------------
 
 
@@ -183,8 +279,9 @@ def quantised_demo(demo, directory, limit: int) -> Model:
     model, calibration, _ = demo
     shutil.copytree(model.directory, directory)
     loaded = onnx_ir.load(model.directory / GRAPH)
-    cache.quantize(loaded, cache.reach(loaded, calibration, limit))
+    scales = cache.quantize(loaded, cache.reach(loaded, calibration, limit))
     graph.save(loaded, directory / GRAPH)
+    np.save(directory / SCALES, scales)
     said = json.loads((directory / INFO).read_text())
     bundle.seal(directory, said | {"cache_dtype": "int8"})
     return Model(directory)
@@ -345,5 +442,5 @@ def test_a_kind_of_cache_that_this_version_does_not_know(exported, tmp_path):
     with pytest.raises(fastgen.ModelError, match="in int2, this fastgen stores float32 or int8"):
         fastgen.load(new)
     wrong = changed(model.directory, tmp_path / "wrong", cache_dtype="float32")
-    with pytest.raises(fastgen.ModelError, match=r"as tensor\(int8\), expected tensor\(float\)"):
+    with pytest.raises(fastgen.ModelError, match=r"difference: prompt_key_values\.0\.key"):
         fastgen.load(wrong)
