@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import subprocess
@@ -184,8 +185,9 @@ def check(shape: str, workers: list[Worker], lines: Lines) -> None:
 def run(shape: str, case: cases.Case, workers: list[Worker], rounds: int, lines: Lines) -> None:
     """Time a case: each round asks every worker in turn, with the same new prompts.
 
-    A round that is not timed warms up, but for long prompts, most of whose time is warm anyway.
+    A shorter round warms up; not for long prompts, most of whose time is warm anyway.
     """
+    warming = dataclasses.replace(case, new=min(case.new, cases.WARMING))
     able = []
     for worker in workers:
         if reason := worker.engine.refuses(case):
@@ -198,7 +200,7 @@ def run(shape: str, case: cases.Case, workers: list[Worker], rounds: int, lines:
         expected = None
         for worker in list(able):
             try:
-                answer = worker.generate(case, prompts)
+                answer = worker.generate(case if turn else warming, prompts)
             except Failed as error:
                 progress(f"{shape} {case.name} {worker.name} {worker.precision}: {error}")
                 lines.absent(shape, (worker.name, worker.precision), case.name, error)

@@ -12,6 +12,7 @@ COLD = "cold"  # starting, memory: a case of its own kind
 BEAM_LENGTHS = (4, 8, 16, 32, 64)  # the five tables that fastgpt published
 BEAM_PROMPT = 24
 BEAMS = (1, 2, 3, 4)
+WARMING = 16  # tokens at most of a call that warms up
 UNUSED = 100  # ids at both ends of the vocabulary: padding and end of text are among them
 
 
