@@ -12,7 +12,7 @@ from functools import partial
 
 import numpy as np
 from fastgen.export import parts
-from fastgen.export.quantize import LEVELS, Floats, Kernel, blocks
+from fastgen.export.quantize import LEVELS, STEPS, Floats, Kernel, blocks
 from numpy.typing import NDArray
 
 GRID = np.linspace(0.7, 1.05, 15, dtype=np.float32)  # scales that are tried, of the largest weight
@@ -43,6 +43,8 @@ def _search(weights: Floats, kernel: Kernel, weigh: Floats) -> Floats:
     """`search_scales` of weights [out, blocks, block], weighed by [1, blocks, block]."""
     level = np.float32(LEVELS[kernel.bits])
     largest = np.abs(weights).max(axis=-1) / level
+    # A block of zeros takes any scale, but a large one would cost the others of its output theirs.
+    largest = np.maximum(largest, largest.max(axis=1, keepdims=True) / STEPS)
     largest[largest == 0] = 1
     best = largest.copy()
     least = np.full(largest.shape, np.inf, np.float32)

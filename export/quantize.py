@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
 LEVELS = {8: 127, 4: 7}  # codes reach from -LEVELS to LEVELS
+STEPS = 16  # of a scale in two levels: a code of 4 bits times a step still fits into 8
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def quantize(
         choose: what becomes of each product; None leaves it in float32.
     """
     graph = model.graph
-    activations = _Activations(graph)
+    activations = Activations(graph)
     for product in products(graph):
         choice = choose(product)
         if choice is None:
@@ -237,6 +238,20 @@ def block_scales(weight: Matrix, kernel: Kernel) -> Floats:
     return scales
 
 
+def in_two_levels(scales: Floats) -> Floats:
+    """Scales [out, blocks] as whole numbers, 1 to STEPS, times one number for each output.
+
+    So a matrix of 4 bits is exactly one of 8 bits per output channel, for kernels that want that
+    (QServe, Lin et al. 2024, arXiv 2405.04532). The largest of each output is STEPS times its
+    number, which can be told from it; the number has 16 significant bits, so that none of its
+    products with codes and steps is rounded.
+    """
+    unit = scales.max(axis=1, keepdims=True) / np.float32(STEPS)
+    unit = (unit.view(np.uint32) & np.uint32(0xFFFFFF00)).view(np.float32)
+    steps = np.clip(np.rint(scales / unit), 1, STEPS)
+    return np.asarray(steps * unit, np.float32)
+
+
 def block_codes(weight: Matrix, kernel: Kernel, scales: Floats) -> NDArray[np.uint8]:
     """uint8 [out, blocks, block] (8 bits) or [out, blocks, block / 2] (4 bits, low half first)."""
     matrix = _by_columns(weight)
@@ -288,7 +303,7 @@ def join_blocks(parts: Floats, size: int) -> Floats:
 # Nodes
 
 
-class _Activations:
+class Activations:
     """Quantised activations, each made once however many products read it."""
 
     def __init__(self, graph: ir.Graph) -> None:
@@ -336,7 +351,7 @@ class _Activations:
 
 
 def _replace_w8a8(
-    graph: ir.Graph, product: Product, choice: Choice, activations: _Activations
+    graph: ir.Graph, product: Product, choice: Choice, activations: Activations
 ) -> None:
     node = product.node
     weight = Scaled(product.weight, choice.rows, choice.columns)
@@ -348,6 +363,14 @@ def _replace_w8a8(
         weight.shape,
         ir.DataType.INT8,
     )
+    held = add_initializer(graph, f"{product.name}.scales", scales)
+    take_place(node, integer_product(node, codes, held, activations))
+
+
+def integer_product(
+    node: ir.Node, codes: ir.Value, scales: ir.Value, activations: Activations
+) -> ir.Value:
+    """The product of what `node` reads with int8 codes [in, out] and float32 scales [out]."""
     x, scale = activations.quantized(node.inputs[0], node)
     (sums,) = insert(
         node,
@@ -356,13 +379,13 @@ def _replace_w8a8(
             x,
             codes,
             activations.constant("1", np.array(1, np.float32)),
-            add_initializer(graph, f"{product.name}.scales", scales),
+            scales,
             activations.constant("128", np.array(128, np.uint8)),
         ],
         domain=MICROSOFT,
     )
     (out,) = insert(node, "Mul", [sums, scale])
-    take_place(node, out)
+    return out
 
 
 def _replace_nbits(graph: ir.Graph, product: Product, choice: Choice) -> None:
@@ -375,6 +398,8 @@ def _replace_nbits(graph: ir.Graph, product: Product, choice: Choice) -> None:
         scales = choice.scales
     else:  # codes do not depend on what the columns are divided by
         scales = choice.scales / choice.columns[:, None]
+        if kernel.bits == 4:  # the division may have rounded
+            scales = in_two_levels(scales)
     name = f"{product.name}.codes"
     if choice.codes is None:
         make = partial(block_codes, weight, kernel, scales)

@@ -18,6 +18,7 @@ from fastgen.export.quantize import (
     Kernel,
     Product,
     block_codes,
+    in_two_levels,
     products,
     quantize,
 )
@@ -213,6 +214,7 @@ def _choice(product: Product, kernel: Kernel, x: Floats) -> Choice:
     scales = search_scales(product.weight, kernel, moments)
     if product.is_head:  # as many outputs as words: the search for scales must do
         return Choice(kernel, scales)
+    scales = in_two_levels(scales)
     on_grid = gptq(product.weight, kernel, scales, x)
     return Choice(kernel, scales, block_codes(on_grid, kernel, scales))
 
