@@ -6,6 +6,7 @@ original    a transformers model as that      foreign    an ONNX folder as that,
                                               text       the text part of a model of pictures
                                               adapter    PEFT's, merged
 graph       model -> graph                    attention  what attention becomes
+                                              repeat     layers that are alike, traced once
                                               hooks      models with code of their own
                                               states     recurrences and convolutions
                                               experts    mixtures of them

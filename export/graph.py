@@ -31,7 +31,7 @@ import onnx_ir
 import onnx_ir.passes.common
 import onnxscript.rewriter
 import torch
-from fastgen.export import attention, experts, hooks, refuse, states, stored
+from fastgen.export import attention, experts, hooks, refuse, repeat, states, stored
 from fastgen.export.attention import Feed, Layer, UnsupportedModel
 from fastgen.export.bundle import save
 from fastgen.export.states import Place, StatefulCache, States
@@ -209,12 +209,43 @@ def using_attention(model: PreTrainedModel) -> Iterator[None]:
             model.set_attn_implementation(own)
 
 
-def convert(model: PreTrainedModel, kept: Kept) -> onnx_ir.Model:
+def convert(model: PreTrainedModel, kept: Kept, whole: bool = False) -> onnx_ir.Model:
     """The graph of `model`, which must be in float32 and in eval mode; weights are shared with it.
+
+    Args:
+        whole: trace all layers, also where they are alike. Otherwise `meta["repeated"]` of the
+            graph says whether some were not traced.
 
     Raises:
         UnsupportedModel: torch's exporter cannot follow the model's code.
     """
+    repeated = None if whole or kept.states else _by_repeating(model, kept)
+    converted, stand_ins = repeated or _traced(model, kept)
+    stored.settle(converted.graph, stand_ins)
+    experts.lay_out(converted)
+    converted.meta["repeated"] = repeated is not None
+    return converted
+
+
+Traced = tuple[onnx_ir.Model, list[stored.StandIn]]  # as torch exports it, and what settles it
+
+
+def _by_repeating(model: PreTrainedModel, kept: Kept) -> Traced | None:
+    """The graph by a trace of the first layers; None where they do not tell what the others are."""
+    layers = repeat.find(model, kept.layers)
+    if layers is None:
+        return None
+    try:
+        with repeat.shortened(model, layers):
+            traced = _traced(model, Kept(kept.layers[: repeat.TRACED], {}), layers.traced)
+    except UnsupportedModel:  # it may be the number of layers that is wrong
+        return None
+    return traced if repeat.unroll(traced[0], layers, traced[1]) else None
+
+
+def _traced(
+    model: PreTrainedModel, kept: Kept, known_again: Sequence[torch.nn.Module] = ()
+) -> Traced:
     rows, new, keep, capacity = 2, 3, 2, 7
     past = [
         torch.zeros(rows, layer.kv_heads, capacity, layer.head_dim)
@@ -246,7 +277,7 @@ def convert(model: PreTrainedModel, kept: Kept) -> onnx_ir.Model:
             inputs[name], shapes[name] = some, [shape] * len(some)
     with (
         _quiet(), _pairs_of_slices(), _uncollected(), torch.no_grad(), using_attention(model),
-        stored.standing_in(model) as stand_ins,
+        stored.standing_in(model, known_again) as stand_ins,
     ):  # fmt: skip
         try:
             program = torch.onnx.export(
@@ -268,9 +299,7 @@ def convert(model: PreTrainedModel, kept: Kept) -> onnx_ir.Model:
             ) from error
     if program is None:
         raise RuntimeError("torch.onnx.export returned nothing")
-    stored.settle(program.model.graph, stand_ins)
-    experts.lay_out(program.model)
-    return program.model
+    return program.model, stand_ins
 
 
 @contextlib.contextmanager

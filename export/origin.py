@@ -52,8 +52,11 @@ class Origin(Protocol):
     def continuation(self, row: NDArray[np.int64], count: int) -> NDArray[np.int64]:
         """The tokens that the original adds to a row, greedily."""
 
-    def convert(self) -> tuple[onnx_ir.Model, list[str]]:
-        """The graph by the contract, not trimmed, and what is shown of it."""
+    def convert(self, whole: bool = False) -> tuple[onnx_ir.Model, list[str]]:
+        """The graph by the contract, not trimmed, and what is shown of it.
+
+        `meta["repeated"]` of the graph says whether `whole` would give one that is made otherwise.
+        """
 
     def describe(self, precision: str) -> dict[str, Any]:
         """The content of `fastgen.json`, but for the files."""

@@ -73,11 +73,12 @@ class Original:
         (found,) = check.reference_continuation(self.model, [row], count)
         return found
 
-    def convert(self) -> tuple[onnx_ir.Model, list[str]]:
+    def convert(self, whole: bool = False) -> tuple[onnx_ir.Model, list[str]]:
         states = len(self.kept.states)
         shown = f"{len(self.kept.layers)} attention layers"
         shown += f", {states} other states" if states else ""
-        return graph.convert(self.model, self.kept), [shown]
+        converted = graph.convert(self.model, self.kept, whole)
+        return converted, [shown + (", alike" if converted.meta.get("repeated") else "")]
 
     def describe(self, precision: str) -> dict[str, Any]:
         kept = self.kept  # or why there is none

@@ -167,6 +167,11 @@ class Progress:
         clear = "\r\x1b[K" if live else ""
         self._write(f"{clear}{label:<38}{seconds:7.1f} s  {'; '.join(found)}\n")
 
+    def again(self, *names: str) -> None:
+        """Some steps are taken once more, now."""
+        at = len(self.steps)
+        self.names[at:at] = names
+
     def part(self, done: int, total: int) -> None:
         """Show how far the running step is, on a terminal."""
         if self.stream is not None and self.stream.isatty():

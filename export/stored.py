@@ -113,15 +113,15 @@ def keep(model: PreTrainedModel) -> bool:
 
 @dataclass(frozen=True)
 class StandIn:
-    """A float32 array of zeros, in memory that is never touched and so takes none.
+    """A float32 array by whose address a weight is known again in what a trace makes of it.
 
     Attributes:
-        array: a vector as long as the weight.
-        held: what it stands for, contiguous.
+        array: a vector as long as the weight; a large one is never touched and takes no memory.
+        weight: what it stands for, contiguous.
     """
 
     array: NDArray[np.float32]
-    held: torch.Tensor
+    weight: torch.Tensor
 
     def behind(self, view: NDArray[np.float32]) -> torch.Tensor | None:
         """The part of the weight that a view of the array is of; None if it is of something else.
@@ -132,24 +132,35 @@ class StandIn:
         if not 0 <= offset < len(self.array):
             return None
         strides = [stride // self.array.itemsize for stride in view.strides]
-        return self.held.as_strided(view.shape, strides, self.held.storage_offset() + offset)
+        held = self.weight.held if isinstance(self.weight, Stored) else self.weight.detach()
+        return held.as_strided(view.shape, strides, held.storage_offset() + offset)
 
 
 @contextmanager
-def standing_in(model: PreTrainedModel) -> Iterator[list[StandIn]]:
-    """For tracing, which reads no large weight: others stand in for those that are `Stored`."""
+def standing_in(
+    model: PreTrainedModel, known_again: Sequence[torch.nn.Module] = ()
+) -> Iterator[list[StandIn]]:
+    """For tracing, which reads no large weight: others stand in for those that are `Stored`.
+
+    Args:
+        known_again: modules for all of whose weights others stand in. Small ones are random
+            numbers: torch's exporter makes one of those that are equal.
+    """
+    known = {part for module in known_again for part in module.modules()}
+    random = np.random.default_rng(0)
     stand_ins: list[StandIn] = []
     made: dict[int, torch.nn.Parameter] = {}
     places = []
     for module in model.modules():
         for name, weight in list(module._parameters.items()):
-            if not isinstance(weight, Stored):
+            if weight is None or not (isinstance(weight, Stored) or module in known):
                 continue
             if id(weight) not in made:
-                array = np.zeros(weight.numel(), np.float32)
+                size = weight.numel()
+                array = np.zeros(size, np.float32) if size > LARGE else random.random(size, "f4")
                 empty = torch.from_numpy(array).view(weight.shape)
                 made[id(weight)] = torch.nn.Parameter(empty, requires_grad=False)
-                stand_ins.append(StandIn(array, weight.held))
+                stand_ins.append(StandIn(array, weight))
             places.append((module, name, weight))
             module._parameters[name] = made[id(weight)]
     try:
@@ -163,13 +174,18 @@ def settle(graph: ir.Graph, stand_ins: Sequence[StandIn]) -> None:
     """Let a graph that was traced with stand-ins read what they stood for."""
     for value in graph.initializers.values() if stand_ins else ():
         tensor = value.const_value
-        if tensor is None or tensor.dtype != ir.DataType.FLOAT:
+        if isinstance(tensor, ir.LazyTensor) or tensor.dtype != ir.DataType.FLOAT:
             continue
         view = tensor.numpy()
         held = next((found for one in stand_ins if (found := one.behind(view)) is not None), None)
         if held is not None:
-            read = partial(_array, held)
-            value.const_value = ir.LazyTensor(read, tensor.dtype, tensor.shape, name=tensor.name)
+            value.const_value = read_lazily(held, str(tensor.name))
+
+
+def read_lazily(held: torch.Tensor, name: str) -> ir.LazyTensor:
+    """A constant of the graph that is cast whenever it is read."""
+    read = partial(_array, held)
+    return ir.LazyTensor(read, ir.DataType.FLOAT, ir.Shape(held.shape), name=name)
 
 
 def _array(held: torch.Tensor) -> ir.TensorProtocol:

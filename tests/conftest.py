@@ -28,7 +28,7 @@ transformers.logging.set_verbosity_error()
 Pair = tuple[PreTrainedModel, fastgen.CausalLM]
 
 
-Convert = Callable[[PreTrainedModel, graph.Kept], onnx_ir.Model]
+Convert = Callable[..., onnx_ir.Model]
 
 
 @pytest.fixture(scope="session")
@@ -40,12 +40,12 @@ def convert_once() -> Convert:
     real = graph.convert
     made: dict[bytes, onnx_ir.Model] = {}
 
-    def convert(model: PreTrainedModel, kept: graph.Kept) -> onnx_ir.Model:
+    def convert(model: PreTrainedModel, kept: graph.Kept, whole: bool = False) -> onnx_ir.Model:
         weights = b"".join(p.detach().numpy().tobytes() for p in model.parameters())
         config = {k: v for k, v in model.config.to_dict().items() if k != "_name_or_path"}
-        key = hashlib.sha256(repr(config).encode() + weights).digest()
+        key = hashlib.sha256(repr((config, whole)).encode() + weights).digest()
         if key not in made:
-            made[key] = real(copy.deepcopy(model), kept)
+            made[key] = real(copy.deepcopy(model), kept, whole)
         return made[key].clone()
 
     return convert

@@ -136,7 +136,7 @@ class Folder:
     def continuation(self, row: NDArray[np.int64], count: int) -> NDArray[np.int64]:
         return self.plain.continuation(row, count)
 
-    def convert(self) -> tuple[ir.Model, list[str]]:
+    def convert(self, whole: bool = False) -> tuple[ir.Model, list[str]]:
         made = self.rewritten
         about = [f"{len(made.layers)} attention layers"]
         if made.halves:
