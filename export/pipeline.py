@@ -21,6 +21,7 @@ from fastgen.export import (
     calibrate,
     check,
     profile,
+    prompts,
     quality,
     recipe,
     room,
@@ -420,6 +421,9 @@ def _export(origin: Origin, out: Path, wishes: Wishes, shown: Progress) -> None:
         shown.watch.directory = temporary
         job = _Job(origin, wishes, shown, temporary, original, description)
         report = _stages(job)
+        why = prompts.write(temporary)
+        if why and wishes.precision == "int4":
+            job.description["no_prompts"] = why
         with shown.step("time by operator") as found:
             spent = profile.by_operator(temporary)
             found += [f"{step} {next(iter(shares))}" for step, shares in spent.items()]

@@ -12,6 +12,7 @@ How a prompt becomes text, file by file:
     bounds      what a call would take of memory       memory      pages given back
     cpu         cores, and what they can               atomic      files that appear whole
     extras      what else can be installed             swap        one directory for another
+    prompts     read in 8 bits by a model of 4
     processors  logits -> logits, one function a knob  watermark   two of them
     constraint  which tokens JSON, a grammar allow     healing     the prompt's last token, again
     pick        logits -> token, torch's random draws      softmax     and its logarithm

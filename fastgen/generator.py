@@ -59,6 +59,7 @@ class CausalLM:
         directory: a model directory that `fastgen export` wrote.
         threads: threads of a step; None for the physical cores.
         tuning: how to run it; None for what `fastgen tune` found best on this machine.
+        prompts: see `load`.
 
     Attributes:
         config: the model's config.json.
@@ -76,10 +77,11 @@ class CausalLM:
         directory: str | os.PathLike[str],
         threads: int | None = None,
         tuning: Tuning | None = None,
+        prompts: str | None = None,
     ) -> None:
         self.directory = Path(directory)
         self.name_or_path = str(directory)
-        self.model = Model(self.directory, threads, tuning)
+        self.model = Model(self.directory, threads, tuning, prompts)
         self.config = Settings(jsonfile.read(self.directory / "config.json"))
         self.generation_config = Settings(jsonfile.read(self.directory / "generation_config.json"))
         self.has_tokenizer = (self.directory / TOKENIZER).is_file()
@@ -92,6 +94,7 @@ class CausalLM:
         precision: str | None = None,
         cache_precision: str | None = None,
         threads: int | None = None,
+        prompts: str | None = None,
         revision: str | None = None,
     ) -> Self:
         """Load a fastgen directory, a transformers model, an ONNX folder that others exported, or
@@ -107,6 +110,7 @@ class CausalLM:
                 own, such as "q4" (its default), "q8", "fp16" or "q4f16".
             cache_precision: of keys and values, "fp32" (an export's default) or "int8".
             threads: threads of a step; None for the physical cores.
+            prompts: see `load`.
             revision: a branch, tag or commit of the hub repository.
 
         Raises:
@@ -114,7 +118,8 @@ class CausalLM:
                 one of it is not installed.
             ValueError: it cannot be expressed, or its export differs from it.
         """
-        model = cls(hub.exported(name_or_path, precision, cache_precision, revision), threads)
+        directory = hub.exported(name_or_path, precision, cache_precision, revision)
+        model = cls(directory, threads, prompts=prompts)
         model.name_or_path = str(name_or_path)
         return model
 
@@ -434,7 +439,10 @@ def _is_one(ids: Any) -> bool:
 
 
 def load(
-    name_or_path: str | os.PathLike[str] | None = None, *, threads: int | None = None
+    name_or_path: str | os.PathLike[str] | None = None,
+    *,
+    threads: int | None = None,
+    prompts: str | None = None,
 ) -> CausalLM:
     """Load a model by its name: a fastgen directory, an ONNX folder or a transformers model.
 
@@ -444,11 +452,17 @@ def load(
     Args:
         name_or_path: a directory or a hub id; None for the embedded demo model.
         threads: threads of a step; None for the physical cores.
+        prompts: "int8" lets a model in int4 read long prompts as fast as one in int8 does: a second
+            copy of its layers, one byte a weight, is made in memory on loading. The weights are
+            the same, the activations are rounded otherwise. "same" reads them with the weights of
+            all else; None as `fastgen tune` left it, or "same".
 
     Raises:
-        ModelError: there is no usable model; the message says what was found.
+        ModelError: there is no usable model, or it cannot read prompts so; the message says what
+            was found.
+        ValueError: threads, prompts.
     """
-    return CausalLM(hub.directory(name_or_path), threads)
+    return CausalLM(hub.directory(name_or_path), threads, prompts=prompts)
 
 
 def verify(name_or_path: str | os.PathLike[str] | None = None) -> None:

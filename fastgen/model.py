@@ -26,7 +26,8 @@ from fastgen.cpu import int8_overflows
 from fastgen.jsonfile import ModelError as ModelError
 from fastgen.jsonfile import is_count, is_text, take
 from fastgen.memory import page_out
-from fastgen.tuning import Tuning, read
+from fastgen.prompts import APART, PROMPTS, UNPACK, offer
+from fastgen.tuning import READ_AS, Tuning, read
 
 FORMAT = 1  # of the model directory; `fastgen.json` says which one a directory has
 GRAPH = "model.onnx"
@@ -63,6 +64,7 @@ class ModelInfo:
         name: what was exported.
         parameters: of the original.
         exporter: the version of fastgen that wrote it.
+        no_prompts: why a model in int4 cannot read prompts in int8; empty where it can.
     """
 
     precision: str
@@ -78,6 +80,7 @@ class ModelInfo:
     name: str = ""
     parameters: int = 0
     exporter: str = "?"
+    no_prompts: str = ""
 
     @property
     def cache_precision(self) -> str:
@@ -134,6 +137,18 @@ class ModelInfo:
             )
         return info
 
+    def check_prompts(self, directory: Path) -> None:
+        """Raise a ModelError if prompts cannot be read in int8; it says why."""
+        if PROMPTS in self.files and UNPACK in self.files:
+            return
+        if self.no_prompts:
+            why = self.no_prompts
+        elif self.precision != "int4":
+            why = f"they are for models in int4, it is in {self.precision}"
+        else:
+            why = "an older fastgen exported it: export the model again"
+        raise ModelError(f'{directory} cannot be loaded with prompts="int8": {why}')
+
     def check(self, directory: Path, *names: str) -> None:
         """Compare files with what was exported: size and digest, where there is one.
 
@@ -179,6 +194,7 @@ def _described(directory: Path) -> ModelInfo:
             )
         raise ModelError(f"{directory} is not a fastgen model directory: it has no {INFO}")
     found = {"cache_dtype": "float32", "name": "", "parameters": 0, "fastgen": "?", "states": []}
+    found["no_prompts"] = ""
     found |= jsonfile.read(path)
     field = functools.partial(take, found, path)
     version = field("format", lambda v: is_count(v, 2**31), f"a number such as {FORMAT}")
@@ -215,6 +231,7 @@ def _described(directory: Path) -> ModelInfo:
         name=field("name", lambda v: isinstance(v, str), "text"),
         parameters=field("parameters", lambda v: is_count(v, 2**60, 0), "an integer"),
         exporter=field("fastgen", is_text, "text"),
+        no_prompts=field("no_prompts", lambda v: isinstance(v, str), "text"),
     )
 
 
@@ -266,22 +283,37 @@ class Model:
         threads: how many threads a step may use, at most 8 for each CPU of the machine; None for
             what was tuned, or the physical cores.
         tuning: how to run it; None for what `fastgen tune` found best on this machine.
+        prompts: see `fastgen.load`; None for what was tuned, or "same".
 
     Raises:
-        ModelError: see `ModelInfo.read`; or the graph is not what `fastgen.json` says it is.
-        ValueError: threads.
+        ModelError: see `ModelInfo.read`; or the graph is not what `fastgen.json` says it is, or
+            prompts in int8 are asked of a model that has none.
+        ValueError: threads, prompts.
     """
 
     def __init__(
-        self, directory: Path, threads: int | None = None, tuning: Tuning | None = None
+        self,
+        directory: Path,
+        threads: int | None = None,
+        tuning: Tuning | None = None,
+        prompts: str | None = None,
     ) -> None:
         count = None if threads is None else _allowed(threads)
+        if prompts not in (None, *READ_AS):
+            raise ValueError(f"prompts must be {' or '.join(READ_AS)}, got {prompts!r}")
         self.directory = directory
         self.info = ModelInfo.read(directory)
         self.tuning = tuning or read(directory) or Tuning()
         if count is not None:
             self.tuning = replace(self.tuning, threads=count)
+        if prompts is not None:
+            self.tuning = replace(self.tuning, prompts=prompts)
+        if self.tuning.prompts != "same":
+            self.info.check_prompts(directory)
         self.session = _session(directory / GRAPH, self.tuning)
+        self.reader: Any = None
+        if self.tuning.prompts != "same":
+            self.reader = _reader(directory, self.tuning)
         if not UNPACKED.items() <= self.tuning.entries.items():  # else they are read there
             page_out(directory / WEIGHTS)
         self.codes: Codes | None = None
@@ -347,8 +379,15 @@ class Model:
         """
         missing = [name for name in self.info.files if name not in self.info.digests]
         computed = {name: digest(self.directory / name) for name in missing}
-        known = f"{onnxruntime.__version__} {self.info} {computed}"
+        known = f"{onnxruntime.__version__} {self.info} {computed} {self.tuning.prompts}"
         return hashlib.sha256(known.encode()).hexdigest()
+
+    def reads_apart(self, tokens: int) -> bool:
+        """Whether a call with so many tokens, padding included, goes to the second session.
+
+        It does if it wants no logits: where prompts end, `Prefill` reads their last tokens apart.
+        """
+        return self.reader is not None and tokens >= APART
 
     def new_cache(self, rows: int, capacity: int, reads_prompts: bool = False) -> Cache:
         """An empty cache for `rows` rows of up to `capacity` tokens.
@@ -420,7 +459,7 @@ class Model:
             np.maximum(call.query_seqlens - 1, 0, out=call.logits_positions[:, 0])
         else:
             call.logits_positions[:] = logits_positions
-        self.session.run_with_iobinding(call.binding)
+        call.session.run_with_iobinding(call.binding)
         return call.logits
 
     def _bound(self, cache: Cache, first: int, rows: int, width: int, keep: int) -> _Call:
@@ -462,10 +501,14 @@ class _Call:
         self.total_sequence_length = np.zeros((), np.int32)
         self.logits_positions = np.zeros((rows, keep), np.int64)
         self.logits = np.zeros((rows, keep, model.info.vocab_size), np.float32)
-        self.binding = model.session.io_binding()
-        for name in self.INPUTS:
+        reads = keep == 0 and model.reads_apart(rows * width)
+        self.session = model.reader if reads else model.session
+        self.binding = self.session.io_binding()
+        taken = {value.name for value in self.session.get_inputs()}
+        for name in filter(taken.__contains__, self.INPUTS):
             _bind(self.binding.bind_input, name, getattr(self, name))
-        _bind(self.binding.bind_output, "logits", self.logits)
+        if not reads:
+            _bind(self.binding.bind_output, "logits", self.logits)
         names = (*model.key_values[cache.dtype.name], *model.states)
         views = (*cache.slots(first, rows), *cache.states(first, rows))
         for (past, present), view in zip(names, views, strict=True):
@@ -545,8 +588,20 @@ def open_session(path: Path, options: Any) -> Any:
     )
 
 
-def _session(path: Path, tuning: Tuning) -> Any:
+def _reader(directory: Path, tuning: Tuning) -> Any:
+    """The session that reads prompts; see `fastgen.prompts`."""
+    options = session_options(tuning)
     try:
-        return open_session(path, session_options(tuning))
+        offered = offer(options, directory, tuning.threads)
+    except Exception as error:  # as below
+        raise ModelError(f"onnxruntime cannot run {directory / UNPACK}: {error}") from error
+    session = _session(directory / PROMPTS, tuning, options)
+    offered.clear()
+    return session
+
+
+def _session(path: Path, tuning: Tuning, options: Any = None) -> Any:
+    try:
+        return open_session(path, options or session_options(tuning))
     except Exception as error:  # onnxruntime raises classes of its own, derived from Exception
         raise ModelError(f"onnxruntime cannot load {path}: {error}") from error

@@ -107,9 +107,10 @@ class Prefill:
             new = [prompt[done:stop] for prompt, done in zip(prompts, held, strict=True)]
             ended = sum(len(prompt) <= stop for prompt in prompts)
             # Only a chunk in which a prompt ends needs logits.
-            positions = None if ended else np.zeros((len(new), 0), np.int64)
-            logits = desk.forward(new, first, at - start, positions)
-            self.logits[at : at + ended] = logits[:ended, 0] if ended else 0
+            if ended:
+                self.logits[at : at + ended] = self._end(desk, new, first, at - start, ended)
+            else:
+                desk.forward(new, first, at - start, _no_logits(new))
             for row in range(at, end) if states is not None else ():
                 assert states is not None
                 if self.cache.lengths[self.first + row] == stop:
@@ -118,6 +119,25 @@ class Prefill:
             if at == end:
                 return
             yield
+
+    def _end(
+        self, desk: Desk, new: Sequence[NDArray[np.int64]], first: int, place: int, ended: int
+    ) -> NDArray[np.float32]:
+        """Read a chunk in which the first `ended` rows end; their logits [ended, vocab].
+
+        Where prompts are read apart (`Model.reads_apart`), their last tokens are not.
+        """
+        if not self.model.reads_apart(len(new) * max(map(len, new))):
+            return desk.forward(new, first, place)[:ended, 0]
+        before = [ids[:-1] for ids in new[:ended]] + [*new[ended:]]
+        # A row that holds nothing cannot be left as it is: those of one token come first.
+        some = next(row for row, ids in enumerate(before) if len(ids))
+        desk.forward(before[some:], first + some, place + some, _no_logits(before[some:]))
+        return desk.forward([ids[-1:] for ids in new[:ended]], first, place)[:, 0]
+
+
+def _no_logits(new: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+    return np.zeros((len(new), 0), np.int64)
 
 
 def prefill(

@@ -20,6 +20,7 @@ from fastgen.jsonfile import is_count, is_object, take
 
 FILE = "tuned.json"
 MOST_THREADS = 2**16  # of any machine
+READ_AS = ("same", "int8")  # how prompts can be read: with the weights of all else, or with int8
 
 # Kernels that onnxruntime has besides its default, by the processors that have them: session
 # entries that are tried, and the only ones that are taken from a file.
@@ -37,17 +38,20 @@ class Tuning:
         threads: of a step.
         spinning: whether threads spin while they wait for more of a step, or sleep.
         entries: session configuration entries of onnxruntime that choose kernels.
+        prompts: how they are read, "same" or "int8"; see `fastgen.load`.
     """
 
     threads: int = field(default_factory=physical_cores)
     spinning: bool = True
     entries: dict[str, str] = field(default_factory=dict)
+    prompts: str = "same"
 
     def __str__(self) -> str:
         kernels = [f"{name}={value}" for name, value in self.entries.items()]
         waiting = [] if self.spinning else ["sleeping"]
+        prompts = [] if self.prompts == "same" else [f"prompts in {self.prompts}"]
         plural = "s" if self.threads > 1 else ""
-        return ", ".join([f"{self.threads} thread{plural}", *waiting, *kernels])
+        return ", ".join([f"{self.threads} thread{plural}", *waiting, *kernels, *prompts])
 
 
 def here() -> dict[str, str | int]:
@@ -73,6 +77,7 @@ def read(directory: Path) -> Tuning | None:
     found = jsonfile.read(path, advice)
     measured = take(found, path, "here", is_object, "an object", advice)
     settings = take(found, path, "tuning", is_object, "an object", advice)
+    settings = {"prompts": "same"} | settings  # which older versions did not write
     setting = functools.partial(take, settings, path, advice=advice)
     mine = measured == here()
     most = len(usable_cpus()) if mine else MOST_THREADS
@@ -84,6 +89,7 @@ def read(directory: Path) -> Tuning | None:
             lambda v: v in [{}, *kernels()] if mine else is_object(v),
             "entries that `fastgen tune` tries on this machine",
         ),
+        prompts=setting("prompts", lambda v: v in READ_AS, " or ".join(READ_AS)),
     )
     return tuning if mine else None
 

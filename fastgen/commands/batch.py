@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from fastgen.commands.knobs import given, knob_flags
-from fastgen.commands.models import load, model_option, threads_option
+from fastgen.commands.models import load, model_option, run_options
 from fastgen.commands.rows import (
     SPREAD,
     do,
@@ -23,14 +23,15 @@ from fastgen.commands.say import clear_errors
 @click.command()
 @job_flags
 @model_option
-@threads_option
+@run_options
 @click.option("--ids", is_flag=True, help="give the tokens too")
 @click.option("--max-rows", type=click.IntRange(1), help="rows that run together [default: 64]")
 @spread_flags
 @knob_flags
 def batch(
     source: str, out: str, kind: str | None, keep: tuple[str, ...], restart: bool, quiet: bool,
-    model: str | None, threads: int | None, ids: bool, max_rows: int | None, **others: Any,
+    model: str | None, threads: int | None, prompts: str | None, ids: bool, max_rows: int | None,
+    **others: Any,
 ) -> None:  # fmt: skip
     """Continue every prompt of IN, and write an object a row to OUT, in IN's order.
 
@@ -62,13 +63,13 @@ def batch(
             seed = values.integer("--seed", seed)
         if flags["address"] is not None:
             arguments = {"model": model, "keep": keep, "seed": seed or 0, "ids": ids, **wanted}
-            arguments |= {"threads": threads, "max_rows": max_rows or MAX_ROWS}
+            arguments |= {"threads": threads, "prompts": prompts, "max_rows": max_rows or MAX_ROWS}
             arguments |= {"created": int(time.time())}
             on_a_cluster("Generate", arguments, source, out, kind, restart, quiet, flags)
             return
         only_on_a_cluster(flags)
         rows = Source.of(source, kind)
-        loaded = load(model, threads)
+        loaded = load(model, threads, prompts)
         params.resolve(loaded.generation_config.to_dict(), None, wanted)
         Reader(loaded, wanted, keep).check(rows.columns() or ())
         settings = {

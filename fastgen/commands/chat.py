@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from fastgen.commands.knobs import given, json_or_text, knob_flags
-from fastgen.commands.models import load, threads_option
+from fastgen.commands.models import load, run_options
 from fastgen.commands.say import clear_errors, one_line, say
 from fastgen.conversation import Conversation, Took
 from fastgen.interrupt import noted
@@ -26,9 +26,11 @@ PROMPT, MORE = ">>> ", "... "
 @click.command()
 @click.argument("model", required=False)
 @click.option("--system", help="the system message")
-@threads_option
+@run_options
 @knob_flags
-def chat(model: str | None, system: str | None, threads: int | None, **knobs: Any) -> None:
+def chat(
+    model: str | None, system: str | None, threads: int | None, prompts: str | None, **knobs: Any
+) -> None:
     """Talk with a model: MODEL is a directory or a hub id (default: the demo model).
 
     A line that ends with a backslash goes on in the next one, and so does everything between
@@ -41,7 +43,7 @@ def chat(model: str | None, system: str | None, threads: int | None, **knobs: An
     tokens at most. An answer has 256. --max-new-tokens or --max-length change that.
     """
     with clear_errors():
-        loaded = load(model, threads, "MODEL")
+        loaded = load(model, threads, prompts, "MODEL")
         conversation = Conversation(loaded, given(knobs), system)
         info = loaded.model.info
         name = info.name or loaded.directory.name

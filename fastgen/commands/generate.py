@@ -14,7 +14,7 @@ import click
 
 import fastgen
 from fastgen.commands.knobs import given, knob_flags
-from fastgen.commands.models import load, model_option, threads_option
+from fastgen.commands.models import load, model_option, run_options
 from fastgen.commands.say import clear_errors, in_json, one_line
 from fastgen.params import resolve
 
@@ -29,7 +29,7 @@ from fastgen.params import resolve
     is_flag=True,
     help="print one JSON object a sequence; null is what is not finite",
 )
-@threads_option
+@run_options
 @click.option(
     "--prefix-cache", type=click.Path(path_type=Path),
     help="keep prompts' keys and values in this file: a later prompt that starts alike is faster",
@@ -37,13 +37,13 @@ from fastgen.params import resolve
 @knob_flags
 def generate(
     prompt: str | None, model: str | None, file: Path | None, as_json: bool, threads: int | None,
-    prefix_cache: Path | None, **knobs: Any,
+    prompts: str | None, prefix_cache: Path | None, **knobs: Any,
 ) -> None:  # fmt: skip
     """Continue PROMPT; without one it is read from --file or standard input."""
     with clear_errors():
         text = _prompt(prompt, file)
         with _kept(prefix_cache) as cache:
-            loaded = load(model, threads)
+            loaded = load(model, threads, prompts)
             wanted = given(knobs)
             if _open_ended(wanted):
                 wanted["max_new_tokens"] = 64

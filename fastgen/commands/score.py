@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from fastgen.commands.models import load, model_option, threads_option
+from fastgen.commands.models import load, model_option, run_options
 from fastgen.commands.rows import do, job_flags, on_a_cluster, only_on_a_cluster, spread_flags
 from fastgen.commands.say import clear_errors
 
@@ -14,12 +14,12 @@ from fastgen.commands.say import clear_errors
 @click.command()
 @job_flags
 @model_option
-@threads_option
+@run_options
 @click.option("--tokens", "each", is_flag=True, help="the log-probability of every token too")
 @spread_flags
 def score(
     source: str, out: str, kind: str | None, keep: tuple[str, ...], restart: bool, quiet: bool,
-    model: str | None, threads: int | None, each: bool, **flags: Any,
+    model: str | None, threads: int | None, prompts: str | None, each: bool, **flags: Any,
 ) -> None:  # fmt: skip
     """Say how likely every text of IN is, an object a row in OUT, in IN's order.
 
@@ -35,11 +35,12 @@ def score(
 
         if flags["address"] is not None:
             arguments = {"model": model, "keep": keep, "tokens": each, "threads": threads}
+            arguments |= {"prompts": prompts}
             on_a_cluster("Score", arguments, source, out, kind, restart, quiet, flags)
             return
         only_on_a_cluster(flags)
         rows = Source.of(source, kind)
-        loaded = load(model, threads)
+        loaded = load(model, threads, prompts)
         work = Scoring(loaded, keep, each)
         work.check(rows.columns() or ())
         settings = {

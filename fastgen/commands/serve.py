@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from fastgen import extras
-from fastgen.commands.models import load, threads_option
+from fastgen.commands.models import load, run_options
 from fastgen.commands.say import clear_errors, say
 
 MEMORY = "a quarter of the machine's memory"
@@ -23,7 +23,7 @@ MEMORY = "a quarter of the machine's memory"
               help="port to listen at; 0 for any that is free")  # fmt: skip
 @click.option("--api-key", envvar="FASTGEN_API_KEY", help="that clients must send [env: "
               "FASTGEN_API_KEY]")  # fmt: skip
-@threads_option
+@run_options
 @click.option("--name", help="what clients see the model called [default: its own name]")
 @click.option(
     "--rows", type=click.IntRange(1), help="rows that run together, at most [default: 64]"
@@ -36,6 +36,7 @@ MEMORY = "a quarter of the machine's memory"
 @click.option("--cors", help="an origin whose pages may call from a browser, * for all")
 def serve(
     model: str | None, host: str, port: int, api_key: str | None, threads: int | None,
+    prompts: str | None,
     name: str | None, rows: int | None, memory: float | None, queue: int | None, grace: float,
     cors: str | None,
 ) -> None:  # fmt: skip
@@ -65,7 +66,7 @@ def serve(
         settings["max_bytes"] = None if memory is None else int(memory * 1e9)
         given = {key: value for key, value in settings.items() if value is not None}
         with _listening(host, port) as place:
-            loaded = load(model, threads, "MODEL")
+            loaded = load(model, threads, prompts, "MODEL")
             made = app(loaded, name=name, api_key=api_key, cors=cors, grace=grace, **given)
             server = Server(made, grace, ready=lambda: say(f"fastgen: serving at {_url(place)}"))
             with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:

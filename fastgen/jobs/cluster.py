@@ -97,6 +97,7 @@ class Generate(Engine):
         ids: whether there is a column "ids" of the new tokens.
         max_rows: rows that run together.
         threads: of a step; None for the CPUs that Ray gives the actor, or the physical cores.
+        prompts: see `fastgen.load`.
         created: what OpenAI's answers say of when they were made (Unix seconds); None for now.
         knobs: the keywords of `generate`, for rows that say nothing else.
 
@@ -107,9 +108,9 @@ class Generate(Engine):
     def __init__(
         self, model: str | os.PathLike[str] | None = None, *, keep: Collection[str] = (),
         seed: int = 0, ids: bool = False, max_rows: int = MAX_ROWS, threads: int | None = None,
-        created: int | None = None, **knobs: Any,
+        prompts: str | None = None, created: int | None = None, **knobs: Any,
     ) -> None:  # fmt: skip
-        self.model = CausalLM(node.directory(model), threads or node.threads())
+        self.model = CausalLM(node.directory(model), threads or node.threads(), prompts=prompts)
         found = params.resolve(self.model.generation_config.to_dict(), None, knobs)
         reader = Reader(self.model, knobs, keep, seed, ids, created)
         self.work = Generation(reader, max_rows, node.memory())
@@ -125,15 +126,15 @@ class Score(Engine):
     Called with a batch, it adds the columns "logprob", "tokens", "perplexity" and "error".
 
     Args:
-        model, keep, threads: see `Generate`.
+        model, keep, threads, prompts: see `Generate`.
         tokens: whether there is a column "logprobs" of each token's.
     """
 
     def __init__(
         self, model: str | os.PathLike[str] | None = None, *, keep: Collection[str] = (),
-        tokens: bool = False, threads: int | None = None,
+        tokens: bool = False, threads: int | None = None, prompts: str | None = None,
     ) -> None:  # fmt: skip
-        self.model = CausalLM(node.directory(model), threads or node.threads())
+        self.model = CausalLM(node.directory(model), threads or node.threads(), prompts=prompts)
         self.work = Scoring(self.model, keep, tokens)
         self.given = ["logprob", "tokens", "perplexity", *(["logprobs"] if tokens else [])]
 

@@ -15,7 +15,7 @@ WAITING = 64  # requests that a replica has at a time, running or waiting; more 
 
 def deployment(
     model: str | os.PathLike[str] | None = None, *, threads: int | None = None,
-    options: dict[str, Any] | None = None, **settings: Any,
+    prompts: str | None = None, options: dict[str, Any] | None = None, **settings: Any,
 ) -> Any:  # fmt: skip
     """A Ray Serve application: `serve.run(deployment("SmolLM2-135M-Instruct-int8"))`.
 
@@ -26,6 +26,7 @@ def deployment(
         model: a directory, a hub id, or the URI of a directory that pyarrow can read; None for
             the demo model. What is not on a node is fetched there once.
         threads: of a step; None for the CPUs that Ray gives the replica.
+        prompts: see `fastgen.load`.
         options: of `serve.deployment`, such as `{"num_replicas": 4, "ray_actor_options":
             {"num_cpus": 2}}`, besides `max_ongoing_requests=64`.
         settings: of `fastgen.serve.app`, such as `name` or `api_key`.
@@ -50,7 +51,7 @@ def deployment(
                 raise RuntimeError("the engine has ended")
 
     def made() -> FastAPI:
-        loaded = CausalLM(node.directory(model), threads or node.threads())
+        loaded = CausalLM(node.directory(model), threads or node.threads(), prompts=prompts)
         return app(loaded, **{"max_bytes": node.memory(), **settings})
 
     wanted = {"max_ongoing_requests": WAITING, **(options or {})}

@@ -1,0 +1,164 @@
+"""A second graph for the prompts of a 4-bit model: its matrices in 8 bits per output channel.
+
+The kernel of 4 bits unpacks them anew for every few tokens, which is fast for one and slow for
+many. Since scales have two levels (`quantize.in_two_levels`), each matrix is exactly one of int8
+per output channel too, twice as large. Two small graphs read the model's own weights file, for who
+has the memory (`fastgen.prompts`):
+
+- `unpack.onnx` makes these matrices, and their scales.
+- `prompts.onnx` is the model's graph with them, and without `lm_head`: it gives keys, values and
+  states, but no logits. The values of its matrices are not in it: whoever opens it gives them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common
+import onnx_ir.tape
+from fastgen.export.quantize import STEPS, Activations, in_two_levels, integer_product
+from fastgen.export.trim import constant, take_place
+
+from fastgen.model import GRAPH
+from fastgen.prompts import PROMPTS, UNPACK
+
+MIDDLE = 8  # of the codes of 4 bits
+
+
+def write(directory: Path) -> str:
+    """Write both graphs beside `model.onnx`, if it can have them.
+
+    Returns:
+        Why it cannot; an empty text if it can.
+    """
+    model = ir.load(directory / GRAPH)
+    if any(node.op_type == "QMoE" for node in model.graph):
+        return "its experts go through a kernel that multiplies 4 bits as fast as 8"
+    _leave_out_logits(model)
+    found = [node for node in model.graph if _is_packed(node)]
+    if not found:
+        return "none of its layers' matrices has 4 bits"
+    if not all(map(_has_two_levels, found)):
+        return "its scales are not in two levels, as those of `fastgen export` are"
+    unpacking = _Unpacking(model.opset_imports[""])
+    activations = Activations(model.graph)
+    for node in found:
+        codes, scales = unpacking.unpacked(node, model.graph)
+        take_place(node, integer_product(node, codes, scales, activations))
+    ir.passes.common.RemoveUnusedNodesPass()(model)
+    ir.save(model, directory / PROMPTS)
+    ir.save(unpacking.model(), directory / UNPACK)
+    return ""
+
+
+def _leave_out_logits(model: ir.Model) -> None:
+    """Drop them, and what only they need: `lm_head`, and most of the last layer."""
+    graph = model.graph
+    graph.outputs[:] = [value for value in graph.outputs if value.name != "logits"]
+    ir.passes.common.RemoveUnusedNodesPass()(model)
+    graph.inputs[:] = [value for value in graph.inputs if value.uses()]
+
+
+def _is_packed(node: ir.Node) -> bool:
+    """Whether it is a product with a matrix of 4 bits, in the weights file."""
+    if node.op_type != "MatMulNBits" or node.attributes.get_int("bits", 4) != 4:
+        return False
+    codes = node.inputs[1]
+    return codes is not None and isinstance(codes.const_value, ir.ExternalTensor)
+
+
+def _has_two_levels(node: ir.Node) -> bool:
+    scales = constant(node.inputs[2])
+    return (
+        len(node.inputs) == 3  # no zero points, no bias
+        and scales is not None
+        and scales.dtype == np.float32
+        and scales.ndim == 2
+        and np.array_equal(in_two_levels(scales), scales)
+    )
+
+
+class _Unpacking:
+    """The graph that makes the matrices, one after the other."""
+
+    def __init__(self, opset: int) -> None:
+        self._tape = ir.tape.Tape()
+        self._opset = opset
+        self._held: dict[str, ir.Value] = {}
+        self._made: dict[str, tuple[ir.Value, ir.Value]] = {}  # by the name of the codes
+        self._outputs: list[ir.Value] = []
+
+    def unpacked(self, node: ir.Node, graph: ir.Graph) -> tuple[ir.Value, ir.Value]:
+        """Constants of `graph` that the matrix of a product will be: int8 [in, out], scales [out].
+
+        Layers that share a matrix share them.
+        """
+        name = str(node.inputs[1].name)
+        if name not in self._made:
+            made = self._unpack(node)
+            self._outputs += made
+            self._made[name] = tuple(_promised(graph, value) for value in made)
+        return self._made[name]
+
+    def model(self) -> ir.Model:
+        graph = ir.Graph(
+            [], self._outputs, nodes=self._tape.nodes, initializers=list(self._held.values()),
+            name="unpack", opset_imports={"": self._opset},
+        )  # fmt: skip
+        return ir.Model(graph, ir_version=10)
+
+    def _unpack(self, node: ir.Node) -> tuple[ir.Value, ir.Value]:
+        op = self._tape.op
+        size, out, block = (node.attributes[key].as_int() for key in ("K", "N", "block_size"))
+        name = str(node.inputs[1].name)
+        packed = node.inputs[1].const_value
+        nibbles = ir.ExternalTensor(
+            packed.location, packed.offset, packed.length, ir.DataType.UINT4, name=name,
+            shape=ir.Shape([out, -(-size // block), block]), base_dir=packed.base_dir,
+        )  # fmt: skip
+        scales = self._constant(str(node.inputs[2].name), node.inputs[2].const_value)
+        int8 = {"to": int(ir.DataType.INT8)}
+        last = self._number("last_axis", [-1], np.int64)
+        # The largest scale of an output is STEPS times its number: no division rounds.
+        largest = op("ReduceMax", [scales, last], attributes={"keepdims": 1})
+        unit = op("Mul", [largest, self._number("1/steps", 1 / STEPS, np.float32)])
+        steps = op("Round", [op("Div", [scales, unit])])
+        steps = op("Cast", [steps], attributes=int8)
+        codes = op("Cast", [self._constant(name, nibbles)], attributes=int8)
+        codes = op("Sub", [codes, self._number("middle", MIDDLE, np.int8)])
+        codes = op("Mul", [codes, op("Unsqueeze", [steps, last])])
+        codes = op("Reshape", [codes, self._number(f"rows_{out}", [out, -1], np.int64)])
+        if size % block:
+            ends = [self._number(f"{v}", [v], np.int64) for v in (0, size, 1)]
+            codes = op("Slice", [codes, *ends])
+        codes = op("Transpose", [codes], attributes={"perm": [1, 0]})
+        unit = op("Reshape", [unit, self._number("flat", [-1], np.int64)])
+        codes.name, unit.name = f"{name}.int8", f"{name}.channels"
+        codes.dtype, codes.shape = ir.DataType.INT8, ir.Shape([size, out])
+        unit.dtype, unit.shape = ir.DataType.FLOAT, ir.Shape([out])
+        return codes, unit
+
+    def _number(self, name: str, value: float | Sequence[int], dtype: type) -> ir.Value:
+        return self._constant(name, ir.tensor(np.array(value, dtype), name=name))
+
+    def _constant(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+        if name not in self._held:
+            value = ir.Value(name=name, const_value=tensor)
+            value.shape, value.dtype = tensor.shape, tensor.dtype
+            self._held[name] = value
+        return self._held[name]
+
+
+def _promised(graph: ir.Graph, made: ir.Value) -> ir.Value:
+    """A constant whose values are given to the session: the file has others in their place."""
+    size = int(np.prod([int(n) for n in made.shape])) * made.dtype.itemsize
+    tensor = ir.ExternalTensor(
+        f"{GRAPH}.data", 0, int(size), made.dtype, name=made.name, shape=made.shape
+    )
+    value = ir.Value(name=made.name, const_value=tensor, shape=made.shape)
+    value.dtype = made.dtype
+    graph.register_initializer(value)
+    return value
