@@ -213,7 +213,11 @@ class Cache:
         Returns:
             For each shape of keys `[2 * layers, kv_heads, end - start, head_dim]`.
         """
-        return tuple(buffer[:, slot, :, start:end].copy() for buffer in self._buffers.values())
+        return tuple(part.copy() for part in self.parts(slot, start, end))
+
+    def parts(self, slot: int, start: int, end: int) -> list[NDArray[Any]]:
+        """As `read`, the memory itself."""
+        return [buffer[:, slot, :, start:end] for buffer in self._buffers.values()]
 
     def append(self, slot: int, count: int, parts: Sequence[NDArray[Any]]) -> None:
         """Let `count` tokens follow what `slot` holds; there must be room.
@@ -223,6 +227,6 @@ class Cache:
         """
         start = self.lengths[slot]
         end = start + count
-        for buffer, part in zip(self._buffers.values(), parts, strict=False):
-            buffer[:, slot, :, start:end] = part
+        for mine, part in zip(self.parts(slot, start, end), parts, strict=False):
+            mine[...] = part
         self.restore(slot, (end, list(parts[len(self._buffers) :])))

@@ -66,22 +66,20 @@ class Codes:
         ]
         self._inverse = [1 / scales for scales in self._scales]
 
-    def encode(self, parts: Parts) -> list[NDArray[np.int8]]:
-        """The codes of keys and values, as the kernel makes them: the nearest."""
-        out = []
-        for part, inverse in zip(parts, self._inverse, strict=False):
-            codes = np.empty(part.shape, np.int8)
-            for half, scale, code in zip(part, inverse, codes, strict=True):
-                scaled = half * scale  # a layer at a time, which stays near the processor
+    def encode(self, floats: Parts, codes: Parts) -> None:
+        """Write the codes of keys and values, as the kernel makes them: the nearest."""
+        for part, inverse, out in zip(floats, self._inverse, codes, strict=True):
+            scaled = np.empty(part.shape[1:], np.float32)  # of a layer: near the processor
+            for half, scale, code in zip(part, inverse, out, strict=True):
+                np.multiply(half, scale, out=scaled)
                 np.rint(scaled, out=scaled)
                 np.clip(scaled, -128, 127, out=scaled)
                 code[...] = scaled
-            out.append(codes)
-        return out
 
-    def decode(self, parts: Parts) -> list[Floats]:
-        """The keys and values that codes stand for."""
-        return [part * scales for part, scales in zip(parts, self._scales, strict=False)]
+    def decode(self, codes: Parts, floats: Parts) -> None:
+        """Write the keys and values that codes stand for."""
+        for part, scales, out in zip(codes, self._scales, floats, strict=True):
+            np.multiply(part, scales, out=out)
 
 
 class Desk:
@@ -98,6 +96,7 @@ class Desk:
 
     def __init__(self, model: Model, cache: Cache, rows: int, capacity: int) -> None:
         self.model, self.cache, self.codes = model, cache, model.codes
+        self._exact: dict[int, int] = {}  # the first token of a row whose floats are not rounded
         self.floats = cache
         if self.codes is not None:
             self.floats = model.borrow_cache(rows, capacity, reads_prompts=True)
@@ -107,11 +106,10 @@ class Desk:
         if self.codes is None:
             return
         for place in range(rows):
-            self.floats.begin(place)
             held, states = self.cache.state(first + place)
-            if held:
-                parts = self.codes.decode(self.cache.read(first + place, 0, held))
-                self.floats.append(place, held, [*parts, *states])
+            self.floats.begin(place)
+            self.floats.restore(place, (held, states))
+            self._fetch(place, first + place, 0, held)
 
     def forward(
         self,
@@ -127,20 +125,26 @@ class Desk:
         """
         if self.codes is None:
             return self.model.forward(new, self.cache, first, logits_positions)
+        for row in range(len(new)):
+            if (start := self._exact.pop(place + row, None)) is not None:
+                self._fetch(place + row, first + row, start, self.cache.lengths[first + row])
         logits = self.model.forward(new, self.floats, place, logits_positions)
-        for row, ids in enumerate(new):
-            if len(ids):
-                self._keep(place + row, first + row, len(ids))
+        for row in range(len(new)):
+            self._keep(place + row, first + row)
         return logits
 
-    def _keep(self, place: int, slot: int, count: int) -> None:
-        """Store the last tokens of a row, and go on with what was stored."""
+    def _keep(self, place: int, slot: int) -> None:
+        """Store what was read of a row. If there is more to come, it sees what was stored."""
         assert self.codes is not None
-        end, states = self.floats.state(place)
-        codes = self.codes.encode(self.floats.read(place, end - count, end))
-        self.cache.append(slot, count, [*codes, *states])
-        self.floats.restore(place, (end - count, states))
-        self.floats.append(place, count, [*self.codes.decode(codes), *states])
+        start, (end, states) = int(self.cache.lengths[slot]), self.floats.state(place)
+        self.codes.encode(self.floats.parts(place, start, end), self.cache.parts(slot, start, end))
+        self.cache.restore(slot, (end, states))
+        self._exact[place] = start
+
+    def _fetch(self, place: int, slot: int, start: int, end: int) -> None:
+        """What is stored of a row, as floats."""
+        assert self.codes is not None
+        self.codes.decode(self.cache.parts(slot, start, end), self.floats.parts(place, start, end))
 
     def close(self) -> None:
         """Nothing more is read here: the memory goes back to the model."""

@@ -224,14 +224,16 @@ def test_codes_stand_for_keys_and_values():
         codes = Codes(path, [(2, 3), (1, 4), (2, 3)])
         flat = np.load(path)
     parts = [random.integers(-128, 128, (4, 2, 7, 3)), random.integers(-128, 128, (2, 1, 7, 4))]
-    floats = codes.decode([part.astype(np.int8) for part in parts])
-    assert [one.dtype for one in floats] == [np.float32] * 2
-    for expected, found in zip(parts, codes.encode(floats), strict=True):
-        np.testing.assert_array_equal(found, expected)
+    floats = [np.empty(part.shape, np.float32) for part in parts]
+    found = [np.empty(part.shape, np.int8) for part in parts]
+    codes.decode([part.astype(np.int8) for part in parts], floats)
+    codes.encode(floats, found)
+    for expected, one in zip(parts, found, strict=True):
+        np.testing.assert_array_equal(one, expected)
     # The third layer's keys are the second pair of the first shape.
     np.testing.assert_allclose(floats[0][2, 1, :, 2], parts[0][2, 1, :, 2] * flat[12 + 8 + 5])
-    far = codes.encode([1e9 * np.ones((4, 2, 1, 3), np.float32), -1e9 * np.ones((2, 1, 1, 4))])
-    assert (far[0] == 127).all() and (far[1] == -128).all()
+    codes.encode([np.full(floats[0].shape, 1e9), np.full(floats[1].shape, -1e9)], found)
+    assert (found[0] == 127).all() and (found[1] == -128).all()
 
 
 def test_a_desk_of_float32_keys_is_the_cache_itself(pair):
