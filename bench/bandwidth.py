@@ -2,8 +2,9 @@
 
     python bench/bandwidth.py --precision fp32 int8 int4
 
-Memory's speed is that of dot products of arrays far larger than any cache, one thread for each of
-the model's; steps of the models and these are timed in interleaved rounds.
+Memory's speed is the best that products of arrays far larger than any cache reach, one thread for
+each of the model's: of one stream of numbers, and of the rows of a matrix, several at a time. Steps
+of the models and these are timed in interleaved rounds.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the threads here are our o
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -22,6 +24,13 @@ import numpy as np
 import shapes
 
 FLOATS = 48 << 20  # of each array of each thread
+ROW = 4096  # of them in a row of a matrix
+
+READERS: list[Callable[[Any], Any]] = [
+    lambda array: array @ array,
+    lambda array: array.reshape(-1, ROW) @ array[:ROW],
+    lambda array: array[: len(array) // ROW] @ array.reshape(-1, ROW),
+]
 
 
 def main() -> None:
@@ -70,9 +79,9 @@ def main() -> None:
 def bandwidth(pool: ThreadPoolExecutor, arrays: list[Any]) -> float:
     """Bytes a second that all threads read together."""
     best = 0.0
-    for _ in range(5):
+    for reader in 5 * READERS:
         start = time.perf_counter()
-        list(pool.map(lambda array: float(array @ array), arrays))
+        list(pool.map(reader, arrays))
         best = max(best, sum(a.nbytes for a in arrays) / (time.perf_counter() - start))
     return best
 
