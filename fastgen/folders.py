@@ -14,8 +14,10 @@ STEMS = ("model", "decoder_model_merged", "decoder_with_past_model")  # the best
 SUFFIXES = ("q4", "int4", "q8", "int8", "uint8", "quantized", "fp32", "q4f16", "fp16", "bnb4")
 NAME = re.compile(rf"^({'|'.join(STEMS)})(?:_({'|'.join(SUFFIXES)}))?\.onnx$")
 # Files that say a model has more parts than a decoder.
-ENCODER = re.compile(r"^encoder_model")
-PICTURES = re.compile(r"^(vision|audio|speech|image|embed_tokens)")
+ENCODER = re.compile(r"(^|[-_])encoder([-_]|$)")
+PICTURES = re.compile(
+    r"(^|[-_])(vision|audio|speech|images?|embed_tokens|embeds|embedding)([-_]|$)"
+)
 ALIKE = {"q4": ("q4", "int4"), "q8": ("q8", "int8", "uint8", "quantized")}
 MADE = ("int8", "int4")  # precisions that are made of a wider one
 WIDE = ("fp32", "fp16")
@@ -55,14 +57,13 @@ def decoders(names: Iterable[str]) -> dict[str, str]:
     place = place_of(names := list(names))
     files = [PurePosixPath(name) for name in names if name.endswith(".onnx")]
     files = [file for file in files if str(file.parent) == (place or ".")]
-    for file in files:
-        if ENCODER.match(file.stem):
-            raise ModelError(f"it is an encoder-decoder ({file.name}): only decoders are opened")
-        if PICTURES.match(file.stem):
-            raise ModelError(
-                f"it is a model of pictures or sounds ({file.name}), whose text part alone is not "
-                "whole: only decoders are opened"
-            )
+    if parts := [file.name for file in files if PICTURES.search(file.stem)]:
+        raise ModelError(
+            f"it is a model of pictures or sounds ({parts[0]}), whose text part alone is not "
+            "whole: only decoders are opened"
+        )
+    if parts := [file.name for file in files if ENCODER.search(file.stem)]:
+        raise ModelError(f"it is an encoder-decoder ({parts[0]}): only decoders are opened")
     found: dict[str, tuple[int, str]] = {}
     for file in files:
         if match := NAME.match(file.name):

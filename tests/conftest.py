@@ -7,10 +7,12 @@ import functools
 import hashlib
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests that want a hub start one of their own
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import fake_hub
 import onnx_ir
 import pytest
 import tiny
@@ -73,6 +75,13 @@ def both(pair: Callable[..., Pair]) -> Pair:
 @pytest.fixture(scope="session")
 def ours(both: Pair) -> fastgen.CausalLM:
     return both[1]
+
+
+@pytest.fixture
+def world(hub: fake_hub.Hub, tmp_path: Path) -> fake_hub.World:
+    """Somebody who uses the `hub` of the module."""
+    hub.asked.clear()
+    return fake_hub.World(hub, tmp_path)
 
 
 @pytest.fixture

@@ -133,6 +133,20 @@ class World:
         return self.run("from fastgen.__main__ import main; main()", *args, **changes)
 
 
+def blocked(*names: str) -> str:
+    """The beginning of a program that cannot import these packages."""
+    return f"""
+import importlib.abc, sys
+
+class Block(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.split(".")[0] in { {*names}!r}:
+            raise ImportError(f"{{name}} is blocked")
+
+sys.meta_path.insert(0, Block())
+"""
+
+
 @contextlib.contextmanager
 def serving(root: Path) -> Iterator[Hub]:
     """A hub of the folders of `root`, while it is needed."""

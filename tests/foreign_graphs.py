@@ -38,7 +38,8 @@ class Style:
         column: `seqlens_k` is [rows, 1].
         keep: an input `num_logits_to_keep`.
         half: in float16.
-        linear: "plain", "q4" (MatMulNBits) or "dynamic" (MatMulInteger).
+        linear: "plain", "q4" or "q8" (MatMulNBits), or "dynamic" (MatMulInteger).
+        single: made for one token after a past: it sees all that is there.
         merged: one If, for whether there is a past.
         window: tokens that a query sees.
         cap: of the scores.
@@ -53,6 +54,7 @@ class Style:
     keep: bool = False
     half: bool = False
     linear: str = "plain"
+    single: bool = False
     merged: bool = False
     window: int | None = None
     cap: float | None = None
@@ -62,6 +64,7 @@ class Style:
 STYLES = {
     "genai": Style("grouped", "inside", packed=True),
     "genai int4": Style("grouped", "inside", packed=True, linear="q4"),
+    "genai int8": Style("grouped", "inside", packed=True, linear="q8"),
     "genai fp16": Style("grouped", "inside", half=True),
     "transformers.js": Style("grouped", rotary="apart", column=True, keep=True),
     "transformers.js q4f16": Style("grouped", rotary="apart", keep=True, half=True, linear="q4"),
@@ -71,6 +74,7 @@ STYLES = {
     "optimum without positions": Style(positions="inside"),
     "optimum window": Style(window=8),
     "merged": Style(positions="inside", merged=True),
+    "with past": Style(positions="inside", single=True),
 }
 
 
@@ -126,15 +130,18 @@ class Writer:
         """x times one matrix, or several side by side."""
         matrix = np.concatenate([self.weights[f"{name}.weight"] for name in names])  # [out, in]
         name = "+".join(names)
-        if self.style.linear == "q4":
+        if self.style.linear in ("q4", "q8"):
+            bits = int(self.style.linear[1])
             out, inside = matrix.shape
             blocks = matrix.reshape(out, inside // BLOCK, BLOCK)
-            scale = np.abs(blocks).max(-1) / 7
-            whole = np.clip(np.rint(blocks / scale[..., None]) + 8, 0, 15).astype(np.uint8)
-            packed = whole[..., 0::2] | whole[..., 1::2] << 4
+            middle = 1 << bits - 1
+            scale = np.abs(blocks).max(-1) / (middle - 1)
+            whole = (np.rint(blocks / scale[..., None]) + middle).astype(np.uint8)
+            packed = whole[..., 0::2] | whole[..., 1::2] << 4 if bits == 4 else whole
             return self(
-                "MatMulNBits", x, self.of(packed, f"{name}.q4"), self.of(scale, f"{name}.scales"),
-                domain=MICROSOFT, K=inside, N=out, bits=4, block_size=BLOCK, accuracy_level=4,
+                "MatMulNBits", x, self.of(packed, f"{name}.{self.style.linear}"),
+                self.of(scale, f"{name}.scales"), domain=MICROSOFT, K=inside, N=out, bits=bits,
+                block_size=BLOCK, accuracy_level=4,
             )  # fmt: skip
         if self.style.linear == "dynamic":
             scale = np.abs(matrix).max() / 127
@@ -293,8 +300,11 @@ class Writer:
             seen = self("And", seen, self("Greater", keys, beyond))
         self.places = self("Sub", keys, queries)
         there = self("Cast", "attention_mask", to=TensorProto.BOOL)
-        seen = self("And", self("Unsqueeze", seen, self.ints(0, 1)),
-                    self("Unsqueeze", there, self.ints(1, 2)))  # fmt: skip
+        there = self("Unsqueeze", there, self.ints(1, 2))
+        if self.style.single:
+            seen = there
+        else:
+            seen = self("And", self("Unsqueeze", seen, self.ints(0, 1)), there)
         lowest = float(np.finfo(self.numbers).min)
         self.mask = self("Where", seen, self.of(0.0), self.of(lowest))
 
@@ -436,8 +446,12 @@ def genai(place: Path, model: Any, **search: Any) -> None:
     (place / "genai_config.json").write_text(json.dumps(told))
 
 
-def greedy(path: Path, row: Sequence[int], count: int) -> list[int]:
-    """The likeliest tokens after a row as the graph alone gives them: one `run` a token."""
+def greedy(path: Path, row: Sequence[int], count: int, single: bool = False) -> list[int]:
+    """The likeliest tokens after a row as the graph alone gives them: one `run` a token.
+
+    Args:
+        single: the row, too, is read a token at a time.
+    """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -449,7 +463,8 @@ def greedy(path: Path, row: Sequence[int], count: int) -> list[int]:
         for name, one in given.items()
         if name.startswith("past")
     }
-    ids, found = np.array([row], np.int64), []
+    start = 1 if single else len(row)
+    ids, rest, found = np.array([row[:start]], np.int64), [*row[start:]], []
     outputs = [one.name for one in session.get_outputs()]
     while len(found) < count:
         past = next(iter(held.values())).shape[2]
@@ -461,7 +476,10 @@ def greedy(path: Path, row: Sequence[int], count: int) -> list[int]:
         }  # fmt: skip
         told = session.run(outputs, {name: one for name, one in fed.items() if name in given})
         said = dict(zip(outputs, told, strict=True))
-        found.append(int(said["logits"][0, -1].argmax()))
-        ids = np.array([[found[-1]]])
+        if rest:
+            ids = np.array([[rest.pop(0)]])
+        else:
+            found.append(int(said["logits"][0, -1].argmax()))
+            ids = np.array([[found[-1]]])
         held = {name: said[name.replace("past_key_values", "present")] for name in held}
     return found

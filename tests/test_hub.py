@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from fake_hub import Hub, World, serving
+from fake_hub import Hub, blocked, serving
 
 import fastgen
 
@@ -38,22 +38,7 @@ def hub(pair, tmp_path_factory) -> Iterator[Hub]:
         yield server
 
 
-@pytest.fixture
-def world(hub, tmp_path) -> World:
-    hub.asked.clear()
-    return World(hub, tmp_path)
-
-
-NO_TORCH = """
-import importlib.abc, sys
-
-class Block(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if name.split(".")[0] in {"torch", "transformers", "onnx", "onnxscript"}:
-            raise ImportError(f"{name} is blocked")
-
-sys.meta_path.insert(0, Block())
-"""
+NO_TORCH = blocked("torch", "transformers", "onnx", "onnxscript")
 LOAD = f"""
 import sys, fastgen
 print(fastgen.load(sys.argv[1]).generate({IDS}, max_new_tokens=5))
