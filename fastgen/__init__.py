@@ -9,7 +9,7 @@ How a prompt becomes text, file by file:
     model       new ids and a cache -> logits          cache       keys and values, in place
     jsonfile    what strangers wrote, checked          sandbox     where chat templates run
     prefill     prompts -> the cache, chunk by chunk   prefix      what is kept of them for later
-    codes       keys in 8 bits, in 32 for prompts
+    codes       keys and values in 8 bits              desk        in 32, where prompts are read
     bounds      what a call would take of memory       memory      pages given back
     cpu         cores, and what they can               atomic      files that appear whole
     extras      what else can be installed             swap        one directory for another

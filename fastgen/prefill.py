@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastgen.cache import Cache
-from fastgen.codes import Desk
+from fastgen.desk import Desk
 from fastgen.model import Model
 from fastgen.prefix import PrefixCache
 
@@ -65,7 +65,11 @@ class Prefill:
         next(self._chunks, None)
 
     def _read_all(self) -> Iterator[None]:
-        for start, end in together([len(prompt) for prompt in self.prompts], self.chunk):
+        lengths = [len(prompt) for prompt in self.prompts]
+        short = sum(not self.model.reads_apart(length) for length in lengths)
+        groups = together(lengths[:short], self.chunk)
+        groups += [(short + a, short + b) for a, b in together(lengths[short:], self.chunk)]
+        for start, end in groups:
             if start:
                 yield
             yield from self._read_group(start, end)
@@ -74,43 +78,51 @@ class Prefill:
     def _read_group(self, start: int, end: int) -> Iterator[None]:
         """Read prompts `start` to `end`, but what the prefix cache knows of them."""
         prompts, known = self.prompts[start:end], self.prefix_cache
+        apart = self.model.reads_apart(len(prompts[0]))
+        texts = [prompt[:-1] for prompt in prompts] if apart else prompts
+        if known is not None:
+            model = self.model.prefix_name(apart)
+            known.fetch(model, texts, self.cache, self.first + start, self.chunk)
         desk = Desk(self.model, self.cache, len(prompts), len(prompts[-1]) + self.chunk)
-        if known is None:
-            desk.lay(self.first + start, len(prompts))
-            yield from self._read_rows(desk, start, end, None)
-            desk.close()
-            return
-        model = self.model.fingerprint
-        known.fetch(model, prompts, self.cache, self.first + start, self.chunk)
         desk.lay(self.first + start, len(prompts))
-        states: list[States] = [{} for _ in prompts]
-        yield from self._read_rows(desk, start, end, states)
+        states: list[States] | None = None if known is None else [{} for _ in prompts]
+        yield from self._read_rows(desk, start, texts, apart, states)
+        if apart:
+            ends = [prompt[-1:] for prompt in prompts]
+            self.logits[start:end] = desk.forward(ends, self.first + start, 0)[:, 0]
         desk.close()
-        for place, mine in enumerate(states, start):
-            slot = self.first + place
-            known.keep(model, self.prompts[place], self.cache, slot, self.chunk, mine)
+        if known is not None and states is not None:
+            for place, (text, mine) in enumerate(zip(texts, states, strict=True), start):
+                known.keep(model, text, self.cache, self.first + place, self.chunk, mine)
 
     def _read_rows(
-        self, desk: Desk, start: int, end: int, states: list[States] | None
+        self,
+        desk: Desk,
+        start: int,
+        texts: Sequence[NDArray[np.int64]],
+        apart: bool,
+        states: list[States] | None,
     ) -> Iterator[None]:
         """Read what the slots do not hold yet, row by row shorter ones leaving.
 
         Args:
+            texts: the prompts from `start` on; without their last tokens if they are read apart.
             states: gets each row's states where a chunk ended; None where nobody wants them.
         """
-        at = start  # the first row that is not complete
-        while True:
+        at, end = start, start + len(texts)
+        while True:  # `at` is the first row that is not complete
             first = self.first + at
-            prompts = self.prompts[at:end]
+            prompts = texts[at - start :]
             held = self.cache.lengths[first : first + len(prompts)].copy()
             stop = (held.min() // self.chunk + 1) * self.chunk
             new = [prompt[done:stop] for prompt, done in zip(prompts, held, strict=True)]
             ended = sum(len(prompt) <= stop for prompt in prompts)
-            # Only a chunk in which a prompt ends needs logits.
-            if ended:
-                self.logits[at : at + ended] = self._end(desk, new, first, at - start, ended)
-            else:
-                desk.forward(new, first, at - start, _no_logits(new))
+            # Only a chunk in which a prompt ends needs logits, and none that is read apart.
+            wanted = ended and not apart
+            positions = None if wanted else np.zeros((len(new), 0), np.int64)
+            logits = desk.forward(new, first, at - start, positions, apart)
+            if wanted:
+                self.logits[at : at + ended] = logits[:ended, 0]
             for row in range(at, end) if states is not None else ():
                 assert states is not None
                 if self.cache.lengths[self.first + row] == stop:
@@ -119,25 +131,6 @@ class Prefill:
             if at == end:
                 return
             yield
-
-    def _end(
-        self, desk: Desk, new: Sequence[NDArray[np.int64]], first: int, place: int, ended: int
-    ) -> NDArray[np.float32]:
-        """Read a chunk in which the first `ended` rows end; their logits [ended, vocab].
-
-        Where prompts are read apart (`Model.reads_apart`), their last tokens are not.
-        """
-        if not self.model.reads_apart(len(new) * max(map(len, new))):
-            return desk.forward(new, first, place)[:ended, 0]
-        before = [ids[:-1] for ids in new[:ended]] + [*new[ended:]]
-        # A row that holds nothing cannot be left as it is: those of one token come first.
-        some = next(row for row, ids in enumerate(before) if len(ids))
-        desk.forward(before[some:], first + some, place + some, _no_logits(before[some:]))
-        return desk.forward([ids[-1:] for ids in new[:ended]], first, place)[:, 0]
-
-
-def _no_logits(new: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
-    return np.zeros((len(new), 0), np.int64)
 
 
 def prefill(

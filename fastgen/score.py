@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fastgen import bounds, pick
 from fastgen.cache import Cache
-from fastgen.codes import Desk
+from fastgen.desk import Desk
 from fastgen.model import Model
 from fastgen.prefix import PrefixCache
 from fastgen.softmax import log_softmax
@@ -95,17 +95,18 @@ def perplexity(logprobs: Sequence[Scores]) -> float:
 def _read(desk: Desk, ids: Ids, prefix_cache: PrefixCache | None) -> None:
     """Read `ids` into the first slot, which is empty; nobody wants logits."""
     model, cache = desk.model, desk.cache
+    apart = model.reads_apart(len(ids))
     if prefix_cache is not None:
-        prefix_cache.fetch(model.fingerprint, [ids], cache, 0, CHUNK)
+        prefix_cache.fetch(model.prefix_name(apart), [ids], cache, 0, CHUNK)
     desk.lay(0, 1)
     nothing, states = np.zeros((1, 0), np.int64), {}
     while (at := int(cache.lengths[0])) < len(ids):
-        desk.forward([ids[at : (at // CHUNK + 1) * CHUNK]], 0, 0, nothing)
+        desk.forward([ids[at : (at // CHUNK + 1) * CHUNK]], 0, 0, nothing, apart)
         if prefix_cache is not None:
             length, state = cache.state(0)
             states[length] = state
     if prefix_cache is not None:
-        prefix_cache.keep(model.fingerprint, ids, cache, 0, CHUNK, states)
+        prefix_cache.keep(model.prefix_name(apart), ids, cache, 0, CHUNK, states)
 
 
 def _predicted(model: Model, cache: Cache, rows: Sequence[Ids]) -> list[Scores]:

@@ -20,7 +20,8 @@ from fastgen.export.check import Tolerance
 import fastgen
 from fastgen import commands, hub
 from fastgen.cache import Cache
-from fastgen.codes import SCALES, Codes, Desk
+from fastgen.codes import SCALES, Codes
+from fastgen.desk import Desk
 from fastgen.model import GRAPH, INFO, Model
 from fastgen.prefill import CHUNK, Prefill
 from fastgen.softmax import log_softmax
