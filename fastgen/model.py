@@ -105,6 +105,11 @@ class ModelInfo:
         """Of the states of one row, however long it is."""
         return sum(math.prod(shape) for shape in self.states) * np.dtype(np.float32).itemsize
 
+    @property
+    def can_read_prompts(self) -> bool:
+        """Whether the model can read them in int8 (see `fastgen.load`)."""
+        return PROMPTS in self.files and UNPACK in self.files
+
     @staticmethod
     def read(directory: Path) -> ModelInfo:
         """Read `fastgen.json` and compare the files with it: the size of all, and the digests of
@@ -139,7 +144,7 @@ class ModelInfo:
 
     def check_prompts(self, directory: Path) -> None:
         """Raise a ModelError if prompts cannot be read in int8; it says why."""
-        if PROMPTS in self.files and UNPACK in self.files:
+        if self.can_read_prompts:
             return
         if self.no_prompts:
             why = self.no_prompts
@@ -382,12 +387,16 @@ class Model:
         known = f"{onnxruntime.__version__} {self.info} {computed} {self.tuning.prompts}"
         return hashlib.sha256(known.encode()).hexdigest()
 
-    def reads_apart(self, tokens: int) -> bool:
-        """Whether a call with so many tokens, padding included, goes to the second session.
+    def reads_apart(self, length: int) -> bool:
+        """Whether a prompt of that length is read by the second session, but for its last token.
 
-        It does if it wants no logits: where prompts end, `Prefill` reads their last tokens apart.
+        What a prefix cache knows of it counts too: so a hit gives what a fresh prefill gives.
         """
-        return self.reader is not None and tokens >= APART
+        return self.reader is not None and length >= APART
+
+    def prefix_name(self, apart: bool) -> str:
+        """What a prefix cache calls keys and values that were read apart, or were not."""
+        return f"{self.fingerprint} apart" if apart else self.fingerprint
 
     def new_cache(self, rows: int, capacity: int, reads_prompts: bool = False) -> Cache:
         """An empty cache for `rows` rows of up to `capacity` tokens.
@@ -424,6 +433,7 @@ class Model:
         cache: Cache,
         first: int = 0,
         logits_positions: NDArray[np.int64] | None = None,
+        apart: bool = False,
     ) -> NDArray[np.float32]:
         """Append new tokens to the rows in slots `first`, `first + 1`, ... and return logits.
 
@@ -433,6 +443,7 @@ class Model:
             cache: holds the rows so far; it must have room for the longest of `new` in each row.
             logits_positions: int64 [rows, keep], which of the new tokens want logits; None for
                 the last of each row.
+            apart: by the second session (see `fastgen.prompts`), which has no logits to give.
 
         Returns:
             float32 [rows, keep, vocab]. It is the memory of the binding: valid until the next
@@ -440,7 +451,7 @@ class Model:
         """
         counts = [len(ids) for ids in new]
         width, keep = max(counts), 1 if logits_positions is None else logits_positions.shape[1]
-        call = self._bound(cache, first, len(new), width, keep)
+        call = self._bound(cache, first, len(new), width, keep, apart)
         held = cache.lengths[first : first + len(new)]
         for slot in np.flatnonzero(held == 0).tolist() if self.info.states else ():
             cache.begin(first + slot)
@@ -462,8 +473,10 @@ class Model:
         call.session.run_with_iobinding(call.binding)
         return call.logits
 
-    def _bound(self, cache: Cache, first: int, rows: int, width: int, keep: int) -> _Call:
-        key = (first, rows, width, keep)
+    def _bound(
+        self, cache: Cache, first: int, rows: int, width: int, keep: int, apart: bool
+    ) -> _Call:
+        key = (first, rows, width, keep, apart)
         call = cache.bindings.pop(key, None) or _Call(self, cache, *key)
         cache.bindings[key] = call  # the latest comes last
         if len(cache.bindings) > KEPT_BINDINGS:
@@ -492,7 +505,14 @@ class _Call:
     )  # fmt: skip
 
     def __init__(
-        self, model: Model, cache: Cache, first: int, rows: int, width: int, keep: int
+        self,
+        model: Model,
+        cache: Cache,
+        first: int,
+        rows: int,
+        width: int,
+        keep: int,
+        apart: bool,
     ) -> None:
         self.input_ids = np.zeros((rows, width), np.int64)
         self.position_ids = np.zeros((rows, width), np.int64)
@@ -501,13 +521,12 @@ class _Call:
         self.total_sequence_length = np.zeros((), np.int32)
         self.logits_positions = np.zeros((rows, keep), np.int64)
         self.logits = np.zeros((rows, keep, model.info.vocab_size), np.float32)
-        reads = keep == 0 and model.reads_apart(rows * width)
-        self.session = model.reader if reads else model.session
+        self.session = model.reader if apart else model.session
         self.binding = self.session.io_binding()
         taken = {value.name for value in self.session.get_inputs()}
         for name in filter(taken.__contains__, self.INPUTS):
             _bind(self.binding.bind_input, name, getattr(self, name))
-        if not reads:
+        if not apart:
             _bind(self.binding.bind_output, "logits", self.logits)
         names = (*model.key_values[cache.dtype.name], *model.states)
         views = (*cache.slots(first, rows), *cache.states(first, rows))

@@ -15,8 +15,8 @@ from fastgen.cpu import int8_overflows
 
 PROMPTS = "prompts.onnx"
 UNPACK = "unpack.onnx"
-# From so many tokens of a call on, reading all but the last of each row apart is faster: below, the
-# step that then follows for the last ones costs more than is gained (bench/README.md).
+# Prompts of so many tokens are read apart, all but their last token. For shorter ones the step that
+# follows for it costs more than is gained (bench/README.md).
 APART = 64
 
 

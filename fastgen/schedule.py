@@ -356,7 +356,8 @@ def fitting_chunk(model: Model) -> tuple[int, float]:
         for _ in range(READINGS):
             cache = model.new_cache(1, chunk, reads_prompts=True)
             start = time.perf_counter()
-            model.forward([ids], cache, 0, np.zeros((1, 0), np.int64))
+            nothing = np.zeros((1, 0), np.int64)
+            model.forward([ids], cache, 0, nothing, model.reads_apart(len(ids)))
             seconds = min(seconds, time.perf_counter() - start)
         if seconds <= STALL:
             break

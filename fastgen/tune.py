@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from fastgen import jsonfile
 from fastgen.cpu import physical_cores, usable_cpus
 from fastgen.jsonfile import ModelError, is_number, is_object, take
-from fastgen.model import Model
+from fastgen.model import Model, ModelInfo
 from fastgen.prefill import prefill as read
 from fastgen.report import REPORT
 from fastgen.softmax import log_softmax
@@ -26,6 +26,7 @@ from fastgen.tuning import Tuning, kernels
 
 NEAR = 0.03  # of two that are as near as this, the one with fewer threads, or that sleeps, wins
 CLOSE = 1e-3  # KL divergence in nats that kernels may add
+ROUNDED = 0.02  # and prompts in int8, which round activations otherwise: who asks for them knows
 WARM = 2  # steps that are not timed
 
 
@@ -59,8 +60,12 @@ class Candidate:
         return statistics.median(self.prefill) + new * statistics.median(self.decode)
 
 
-def candidates(directory: Path) -> list[Candidate]:
-    """The settings that are tried with a model."""
+def candidates(directory: Path, prompts: str = "same") -> list[Candidate]:
+    """The settings that are tried with a model.
+
+    Args:
+        prompts: how they may be read besides, where the model can (see `fastgen.load`).
+    """
     threads = {1, physical_cores(), len(usable_cpus())}
     count = physical_cores() // 2
     while count > 1:  # wide machines run out of memory bandwidth before they run out of cores
@@ -69,6 +74,8 @@ def candidates(directory: Path) -> list[Candidate]:
     plain = [Tuning(threads=n) for n in sorted(threads)]
     sleeping = [Tuning(threads=n, spinning=False) for n in sorted(threads) if n > 1]
     others = [Tuning(threads=physical_cores(), entries=entries) for entries in kernels()]
+    if prompts != "same" and ModelInfo.read(directory).can_read_prompts:
+        others += [replace(tuning, prompts=prompts) for tuning in plain]
     return [Candidate(directory, tuning) for tuning in plain + sleeping + others]
 
 
@@ -121,7 +128,11 @@ def _timed(model: Model, work: Workload) -> tuple[float, float, NDArray[np.float
 
 def best(found: Sequence[Candidate], new: int) -> Candidate:
     """The fastest, or one that is nearly as fast and takes less of the machine."""
-    allowed = [one for one in found if one.divergence <= CLOSE]
+    allowed = [
+        one
+        for one in found
+        if one.divergence <= (CLOSE if one.tuning.prompts == "same" else ROUNDED)
+    ]
     fastest = min(one.seconds(new) for one in allowed)
     near = [one for one in allowed if one.seconds(new) <= (1 + NEAR) * fastest]
     return min(near, key=lambda one: (one.tuning.threads, one.tuning.spinning, one.seconds(new)))

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from fastgen import bounds
+from fastgen.commands.models import prompts_option
 from fastgen.commands.say import clear_errors
 from fastgen.model import ModelInfo
 from fastgen.tune import Workload
@@ -21,18 +22,20 @@ MOST = 10**9  # rows, tokens and rounds that `tune` takes for a wish, not a slip
 @click.option("--prompt", default=64, show_default=True, help="tokens of the prompt")
 @click.option("--new", default=32, show_default=True, help="tokens that are generated")
 @click.option("--rounds", default=5, show_default=True, help="how often each is timed")
+@prompts_option
 @click.option("--max-kl", default=0.02, show_default=True, help="KL divergence allowed")
 @click.option("--min-top1", default=0.9, show_default=True, help="equal likeliest tokens asked")
 def tune(
     models: tuple[str, ...], rows: int, prompt: int, new: int, rounds: int, max_kl: float,
-    min_top1: float,
+    min_top1: float, prompts: str | None,
 ) -> None:  # fmt: skip
     """Measure what is fastest on this machine: threads, kernels, and which of MODELS.
 
     Each is a directory or a hub id. What is best for a model directory is saved in it (of a hub's,
     in the copy here) and used from then on, on this machine only.
     Given several exports of one model, say fp32, int8 and int4, the fastest is named whose report
-    keeps the accuracy budget (--max-kl, --min-top1).
+    keeps the accuracy budget (--max-kl, --min-top1). With --prompts int8, models in int4 are also
+    tried with prompts in int8, which take the memory of a model in int8 besides.
     """
     from fastgen import hub, tune, tuning
 
@@ -46,7 +49,13 @@ def tune(
         directories = [hub.directory(model) for model in models]
         for place in directories:
             _check_room(place, work)
-        every = {place: tune.candidates(place) for place in dict.fromkeys(directories)}
+        if prompts == "int8":
+            infos = {place: ModelInfo.read(place) for place in directories}
+            if not any(info.can_read_prompts for info in infos.values()):
+                infos[directories[0]].check_prompts(directories[0])
+        every = {
+            place: tune.candidates(place, prompts or "same") for place in dict.fromkeys(directories)
+        }
         allowed = [place for place in every if tune.within(place, max_kl, min_top1)]
         found = [one for place in every for one in every[place]]
         steps = rounds * len(found)
