@@ -1,6 +1,6 @@
 """Train the embedded demo model: a small Llama on the text of CPython's own documentation strings.
 
-    python -m fastgen.export.demo OUT_DIR
+    python -m fastgen.export.demo OUT_DIR [--recipe RECIPE]
 
 `OUT_DIR` becomes a plain transformers directory (`from_pretrained` reads it), with two files
 besides: `held_out.txt`, the documents that training never saw, each followed by the end-of-text
@@ -10,24 +10,34 @@ The data flows corpus -> split -> tokenizer -> windows -> training -> directory.
 downloaded, and everything random is drawn from `Recipe.seed`: the same interpreter, torch and
 processor give the same weights. Another Python release has other docstrings, hence another
 model; `training.json` has the corpus' digest for that reason.
+
+The recipe `manual` reads the pages of Debian's python3-doc too, and the comments of the library's
+sources, both without what repeats a held-out document (`manual.without`); what is held out is the
+same. It takes hours, so `OUT_DIR/checkpoint.pt` is written at every look at the held-out text, and
+the same command goes on from there. A file `OUT_DIR/finish` lets the rate fall at once, in as
+many steps as it says, or as the recipe does.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import copy
 import hashlib
 import inspect
 import json
 import math
+import os
 import platform
 import random
 import re
 import sys
 import sysconfig
 import time
+import tokenize
 import warnings
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -36,6 +46,7 @@ from typing import Any
 
 import torch
 import transformers
+from fastgen.export import manual
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy, dropout
 from transformers import (
@@ -114,18 +125,29 @@ class Recipe:
     steps: int = 3200  # some 8 passes over the corpus, 25 minutes of one core with bfloat16
     warm_up: int = 150  # steps until the full rate: the first gradients are all alike
     rate: float = 3e-3  # small models bear high rates, and the steps are few
-    final_rate: float = 3e-5  # of the cosine's end
+    final_rate: float = 3e-5  # of the end
+    fall: int = 0  # steps in which the rate falls, in a line; 0: from the warm-up on, half a cosine
     weight_decay: float = 0.1  # the corpus is smaller than the model could learn by heart
     dropout: float = 0.1  # for the same reason; on embeddings and on what each block adds
     betas: tuple[float, float] = (0.9, 0.98)  # a longer memory of variance: the batches are noisy
     clip: float = 1.0  # largest norm of a gradient
     document_starts: float = 0.25  # share of windows that start as a prompt does: at a beginning
     evaluate_every: int = 200  # steps between looks at the held-out text
+    manual: bool = False  # the manual's pages and the library's comments are read too
+    docstrings: int = 1  # times that they are in the text: the manual is four times as long
     bfloat16: bool = True  # products in bfloat16: 1.6 times faster where the processor has them
 
 
 RECIPES = {
     "demo": Recipe(),
+    # Eight million weights on five times the text: hours. Widths are whole blocks of 128, as int4
+    # wants them. There is more text than is read twice, hence no dropout. `steps` is never reached:
+    # the file `finish` ends it.
+    "manual": Recipe(
+        manual=True, docstrings=2, vocab_size=4096, hidden_size=384, intermediate_size=1024,
+        heads=6, rows=8, steps=100_000, warm_up=200, rate=2.5e-3, fall=400, dropout=0.0,
+        evaluate_every=100,
+    ),
     # The others are for what quantising does to them. Eleven million weights: 40 minutes.
     "larger": Recipe(hidden_size=384, layers=6, intermediate_size=1152, steps=1400, rate=2e-3),
     # A mixture of experts, two of eight for each token: 10 minutes.
@@ -149,20 +171,32 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("out", type=Path, metavar="OUT_DIR", help="the directory to write")
     parser.add_argument("--steps", type=int, help="default: what the recipe says")
-    parser.add_argument("--threads", type=int, default=1, help="of torch; default: %(default)s")
+    parser.add_argument("--threads", type=int, default=1, help="default: %(default)s")
+    parser.add_argument("--recipe", choices=RECIPES, default="demo", help="default: %(default)s")
     parser.add_argument(
-        "--recipe", choices=RECIPES, default="demo", help="others are for bench/quality.py"
-    )
+        "--manual", type=Path, default=manual.INSTALLED, metavar="DIR",
+        help="the pages of python3-doc in reST; default: where the package puts them",
+    )  # fmt: skip
     arguments = parser.parse_args(argv)
-    torch.set_num_threads(arguments.threads)
     recipe = RECIPES[arguments.recipe]
-    build(arguments.out, replace(recipe, steps=arguments.steps or recipe.steps))
+    recipe = replace(recipe, steps=arguments.steps or recipe.steps)
+    if recipe.manual and not arguments.manual.is_dir():
+        parser.error(
+            f"--manual: {arguments.manual} is not a directory: {arguments.recipe!r} reads the "
+            "manual's pages in reST (apt-get install python3.11-doc)"
+        )
+    build(arguments.out, recipe, arguments.threads, arguments.manual)
 
 
-def build(out: Path, recipe: Recipe) -> None:
+def build(out: Path, recipe: Recipe, threads: int = 1, pages: Path = manual.INSTALLED) -> None:
     """Make the demo model of `recipe` in the directory `out`, showing progress on stdout."""
+    torch.set_num_threads(1)
     documents = corpus()
     training, held_out = split(documents, recipe.held_out_bytes)
+    training *= recipe.docstrings
+    if recipe.manual:
+        more = manual.without(held_out, [*manual.pages(pages), *comments()])
+        documents, training = documents + more, training + more
     random.Random(recipe.seed).shuffle(training)  # so that neighbours tell nothing of each other
     tokenizer = train_tokenizer(training, recipe)
     training_ids = encode(tokenizer, training)
@@ -180,7 +214,9 @@ def build(out: Path, recipe: Recipe) -> None:
     }
     print(*(f"{name}: {value}" for name, value in facts.items()), sep="\n", flush=True)
     started = time.monotonic()
-    best_step = train(model, training_ids, held_out_ids, recipe)
+    best_step, recipe = train(
+        model, training_ids, held_out_ids, recipe, threads, out if recipe.fall else None
+    )
     facts |= {"seconds": round(time.monotonic() - started), "best_step": best_step}
     facts |= quality(held_out_loss(model, held_out_ids, recipe), facts)
     write(out, model, tokenizer, held_out, facts | versions() | {"recipe": asdict(recipe)})
@@ -223,16 +259,31 @@ def distinct_topics() -> list[str]:
 
 def sources() -> Iterator[tuple[str, ast.Module]]:
     """Each module of the standard library that has a source, by name and parsed, never imported."""
+    for name, path in source_files():
+        with warnings.catch_warnings():  # of escapes in the library's own strings
+            warnings.simplefilter("ignore")
+            tree = ast.parse(path.read_bytes())
+        yield PUBLIC_NAMES.get(name, name), tree
+
+
+def source_files() -> Iterator[tuple[str, Path]]:
+    """Each module of the standard library that has a source: its name, and where that is."""
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
         # A part that is no identifier cannot be imported: site-packages, lib-dynload.
         if SKIPPED_PACKAGES.isdisjoint(parts) and all(part.isidentifier() for part in parts):
-            with warnings.catch_warnings():  # of escapes in the library's own strings
-                warnings.simplefilter("ignore")
-                tree = ast.parse(path.read_bytes())
-            name = ".".join(part for part in parts if part != "__init__")
-            yield PUBLIC_NAMES.get(name, name), tree
+            yield ".".join(part for part in parts if part != "__init__"), path
+
+
+def comments() -> Iterator[str]:
+    """The comments of two lines and more in each module's source, but for licences."""
+    for name, path in source_files():
+        with tokenize.open(path) as file:
+            blocks = re.findall(r"(?:^[ \t]*#(?: .*)?\n){2,}", file.read(), re.MULTILINE)
+        texts = [re.sub(r"^[ \t]*# ?", "", block, flags=re.MULTILINE).strip() for block in blocks]
+        own = [text for text in texts if not re.search("[Cc]opyright|[Ll]icen[cs]e", text)]
+        yield layout(f"# {name}", "", own)
 
 
 def source_documents(name: str, tree: ast.Module, seen: set[str]) -> Iterator[str]:
@@ -415,13 +466,14 @@ def encode(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> torch.Te
     return torch.tensor(ids)
 
 
-def windows(ids: torch.Tensor, end: int, recipe: Recipe) -> Iterator[torch.Tensor]:
-    """Batches int64 `[rows, context + 1]` without end, from places drawn by the recipe's seed.
+def windows(
+    ids: torch.Tensor, end: int, recipe: Recipe, generator: torch.Generator
+) -> Iterator[torch.Tensor]:
+    """Batches int64 `[rows, context + 1]` without end, from places that `generator` draws.
 
     A prompt is the beginning of a document that no end-of-text token precedes, unless it is
     empty and that token stands for it: some windows start at a document, half of those with it.
     """
-    generator = torch.Generator().manual_seed(recipe.seed)
     last = len(ids) - recipe.context - 1
     ends = (ids[:last] == end).nonzero().flatten()
     offsets = torch.arange(recipe.context + 1)
@@ -470,30 +522,110 @@ def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> PreTrained
     return model
 
 
-def train(model: PreTrainedModel, ids: torch.Tensor, held_out: torch.Tensor, recipe: Recipe) -> int:
-    """Train `model` in place, leave it with the best held-out loss, and return that one's step."""
+def train(
+    model: PreTrainedModel, ids: torch.Tensor, held_out: torch.Tensor, recipe: Recipe,
+    threads: int = 1, state: Path | None = None,
+) -> tuple[int, Recipe]:  # fmt: skip
+    """Train `model` in place and leave it with the best held-out loss.
+
+    Args:
+        threads: how many parts of a batch are read side by side. (With dropout, which they draw
+            from one generator, several do not give the same weights twice.)
+        state: a directory of the checkpoint to go on from, and to write, and of the file `finish`.
+
+    Returns:
+        The step of the best held-out loss, and the recipe with the steps that were taken.
+    """
     optimizer = make_optimizer(model, recipe)
-    batches = windows(ids, model.config.eos_token_id, recipe)
+    generator = torch.Generator().manual_seed(recipe.seed)
+    batches = windows(ids, model.config.eos_token_id, recipe, generator)
+    first, finishing = 1, False
     best_loss, best_step, best_weights = math.inf, 0, {}
-    recent, started = 0.0, time.monotonic()
-    for step in range(1, recipe.steps + 1):
+    checkpoint = state / "checkpoint.pt" if state else None
+    if checkpoint and checkpoint.exists():
+        found = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(found["weights"])
+        optimizer.load_state_dict(found["optimizer"])
+        generator.set_state(found["windows"])
+        torch.set_rng_state(found["dropout"])
+        best_loss, best_step, best_weights = found["best"]
+        first, finishing = found["step"] + 1, found["finishing"]
+        if finishing:
+            recipe = replace(recipe, steps=found["steps"], fall=found["fall"])
+        print(f"goes on after step {found['step']}", flush=True)
+    share = Share(model, threads)
+    recent, started, step = 0.0, time.monotonic(), first - 1
+    since = step
+    while step < recipe.steps:
+        if state and not finishing and (state / "finish").exists():
+            finishing = True
+            fall = int((state / "finish").read_text().strip() or recipe.fall)
+            recipe = replace(recipe, steps=min(recipe.steps, step + fall), fall=fall)
+        step += 1
         for group in optimizer.param_groups:
             group["lr"] = rate(step, recipe)
-        recent += train_step(model, optimizer, next(batches), recipe) / recipe.evaluate_every
+        recent += train_step(share, optimizer, next(batches), recipe)
         if step % recipe.evaluate_every == 0 or step == recipe.steps:
             loss = held_out_loss(model, held_out, recipe)
             seconds = time.monotonic() - started
             print(
-                f"step {step}/{recipe.steps}  loss {recent:.3f}  held out {loss:.4f}"
-                f"  {seconds:.0f} s  {step * recipe.rows * recipe.context / seconds:.0f} tokens/s",
+                f"step {step}/{recipe.steps}"
+                f"  loss {recent / (step - since):.3f}  held out {loss:.4f}"
+                f"  {seconds:.0f} s"
+                f"  {(step - first + 1) * recipe.rows * recipe.context / seconds:.0f} tokens/s",
                 flush=True,
             )
-            recent = 0.0
+            recent, since = 0.0, step
             if loss < best_loss:
                 best_loss, best_step = loss, step
                 best_weights = {key: each.clone() for key, each in model.state_dict().items()}
+            if checkpoint:
+                checkpoint.parent.mkdir(parents=True, exist_ok=True)
+                written = checkpoint.with_suffix(".new")
+                torch.save(
+                    {
+                        "weights": model.state_dict(), "optimizer": optimizer.state_dict(),
+                        "windows": generator.get_state(), "dropout": torch.get_rng_state(),
+                        "best": (best_loss, best_step, best_weights), "step": step,
+                        "finishing": finishing, "steps": recipe.steps, "fall": recipe.fall,
+                    },
+                    written,
+                )  # fmt: skip
+                os.replace(written, checkpoint)
     model.load_state_dict(best_weights)
-    return best_step
+    return best_step, recipe
+
+
+class Share:
+    """A model and its twins, one for each further thread: the same weights, gradients of their own.
+
+    Threads of torch would wait for each other after every product; these do once a step.
+    """
+
+    def __init__(self, model: PreTrainedModel, threads: int) -> None:
+        self.models = [model, *(copy.deepcopy(model) for _ in range(threads - 1))]
+        for twin in self.models[1:]:
+            for its, own in zip(twin.parameters(), model.parameters(), strict=True):
+                its.data = own.data
+        self.pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+
+    def backward(self, batch: torch.Tensor, recipe: Recipe) -> float:
+        """Adds the gradients of the mean loss of `batch` to the model's; returns that loss."""
+        parts = batch.chunk(len(self.models))
+
+        def one(model: PreTrainedModel, rows: torch.Tensor) -> float:
+            model.train()
+            with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bfloat16):
+                loss = losses(model, rows).mean() * (len(rows) / len(batch))
+            loss.backward()
+            return loss.item()
+
+        found = sum(self.pool.map(one, self.models, parts))
+        for twin in self.models[1:]:
+            for its, own in zip(twin.parameters(), self.models[0].parameters(), strict=True):
+                own.grad += its.grad
+                its.grad = None
+        return found
 
 
 def make_optimizer(model: PreTrainedModel, recipe: Recipe) -> torch.optim.Optimizer:
@@ -509,26 +641,26 @@ def make_optimizer(model: PreTrainedModel, recipe: Recipe) -> torch.optim.Optimi
 
 
 def rate(step: int, recipe: Recipe) -> float:
-    """The learning rate: a linear rise, then half a cosine down."""
+    """The learning rate: a linear rise, then half a cosine down, or level and then a line down."""
     if step <= recipe.warm_up:
         return recipe.rate * step / recipe.warm_up
+    if recipe.fall:
+        left = min(1.0, (recipe.steps - step) / recipe.fall)
+        return recipe.final_rate + (recipe.rate - recipe.final_rate) * left
     done = (step - recipe.warm_up) / max(1, recipe.steps - recipe.warm_up)
     falling = (1 + math.cos(math.pi * done)) / 2
     return recipe.final_rate + (recipe.rate - recipe.final_rate) * falling
 
 
 def train_step(
-    model: PreTrainedModel, optimizer: torch.optim.Optimizer, batch: torch.Tensor, recipe: Recipe
+    share: Share, optimizer: torch.optim.Optimizer, batch: torch.Tensor, recipe: Recipe
 ) -> float:
     """One step on `batch` `[rows, context + 1]`, in place; returns its mean loss."""
-    model.train()
-    with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bfloat16):
-        loss = losses(model, batch).mean()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+    loss = share.backward(batch, recipe)
+    torch.nn.utils.clip_grad_norm_(share.models[0].parameters(), recipe.clip)
     optimizer.step()
     optimizer.zero_grad()
-    return loss.item()
+    return loss
 
 
 def losses(model: PreTrainedModel, batch: torch.Tensor) -> torch.Tensor:
