@@ -173,26 +173,32 @@ def test_a_row_does_not_feel_its_neighbours(two):
                 assert near(part, whole, 1e-5)
 
 
-@pytest.mark.parametrize("cache", ["fp32", "int8"])
-def test_what_a_prefix_cache_knows_is_a_fresh_prefill(made, cache):
-    model = Model(made(cache), prompts="int8")
-    row, kept = ids(400), fastgen.PrefixCache()
-    fresh = read(model, row)[0]
-    assert near(fresh, read(Model(made(cache)), row)[0], 0.1)
+@pytest.mark.parametrize("length", [64, 65, 97, 257, 289, 400])
+def test_what_a_prefix_cache_knows_is_a_fresh_prefill(two, length):
+    row, kept = ids(length), fastgen.PrefixCache()
+    fresh = read(two[1], row)[0]
+    read(two[1], row[:40], prefix_cache=kept)  # a short prompt is read otherwise: not taken
     for _ in range(2):
-        assert np.array_equal(read(model, row, prefix_cache=kept)[0], fresh)
-    assert np.array_equal(read(model, ids(5), row, prefix_cache=kept)[0][1], fresh[0])
+        assert np.array_equal(read(two[1], row, prefix_cache=kept)[0], fresh)
+    assert kept.hits == 1
 
 
-def test_generation_with_beams_and_rows(made):
-    own, int8 = fastgen.load(made()), fastgen.load(made(), prompts="int8")
+def test_with_keys_in_int8_too(made):
+    own, int8 = (Model(made("int8"), prompts=one) for one in ("same", "int8"))
+    rows = [ids(n) for n in (1, 90, 300)]
+    assert near(read(int8, *rows)[0], read(own, *rows)[0], 0.1)
+
+
+def test_generation_with_beams_and_rows(made, two):
     rows = [ids(n).tolist() for n in (90, 150)]
-    for knobs in ({}, {"num_beams": 3, "num_return_sequences": 2}):
-        found = [model.generate(rows, max_new_tokens=8, **knobs) for model in (own, int8)]
-        assert np.shape(found[0]) == np.shape(found[1])
-    alike = np.mean(np.equal(own.generate(rows, max_new_tokens=1)[0], int8.generate(
-        rows, max_new_tokens=1)[0]))  # fmt: skip
-    assert alike == 1
+    model = fastgen.load(made(), prompts="int8")
+    logits = read(two[0], *map(np.array, rows))[0]
+    for knobs, each in (({}, 1), ({"num_beams": 3, "num_return_sequences": 2}, 2)):
+        found = model.generate(rows, max_new_tokens=8, min_new_tokens=8, **knobs)
+        assert np.shape(found) == (2 * each, 158)
+        if not knobs:  # the likeliest token, or one that is nearly as likely
+            firsts = logits[[0, 1], np.array(found)[:, 150]]
+            assert near(firsts, logits.max(axis=1))
 
 
 def test_matrices_live_as_long_as_they_are_read(made, two, monkeypatch):

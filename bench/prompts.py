@@ -1,0 +1,109 @@
+"""What prompts in int8 give a model in int4, and what they take.
+
+    python bench/prompts.py --shape distilgpt2 --keep DIR
+
+The first token after prompts of several lengths, in interleaved rounds: int4, int4 with prompts in
+int8, and int8. Then each in a process of its own: seconds to load, and memory after a prompt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import shapes
+
+KINDS = {
+    "int4": ("int4", "same"),
+    "int4, prompts in int8": ("int4", "int8"),
+    "int8": ("int8", "same"),
+}
+LOADED = """
+import json, sys, time, numpy, fastgen.prefill, fastgen.model
+from pathlib import Path
+sys.path.insert(0, {here!r})
+import shapes
+before = shapes.resident()
+start = time.perf_counter()
+model = fastgen.model.Model(Path({path!r}), {threads}, prompts={prompts!r})
+seconds, loaded, most = time.perf_counter() - start, shapes.resident(), shapes.resident("VmHWM")
+prompt = numpy.arange({prompt}) % model.info.vocab_size
+fastgen.prefill.prefill(model, model.new_cache(1, {prompt} + 1), [prompt], 0)
+print(json.dumps([seconds, loaded - before, most - before, shapes.resident() - before]))
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    shapes.add_arguments(parser)
+    parser.add_argument("--prompt", nargs="+", type=int, default=[32, 64, 128, 512])
+    args = parser.parse_args()
+    with shapes.exported(args.shape, ["int4", "int8"], args.keep) as paths:
+        print(f"{args.shape}; {shapes.machine(args.threads)}\n")
+        for line in (*first_tokens(args, paths), "", *loads(args, paths)):
+            print(line, flush=True)
+
+
+def first_tokens(args: argparse.Namespace, paths: dict[str, Path]) -> Iterator[str]:
+    import fastgen
+
+    models = {
+        name: fastgen.load(paths[kind], threads=args.threads, prompts=prompts)
+        for name, (kind, prompts) in KINDS.items()
+    }
+    yield f"| first token after, ms | {' | '.join(models)} | times int4 | of int8 |"
+    yield f"|---|{'---|' * (len(models) + 2)}"
+    for length in args.prompt:
+        times = timed(models, length, args.rounds)
+        own, apart, int8 = times.values()
+        medians = [f"{1e3 * statistics.median(one):.1f}" for one in times.values()]
+        ratios = [
+            statistics.median(a / b for a, b in zip(other, apart, strict=True))
+            for other in (own, int8)
+        ]
+        shown = " | ".join([*medians, *(f"{ratio:.2f}" for ratio in ratios)])
+        yield f"| {length} | {shown} |"
+
+
+def timed(models: dict[str, Any], length: int, rounds: int) -> dict[str, list[float]]:
+    """Seconds to the first token, by model and round. Each round has a new random prompt."""
+    random = np.random.default_rng(0)
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for turn in range(rounds + 1):  # the first warms up
+        for name, model in models.items():
+            ids = random.integers(0, model.model.info.vocab_size, (1, length))
+            start = time.perf_counter()
+            model.generate(ids, max_new_tokens=1, do_sample=False)
+            if turn:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def loads(args: argparse.Namespace, paths: dict[str, Path]) -> Iterator[str]:
+    yield "| | s to load | MB then | MB at most on the way | MB after the longest prompt | files |"
+    yield "|---|---|---|---|---|---|"
+    for name, (kind, prompts) in KINDS.items():
+        program = LOADED.format(
+            here=str(Path(__file__).parent), path=str(paths[kind]), threads=args.threads,
+            prompts=prompts, prompt=max(args.prompt),
+        )  # fmt: skip
+        runs = [
+            json.loads(subprocess.run([sys.executable, "-c", program], check=True,
+                                      capture_output=True, text=True).stdout)
+            for _ in range(3)
+        ]  # fmt: skip
+        seconds, loaded, most, after = (statistics.median(one) for one in zip(*runs, strict=True))
+        size = sum(one.stat().st_size for one in paths[kind].iterdir()) / 1e6
+        yield f"| {name} | {seconds:.2f} | {loaded:.0f} | {most:.0f} | {after:.0f} | {size:.1f} |"
+
+
+if __name__ == "__main__":
+    main()
