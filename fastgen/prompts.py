@@ -17,7 +17,7 @@ PROMPTS = "prompts.onnx"
 UNPACK = "unpack.onnx"
 # Prompts of so many tokens are read apart, all but their last token. For shorter ones the step that
 # follows for it costs more than is gained (bench/README.md).
-APART = 64
+APART = 32
 
 
 def offer(options: Any, directory: Path, threads: int) -> list[Any]:
