@@ -282,6 +282,7 @@ def test_tune_tries_it_only_where_the_memory_is_allowed(made, ours, tmp_path):
     tuning.write(copy, few[1].tuning)
     assert Model(copy).reader is not None
     assert Model(copy, prompts="same").reader is None
-    assert "prompts in int8" in run("info", copy)[1]
+    said = run("info", copy)[1]
+    assert "prompts in int8" in said and 'int4 (prompts="int8" reads' in said
     code, _, err = run("tune", ours.directory, "--prompts", "int8")
     assert code == 2 and "for models in int4" in err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from fastgen.commands.say import clear_errors, in_json
+from fastgen.model import INFO, ModelInfo
 
 
 @click.command()
@@ -14,7 +15,6 @@ from fastgen.commands.say import clear_errors, in_json
 def info(model: str | None, as_json: bool, verify: bool) -> None:
     """Say what MODEL (default: the demo model) holds and what its export found."""
     from fastgen import hub, jsonfile
-    from fastgen.model import INFO, ModelInfo
     from fastgen.report import REPORT, table
     from fastgen.tuning import Tuning, read
 
@@ -33,7 +33,7 @@ def info(model: str | None, as_json: bool, verify: bool) -> None:
         lines = {
             "model": f"{found.name or place.name} ({found.model_type})",
             "weights": f"{found.parameters:,}",
-            "precision": found.precision,
+            "precision": found.precision + _prompts(found),
             "size": f"{size / 1e6:,.1f} MB in {len(found.files)} files",
             "vocabulary": f"{found.vocab_size:,} tokens",
             "context": f"{limit or 'any number of'} positions",
@@ -51,3 +51,8 @@ def info(model: str | None, as_json: bool, verify: bool) -> None:
         for name, value in lines.items():
             click.echo(f"{name:<12} {value}")
         click.echo(compared)
+
+
+def _prompts(found: ModelInfo) -> str:
+    """How a model in int4 can read prompts."""
+    return ' (prompts="int8" reads prompts faster, in memory)' if found.can_read_prompts else ""
