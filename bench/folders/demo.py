@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir
 import torch
 from fastgen.export import check
+from numpy.typing import NDArray
 from peers.models import write_tokenizer_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -20,6 +21,7 @@ PLACE = Path(fastgen.__file__).parent / "demo"
 # Of the text that the model was trained on.
 PROMPTS = ("The os module", "class Counter", "Return a new", "import")
 NEW = 40
+PRODUCTS = ("MatMul", "MatMulIntegerToFloat", "MatMulNBits")
 SETTINGS: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
     "4 beams, no pair of tokens twice": {
@@ -31,6 +33,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def write(target: Path) -> None:
     """Write it: the weights of the graph, which are packed there, in their own places.
+
+    Of a graph in 8 bits it is the model whose weights the codes are.
 
     Raises:
         AssertionError: it says something else than the demo does.
@@ -51,12 +55,11 @@ def write(target: Path) -> None:
         if name.startswith("model.")
     }
     state = {name: array for name, array in named.items() if name in model.state_dict()}
+    products = [matrix(node, arrays) for node in graph if node.op_type in PRODUCTS]
+    state.setdefault("lm_head.weight", products[-1])
     state["model.embed_tokens.weight"] = state["lm_head.weight"]
-    products = [node for node in graph if node.op_type == "MatMul"]
     for layer in range(config.num_hidden_layers):
-        packed, out, wide, down = (
-            arrays[str(node.inputs[1].name)].T for node in products[4 * layer : 4 * layer + 4]
-        )
+        packed, out, wide, down = products[4 * layer : 4 * layer + 4]
         place = f"model.layers.{layer}"
         cuts = [heads * size, heads * size + kept]
         for name, part in zip("qkv", np.split(packed, cuts), strict=True):
@@ -66,15 +69,33 @@ def write(target: Path) -> None:
         state |= {f"{place}.mlp.gate_proj.weight": gate, f"{place}.mlp.up_proj.weight": up}
         state[f"{place}.mlp.down_proj.weight"] = down
     model.load_state_dict({name: torch.tensor(array) for name, array in state.items()})
+    exact = all(node.op_type not in PRODUCTS[1:] for node in graph)
     rows = [np.array(CausalLM(PLACE).tokenizer.encode(text), np.int64) for text in PROMPTS]
     found = check.compare(
         check.reference_logits(model, rows), check.exported_logits(CausalLM(PLACE).model, rows)
     )
-    assert found.max_difference < 1e-4, found
+    assert found.max_difference < (1e-4 if exact else 0.2) and found.kl < 1e-2, found
     model.save_pretrained(target)
     shutil.copy(PLACE / "tokenizer.json", target)
     end = model.config.eos_token_id
     write_tokenizer_config(target, CausalLM(PLACE).tokenizer.decode([end], False))
+
+
+def matrix(node: onnx_ir.Node, arrays: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
+    """What a product multiplies by, float32 [out, in]: stored so, or as codes and scales."""
+    stored = [None if one is None else arrays.get(str(one.name)) for one in node.inputs]
+    if node.op_type == "MatMul":
+        held = stored[1]
+        assert held is not None
+        return np.ascontiguousarray(held.T)
+    if node.op_type == "MatMulIntegerToFloat":
+        codes, scales = stored[1], stored[3]
+        assert codes is not None and scales is not None
+        return np.ascontiguousarray((codes * scales).T.astype(np.float32))
+    codes, scales = stored[1:3]
+    assert codes is not None and scales is not None and node.attributes.get_int("bits") == 8
+    blocks = (codes.astype(np.float32) - 128) * scales.reshape(*codes.shape[:2], 1)
+    return blocks.reshape(len(codes), -1)
 
 
 def compare(source: Path, directory: Path) -> list[str]:
