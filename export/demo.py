@@ -135,6 +135,7 @@ class Recipe:
     evaluate_every: int = 200  # steps between looks at the held-out text
     manual: bool = False  # the manual's pages and the library's comments are read too
     docstrings: int = 1  # times that they are in the text: the manual is four times as long
+    later: tuple[int, int] | None = None  # after a step so many times; the tokenizer stays
     bfloat16: bool = True  # products in bfloat16: 1.6 times faster where the processor has them
 
 
@@ -144,8 +145,8 @@ RECIPES = {
     # wants them. There is more text than is read twice, hence no dropout. `steps` is never reached:
     # the file `finish` ends it.
     "manual": Recipe(
-        manual=True, docstrings=2, vocab_size=4096, hidden_size=384, intermediate_size=1024,
-        heads=6, rows=8, steps=100_000, warm_up=200, rate=2.5e-3, fall=400, dropout=0.0,
+        manual=True, docstrings=2, later=(400, 6), vocab_size=4096, hidden_size=384,
+        intermediate_size=1024, heads=6, rows=8, steps=100_000, warm_up=200, rate=2.5e-3, fall=400, dropout=0.0,
         evaluate_every=100,
     ),
     # The others are for what quantising does to them. Eleven million weights: 40 minutes.
@@ -192,14 +193,18 @@ def build(out: Path, recipe: Recipe, threads: int = 1, pages: Path = manual.INST
     """Make the demo model of `recipe` in the directory `out`, showing progress on stdout."""
     torch.set_num_threads(1)
     documents = corpus()
-    training, held_out = split(documents, recipe.held_out_bytes)
-    training *= recipe.docstrings
+    docstrings, held_out = split(documents, recipe.held_out_bytes)
+    more = []
     if recipe.manual:
         more = manual.without(held_out, [*manual.pages(pages), *comments()])
-        documents, training = documents + more, training + more
-    random.Random(recipe.seed).shuffle(training)  # so that neighbours tell nothing of each other
+        documents = documents + more
+    training = mixed(docstrings, recipe.docstrings, more, recipe)
     tokenizer = train_tokenizer(training, recipe)
     training_ids = encode(tokenizer, training)
+    texts = [(0, training_ids)]
+    if recipe.later:
+        step, times = recipe.later
+        texts.append((step, encode(tokenizer, mixed(docstrings, times, more, recipe))))
     held_out_ids = encode(tokenizer, held_out)
     torch.manual_seed(recipe.seed)
     model = make_model(recipe, tokenizer)
@@ -215,12 +220,19 @@ def build(out: Path, recipe: Recipe, threads: int = 1, pages: Path = manual.INST
     print(*(f"{name}: {value}" for name, value in facts.items()), sep="\n", flush=True)
     started = time.monotonic()
     best_step, recipe = train(
-        model, training_ids, held_out_ids, recipe, threads, out if recipe.fall else None
+        model, texts, held_out_ids, recipe, threads, out if recipe.fall else None
     )
     facts |= {"seconds": round(time.monotonic() - started), "best_step": best_step}
     facts |= quality(held_out_loss(model, held_out_ids, recipe), facts)
     write(out, model, tokenizer, held_out, facts | versions() | {"recipe": asdict(recipe)})
     print(*(f"{name}: {value}" for name, value in facts.items()), sep="\n", flush=True)
+
+
+def mixed(docstrings: list[str], times: int, more: list[str], recipe: Recipe) -> list[str]:
+    """The text of some training, shuffled: neighbours tell nothing of each other."""
+    documents = docstrings * times + more
+    random.Random(recipe.seed).shuffle(documents)
+    return documents
 
 
 # ---------------------------------------------------------------------------------- the corpus
@@ -523,12 +535,13 @@ def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> PreTrained
 
 
 def train(
-    model: PreTrainedModel, ids: torch.Tensor, held_out: torch.Tensor, recipe: Recipe,
-    threads: int = 1, state: Path | None = None,
+    model: PreTrainedModel, texts: list[tuple[int, torch.Tensor]], held_out: torch.Tensor,
+    recipe: Recipe, threads: int = 1, state: Path | None = None,
 ) -> tuple[int, Recipe]:  # fmt: skip
     """Train `model` in place and leave it with the best held-out loss.
 
     Args:
+        texts: the ids of the text that is read after some step, the first after none.
         threads: how many parts of a batch are read side by side. (With dropout, which they draw
             from one generator, several do not give the same weights twice.)
         state: a directory of the checkpoint to go on from, and to write, and of the file `finish`.
@@ -538,7 +551,8 @@ def train(
     """
     optimizer = make_optimizer(model, recipe)
     generator = torch.Generator().manual_seed(recipe.seed)
-    batches = windows(ids, model.config.eos_token_id, recipe, generator)
+    end = model.config.eos_token_id
+    readers = [(after, windows(ids, end, recipe, generator)) for after, ids in texts]
     first, finishing = 1, False
     best_loss, best_step, best_weights = math.inf, 0, {}
     checkpoint = state / "checkpoint.pt" if state else None
@@ -562,6 +576,7 @@ def train(
             fall = int((state / "finish").read_text().strip() or recipe.fall)
             recipe = replace(recipe, steps=min(recipe.steps, step + fall), fall=fall)
         step += 1
+        batches = [reader for after, reader in readers if after < step][-1]
         for group in optimizer.param_groups:
             group["lr"] = rate(step, recipe)
         recent += train_step(share, optimizer, next(batches), recipe)
