@@ -146,8 +146,8 @@ RECIPES = {
     # the file `finish` ends it.
     "manual": Recipe(
         manual=True, docstrings=2, later=(400, 6), vocab_size=4096, hidden_size=384,
-        intermediate_size=1024, heads=6, rows=8, steps=100_000, warm_up=200, rate=2.5e-3, fall=400, dropout=0.0,
-        evaluate_every=100,
+        intermediate_size=1024, heads=6, rows=8, steps=100_000, warm_up=200, rate=2.5e-3,
+        fall=400, dropout=0.0, evaluate_every=100,
     ),
     # The others are for what quantising does to them. Eleven million weights: 40 minutes.
     "larger": Recipe(hidden_size=384, layers=6, intermediate_size=1152, steps=1400, rate=2e-3),
