@@ -422,7 +422,7 @@ def _export(origin: Origin, out: Path, wishes: Wishes, shown: Progress) -> None:
         job = _Job(origin, wishes, shown, temporary, original, description)
         report = _stages(job)
         why = prompts.write(temporary)
-        if why and wishes.precision == "int4":
+        if why and job.description["precision"] == "int4":
             job.description["no_prompts"] = why
         with shown.step("time by operator") as found:
             spent = profile.by_operator(temporary)

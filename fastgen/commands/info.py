@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from fastgen.commands.say import clear_errors, in_json
-from fastgen.model import INFO, ModelInfo
+
+if TYPE_CHECKING:
+    from fastgen.model import ModelInfo
 
 
 @click.command()
@@ -15,6 +19,7 @@ from fastgen.model import INFO, ModelInfo
 def info(model: str | None, as_json: bool, verify: bool) -> None:
     """Say what MODEL (default: the demo model) holds and what its export found."""
     from fastgen import hub, jsonfile
+    from fastgen.model import INFO, ModelInfo
     from fastgen.report import REPORT, table
     from fastgen.tuning import Tuning, read
 

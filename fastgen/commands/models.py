@@ -9,7 +9,6 @@ import click
 
 import fastgen
 from fastgen.commands.say import say
-from fastgen.tuning import READ_AS
 
 model_option = click.option(
     "--model",
@@ -20,7 +19,7 @@ threads_option = click.option(
     "--threads", type=int, help="threads of a step [default: physical cores]"
 )
 prompts_option = click.option(
-    "--prompts", type=click.Choice(READ_AS),
+    "--prompts", metavar="same|int8",
     help="int8: a model in int4 reads long prompts as fast as one in int8, for a byte of memory a "
     "weight [default: as tuned, or same]",
 )  # fmt: skip

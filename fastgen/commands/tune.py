@@ -49,6 +49,8 @@ def tune(
         directories = [hub.directory(model) for model in models]
         for place in directories:
             _check_room(place, work)
+        if prompts not in (None, *tuning.READ_AS):
+            raise ValueError(f"--prompts must be same or int8, got {prompts!r}")
         if prompts == "int8":
             infos = {place: ModelInfo.read(place) for place in directories}
             if not any(info.can_read_prompts for info in infos.values()):
