@@ -13,9 +13,10 @@ model; `training.json` has the corpus' digest for that reason.
 
 The recipe `manual` reads the pages of Debian's python3-doc too, and the comments of the library's
 sources, both without what repeats a held-out document (`manual.without`); what is held out is the
-same. It takes hours, so `OUT_DIR/checkpoint.pt` is written at every look at the held-out text, and
-the same command goes on from there. A file `OUT_DIR/finish` lets the rate fall at once, in as
-many steps as it says, or as the recipe does.
+same. It starts from what the recipe `demo` made (`--grow DIR`), with twice its width. It takes
+hours, so `OUT_DIR/checkpoint.pt` is written at every look at the held-out text, and the same
+command goes on from there. A file `OUT_DIR/finish` lets the rate fall at once, in as many steps as
+it says, or as the recipe does.
 """
 
 from __future__ import annotations
@@ -135,19 +136,18 @@ class Recipe:
     evaluate_every: int = 200  # steps between looks at the held-out text
     manual: bool = False  # the manual's pages and the library's comments are read too
     docstrings: int = 1  # times that they are in the text: the manual is four times as long
-    later: tuple[int, int] | None = None  # after a step so many times; the tokenizer stays
+    times: int = 1  # the width of a trained model that it starts from; widths are of that model
     bfloat16: bool = True  # products in bfloat16: 1.6 times faster where the processor has them
 
 
 RECIPES = {
     "demo": Recipe(),
-    # Eight million weights on five times the text: hours. Widths are whole blocks of 128, as int4
-    # wants them. There is more text than is read twice, hence no dropout. `steps` is never reached:
-    # the file `finish` ends it.
+    # Nearly eight million weights on five times the text, from the model of `demo` with twice its
+    # width (`grown`). There is more text than is read twice, hence no dropout. `steps` is never
+    # reached: the file `finish` ends it.
     "manual": Recipe(
-        manual=True, docstrings=2, later=(400, 6), vocab_size=4096, hidden_size=384,
-        intermediate_size=1024, heads=6, rows=8, steps=100_000, warm_up=200, rate=2.5e-3,
-        fall=400, dropout=0.0, evaluate_every=100,
+        manual=True, docstrings=2, times=2, rows=8, steps=100_000, warm_up=50, rate=1e-3, fall=400,
+        dropout=0.0, evaluate_every=100,
     ),
     # The others are for what quantising does to them. Eleven million weights: 40 minutes.
     "larger": Recipe(hidden_size=384, layers=6, intermediate_size=1152, steps=1400, rate=2e-3),
@@ -178,6 +178,9 @@ def main(argv: list[str] | None = None) -> None:
         "--manual", type=Path, default=manual.INSTALLED, metavar="DIR",
         help="the pages of python3-doc in reST; default: where the package puts them",
     )  # fmt: skip
+    parser.add_argument(
+        "--grow", type=Path, metavar="DIR", help="what the recipe 'demo' made, for 'manual'"
+    )
     arguments = parser.parse_args(argv)
     recipe = RECIPES[arguments.recipe]
     recipe = replace(recipe, steps=arguments.steps or recipe.steps)
@@ -186,28 +189,34 @@ def main(argv: list[str] | None = None) -> None:
             f"--manual: {arguments.manual} is not a directory: {arguments.recipe!r} reads the "
             "manual's pages in reST (apt-get install python3.11-doc)"
         )
-    build(arguments.out, recipe, arguments.threads, arguments.manual)
+    if (recipe.times > 1) != (arguments.grow is not None):
+        parser.error("--grow belongs to recipes of a model that starts from another: manual")
+    build(arguments.out, recipe, arguments.threads, arguments.manual, arguments.grow)
 
 
-def build(out: Path, recipe: Recipe, threads: int = 1, pages: Path = manual.INSTALLED) -> None:
+def build(
+    out: Path, recipe: Recipe, threads: int = 1, pages: Path = manual.INSTALLED,
+    small: Path | None = None,
+) -> None:  # fmt: skip
     """Make the demo model of `recipe` in the directory `out`, showing progress on stdout."""
     torch.set_num_threads(1)
     documents = corpus()
-    docstrings, held_out = split(documents, recipe.held_out_bytes)
-    more = []
+    training, held_out = split(documents, recipe.held_out_bytes)
+    training *= recipe.docstrings
     if recipe.manual:
         more = manual.without(held_out, [*manual.pages(pages), *comments()])
-        documents = documents + more
-    training = mixed(docstrings, recipe.docstrings, more, recipe)
-    tokenizer = train_tokenizer(training, recipe)
+        documents, training = documents + more, training + more
+    random.Random(recipe.seed).shuffle(training)  # so that neighbours tell nothing of each other
+    if small:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(small)
+    else:
+        tokenizer = train_tokenizer(training, recipe)
     training_ids = encode(tokenizer, training)
-    texts = [(0, training_ids)]
-    if recipe.later:
-        step, times = recipe.later
-        texts.append((step, encode(tokenizer, mixed(docstrings, times, more, recipe))))
     held_out_ids = encode(tokenizer, held_out)
     torch.manual_seed(recipe.seed)
     model = make_model(recipe, tokenizer)
+    if small:
+        grow(AutoModelForCausalLM.from_pretrained(small), model, recipe.times)
     facts = {
         "corpus_sha256": hashlib.sha256(END.join(documents).encode()).hexdigest(),
         "corpus_documents": len(documents),
@@ -220,19 +229,12 @@ def build(out: Path, recipe: Recipe, threads: int = 1, pages: Path = manual.INST
     print(*(f"{name}: {value}" for name, value in facts.items()), sep="\n", flush=True)
     started = time.monotonic()
     best_step, recipe = train(
-        model, texts, held_out_ids, recipe, threads, out if recipe.fall else None
+        model, training_ids, held_out_ids, recipe, threads, out if recipe.fall else None
     )
     facts |= {"seconds": round(time.monotonic() - started), "best_step": best_step}
     facts |= quality(held_out_loss(model, held_out_ids, recipe), facts)
     write(out, model, tokenizer, held_out, facts | versions() | {"recipe": asdict(recipe)})
     print(*(f"{name}: {value}" for name, value in facts.items()), sep="\n", flush=True)
-
-
-def mixed(docstrings: list[str], times: int, more: list[str], recipe: Recipe) -> list[str]:
-    """The text of some training, shuffled: neighbours tell nothing of each other."""
-    documents = docstrings * times + more
-    random.Random(recipe.seed).shuffle(documents)
-    return documents
 
 
 # ---------------------------------------------------------------------------------- the corpus
@@ -505,11 +507,11 @@ def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> PreTrained
     config = AutoConfig.for_model(
         recipe.kind,
         vocab_size=len(tokenizer),
-        hidden_size=recipe.hidden_size,
-        intermediate_size=recipe.intermediate_size,
+        hidden_size=recipe.hidden_size * recipe.times,
+        intermediate_size=recipe.intermediate_size * recipe.times,
         num_hidden_layers=recipe.layers,
-        num_attention_heads=recipe.heads,
-        num_key_value_heads=recipe.key_value_heads,
+        num_attention_heads=recipe.heads * recipe.times,
+        num_key_value_heads=recipe.key_value_heads * recipe.times,
         max_position_embeddings=recipe.context,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
@@ -534,14 +536,34 @@ def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> PreTrained
     return model
 
 
+@torch.no_grad()
+def grow(small: PreTrainedModel, model: PreTrainedModel, times: int) -> None:
+    """Give `model`, a Llama of `times` the width, weights with which it says what `small` says.
+
+    Everything is there several times, and who reads it divides (Chen and others, Net2Net, 2015,
+    https://arxiv.org/abs/1511.05641): by shares that are drawn, or the copies would stay alike.
+    """
+    own = dict(model.named_parameters())
+    for name, weight in small.named_parameters():
+        if weight.ndim == 1:
+            # The last norm divides what the tied embedding, which is not divided, reads.
+            made = weight.repeat(times) / (times if name == "model.norm.weight" else 1)
+        elif "embed_tokens" in name:
+            made = weight.repeat(1, times)
+        else:
+            drawn = torch.randn(times, times * len(weight), weight.shape[1]) * weight.std() / 2
+            shares = weight.repeat(times, 1) / times + drawn - drawn.mean(0)
+            made = torch.cat(list(shares), 1)
+        own[name].copy_(made)
+
+
 def train(
-    model: PreTrainedModel, texts: list[tuple[int, torch.Tensor]], held_out: torch.Tensor,
-    recipe: Recipe, threads: int = 1, state: Path | None = None,
+    model: PreTrainedModel, ids: torch.Tensor, held_out: torch.Tensor, recipe: Recipe,
+    threads: int = 1, state: Path | None = None,
 ) -> tuple[int, Recipe]:  # fmt: skip
     """Train `model` in place and leave it with the best held-out loss.
 
     Args:
-        texts: the ids of the text that is read after some step, the first after none.
         threads: how many parts of a batch are read side by side. (With dropout, which they draw
             from one generator, several do not give the same weights twice.)
         state: a directory of the checkpoint to go on from, and to write, and of the file `finish`.
@@ -551,8 +573,7 @@ def train(
     """
     optimizer = make_optimizer(model, recipe)
     generator = torch.Generator().manual_seed(recipe.seed)
-    end = model.config.eos_token_id
-    readers = [(after, windows(ids, end, recipe, generator)) for after, ids in texts]
+    batches = windows(ids, model.config.eos_token_id, recipe, generator)
     first, finishing = 1, False
     best_loss, best_step, best_weights = math.inf, 0, {}
     checkpoint = state / "checkpoint.pt" if state else None
@@ -576,7 +597,6 @@ def train(
             fall = int((state / "finish").read_text().strip() or recipe.fall)
             recipe = replace(recipe, steps=min(recipe.steps, step + fall), fall=fall)
         step += 1
-        batches = [reader for after, reader in readers if after < step][-1]
         for group in optimizer.param_groups:
             group["lr"] = rate(step, recipe)
         recent += train_step(share, optimizer, next(batches), recipe)
