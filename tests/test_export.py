@@ -520,8 +520,8 @@ def test_the_probes_are_ids_that_a_model_both_reads_and_says():
 def wrong(gpt2, convert_once, monkeypatch) -> PreTrainedModel:
     """A model whose conversion goes wrong: one weight of the graph is another."""
 
-    def spoiled(model: PreTrainedModel, layers: list[Any]) -> Any:
-        converted = convert_once(model, layers)
+    def spoiled(model: PreTrainedModel, layers: list[Any], whole: bool) -> Any:
+        converted = convert_once(model, layers, whole)
         initializers = converted.graph.initializers.values()
         one = max(initializers, key=lambda value: value.const_value.size)
         one.const_value = onnx_ir.tensor(one.const_value.numpy() * np.float32(1.05))
