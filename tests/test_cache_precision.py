@@ -316,7 +316,7 @@ def test_a_position_changes_a_rotated_key_and_no_value(demo):
     far = cache.reach(loaded, [row, row], 512)  # at 0 and at 384
     for name in near:
         if name.endswith("value"):
-            np.testing.assert_allclose(near[name], far[name], rtol=1e-4)
+            np.testing.assert_allclose(near[name], far[name], rtol=1e-2)
         else:
             assert (far[name] >= near[name]).all() and (far[name] > 1.05 * near[name]).any()
 

@@ -30,7 +30,9 @@ from click.testing import CliRunner
 from serving import served
 
 import fastgen
+from fastgen import hub
 from fastgen.commands import cli
+from fastgen.model import ModelInfo
 from fastgen.schedule import Scheduler, bytes_of
 from fastgen.serve import tools
 from fastgen.serve.engine import Engine
@@ -41,6 +43,7 @@ Answer with <tool_call>{"name": ..., "arguments": ...}</tool_call>.
 {% endif %}{% for m in messages %}{{ m.role }}: {{ m.content }}
 {% for c in m.tool_calls or [] %}<tool_call>{{ c.function.name }}</tool_call>
 {% endfor %}{% endfor %}assistant:"""
+DEMO = ModelInfo.read(hub.DEMO)
 PROMPT = "The os module"
 MESSAGES: list[Any] = [
     {"role": "system", "content": "Be brief."},
@@ -320,7 +323,7 @@ def test_logprobs_of_a_chat(client: openai.OpenAI, model: fastgen.CausalLM) -> N
     assert "".join(one.token for one in found.content) == answer.choices[0].message.content
     for one in found.content:
         assert bytes(one.bytes or ()).decode() == one.token and len(one.top_logprobs) == 2
-        assert one.logprob <= one.top_logprobs[0].logprob
+        assert one.logprob <= one.top_logprobs[0].logprob + 1e-6
     streamed = client.chat.completions.create(
         logprobs=True, top_logprobs=2, stream=True, **settings
     )
@@ -731,7 +734,9 @@ def test_errors_have_openais_shape(address: str) -> None:
 
 def test_a_token_that_nothing_can_be_is_an_error_of_its_request(client: openai.OpenAI) -> None:
     """Also where the answer has begun: then it is the last event."""
-    nothing: dict[str, Any] = {"logit_bias": dict.fromkeys(map(str, range(2048)), -math.inf)}
+    nothing: dict[str, Any] = {
+        "logit_bias": dict.fromkeys(map(str, range(DEMO.vocab_size)), -math.inf)
+    }
     with pytest.raises(openai.BadRequestError, match="ruled out"):
         client.completions.create(model="it", prompt=PROMPT, extra_body=_finite(nothing))
     with pytest.raises(openai.APIError, match="ruled out"):
@@ -887,7 +892,7 @@ def command(*flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
 def test_sigterm_lets_what_runs_finish() -> None:
     """The demo model, where none is named."""
     with command() as (process, address), talking_to(address) as client:
-        assert client.models.list().data[0].id == "docs-2m"
+        assert client.models.list().data[0].id == DEMO.name
         settings: dict[str, Any] = {
             "model": "it", "prompt": PROMPT, "max_tokens": 480, "n": 4, "seed": 1,
             "extra_body": {"eos_token_id": None}, "stream": True,
