@@ -16,6 +16,8 @@ from fastgen import jsonfile, swap
 from fastgen.model import INFO, ModelError, digest
 
 INLINE = 256  # bytes of a constant that stays in the graph itself, at most
+WRITERS = 2  # threads: one makes an array, another writes one
+IN_FLIGHT = 128 << 20  # bytes of arrays that are made and not yet written, beside the largest
 
 
 @contextmanager
@@ -92,7 +94,12 @@ def save(graph: onnx_ir.Model, path: Path) -> None:
     """
     onnx_ir.passes.common.ClearMetadataAndDocStringPass()(graph)
     onnx_ir.external_data.unload_from_model(
-        graph, path.parent, path.name + ".data", size_threshold_bytes=INLINE
+        graph,
+        path.parent,
+        path.name + ".data",
+        size_threshold_bytes=INLINE,
+        max_workers=WRITERS,
+        max_in_flight_bytes=IN_FLIGHT,
     )
     onnx_ir.save(graph, path)
 

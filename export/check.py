@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -176,34 +177,33 @@ def reference_continuation(
 
 
 def exported_logits(model: Model, rows: Sequence[NDArray[np.int64]]) -> list[NDArray[np.float32]]:
-    """The export's logits of the same rows: one ragged prefill, then token by token together.
+    """The export's logits of the same rows: a ragged prefill, then token by token together.
 
-    Where logits of all positions would take much memory, the prefill is asked again from scratch
-    for those that are missing.
+    Where logits of all positions would take much memory, the prefill goes by parts.
     """
     vocab = model.info.vocab_size
     found = [np.empty((len(row), vocab), np.float32) for row in rows]
-    heads = [row[: max(1, len(row) - DECODED)] for row in rows]
-    last = np.array([[len(head) - 1] for head in heads])
-    width = int(last.max()) + 1
     asked = max(CHUNK, AT_ONCE // (found[0].itemsize * vocab * len(rows)))
-    for start in range(0, width, asked):
-        cache = model.new_cache(len(rows), 2 * max(len(row) for row in rows))
-        places = np.minimum(np.arange(start, min(start + asked, width)), last)
-        logits = model.forward(heads, cache, logits_positions=places)
-        for i, head in enumerate(heads):
-            end = min(start + asked, len(head))
-            found[i][start:end] = logits[i, : max(0, end - start)]
-        del logits
-    cache.bindings.clear()
-    for step in range(max(len(row) - len(head) for row, head in zip(rows, heads, strict=True))):
+    parts = [_parts(len(row), asked) for row in rows]
+    cache = model.new_cache(len(rows), 2 * max(len(row) for row in rows))
+    for step in range(max(map(len, parts))):
         # A row that is through repeats its last token: the others must not notice.
-        at = [min(len(head) + step, len(row) - 1) for row, head in zip(rows, heads, strict=True)]
-        logits = model.forward([row[a : a + 1] for row, a in zip(rows, at, strict=True)], cache)
-        for i, (row, head) in enumerate(zip(rows, heads, strict=True)):
-            if len(head) + step < len(row):
-                found[i][len(head) + step] = logits[i, 0]
+        now = [some[step] if step < len(some) else some[-1] for some in parts]
+        new = [row[part] for row, part in zip(rows, now, strict=True)]
+        last = np.array([[len(ids) - 1] for ids in new])
+        places = np.minimum(np.arange(int(last.max()) + 1), last)
+        logits = model.forward(new, cache, logits_positions=places)
+        for i, part in enumerate(now):
+            if step < len(parts[i]):
+                found[i][part] = logits[i, : len(new[i])]
     return found
+
+
+def _parts(length: int, most: int) -> list[slice]:
+    """Of a row: a prefill of `most` tokens at a time, and its last tokens one at a time."""
+    head = max(1, length - DECODED)
+    ends = [*range(most, head, most), *range(head, length + 1)]
+    return [slice(start, end) for start, end in pairwise([0, *ends])]
 
 
 def compare(

@@ -1,4 +1,4 @@
-"""Large matrices, a part at a time, on all cores: temporaries stay small, and within a cache."""
+"""Large matrices, a part at a time, on all cores: temporaries stay small."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from fastgen.cpu import physical_cores
 
-PART = 1 << 16  # numbers of a part, about: with its temporaries it fits into a core's own cache
+PART = 1 << 18  # numbers of a part, about: smaller ones cost more than a cache gives back
 
 Result = TypeVar("Result")
 

@@ -325,7 +325,7 @@ class _Job:
                 unreached = sum(len(one.unreached) for one in reached)
                 experts = sum(one.experts for one in reached)
                 found.append(f"the text came to all but {unreached} of {experts} experts")
-        rows = evaluation[: calibrate.TOKENS // calibrate.ROW]
+        rows = evaluation[: quality.TOKENS // calibrate.ROW]
         report = self.compare(to, precision, rows) | {
             "matrices": [asdict(one) for one in made],
             "wider": wide,
@@ -349,7 +349,7 @@ class _Job:
             found.append(f"{channels:,} channels, {precision}")
         name = f"{precision} cache"
         rows = cache.long_rows(evaluation, limit)
-        rows = rows[: max(1, calibrate.TOKENS // len(rows[0]))]
+        rows = rows[: max(1, quality.TOKENS // len(rows[0]))]
         report = self.compare(to, name, rows)
         self.judge(report)
         return report

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from fastgen.model import Model
 from fastgen.softmax import log_softmax
 
+TOKENS = 1024  # of a text that precisions are measured on, at most
 CHUNK = 32  # positions whose logits are held at a time
 
 

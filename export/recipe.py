@@ -41,22 +41,34 @@ class Recipe:
         head: of `lm_head`, and of the embedding that shares its matrix.
         wide: of matrices whose error is out of line.
         experts: of the experts of a mixture.
+        tokens: of calibration, at most: ranges want less text than moments. (Experts have all.)
     """
 
     layer: Kernel
     head: Kernel
     wide: Kernel
     experts: Kernel
+    tokens: int
 
 
 # `lm_head` runs at a few positions only, where MatMulNBits is the fastest, and its codes serve the
 # embedding too. Block sizes: see bench/README.md. Experts have scales for blocks: their kernel then
 # quantises its inputs as well, which is what makes it fast.
 RECIPES = {
-    "int8": Recipe(layer=W8A8, head=Kernel(8, 256), wide=Kernel(8, 32), experts=Kernel(8, 128)),
+    "int8": Recipe(
+        layer=W8A8,
+        head=Kernel(8, 256),
+        wide=Kernel(8, 32),
+        experts=Kernel(8, 128),
+        tokens=calibrate.TOKENS // 2,
+    ),  # fmt: skip
     "int4": Recipe(
-        layer=Kernel(4, 128), head=Kernel(4, 128), wide=Kernel(8, 128), experts=Kernel(4, 128)
-    ),
+        layer=Kernel(4, 128),
+        head=Kernel(4, 128),
+        wide=Kernel(8, 128),
+        experts=Kernel(4, 128),
+        tokens=calibrate.TOKENS,
+    ),  # fmt: skip
 }
 
 
@@ -103,7 +115,8 @@ def make(
     found = products(model.graph)
     plans: dict[str, Plan] = {}
     smoothed: list[str] = []
-    with calibrate.activations(model, found, rows) as inputs:
+    used = rows[: max(1, recipe.tokens // calibrate.ROW)]
+    with calibrate.activations(model, found, used) as inputs:
         for value, x in inputs.items():
             readers = [product for product in found if product.node.inputs[0] is value]
             scales = _smoothed(model.graph, recipe, value, readers, x, found, plans)

@@ -19,6 +19,7 @@ from fastgen.export.quantize import Choice, Floats, Kernel, Product
 from fastgen.export.trim import add_initializer, constant
 
 STRENGTHS = (0.3, 0.5, 0.7)  # the paper's alpha; the best on the calibration text is taken
+SAMPLE = 128  # tokens that an error is measured on
 GAIN = 0.9  # an error that does not fall below this share is not worth a change
 
 # Where a norm keeps what multiplies its output: the inputs that are divided, by operator.
@@ -90,7 +91,7 @@ def best_scales(x: Floats, weights: Sequence[Floats], kernel: Kernel) -> Floats 
     """
     weight = weights[0] if len(weights) == 1 else np.concatenate(weights, axis=1)
     reach_x, reach_w = np.abs(x).max(axis=0), _reach(weight)
-    sample = x[:: max(1, len(x) // 256)]
+    sample = x[:: max(1, len(x) // SAMPLE)]
     exact = sample @ weight
     least = GAIN * output_error(sample, weight, Choice(kernel), exact)
     best = None

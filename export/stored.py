@@ -85,7 +85,7 @@ def _product(func: Any, args: Any) -> torch.Tensor:
 
 
 def cast(weight: Stored) -> torch.Tensor:
-    return weight.held.float()
+    return weight.held.float().contiguous()
 
 
 def keep(model: PreTrainedModel) -> bool:
@@ -189,7 +189,7 @@ def read_lazily(held: torch.Tensor, name: str) -> ir.LazyTensor:
 
 
 def _array(held: torch.Tensor) -> ir.TensorProtocol:
-    return ir.tensor(held.float().numpy())
+    return ir.tensor(held.float().contiguous().numpy())  # torch transposes faster than numpy
 
 
 def spill(model: PreTrainedModel, directory: Path) -> int:
