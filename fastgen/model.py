@@ -394,10 +394,6 @@ class Model:
         """
         return self.reader is not None and length >= APART
 
-    def prefix_name(self, apart: bool) -> str:
-        """What a prefix cache calls keys and values that were read apart, or were not."""
-        return f"{self.fingerprint} apart" if apart else self.fingerprint
-
     def new_cache(self, rows: int, capacity: int, reads_prompts: bool = False) -> Cache:
         """An empty cache for `rows` rows of up to `capacity` tokens.
 

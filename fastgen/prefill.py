@@ -81,7 +81,7 @@ class Prefill:
         apart = self.model.reads_apart(len(prompts[0]))
         texts = [prompt[:-1] for prompt in prompts] if apart else prompts
         if known is not None:
-            model = self.model.prefix_name(apart)
+            model = self.model.fingerprint
             known.fetch(model, texts, self.cache, self.first + start, self.chunk)
         desk = Desk(self.model, self.cache, len(prompts), len(prompts[-1]) + self.chunk)
         desk.lay(self.first + start, len(prompts))

@@ -16,7 +16,8 @@ from fastgen.cpu import int8_overflows
 PROMPTS = "prompts.onnx"
 UNPACK = "unpack.onnx"
 # Prompts of so many tokens are read apart, all but their last token. For shorter ones the step that
-# follows for it costs more than is gained (bench/README.md).
+# follows for it costs more than is gained (bench/README.md). A prefix cache keeps nothing of those,
+# so that what it knows was always read apart.
 APART = 32
 
 

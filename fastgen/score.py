@@ -97,7 +97,7 @@ def _read(desk: Desk, ids: Ids, prefix_cache: PrefixCache | None) -> None:
     model, cache = desk.model, desk.cache
     apart = model.reads_apart(len(ids))
     if prefix_cache is not None:
-        prefix_cache.fetch(model.prefix_name(apart), [ids], cache, 0, CHUNK)
+        prefix_cache.fetch(model.fingerprint, [ids], cache, 0, CHUNK)
     desk.lay(0, 1)
     nothing, states = np.zeros((1, 0), np.int64), {}
     while (at := int(cache.lengths[0])) < len(ids):
@@ -106,7 +106,7 @@ def _read(desk: Desk, ids: Ids, prefix_cache: PrefixCache | None) -> None:
             length, state = cache.state(0)
             states[length] = state
     if prefix_cache is not None:
-        prefix_cache.keep(model.prefix_name(apart), ids, cache, 0, CHUNK, states)
+        prefix_cache.keep(model.fingerprint, ids, cache, 0, CHUNK, states)
 
 
 def _predicted(model: Model, cache: Cache, rows: Sequence[Ids]) -> list[Scores]:

@@ -18,8 +18,8 @@ from test_cli import run
 
 import fastgen
 from fastgen import model as models
+from fastgen import prefix, tune, tuning
 from fastgen import prompts as reading
-from fastgen import tune, tuning
 from fastgen.cache import Cache
 from fastgen.model import UNPACKED, Model
 from fastgen.prefill import prefill
@@ -173,11 +173,14 @@ def test_a_row_does_not_feel_its_neighbours(two):
                 assert near(part, whole, 1e-5)
 
 
+def test_a_prompt_that_is_not_read_apart_has_nothing_to_keep():
+    assert reading.APART <= prefix.BLOCK
+
+
 @pytest.mark.parametrize("length", [64, 65, 97, 257, 289, 400])
 def test_what_a_prefix_cache_knows_is_a_fresh_prefill(two, length):
     row, kept = ids(length), fastgen.PrefixCache()
     fresh = read(two[1], row)[0]
-    read(two[1], row[:40], prefix_cache=kept)  # a short prompt is read otherwise: not taken
     for _ in range(2):
         assert np.array_equal(read(two[1], row, prefix_cache=kept)[0], fresh)
     assert kept.hits == 1
