@@ -2,8 +2,9 @@
 
 Scales: for each block the one of a grid that minimises the squared error of its weights, each
 weighed by the second moment of its input. Codes: GPTQ (Frantar et al. 2022, arXiv 2210.17323):
-inputs are rounded one after the other, and the error of each is made good by those that follow,
-through the inverse of the inputs' second moments.
+inputs are rounded one after the other, and the error of each is made good by those that follow.
+It is written as Babai's nearest plane, which it is (Chen et al. 2025, arXiv 2507.18553): an input
+takes its share of all errors before it when its turn comes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from numpy.typing import NDArray
 
 GRID = np.linspace(0.7, 1.05, 15, dtype=np.float32)  # scales that are tried, of the largest weight
 DAMPING = 0.01  # of the mean diagonal, as in the paper
-SMALL = 128  # rows of a triangle that is inverted at once
 
 
 def search_scales(weight: Floats, kernel: Kernel, second_moments: Floats) -> Floats:
@@ -72,25 +72,30 @@ def gptq(weight: Floats, kernel: Kernel, scales: Floats, inputs: Floats) -> Floa
         inputs: float32 [tokens, in]: calibration activations.
     """
     size, count = weight.shape
-    inverse = _inverse_cholesky(inputs)
-    rest = weight.astype(np.float32)  # [in, out], errors made good as we go
-    out = np.empty_like(rest)
-    errors = np.empty((kernel.block, count), np.float32)
+    factor = _factor(inputs)
+    diagonal = np.diag(factor)
+    rounded = np.empty((size, count), np.float32)
+    errors = np.empty((size, count), np.float32)
     for start in range(0, size, kernel.block):
         end = min(start + kernel.block, size)
+        # What an input takes over of the error of each one before it.
+        shares = (factor[start:end, :end] / diagonal[start:end, None]).astype(np.float32)
+        wanted = weight[start:end] + shares[:, :start] @ errors[:start]
         scale = np.ascontiguousarray(scales[:, start // kernel.block])
-        mine = rest[start:end], out[start:end], errors[: end - start]
-        part = partial(_round, *mine, inverse[start:end, start:end], scale, LEVELS[kernel.bits])
+        part = partial(
+            _round, weight[start:end], wanted, rounded[start:end], errors[start:end],
+            shares[:, start:], scale, LEVELS[kernel.bits],
+        )  # fmt: skip
         parts.each(count, end - start, part)
-        rest[end:] -= inverse[start:end, end:].T @ errors[: end - start]
-    return out
+    return rounded
 
 
 def _round(
     weight: Floats,
+    wanted: Floats,
     rounded: Floats,
     errors: Floats,
-    inverse: Floats,
+    shares: Floats,
     scale: Floats,
     level: int,
     some: slice,
@@ -99,46 +104,33 @@ def _round(
 
     Args:
         weight: [block, out].
+        wanted: [block, out], with the errors of earlier blocks made good.
         rounded, errors: [block, out], to be filled.
-        inverse: [block, block] of the Cholesky factor.
+        shares: [block, block].
         scale: [out].
     """
-    rest, scale = weight[:, some].copy(), scale[some]
+    rest, scale = wanted[:, some], scale[some]
     made = np.empty_like(rest)
     for i in range(len(rest)):
         row, error = rounded[i, some], errors[i, some]
         np.divide(rest[i], scale, out=row)
         np.clip(np.rint(row, out=row), -level - 1, level, out=row)
         row *= scale
-        np.subtract(rest[i], row, out=error)
-        error /= inverse[i, i]
-        np.multiply(inverse[i, i + 1 :, None], error, out=made[i + 1 :])
-        rest[i + 1 :] -= made[i + 1 :]
+        np.subtract(weight[i, some], row, out=error)
+        np.multiply(shares[i + 1 :, i, None], error, out=made[i + 1 :])
+        rest[i + 1 :] += made[i + 1 :]
 
 
-def _inverse_cholesky(inputs: Floats) -> NDArray[np.float32]:
-    """Upper Cholesky factor of the inverse of the damped second moments [in, in].
+def _factor(inputs: Floats) -> NDArray[np.float64]:
+    """Lower triangle G [in, in] with G^T G = the damped second moments of the inputs.
 
-    By the inverse of the factor of the moments themselves, both read from the end: a third of the
-    work of inverting them first.
+    It is the inverse of the factor that the paper has, of the inverse of the moments: nothing has
+    to be inverted.
     """
-    moments = (inputs.T @ inputs).astype(np.float64)
-    moments /= len(inputs)
-    moments[np.diag_indices_from(moments)] += DAMPING * np.diag(moments).mean() + 1e-12
-    lower = np.linalg.cholesky(moments[::-1, ::-1])
+    moments = inputs.T @ inputs
+    mean = float((np.diag(moments).astype(np.float64) / len(inputs)).mean())
+    backwards = moments[::-1, ::-1].astype(np.float64)
     del moments
-    _invert_inplace(lower)
-    return lower[::-1, ::-1].astype(np.float32)
-
-
-def _invert_inplace(lower: NDArray[np.float64]) -> None:
-    """A lower triangle [n, n] becomes its inverse, by halves: nearly all of it is products."""
-    size = len(lower)
-    if size <= SMALL:
-        lower[:] = np.tril(np.linalg.inv(lower))
-        return
-    half = size // 2
-    first, second, below = lower[:half, :half], lower[half:, half:], lower[half:, :half]
-    _invert_inplace(first)
-    _invert_inplace(second)
-    below[:] = -(second @ (below @ first))
+    backwards /= len(inputs)
+    backwards[np.diag_indices_from(backwards)] += DAMPING * mean + 1e-12
+    return np.asarray(np.linalg.cholesky(backwards)[::-1, ::-1].T)

@@ -17,13 +17,13 @@ LOOKS = 25  # of those for each look at the disk
 # is left is told by their proportions.
 EXPECTED = {
     "load": (4, 0.5),
-    "original logits": (2, 5),
-    "convert": (14, 1),
+    "original logits": (1, 4.5),
+    "convert": (5, 2),
     "logits compared": (0.5, 1),
     "greedy text compared": (0.5, 2),
-    "quantise to": (2, 15),
+    "quantise to": (2, 7),
     "quantise keys and values": (2, 15),
-    "text compared": (2, 10),
+    "text compared": (1, 3.5),
     "time by operator": (1, 1),
     "bundle": (0.2, 0.3),
 }

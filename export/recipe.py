@@ -61,14 +61,14 @@ RECIPES = {
         wide=Kernel(8, 32),
         experts=Kernel(8, 128),
         tokens=calibrate.TOKENS // 2,
-    ),  # fmt: skip
+    ),
     "int4": Recipe(
         layer=Kernel(4, 128),
         head=Kernel(4, 128),
         wide=Kernel(8, 128),
         experts=Kernel(4, 128),
         tokens=calibrate.TOKENS,
-    ),  # fmt: skip
+    ),
 }
 
 
