@@ -23,6 +23,8 @@ import fastgen
 from fastgen import __main__
 from fastgen.report import table
 
+SETTINGS: dict[str, Any] = {"progress": None, "allow_mismatch": True}
+SMALL = 1 << 13  # weights beyond this count as large
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 999}
 
 
@@ -33,6 +35,15 @@ def half(tmp_path_factory) -> Path:
     tiny.build("llama", tie_word_embeddings=True, **WIDE).to(torch.bfloat16).save_pretrained(place)
     tiny.tokenizer().save_pretrained(place)
     return place
+
+
+@pytest.fixture(scope="module")
+def whole(half, tmp_path_factory) -> Path:
+    """Its export, by way of float32 weights in a file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stored, "LARGE", SMALL)
+        out = tmp_path_factory.mktemp("whole") / "out"
+        return pipeline.export(half, out, precision="int8", **SETTINGS)
 
 
 def content(directory: Path) -> dict[str, Any]:
@@ -50,16 +61,14 @@ def report_of(directory: Path) -> dict[str, Any]:
 # --- weights in their own type ------------------------------------------------------------------
 
 
-def test_weights_in_their_own_type_give_the_same_files(half, tmp_path, monkeypatch):
+def test_weights_in_their_own_type_give_the_same_files(half, whole, tmp_path, monkeypatch):
     """Whether the checkpoint becomes float32 as a whole, or a matrix at a time."""
-    settings = {"precision": "int8", "progress": None, "allow_mismatch": True}
-    monkeypatch.setattr(stored, "LARGE", 1 << 13)
-    whole = pipeline.export(half, tmp_path / "whole", **settings)
+    monkeypatch.setattr(stored, "LARGE", SMALL)
     monkeypatch.setattr(room, "AT_HAND", 0)
     cast: list[int] = []
     real = stored.cast
     monkeypatch.setattr(stored, "cast", lambda weight: cast.append(1) or real(weight))
-    own = pipeline.export(half, tmp_path / "own", **settings)
+    own = pipeline.export(half, tmp_path / "own", precision="int8", **SETTINGS)
     assert content(whole) == content(own)
     assert "weights stay in their own type" in report_of(own)["steps"][0]["found"] and cast
     assert "own type" not in report_of(whole)["steps"][0]["found"]
@@ -101,18 +110,18 @@ def test_a_model_whose_buffers_lost_bits_does_not_keep_its_types():
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell")
 @pytest.mark.parametrize("precision", ["int8", pytest.param("int4", marks=pytest.mark.slow)])
-def test_an_export_is_within_its_bound(half, precision, tmp_path):
+@pytest.mark.usefixtures("whole")  # what stays loaded is loaded
+def test_an_export_is_within_its_bound(precision, tmp_path):
     """At most 1.3 times the float32 weights that no file holds, beside what was there before."""
     config = AutoConfig.for_model(
         "llama", vocab_size=16000, hidden_size=768, intermediate_size=1536, num_hidden_layers=2,
         num_attention_heads=12, num_key_value_heads=4, max_position_embeddings=256,
     )  # fmt: skip
-    source, settings = tmp_path / "source", {"progress": None, "allow_mismatch": True}
+    source = tmp_path / "source"
     AutoModelForCausalLM.from_config(config).save_pretrained(source)
-    pipeline.export(half, tmp_path / "first", precision=precision, **settings)  # what stays loaded
     gc.collect()
     before = progress.memory().anonymous
-    out = pipeline.export(source, tmp_path / "out", precision=precision, **settings)
+    out = pipeline.export(source, tmp_path / "out", precision=precision, **SETTINGS)
     peaks = report_of(out)["peaks"]
     floats = peaks["float32_weights"]
     assert floats > 100e6
@@ -184,8 +193,8 @@ def test_the_time_left_follows_what_was_expected():
     for name in names[:2]:
         with shown.step(name):
             pass
-    shown._started = shown._ended - 17  # as long as both were expected to take
-    assert shown._left(0) == " about 17 s left"
+    shown._started = shown._ended - 15  # as long as both were expected to take
+    assert shown._left(0) == " about 10 s left"
 
 
 def test_the_peaks_of_a_step_are_its_own():
