@@ -3,7 +3,7 @@
 Attention to int8 codes is fast for one token and slow for many: the kernel makes floats of all keys
 again for every few queries. So the graph attends to either (`export.cache`), and a prompt is read
 at a desk: its tokens see the exact keys of their own chunk, and what earlier chunks left as the
-codes say it. A chunk that a prefix cache knew is therefore the same as one that was read.
+codes say it. Whole chunks that a prefix cache knew are therefore what would be read.
 """
 
 from __future__ import annotations
