@@ -188,6 +188,10 @@ COMMANDS = [
 ]  # fmt: skip
 
 
+async def _ends(server, sockets):
+    """A server that does not stay."""
+
+
 @pytest.mark.parametrize("arguments", COMMANDS, ids=lambda words: words[0])
 def test_every_command_takes_every_name(pair, tmp_path, monkeypatch, arguments):
     """Through one door, which makes of it what can be run."""
@@ -196,7 +200,7 @@ def test_every_command_takes_every_name(pair, tmp_path, monkeypatch, arguments):
     place = shutil.copytree(pair("gpt2")[1].directory, tmp_path / "made")
     asked = []
     monkeypatch.setattr(hub, "exported", lambda *given: asked.append(given) or place)
-    monkeypatch.setattr("asyncio.run", lambda running: running.close())  # of a server
+    monkeypatch.setattr("uvicorn.Server.serve", _ends)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))
     monkeypatch.chdir(tmp_path)
     Path("rows.jsonl").write_text('{"prompt": "The quick"}\n')
