@@ -116,8 +116,8 @@ def made_up(vocab_size: int) -> Any:
 def row(name: str, model: fastgen.CausalLM, tokenizer: Any, rounds: int) -> str:
     """The line of the table for a model."""
     ids = tokenizer.encode(PROMPT)
-    made_up = model.tokenizer is None
-    eos = tokenizer.index("</s>") if made_up else model.generation_config.eos_token_id
+    ends = tokenizer.index("</s>")  # of a tokenizer that was made up
+    eos = model.generation_config.eos_token_id if ends is None else ends
     common: dict[str, Any] = {"tokenizer": tokenizer, "eos_token_id": eos}
     forms: dict[str, Any] = {"json_schema": SCHEMA, "max_new_tokens": 450, **common}
     text = model.generate(ids, **forms)[0][len(ids) :]

@@ -533,17 +533,17 @@ class _Call:
             self.reads_prompt = np.array(cache.dtype == np.float32)
             _bind(self.binding.bind_input, name, self.reads_prompt)
         self.others = [
-            self._pass_by(model, *pair, np.dtype(dtype))
+            self._pass_by(rows, *pair, np.dtype(dtype))
             for dtype, pairs in model.key_values.items()
             if dtype != cache.dtype.name
             for pair in zip(pairs, np.repeat(model.info.layers, 2, axis=0).tolist(), strict=True)
         ]
 
     def _pass_by(
-        self, model: Model, names: tuple[str, str], layer: tuple[int, int], dtype: np.dtype[Any]
+        self, rows: int, names: tuple[str, str], layer: tuple[int, int], dtype: np.dtype[Any]
     ) -> NDArray[Any]:
-        """Bind keys or values that are not attended to: a token of one row, for the shape."""
-        nothing = np.zeros((1, layer[0], 1, layer[1]), dtype)
+        """Bind keys or values that are not attended to: a token, for a graph that asks for rows."""
+        nothing = np.zeros((rows, layer[0], 1, layer[1]), dtype)
         for bind, name in zip(
             (self.binding.bind_input, self.binding.bind_output), names, strict=True
         ):
