@@ -190,7 +190,8 @@ def test_what_was_read_of_a_prompt_is_found_where_it_was_cut(stateful, kind, tmp
     for _ in range(2):
         found = ours.score(rows[1:], prefix=row * 3, prefix_cache=texts)
         for one, other in zip(found, ours.score(rows[1:], prefix=row * 3), strict=True):
-            np.testing.assert_array_equal(one, other)
+            # But for the last bit of a sum, which was seen to depend on where memory lies.
+            np.testing.assert_allclose(one, other, rtol=1e-6)
     assert texts.tokens_reused == 64
 
 
