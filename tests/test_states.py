@@ -167,7 +167,8 @@ def test_what_cannot_be_taken_back_is_said(stateful, pair):
 
 @pytest.mark.parametrize("kind", MOVED)
 def test_what_was_read_of_a_prompt_is_found_where_it_was_cut(stateful, kind, tmp_path, monkeypatch):
-    _, ours = stateful(kind)
+    # Two threads share mamba's work by chance: a call made twice may differ in a last bit.
+    ours = fastgen.load(stateful(kind)[1].directory, threads=1)
     monkeypatch.setattr(prefill, "CHUNK", 8)
     kept = {"return_dict_in_generate": True, "output_logits": True, **GREEDY}
     row = ragged(3, (30,))[0]
@@ -190,8 +191,7 @@ def test_what_was_read_of_a_prompt_is_found_where_it_was_cut(stateful, kind, tmp
     for _ in range(2):
         found = ours.score(rows[1:], prefix=row * 3, prefix_cache=texts)
         for one, other in zip(found, ours.score(rows[1:], prefix=row * 3), strict=True):
-            # But for the last bit of a sum, which was seen to depend on where memory lies.
-            np.testing.assert_allclose(one, other, rtol=1e-6)
+            np.testing.assert_array_equal(one, other)
     assert texts.tokens_reused == 64
 
 
