@@ -100,12 +100,12 @@ def _split(
     graph: ir.Graph, node: ir.Node, constants: dict[str, ir.Value], reads_prompt: ir.Value
 ) -> None:
     """An attention node becomes two, of which one runs."""
-    codes = [node.inputs[past] for past, _ in PAST_AND_SCALE.values()]
+    pasts = [past for past, _ in PAST_AND_SCALE.values()]
+    codes = [node.inputs[past] for past in pasts]
     floats = [_input(graph, value) for value in codes]
     for value in codes:
         value.dtype = ir.DataType.INT8
-    attended = dict(zip(PAST_AND_SCALE.values(), floats, strict=True))
-    prompt = _branch("prompt", node, {past: value for (past, _), value in attended.items()}, codes)
+    prompt = _branch("prompt", node, dict(zip(pasts, floats, strict=True)), codes)
     scaled = {scale: constants[kind] for kind, (_, scale) in PAST_AND_SCALE.items()}
     kinds: dict[str, int | str] = {f"{kind}_quant_type": "PER_CHANNEL" for kind in PAST_AND_SCALE}
     step = _branch("step", node, scaled, floats, kinds | {"kv_cache_bit_width": 8})

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from fastgen.cpu import memory_bytes
 from fastgen.model import ModelInfo
 from fastgen.params import Params
-from fastgen.prefill import TOGETHER
+from fastgen.prefill import CHUNK, TOGETHER
 
 FLOAT = 4  # bytes
-READ = 2  # long prompts that are read at a time, at most
+READ = TOGETHER // CHUNK  # long prompts that are read at a time, at most
 # Bytes of each row's each logit while a token is chosen: the model's logits, what processors make
 # of them and two steps of their sums; and the random words of a draw.
 CHOOSING, DRAWING = 4 * FLOAT, 8
