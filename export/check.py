@@ -7,8 +7,8 @@ batch, a prefill and then token by token, through fastgen's own engine.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from fastgen import CausalLM
 from fastgen.model import Model
+from fastgen.output import GenerateOutput
 from fastgen.softmax import log_softmax
 
 if TYPE_CHECKING:  # a folder is compared without torch
@@ -27,6 +28,7 @@ if TYPE_CHECKING:  # a folder is compared without torch
 DECODED = 8  # last tokens of each probe that are fed one at a time
 AT_ONCE = 128 << 20  # bytes of a prefill's logits that are asked at once
 NEW_TOKENS = 24  # of the greedy continuation
+FIRST = 3  # of these, which the original's own `generate` writes in any case
 TIE = 1e-4  # two best logits nearer than this times the largest are a tie: either may win
 
 TEXTS = (
@@ -93,11 +95,15 @@ class Continuation:
 
 @dataclass(frozen=True)
 class Reference:
-    """What the original says: ids, its logits [length, vocab] and its greedy continuation."""
+    """What the original says: ids, its logits [length, vocab] and its greedy continuation.
+
+    Attributes:
+        continuation: of each row, once it is known.
+    """
 
     rows: Sequence[NDArray[np.int64]]
     logits: Sequence[NDArray[np.float32]]
-    continuation: Sequence[NDArray[np.int64]]
+    continuation: list[NDArray[np.int64]] = field(default_factory=list)
 
 
 def probes(
@@ -238,20 +244,48 @@ def compare(
     )
 
 
-def compare_continuation(
-    model: CausalLM, rows: Sequence[NDArray[np.int64]], expected: Sequence[NDArray[np.int64]]
-) -> Continuation:
-    """Continue `rows` in one ragged batch through `CausalLM.generate` and compare.
+def continued(model: CausalLM, rows: Sequence[NDArray[np.int64]]) -> GenerateOutput:
+    """Continue `rows` in one ragged batch through `CausalLM.generate`, greedily.
 
     The model's own defaults are put away.
     """
     model.generation_config.__dict__.clear()
-    out = model.generate(
+    return model.generate(
         [row.tolist() for row in rows],
         max_new_tokens=NEW_TOKENS,
         output_logits=True,
         return_dict_in_generate=True,
     )
+
+
+def original_continuation(
+    logits: Callable[[NDArray[np.int64]], NDArray[np.float32]],
+    generate: Callable[[NDArray[np.int64], int], NDArray[np.int64]],
+    row: NDArray[np.int64],
+    guess: NDArray[np.int64],
+) -> NDArray[np.int64]:
+    """The original's greedy continuation of a row, in few passes where `guess` is right.
+
+    Tokens of which each is the likeliest after those before it are the greedy continuation: one
+    pass over all of them tells. The first few are also asked of the original's own `generate`,
+    which goes another way; all of them if a token is not the likeliest.
+
+    Args:
+        logits: what the original says of a row, float32 [length, vocab].
+        generate: the tokens, a number of them, that the original adds to a row.
+    """
+    said = logits(np.concatenate([row, guess[:-1]]))[len(row) - 1 :]
+    if np.array_equal(said.argmax(1), guess):
+        first = generate(row, FIRST)
+        if np.array_equal(first, guess[:FIRST]):
+            return guess
+    return generate(row, len(guess))
+
+
+def compare_continuation(
+    out: GenerateOutput, expected: Sequence[NDArray[np.int64]]
+) -> Continuation:
+    """Compare what `continued` gave with the original's continuation."""
     same = ties = 0
     for i, tokens in enumerate(expected):
         found = np.array(out.sequences[i][-NEW_TOKENS:])
@@ -264,7 +298,7 @@ def compare_continuation(
         tie = logits[found[step]] - logits[tokens[step]] <= TIE * np.abs(logits).max()
         ties += int(tie)
         same += len(tokens) if tie else step
-    return Continuation(tokens=NEW_TOKENS * len(rows), same=same, ties=ties)
+    return Continuation(tokens=NEW_TOKENS * len(expected), same=same, ties=ties)
 
 
 def judge(

@@ -660,6 +660,39 @@ def test_a_killed_export_leaves_no_model_and_the_next_one_cleans_up(gpt2, tmp_pa
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("wrong", [None, 0, 5, 23])
+def test_the_originals_greedy_text_is_what_it_generates_whatever_was_guessed(gpt2, wrong):
+    row = np.arange(3, 12)
+    asked = []
+
+    def generate(ids: Any, count: int) -> Any:
+        asked.append(count)
+        return check.reference_continuation(gpt2, [ids], count)[0]
+
+    def logits(ids: Any) -> Any:
+        return check.reference_logits(gpt2, [ids])[0]
+
+    (truth,) = check.reference_continuation(gpt2, [row])
+    guess = truth.copy()
+    if wrong is not None:
+        guess[wrong] = (guess[wrong] + 1) % logits(row).shape[1]
+    found = check.original_continuation(logits, generate, row, guess)
+    assert found.tolist() == truth.tolist()
+    assert asked == ([check.FIRST] if wrong is None else [check.NEW_TOKENS])
+
+
+def test_a_model_that_generates_something_else_than_it_says_is_asked_to_generate(gpt2):
+    row = np.arange(3, 12)
+    (said,) = check.reference_continuation(gpt2, [row])
+    found = check.original_continuation(
+        lambda ids: check.reference_logits(gpt2, [ids])[0],
+        lambda ids, count: said[:count] + 1,
+        row,
+        said,
+    )
+    assert found.tolist() == (said + 1).tolist()
+
+
 @pytest.fixture
 def demo(tmp_path) -> Path:
     """A model directory that may be replaced."""
