@@ -182,6 +182,7 @@ def feeds(
         for name, value in wanted.items()
         if name.startswith(("past_key_values", "prompt_key_values"))
     }
+    past |= {name: np.array(0, np.int32) for name in wanted if name.startswith("window_start")}
     past |= {
         name: np.zeros((1, *value.shape[1:]), np.float32)
         for name, value in wanted.items()

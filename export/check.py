@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # a folder is compared without torch
     from fastgen.export.attention import Layer
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+GRAIN = 8  # of what layers with windows are shown, so that a row just longer tells (see `Model`)
 DECODED = 8  # last tokens of each probe that are fed one at a time
 AT_ONCE = 128 << 20  # bytes of a prefill's logits that are asked at once
 NEW_TOKENS = 24  # of the greedy continuation
@@ -187,7 +188,7 @@ def exported_logits(model: Model, rows: Sequence[NDArray[np.int64]]) -> list[NDA
 
     Where logits of all positions would take much memory, the prefill goes by parts.
     """
-    vocab = model.info.vocab_size
+    vocab, model.grain = model.info.vocab_size, GRAIN
     found = [np.empty((len(row), vocab), np.float32) for row in rows]
     asked = max(CHUNK, AT_ONCE // (found[0].itemsize * vocab * len(rows)))
     parts = [_parts(len(row), asked) for row in rows]

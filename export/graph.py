@@ -11,8 +11,9 @@
 | `past_state.{i}` | float32 [rows, ...] | what convolutions and recurrences keep |
 
 Outputs: `logits` float32 [rows, keep, vocab], and `present.{i}.key/value` and `present_state.{i}`,
-which the runtime binds to the memory of the inputs. `cache.quantize` makes keys and values int8,
-and adds float32 ones into which prompts are read.
+which the runtime binds to the memory of the inputs. Two steps add inputs to it later: `window`,
+where layers see a window only; and `cache.quantize`, which makes keys and values int8 and adds
+float32 ones into which prompts are read.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from fastgen.export import (
     recipe,
     room,
     trim,
+    window,
 )
 from fastgen.export.foreign import folder
 from fastgen.export.foreign import origin as foreign
@@ -301,6 +302,7 @@ class _Job:
             converted, about = self.origin.convert(whole)
             trim.trim(converted, self.description["max_length"])
             self.description["hard_limit"] |= trim.rotations_are_tabled(converted)
+            self.description["windows"] = window.bound(converted)
             self.save(converted, to)
             found += [*about, f"{len(converted.graph)} nodes"]
         return converted

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from fastgen.memory import lazy_zeros
 
 STEP = 256  # tokens: buffers grow by multiples, so that they do not grow at every call
+GRAIN = 256  # tokens by which it moves what a layer with a window is shown first
 AT_ONCE = 1 << 18  # bytes of all layers that are copied in one assignment
 
 
@@ -33,6 +34,7 @@ class Cache:
 
     Attributes:
         dtype: of what is stored: float32, or int8 where the graph has a scale for each channel.
+        windows: of each layer, the tokens that a query sees; None for all, empty if all see all.
         lengths: int64 [rows], the tokens that each slot holds.
         bindings: what the model bound to these buffers, by shape of call; dropped when they move.
     """
@@ -44,8 +46,10 @@ class Cache:
         capacity: int,
         dtype: str = "float32",
         states: Sequence[tuple[int, ...]] = (),
+        windows: Sequence[int | None] = (),
     ) -> None:
         self.shapes = tuple(shapes)
+        self.windows = tuple(windows)
         self.state_shapes = tuple(states)
         self.dtype = np.dtype(dtype)
         self.rows = rows

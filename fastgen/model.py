@@ -20,7 +20,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from fastgen import jsonfile, values
-from fastgen.cache import Cache
+from fastgen.cache import GRAIN, Cache
 from fastgen.codes import SCALES, Codes
 from fastgen.cpu import int8_overflows
 from fastgen.jsonfile import ModelError as ModelError
@@ -57,6 +57,8 @@ class ModelInfo:
         max_length: positions that the model was made for; None without limit.
         hard_limit: whether it cannot compute a position beyond them (learned positions).
         layers: (kv_heads, head_dim) of each layer with keys and values.
+        windows: of each layer, the tokens that a query sees, itself included; None for all. Empty
+            where there is none, and of older exports.
         states: shapes of what else is kept of a row, float32.
         files: size in bytes of every file of the directory.
         cache_dtype: of the stored keys and values, "float32" or "int8".
@@ -76,6 +78,7 @@ class ModelInfo:
     files: dict[str, int]
     cache_dtype: str = "float32"
     states: tuple[tuple[int, ...], ...] = ()
+    windows: tuple[int | None, ...] = ()
     digests: dict[str, str] = field(default_factory=dict)
     name: str = ""
     parameters: int = 0
@@ -199,7 +202,7 @@ def _described(directory: Path) -> ModelInfo:
             )
         raise ModelError(f"{directory} is not a fastgen model directory: it has no {INFO}")
     found = {"cache_dtype": "float32", "name": "", "parameters": 0, "fastgen": "?", "states": []}
-    found["no_prompts"] = ""
+    found |= {"no_prompts": "", "windows": []}
     found |= jsonfile.read(path)
     field = functools.partial(take, found, path)
     version = field("format", lambda v: is_count(v, 2**31), f"a number such as {FORMAT}")
@@ -216,6 +219,7 @@ def _described(directory: Path) -> ModelInfo:
         )
     if not found.get("layers") and not found["states"]:
         raise jsonfile.damaged(path, "it has neither layers nor states")
+    layers = field("layers", _are_layers, "a list of [heads, size of a head]")
     files = field("files", _are_files, "an object of names in the directory and their sizes")
     return ModelInfo(
         precision=field("precision", lambda v: v in PRECISIONS, " or ".join(PRECISIONS)),
@@ -225,9 +229,13 @@ def _described(directory: Path) -> ModelInfo:
             "max_length", lambda v: v is None or is_count(v, 2**40), "a positive integer or null"
         ),
         hard_limit=field("hard_limit", lambda v: isinstance(v, bool), "true or false"),
-        layers=tuple(
-            (heads, dim)
-            for heads, dim in field("layers", _are_layers, "a list of [heads, size of a head]")
+        layers=tuple(map(tuple, layers)),
+        windows=tuple(
+            field(
+                "windows",
+                lambda value: _are_windows(value, len(layers)),
+                "a list with a positive integer or null for each layer",
+            )
         ),
         files={n: one["bytes"] if isinstance(one, dict) else one for n, one in files.items()},
         cache_dtype=cache_dtype,
@@ -242,6 +250,14 @@ def _described(directory: Path) -> ModelInfo:
 
 def _are_layers(value: Any) -> bool:
     return isinstance(value, list) and len(value) <= MOST_LAYERS and all(map(_is_layer, value))
+
+
+def _are_windows(value: Any, layers: int) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) in (0, layers)
+        and all(window is None or is_count(window, 2**31) for window in value)
+    )
 
 
 def _are_states(value: Any) -> bool:
@@ -324,6 +340,7 @@ class Model:
         self.codes: Codes | None = None
         if self.info.cache_dtype == "int8":
             self.codes = Codes(directory / SCALES, self.info.layers)
+        self.grain = GRAIN
         self._spare: dict[str, Cache] = {}  # by the type of its keys
         self._check_graph()
 
@@ -335,11 +352,13 @@ class Model:
         both = () if self.codes is None else layers  # attended in float32 too
         prompt, prompt_present = _names("prompt_key_values", both), _names("prompt_present", both)
         self.choices = ["reads_prompt"] if both else []
+        self.windows = sorted({window for window in self.info.windows if window is not None})
+        starts = map(window_start, self.windows)
         for what, found, expected in (
             (
                 "inputs",
                 self.session.get_inputs(),
-                [*_Call.INPUTS, *self.choices, *past, *prompt, *held],
+                [*_Call.INPUTS, *self.choices, *starts, *past, *prompt, *held],
             ),
             ("outputs", self.session.get_outputs(), ["logits", *present, *prompt_present, *left]),
         ):
@@ -401,8 +420,8 @@ class Model:
             reads_prompts: for texts that are read and not gone on with: float32 where the model
                 can have it so (see `codes`).
         """
-        dtype = self._dtype(reads_prompts)
-        return Cache(self.info.layers, rows, capacity, dtype, self.info.states)
+        info, dtype = self.info, self._dtype(reads_prompts)
+        return Cache(info.layers, rows, capacity, dtype, info.states, info.windows)
 
     def _dtype(self, reads_prompts: bool) -> str:
         return "float32" if reads_prompts and self.codes is not None else self.info.cache_dtype
@@ -456,6 +475,8 @@ class Model:
             call.input_ids[row, counts[row] :] = 0
         call.query_seqlens[:] = counts
         np.add(held[:, None], np.arange(width), out=call.position_ids)
+        for window in self.windows:
+            call.show(window, self._first_shown(int(held.min()), window))
         if min(counts) < width:  # a padded position is never read; it only has to be a legal one
             np.minimum(call.position_ids, held[:, None] + call.query_seqlens[:, None] - 1,
                        out=call.position_ids)  # fmt: skip
@@ -469,6 +490,13 @@ class Model:
         call.session.run_with_iobinding(call.binding)
         return call.logits
 
+    def _first_shown(self, held: int, window: int) -> int:
+        """Where rows of at least `held` tokens begin for a layer with a window.
+
+        The same for all that a chunk may begin with, which so adds up its sums alike.
+        """
+        return max(0, held // self.grain * self.grain - -(-window // self.grain) * self.grain)
+
     def _bound(
         self, cache: Cache, first: int, rows: int, width: int, keep: int, apart: bool
     ) -> _Call:
@@ -478,6 +506,11 @@ class Model:
         if len(cache.bindings) > KEPT_BINDINGS:
             del cache.bindings[next(iter(cache.bindings))]
         return call
+
+
+def window_start(window: int) -> str:
+    """The graph's input that says which token such layers are shown first."""
+    return f"window_start.{window}"
 
 
 def _names(kind: str, layers: Sequence[int]) -> list[str]:
@@ -526,9 +559,18 @@ class _Call:
             _bind(self.binding.bind_output, "logits", self.logits)
         names = (*model.key_values[cache.dtype.name], *model.states)
         views = (*cache.slots(first, rows), *cache.states(first, rows))
-        for (past, present), view in zip(names, views, strict=True):
-            _bind(self.binding.bind_input, past, view)
-            _bind(self.binding.bind_output, present, view)
+        for pair, view in zip(names, views, strict=True):
+            self._bind_past(pair, view)
+        self.starts = {window: np.zeros((), np.int32) for window in model.windows}
+        for window, start in self.starts.items():
+            if (name := window_start(window)) in taken:
+                _bind(self.binding.bind_input, name, start)
+        seen = np.repeat(np.array(model.info.windows, object), 2).tolist()
+        self.windowed = [
+            (window, pair, view)
+            for window, pair, view in zip(seen, names, views, strict=False)
+            if window is not None
+        ]
         for name in model.choices:
             self.reads_prompt = np.array(cache.dtype == np.float32)
             _bind(self.binding.bind_input, name, self.reads_prompt)
@@ -539,15 +581,34 @@ class _Call:
             for pair in zip(pairs, np.repeat(model.info.layers, 2, axis=0).tolist(), strict=True)
         ]
 
+    def _bind_past(self, names: tuple[str, str], view: NDArray[Any], start: int = 0) -> None:
+        """Bind keys or values, or a state, as they are and as they become.
+
+        Args:
+            start: of the tokens, which the graph takes for the first one. Rows and heads are as
+                far apart as ever; the last of them would end after the buffer, and is never full.
+        """
+        place = view.ctypes.data + (start * view.strides[2] if start else 0)
+        for bind, name in zip(
+            (self.binding.bind_input, self.binding.bind_output), names, strict=True
+        ):
+            bind(name, "cpu", 0, view.dtype.type, view.shape, place)
+
+    def show(self, window: int, start: int) -> None:
+        """Let the layers with a window begin with token `start`."""
+        if self.starts[window] == start:
+            return
+        self.starts[window][...] = start
+        for other, pair, view in self.windowed:
+            if other == window:
+                self._bind_past(pair, view, start)
+
     def _pass_by(
         self, rows: int, names: tuple[str, str], layer: tuple[int, int], dtype: np.dtype[Any]
     ) -> NDArray[Any]:
         """Bind keys or values that are not attended to: a token, for a graph that asks for rows."""
         nothing = np.zeros((rows, layer[0], 1, layer[1]), dtype)
-        for bind, name in zip(
-            (self.binding.bind_input, self.binding.bind_output), names, strict=True
-        ):
-            _bind(bind, name, nothing)
+        self._bind_past(names, nothing)
         return nothing
 
 

@@ -6,7 +6,8 @@ prefix is a walk from name to name, and prompts that start alike share their blo
 (nano-vllm's block manager and mlx-lm's prompt cache are the models of this.)
 
 A model that keeps states besides has them only as they were where a prompt was cut into chunks. So
-its blocks are whole chunks, each with the states at its end.
+its blocks are whole chunks, each with the states at its end. And where layers see a window, what
+they are shown moves by so many tokens: a chunk of more cannot begin anywhere either.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgen.cache import Cache
+from fastgen.cache import GRAIN, Cache
 
 Block = tuple[int, tuple[NDArray[Any], ...]]  # how many tokens; keys, values and states
 
@@ -296,7 +297,7 @@ def _nbytes(block: Block) -> int:
 
 def _size(cache: Cache, chunk: int) -> int:
     """Tokens of a block."""
-    return chunk if cache.state_shapes else BLOCK
+    return chunk if cache.state_shapes or (cache.windows and GRAIN % chunk) else BLOCK
 
 
 def _names(model: str, prompt: NDArray[np.int64], cache: Cache, size: int) -> list[bytes]:
