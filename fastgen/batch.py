@@ -151,6 +151,7 @@ class Batch:
         for request, _ in by_request(self.rows):
             if request.deadline.passed():
                 request.end("time")
+        self.cache.forget(0, len(self.rows))
         self.leave()
         return events
 

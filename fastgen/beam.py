@@ -695,6 +695,7 @@ class _Search:
             for one in groups:
                 last[one.slots] = one.histories[:, -1]
         self.logits = self.model.forward(list(last[:, None]), self.cache)[:, 0]
+        self.cache.forget(0, len(last))
 
 
 def _rows(beams: Sequence[Beams]) -> tuple[list[Ids], Ids, Ids]:

@@ -17,11 +17,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgen.memory import lazy_zeros
+from fastgen.memory import give_back, lazy_zeros
 
 STEP = 256  # tokens: buffers grow by multiples, so that they do not grow at every call
 GRAIN = 256  # tokens by which it moves what a layer with a window is shown first
 AT_ONCE = 1 << 18  # bytes of all layers that are copied in one assignment
+
+
+def first_shown(held: int, window: int, grain: int = GRAIN) -> int:
+    """Where rows of at least `held` tokens begin for a layer with a window.
+
+    The same for all that a chunk may begin with, which so adds up its sums alike.
+    """
+    return max(0, held // grain * grain - -(-window // grain) * grain)
 
 
 class Cache:
@@ -61,6 +69,7 @@ class Cache:
             for shape in dict.fromkeys(self.shapes)
         }
         self._reached = np.zeros(rows, np.int64)
+        self._passed = np.zeros(rows, np.int64)  # of `forget`
         self._buffers = self._allocate()
         self._states = self._no_states()
 
@@ -94,7 +103,7 @@ class Cache:
 
     def begin(self, slot: int) -> None:
         """Let a row begin in `slot`: the states are those of an empty text."""
-        self.lengths[slot] = 0
+        self.lengths[slot] = self._passed[slot] = 0
         for states in self._states:
             states[slot] = 0
 
@@ -136,11 +145,35 @@ class Cache:
 
     def _copy(self, sources: Any, slots: Any, start: int, end: int) -> None:
         """Tokens `start` to `end` of one slot, or of several by way of a temporary copy."""
+        self._passed[slots] = np.minimum(self._passed[slots], start // GRAIN)
         for buffer in self._buffers.values():
             # Of little, numpy's own copy against overlaps costs less than a call a layer.
             little = np.size(slots) * (end - start) * buffer[:, :1, :, :1].nbytes <= AT_ONCE
             for part in (buffer,) if little else np.split(buffer, len(buffer)):
                 part[:, slots, :, start:end] = part[:, sources, :, start:end]
+
+    def forget(self, first: int, rows: int) -> None:
+        """Give back memory of `rows` slots: what layers with windows are not shown any more.
+
+        For rows that are not trimmed to before what they hold now, and whose first tokens nobody
+        reads any more. It looks again at a slot that has gone on by GRAIN tokens.
+        """
+        if not self.windows:
+            return
+        slots = slice(first, first + rows)
+        passed = self.lengths[slots] // GRAIN
+        for slot in (first + np.flatnonzero(passed != self._passed[slots])).tolist():
+            for window, head in self._windowed(slot):
+                give_back(head, 0, first_shown(int(self.lengths[slot]), window))
+        self._passed[slots] = passed
+
+    def _windowed(self, slot: int) -> Iterator[tuple[int, NDArray[Any]]]:
+        """Each layer's window, and a head's keys or values [capacity, head_dim], if it has one."""
+        for shape, layers in self._layers.items():
+            for place, layer in enumerate(layers):
+                if (window := self.windows[layer]) is not None:
+                    for half in self._buffers[shape][2 * place : 2 * place + 2, slot]:
+                        yield from ((window, head) for head in half)
 
     def trim(self, slot: int, length: int) -> None:
         """Forget what `slot` holds from `length` on."""
@@ -174,6 +207,7 @@ class Cache:
         self.lengths = np.zeros(self.rows, np.int64)
         self.lengths[:kept] = old_lengths[:kept]
         self._reached = self.lengths.copy()
+        self._passed = np.zeros(self.rows, np.int64)
         for shape, buffer in old.items():
             for row, used in enumerate(self.lengths[:kept].tolist()):
                 self._buffers[shape][:, row, :, :used] = buffer[:, row, :, :used]

@@ -69,6 +69,12 @@ class Desk:
             self._keep(place + row, first + row)
         return logits
 
+    def forget(self, first: int, place: int, rows: int) -> None:
+        """As `Cache.forget`, for rows that nobody but the reader looks at."""
+        self.cache.forget(first, rows)
+        if self.codes is not None:
+            self.floats.forget(place, rows)
+
     def _keep(self, place: int, slot: int) -> None:
         """Store what was read of a row. If there is more to come, it sees what was stored."""
         assert self.codes is not None

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import math
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -26,11 +28,40 @@ def lazy_zeros(shape: Sequence[int], dtype: DTypeLike) -> NDArray[np.generic]:
     size = count * np.dtype(dtype).itemsize
     if not size:
         return np.zeros(shape, dtype)
-    memory = mmap.mmap(-1, size)
+    # Memory of this process alone, which can be given back; Windows has no other.
+    private = {"flags": mmap.MAP_PRIVATE} if hasattr(mmap, "MAP_PRIVATE") else {}
+    memory = mmap.mmap(-1, size, **private)
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without huge pages
             memory.madvise(mmap.MADV_NOHUGEPAGE)
     return np.frombuffer(memory, dtype, count).reshape(shape)
+
+
+def give_back(array: NDArray[Any], start: int, end: int) -> None:
+    """Let the system have the whole pages of rows `start` to `end` of an array of `lazy_zeros`.
+
+    They are zero from then on, and take no memory until they are written. Where there is no such
+    advice (off Linux) nothing happens.
+
+    Args:
+        array: contiguous.
+    """
+    if (madvise := _madvise()) is None or not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    place, row = array.ctypes.data, array.strides[0]
+    first = -(-(place + start * row) // mmap.PAGESIZE) * mmap.PAGESIZE
+    last = (place + end * row) // mmap.PAGESIZE * mmap.PAGESIZE
+    if first < last:
+        madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
+
+
+@functools.cache
+def _madvise() -> Callable[..., int] | None:
+    """The system's own; None off Linux, where it may mean something else."""
+    if not Path("/proc/self/maps").is_file():
+        return None
+    found: Callable[..., int] | None = getattr(ctypes.CDLL(None), "madvise", None)
+    return found
 
 
 def page_out(path: Path) -> int:
@@ -40,14 +71,10 @@ def page_out(path: Path) -> int:
     though a step reads a few of its rows only. The advice changes no content: pages that are
     wanted again come back from the file.
     """
-    maps = Path("/proc/self/maps")
-    if not maps.is_file():
-        return 0
-    madvise = getattr(ctypes.CDLL(None), "madvise", None)
-    if madvise is None:
+    if (madvise := _madvise()) is None:
         return 0
     name, total = str(path.resolve()), 0
-    for line in maps.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines():
         if line.endswith(name):
             start, end = (int(part, 16) for part in line.split()[0].split("-"))
             size = end - start

@@ -20,7 +20,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from fastgen import jsonfile, values
-from fastgen.cache import GRAIN, Cache
+from fastgen.cache import GRAIN, Cache, first_shown
 from fastgen.codes import SCALES, Codes
 from fastgen.cpu import int8_overflows
 from fastgen.jsonfile import ModelError as ModelError
@@ -476,7 +476,7 @@ class Model:
         call.query_seqlens[:] = counts
         np.add(held[:, None], np.arange(width), out=call.position_ids)
         for window in self.windows:
-            call.show(window, self._first_shown(int(held.min()), window))
+            call.show(window, first_shown(int(held.min()), window, self.grain))
         if min(counts) < width:  # a padded position is never read; it only has to be a legal one
             np.minimum(call.position_ids, held[:, None] + call.query_seqlens[:, None] - 1,
                        out=call.position_ids)  # fmt: skip
@@ -489,13 +489,6 @@ class Model:
             call.logits_positions[:] = logits_positions
         call.session.run_with_iobinding(call.binding)
         return call.logits
-
-    def _first_shown(self, held: int, window: int) -> int:
-        """Where rows of at least `held` tokens begin for a layer with a window.
-
-        The same for all that a chunk may begin with, which so adds up its sums alike.
-        """
-        return max(0, held // self.grain * self.grain - -(-window // self.grain) * self.grain)
 
     def _bound(
         self, cache: Cache, first: int, rows: int, width: int, keep: int, apart: bool

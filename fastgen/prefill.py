@@ -123,6 +123,8 @@ class Prefill:
             logits = desk.forward(new, first, at - start, positions, apart)
             if wanted:
                 self.logits[at : at + ended] = logits[:ended, 0]
+            if states is None:  # no prefix cache wants what was read first
+                desk.forget(first, at - start, len(new))
             for row in range(at, end) if states is not None else ():
                 assert states is not None
                 if self.cache.lengths[self.first + row] == stop:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +17,9 @@ from test_parity import left_padded, ragged
 
 import fastgen
 from fastgen import PrefixCache, prefill
-from fastgen.model import GRAPH, Model, ModelInfo, _Call, window_start
+from fastgen.cache import GRAIN, Cache, first_shown
+from fastgen.memory import give_back, lazy_zeros
+from fastgen.model import GRAPH, ModelInfo, _Call, window_start
 
 WINDOW = 8
 LOOSE = Tolerance(max_difference=1.0, kl=1.0, top1=0.0, greedy=False)
@@ -127,7 +130,7 @@ def test_the_proof_comes_to_a_layer_that_is_not_shown_all(tmp_path, shown):
 
 def test_a_wrong_count_is_found_by_the_proof(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        Model, "_first_shown", lambda self, held, window: max(0, held - window // 2)
+        "fastgen.model.first_shown", lambda held, window, grain: max(0, held - window // 2)
     )
     with pytest.raises(ValueError, match="disagrees with the original"):
         export(tiny.build("mistral"), tmp_path / "model", precision="fp32", progress=None)
@@ -185,3 +188,83 @@ def test_windows_of_a_damaged_description_are_refused(pair, tmp_path, wrong):
     (tmp_path / "fastgen.json").write_text(json.dumps(info | {"windows": wrong}))
     with pytest.raises(fastgen.ModelError, match="windows"):
         ModelInfo.read(tmp_path)
+
+
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="the advice is Linux's")
+
+
+@pytest.fixture
+def caches(monkeypatch) -> list[Cache]:
+    """Those that were made."""
+    real, made = Cache.__init__, []
+
+    def init(self: Cache, *args: Any, **kwargs: Any) -> None:
+        real(self, *args, **kwargs)
+        made.append(self)
+
+    monkeypatch.setattr(Cache, "__init__", init)
+    return made
+
+
+@on_linux
+@pytest.mark.parametrize("name", ["greedy", "beams", "lookup"])
+def test_what_is_not_shown_takes_no_memory(long, name, caches, monkeypatch):
+    rows = ragged(9, (1100, 620))
+    found = outputs(fastgen.load(long.directory), rows, **KNOBS[name])
+    cache = max(caches, key=lambda one: one.size)
+    caches.clear()
+    monkeypatch.setattr(Cache, "forget", lambda *_: None)
+    kept = outputs(fastgen.load(long.directory), rows, **KNOBS[name])
+    assert kept.sequences == found.sequences
+    for one, other in zip(kept.logits, found.logits, strict=True):
+        assert np.array_equal(one, other)
+    assert {first_shown(620, 40), first_shown(1100, 40)} == {256, 768}
+    whole = max(caches, key=lambda one: one.size)
+    used = len(rows) * KNOBS[name].get("num_beams", 1)
+    for place, (forgot, remembered) in enumerate(
+        zip(cache.slots(0, used), whole.slots(0, used), strict=True)
+    ):
+        gone = [0] if cache.windows[place // 2] is None else [256, 768]
+        for mine, all_of_it in zip(forgot, remembered, strict=True):
+            first = next(at for at in gone if mine[:, at : at + 64].any())
+            assert not mine[:, 64 : max(64, first - 64)].any()  # whole pages of 64 tokens
+            assert all_of_it[:, :620].any(axis=2).all()
+
+
+@on_linux
+def test_only_whole_pages_are_given_back():
+    array = lazy_zeros((1000, 16), np.float32)  # 64 bytes a row
+    array[:] = 1
+    give_back(array, 3, 130)
+    zero = np.flatnonzero(~array.any(axis=1))
+    assert zero.tolist() == list(range(64, 128))
+    give_back(array, 130, 190)
+    assert (~array.any(axis=1)).sum() == 64
+
+
+@on_linux
+def test_a_slot_is_looked_at_when_it_has_gone_on_or_holds_another_row(monkeypatch):
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        "fastgen.cache.give_back", lambda head, start, end: asked.append((start, end))
+    )
+    cache = Cache([(1, 4), (1, 4)], rows=3, capacity=9 * GRAIN, windows=(None, 8))
+
+    def forgotten(*lengths: int) -> list[tuple[int, int]]:
+        asked.clear()
+        cache.lengths[:] = lengths
+        cache.forget(0, 3)
+        return asked[::2]  # of keys; those of values are the same
+
+    assert forgotten(10, 600, 0) == [(0, 256)]
+    assert forgotten(11, 601, 0) == []
+    assert forgotten(300, 767, 0) == [(0, 0)]
+    assert forgotten(300, 768, 0) == [(0, 512)]
+    cache.take([1, 0, 1])
+    assert forgotten(768, 300, 768) == [(0, 512), (0, 0), (0, 512)]
+    cache.take([0, 1, 0], start=768)  # what lies before stays where it is
+    assert forgotten(768, 300, 768) == []
+    cache.reserve(3, 20 * GRAIN)
+    assert forgotten(768, 300, 768) == [(0, 512), (0, 0), (0, 512)]
+    cache.begin(0)
+    assert forgotten(800, 300, 768) == [(0, 512)]
