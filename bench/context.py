@@ -2,9 +2,10 @@
 
     python bench/context.py --shape smollm-135m --past 500 1800
     python bench/context.py --shape llama-0.5b --precision int8 --past 2000 8000 32000 --rounds 1
+    python bench/context.py --shape gemma-270m --precision int8 --cache-precision fp32 --every-token
 
 Every model reads the same tokens and steps after them, in interleaved rounds. The tables give
-medians over the rounds.
+medians over the rounds; megabytes are those that the process holds more with the prompt read.
 """
 
 from __future__ import annotations
@@ -28,6 +29,11 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--past", type=int, nargs="+", default=[1800], help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=16, help="steps")
+    parser.add_argument(
+        "--every-token",
+        action="store_true",
+        help="also as if layers with windows were shown all, and all was kept",
+    )
     args = parser.parse_args()
 
     import fastgen
@@ -37,10 +43,12 @@ def main() -> None:
             name: fastgen.load(path, threads=args.threads).model for name, path in paths.items()
         }
         print(f"{args.shape}, {args.rows} rows; {shapes.machine(args.threads)}\n")
-        print("| tokens | model | MB cache | s to read them | tokens a second | ms a step after |")
+        print("| tokens | model | MB more | s to read them | tokens a second | ms a step after |")
         print("|---|---|---|---|---|---|")
         for past in args.past:
             contexts = {name: Context(model, args, past) for name, model in models.items()}
+            for name, model in models.items() if args.every_token else ():
+                contexts[f"{name}, every token"] = Context(model, args, past, every=True)
             for turn in range(args.rounds + (past < LONG)):  # the first warms up
                 for context in contexts.values():
                     context.round(keep=turn > 0 or past >= LONG)
@@ -51,8 +59,14 @@ def main() -> None:
 class Context:
     """A model that reads so many tokens of some rows, and steps after them."""
 
-    def __init__(self, model: Any, args: argparse.Namespace, past: int) -> None:
+    def __init__(
+        self, model: Any, args: argparse.Namespace, past: int, every: bool = False
+    ) -> None:
         self.model, self.rows, self.past, self.new = model, args.rows, past, args.new
+        self.grain, self.windows = model.grain, model.info.windows
+        if every:
+            self.grain, self.windows = past + args.new, ()
+        self.megabytes: list[float] = []
         self.steps: list[float] = []
         self.reading: list[float] = []
         random = np.random.default_rng(0)
@@ -62,18 +76,22 @@ class Context:
         from fastgen.prefill import CHUNK, prefill
 
         cache = self.model.new_cache(self.rows, self.past + max(CHUNK, self.new))
+        cache.windows, self.model.grain = self.windows, self.grain
+        held = shapes.resident()
         start = time.perf_counter()
         prefill(self.model, cache, list(self.ids[:, : self.past]), 0)
+        took = time.perf_counter() - start
+        held = shapes.resident() - held
         read = time.perf_counter()
         for step in range(self.past, self.past + self.new):
             self.model.forward(list(self.ids[:, step : step + 1]), cache)
         if keep:
-            self.reading.append(read - start)
+            self.megabytes.append(held)
+            self.reading.append(took)
             self.steps.append((time.perf_counter() - read) / self.new)
 
     def summary(self) -> str:
-        tokens = self.rows * self.past
-        megabytes = tokens * self.model.info.cache_bytes / 1e6
+        tokens, megabytes = self.rows * self.past, statistics.median(self.megabytes)
         read, step = statistics.median(self.reading), statistics.median(self.steps)
         return f"{megabytes:.1f} | {read:.2f} | {tokens / read:,.0f} | {1e3 * step:.2f}"
 

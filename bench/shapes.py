@@ -35,6 +35,12 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         "max_position_embeddings": 40960, "tie_word_embeddings": True, "rope_theta": 10000.0,
         "bos_token_id": 1, "eos_token_id": 2,
     }),
+    "gemma-270m": ("gemma3_text", {
+        "vocab_size": 262144, "hidden_size": 640, "intermediate_size": 2048,
+        "num_hidden_layers": 18, "num_attention_heads": 4, "num_key_value_heads": 1,
+        "head_dim": 256, "max_position_embeddings": 32768, "sliding_window": 512,
+        "query_pre_attn_scalar": 256, "rope_theta": 1e6, "bos_token_id": 2, "eos_token_id": 1,
+    }),
     "llama-3b": ("llama", {
         "vocab_size": 128256, "hidden_size": 3072, "intermediate_size": 8192,
         "num_hidden_layers": 28, "num_attention_heads": 24, "num_key_value_heads": 8,

@@ -97,6 +97,14 @@ class ModelInfo:
             sum(2 * heads * dim for heads, dim in self.layers) * np.dtype(self.cache_dtype).itemsize
         )
 
+    def row_bytes(self, tokens: int) -> int:
+        """Of the keys and values of a row of so many tokens, where what is not shown any more goes
+        back to the system (on Linux)."""
+        windows = self.windows or (None,) * len(self.layers)
+        shown = [tokens - (0 if w is None else first_shown(tokens, w)) for w in windows]
+        sizes = (2 * heads * dim for heads, dim in self.layers)
+        return int(np.dtype(self.cache_dtype).itemsize * np.dot(shown, list(sizes)))
+
     @property
     def reading_bytes(self) -> int:
         """Of the float32 keys and values beside those of a token that is being read."""

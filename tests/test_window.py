@@ -11,12 +11,13 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import tiny
+from click.testing import CliRunner
 from fastgen.export import export, window
 from fastgen.export.check import Tolerance
 from test_parity import left_padded, ragged
 
 import fastgen
-from fastgen import PrefixCache, prefill
+from fastgen import PrefixCache, commands, prefill
 from fastgen.cache import GRAIN, Cache, first_shown
 from fastgen.memory import give_back, lazy_zeros
 from fastgen.model import GRAPH, ModelInfo, _Call, window_start
@@ -188,6 +189,18 @@ def test_windows_of_a_damaged_description_are_refused(pair, tmp_path, wrong):
     (tmp_path / "fastgen.json").write_text(json.dumps(info | {"windows": wrong}))
     with pytest.raises(fastgen.ModelError, match="windows"):
         ModelInfo.read(tmp_path)
+
+
+def test_info_says_what_a_row_takes(long, pair):
+    info = long.model.info
+    assert info.cache_bytes == 6 * 2 * 2 * 16 * 4
+    assert info.row_bytes(1500) == (2 * 1500 + 4 * (1500 - 1024)) * 2 * 2 * 16 * 4
+    assert info.row_bytes(300) == 300 * info.cache_bytes
+    shown = CliRunner().invoke(commands.info, [str(long.directory)]).output
+    assert "6 with keys and values, 4 of them with a window of 40 tokens" in shown
+    assert f"{info.row_bytes(1500) / 1e6:.1f} MB a row of 1,500" in shown
+    plain = pair("llama")[1].model.info
+    assert plain.row_bytes(99) == 99 * plain.cache_bytes
 
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="the advice is Linux's")

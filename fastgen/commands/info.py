@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import click
@@ -34,7 +35,7 @@ def info(model: str | None, as_json: bool, verify: bool) -> None:
         size = sum(found.files.values())
         tuned = read(place)
         token, limit = found.cache_bytes, found.max_length
-        full = f", {limit * token / 1e6:,.1f} MB a row of {limit:,}" if limit else ""
+        full = f", {found.row_bytes(limit) / 1e6:,.1f} MB a row of {limit:,}" if limit else ""
         lines = {
             "model": f"{found.name or place.name} ({found.model_type})",
             "weights": f"{found.parameters:,}",
@@ -42,7 +43,7 @@ def info(model: str | None, as_json: bool, verify: bool) -> None:
             "size": f"{size / 1e6:,.1f} MB in {len(found.files)} files",
             "vocabulary": f"{found.vocab_size:,} tokens",
             "context": f"{limit or 'any number of'} positions",
-            "layers": f"{len(found.layers)} with keys and values",
+            "layers": f"{len(found.layers)} with keys and values{_windows(found)}",
             "cache": f"{found.cache_dtype}, {token:,} bytes a token{full}",
             "tokenizer": "yes" if (place / "tokenizer.json").is_file() else "no (ids only)",
             "runs with": str(tuned) if tuned else f"{Tuning()} (not tuned)",
@@ -56,6 +57,12 @@ def info(model: str | None, as_json: bool, verify: bool) -> None:
         for name, value in lines.items():
             click.echo(f"{name:<12} {value}")
         click.echo(compared)
+
+
+def _windows(found: ModelInfo) -> str:
+    """How many layers see how much: ", 15 of them with a window of 512 tokens"."""
+    counts = Counter(window for window in found.windows if window is not None)
+    return "".join(f", {n} of them with a window of {w:,} tokens" for w, n in counts.items())
 
 
 def _prompts(found: ModelInfo) -> str:
