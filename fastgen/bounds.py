@@ -10,7 +10,6 @@ from fastgen.params import Params
 from fastgen.prefill import CHUNK, TOGETHER
 
 FLOAT = 4  # bytes
-READ = TOGETHER // CHUNK  # long prompts that are read at a time, at most
 # Bytes of each row's each logit while a token is chosen: the model's logits, what processors make
 # of them and two steps of their sums; and the random words of a draw.
 CHOOSING, DRAWING = 4 * FLOAT, 8
@@ -24,6 +23,7 @@ def of_call(
     width: int,
     max_length: int,
     assistant: ModelInfo | None = None,
+    chunk: int = CHUNK,
 ) -> dict[str, int]:
     """The bytes that a call of `generate` may come to hold, part by part.
 
@@ -32,6 +32,7 @@ def of_call(
         width: tokens of a prompt, padding included.
         max_length: tokens that a row may reach, prompt included.
         assistant: the model that guesses tokens, if one does.
+        chunk: tokens of a prompt that are read at a time; the fewer, the more prompts together.
     """
     rows = prompts * max(params.num_beams, params.num_return_sequences)
     new, vocab = max_length - width, info.vocab_size
@@ -39,10 +40,11 @@ def of_call(
     guesses = params.prompt_lookup_num_tokens or (params.num_assistant_tokens if assistant else 0)
     kept = params.return_dict_in_generate * (params.output_scores + params.output_logits)
     token = info.cache_bytes * (1 + guided) + (assistant.cache_bytes if assistant else 0)
+    together = min(prompts, max(1, TOGETHER // chunk))
     step = vocab * (CHOOSING + params.do_sample * DRAWING)
     return {
         "keys and values": rows * max_length * token,
-        "prompts being read": info.reading_bytes * min(prompts, READ) * max(width, TOGETHER),
+        "prompts being read": info.reading_bytes * together * max(width, TOGETHER),
         "states": rows * info.state_bytes * (1 + guided + (guesses > 0)),
         "logits": rows * (1 + min(guesses, new)) * step,
         "what is returned": rows * new * (kept * vocab * FLOAT + PAIR * params.top_logprobs),

@@ -115,7 +115,7 @@ class Scheduler:
 
     def check(self, call: Call) -> None:
         """Raise a ValueError if a call can never run: it needs more than there is of something."""
-        needed, rows = bytes_of(call), _rows(call)
+        needed, rows = bytes_of(call, self.chunk), _rows(call)
         if needed > self.max_bytes:
             raise ValueError(
                 f"this may need {needed:,} bytes of memory, calls have {self.max_bytes:,} here: "
@@ -180,7 +180,7 @@ class Scheduler:
         """Let in what comes next, as long as there is room; nobody overtakes."""
         while self._waiting:
             call = self._waiting[0]
-            needed = bytes_of(call)
+            needed = bytes_of(call, self.chunk)
             rows = self.rows + _rows(call)
             longest = self._longest([call])
             if (
@@ -331,13 +331,13 @@ def _prompt(call: Call) -> int:
     return max(map(len, call.request.prompts))
 
 
-def bytes_of(call: Call) -> int:
+def bytes_of(call: Call, chunk: int = CHUNK) -> int:
     """The bytes that a call may come to hold."""
     request: Request = call.request
     helper = call.draft.model.info if isinstance(call.draft, Assistant) else None
     prompts, width = request.padded.shape
     parts = bounds.of_call(
-        call.model.info, request.params, prompts, width, request.max_length, helper
+        call.model.info, request.params, prompts, width, request.max_length, helper, chunk
     )
     return sum(parts.values())
 

@@ -18,7 +18,7 @@ from fastgen.export import Mismatch, bundle, cache, calibrate, export, graph, pi
 from fastgen.export.check import Tolerance
 
 import fastgen
-from fastgen import commands, hub
+from fastgen import bounds, commands, hub
 from fastgen.cache import Cache
 from fastgen.codes import SCALES, Codes
 from fastgen.desk import Desk
@@ -408,8 +408,8 @@ def test_the_flags_of_the_command_line(monkeypatch, pair, tmp_path, flags, name)
     tiny.build("gpt2").save_pretrained(tmp_path / "some")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pipeline, "_export", made)
-    bounds = ["--max-kl", "0.5", "--min-top1", "0.25"]
-    commands.cli.main(["export", "some", *bounds, *flags], standalone_mode=False)
+    limits = ["--max-kl", "0.5", "--min-top1", "0.25"]
+    commands.cli.main(["export", "some", *limits, *flags], standalone_mode=False)
     assert seen["out"] == name and seen["wishes"].cache_precision == (flags or ["", "fp32"])[1]
     assert (seen["wishes"].tolerance.kl, seen["wishes"].tolerance.top1) == (0.5, 0.25)
 
@@ -447,3 +447,15 @@ def test_a_kind_of_cache_that_this_version_does_not_know(exported, tmp_path):
     wrong = changed(model.directory, tmp_path / "wrong", cache_dtype="float32")
     with pytest.raises(fastgen.ModelError, match=r"difference: prompt_key_values\.0\.key"):
         fastgen.load(wrong)
+
+
+def test_the_fewer_tokens_a_chunk_the_more_prompts_are_bounded_for(both):
+    info, width = both[1].model.info, 1000
+    params = fastgen.Params(max_new_tokens=8)
+
+    def reading(chunk: int, prompts: int) -> int:
+        parts = bounds.of_call(info, params, prompts, width, width + 8, chunk=chunk)
+        return parts["prompts being read"] // (info.reading_bytes * width)
+
+    assert [reading(chunk, 20) for chunk in (1024, 256, 128, 64)] == [1, 2, 4, 8]
+    assert [reading(64, prompts) for prompts in (1, 3, 9)] == [1, 3, 8]
