@@ -8,6 +8,8 @@ node is told of so many tokens fewer, and what it gives is the same.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 from fastgen.export.cache import PAST_AND_SCALE, POSITIONS
 from fastgen.export.trim import insert
@@ -22,27 +24,34 @@ def bound(model: ir.Model) -> list[int | None]:
     """Let the layers with windows count from `window_start.{W}` on, in place.
 
     Returns:
-        The window of each layer, in the order of the graph's inputs; None where it counts all
-        tokens, as one does whose scores something is added to. Empty if all do.
+        The window of each layer; None where it counts all tokens, as one does whose scores
+        something is added to. Empty if all do.
     """
     graph = model.graph
     inputs = {str(value.name): value for value in graph.inputs}
-    found: dict[str, int | None] = {}
-    counts: dict[int, tuple[ir.Value, ir.Value]] = {}
-    for node in [one for one in graph if one.op_type == "GroupQueryAttention"]:
-        past = str(node.inputs[PAST_AND_SCALE["k"][0]].name)
-        window = node.attributes.get_int("local_window_size", -1)
-        if window < 1 or (len(node.inputs) > BIAS and node.inputs[BIAS] is not None):
-            found[past] = None
-            continue
-        found[past] = window
-        if window not in counts:
-            counts[window] = _counts(graph, window, inputs)
-        for place, value in zip((SEQLENS, TOTAL), counts[window], strict=True):
-            node.replace_input_with(place, value)
-        if node.attributes.get_int("do_rotary", 0):  # it would count positions as it counts keys
-            node.replace_input_with(POSITIONS, inputs["position_ids"])
-    return [found[name] for name in inputs if name in found] if counts else []
+    layers = [name for name in inputs if name.startswith("past_key_values.")][::2]
+    nodes: dict[str, list[ir.Node]] = {name: [] for name in layers}
+    for node in graph:
+        if node.op_type == "GroupQueryAttention":
+            past = str(node.inputs[PAST_AND_SCALE["k"][0]].name)
+            nodes.setdefault(past, []).append(node)
+    windows = [_window(nodes[name]) for name in layers]
+    counts = {window: _counts(graph, window, inputs) for window in sorted({*windows} - {None})}
+    for name, window in zip(layers, windows, strict=True):
+        for node in nodes[name] if window is not None else ():
+            for place, value in zip((SEQLENS, TOTAL), counts[window], strict=True):
+                node.replace_input_with(place, value)
+            if node.attributes.get_int("do_rotary", 0):  # positions are not counted as keys are
+                node.replace_input_with(POSITIONS, inputs["position_ids"])
+    return windows if counts else []
+
+
+def _window(nodes: Sequence[ir.Node]) -> int | None:
+    """Of the nodes that attend to the keys of a layer; None if one of them counts all tokens."""
+    found = {node.attributes.get_int("local_window_size", -1) for node in nodes}
+    added = any(len(node.inputs) > BIAS and node.inputs[BIAS] is not None for node in nodes)
+    (window,) = found if len(found) == 1 else (-1,)
+    return None if window < 1 or added else window
 
 
 def _counts(graph: ir.Graph, window: int, inputs: dict[str, ir.Value]) -> tuple[ir.Value, ir.Value]:
