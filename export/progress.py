@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -118,13 +119,12 @@ class Watch:
 
 
 def on_disk(directory: Path) -> int:
-    """Bytes of the files below a directory, some of which may go meanwhile."""
+    """Bytes of the files below a directory, some of which may go meanwhile, and it too."""
     total = 0
-    for path in directory.rglob("*"):
-        try:
-            total += path.lstat().st_size
-        except FileNotFoundError:
-            continue
+    for place, _, names in os.walk(directory):  # which passes over what it cannot open
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += os.lstat(os.path.join(place, name)).st_size
     return total
 
 

@@ -14,7 +14,7 @@ import pytest
 import tiny
 import tokenizers
 import torch
-from fastgen.export import Mismatch, bundle, cache, calibrate, export, graph, pipeline
+from fastgen.export import Mismatch, bundle, cache, calibrate, export, graph, pipeline, trim
 from fastgen.export.check import Tolerance
 
 import fastgen
@@ -267,10 +267,39 @@ def test_scales_cover_what_was_seen_and_channels_that_were_silent():
     assert (cache.scales(np.zeros((1, 2), np.float32)) > 0).all()
 
 
+def with_floats(loaded: onnx_ir.Model) -> None:
+    """Let the products of a graph in int8 take activations as they are, in place.
+
+    Where these are rounded, the least difference of a key becomes a step of some, and two graphs
+    differ by what all that rounding costs, whatever is asked of the keys.
+    """
+    for node in list(loaded.graph):
+        if node.op_type == "MatMulNBits":
+            node.attributes["accuracy_level"] = onnx_ir.AttrInt64("accuracy_level", 1)
+        if node.op_type != "MatMulIntegerToFloat":
+            continue
+        rounded, codes, scales = (node.inputs[place] for place in (0, 1, 3))
+        weight = trim.constant(codes).astype(np.float32) * trim.constant(scales)
+        floats = trim.add_initializer(loaded.graph, f"{codes.name}.floats", weight)
+        ((scaled, _),) = node.outputs[0].uses()
+        assert scaled.op_type == "Mul" and rounded.producer().op_type == "QuantizeLinear"
+        (product,) = trim.insert(scaled, "MatMul", [rounded.producer().inputs[0], floats])
+        trim.take_place(scaled, product)
+    trim.clean_up(loaded)
+
+
 @pytest.fixture(scope="module")
-def demo():
-    """The embedded demo model, its graph, and rows of its own language to calibrate and measure."""
-    model = fastgen.load()
+def demo(tmp_path_factory):
+    """The embedded demo model with float32 products, and rows of its own language to calibrate
+    and to measure."""
+    directory = tmp_path_factory.mktemp("demo") / "floats"
+    shutil.copytree(hub.DEMO, directory)
+    loaded = onnx_ir.load(directory / GRAPH)
+    with_floats(loaded)
+    assert not any(node.op_type == "QuantizeLinear" for node in loaded.graph)
+    graph.save(loaded, directory / GRAPH)
+    bundle.seal(directory, json.loads((directory / INFO).read_text()))
+    model = fastgen.load(directory)
     info = model.model.info
     text = calibrate.TEXT.read_text(encoding="utf-8")
     tokenizer = tokenizers.Tokenizer.from_file(str(hub.DEMO / "tokenizer.json"))

@@ -231,3 +231,12 @@ def test_logits_asked_by_parts_are_the_same(ours, monkeypatch):
     monkeypatch.setattr(check, "AT_ONCE", 1)
     for one, other in zip(whole, check.exported_logits(ours.model, rows), strict=True):
         assert np.allclose(one, other, atol=1e-5)
+
+
+def test_a_directory_that_goes_while_it_is_looked_at_takes_nothing(tmp_path):
+    (tmp_path / "below").mkdir()
+    (tmp_path / "file").write_bytes(b"12345")
+    (tmp_path / "below" / "file").write_bytes(b"123")
+    assert progress.on_disk(tmp_path) == 8
+    shutil.rmtree(tmp_path)
+    assert progress.on_disk(tmp_path) == 0
