@@ -13,6 +13,7 @@ graph       model -> graph                    attention  what attention becomes
                                               rope       rotations that change with the length
                                               sparse     attention by an index while it is plain
 trim        rewriting rules                   check      whether both say the same
+window      layers are shown what they see
 bundle      the model directory               demo       trains the embedded demo model
 recipe      weights in int8 and int4          cache      keys and values in int8
 parts       large matrices, by parts          stored     weights in their own type until used

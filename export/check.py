@@ -29,7 +29,7 @@ GRAIN = 8  # of what layers with windows are shown, so that a row just longer te
 DECODED = 8  # last tokens of each probe that are fed one at a time
 AT_ONCE = 128 << 20  # bytes of a prefill's logits that are asked at once
 NEW_TOKENS = 24  # of the greedy continuation
-FIRST = 3  # of these, which the original's own `generate` writes in any case
+FIRST = 3  # of these, which the original's own `generate` writes of one row in any case
 TIE = 1e-4  # two best logits nearer than this times the largest are a tie: either may win
 
 TEXTS = (
@@ -259,28 +259,33 @@ def continued(model: CausalLM, rows: Sequence[NDArray[np.int64]]) -> GenerateOut
     )
 
 
-def original_continuation(
+def original_continuations(
     logits: Callable[[NDArray[np.int64]], NDArray[np.float32]],
     generate: Callable[[NDArray[np.int64], int], NDArray[np.int64]],
-    row: NDArray[np.int64],
-    guess: NDArray[np.int64],
-) -> NDArray[np.int64]:
-    """The original's greedy continuation of a row, in few passes where `guess` is right.
+    rows: Sequence[NDArray[np.int64]],
+    guesses: Sequence[NDArray[np.int64]],
+) -> list[NDArray[np.int64]]:
+    """The original's greedy continuations of rows, in few passes where the guesses are right.
 
     Tokens of which each is the likeliest after those before it are the greedy continuation: one
-    pass over all of them tells. The first few are also asked of the original's own `generate`,
-    which goes another way; all of them if a token is not the likeliest.
+    pass over all of them tells. The first few of the shortest row are also asked of the original's
+    own `generate`, which goes another way; where anything differs it is asked for all.
 
     Args:
         logits: what the original says of a row, float32 [length, vocab].
         generate: the tokens, a number of them, that the original adds to a row.
+        guesses: of each row.
     """
-    said = logits(np.concatenate([row, guess[:-1]]))[len(row) - 1 :]
-    if np.array_equal(said.argmax(1), guess):
-        first = generate(row, FIRST)
-        if np.array_equal(first, guess[:FIRST]):
-            return guess
-    return generate(row, len(guess))
+    shortest = min(range(len(rows)), key=lambda place: len(rows[place]))
+    first = generate(rows[shortest], FIRST)
+    alike = np.array_equal(first, guesses[shortest][:FIRST])
+    found = []
+    for row, guess in zip(rows, guesses, strict=True):
+        if alike:
+            said = logits(np.concatenate([row, guess[:-1]]))[len(row) - 1 :]
+        right = alike and np.array_equal(said.argmax(1), guess)
+        found.append(guess if right else generate(row, len(guess)))
+    return found
 
 
 def compare_continuation(

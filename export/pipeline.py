@@ -386,12 +386,10 @@ class _Job:
         """The original's, of each row; what the first graph writes is most likely the same."""
         known = self.original.continuation
         if not known:
-            asked = self.origin.logits, self.origin.continuation
             guesses = [np.array(ids[-check.NEW_TOKENS :]) for ids in ours.sequences]
-            known += [
-                check.original_continuation(*asked, row, guess)
-                for row, guess in zip(self.original.rows, guesses, strict=True)
-            ]
+            known += check.original_continuations(
+                self.origin.logits, self.origin.continuation, self.original.rows, guesses
+            )
         return known
 
     def judge(self, report: dict[str, Any]) -> None:

@@ -660,37 +660,38 @@ def test_a_killed_export_leaves_no_model_and_the_next_one_cleans_up(gpt2, tmp_pa
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("wrong", [None, 0, 5, 23])
+@pytest.mark.parametrize("wrong", [None, (0, 0), (1, 0), (0, 5), (1, 23)])
 def test_the_originals_greedy_text_is_what_it_generates_whatever_was_guessed(gpt2, wrong):
-    row = np.arange(3, 12)
+    rows = [np.arange(3, 22), np.arange(5, 14)]
     asked = []
 
     def generate(ids: Any, count: int) -> Any:
-        asked.append(count)
+        asked.append((len(ids), count))
         return check.reference_continuation(gpt2, [ids], count)[0]
 
     def logits(ids: Any) -> Any:
         return check.reference_logits(gpt2, [ids])[0]
 
-    (truth,) = check.reference_continuation(gpt2, [row])
-    guess = truth.copy()
+    truth = check.reference_continuation(gpt2, rows)
+    guesses = [ids.copy() for ids in truth]
     if wrong is not None:
-        guess[wrong] = (guess[wrong] + 1) % logits(row).shape[1]
-    found = check.original_continuation(logits, generate, row, guess)
-    assert found.tolist() == truth.tolist()
-    assert asked == ([check.FIRST] if wrong is None else [check.NEW_TOKENS])
+        guesses[wrong[0]][wrong[1]] += 1
+    found = check.original_continuations(logits, generate, rows, guesses)
+    assert [ids.tolist() for ids in found] == [ids.tolist() for ids in truth]
+    whole = {None: [], (1, 0): [19, 9]}.get(wrong, [len(rows[wrong[0]])] if wrong else [])
+    assert asked == [(9, check.FIRST), *((length, check.NEW_TOKENS) for length in whole)]
 
 
 def test_a_model_that_generates_something_else_than_it_says_is_asked_to_generate(gpt2):
-    row = np.arange(3, 12)
-    (said,) = check.reference_continuation(gpt2, [row])
-    found = check.original_continuation(
+    rows = [np.arange(3, 12), np.arange(3, 22)]
+    said = check.reference_continuation(gpt2, rows)
+    found = check.original_continuations(
         lambda ids: check.reference_logits(gpt2, [ids])[0],
-        lambda ids, count: said[:count] + 1,
-        row,
+        lambda ids, count: said[len(ids) == 19][:count] + 1,
+        rows,
         said,
     )
-    assert found.tolist() == (said + 1).tolist()
+    assert [ids.tolist() for ids in found] == [(ids + 1).tolist() for ids in said]
 
 
 @pytest.fixture
