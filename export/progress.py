@@ -18,10 +18,10 @@ LOOKS = 25  # of those for each look at the disk
 # is left is told by their proportions.
 EXPECTED = {
     "load": (4, 0.5),
-    "original logits": (1, 4.5),
+    "original logits": (0.5, 1.6),
     "convert": (5, 2),
     "logits compared": (0.5, 1),
-    "greedy text compared": (0.5, 2),
+    "greedy text compared": (0.5, 2.5),
     "quantise to": (2, 7),
     "quantise keys and values": (2, 15),
     "text compared": (1, 3.5),
