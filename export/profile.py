@@ -14,8 +14,8 @@ from fastgen.model import GRAPH, Model, open_session, session_options
 from fastgen.prefill import prefill
 
 PROMPT = 128  # tokens of the prefill
-STEPS = 16  # of decoding one row after it
-WARM = 2  # runs of each kind that are not counted
+STEPS = 8  # of decoding one row after it
+WARM = 1  # run of each kind that is not counted
 AROUND = {"Loop", "If", "Scan"}  # operators whose time is that of the nodes in them
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -160,10 +161,15 @@ def test_parts_and_threads_give_the_same_model(precision, tmp_path, monkeypatch)
     assert (one / "model.onnx.data").read_bytes() == (two / "model.onnx.data").read_bytes()
 
 
-def test_gptq_rounds_as_the_paper_does(monkeypatch):
+@pytest.mark.parametrize("tokens", [200, 40], ids=["many tokens", "fewer than inputs"])
+@pytest.mark.parametrize("factors", ["torch", "numpy"])
+def test_gptq_rounds_as_the_paper_does(monkeypatch, factors, tokens):
     """One input after the other, its error made good at once in all that follow."""
     monkeypatch.setattr(parts, "PART", 1 << 10)
-    weight, x, kernel = matrix(80, 50), matrix(200, 80) @ matrix(80, 80), Kernel(4, 32)
+    if factors == "numpy":
+        monkeypatch.delitem(sys.modules, "torch")
+    weight, x, kernel = matrix(80, 50), matrix(tokens, 80) @ matrix(80, 80), Kernel(4, 32)
+    x[:, 3] *= 100  # an outlier
     scales = gptq.search_scales(weight, kernel, np.einsum("ti,ti->i", x, x) / len(x))
     moments = (x.T @ x).astype(np.float64) / len(x)
     moments += np.eye(80) * (gptq.DAMPING * np.diag(moments).mean() + 1e-12)
