@@ -193,8 +193,13 @@ def test_the_time_left_follows_what_was_expected():
     for name in names[:2]:
         with shown.step(name):
             pass
-    shown._started = shown._ended - 15  # as long as both were expected to take
-    assert shown._left(0) == " about 10 s left"
+    load, logits, convert, bundled = (
+        once + each * 2 for once, each in (progress.EXPECTED[name] for name in names)
+    )
+    shown._started = shown._ended - (load + logits)  # as long as both were expected to take
+    assert shown._left(0) == f" about {convert + bundled:.0f} s left"
+    shown._started = shown._ended - 3 * (load + logits)
+    assert shown._left(0) == f" about {3 * (convert + bundled):.0f} s left"
 
 
 def test_the_peaks_of_a_step_are_its_own():
