@@ -188,7 +188,7 @@ def exported_logits(model: Model, rows: Sequence[NDArray[np.int64]]) -> list[NDA
 
     Where logits of all positions would take much memory, the prefill goes by parts.
     """
-    vocab, model.grain = model.info.vocab_size, GRAIN
+    vocab = model.info.vocab_size
     found = [np.empty((len(row), vocab), np.float32) for row in rows]
     asked = max(CHUNK, AT_ONCE // (found[0].itemsize * vocab * len(rows)))
     parts = [_parts(len(row), asked) for row in rows]

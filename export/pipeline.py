@@ -368,6 +368,7 @@ class _Job:
         with self.shown.step(f"{name} logits compared") as found:
             tuning = None if to == self.out else Tuning(entries=UNPACKED)
             model = CausalLM(to, tuning=tuning)
+            model.model.grain = check.GRAIN
             rows = self.original.rows
             logits = check.compare(self.original.logits, check.exported_logits(model.model, rows))
             found.append(logits.summary())

@@ -314,6 +314,9 @@ class Model:
         tuning: how to run it; None for what `fastgen tune` found best on this machine.
         prompts: see `fastgen.load`; None for what was tuned, or "same".
 
+    Attributes:
+        grain: tokens by which it moves what layers with windows are shown first.
+
     Raises:
         ModelError: see `ModelInfo.read`; or the graph is not what `fastgen.json` says it is, or
             prompts in int8 are asked of a model that has none.
