@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 from fastgen.export import calibrate
 from fastgen.export.quantize import Floats
-from fastgen.export.trim import add_initializer, replace
+from fastgen.export.trim import POSITIONS, add_initializer, replace
 from numpy.typing import NDArray
 
 DTYPES = {"fp32": "float32", "int8": "int8"}  # of each cache precision
@@ -23,8 +23,7 @@ MARGIN = 1.1  # on what was seen; more costs resolution
 FURTHEST = 1 << 15  # positions that are calibrated where the model has no limit
 LONG = 1024  # tokens of a row that is measured: errors of a cache show in long contexts
 
-# Inputs of GroupQueryAttention, by place.
-POSITIONS = 9
+# Inputs of GroupQueryAttention, by place; others are in `trim`.
 PAST_AND_SCALE = {"k": (3, 12), "v": (4, 13)}
 
 

@@ -18,6 +18,8 @@ import onnxruntime
 from numpy.typing import NDArray
 
 MICROSOFT = "com.microsoft"
+# Inputs of GroupQueryAttention, by place.
+SEQLENS, TOTAL, POSITIONS, BIAS, QUERIES = 5, 6, 9, 10, 16
 LARGEST_TABLE = 1 << 16  # positions for which a table of rotations is worth its memory
 
 

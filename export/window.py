@@ -11,13 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import onnx_ir as ir
-from fastgen.export.cache import PAST_AND_SCALE, POSITIONS
-from fastgen.export.trim import insert
+from fastgen.export.cache import PAST_AND_SCALE
+from fastgen.export.trim import BIAS, POSITIONS, SEQLENS, TOTAL, insert
 
 from fastgen.model import window_start
-
-# Inputs of GroupQueryAttention, by place.
-SEQLENS, TOTAL, BIAS = 5, 6, 10
 
 
 def bound(model: ir.Model) -> list[int | None]:
@@ -29,7 +26,8 @@ def bound(model: ir.Model) -> list[int | None]:
     """
     graph = model.graph
     inputs = {str(value.name): value for value in graph.inputs}
-    layers = [name for name in inputs if name.startswith("past_key_values.")][::2]
+    count = sum(name.startswith("past_key_values.") for name in inputs) // 2
+    layers = [f"past_key_values.{i}.key" for i in range(count)]
     nodes: dict[str, list[ir.Node]] = {name: [] for name in layers}
     for node in graph:
         if node.op_type == "GroupQueryAttention":

@@ -81,9 +81,10 @@ def _taken(peaks: dict[str, Any]) -> str:
     floats, anonymous = peaks["float32_weights"], peaks["anonymous"]
     told = []
     if anonymous is not None:  # Linux tells
-        times = f", {anonymous / floats:.2f} times the float32 weights"
-        # Of a small model the libraries take the most, and the weights say nothing.
-        told.append(f"{anonymous / 1e6:,.0f} MB of memory{times if anonymous < floats * 4 else ''}")
+        times = ""
+        if anonymous < 4 * floats:  # of a small model the libraries take the most
+            times = f", {anonymous / floats:.2f} times the float32 weights"
+        told.append(f"{anonymous / 1e6:,.0f} MB of memory{times}")
         told.append(f"{peaks['resident'] / 1e6:,.0f} MB with mapped files")
     return ", ".join([*told, f"{peaks['disk'] / 1e6:,.0f} MB of disk"])
 

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import fastgen
 from fastgen import __main__
-from fastgen.report import table
+from fastgen.report import _notes, table
 
 SETTINGS: dict[str, Any] = {"progress": None, "allow_mismatch": True}
 SMALL = 1 << 13  # weights beyond this count as large
@@ -245,3 +245,13 @@ def test_a_directory_that_goes_while_it_is_looked_at_takes_nothing(tmp_path):
     assert progress.on_disk(tmp_path) == 8
     shutil.rmtree(tmp_path)
     assert progress.on_disk(tmp_path) == 0
+
+
+@pytest.mark.parametrize(
+    "floats, told", [(0, ""), (100, ""), (400, ", 2.50 times the float32 weights")]
+)
+def test_memory_is_set_beside_the_weights_where_they_say_something(floats, told):
+    peaks = {"float32_weights": floats, "anonymous": 1000, "resident": 2000, "disk": 0}
+    report = {"fp32": {}, "mismatch": [], "peaks": peaks}
+    (line,) = [line for line in _notes(report) if line.startswith("the export took")]
+    assert line == f"the export took: 0 MB of memory{told}, 0 MB with mapped files, 0 MB of disk"

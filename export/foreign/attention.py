@@ -16,14 +16,24 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from fastgen.export.foreign.signature import Signature
-from fastgen.export.trim import MICROSOFT, add_initializer, constant, insert, rank
+from fastgen.export.trim import (
+    BIAS,
+    MICROSOFT,
+    POSITIONS,
+    QUERIES,
+    SEQLENS,
+    TOTAL,
+    add_initializer,
+    constant,
+    insert,
+    rank,
+)
 from fastgen.export.unsupported import UnsupportedModel
 from numpy.typing import NDArray
 
 HIDDEN = -1e4  # a score below it is of a key that is not seen
 STEP = 8  # sizes of heads that GroupQueryAttention takes are multiples of it
 INPUTS = 17  # of GroupQueryAttention
-SEQLENS, TOTAL, POSITIONS, BIAS, QUERIES = 5, 6, 9, 10, 16  # some of them, by place
 
 BETWEEN = {"Transpose", "Reshape", "Expand", "Unsqueeze", "Squeeze", "Mul", "Div", "Cast", "Tile"}
 SCORES = {"Mul", "Div", "Add", "Where", "Cast", "Tanh", "Reshape", "Max", "Identity", "Sub"}
