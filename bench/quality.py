@@ -54,11 +54,11 @@ def main() -> None:
 
 def rows(tokenizer: Any, vocab_size: int) -> list[Any]:
     """Rows of held-out text that no export calibrates on: three times what its report measures."""
-    from fastgen.export import calibrate
+    from fastgen.export import calibrate, corpus
 
-    text = calibrate.TEXT.read_text(encoding="utf-8")
-    found = calibrate.rows_of_text(text, tokenizer.backend_tokenizer, vocab_size, None)
-    return calibrate.halves(found)[1][: 3 * calibrate.TOKENS // calibrate.ROW]
+    text = corpus.TEXTS.with_name("held_out.txt").read_text(encoding="utf-8")
+    found = corpus.Reader(tokenizer.backend_tokenizer, vocab_size, calibrate.ROW).rows(text)
+    return found[: 3 * calibrate.TOKENS // calibrate.ROW]
 
 
 def line(

@@ -62,7 +62,7 @@ async def follow(
     """One request to its end; `told` is called at each event with tokens."""
     body = json.dumps(
         {"prompt": prompt, "max_tokens": new, "stream": True, "temperature": 0,
-         "eos_token_id": None, "stream_options": {"include_usage": True}}
+         "ignore_eos": True, "stream_options": {"include_usage": True}}
     ).encode()  # fmt: skip
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
     head = (

@@ -168,10 +168,20 @@ def scales(reached: Floats) -> Floats:
     return np.asarray(bounds / 127, np.float32)[None, :, None, :]
 
 
-def long_rows(rows: Sequence[NDArray[np.int64]], limit: int | None) -> list[NDArray[np.int64]]:
-    """`rows` joined to rows of LONG tokens, or as many as the model takes; no shorter rest."""
+def long_rows(
+    rows: Sequence[NDArray[np.int64]], limit: int | None, tokens: int | None = None
+) -> list[NDArray[np.int64]]:
+    """`rows` joined to rows of LONG tokens, or as many as the model takes; no shorter rest.
+
+    Args:
+        limit: tokens that the model takes; None without limit.
+        tokens: of all together at most, but for a first row; None for all.
+    """
+    if not rows:
+        return []
     ids = np.concatenate(rows)
     length = min(LONG, limit or LONG, len(ids))
+    ids = ids[: max(length, len(ids) if tokens is None else tokens)]
     return [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
 
 

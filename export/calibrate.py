@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
-from fastgen.export import bundle
+from fastgen.export import bundle, rotate
 from fastgen.export.quantize import (
     Choice,
     Floats,
@@ -21,40 +24,66 @@ from fastgen.export.quantize import (
     channel_codes,
     codes_values,
     multiplied,
+    turned_matrix,
 )
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
-TEXT = Path(__file__).with_name("held_out.txt")  # documentation that the demo model has not seen
-ROW = 128  # tokens of a row
+ROW = 128  # tokens of a row, about
 TOKENS = 2048  # of calibration, at most
+ALIGNED = 4096  # bytes: where an array begins in a file
+SAMPLE = 512  # tokens of an input that are kept as they are, about
 
 
-def rows_of_text(
-    text: str, tokenizer: Tokenizer | None, vocab_size: int, limit: int | None
-) -> list[NDArray[np.int64]]:
-    """int64 rows of ROW tokens (or what the model takes); random ids without a tokenizer."""
-    length = min(ROW, limit or ROW)
-    if tokenizer is None:
-        return list(np.random.default_rng(0).integers(0, vocab_size, (2 * TOKENS // ROW, length)))
-    ids = np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
-    ids = ids[ids < vocab_size]
-    rows = [ids[i : i + length] for i in range(0, len(ids), length)]
-    return [row for row in rows if len(row) > 1]
+@dataclass
+class Input:
+    """What a product reads, on the calibration text.
 
+    Attributes:
+        sample: float32 [tokens, in], some of the tokens.
+        moments: float32 [in, in], E[x^T x] of all.
+    """
 
-def halves(rows: Sequence[NDArray[np.int64]]) -> tuple[list[NDArray[np.int64]], ...]:
-    """Rows to calibrate on, and others to evaluate on, in turn: both see the whole text."""
-    return list(rows[0::2]), list(rows[1::2])
+    sample: Floats
+    moments: Floats
+
+    def divide(self, scales: Floats) -> None:
+        """Have each channel divided by its scale [in]."""
+        self.sample /= scales
+        self.moments /= scales
+        self.moments /= scales[:, None]
 
 
 @contextmanager
-def activations(
+def inputs(
     model: ir.Model, products: Sequence[Product], rows: Sequence[NDArray[np.int64]]
-) -> Iterator[dict[ir.Value, Floats]]:
-    """float32 [tokens, in] of each distinct input of `products`, on `rows`. See `values`."""
-    with values(model, [product.node.inputs[0] for product in products], rows) as seen:
-        yield seen
+) -> Iterator[dict[ir.Value, Input]]:
+    """What each distinct input of `products` is on `rows`, in files as `values` has it."""
+    wanted = list(dict.fromkeys(product.node.inputs[0] for product in products))
+    widths = [_width(value) for value in wanted]
+    longest = max(map(len, rows))
+    every = max(1, sum(map(len, rows)) // SAMPLE)
+    kept = sum(len(row[::every]) for row in rows)
+    with (
+        place(model) as directory,
+        _spool(directory, longest, wanted) as seen,
+        _spool(directory, kept, wanted) as samples,
+        _spooled(directory, [(width, width) for width in widths]) as squares,
+    ):
+        session = running(model, [str(value.name) for value in wanted], directory)
+        at = 0
+        for row in rows:
+            _step(session, row, seen, 0)
+            some = len(row[::every])
+            for i, value in enumerate(wanted):
+                x = seen[value][: len(row)]
+                samples[value][at : at + some] = x[::every]
+                squares[i] += x.T @ x
+            at += some
+        del session  # and what memory its steps took
+        total = np.float32(sum(map(len, rows)))
+        for square in squares:
+            square /= total
+        yield {value: Input(samples[value], squares[i]) for i, value in enumerate(wanted)}
 
 
 @contextmanager
@@ -82,16 +111,26 @@ def _run(
     session = running(model, [str(value.name) for value in seen], directory)
     at = 0
     for row in rows:
-        binding = session.io_binding()
-        for name, array in feeds(session, row).items():
-            binding.bind_cpu_input(name, array)
-        for value, out in seen.items():  # they are written where they stay
-            assert value.shape is not None
-            shape = [*[1] * (len(value.shape) - 2), len(row), out.shape[1]]
-            place = out[at:].ctypes.data
-            binding.bind_output(str(value.name), "cpu", 0, np.float32, shape, place)
-        session.run_with_iobinding(binding)
+        _step(session, row, seen, at)
         at += len(row)
+
+
+def _step(
+    session: onnxruntime.InferenceSession,
+    row: NDArray[np.int64],
+    seen: dict[ir.Value, Floats],
+    at: int,
+) -> None:
+    """Run a row; what is seen of it is written where it stays, from the token `at` on."""
+    binding = session.io_binding()
+    for name, array in feeds(session, row).items():
+        binding.bind_cpu_input(name, array)
+    for value, out in seen.items():
+        assert value.shape is not None
+        shape = [*[1] * (len(value.shape) - 2), len(row), out.shape[1]]
+        place = out[at:].ctypes.data
+        binding.bind_output(str(value.name), "cpu", 0, np.float32, shape, place)
+    session.run_with_iobinding(binding)
 
 
 @contextmanager
@@ -99,20 +138,48 @@ def _spool(
     directory: Path, tokens: int, wanted: Sequence[ir.Value]
 ) -> Iterator[dict[ir.Value, Floats]]:
     """Arrays [tokens, size] in a file that nobody else sees and that goes with them."""
-    sizes = [tokens * _width(value) for value in wanted]
+    shapes = [(tokens, _width(value)) for value in wanted]
+    with _spooled(directory, shapes) as held:
+        yield dict(zip(wanted, held, strict=True))
+
+
+@contextmanager
+def _spooled(directory: Path, shapes: Sequence[tuple[int, int]]) -> Iterator[list[Floats]]:
+    """Arrays of zeros in a file that nobody else sees and that goes with them."""
+    ends = np.cumsum([0, *(rows * columns for rows, columns in shapes)])
     with tempfile.TemporaryFile(dir=directory) as file:
-        held = np.asarray(np.memmap(file, np.float32, "w+", shape=(max(1, sum(sizes)),)))
-        ends = np.cumsum([0, *sizes])
-        yield {
-            value: held[start : start + size].reshape(tokens, -1)
-            for value, start, size in zip(wanted, ends, sizes, strict=False)
-        }
+        held = np.asarray(np.memmap(file, np.float32, "w+", shape=(max(1, int(ends[-1])),)))
+        yield [
+            held[start : start + rows * columns].reshape(rows, columns)
+            for (rows, columns), start in zip(shapes, ends, strict=False)
+        ]
+
+
+@contextmanager
+def shelf(directory: Path) -> Iterator[Callable[[NDArray[Any]], NDArray[Any]]]:
+    """What puts an array into a file that nobody else sees, and gives it back from there."""
+    with tempfile.TemporaryFile(dir=directory) as file:
+
+        def kept(array: NDArray[Any]) -> NDArray[Any]:
+            start = file.seek(-(-file.seek(0, os.SEEK_END) // ALIGNED) * ALIGNED)
+            file.write(memoryview(np.ascontiguousarray(array)).cast("B"))
+            file.flush()
+            return np.asarray(np.memmap(file, array.dtype, "r", start, array.shape))
+
+        yield kept
 
 
 def _width(value: ir.Value) -> int:
     width = None if value.shape is None else value.shape[-1]
     assert isinstance(width, int)
     return width
+
+
+def logits(model: ir.Model, rows: Sequence[NDArray[np.int64]], directory: Path) -> Iterator[Floats]:
+    """What a graph says of rows: float32 [length, vocab] of each, one at a time. See `running`."""
+    session = running(model, ["logits"], directory)
+    for row in rows:
+        yield session.run(["logits"], feeds(session, row))[0][0]
 
 
 @contextmanager
@@ -150,13 +217,35 @@ def running(model: ir.Model, names: Sequence[str], directory: Path) -> onnxrunti
     options.log_severity_level = 3
     # Weights stay in the file that is mapped: no packed copy of them.
     options.add_session_config_entry("session.disable_prepacking", "1")
-    path = directory / "calibration.onnx"
-    try:
-        there = all(_directory(tensor) == directory for tensor in _large(part))
-        ir.save(part, path, external_data=None if there else f"{path.name}.data")
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    finally:
-        path.unlink(missing_ok=True)
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    with tempfile.TemporaryDirectory(dir=directory) as own:
+        path, data = directory / "calibration.onnx", Path(own) / "more.data"
+        try:
+            _spill(part, directory, data)
+            ir.save(part, path)
+            return onnxruntime.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"]
+            )
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _spill(model: ir.Model, directory: Path, data: Path) -> None:
+    """Write large constants that are in no file of `directory` to one below it, `data`."""
+    with data.open("wb") as file:
+        for value in model.graph.initializers.values():
+            tensor = value.const_value
+            if tensor is None or tensor.nbytes <= bundle.INLINE:
+                continue
+            if _directory(tensor) == directory:
+                continue
+            file.seek(-(-file.tell() // ALIGNED) * ALIGNED)
+            start = file.tell()
+            file.write(memoryview(np.ascontiguousarray(tensor.numpy())).cast("B"))
+            value.const_value = ir.ExternalTensor(
+                data.relative_to(directory), start, file.tell() - start, tensor.dtype,
+                name=str(value.name), shape=tensor.shape, base_dir=directory,
+            )  # fmt: skip
 
 
 def feeds(
@@ -194,16 +283,23 @@ def feeds(
 def output_error(x: Floats, weight: Floats, choice: Choice, exact: Floats | None = None) -> float:
     """|x W - x' W'| / |x W| of a quantised product, activations quantised as the kernel does.
 
+    It is the root mean square of that of each token: the few that are a hundred times as large as
+    others, such as a text's first, count as any.
+
     Args:
         x: float32 [tokens, in].
         weight: float32 [in, out].
         exact: x W, where it is known.
     """
     exact = x @ weight if exact is None else exact
+    if (turned := choice.kernel.turned) > 0:
+        x, weight = rotate.turned(x, turned), turned_matrix(turned, False, weight)
     approximate = quantized_input(x, choice.kernel) @ stored(weight, choice)
-    norm = float(np.linalg.norm(exact))
     approximate -= exact
-    return float(np.linalg.norm(approximate)) / norm if norm else 0.0
+    sizes = np.einsum("to,to->t", exact, exact)
+    there = sizes > 0
+    shares = np.einsum("to,to->t", approximate, approximate)[there] / sizes[there]
+    return float(np.sqrt(shares.mean())) if len(shares) else 0.0
 
 
 def quantized_input(x: Floats, kernel: Kernel) -> Floats:
@@ -222,8 +318,8 @@ def stored(weight: Floats, choice: Choice) -> Floats:
     """The matrix [in, out] that the codes of `choice` stand for (smoothing aside)."""
     kernel = choice.kernel
     if kernel.block == 0:
-        codes, per_channel = channel_codes(weight)
-        return multiplied(codes, per_channel)
+        codes, per_channel = channel_codes(weight, choice.scales)
+        return multiplied(codes if choice.codes is None else choice.codes, per_channel)
     scales = block_scales(weight, kernel) if choice.scales is None else choice.scales
     codes = block_codes(weight, kernel, scales) if choice.codes is None else choice.codes
     return codes_values(codes, kernel, scales, len(weight))

@@ -596,8 +596,8 @@ def plan(
     kernel: Kernel,
     rows: Sequence[NDArray[np.int64]],
     shown: Callable[[int, int], None],
-) -> tuple[dict[ir.Node, list[Stored]], list[Reached]]:
-    """How each mixture's two matrices are to be stored, from what comes to each expert.
+) -> tuple[dict[str, list[Stored]], list[Reached]]:
+    """How each mixture's two matrices are stored, by the name of the first: by what comes to each.
 
     Args:
         model: the graph in float32.
@@ -606,7 +606,7 @@ def plan(
         shown: called with the number of mixtures done and their total.
     """
     found = mixtures(model.graph)
-    plans: dict[ir.Node, list[Stored]] = {}
+    plans: dict[str, list[Stored]] = {}
     reached = []
     if not found:
         return plans, reached
@@ -618,7 +618,7 @@ def plan(
             stored = _plan(one, fitting(kernel, one), tokens, mine)
             if kernel.bits == 8 and max(matrix.error for matrix in stored) > ROUNDED:
                 stored = _plan(one, Kernel(8), tokens, mine)
-            plans[one.node] = stored
+            plans[str(one.weights[0].name)] = stored
             unreached = np.flatnonzero(~mine.any(axis=0)).tolist()
             reached.append(Reached(str(one.weights[0].name), mine.shape[1], unreached))
     return plans, reached
@@ -683,14 +683,14 @@ def _whole(kernel: Kernel, size: int) -> Kernel:
     return Kernel(kernel.bits, kernel.block or size)
 
 
-def quantize(model: ir.Model, plans: dict[ir.Node, list[Stored]]) -> list[tuple[str, Stored]]:
+def quantize(model: ir.Model, plans: dict[str, list[Stored]]) -> list[tuple[str, Stored]]:
     """Replace each mixture by its form in codes, in place; returns what became of each matrix.
 
     Codes are made of the matrices when they are written.
     """
     made = []
     for mixture in mixtures(model.graph):
-        stored = plans[mixture.node]
+        stored = plans[str(mixture.weights[0].name)]
         made += [(str(w.name), one) for w, one in zip(mixture.weights, stored, strict=True)]
         replace = _in_kernel if mixture.node.op_type == "MoE" else _in_loop
         replace(model.graph, mixture, stored)

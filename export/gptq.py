@@ -1,4 +1,4 @@
-"""Codes of 4 bits that minimise the error of the output, not of the weights.
+"""Codes that minimise the error of the output, not of the weights.
 
 Scales: for each block the one of a grid that minimises the squared error of its weights, each
 weighed by the second moment of its input. Codes: GPTQ (Frantar et al. 2022, arXiv 2210.17323):
@@ -17,6 +17,7 @@ from fastgen.export import parts
 from fastgen.export.quantize import LEVELS, STEPS, Floats, Kernel, blocks
 
 GRID = np.linspace(0.7, 1.05, 15, dtype=np.float32)  # scales that are tried, of the largest weight
+TOGETHER = 32  # inputs that are rounded one by one before the others hear of it
 DAMPING = 0.01  # of the mean diagonal, as in the paper
 
 
@@ -62,26 +63,26 @@ def _search(weights: Floats, kernel: Kernel, weigh: Floats) -> Floats:
     return best
 
 
-def gptq(weight: Floats, kernel: Kernel, scales: Floats, inputs: Floats) -> Floats:
+def gptq(weight: Floats, kernel: Kernel, scales: Floats, moments: Floats) -> Floats:
     """A matrix [in, out] whose weights lie on the grid of `scales`, closest in its output.
 
     Args:
         weight: float32 [in, out].
         kernel: bits and block size.
         scales: [out, blocks].
-        inputs: float32 [tokens, in]: calibration activations.
+        moments: float32 [in, in], second moments of the inputs: E[x^T x].
     """
     size, count = weight.shape
-    factor = _factor(inputs)
+    factor = _factor(moments)
     diagonal = np.diag(factor)
     rounded = np.empty((size, count), np.float32)
     errors = np.empty((size, count), np.float32)
-    for start in range(0, size, kernel.block):
-        end = min(start + kernel.block, size)
+    for start in range(0, size, TOGETHER):
+        end = min(start + TOGETHER, size)
         # What an input takes over of the error of each one before it.
         shares = factor[start:end, :end] / diagonal[start:end, None]
         wanted = weight[start:end] + shares[:, :start] @ errors[:start]
-        scale = np.ascontiguousarray(scales[:, start // kernel.block])
+        scale = np.ascontiguousarray(scales[:, start // (kernel.block or size)])
         part = partial(
             _round, weight[start:end], wanted, rounded[start:end], errors[start:end],
             shares[:, start:], scale, LEVELS[kernel.bits],
@@ -121,19 +122,16 @@ def _round(
         rest[i + 1 :] += made[i + 1 :]
 
 
-def _factor(inputs: Floats) -> Floats:
+def _factor(moments: Floats) -> Floats:
     """Lower triangle G [in, in] with G^T G = the damped second moments of the inputs.
 
     It is the inverse of the factor that the paper has, of the inverse of the moments: nothing has
     to be inverted. Damping bounds the moments' condition by in / DAMPING, so that what float32
     rounds is to them as if the damping were a few hundredths more or less.
     """
-    moments = inputs.T @ inputs
-    moments /= len(inputs)
-    diagonal = np.einsum("ii->i", moments)
-    diagonal += DAMPING * diagonal.mean(dtype=np.float64) + 1e-12
     backwards = np.ascontiguousarray(moments[::-1, ::-1])
-    del moments, diagonal
+    diagonal = np.einsum("ii->i", backwards)
+    diagonal += DAMPING * diagonal.mean(dtype=np.float64) + 1e-12
     torch = sys.modules.get("torch")  # twice as fast; folders are exported without
     if torch is None:
         factor = np.linalg.cholesky(backwards)

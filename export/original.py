@@ -83,7 +83,8 @@ class Original:
     def describe(self, precision: str) -> dict[str, Any]:
         kept = self.kept  # or why there is none
         config = self.model.config.get_text_config(decoder=True)
-        limit = getattr(config, "max_position_embeddings", None)
+        # A recurrence has no last position, whatever length its file says it was trained with.
+        limit = getattr(config, "max_position_embeddings", None) if kept.layers else None
         return {
             "format": FORMAT,
             "fastgen": fastgen.__version__,
@@ -128,4 +129,6 @@ class Original:
             self.loaded.tokenizer.save_pretrained(to)
             path = to / "tokenizer_config.json"
             kept = json.loads(path.read_text(encoding="utf-8"))
+            if getattr(self.loaded.tokenizer, "split_special_tokens", False):
+                kept["split_special_tokens"] = True  # which `save_pretrained` leaves out
             write_json(path, {k: v for k, v in kept.items() if k not in OF_THIS_MACHINE})

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import platform
 import shutil
 import sys
+import warnings
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -18,13 +22,14 @@ import onnxruntime
 from fastgen.export import (
     bundle,
     cache,
-    calibrate,
     check,
+    corpus,
     profile,
     prompts,
     quality,
     recipe,
     room,
+    rotate,
     trim,
     window,
 )
@@ -37,7 +42,7 @@ from fastgen.export.unsupported import UnsupportedModel
 from numpy.typing import NDArray
 
 import fastgen
-from fastgen import CausalLM, folders, hub
+from fastgen import CausalLM, folders, hub, interrupt, memory
 from fastgen.codes import SCALES
 from fastgen.hub import CACHE_PRECISION, PRECISION
 from fastgen.model import GRAPH, INFO, UNPACKED
@@ -52,13 +57,19 @@ PRECISIONS = ("fp32", *RECIPES)
 CACHE_PRECISIONS = tuple(cache.DTYPES)
 
 # What a precision may differ by from the original; `export` and the command line can change it.
+# Kernels are chosen for it (see `recipe`), and what cannot reach it is refused.
 TOLERANCES = {
     "fp32": check.Tolerance(),
-    "int8": check.Tolerance(max_difference=1.0, kl=0.02, top1=0.95, greedy=False),
-    "int4": check.Tolerance(max_difference=1.0, kl=0.2, top1=0.80, greedy=False),
+    "int8": check.Tolerance.quantised(kl=0.006),
+    "int4": check.Tolerance.quantised(kl=0.2),
 }
 
 
+TUNED = 1024  # tokens that say whether a target is met: no code is made of them
+AGAIN = 2  # times that the text which decides sends matrices up the ladder
+
+
+@interrupt.raised()
 def export(
     model: str | os.PathLike[str] | PreTrainedModel,
     out: str | os.PathLike[str] | None = None,
@@ -70,6 +81,7 @@ def export(
     allow_mismatch: bool = False,
     revision: str | None = None,
     adapter: str | os.PathLike[str] | None = None,
+    text: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
     calibration: str | os.PathLike[str] | None = None,
     tolerance: check.Tolerance | None = None,
     max_kl: float | None = None,
@@ -78,6 +90,8 @@ def export(
     progress: TextIO | None = sys.stderr,
 ) -> Path:
     """Export a causal language model to a model directory, proved equal to the original.
+
+    However it ends, by an error, Ctrl-C, SIGTERM or SIGHUP, what it made on the way is put away.
 
     Args:
         model: a hub id, a `save_pretrained` directory, an adapter's (PEFT) of either kind, an
@@ -93,10 +107,14 @@ def export(
         allow_mismatch: keep an export that disagrees with the original beyond the tolerance.
         revision: a branch, tag or commit of a hub repository.
         adapter: an adapter that is merged into the model first, a directory or a hub id.
-        calibration: a file with text to quantise and to measure on; None for the one that comes
-            with fastgen.
+        text: a file, or several, with text like that which the model is used for: plain text, or
+            JSON lines (by the file's ending) with `text`, `ids` or `messages`. It takes the place
+            of what comes with fastgen and of what the model itself writes (see `corpus`): every
+            other paragraph or line is calibrated on, the rest judged.
+        calibration: the old name of `text`, for one file.
         tolerance: what may differ from the original; None for the coarser precision's own.
-        max_kl, min_top1: another KL divergence, or share of equal likeliest tokens, than there.
+        max_kl: another KL divergence than there.
+        min_top1: share of equal likeliest tokens that is asked; without it none is.
         quick: leave out the comparison on text of what was quantised, and so its tolerance. What
             proves the graph in float32 is never left out.
         progress: where steps are shown; None for nowhere.
@@ -113,8 +131,7 @@ def export(
     if cache_precision not in CACHE_PRECISIONS:
         known = ", ".join(CACHE_PRECISIONS)
         raise ValueError(f"cache_precision must be one of {known}, got {cache_precision!r}")
-    if calibration is not None and not Path(calibration).is_file():
-        raise ValueError(f"calibration must be a file with text, {calibration} is none")
+    texts = _texts(text, calibration)
     if out is not None:
         bundle.check_free(Path(out), force)
     found = _folder(model, precision, revision, adapter)
@@ -132,10 +149,12 @@ def export(
         force=force,
         allow_mismatch=allow_mismatch,
         tolerance=tolerance or usual_tolerance(made, cache_precision, max_kl, min_top1),
-        calibration=Path(calibration or calibrate.TEXT),
+        texts=texts,
         quick=quick,
     )
     kinds = wishes.kinds("fp32" if found is None else found.first)
+    if texts and not kinds:
+        raise ValueError(f"text is for what is quantised, and of {made} nothing is: leave it out")
     shown = Progress(_steps(wishes, kinds), progress)
     with shown.watch.working():
         with shown.step("load") as about:
@@ -158,9 +177,13 @@ def _steps(wishes: Wishes, kinds: Sequence[str]) -> list[str]:
     for kind in kinds:
         weights = kind == "weights"
         name = wishes.precision if weights else f"{wishes.cache_precision} cache"
-        names += [f"quantise to {name}" if weights else "quantise keys and values"]
-        names += _compared(name) + ([] if wishes.quick else [f"{name} text compared"])
+        names.append(f"quantise to {name}" if weights else "quantise keys and values")
+        names += _judged(name, wishes.quick)
     return [*names, "time by operator", "bundle"]
+
+
+def _judged(name: str, quick: bool) -> list[str]:
+    return [*_compared(name), *([] if quick else [f"{name} text compared"])]
 
 
 def _compared(name: str) -> list[str]:
@@ -243,6 +266,18 @@ def _original(
     return original.Original(source.of_object(model, tokenizer))
 
 
+def _texts(text: Any, calibration: Any) -> list[Path]:
+    """The user's files, each of which can be read."""
+    given = [text] if isinstance(text, str | os.PathLike) else list(text or ())
+    if calibration is not None:
+        warnings.warn("calibration is now named text", DeprecationWarning, stacklevel=3)
+        given.append(calibration)
+    paths = [Path(one) for one in given]
+    for path in paths:
+        corpus.read(path)
+    return paths
+
+
 def _usual_place(model: object, kind: str) -> Path:
     """A directory in this one, called after a model."""
     if not isinstance(model, str | os.PathLike):
@@ -269,7 +304,7 @@ class Wishes:
     force: bool
     allow_mismatch: bool
     tolerance: check.Tolerance
-    calibration: Path
+    texts: Sequence[Path]
     quick: bool
 
     def kinds(self, first: str) -> list[str]:
@@ -287,6 +322,8 @@ class _Job:
         original: what the original says of the probes.
         description: the content of `fastgen.json`.
         scales: of keys and values, once they are quantised.
+        proved: where the graph in float32 is, once it was proved equal.
+        open: what a stage holds until it is over.
     """
 
     origin: Origin
@@ -296,6 +333,8 @@ class _Job:
     original: check.Reference
     description: dict[str, Any]
     scales: NDArray[np.float32] | None = None
+    proved: Path | None = None
+    open: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     def convert(self, to: Path, whole: bool = False) -> onnx_ir.Model:
         with self.shown.step("convert") as found:
@@ -314,51 +353,110 @@ class _Job:
             np.save(to / SCALES, self.scales)
         bundle.seal(to, self.description)
 
-    def quantise(self, converted: onnx_ir.Model, to: Path) -> dict[str, Any]:
-        """Quantise the weights of a graph that was proved equal, and say what it costs."""
-        calibration, evaluation = self._text()
-        precision = self.wishes.precision
+    def quantise(self, place: Path, to: Path) -> dict[str, Any]:
+        """Quantise the weights of a graph that was proved equal, and say what it costs.
+
+        Kernels go up the ladder until the text says that the target is met, first that of
+        calibration and then that which nothing was chosen by.
+        """
+        precision, target = self.wishes.precision, self.wishes.tolerance.kl
         with self.shown.step(f"quantise to {precision}") as found:
-            used = calibration[: calibrate.TOKENS // calibrate.ROW]
-            made, smoothed, reached = recipe.make(converted, precision, used, self.shown.part)
-            self.save(converted, to)
-            wide = [one.name for one in made if one.wide]
-            found.append(f"{len(made)} matrices, {len(wide)} kept wider, {len(smoothed)} smoothed")
-            if reached:
-                unreached = sum(len(one.unreached) for one in reached)
-                experts = sum(one.experts for one in reached)
-                found.append(f"the text came to all but {unreached} of {experts} experts")
-        rows = evaluation[: quality.TOKENS // calibrate.ROW]
-        report = self.compare(to, precision, rows) | {
+            used = self.corpus.calibration(recipe.RECIPES[precision].tokens + TUNED)
+            rows = self._judged_on(quality.TOKENS)
+            tuned, used = _apart(used, TUNED)
+            graph, turned = self._turned(place)
+            found += turned
+            plan = self.open.enter_context(recipe.planned(graph, precision, used, self.shown.part))
+            made = self._within(plan, tuned, target, to)
+            found += _told(made, plan)
+            found.append(self.corpus.summary())
+        report = self.compare(to, precision, rows)
+        for _ in range(AGAIN):
+            measured = report.get("quality", {}).get("kl", 0.0)
+            if measured <= target or not self._further(plan, tuned, measured, target):
+                break
+            again = _judged(precision, self.wishes.quick)
+            self.shown.again(f"quantise to {precision}", *again)
+            with self.shown.step(f"quantise to {precision}") as found:
+                made = self._within(plan, tuned, target, to)
+                found += _told(made, plan)
+            report = self.compare(to, precision, rows)
+        report |= {
             "matrices": [asdict(one) for one in made],
-            "wider": wide,
-            "smoothed": smoothed,
+            "wider": [one.name for one in made if one.wide],
+            "smoothed": plan.smoothed,
+            "turned": turned,
+            "kinds": plan.sensed,
+            "text": dict(self.corpus.kinds),
         }
-        if reached:
-            report["experts"] = [asdict(one) for one in reached]
+        if plan.reached:
+            report["experts"] = [asdict(one) for one in plan.reached]
         self.judge(report)
         return report
+
+    def _turned(self, place: Path) -> tuple[onnx_ir.Model, list[str]]:
+        """The graph at `place` with what can be turned, if it still says the same then."""
+        graph = onnx_ir.load(place / GRAPH)
+        done = rotate.rotate(graph)
+        if not done:
+            return onnx_ir.load(place / GRAPH), []
+        turned = place.with_name("turned")
+        self.save(graph, turned)
+        model = CausalLM(turned, tuning=Tuning(entries=UNPACKED)).model
+        rows = self.original.rows
+        said = check.compare(self.original.logits, check.exported_logits(model, rows))
+        del model, graph
+        memory.trim()
+        if check.judge(said, self.origin.tolerance):
+            shutil.rmtree(turned)
+            return onnx_ir.load(place / GRAPH), [
+                "what was turned said something else: left as it was"
+            ]
+        return onnx_ir.load(turned / GRAPH), [f"turned: {', '.join(done)}"]
+
+    def _within(
+        self, plan: recipe.Plan, rows: Sequence[NDArray[np.int64]], target: float, to: Path
+    ) -> list[recipe.Made]:
+        """Write the cheapest graph that is within the target on some rows, as far as one is."""
+        while True:
+            model, made = plan.make(self.shown.part)
+            self.save(model, to)
+            del model
+            if self.wishes.quick:
+                return made
+            written = CausalLM(to).model
+            measured = quality.measure(self.origin.logits, written, rows).kl
+            del written
+            memory.trim()
+            if measured <= target or not self._further(plan, rows, measured, target):
+                return made
+
+    def _further(
+        self, plan: recipe.Plan, rows: Sequence[NDArray[np.int64]], measured: float, target: float
+    ) -> bool:
+        """Send matrices up the ladder, whose whole costs more than is wanted; whether any went."""
+        if not plan.sensed:
+            plan.sense(rows, self.shown.part)
+        return plan.aim(measured, target)
 
     def quantise_cache(self, converted: onnx_ir.Model, to: Path) -> dict[str, Any]:
         """Store keys and values in 8 bits, and say what that alone costs."""
         limit, precision = self.description["max_length"], self.wishes.cache_precision
-        calibration, evaluation = self._text()
         with self.shown.step("quantise keys and values") as found:
-            reached = cache.reach(converted, calibration[: cache.TOKENS // calibrate.ROW], limit)
+            reached = cache.reach(converted, self.corpus.calibration(cache.TOKENS), limit)
+            rows = cache.long_rows(self._judged_on(2 * quality.TOKENS), limit, quality.TOKENS)
             self.scales = cache.quantize(converted, reached)
             self.description["cache_dtype"] = cache.DTYPES[precision]
             self.save(converted, to)
             channels = sum(one.size for one in reached.values())
             found.append(f"{channels:,} channels, {precision}")
         name = f"{precision} cache"
-        rows = cache.long_rows(evaluation, limit)
-        rows = rows[: max(1, quality.TOKENS // len(rows[0]))]
         report = self.compare(to, name, rows)
         self.judge(report)
         return report
 
     def compare(
-        self, to: Path, name: str, texts: Sequence[NDArray[np.int64]] = ()
+        self, to: Path, name: str, texts: Sequence[NDArray[np.int64]] | None = None
     ) -> dict[str, Any]:
         """Compare what a written graph says, through fastgen's own engine.
 
@@ -381,7 +479,7 @@ class _Job:
         report = {
             "bytes": size, "logits": asdict(logits), "greedy": asdict(greedy), "mismatch": wrong,
         }  # fmt: skip
-        return report | (self._compare_text(name, model, texts) if texts else {})
+        return report | ({} if texts is None else self._compare_text(name, model, texts))
 
     def _continuation(self, ours: GenerateOutput) -> list[NDArray[np.int64]]:
         """The original's, of each row; what the first graph writes is most likely the same."""
@@ -399,15 +497,19 @@ class _Job:
                 f"the export disagrees with the original: {'; '.join(report['mismatch'])}"
             )
 
-    def _text(self) -> tuple[list[NDArray[np.int64]], ...]:
+    @cached_property
+    def corpus(self) -> corpus.Corpus:
         """Rows of ids to calibrate on, and others to measure on."""
-        text = calibrate.rows_of_text(
-            self.wishes.calibration.read_text(encoding="utf-8"),
-            self.origin.tokenizer,
-            self.description["vocab_size"],
-            self.description["max_length"],
-        )
-        return calibrate.halves(text)
+        return corpus.of(self.origin, self.description, self.wishes.texts, self._writes)
+
+    def _judged_on(self, tokens: int) -> list[NDArray[np.int64]]:
+        """Rows to measure on; none where nothing is measured."""
+        return [] if self.wishes.quick else self.corpus.evaluation(tokens)
+
+    def _writes(self) -> CausalLM:
+        """The graph in float32, which the model's own text is sampled from."""
+        assert self.proved is not None
+        return CausalLM(self.proved, tuning=Tuning(entries=UNPACKED))
 
     def _compare_text(
         self, name: str, model: CausalLM, rows: Sequence[NDArray[np.int64]]
@@ -422,6 +524,28 @@ class _Job:
             "quality": asdict(measured) | {"more_perplexity": measured.more_perplexity},
             "mismatch": check.judge(measured, self.wishes.tolerance),
         }
+
+
+def _apart(
+    rows: Sequence[NDArray[np.int64]], tokens: int
+) -> tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]:
+    """Some of the rows, of all kinds, about so many tokens together, and the others."""
+    every = max(2, sum(map(len, rows)) // tokens)
+    return list(rows[::every]) or list(rows), [
+        row for place, row in enumerate(rows) if place % every or len(rows) == 1
+    ]
+
+
+def _told(made: Sequence[recipe.Made], plan: recipe.Plan) -> list[str]:
+    """What became of the matrices."""
+    kernels = Counter(one.kernel for one in made)
+    told = [", ".join(f"{count} {kernel}" for kernel, count in kernels.most_common())]
+    told += [f"{len(plan.smoothed)} smoothed"] if plan.smoothed else []
+    if plan.reached:
+        unreached = sum(len(one.unreached) for one in plan.reached)
+        experts = sum(one.experts for one in plan.reached)
+        told.append(f"the text came to all but {unreached} of {experts} experts")
+    return told
 
 
 def _export(origin: Origin, out: Path, wishes: Wishes, shown: Progress) -> None:
@@ -477,6 +601,8 @@ def _stages(job: _Job) -> dict[str, Any]:
     file, where they take no memory that the system could not have back.
     """
     kinds, out = job.wishes.kinds(job.origin.first), job.out
+    if job.wishes.texts:
+        assert job.corpus  # says at once what is wrong with a user's text
     work = out / "work"
     place = work / "fp32" if kinds else out
     converted = job.convert(place)
@@ -487,16 +613,17 @@ def _stages(job: _Job) -> dict[str, Any]:
         report = job.compare(place, "ONNX")
     proved = report
     job.judge(report)
+    job.proved = place
+    del converted
     for kind in kinds:
-        converted = onnx_ir.load(place / GRAPH)
         gc.collect()  # graphs are full of cycles: the one before goes now, with its weights
-        place = out if kind == kinds[-1] else work / kind
+        before, place = place, out if kind == kinds[-1] else work / kind
         if kind == "cache":
-            made = job.quantise_cache(converted, place)
+            made = job.quantise_cache(onnx_ir.load(before / GRAPH), place)
             report = {"fp32": proved, "cache": made} | made
         else:
-            report = {"fp32": proved} | report | job.quantise(converted, place)
-    del converted  # whose weights are in a file that goes now
+            with contextlib.ExitStack() as job.open:
+                report = {"fp32": proved} | report | job.quantise(before, place)
     shutil.rmtree(work, ignore_errors=True)
     return report
 

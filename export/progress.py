@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from fastgen.memory import trim
+
 PAUSE = 0.02  # seconds between two looks at the memory
 LOOKS = 25  # of those for each look at the disk
 
@@ -164,6 +166,7 @@ class Progress:
         seconds, took = self._ended - start, self.watch.step()
         shown = {"step": name, "seconds": round(seconds, 3), "found": "; ".join(found)}
         self.steps.append(shown | vars(took))
+        trim()  # the next step needs the memory
         clear = "\r\x1b[K" if live else ""
         self._write(f"{clear}{label:<38}{seconds:7.1f} s  {'; '.join(found)}\n")
 

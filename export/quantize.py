@@ -18,16 +18,20 @@ from functools import partial
 
 import numpy as np
 import onnx_ir as ir
-from fastgen.export import parts
+from fastgen.export import parts, rotate
 from fastgen.export.trim import (
+    CHANGED,
     MICROSOFT,
     add_initializer,
     add_lazily,
     clean_up,
     constant,
     insert,
+    is_constant,
     rank,
+    remake,
     routers,
+    shape_of,
     take_place,
 )
 from numpy.typing import NDArray
@@ -44,13 +48,17 @@ class Kernel:
     Attributes:
         bits: of a code.
         block: inputs that share a scale; 0 for all inputs of an output channel (W8A8).
+        turned: inputs that a Hadamard matrix mixes before they are multiplied (see `rotate`); 0
+            for none.
     """
 
     bits: int
     block: int = 0
+    turned: int = 0
 
     def __str__(self) -> str:
-        return f"int{self.bits}" + (f", blocks of {self.block}" if self.block else " per channel")
+        shared = f", blocks of {self.block}" if self.block else " per channel"
+        return f"int{self.bits}{shared}{', turned' if self.turned else ''}"
 
 
 W8A8 = Kernel(8)
@@ -62,17 +70,22 @@ class Choice:
 
     Attributes:
         kernel: how it is stored.
-        scales: float32 [out, blocks], for kernels with blocks; None for the blocks' largest.
-        codes: as `block_codes` gives them, where they are not the nearest ones.
-        rows: float32 [in]: each input is divided by it elsewhere, so its weights are multiplied.
-        columns: float32 [out]: each output is to be divided by it.
+        scales: float32 [out, blocks], or [out] for a kernel per channel; None for the largest.
+        codes: int8 [in, out] per channel, else as `block_codes` gives them, where they are not the
+            nearest ones.
     """
 
     kernel: Kernel
     scales: Floats | None = None
-    codes: NDArray[np.uint8] | None = None
-    rows: Floats | None = None
-    columns: Floats | None = None
+    codes: NDArray[np.uint8] | NDArray[np.int8] | None = None
+
+    def of_columns(self, some: slice) -> Choice:
+        """What it is for some outputs."""
+        scales = None if self.scales is None else self.scales[some]
+        codes = self.codes
+        if codes is not None:
+            codes = codes[some] if self.kernel.block else codes[:, some]
+        return Choice(self.kernel, scales, codes)
 
 
 @dataclass(frozen=True)
@@ -80,14 +93,25 @@ class Product:
     """A product of an activation with a constant matrix.
 
     Attributes:
-        weight: float32 [in, out].
         transposed: whether the graph holds it as [out, in] (a `lm_head`, often an embedding too).
     """
 
     node: ir.Node
     name: str
-    weight: Floats
     transposed: bool
+
+    @property
+    def weight(self) -> Floats:
+        """float32 [in, out]; it is read each time, and may be made then."""
+        held = constant(self.node.inputs[1])
+        assert held is not None
+        return held.T if self.transposed else held
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Inputs and outputs."""
+        rows, columns = shape_of(self.node.inputs[1])
+        return (columns, rows) if self.transposed else (rows, columns)
 
     @property
     def is_head(self) -> bool:
@@ -110,15 +134,14 @@ def products(graph: ir.Graph) -> list[Product]:
             continue
         if node in apart or (rank(node.inputs[0]) or 0) > 3:
             continue
-        weight = constant(node.inputs[1])
-        if weight is None or weight.dtype != np.float32:
+        held = node.inputs[1]
+        if not is_constant(held) or held.const_value.dtype != ir.DataType.FLOAT:
             continue
         transposed = node.op_type == "FusedMatMul"
-        matrix = weight.T if transposed else weight
-        name = str(node.inputs[1].name)
+        name = str(node.inputs[1].name).replace(CHANGED, "")
         seen[name] += 1
         unique = name if seen[name] == 1 else f"{name}.{seen[name]}"
-        found.append(Product(node, unique, matrix, transposed))
+        found.append(Product(node, unique, transposed))
     return found
 
 
@@ -138,6 +161,8 @@ def quantize(
         choice = choose(product)
         if choice is None:
             continue
+        if choice.kernel.turned:
+            _turn(product, choice.kernel.turned, activations)
         if choice.kernel.block == 0:
             _replace_w8a8(graph, product, choice, activations)
         else:
@@ -148,64 +173,27 @@ def quantize(
 # Codes. Matrices are large: what is made of them is made of a few outputs at a time.
 
 
-@dataclass(frozen=True)
-class Scaled:
-    """A matrix [in, out] with its rows multiplied and its columns divided, read by columns.
-
-    Attributes:
-        weight: float32 [in, out].
-        rows, columns: see `Choice`.
-    """
-
-    weight: Floats
-    rows: Floats | None = None
-    columns: Floats | None = None
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.weight.shape[0], self.weight.shape[1]
-
-    def __getitem__(self, place: slice) -> Floats:
-        part = self.weight[:, place]
-        if self.rows is not None:
-            part = part * self.rows[:, None]
-        return part if self.columns is None else part / self.columns[place]
-
-    def whole(self) -> Floats:
-        """The matrix [in, out], laid out as `weight` is."""
-        return self[:]
-
-
-Matrix = Floats | Scaled
-
-
-def _by_columns(weight: Matrix) -> Scaled:
-    return weight if isinstance(weight, Scaled) else Scaled(weight)
-
-
-def channel_scales(weight: Matrix) -> Floats:
+def channel_scales(weight: Floats) -> Floats:
     """[out]: the largest weight of each output takes the largest code."""
-    matrix = _by_columns(weight)
-    size, out = matrix.shape
+    size, out = weight.shape
     scales = np.empty(out, np.float32)
 
     def part(some: slice) -> None:
-        scales[some] = np.abs(matrix[some]).max(axis=0) / np.float32(127)
+        scales[some] = np.abs(weight[:, some]).max(axis=0) / np.float32(127)
 
     parts.each(out, size, part)
     scales[scales == 0] = 1
     return scales
 
 
-def channel_codes(weight: Matrix, scales: Floats | None = None) -> tuple[NDArray[np.int8], Floats]:
+def channel_codes(weight: Floats, scales: Floats | None = None) -> tuple[NDArray[np.int8], Floats]:
     """int8 [in, out] and scales [out] of a matrix [in, out]: symmetric, per output channel."""
-    matrix = _by_columns(weight)
-    size, out = matrix.shape
-    scales = channel_scales(matrix) if scales is None else scales
+    size, out = weight.shape
+    scales = channel_scales(weight) if scales is None else scales
     codes = np.empty((size, out), np.int8)
 
     def part(some: slice) -> None:
-        values = matrix[some] / scales[some]
+        values = weight[:, some] / scales[some]
         codes[:, some] = np.rint(values, out=values)
 
     parts.each(out, size, part)
@@ -223,14 +211,13 @@ def multiplied(codes: NDArray[np.int8], scales: Floats) -> Floats:
     return values
 
 
-def block_scales(weight: Matrix, kernel: Kernel) -> Floats:
+def block_scales(weight: Floats, kernel: Kernel) -> Floats:
     """[out, blocks]: the largest weight of each block takes the largest code."""
-    matrix = _by_columns(weight)
-    size, out = matrix.shape
+    size, out = weight.shape
     scales = np.empty((out, -(-size // kernel.block)), np.float32)
 
     def part(some: slice) -> None:
-        largest = np.abs(blocks(matrix[some], kernel.block)).max(axis=-1)
+        largest = np.abs(blocks(weight[:, some], kernel.block)).max(axis=-1)
         scales[some] = largest / np.float32(LEVELS[kernel.bits])
 
     parts.each(out, size, part)
@@ -252,15 +239,14 @@ def in_two_levels(scales: Floats) -> Floats:
     return np.asarray(steps * unit, np.float32)
 
 
-def block_codes(weight: Matrix, kernel: Kernel, scales: Floats) -> NDArray[np.uint8]:
+def block_codes(weight: Floats, kernel: Kernel, scales: Floats) -> NDArray[np.uint8]:
     """uint8 [out, blocks, block] (8 bits) or [out, blocks, block / 2] (4 bits, low half first)."""
-    matrix = _by_columns(weight)
-    size, out = matrix.shape
+    size, out = weight.shape
     low, high = (-128, 127) if kernel.bits == 8 else (-8, 7)
     made = np.empty((*scales.shape, kernel.block * kernel.bits // 8), np.uint8)
 
     def part(some: slice) -> None:
-        values = blocks(matrix[some], kernel.block)
+        values = blocks(weight[:, some], kernel.block)
         values /= scales[some, :, None]
         np.clip(np.rint(values, out=values), low, high, out=values)
         values -= low
@@ -304,10 +290,11 @@ def join_blocks(parts: Floats, size: int) -> Floats:
 
 
 class Activations:
-    """Quantised activations, each made once however many products read it."""
+    """Turned and quantised activations, each made once however many products read it."""
 
     def __init__(self, graph: ir.Graph) -> None:
         self._graph = graph
+        self._turned: dict[tuple[ir.Value, int], ir.Value] = {}
         self._made: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
         self._constants: dict[str, ir.Value] = {}
         self._zeros: dict[str, ir.Value] = {}
@@ -316,6 +303,21 @@ class Activations:
         if name not in self._constants:
             self._constants[name] = add_initializer(self._graph, name, array)
         return self._constants[name]
+
+    def turned(self, x: ir.Value, size: int, before: ir.Node) -> ir.Value:
+        """float32 in the shape of x, with each `size` channels multiplied by a Hadamard matrix."""
+        if (x, size) not in self._turned:
+            assert x.shape is not None
+            same, name = [0] * (len(x.shape) - 1), f"rank_{len(x.shape)}"
+            apart = self.constant(f"apart_{size}_{name}", np.array([*same, -1, size], np.int64))
+            again = self.constant(f"again_{name}", np.array([*same, -1], np.int64))
+            matrix = self.constant(f"hadamard_{size}", rotate.hadamard(size))
+            (parts,) = insert(before, "Reshape", [x, apart])
+            (mixed,) = insert(before, "MatMul", [parts, matrix])
+            (made,) = insert(before, "Reshape", [mixed, again])
+            made.shape, made.dtype = x.shape, x.dtype
+            self._turned[x, size] = made
+        return self._turned[x, size]
 
     def quantized(self, x: ir.Value, before: ir.Node) -> tuple[ir.Value, ir.Value]:
         """uint8 [rows, new, in] and scales [rows, new, 1]: by each token's largest value.
@@ -353,16 +355,13 @@ class Activations:
 def _replace_w8a8(
     graph: ir.Graph, product: Product, choice: Choice, activations: Activations
 ) -> None:
-    node = product.node
-    weight = Scaled(product.weight, choice.rows, choice.columns)
-    scales = channel_scales(weight)
-    codes = add_lazily(
-        graph,
-        f"{product.name}.codes",
-        lambda: channel_codes(weight, scales)[0],
-        weight.shape,
-        ir.DataType.INT8,
-    )
+    node, name, tensor = product.node, f"{product.name}.codes", _tensor(product)
+    scales = channel_scales(product.weight) if choice.scales is None else choice.scales
+    if choice.codes is None:
+        make = partial(_channel_codes_of, tensor, product.transposed, scales)
+        codes = add_lazily(graph, name, make, product.shape, ir.DataType.INT8)
+    else:
+        codes = add_initializer(graph, name, choice.codes)
     held = add_initializer(graph, f"{product.name}.scales", scales)
     take_place(node, integer_product(node, codes, held, activations))
 
@@ -388,21 +387,45 @@ def integer_product(
     return out
 
 
+def _turn(product: Product, size: int, activations: Activations) -> None:
+    """Turn what a product reads, and its matrix, which leaves the product as it is."""
+    node = product.node
+    node.replace_input_with(0, activations.turned(node.inputs[0], size, node))
+    remake(node, 1, partial(turned_matrix, size, product.transposed))
+
+
+def turned_matrix(size: int, transposed: bool, matrix: Floats) -> Floats:
+    """A matrix [in, out], or [out, in] if it is transposed, for inputs that are turned."""
+    return rotate.turned(matrix, size) if transposed else rotate.turned(matrix.T, size).T
+
+
+def _tensor(product: Product) -> ir.TensorProtocol:
+    tensor = product.node.inputs[1].const_value
+    assert tensor is not None
+    return tensor
+
+
+def _channel_codes_of(
+    tensor: ir.TensorProtocol, transposed: bool, scales: Floats
+) -> NDArray[np.int8]:
+    weight = tensor.numpy()
+    return channel_codes(weight.T if transposed else weight, scales)[0]
+
+
+def _block_codes_of(
+    tensor: ir.TensorProtocol, transposed: bool, kernel: Kernel, scales: Floats
+) -> NDArray[np.uint8]:
+    weight = tensor.numpy()
+    return block_codes(weight.T if transposed else weight, kernel, scales)
+
+
 def _replace_nbits(graph: ir.Graph, product: Product, choice: Choice) -> None:
     node, kernel = product.node, choice.kernel
-    weight = Scaled(product.weight, choice.rows, choice.columns)
-    size, out = weight.shape
-    if choice.scales is None:
-        scales = block_scales(weight, kernel)
-    elif choice.columns is None:
-        scales = choice.scales
-    else:  # codes do not depend on what the columns are divided by
-        scales = choice.scales / choice.columns[:, None]
-        if kernel.bits == 4:  # the division may have rounded
-            scales = in_two_levels(scales)
+    size, out = product.shape
+    scales = block_scales(product.weight, kernel) if choice.scales is None else choice.scales
     name = f"{product.name}.codes"
     if choice.codes is None:
-        make = partial(block_codes, weight, kernel, scales)
+        make = partial(_block_codes_of, _tensor(product), product.transposed, kernel, scales)
         shape = [*scales.shape, kernel.block * kernel.bits // 8]
         codes = add_lazily(graph, name, make, shape, ir.DataType.UINT8)
     else:

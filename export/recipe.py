@@ -1,15 +1,23 @@
-"""How each precision is made: which kernel for which matrix, and what stays in a wider type."""
+"""What becomes of each matrix: the cheapest kernels that keep the model's output near the original.
+
+A precision has a ladder of kernels, the cheapest first. Every matrix begins at the bottom. Where
+the whole is measured to cost more than it may, each kind of matrix is quantised without the others,
+and the KL divergence at the model's output is what the kind costs (its own error says little of
+that). Then kinds go up, where most is likely to be saved for what a step costs, until the whole is
+expected to be within the target; whoever measures the whole says what it came to, and aims again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
-from fastgen.export import calibrate, smooth
+from fastgen.export import calibrate, rotate, smooth
 from fastgen.export.gptq import gptq, search_scales
 from fastgen.export.quantize import (
     W8A8,
@@ -18,18 +26,48 @@ from fastgen.export.quantize import (
     Kernel,
     Product,
     block_codes,
+    block_scales,
+    channel_codes,
+    channel_scales,
     in_two_levels,
     products,
     quantize,
+    turned_matrix,
 )
 from numpy.typing import NDArray
+
+from fastgen.memory import trim
+from fastgen.softmax import divergence, log_softmax
 
 if TYPE_CHECKING:
     from fastgen.export import experts
 
-OUT_OF_LINE = 2.5  # times the median error of the layers: such a matrix is kept wider
-BUDGET = 0.08  # of the quantised size, for matrices in a wider type
 SAMPLE = 256  # tokens that an error is measured on
+COLUMNS = 256  # of its outputs
+SENSED = 512  # tokens that kinds of matrices are measured on, about
+HALVES = 8  # matrices of a kind from which on early and late ones are told apart
+TOLD = 3  # matrices of a kind that tell what a rung leaves of its error
+TURNED = 128  # inputs that are turned together, at most
+TURNING = 0.8  # cost of a float32 weight of what turns them
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A step of a ladder.
+
+    Attributes:
+        kernel: None for float32.
+        cost: of a weight: the time of a prompt and its bytes, as a share of the first rung's.
+    """
+
+    kernel: Kernel | None
+    cost: float
+
+    def cost_of(self, product: Product) -> float:
+        """Of a product's weights, and of the matrix that turns its inputs."""
+        rows, columns = product.shape
+        kernel = self.kernel and fitting(self.kernel, product)
+        return rows * (columns * self.cost + (kernel.turned * TURNING if kernel else 0.0))
 
 
 @dataclass(frozen=True)
@@ -37,37 +75,43 @@ class Recipe:
     """The kernels of a precision.
 
     Attributes:
-        layer: of the decoder's matrices.
+        ladder: of the decoder's matrices, the cheapest first.
         head: of `lm_head`, and of the embedding that shares its matrix.
-        wide: of matrices whose error is out of line.
         experts: of the experts of a mixture.
-        tokens: of calibration, at most: ranges want less text than moments. (Experts have all.)
+        tokens: of calibration, about.
     """
 
-    layer: Kernel
+    ladder: tuple[Rung, ...]
     head: Kernel
-    wide: Kernel
     experts: Kernel
     tokens: int
 
 
-# `lm_head` runs at a few positions only, where MatMulNBits is the fastest, and its codes serve the
-# embedding too. Block sizes: see bench/README.md. Experts have scales for blocks: their kernel then
-# quantises its inputs as well, which is what makes it fast.
+# What a kernel costs: see bench/README.md. In blocks of at most 64 (8 bits) or 32 (4 bits) it adds
+# up one row as it does several, so that a row says what it says alone. Experts have scales for
+# blocks: their kernel quantises its inputs as well then, which is what makes it fast.
 RECIPES = {
     "int8": Recipe(
-        layer=W8A8,
-        head=Kernel(8, 256),
-        wide=Kernel(8, 32),
+        ladder=(
+            Rung(W8A8, 1.0),
+            Rung(Kernel(8, turned=TURNED), 1.0),
+            Rung(Kernel(8, 32), 1.75),
+            Rung(None, 100.0),
+        ),
+        head=Kernel(8, 64),
         experts=Kernel(8, 128),
-        tokens=calibrate.TOKENS // 2,
+        tokens=2048,
     ),
     "int4": Recipe(
-        layer=Kernel(4, 128),
-        head=Kernel(4, 128),
-        wide=Kernel(8, 128),
+        ladder=(
+            Rung(Kernel(4, 32), 1.0),
+            Rung(Kernel(4, 32, turned=TURNED), 1.0),
+            Rung(Kernel(8, 32), 1.8),
+            Rung(None, 100.0),
+        ),
+        head=Kernel(8, 64),
         experts=Kernel(4, 128),
-        tokens=calibrate.TOKENS,
+        tokens=8192,
     ),
 }
 
@@ -79,7 +123,7 @@ class Made:
     Attributes:
         kernel: how it is stored.
         error: of its output on the calibration text, relative.
-        wide: whether it is kept in a wider type than others, for its error was out of line.
+        wide: whether it went up the ladder.
     """
 
     name: str
@@ -88,56 +132,273 @@ class Made:
     wide: bool
 
 
-def make(
+@dataclass
+class Matrix:
+    """A matrix while it is decided about.
+
+    Attributes:
+        rung: its place on the ladder.
+        may_climb: whether it is on the ladder at all.
+    """
+
+    product: Product
+    may_climb: bool
+    rung: int = 0
+
+
+@dataclass(frozen=True)
+class Step:
+    """A kind of matrices that may go up to a rung: KL divergence saved, and what it costs."""
+
+    kind: str
+    rung: int
+    saves: float
+    costs: float
+
+
+def chosen(steps: Sequence[Step], wanted: float) -> Step:
+    """The step that saves most for what it costs, or a cheaper one that saves all that is wanted.
+
+    A dearer one that saves it all, such as float32, does not go before several cheap ones.
+    """
+    best = max(steps, key=lambda one: one.saves / one.costs)
+    enough = [one for one in steps if one.saves >= wanted and one.costs < best.costs]
+    return min(enough, key=lambda one: one.costs, default=best)
+
+
+class Plan:
+    """What becomes of the matrices of a graph in float32. See `planned`.
+
+    Attributes:
+        smoothed: names of matrices whose inputs were divided.
+        reached: which experts the calibration text came to.
+        sensed: KL divergence that each kind of matrix costs at the bottom, alone.
+    """
+
+    def __init__(
+        self,
+        model: ir.Model,
+        recipe: Recipe,
+        inputs: Mapping[ir.Value, calibrate.Input],
+        kept: Callable[[NDArray[Any]], NDArray[Any]],
+    ) -> None:
+        self._model, self._recipe, self._inputs, self._kept = model, recipe, inputs, kept
+        self._experts = _experts(model.graph)
+        self._mixed: dict[str, list[experts.Stored]] = {}
+        self._found = products(model.graph)
+        self._choices: dict[tuple[str, Kernel], Choice] = {}
+        self._matrices: dict[str, Matrix] = {}
+        self.smoothed: list[str] = []
+        self.reached: list[experts.Reached] = []
+        self.sensed: dict[str, float] = {}
+        self._left: dict[tuple[str, int], float] = {}
+
+    # --- what is measured ------------------------------------------------------------------------
+
+    def prepare(self, rows: Sequence[NDArray[np.int64]], shown: Callable[[int, int], None]) -> None:
+        """Smooth what gains by it, and make codes of each matrix at the bottom of its ladder."""
+        if self._experts is not None:
+            self._mixed, self.reached = self._experts.plan(
+                self._model, self._recipe.experts, rows, shown
+            )
+        for place, (value, seen) in enumerate(self._inputs.items()):
+            shown(place, 2 * len(self._inputs))
+            readers = [one for one in self._found if one.node.inputs[0] is value]
+            self._smooth(value, readers, seen)
+        for product in products(self._model.graph):
+            shown(len(self._found) + len(self._matrices), 2 * len(self._found))
+            matrix = Matrix(product, not (product.is_head or _is_turned(product)))
+            if (kernel := self._kernel(matrix)) is not None:
+                self._choice(product, kernel)
+            self._matrices[product.name] = matrix
+
+    def _smooth(self, value: ir.Value, readers: Sequence[Product], seen: calibrate.Input) -> None:
+        place = smooth.place_of(value, readers) if not any(map(_is_turned, readers)) else None
+        first = self._recipe.ladder[0].kernel
+        if place is None or first is None:
+            return
+        scales = smooth.best_scales(seen.sample, [one.weight for one in readers], first)
+        if scales is not None:
+            smooth.fold(self._model.graph, place, scales, readers)
+            seen.divide(scales)
+            self.smoothed += [product.name for product in readers]
+
+    def _error(self, product: Product, kernel: Kernel | None) -> float:
+        """Of a product's output: some tokens of it and some of its columns tell as much as all."""
+        if kernel is None:
+            return 0.0
+        x = self._inputs[product.node.inputs[0]].sample
+        columns = slice(None, None, max(1, product.shape[1] // COLUMNS))
+        choice = self._choice(product, kernel).of_columns(columns)
+        weight = np.ascontiguousarray(product.weight[:, columns])
+        return calibrate.output_error(x[:: max(1, len(x) // SAMPLE)], weight, choice)
+
+    def sense(self, rows: Sequence[NDArray[np.int64]], shown: Callable[[int, int], None]) -> None:
+        """Measure what each kind of matrix costs at the model's output, alone."""
+        every = max(1, round(sum(map(len, rows)) / SENSED))
+        rows = rows[::every]
+        kinds = self._kinds()
+        with calibrate.place(self._model) as directory:
+            exact = [self._kept(one) for one in calibrate.logits(self._model, rows, directory)]
+            for place, (name, members) in enumerate(kinds.items()):
+                shown(place, len(kinds))
+                some = {one.product.name for one in members}
+                made = self._quantised(lambda one, some=some: one.name in some)
+                self.sensed[name] = _divergence(exact, calibrate.logits(made, rows, directory))
+
+    def _kinds(self) -> dict[str, list[Matrix]]:
+        """Matrices of the same shape that read the same kind of node, early and late ones apart."""
+        found: dict[str, list[Matrix]] = {}
+        for one in self._matrices.values():
+            if _is_turned(one.product):
+                continue
+            node = one.product.node.inputs[0].producer()
+            kind = "input" if node is None else node.op_type
+            rows, columns = one.product.shape
+            found.setdefault(f"{kind} {rows} x {columns}", []).append(one)
+        kinds = {}
+        for name, members in found.items():
+            if len(members) < HALVES:
+                kinds[name] = members
+                continue
+            half = len(members) // 2
+            kinds[f"{name}, early"], kinds[f"{name}, late"] = members[:half], members[half:]
+        return kinds
+
+    # --- what is decided -------------------------------------------------------------------------
+
+    def aim(self, measured: float, kl: float) -> bool:
+        """Send kinds up until the whole, which costs `measured`, may cost as little as `kl`.
+
+        What goes up is taken to cost nothing any more: it may save more than its errors say, and
+        where it does not, the next measurement shows it.
+
+        Returns:
+            Whether any went up.
+        """
+        kinds = self._kinds()
+        now = {name: self._expected(name, one, one[0].rung) for name, one in kinds.items()}
+        share = measured / max(sum(now.values()), 1e-12)
+        hoped, moved = dict(now), False
+        while share * sum(hoped.values()) > kl or not moved:
+            steps = list(self._steps(kinds, now))
+            if not steps:
+                return moved
+            step = chosen(steps, sum(now.values()) - kl / share)
+            now[step.kind] -= step.saves
+            hoped[step.kind] = 0.0
+            for one in kinds[step.kind]:
+                one.rung, moved = step.rung, True
+        return moved
+
+    def _steps(
+        self, kinds: Mapping[str, Sequence[Matrix]], now: Mapping[str, float]
+    ) -> Iterator[Step]:
+        """Every step up that is likely to save anything."""
+        ladder = self._recipe.ladder
+        for name, members in kinds.items():
+            first = members[0]
+            if not first.may_climb:
+                continue
+            costs = [sum(rung.cost_of(one.product) for one in members) for rung in ladder]
+            for rung in range(first.rung + 1, len(ladder)):
+                saves = now[name] - self._expected(name, members, rung)
+                if saves > 0:
+                    yield Step(name, rung, saves, costs[rung] - costs[first.rung])
+
+    def _expected(self, kind: str, members: Sequence[Matrix], rung: int) -> float:
+        """What a kind is expected to cost there: its errors' squares say what is left of it."""
+        if (kind, rung) not in self._left:
+            kernels = (self._recipe.ladder[place].kernel for place in (0, rung))
+            first, there = (
+                sum(self._error(one.product, kernel and fitting(kernel, one.product)) ** 2
+                    for one in members[:: max(1, len(members) // TOLD)])
+                for kernel in kernels
+            )  # fmt: skip
+            self._left[kind, rung] = there / first if first else 0.0
+        return self.sensed[kind] * self._left[kind, rung]
+
+    # --- what is made ----------------------------------------------------------------------------
+
+    def make(self, shown: Callable[[int, int], None]) -> tuple[ir.Model, list[Made]]:
+        """The graph as it is decided, and what became of each matrix."""
+        for place, matrix in enumerate(self._matrices.values()):
+            shown(place, len(self._matrices))
+            kernel = self._kernel(matrix)
+            if kernel is not None:
+                self._choice(matrix.product, kernel)
+        model = self._quantised(lambda _: True)
+        experts = self._experts.quantize(model, self._mixed) if self._experts is not None else ()
+        made = [self._made(one) for one in self._matrices.values()]
+        made += [
+            Made(name, str(one.kernel), round(one.error, 6), wide=False) for name, one in experts
+        ]
+        return model, made
+
+    def _made(self, one: Matrix) -> Made:
+        kernel = self._kernel(one)
+        name = "float32" if kernel is None else str(kernel)
+        error = round(self._error(one.product, kernel), 6)
+        return Made(one.product.name, name, error, one.rung > 0)
+
+    def _quantised(self, wanted: Callable[[Product], bool]) -> ir.Model:
+        """A copy of the graph with some of its products as they are decided."""
+        model = self._model.clone()
+
+        def choice(product: Product) -> Choice | None:
+            matrix = self._matrices[product.name]
+            kernel = self._kernel(matrix)
+            if kernel is None or not wanted(product):
+                return None
+            return self._choice(matrix.product, kernel)
+
+        quantize(model, choice)
+        return model
+
+    def _kernel(self, matrix: Matrix) -> Kernel | None:
+        product, recipe = matrix.product, self._recipe
+        if _is_turned(product):  # small, and everything passes it
+            return None
+        kernel = recipe.head if product.is_head else recipe.ladder[matrix.rung].kernel
+        return None if kernel is None else fitting(kernel, product)
+
+    def _choice(self, product: Product, kernel: Kernel) -> Choice:
+        """Scales and codes of a matrix, made once for a kernel."""
+        if (product.name, kernel) not in self._choices:
+            made = _choice(product, kernel, self._inputs[product.node.inputs[0]])
+            if made.codes is not None:
+                made = replace(made, codes=self._kept(made.codes))
+            self._choices[product.name, kernel] = made
+        return self._choices[product.name, kernel]
+
+
+@contextmanager
+def planned(
     model: ir.Model,
     precision: str,
     rows: Sequence[NDArray[np.int64]],
     shown: Callable[[int, int], None],
-) -> tuple[list[Made], list[str], list[experts.Reached]]:
-    """Quantise a trimmed graph in place.
+) -> Iterator[Plan]:
+    """The plan for a trimmed graph in float32, which is smoothed in place.
 
-    Activations and weights are in files, and read a matrix at a time. What is chosen for one is
-    scales, and codes where they are not the nearest: nothing here is as large as the weights.
+    Activations and weights are in files, and read a matrix at a time: nothing here is as large as
+    the weights.
 
     Args:
-        model: the graph in float32.
+        model: the graph; its weights are in a file.
         precision: "int8" or "int4".
         rows: calibration ids.
         shown: called with the number of matrices done and their total, as they are.
-
-    Returns:
-        What became of each matrix, the names of those that were smoothed, and which experts the
-        calibration text came to.
     """
-    recipe = RECIPES[precision]
-    experts = _experts(model.graph)
-    mixed, reached = experts.plan(model, recipe.experts, rows, shown) if experts else ({}, [])
-    found = products(model.graph)
-    plans: dict[str, Plan] = {}
-    smoothed: list[str] = []
-    used = rows[: max(1, recipe.tokens // calibrate.ROW)]
-    with calibrate.activations(model, found, used) as inputs:
-        for value, x in inputs.items():
-            readers = [product for product in found if product.node.inputs[0] is value]
-            scales = _smoothed(model.graph, recipe, value, readers, x, found, plans)
-            if scales is not None:
-                x = x / scales
-                smoothed += [product.name for product in readers]
-            for product in readers:
-                shown(len(plans), len(found))
-                plans[product.name] = _plan(recipe, product, x, scales)
-        wide = _keep_wide(found, plans, inputs)
-    made = [
-        Made(p.name, str(plan.choice.kernel), round(plan.error, 6), p.name in wide)
-        for p in found
-        for plan in [plans[p.name]]
-    ]
-    made += [
-        Made(name, str(stored.kernel), round(stored.error, 6), wide=False)
-        for name, stored in (experts.quantize(model, mixed) if experts else ())
-    ]
-    quantize(model, lambda product: plans.pop(product.name).choice)
-    return made, smoothed, reached
+    with (
+        calibrate.inputs(model, products(model.graph), rows) as inputs,
+        calibrate.place(model) as directory,
+        calibrate.shelf(directory) as kept,
+    ):
+        plan = Plan(model, RECIPES[precision], inputs, kept)
+        plan.prepare(rows, shown)
+        trim()
+        yield plan
 
 
 def _experts(graph: ir.Graph) -> ModuleType | None:
@@ -149,137 +410,48 @@ def _experts(graph: ir.Graph) -> ModuleType | None:
     return experts
 
 
-def _smoothed(
-    graph: ir.Graph,
-    recipe: Recipe,
-    value: ir.Value,
-    readers: Sequence[Product],
-    x: Floats,
-    found: Sequence[Product],
-    plans: dict[str, Plan],
-) -> Floats | None:
-    """Scales [in] that `value` is divided by from now on; None where nothing is done.
-
-    Args:
-        x: what the value is on the calibration text, float32 [tokens, in].
-        readers: the products that read it.
-        found, plans: all products, and what is planned for those before it.
-    """
-    place = smooth.place_of(value, readers)
-    if place is None:
-        return None
-    scales = smooth.best_scales(x, [one.weight for one in readers], recipe.layer)
-    if scales is None:
-        return None
-    if place.column is None:
-        smooth.fold_into_norm(graph, place.node, scales)
-        return scales
-    for product in found:
-        if product.node is place.node:
-            columns = np.ones(product.weight.shape[1], np.float32)
-            columns[place.column : place.column + len(scales)] = scales
-            plan = plans[product.name]
-            plan.choice = replace(plan.choice, columns=columns)
-            plan.wide = replace(plan.wide, columns=columns)
-            return scales
-    return None
-
-
-@dataclass
-class Plan:
-    """What a matrix may become.
-
-    Attributes:
-        choice: by the recipe, and `error` of its output on the calibration text, relative.
-        wide: a wider type.
-    """
-
-    choice: Choice
-    error: float
-    wide: Choice
-
-
-def _plan(recipe: Recipe, product: Product, x: Floats, scales: Floats | None) -> Plan:
-    """Try a product's kernels on its input x [tokens, in], which was divided by `scales`."""
-    product = _multiplied(product, scales)
-    choice = _choice(product, fitting(recipe.head if product.is_head else recipe.layer, product), x)
-    wide = Choice(fitting(recipe.wide, product), rows=scales)
-    return Plan(replace(choice, rows=scales), _error(product, choice, x), wide)
-
-
-def _multiplied(product: Product, scales: Floats | None) -> Product:
-    """With each row of its matrix multiplied by what its input is divided by."""
-    return product if scales is None else replace(product, weight=product.weight * scales[:, None])
+def _is_turned(product: Product) -> bool:
+    """Whether its matrix is what a rotation leaves in the graph."""
+    return product.name.startswith(rotate.PRODUCT)
 
 
 def fitting(kernel: Kernel, product: Product) -> Kernel:
-    """`kernel`, or with smaller blocks where its own would fill the matrix up by over an eighth."""
-    block, size = kernel.block, len(product.weight)
+    """`kernel`, or with smaller blocks where its own would fill the matrix up by over an eighth.
+
+    What is turned together are as many inputs as divide them all, and are a power of two.
+    """
+    block, size = kernel.block, product.shape[0]
     while block > 32 and -size % block > size / 8:
         block //= 2
-    return Kernel(kernel.bits, block)
+    turned = min(kernel.turned, size & -size)
+    return Kernel(kernel.bits, block, turned if turned > 1 else 0)
 
 
-def _choice(product: Product, kernel: Kernel, x: Floats) -> Choice:
-    if kernel.bits == 8:
+def _choice(product: Product, kernel: Kernel, seen: calibrate.Input) -> Choice:
+    """Scales and GPTQ's codes; of a head, whose matrix may be the embedding's, the nearest."""
+    if product.is_head:
         return Choice(kernel)
-    moments = np.einsum("ti,ti->i", x, x) / len(x)
-    scales = search_scales(product.weight, kernel, moments)
-    if product.is_head:  # as many outputs as words: the search for scales must do
-        return Choice(kernel, scales)
-    scales = in_two_levels(scales)
-    on_grid = gptq(product.weight, kernel, scales, x)
+    weight, moments = product.weight, seen.moments
+    if (turned := kernel.turned) > 0:
+        weight = turned_matrix(turned, False, weight)
+        moments = rotate.turned(rotate.turned(moments, turned).T, turned)
+    weight = np.ascontiguousarray(weight)
+    if kernel.block == 0:
+        scales = channel_scales(weight)
+        on_grid = gptq(weight, kernel, scales[:, None], moments)
+        return Choice(kernel, scales, channel_codes(on_grid, scales)[0])
+    if kernel.bits == 8:
+        scales = block_scales(weight, kernel)
+    else:
+        scales = in_two_levels(search_scales(weight, kernel, np.diag(moments)))
+    on_grid = gptq(weight, kernel, scales, moments)
     return Choice(kernel, scales, block_codes(on_grid, kernel, scales))
 
 
-def _error(product: Product, choice: Choice, x: Floats) -> float:
-    sample = x[:: max(1, len(x) // SAMPLE)]
-    weight = product.weight
-    if product.is_head:  # a part of the words tells as much
-        some = slice(None, None, max(1, weight.shape[1] // 4096))
-        weight = np.ascontiguousarray(weight[:, some])
-        scales = None if choice.scales is None else choice.scales[some]
-        choice = Choice(choice.kernel, scales)
-    return calibrate.output_error(sample, weight, choice)
-
-
-def _keep_wide(
-    found: Sequence[Product], plans: dict[str, Plan], inputs: dict[ir.Value, Floats]
-) -> set[str]:
-    """Give the worst matrices a wider kernel, worst first, as long as the budget lasts.
-
-    Args:
-        inputs: float32 [tokens, in] of each product's input, not divided by anything.
-    """
-    kept: set[str] = set()
-    layers = [product for product in found if not product.is_head]
-    if not layers:
-        return kept
-    bound = OUT_OF_LINE * float(np.median([plans[product.name].error for product in layers]))
-    left = BUDGET * sum(_bytes(product, plans[product.name].choice.kernel) for product in found)
-    for product in sorted(layers, key=lambda product: -plans[product.name].error):
-        plan = plans[product.name]
-        more = _bytes(product, plan.wide.kernel) - _bytes(product, plan.choice.kernel)
-        if plan.error <= bound or more > left:
-            continue
-        error = _wide_error(product, plan.wide, inputs[product.node.inputs[0]])
-        if error >= plan.error / 2:
-            continue
-        plan.choice, plan.error = plan.wide, error
-        left -= more
-        kept.add(product.name)
-    return kept
-
-
-def _wide_error(product: Product, wide: Choice, x: Floats) -> float:
-    return _error(
-        _multiplied(product, wide.rows),
-        Choice(wide.kernel),
-        x if wide.rows is None else x / wide.rows,
-    )
-
-
-def _bytes(product: Product, kernel: Kernel) -> int:
-    codes = product.weight.size * kernel.bits // 8
-    scales = product.weight.size // kernel.block if kernel.block else product.weight.shape[1]
-    return codes + 4 * scales
+def _divergence(exact: Iterable[Floats], other: Iterable[Floats]) -> float:
+    """Mean Kullback-Leibler divergence of logits [tokens, vocab], in nats."""
+    total, count = 0.0, 0
+    for one, two in zip(exact, other, strict=True):
+        total += divergence(log_softmax(one), log_softmax(two))
+        count += len(one)
+    return max(0.0, total / count)

@@ -8,15 +8,13 @@ at hand, they stay in their own type and file, and each becomes float32 whenever
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastgen.export import bundle, calibrate
+from fastgen.export import bundle, calibrate, checkpoint
 
 from fastgen.cpu import memory_bytes
 from fastgen.model import ModelError
@@ -30,7 +28,7 @@ ORIGINAL = "the original in float32"
 AT_HAND = 0.4  # of the machine's memory: float32 weights up to here are kept in a file of their own
 
 # Bytes of a weight in what is written, and in the memory of what runs it.
-WRITTEN = {"fp32": 4.0, "int8": 1.1, "int4": 0.65}
+WRITTEN = {"fp32": 4.0, "int8": 1.1, "int4": 0.9}
 
 
 @dataclass(frozen=True)
@@ -97,6 +95,9 @@ def _told(parts: dict[str, int]) -> str:
     return f"{total:,} bytes ({total / 1e9:,.1f} GB: {each})"
 
 
+SEEN = 2 * calibrate.SAMPLE  # tokens of activations that are kept, and those of a row
+
+
 def needs(size: Size, precision: str, steps: int, may_stay: bool = True) -> Needs:
     """What exporting a checkpoint takes.
 
@@ -110,19 +111,22 @@ def needs(size: Size, precision: str, steps: int, may_stay: bool = True) -> Need
     there = memory_bytes()
     own = may_stay and not size.is_float32 and there is not None and floats > AT_HAND * there
     cast = 0 if size.is_float32 or own else floats
-    codes = int(0.6 * size.weights) if precision == "int4" else 0
-    moments = MOMENTS * 8 * size.widest**2 if precision == "int4" else 0
+    quantised = precision != "fp32"
+    moments = MOMENTS * 8 * size.widest**2 if quantised else 0
     working = FLOAT * (COPIES * size.largest + LOGITS * calibrate.ROW * size.vocabulary) + moments
     memory = {
         "libraries": LIBRARIES,
-        "weights": max(cast, written, codes),
+        "weights": max(cast, written),
         "work": working,
     }
     disk = {
         ORIGINAL: cast,
         "the graph in float32": floats if steps else 0,
         "with keys and values in int8": floats if steps == 2 else 0,
-        "activations": FLOAT * calibrate.TOKENS * size.widths if precision != "fp32" else 0,
+        "the graph turned": floats if quantised and steps else 0,
+        "activations": FLOAT * SEEN * size.widths if quantised else 0,
+        "moments": FLOAT * size.widest * size.widths // 2 if quantised else 0,
+        "codes": written if quantised else 0,
         "what is written": written,
     }
     return Needs(own, memory, disk)
@@ -132,10 +136,10 @@ def of_checkpoint(directory: Path) -> Size | None:
     """What the safetensors files of a directory say; None if there are none that can be read."""
     shapes: list[tuple[str, list[int]]] = []
     for path in sorted(directory.glob("*.safetensors")):
-        header = _header(path)
+        header = checkpoint.header(path)
         if header is None:
             return None
-        shapes += [(said["dtype"], said["shape"]) for said in header]
+        shapes += [(said["dtype"], said["shape"]) for said in header.values()]
     return _size(shapes) if shapes else None
 
 
@@ -161,22 +165,3 @@ def _size(shapes: list[tuple[str, list[int]]]) -> Size:
         vocabulary=vocabulary,
         is_float32=all(kind == "F32" for kind, _ in shapes if kind[0] in "BF"),
     )
-
-
-def _header(path: Path) -> list[dict[str, Any]] | None:
-    """What a safetensors file says of each tensor (its own format's: a length, then JSON)."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 0 < length < path.stat().st_size:
-            return None
-        try:
-            header = json.loads(file.read(length))
-        except ValueError:
-            return None
-    return list(_tensors(header)) if isinstance(header, dict) else None
-
-
-def _tensors(header: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    for name, said in header.items():
-        if name != "__metadata__" and {"dtype", "shape"} <= set(said):
-            yield said

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
 from fastgen.export import parts
 from fastgen.export.calibrate import output_error
 from fastgen.export.quantize import Choice, Floats, Kernel, Product
-from fastgen.export.trim import add_initializer, constant
+from fastgen.export.trim import add_initializer, constant, remake
 
 STRENGTHS = (0.3, 0.5, 0.7)  # the paper's alpha; the best on the calibration text is taken
 SAMPLE = 128  # tokens that an error is measured on
@@ -114,6 +115,27 @@ def _reach(weight: Floats) -> Floats:
 
 def _largest(weight: Floats) -> Floats:
     return np.asarray(np.abs(weight).max(axis=1))
+
+
+def fold(graph: ir.Graph, place: Place, scales: Floats, readers: Sequence[Product]) -> None:
+    """Divide an activation by `scales` [in] where it is made; its readers make up for it."""
+    if place.column is None:
+        fold_into_norm(graph, place.node, scales)
+    else:
+        columns = slice(place.column, place.column + len(scales))
+        remake(place.node, 1, partial(_divided, columns, scales))
+    for product in readers:
+        remake(product.node, 1, partial(_multiplied, scales))
+
+
+def _divided(columns: slice, scales: Floats, matrix: Floats) -> Floats:
+    made = matrix.copy()
+    made[:, columns] /= scales
+    return made
+
+
+def _multiplied(scales: Floats, matrix: Floats) -> Floats:
+    return np.asarray(matrix * scales[:, None])
 
 
 def fold_into_norm(graph: ir.Graph, norm: ir.Node, scales: Floats) -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import os
-from collections.abc import Callable, Iterator
+import pickle
+import tempfile
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from fastgen.export import adapter, refuse, rope, sparse, stored, text
+from fastgen.export import adapter, checkpoint, refuse, rope, sparse, stored, text
 from fastgen.export.attention import UnsupportedModel
 from fastgen.export.check import TEXTS
 from fastgen.export.origin import name_of
@@ -25,11 +28,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from fastgen import hub
+from fastgen import hub, jsonfile
 from fastgen.model import INFO, ModelError
 from fastgen.tokenizer import Tokenizer
 
-SHORT = 160  # characters of somebody else's error message that are worth repeating
+CONFIG = "config.json"
+SHORT = 300  # characters of somebody else's error message that are worth repeating
 
 
 @dataclass
@@ -75,6 +79,7 @@ def load(
     name, path = _place(name_or_path, revision)
     if (path / INFO).is_file():
         raise ModelError(f"{name} is a fastgen model already: there is nothing to export")
+    checkpoint.check(path)
     base = adapter.base_of(path)
     if base is not None and adapted is not None:
         raise ModelError(f"{name} is an adapter itself: merge one into a model at a time")
@@ -89,7 +94,7 @@ def load(
         model = text.alone(_model(path, config, own_types).eval())
         refuse.configuration(model.config)
         _settle(model)
-    tokenizer, note = _tokenizer(path)
+    tokenizer, note = _tokenizer(path, config)
     return Source(name, model, tokenizer, note)
 
 
@@ -105,8 +110,10 @@ def _place(name_or_path: str | os.PathLike[str], revision: str | None) -> tuple[
 
 def _with_adapter(base: Source, name: str, path: Path) -> Source:
     """A model with an adapter merged; the adapter's own tokenizer, if it brings one."""
-    model = adapter.merged(base.model, path).eval()
+    checkpoint.check(path)
     own, note = _tokenizer(path) if any(path.glob("tokenizer*")) else (None, "")
+    with quiet():
+        model = adapter.merged(base.model, path, 0 if own is None else len(own)).eval()
     return Source(name, model, own or base.tokenizer, note if own is None and note else base.note)
 
 
@@ -139,15 +146,41 @@ def _settle(model: PreTrainedModel) -> None:
 
 
 def _configuration(path: Path) -> PretrainedConfig:
+    """What config.json says.
+
+    Types of weights that torch does not have, such as "auto", are left out: the files have them.
+    """
+    said = jsonfile.read(path / CONFIG, checkpoint.ADVICE)
+    known = _without_unknown_types(said)
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+        with contextlib.ExitStack() as stack:
+            place = path
+            if known != said:
+                place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fastgen-")))
+                (place / CONFIG).write_text(json.dumps(known), encoding="utf-8")
+            stack.enter_context(quiet())
+            config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+        for one in (config, config.get_text_config()):
+            one.return_dict = True  # as `generate` has it, whatever is written there
+    except Exception as error:  # of all kinds: each configuration checks what it is given itself
         if "trust_remote_code" in str(error):
             raise UnsupportedModel(
                 f"{name_of(path)} cannot be exported: it brings Python code of its own, which "
                 "fastgen does not run"
             ) from error
         raise ModelError(f"{path} is not a transformers model: {_short(error)}") from error
+    config.name_or_path = str(path)
+    return config
+
+
+def _without_unknown_types(said: dict[str, Any]) -> dict[str, Any]:
+    """A configuration, and those within it, without a `dtype` that is none of torch's."""
+    return {
+        name: _without_unknown_types(value) if isinstance(value, dict) else value
+        for name, value in said.items()
+        if name not in ("dtype", "torch_dtype")
+        or isinstance(getattr(torch, str(value), None), torch.dtype)
+    }
 
 
 def _model(path: Path, config: PretrainedConfig, own_types: bool) -> PreTrainedModel:
@@ -175,18 +208,37 @@ def _loaded(path: Path, config: PretrainedConfig, dtype: torch.dtype | str) -> P
                 dtype=dtype,
                 trust_remote_code=False,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are told below, with the sizes
             )
     except OSError as error:
         raise ModelError(f"{path} cannot be loaded: {_short(error)}") from error
-    except (ValueError, KeyError, RuntimeError, ImportError) as error:
+    except pickle.UnpicklingError as error:
+        raise ModelError(
+            f"{path} cannot be loaded: its weights are damaged, or hold more than weights, which "
+            f"fastgen does not run: {checkpoint.ADVICE}, with safetensors"
+        ) from error
+    except Exception as error:  # of all kinds: what is read may contradict itself
         raise UnsupportedModel(f"transformers cannot load it: {_short(error)}") from error
+    _check_sizes(path, found["mismatched_keys"])
     missing = sorted(found["missing_keys"])
     if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ModelError(
-            f"{path} is not a whole causal language model: it lacks {', '.join(missing[:3])}{more}"
+            f"{path} is not a whole causal language model: it lacks {jsonfile.some(missing)}"
         )
     return model
+
+
+def _check_sizes(path: Path, differing: Collection[tuple[str, Any, Any]]) -> None:
+    """Raise a ModelError for weights of other sizes than the configuration has."""
+    told = [
+        f"{name} is {list(stored)} where {CONFIG} makes it {list(made)}"
+        for name, stored, made in sorted(differing)
+    ]
+    if told:
+        raise ModelError(
+            f"{path} contradicts itself: {jsonfile.some(told)}. Correct {CONFIG} (vocab_size, if "
+            f"tokens were added), or {checkpoint.ADVICE}"
+        )
 
 
 @contextlib.contextmanager
@@ -204,9 +256,18 @@ def quiet() -> Iterator[None]:
             say.enable_progress_bar()
 
 
-def _tokenizer(path: Path) -> tuple[PreTrainedTokenizerFast | None, str]:
+def _tokenizer(
+    path: Path, config: PretrainedConfig | None = None
+) -> tuple[PreTrainedTokenizerFast | None, str]:
+    """A directory's tokenizer, or why there is none.
+
+    Args:
+        config: the model's, which says the kind where the tokenizer's files do not; None to read
+            the directory's.
+    """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(path, config=config, trust_remote_code=False)
     except Exception as error:  # of all kinds: files of any age and origin are read
         return None, f"transformers cannot load its tokenizer: {_short(error)}"
     return _fast(tokenizer)
@@ -261,6 +322,8 @@ def _converted(slow: Any) -> PreTrainedTokenizerFast:
 
 
 def _short(error: BaseException) -> str:
-    """The first line of an error, cut where it stops to be of use."""
-    line = (str(error).strip() or repr(error)).splitlines()[0]
+    """An error in one line, cut where it stops to be of use."""
+    line = " ".join(str(error).strip().split("\n\n")[0].split())
+    if not line or isinstance(error, KeyError):  # whose text is a name alone
+        line = repr(error)
     return line if len(line) <= SHORT else line[:SHORT].rsplit(" ", 1)[0] + " ..."

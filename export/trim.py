@@ -18,6 +18,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 MICROSOFT = "com.microsoft"
+CHANGED = ".changed"  # how the name of a constant ends that was made of another
 # Inputs of GroupQueryAttention, by place.
 SEQLENS, TOTAL, POSITIONS, BIAS, QUERIES = 5, 6, 9, 10, 16
 LARGEST_TABLE = 1 << 16  # positions for which a table of rotations is worth its memory
@@ -162,6 +163,25 @@ def _added(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
     value.shape, value.dtype = tensor.shape, tensor.dtype
     graph.register_initializer(value)
     return value
+
+
+def remake(
+    node: ir.Node, place: int, change: Callable[[NDArray[np.float32]], NDArray[np.float32]]
+) -> None:
+    """Let a node read another constant: what `change` makes of the one that it reads."""
+    node.replace_input_with(place, changed(node.graph, node.inputs[place], change))
+
+
+def changed(
+    graph: ir.Graph,
+    old: ir.Value,
+    change: Callable[[NDArray[np.float32]], NDArray[np.float32]],
+) -> ir.Value:
+    """What `change` makes of a constant; of a matrix it is made whenever it is read."""
+    tensor, name, shape = old.const_value, f"{old.name}{CHANGED}", shape_of(old)
+    if len(shape) == 1:
+        return add_initializer(graph, name, change(tensor.numpy()))
+    return add_lazily(graph, name, lambda: change(tensor.numpy()), shape, ir.DataType.FLOAT)
 
 
 def insert(

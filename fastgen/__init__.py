@@ -8,6 +8,7 @@ How a prompt becomes text, file by file:
     request     the rows of one call and what they share
     model       new ids and a cache -> logits          cache       keys and values, in place
     jsonfile    what strangers wrote, checked          sandbox     where chat templates run
+    forms       messages as a template reads them
     prefill     prompts -> the cache, chunk by chunk   prefix      what is kept of them for later
     codes       keys and values in 8 bits              desk        in 32, where prompts are read
     bounds      what a call would take of memory       memory      pages given back
@@ -16,6 +17,8 @@ How a prompt becomes text, file by file:
     prompts     read in 8 bits by a model of 4
     processors  logits -> logits, one function a knob  watermark   two of them
     constraint  which tokens JSON, a grammar allow     healing     the prompt's last token, again
+    schema      JSON schemas, made exact               trial       where strangers' are tried first
+    trial_process  the process that may die of them
     pick        logits -> token, torch's random draws      softmax     and its logarithm
     stop        when a row ends                        output      what comes out
     batch       THE LOOP: rows join, step, leave       beam        beams over the same stages

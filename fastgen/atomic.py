@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+
+from fastgen import interrupt
 
 
 def check(what: str, path: Path) -> None:
@@ -25,16 +28,19 @@ def check(what: str, path: Path) -> None:
 
 @contextlib.contextmanager
 def written(what: str, path: Path) -> Iterator[Path]:
-    """A file beside `path` to write into; it takes that name if all goes well.
+    """A file beside `path` to write into; it takes that name if all goes well, or leaves nothing.
 
     Raises:
         ValueError: see `check`.
     """
     path = Path(os.path.realpath(path))  # a link stays one
     check(what, path)
-    neighbour = path.with_name(f".{os.getpid()}.{path.name}")  # ending as the file itself
-    try:
-        yield neighbour
-        neighbour.replace(path)
-    finally:
-        neighbour.unlink(missing_ok=True)
+    mine = f"{os.getpid()}.{threading.get_ident()}"
+    neighbour = path.with_name(f".{mine}.{path.name}")  # ending as the file itself
+    with interrupt.raised():
+        try:
+            yield neighbour
+            neighbour.replace(path)
+        finally:
+            with interrupt.held_back():
+                neighbour.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ are all rows here. `step` is: logits, processors, pick, stop.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ from fastgen import pick, stop
 from fastgen.model import Model
 from fastgen.prefill import CALL, CHUNK, Prefill
 from fastgen.request import Request, Row, by_request, context
+
+CERTAIN = 64  # tokens of a row, at most, that are taken in a step because they must follow
 
 
 @dataclass(frozen=True)
@@ -35,14 +38,29 @@ class Joining:
     Attributes:
         prefill: the prompts.
         rows: the rows of each of them.
+        before: what else their requests have read, first, a chunk at a time.
     """
 
     prefill: Prefill
     rows: list[list[Row]]
+    before: list[Prefill]
+
+    def read(self) -> None:
+        """Read a chunk."""
+        if self.before:
+            self.before[0].read()
+            self.before = [one for one in self.before if not one.done]
+        else:
+            self.prefill.read()
 
     @property
     def slots(self) -> range:
         return range(self.prefill.first, self.prefill.first + len(self.rows))
+
+    @property
+    def left(self) -> int:
+        """How many tokens are still to be read."""
+        return sum(one.left for one in (*self.before, self.prefill))
 
     @property
     def wanted(self) -> bool:
@@ -55,11 +73,16 @@ class Batch:
 
     Args:
         model: what computes the logits.
-        chunk: tokens of a prompt that are read at a time; None for `prefill.CHUNK`.
+        chunk: tokens that are read at a time, of prompts and of what is certain or guessed; None
+            where nobody waits.
+
+    Attributes:
+        most: tokens that a step may read, unless there are more rows.
     """
 
     def __init__(self, model: Model, chunk: int | None = None) -> None:
         self.model, self.chunk = model, chunk
+        self.most = chunk or sys.maxsize
         self.rows: list[Row] = []
         self.joining: list[Joining] = []
         self.cache = model.borrow_cache(rows=0, capacity=0)
@@ -91,12 +114,14 @@ class Batch:
         prompts = [prompt for prompt, _ in waiting]
         known = requests[0].prefix_cache
         prefill = Prefill(self.model, self.cache, prompts, first, known, self.chunk)
-        self.joining.append(Joining(prefill, [rows for _, rows in waiting]))
+        steered = [one.unconditional for one in requests if one.unconditional]
+        before = filter(None, [one.begin(self.chunk) for one in steered])
+        self.joining.append(Joining(prefill, [rows for _, rows in waiting], [*before]))
         return self.joining[-1]
 
     def read(self, joining: Joining) -> None:
         """Read a chunk of these prompts; after the last one, their rows run."""
-        joining.prefill.read()
+        joining.read()
         if joining.prefill.done:
             self._join(joining)
 
@@ -147,7 +172,7 @@ class Batch:
 
     def _end_step(self) -> list[Event]:
         """Take what is certain, look at the clock, and let rows that have ended leave."""
-        events = take_certain(self.rows)
+        events = take_certain(self.rows, self.most)
         for request, _ in by_request(self.rows):
             if request.deadline.passed():
                 request.end("time")
@@ -157,9 +182,10 @@ class Batch:
 
     def _alike(self) -> list[list[int]]:
         """Places of the rows that share their processors and their kind of pick."""
-        groups: dict[tuple[int, bool], list[int]] = {}
+        groups: dict[tuple[int, bool, bool], list[int]] = {}
         for place, row in enumerate(self.rows):
-            key = (id(row.request.chain), row.request.params.do_sample)
+            request = row.request
+            key = (id(request.chain), request.params.do_sample, request.of_model)
             groups.setdefault(key, []).append(place)
         return list(groups.values())
 
@@ -252,7 +278,7 @@ def choose(
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Processed scores [rows, vocab] and the next token [rows] of rows that are alike.
 
-    `logits` may be overwritten, but where the request keeps them.
+    `logits` may be overwritten, but where the request keeps or shows them.
 
     Raises:
         ValueError: the scores hold nan, or rule out what would be drawn.
@@ -265,7 +291,8 @@ def _processed(rows: Sequence[Row], logits: NDArray[np.float32]) -> NDArray[np.f
     request = rows[0].request
     if request.chain is None:
         return logits
-    return np.asarray(request.chain(context(rows), logits, spare=not request.keeps_logits))
+    spare = not (request.keeps_logits or request.of_model)
+    return np.asarray(request.chain(context(rows), logits, spare=spare))
 
 
 def _picked(rows: Sequence[Row], scores: NDArray[np.float32]) -> NDArray[np.int64]:
@@ -304,7 +331,7 @@ def take_in(
     tokens: NDArray[np.int64],
 ) -> list[Event]:
     """Append one token to each of `rows`, keep what the request asks for, and see who has ended."""
-    logprobs = _logprobs(rows, scores, tokens)
+    logprobs = _logprobs(rows, logits if rows[0].request.of_model else scores, tokens)
     groups = by_request(rows)
     for request, places in groups:
         if request.keeps:
@@ -321,11 +348,14 @@ def take_in(
     return events
 
 
-def take_certain(rows: Sequence[Row]) -> list[Event]:
+def take_certain(rows: Sequence[Row], most: int) -> list[Event]:
     """Give rows the tokens that must follow by their constraints, as far as that pays.
 
     The next step reads them together with the one before, and all rows as many as the longest.
     Rows that end by them are not read any more. What is not taken here is picked, the same, later.
+
+    Args:
+        most: tokens that the next step may read, padding included.
     """
     events: list[Event] = []
     ahead: list[tuple[Row, list[int]]] = []
@@ -337,19 +367,21 @@ def take_certain(rows: Sequence[Row]) -> list[Event]:
             else:
                 ahead.append((row, tokens))
     if any(tokens for _, tokens in ahead):
-        width = _paying([1 + len(tokens) for _, tokens in ahead])
+        counts = [1 + len(tokens) for _, tokens in ahead]
+        width = _paying([min(count, max(1, most // len(ahead))) for count in counts])
         for row, tokens in ahead:
             events += _take(row, tokens[: width - 1])
     return events
 
 
 def _certain(row: Row) -> list[int]:
-    """The tokens that must follow; if that cannot be told, it is the error of the request."""
+    """The next tokens that must follow; if that cannot be told, it is its request's error."""
     request = row.request
     if request.constraint is None or not request.forces:
         return []
     try:
-        return request.constraint.certain(row.generated, request.max_length - row.length)
+        most = min(CERTAIN, request.max_length - row.length)
+        return request.constraint.certain(row.generated, most)
     except ValueError as error:
         request.fail(error)
         return []

@@ -159,7 +159,7 @@ class Beams:
         for rank, reason in enumerate(reasons[: self.size]):
             if reason is not None:
                 score = self._by_length(candidates.scores[rank], self.new + 1)
-                if score > DEAD:
+                if score >= DEAD:  # a text that is there already is better than none
                     self.ended.append(self._ending(candidates, rank, float(score), reason))
         self.ended.sort(key=lambda hypothesis: -hypothesis.score)
         del self.ended[self.size :]
@@ -326,7 +326,7 @@ class Group(Beams):
         return []
 
 
-def search(model: Model, request: Request) -> Iterator[list[Event]]:
+def search(model: Model, request: Request, chunk: int | None = None) -> Iterator[list[Event]]:
     """Search, and then tell what was found as a batch tells it: step by step, row by row.
 
     While it searches, it gives an empty list after each chunk of the prompts and each step, so
@@ -335,11 +335,12 @@ def search(model: Model, request: Request) -> Iterator[list[Event]]:
     Args:
         request: with one row for each sequence that is wanted; its `scores` and `logits` are
             float32 [prompts * num_beams, vocab] a step.
+        chunk: tokens of the prompts that are read at a time (see `Prefill`).
 
     Raises:
         ValueError: knobs that do not fit each other, or scores that leave no token.
     """
-    found = _Search(model, request)
+    found = _Search(model, request, chunk)
     with contextlib.closing(found):
         for _ in found.steps():
             yield []
@@ -398,7 +399,7 @@ class _Search:
         top: a step: for each beam of the call its likeliest tokens, if `top_logprobs` asks.
     """
 
-    def __init__(self, model: Model, request: Request) -> None:
+    def __init__(self, model: Model, request: Request, chunk: int | None) -> None:
         self.model, self.request = model, request
         self.groups = request.params.num_beam_groups
         self.top: list[dict[int, TopLogprobs]] = []
@@ -426,7 +427,9 @@ class _Search:
         self.cache = model.borrow_cache(count * beams, request.max_length + CHUNK)
         self.prompts = self.running
         in_order = [request.prompts[i] for i in order]
-        self.prefill = Prefill(model, self.cache, in_order, 0, request.prefix_cache)
+        before = request.unconditional and request.unconditional.begin(chunk)
+        self.prefill = Prefill(model, self.cache, in_order, 0, request.prefix_cache, chunk)
+        self.readings = [*([before] if before else []), self.prefill]
 
     def _start(self, prompt: int, slots: Ids) -> list[Beams]:
         kind, beams = Beams if self.groups == 1 else Group, len(slots)
@@ -438,9 +441,10 @@ class _Search:
 
     def steps(self) -> Iterator[None]:
         """Search: a chunk of the prompts, or a token of every beam, at a time."""
-        while not self.prefill.done:
-            self.prefill.read()
-            yield
+        for reading in self.readings:
+            while not reading.done:
+                reading.read()
+                yield
         count, beams = len(self.prompts), self.request.params.num_beams
         self.cache.take(np.repeat(np.arange(count), beams))
         self.logits = np.repeat(self.prefill.logits, beams, axis=0)  # float32 [slots, vocab]

@@ -31,7 +31,7 @@ from fastgen.model import Model
 from fastgen.output import GenerateOutput, Token
 from fastgen.params import Params, resolve
 from fastgen.prompt import Prompts
-from fastgen.request import Request
+from fastgen.request import Request, Row
 from fastgen.tokenizer import TextStream, Tokenizer
 
 
@@ -69,27 +69,45 @@ class Call:
     draft: lookup.Draft | None = None
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What of the form that was asked for the text is not held to."""
+        return () if self.request.constraint is None else self.request.constraint.notes
+
+    @property
     def searches(self) -> bool:
         """Whether it has a cache of its own: its rows are compared, or their tokens guessed."""
         params = self.request.params
         return params.num_beams > 1 or params.num_beam_groups > 1 or self.draft is not None
 
-    def steps(self) -> Generator[list[Event]]:
+    @property
+    def done(self) -> bool:
+        """Whether all its rows have ended."""
+        return self.request.done
+
+    @property
+    def error(self) -> Exception | None:
+        """What ended it, if something went wrong."""
+        return self.request.error
+
+    def steps(self, chunk: int | None = None) -> Generator[list[Event]]:
         """Run it: the new tokens of each step, none of one that read a part of the prompt.
 
         Beams come all at once, when they are known.
+
+        Args:
+            chunk: tokens that a step may read, where somebody waits for its end (see `Batch`).
 
         Raises:
             Exception: what a caller's function raises, or a ValueError: no token can be chosen.
         """
         if self.draft is None and self.searches:
-            yield from beam.search(self.model, self.request)
+            yield from beam.search(self.model, self.request, chunk)
             return
-        batch = Batch(self.model)
+        batch = Batch(self.model, chunk)
         if self.draft is not None:
             by_itself = isinstance(self.draft, lookup.Assistant)  # transformers' rules, as asked
             payoff = None if by_itself else lookup.Payoff()
-            batch = lookup.Speculation(self.model, self.draft, payoff)
+            batch = lookup.Speculation(self.model, self.draft, payoff, chunk)
         with contextlib.closing(batch):
             joining = batch.begin([self.request])
             batch.read(joining)
@@ -156,35 +174,66 @@ class Call:
 class Writer:
     """Makes tokens with their text of a call's events.
 
+    Rows that go on after their end, until all have ended (see `Request.lingers`), are written as
+    `generate` returns them: to the length of the longest, and only the last token says why.
+
     Args:
         texts: of each row; None where there is no tokenizer.
     """
 
     def __init__(self, texts: Sequence[TextStream] | None) -> None:
         self._texts = texts
+        self._made: dict[int, int] = {}  # tokens of each row
+        self._waiting: list[tuple[int, Event]] = []  # those that may not be in the result
 
     def take(self, events: Sequence[Event]) -> list[Token]:
         """The tokens of a step."""
-        last = {event.row.index: place for place, event in enumerate(events)}
+        came, self._waiting = [*self._waiting, *map(self._counted, events)], []
         out = []
-        for place, event in enumerate(events):
-            row = event.row
-            # A step may bring a row several tokens; its reason to end belongs to the last.
-            reason = row.finish_reason if last[row.index] == place else None
-            text = "" if self._texts is None else self._texts[row.index].push(event.token)
-            if reason and self._texts is not None:
-                text += self._texts[row.index].end()
-            out.append(
-                Token(
-                    id=event.token,
-                    text=text,
-                    logprob=event.logprob,
-                    top_logprobs=event.top_logprobs,
-                    finish_reason=reason,
-                    row=row.index,
-                )
-            )
+        for count, event in came:
+            length = _length(event.row, self._made[event.row.index])
+            if length is None and count >= _least(event.row):
+                self._waiting.append((count, event))
+            elif length is None or count <= length:
+                out.append(self._token(event, count == length))
         return out
+
+    def _counted(self, event: Event) -> tuple[int, Event]:
+        """An event, and how many tokens its row has with it."""
+        count = self._made[event.row.index] = self._made.get(event.row.index, 0) + 1
+        return count, event
+
+    def _token(self, event: Event, is_last: bool) -> Token:
+        row, text = event.row, ""
+        if self._texts is not None:
+            text = self._texts[row.index].push(event.token)
+            text += self._texts[row.index].end() if is_last else ""
+        return Token(
+            id=event.token,
+            text=text,
+            logprob=event.logprob,
+            top_logprobs=event.top_logprobs,
+            finish_reason=row.finish_reason if is_last else None,
+            row=row.index,
+        )
+
+
+def _length(row: Row, made: int) -> int | None:
+    """The tokens that a row comes to, of which `made` are there; None while nobody knows."""
+    request = row.request
+    if row.finish_reason is None:
+        return None
+    if not request.lingers or request.params.num_beams > 1:
+        return made
+    return request.width - request.prompt_length if request.done else None
+
+
+def _least(row: Row) -> float:
+    """The tokens that a row comes to at least: a row that has ended goes as far as the others."""
+    if row.finish_reason is None:
+        return float("inf")
+    lengths = (one.width or one.length + 1 for one in row.request.rows)
+    return max(lengths) - row.request.prompt_length
 
 
 def _column(request: Request, events: Sequence[Event]) -> NDArray[np.int64]:
@@ -207,7 +256,8 @@ def prepare(
     ids: Any,
     objects: Objects,
     knobs: Mapping[str, Any],
-    logprobs: bool = False,
+    logprobs: bool | str = False,
+    stop_texts: Sequence[str] = (),
 ) -> Call:
     """Check everything that was passed and make of it what the searches run.
 
@@ -215,23 +265,27 @@ def prepare(
         defaults: the model's generation_config.json.
         own_tokenizer: gives the model's tokenizer, or says that it has none.
         ids: as `prompt.read` takes them; None for the bos token.
-        logprobs: whether tokens carry their log-probability.
+        logprobs: whether tokens carry their log-probability, and of which scores (see
+            `CausalLM.call`).
+        stop_texts: as `stop_strings`, looked for among the new tokens alone.
 
     Raises:
         ValueError: whatever cannot be done; the message names it.
     """
+    if logprobs not in (False, True, "model"):
+        raise values.wrong("logprobs", 'True, False or "model"', logprobs)
     config = _mapping(objects.generation_config)
     params = _with_padding(resolve(defaults, config, knobs), model, {**(config or {}), **knobs})
     prefix.check(objects.prefix_cache)
     prompts = read(model, params, ids, objects.attention_mask)
     if ids is None and objects.among_tensors:
         prompts = replace(prompts, kind="torch")
-    tokenizer = _tokenizer(params, objects.tokenizer, own_tokenizer)
+    new_stops = resolve({}, None, {"stop_strings": list(stop_texts) or None}).stop_strings
+    tokenizer = _tokenizer(params, new_stops, objects.tokenizer, own_tokenizer)
     if params.token_healing:
         assert tokenizer is not None
-        others = Objects(prefix_cache=objects.prefix_cache)
-        likeliest = partial(_likeliest, model, defaults, own_tokenizer, others)
-        rows = [healing.heal(row.tolist(), tokenizer, likeliest) for row in prompts.rows]
+        last = partial(last_token, model, defaults, own_tokenizer, objects.prefix_cache)
+        rows = [_healed(healing.reopen(row.tolist(), tokenizer), last) for row in prompts.rows]
         prompts = replace(read(model, params, rows), kind=prompts.kind)
     width, longest = prompts.ids.shape[1], max(len(row) for row in prompts.rows)
     info = model.info
@@ -251,12 +305,13 @@ def prepare(
     if tokenizer is not None:
         copies = max(params.num_beams, params.num_return_sequences)
         text_form = constraint.build(params, tokenizer, info.vocab_size, len(prompts.rows) * copies)
+    unconditional = _unconditional(model, params, prompts, negative, max_length)
     own: dict[str, Any] = {
         "prefix_allowed_tokens_fn": allowed[0] if allowed else None,
         "logits_processor": tensors.bridged(
             "logits_processor", objects.logits_processor, as_tensors
         ),
-        "unconditional": _unconditional(model, params, prompts, negative, max_length),
+        "unconditional": unconditional,
         "constraint": (text_form.name, text_form) if text_form else None,
     }
     if any(own.values()) or params.watermarking_config is not None:  # which may be a dict
@@ -271,9 +326,11 @@ def prepare(
         max_length=max_length,
         chain=chain or None,
         criteria=tensors.bridged("stopping_criteria", objects.stopping_criteria, as_tensors),
-        stop_text=_stop_text(params, tokenizer),
+        stop_text=_stop_text(tokenizer, (params.stop_strings, 0), (new_stops, width)),
         constraint=text_form,
-        logprobs=logprobs,
+        unconditional=unconditional,
+        logprobs=bool(logprobs),
+        of_model=logprobs == "model",
         prefix_cache=objects.prefix_cache,
         torch=tensors.module() if as_tensors else None,
     )
@@ -291,7 +348,7 @@ def _may_force(request: Request) -> bool:
     """
     names = [name for name, _ in request.chain.steps] if request.chain else []
     others = processors.RULE_OUT - set(constraint.KNOBS) | {"guidance_scale"}
-    seen = request.keeps or request.criteria or request.params.num_beams > 1
+    seen = request.keeps or request.of_model or request.criteria or request.params.num_beams > 1
     drawn = request.params.do_sample and request.torch is not None
     return not (
         seen or drawn or any(n in others or n.startswith(processors.CALLERS) for n in names)
@@ -329,14 +386,14 @@ def _mapping(config: Any) -> Mapping[str, Any] | None:
 def _with_padding(params: Params, model: Model, given: Mapping[str, Any]) -> Params:
     """The knobs with a pad token that exists, or none.
 
-    Some models come with a pad_token_id of -1, or of another token that they do not have: that is
-    as if they had none. (transformers fills rows with it, which no tokenizer can decode.) Where
-    the end of text would be the padding and does not exist, the first one that does takes its
-    place.
+    Some models come with a pad_token_id of another token than they have: that is as if they had
+    none, and so is one below 0, whoever gives it. (transformers fills rows with it, which no
+    tokenizer can decode.) Where the end of text would be the padding and does not exist, the first
+    one that does takes its place.
     """
     vocab, pad, eos = model.info.vocab_size, params.pad_token_id, params.eos_token_id or ()
     if pad is not None and not 0 <= pad < vocab:
-        if given.get("pad_token_id") is not None:
+        if pad >= 0 and given.get("pad_token_id") is not None:
             raise ValueError(f"pad_token_id must be a token of 0 to {vocab - 1}, got {pad}")
         pad = None
     if pad is None and eos and not 0 <= eos[0] < vocab:
@@ -379,33 +436,49 @@ def read(model: Model, params: Params, ids: Any, attention_mask: Any = None) -> 
 
 
 def _tokenizer(
-    params: Params, given: Any, own_tokenizer: Callable[[], Tokenizer]
+    params: Params,
+    stop_texts: Sequence[str] | None,
+    given: Any,
+    own_tokenizer: Callable[[], Tokenizer],
 ) -> Tokenizer | None:
     form = constraint.asked(params) is not None
-    if params.stop_strings is None and not params.token_healing and not form:
+    stops = params.stop_strings or stop_texts
+    if not stops and not params.token_healing and not form:
         return None
     return own_tokenizer() if given is None else Tokenizer.of(given)
 
 
-def _likeliest(
+def _healed(prompt: healing.Reopened, last: Callable[[healing.Reopened], Call]) -> list[int]:
+    """A prompt with the last token that it gets, which is found here and now.
+
+    In the thread that makes the call, and not when its turn comes: a call has its prompt from the
+    beginning. Who must not keep others waiting so long, as the service, lets a scheduler run
+    `CausalLM.healing` first.
+    """
+    if not prompt.biases:
+        return prompt.ids
+    return [*prompt.ids, next(filter(None, last(prompt).steps()))[0].token]
+
+
+def last_token(
     model: Model,
     defaults: Mapping[str, Any],
     own_tokenizer: Callable[[], Tokenizer],
-    objects: Objects,
-    ids: Sequence[int],
-    biases: Mapping[int, float],
-) -> int:
-    """The likeliest token after `ids` with these biases, by the model's own defaults."""
+    prefix_cache: Any,
+    prompt: healing.Reopened,
+) -> Call:
+    """The call whose only token is the last of a prompt, by the biases and the model's defaults."""
+    tokens = list(prompt.biases)
+    objects = Objects(prefix_cache=prefix_cache, prefix_allowed_tokens_fn=lambda *_: tokens)
     knobs = {
         "max_new_tokens": 1,
-        "sequence_bias": {(token,): bias for token, bias in biases.items()},
+        "sequence_bias": {(token,): bias for token, bias in prompt.biases.items()},
         "do_sample": False,
         "num_beams": 1,
         "num_return_sequences": 1,
         "token_healing": False,
     }
-    call = prepare(model, defaults, own_tokenizer, [ids], objects, knobs)
-    return next(filter(None, call.steps()))[0].token
+    return prepare(model, defaults, own_tokenizer, [prompt.ids], objects, knobs)
 
 
 def _unconditional(
@@ -427,11 +500,19 @@ def _unconditional(
     return Unconditional(model, copies * len(prompts.ids), max_length, rows, copies)
 
 
-def _stop_text(params: Params, tokenizer: Tokenizer | None) -> stop.StopText | None:
-    if params.stop_strings is None or tokenizer is None:
+def _stop_text(
+    tokenizer: Tokenizer | None, *rules: tuple[Sequence[str] | None, int]
+) -> stop.StopText | None:
+    """What ends a row by its text: texts, and how many tokens at its beginning do not count."""
+    if tokenizer is None or not any(texts for texts, _ in rules):
         return None
     in_bytes = tokenizer.bytes_are is not None
-    return stop.StopStrings(tokenizer.spelling, params.stop_strings, in_bytes)
+    each = [
+        stop.StopStrings(tokenizer.spelling, texts, in_bytes, first)
+        for texts, first in rules
+        if texts
+    ]
+    return lambda ids: any(one(ids) for one in each)
 
 
 def _draft(model: Model, params: Params, assistant: Any) -> lookup.Draft | None:

@@ -11,15 +11,19 @@ import functools
 import json
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastgen import extras, jsonfile
+from fastgen import extras, forms, jsonfile
 
 CONFIG = "tokenizer_config.json"
 FILE = "chat_template.jinja"
 OTHERS = "additional_chat_templates"  # templates with a name, a file each
 FOR_TOOLS = "tool_use"  # the name of the one for calls with tools, where there is one
+
+# What a message's reasoning may be called, in transformers' order.
+REASONING = ("reasoning_content", "thinking", "reasoning")
 
 MAX_NEW_TOKENS = 256  # of a reply, where nobody sets a length: that of transformers' pipelines
 
@@ -36,26 +40,56 @@ def prompt(
     Args:
         directory: where the template may be in a file of its own.
         config: tokenizer_config.json, with the special tokens and perhaps the template.
-        messages: such as `{"role": "user", "content": "Hi"}`, oldest first.
+        messages: such as `{"role": "user", "content": "Hi"}`, oldest first. A content is a text
+            or a list of parts, arguments of calls are objects or JSON: the template is given the
+            form that it reads.
         tools: JSON schemas of functions, for templates that know of them.
         variables: what else the template sees.
 
     Raises:
         ValueError: there is no template, no jinja2, or the template is damaged, refuses the
-            messages, fails, or does more than it may (see `sandbox`).
+            messages, fails, or does more than it may (see `sandbox`); it shows in no form what
+            the user said, or a content is no text (see `forms`).
     """
     if not messages or not all(isinstance(message, Mapping) for message in messages):
         raise ValueError(f"messages must be a non-empty list of dicts, got {messages!r}")
-    said = [{k: v for k, v in message.items() if v is not None} for message in messages]
+    said = [_reasoned({k: v for k, v in one.items() if v is not None}) for one in messages]
     given = {"messages": said, "tools": tools, "documents": None, "add_generation_prompt": True}
     plain = _plain(given | variables)
-    template, meter = _compiled(source(directory, config, tools is not None))
+    template = source(directory, config, tools is not None)
+    return forms.shown(
+        plain["messages"],
+        lambda said: rendered(template, config, plain | {"messages": said}),
+        _compiled(template).forms,
+        {**plain, "messages": None, "special tokens": _special_tokens(config)},
+    )
+
+
+def _reasoned(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose reasoning, if it has one, is there by both names that templates read."""
+    reasoning = next((message[name] for name in REASONING if name in message), None)
+    if reasoning is None:
+        return message
+    return {"thinking": reasoning, **message, "reasoning_content": reasoning}
+
+
+def rendered(source: str, config: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    """What a template makes of variables, which are plain data.
+
+    Raises:
+        ValueError: see `prompt`.
+    """
+    template = _compiled(source)
     from jinja2 import TemplateError
 
+    from fastgen import sandbox
+
     try:
-        text = str(template.render(_special_tokens(config) | plain | meter()))
+        text = template.text(_special_tokens(config) | dict(given))
         text.encode()  # a surrogate alone, in the template or in a message, is no text
         return text
+    except sandbox.Exceeded as error:
+        raise forms.Hopeless(f"the chat template refuses these messages: {error}") from error
     except TemplateError as error:
         raise ValueError(f"the chat template refuses these messages: {error}") from error
     except Exception as error:  # a template computes, so it can fail in any of Python's ways
@@ -101,6 +135,7 @@ def _templates(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _text(path: Path) -> str:
+    jsonfile.check_fetched(path)
     try:
         return path.read_text(encoding="utf-8")
     except ValueError as error:
@@ -121,9 +156,22 @@ def _plain(value: Any) -> Any:
         raise ValueError(f"messages, tools and variables must be plain data: {error}") from error
 
 
+@dataclass
+class Template:
+    """A template that has been compiled.
+
+    Attributes:
+        text: what it makes of variables; jinja2's own, which each rendering has for itself, are
+            added.
+        forms: the forms of messages that it was found to read.
+    """
+
+    text: Callable[[dict[str, Any]], str]
+    forms: forms.Known = field(default_factory=forms.Known)
+
+
 @functools.lru_cache(maxsize=16)
-def _compiled(source: str) -> tuple[Any, Callable[[], dict[str, Any]]]:
-    """A template, and what makes the variables of jinja2's that each rendering has for itself."""
+def _compiled(source: str) -> Template:
     try:
         from fastgen import sandbox
     except ImportError as error:
@@ -134,10 +182,10 @@ def _compiled(source: str) -> tuple[Any, Callable[[], dict[str, Any]]]:
         "dict": lambda *args, **kwargs: dict(*args, **kwargs),
     }
     try:
-        template = sandbox.Sandbox(functions, {"tojson": _to_json}).compiled(source)
+        made = sandbox.Sandbox(functions, {"tojson": _to_json}).compiled(source)
     except Exception as error:  # of jinja2's, or whatever Python says of what it compiles
         raise ValueError(f"the chat template is damaged: {error}") from error
-    return template, lambda: {sandbox.METER: sandbox.Meter()}
+    return Template(lambda given: str(made.render(given | {sandbox.METER: sandbox.Meter()})))
 
 
 def _raise(message: str) -> None:

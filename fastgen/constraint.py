@@ -11,7 +11,10 @@ length, in any order: for beams that fork, guesses that do not hold, rows that l
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
+import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Collection
@@ -21,8 +24,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgen import extras
+from fastgen import extras, schema
 from fastgen.tokenizer import Tokenizer
+from fastgen.trial import Exceeded, Limits, Trial
+from fastgen.trial_process import Spellings
 
 if TYPE_CHECKING:
     from fastgen.params import Params
@@ -37,6 +42,12 @@ JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": "
 # llguidance follows a rule that is another rule by recursion: with a few thousand of them in a row
 # the process would run out of stack. And its time grows with the square of a schema's properties.
 MOST_RULES, MOST_REFERENCES, MOST_CHARACTERS = 1000, 500, 2**18
+
+# What a step of llguidance's may take, and the automaton that grows along a text.
+# A state of that takes about a kilobyte.
+LIMITS = {"verbose_errors": False, "max_lexer_states": 100_000}
+
+TRIAL = Trial()
 
 REASON = 300  # characters of an error of llguidance that are shown
 SPARE = 16  # states that are kept besides a few for each row
@@ -64,6 +75,13 @@ class Allowed:
         self._tokens = np.flatnonzero(allowed if self._few else ~allowed)
         self.only = int(self._tokens[0]) if self.count == 1 else None
 
+    @classmethod
+    def one(cls, token: int, vocab_size: int) -> Allowed:
+        """A token that must come, and is not the end."""
+        allowed = np.zeros(vocab_size, np.bool_)
+        allowed[token] = True
+        return cls(allowed, complete=False)
+
     def apply(self, scores: NDArray[np.float32]) -> None:
         """Set the scores [vocab] of all others to -inf."""
         if self._few:
@@ -76,10 +94,21 @@ class Allowed:
 
 @dataclass(frozen=True)
 class State:
-    """A text so far: llguidance's matcher after it, and what may follow."""
+    """A text so far.
+
+    Attributes:
+        matcher: llguidance's, after it.
+        allowed: what may follow.
+        ahead: the tokens that must follow, as far as they are known; none where there is a choice.
+            Whoever follows them need not ask llguidance again, which looks at all that has to come.
+    """
 
     matcher: Any
     allowed: Allowed
+    ahead: tuple[int, ...] = ()
+
+
+_NOTHING = Allowed(np.zeros(0, np.bool_), complete=False)
 
 
 class Constraint:
@@ -87,13 +116,14 @@ class Constraint:
 
     Args:
         name: the knob.
-        start: llguidance's matcher of no text yet; it is only copied.
+        compiled: the grammar.
         vocab_size: the width of the logits.
         eos: the tokens that end a text.
         rows: rows or beams of the call: a few states are kept for each.
 
     Attributes:
         name: as above.
+        notes: what of the grammar a text is not held to.
         ends: whether there is a token that says that the text ends.
 
     Raises:
@@ -101,10 +131,10 @@ class Constraint:
     """
 
     def __init__(
-        self, name: str, start: Any, vocab_size: int, eos: Collection[int], rows: int
+        self, name: str, compiled: Compiled, vocab_size: int, eos: Collection[int], rows: int
     ) -> None:
-        self.name = name
-        self._start, self._vocab_size = start, vocab_size
+        self.name, self.notes = name, compiled.notes
+        self._compiled, self._vocab_size = compiled, vocab_size
         self._eos = np.array([token for token in eos if 0 <= token < vocab_size], np.int64)
         self.ends = len(self._eos) > 0
         self._most = 4 * rows + SPARE
@@ -141,9 +171,9 @@ class Constraint:
         tokens: list[int] = []
         while len(tokens) < most:
             state = self._state(np.append(generated, tokens).astype(np.int64))
-            if state is None or state.allowed.only is None:
+            if state is None or not state.ahead:
                 break
-            tokens.append(state.allowed.only)
+            tokens += state.ahead[: most - len(tokens)]
             if tokens[-1] in self._eos:
                 break
         return tokens
@@ -161,23 +191,36 @@ class Constraint:
 
     def _found(self, key: bytes) -> State | None:
         """The state of a text, from that of the longest known beginning of it."""
-        matcher, at = self._start, 0
-        for end in range(len(key) - 8, 0, -8):
-            if key[:end] in self._states:
-                known = self._states[key[:end]]
-                if known is None:
-                    return None
-                matcher, at = known.matcher, end
-                break
-        matcher = matcher.deep_copy()
-        rest = np.frombuffer(key[at:], np.int64).tolist()
-        taken = matcher.try_consume_tokens(rest)
+        before = max(filter(key.startswith, self._states), key=len, default=None)
+        known = State(self._compiled.start, _NOTHING) if before is None else self._states[before]
+        if known is None:
+            return None
+        matcher = known.matcher.deep_copy()
+        rest = tuple(np.frombuffer(key[len(before or b"") :], np.int64).tolist())
+        taken = matcher.try_consume_tokens(list(rest))
         self._check(matcher)
         if taken < len(rest):
             return None
+        ahead = known.ahead[len(rest) :]
+        if ahead and known.ahead[: len(rest)] == rest:
+            return State(matcher, Allowed.one(ahead[0], self._vocab_size), ahead)
         mask = matcher.compute_bitmask()
         self._check(matcher)
-        return State(matcher, self._allowed(mask))
+        allowed = self._allowed(mask)
+        return State(matcher, allowed, self._ahead(matcher, allowed))
+
+    def _ahead(self, matcher: Any, allowed: Allowed) -> tuple[int, ...]:
+        """The tokens that must follow, if one must."""
+        if allowed.only is None:
+            return ()
+        tokens = itertools.takewhile(self._may_come, matcher.compute_ff_tokens())
+        self._check(matcher)
+        ahead = tuple(tokens)
+        return ahead if ahead[:1] == (allowed.only,) else (allowed.only,)
+
+    def _may_come(self, token: int) -> bool:
+        """Whether it is a token that the model has and that ends no text."""
+        return token < self._vocab_size and token not in self._eos
 
     def _allowed(self, mask: bytes) -> Allowed:
         """The tokens that llguidance allows, a bit each, and the ends of text if it allows one."""
@@ -197,10 +240,11 @@ class Constraint:
 
     def _check(self, matcher: Any) -> None:
         if matcher.is_error():
+            self._compiled.spent = True
             raise ValueError(f"{self.name} cannot be followed: {_reason(matcher.get_error())}")
 
 
-class Writer:
+class Writer(Spellings):
     """A tokenizer as llguidance wants one: the bytes of all tokens, and a call that writes a text.
 
     A token's bytes are those that it adds to a text. Ids without a token stand for none. One more
@@ -213,109 +257,181 @@ class Writer:
         vocab_size: ids that there are; of a model, the width of its logits.
     """
 
-    is_tokenizer_wrapper = True
-    bos_token_id = None
-
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         special = {i for i in tokenizer.special_ids() if i < vocab_size}
-        self.eos_token_id = vocab_size
-        self.special_token_ids = [*sorted(special), vocab_size]
-        self.tokens = [
+        tokens = [
             (tokenizer.token(i) or "").encode() if i in special else tokenizer.spelling(i) or b""
             for i in range(vocab_size)
         ]
-        texts = {one for i, one in enumerate(self.tokens) if i not in special}
-        self.tokens.append(b"end of text")
-        self.tokens += [bytes([b]) for b in range(256) if bytes([b]) not in texts]
+        texts = {one for i, one in enumerate(tokens) if i not in special}
+        tokens.append(b"end of text")
+        tokens += [bytes([b]) for b in range(256) if bytes([b]) not in texts]
+        super().__init__(tokens, [*sorted(special), vocab_size])
         self._encode, self._special = tokenizer.backend.encode, special
-        self._by_bytes: dict[bytes, int] = {}
 
-    def __call__(self, text: str | bytes) -> list[int]:
+    def written(self, wanted: bytes) -> list[int]:
         """The tokens that the tokenizer writes for a text within another.
 
         What it cannot write without a space or the like in front is written with the longest token
-        first. It may not raise: llguidance asks.
+        first.
         """
-        wanted = text.encode() if isinstance(text, str) else text
         for before in ("", "\n", "a"):
             ids = self._encode(before + wanted.decode(), add_special_tokens=False).ids
             if self._special.isdisjoint(ids) and max(ids, default=0) < self.eos_token_id:
                 tail = self._tail(ids, wanted)
                 if tail is not None:
                     return tail
-        return self._longest_first(wanted)
+        return super().written(wanted)
 
     def _tail(self, ids: list[int], wanted: bytes) -> list[int] | None:
         """The last of these tokens that write `wanted`, if some do."""
-        written = b""
-        for at in range(len(ids), -1, -1):
-            if written == wanted:
-                return ids[at:]
-            if at:
-                written = self.tokens[ids[at - 1]] + written
-        return None
+        at, length = len(ids), 0
+        while at and length < len(wanted):
+            at -= 1
+            length += len(self.tokens[ids[at]])
+        return ids[at:] if b"".join(self.tokens[i] for i in ids[at:]) == wanted else None
 
-    def _longest_first(self, wanted: bytes) -> list[int]:
-        if not self._by_bytes:
-            special = set(self.special_token_ids)
-            self._by_bytes = {b: i for i, b in enumerate(self.tokens) if b and i not in special}
-        longest = max(map(len, self._by_bytes), default=0)
-        found, at = [], 0
-        while at < len(wanted):
-            ends = range(min(len(wanted), at + longest), at, -1)
-            end = next(end for end in ends if wanted[at:end] in self._by_bytes)
-            found.append(self._by_bytes[wanted[at:end]])
-            at = end
-        return found
+
+@dataclass
+class Compiled:
+    """A grammar that is ready.
+
+    Attributes:
+        start: llguidance's matcher of no text yet; it is only to be copied. Copies share one
+            automaton, which grows along their texts.
+        notes: what of the grammar a text is not held to.
+        bytes: how much it took to compile it.
+        spent: whether a text of it came to a limit: the automaton can be as large as it may get,
+            so that the next call has to have another.
+    """
+
+    start: Any
+    notes: tuple[str, ...]
+    bytes: int
+    spent: bool = False
 
 
 class Vocabulary:
     """What llguidance knows of a tokenizer, and the grammars that were compiled for it."""
 
-    KEPT = 32  # compiled grammars
+    KEPT = 16  # compiled grammars
+    KEPT_BYTES = 2**29  # that they took
+    REFUSED = 1024  # grammars that came to a limit, which are not tried again
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         llguidance = _llguidance()
-        self._seen = llguidance.LLTokenizer(Writer(tokenizer, vocab_size))
-        self._limits = llguidance.LLParserLimits(verbose_errors=False)
-        self._compiled: OrderedDict[tuple[str, str], Any] = OrderedDict()
+        self._writer = Writer(tokenizer, vocab_size)
+        TRIAL.ready(self._writer)
+        self._seen = llguidance.LLTokenizer(self._writer)
+        self._limits = llguidance.LLParserLimits(**LIMITS)
+        self._lock = threading.Lock()
+        self._compiled: OrderedDict[tuple[str, str], Compiled] = OrderedDict()
+        self._refused: OrderedDict[tuple[Limits, bytes], str] = OrderedDict()
 
-    def start(self, name: str, text: str) -> Any:
-        """The matcher of no text yet, compiled once for each grammar; it is only to be copied.
+    def has(self, name: str, text: str) -> bool:
+        """Whether this grammar has been compiled."""
+        return self._found(name, text) is not None
+
+    def compiled(self, name: str, text: str, limits: Limits) -> Compiled:
+        """A grammar, which is tried and compiled once.
+
+        Args:
+            limits: of the trial.
 
         Raises:
             ValueError: `text` is not what its knob `name` wants; or it says something that
-                llguidance has no answer to.
+                llguidance has no answer to; or it takes more than it may.
         """
-        key = name, text
-        found = self._compiled.get(key)
+        found = self._found(name, text)
         if found is None:
-            found = self._compiled[key] = self._compile(name, text)
-            while len(self._compiled) > self.KEPT:
-                self._compiled.popitem(last=False)
+            with self._lock:
+                try:
+                    found = self._found(name, text) or self._new(name, text, limits)
+                except ValueError as error:
+                    raise ValueError(f"{name} cannot be used: {_reason(str(error))}") from error
+                self._keep((name, text), found)
         return found
 
-    def _compile(self, name: str, text: str) -> Any:
-        _check_size(name, text)
-        matcher = _llguidance().LLMatcher
-        written = {
-            "json_schema": lambda: matcher.grammar_from_json_schema(text, defaults=JSON),
-            "regex": lambda: matcher.grammar_from_regex(text),
-            "grammar": lambda: matcher.grammar_from_lark(text),
-        }
+    def _found(self, name: str, text: str) -> Compiled | None:
+        found = self._compiled.get((name, text))
+        return None if found is None or found.spent else found
+
+    def _keep(self, key: tuple[str, str], found: Compiled) -> None:
+        kept = self._compiled
+        kept[key] = found
+        while len(kept) > self.KEPT or sum(one.bytes for one in kept.values()) > self.KEPT_BYTES:
+            if len(kept) == 1:
+                break
+            kept.popitem(last=False)
+
+    def _new(self, name: str, text: str, limits: Limits) -> Compiled:
+        """Try a grammar in another process, and compile it in this one."""
+        written, notes = _written(name, text)
+        key = limits, hashlib.sha256(written.encode()).digest()
+        if key in self._refused:
+            raise ValueError(self._refused[key])
         try:
-            start = matcher(self._seen, written[name](), log_level=0, limits=self._limits)
+            verdict = TRIAL.run(self._writer, written, limits, LIMITS)
+        except Exceeded as error:
+            self._refused[key] = str(error)
+            if len(self._refused) > self.REFUSED:
+                self._refused.popitem(last=False)
+            raise
+        matcher = _llguidance().LLMatcher
+        start = None
+        wrong = verdict.get("error")
+        if not wrong:
+            start = matcher(self._seen, written, log_level=0, limits=self._limits)
             wrong = start.get_error()
-        except ValueError as error:
-            wrong = str(error)
         if wrong:
-            raise ValueError(f"{name} cannot be used: {_reason(wrong)}")
-        return start
+            raise ValueError(wrong)
+        return Compiled(start, tuple(notes), max(verdict["grown"], 2**20))
 
 
-_VOCABULARIES: weakref.WeakKeyDictionary[Tokenizer, dict[int, Vocabulary]] = (
-    weakref.WeakKeyDictionary()
-)
+def _written(name: str, text: str) -> tuple[str, list[str]]:
+    """A grammar as llguidance takes it, and what had to be left out of it.
+
+    Raises:
+        ValueError: it is none, or asks for what no text can be held to.
+    """
+    _check_size(name, text)
+    matcher = _llguidance().LLMatcher
+    if name == "regex":
+        return matcher.grammar_from_regex(text), []
+    if name == "grammar":
+        prepared, notes = schema.within(text)
+        return matcher.grammar_from_lark(prepared), notes
+    prepared, notes = schema.prepared(text)
+    return matcher.grammar_from_json_schema(prepared, defaults=JSON), notes
+
+
+class Vocabularies:
+    """Of one tokenizer, by the width of the logits, and what its new grammars may take."""
+
+    def __init__(self) -> None:
+        self.limits = Limits()
+        self._lock = threading.Lock()
+        self._made: dict[int, Vocabulary] = {}
+
+    def of(self, tokenizer: Tokenizer, vocab_size: int) -> Vocabulary:
+        with self._lock:
+            if vocab_size not in self._made:
+                self._made[vocab_size] = Vocabulary(tokenizer, vocab_size)
+            return self._made[vocab_size]
+
+
+_KNOWN: weakref.WeakKeyDictionary[Tokenizer, Vocabularies] = weakref.WeakKeyDictionary()
+
+
+def of(tokenizer: Tokenizer) -> Vocabularies:
+    """What is known of a tokenizer."""
+    return _KNOWN.setdefault(tokenizer, Vocabularies())
+
+
+def is_known(params: Params, tokenizer: Tokenizer, vocab_size: int) -> bool:
+    """Whether what `params` asks the text to be has been compiled, or is nothing."""
+    wanted = asked(params)
+    return wanted is None or of(tokenizer).of(tokenizer, vocab_size).has(*wanted)
 
 
 def build(params: Params, tokenizer: Tokenizer, vocab_size: int, rows: int) -> Constraint | None:
@@ -333,11 +449,9 @@ def build(params: Params, tokenizer: Tokenizer, vocab_size: int, rows: int) -> C
     if wanted is None:
         return None
     name, text = wanted
-    known = _VOCABULARIES.setdefault(tokenizer, {})
-    if vocab_size not in known:
-        known[vocab_size] = Vocabulary(tokenizer, vocab_size)
-    start = known[vocab_size].start(name, text)
-    made = Constraint(name, start, vocab_size, params.eos_token_id or (), rows)
+    known = of(tokenizer)
+    compiled = known.of(tokenizer, vocab_size).compiled(name, text, known.limits)
+    made = Constraint(name, compiled, vocab_size, params.eos_token_id or (), rows)
     if params.num_beam_groups > 1 and not made.ends:
         raise ValueError(
             f"{name} with num_beam_groups={params.num_beam_groups} needs an eos_token_id: groups "
@@ -375,6 +489,11 @@ def _references(schema: Any) -> int:
 
 def _reason(text: str) -> str:
     """An error of llguidance in one line, without the picture of where it is."""
+    if "oneOf constraints are not supported" in text:
+        return (
+            "options of oneOf overlap, or may: let each require a property with a const of its "
+            "own, or write anyOf"
+        )
     line = " ".join(text.replace("<non-verbose/>", "").split())
     return line if len(line) <= REASON else line[:REASON] + "..."
 

@@ -27,7 +27,7 @@ from fastgen.call import Call
 from fastgen.cpu import memory_bytes
 from fastgen.generator import CausalLM
 from fastgen.model import ModelInfo
-from fastgen.params import NAMES, Params, resolve
+from fastgen.params import NAMES, Params, drawn, resolve, sampling
 from fastgen.prefill import CHUNK, Prefill
 from fastgen.prefix import BLOCK, MAX_BYTES, PrefixCache
 
@@ -82,7 +82,8 @@ class Conversation:
     Args:
         model: what answers.
         knobs: keywords of `generate`. Where no length is set, here or in the model's defaults, an
-            answer has `chat.MAX_NEW_TOKENS` at most, and `CONTINUED` without a template.
+            answer has `chat.MAX_NEW_TOKENS` at most, and `CONTINUED` without a template. What says
+            how tokens are drawn and is not set is that of `params.sampling`.
         system: the system message; None for none.
 
     Attributes:
@@ -122,6 +123,11 @@ class Conversation:
         """All of them, the system's first."""
         return [*self._system(self.system), *self.turns]
 
+    @property
+    def sampling(self) -> dict[str, Any] | None:
+        """The knobs by which tokens are drawn, as they are now; None where none are."""
+        return drawn(self._params(self.knobs))
+
     def close(self) -> None:
         """Stop reading ahead."""
         self._leaving = True
@@ -160,7 +166,7 @@ class Conversation:
             )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about lengths, which are fitted to each prompt
-            self.model.call([[0]], attention_mask=[[1]], **knobs)
+            self.model.call([[0]], attention_mask=[[1]], **self._with_sampling(knobs))
         self.knobs = knobs
 
     def tell(self, system: str | None) -> None:
@@ -227,7 +233,7 @@ class Conversation:
         self._wait()
         turns = [*self.turns, _message("user", text)]
         ids, new, self.dropped = self._fitted(turns)
-        knobs = {**self.knobs, "max_new_tokens": new}
+        knobs = self._with_sampling({**self.knobs, "max_new_tokens": new})
         call = self.model.call(
             [ids], attention_mask=[[1] * len(ids)], prefix_cache=self.cache, **knobs
         )
@@ -337,7 +343,14 @@ class Conversation:
         return [] if system is None else [_message("system", system)]
 
     def _params(self, knobs: Mapping[str, Any]) -> Params:
-        return resolve(self.model.generation_config.to_dict(), None, knobs)
+        own = self.model.generation_config.to_dict()
+        return resolve(own, None, self._with_sampling(knobs))
+
+    def _with_sampling(self, knobs: Mapping[str, Any]) -> dict[str, Any]:
+        """With what the model's own defaults leave open; those stay its own, as errors say."""
+        own = self.model.generation_config.to_dict()
+        first = sampling(own, knobs)
+        return {**{n: v for n, v in first.items() if own.get(n) != v}, **knobs}
 
 
 def continued(messages: Sequence[Message]) -> str:

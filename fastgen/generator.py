@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -11,8 +13,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgen import chat, hub, jsonfile, processors, score, stop, tensors, values
-from fastgen.call import Call, Objects, Writer, prepare, read
+from fastgen import chat, healing, hub, jsonfile, processors, score, stop, tensors, values
+from fastgen.call import Call, Objects, Writer, last_token, prepare, read
 from fastgen.model import Model, ModelInfo
 from fastgen.output import Token
 from fastgen.params import Params
@@ -134,6 +136,12 @@ class CausalLM:
         self.model.info.check(self.directory, TOKENIZER, CONFIG)
         return Tokenizer(self.directory)
 
+    def without_defaults(self) -> Self:
+        """The same model with no defaults of its own: what its generation config says is put by."""
+        out = copy.copy(self)
+        out.generation_config = Settings({})
+        return out
+
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Itself: there is one device. For scripts that were written for torch."""
         return self
@@ -183,7 +191,7 @@ class CausalLM:
                 The result is that of generation without it, for the same seed too.
             tokenizer: for `stop_strings` and `token_healing`; by default the model's own.
             prefix_cache: keeps the prompts' keys and values for later calls; the result is the
-                same.
+                same (with int8 keys and values: up to their rounding, see `PrefixCache`).
             streamer: an object with `put(ids)` and `end()`, such as transformers' TextStreamer.
             inputs: another name of `input_ids`.
             knobs: see `fastgen.Params`; `None` switches one off.
@@ -209,7 +217,7 @@ class CausalLM:
 
         Warns:
             UserWarning: no length is set; a row is padded on the right; the text may get longer
-                than the model was made for.
+                than the model was made for; a schema says something that only annotates.
         """
         if inputs is not None:
             if input_ids is not None:
@@ -229,6 +237,7 @@ class CausalLM:
             prefix_cache=prefix_cache,
             knobs=knobs,
         )
+        _warn(call)
         if streamer is not None:
             call.tell(streamer)
         else:
@@ -251,21 +260,48 @@ class CausalLM:
             A `Token` as soon as it is known.
         """
         call = self.call(prompt, logprobs=True, **kwargs)
+        _warn(call)
         return _tokens_of(call, self.writer(call, skip_special_tokens))
 
-    def call(self, prompt: Any, *, logprobs: bool = False, **kwargs: Any) -> Call:
+    def call(
+        self,
+        prompt: Any,
+        *,
+        logprobs: bool | str = False,
+        stop: Sequence[str] = (),
+        **kwargs: Any,
+    ) -> Call:
         """A call that is checked and has not begun: for whoever runs many (see `schedule`).
 
         Args:
             prompt: as `stream` takes it.
-            logprobs: whether its tokens carry their log-probability.
+            logprobs: whether its tokens carry their log-probability: True under the scores that
+                they were chosen from, "model" as the model has it, before any knob (of beams, both
+                are their own).
+            stop: texts that end a row, looked for in what is new alone, as OpenAI's `stop`;
+                `stop_strings` may begin in the prompt, as in transformers.
             kwargs: the keywords of `generate`.
 
         Raises:
             ValueError: whatever cannot be done; the message names it.
         """
         objects = {name: kwargs.pop(name) for name in _OBJECTS if name in kwargs}
-        return self._call(self._ids(prompt), knobs=kwargs, logprobs=logprobs, **objects)
+        return self._call(
+            self._ids(prompt), knobs=kwargs, logprobs=logprobs, stop_texts=stop, **objects
+        )
+
+    def healing(self, ids: Sequence[int]) -> tuple[list[int], Call | None]:
+        """What `token_healing` reads of a prompt, for whoever runs many calls (see `schedule`).
+
+        Returns:
+            ids that stay, and the call whose only token follows them: then they are the prompt of
+            a `call` without token_healing. No call where they are the prompt as they are.
+        """
+        prompt = healing.reopen(ids, self.tokenizer)
+        if not prompt.biases:
+            return prompt.ids, None
+        own = self.generation_config.to_dict()
+        return prompt.ids, last_token(self.model, own, lambda: self.tokenizer, None, prompt)
 
     def writer(self, call: Call, skip_special_tokens: bool = True) -> Writer:
         """What makes tokens with their text of a call's events."""
@@ -403,14 +439,24 @@ class CausalLM:
         return read(self.model, Params(), self._ids(ids, special), attention_mask).rows
 
     def _written(self, prompts: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
-        """What `stream` writes, row by row."""
-        parts: dict[int, list[str]] = {}
-        for token in self.stream(prompts, **kwargs):
-            parts.setdefault(token.row, []).append(token.text)
-        return ["".join(parts[row]) for row in sorted(parts)]
+        """What `stream` writes, row by row; a row may have no token."""
+        kwargs = dict(kwargs)
+        skip_special_tokens = kwargs.pop("skip_special_tokens", True)
+        call = self.call(prompts, logprobs=True, **kwargs)
+        _warn(call)
+        parts: list[list[str]] = [[] for _ in call.request.rows]
+        for token in _tokens_of(call, self.writer(call, skip_special_tokens)):
+            parts[token.row].append(token.text)
+        return ["".join(row) for row in parts]
 
     def _call(
-        self, ids: Any, *, knobs: Mapping[str, Any], logprobs: bool = False, **objects: Any
+        self,
+        ids: Any,
+        *,
+        knobs: Mapping[str, Any],
+        logprobs: bool | str = False,
+        stop_texts: Sequence[str] = (),
+        **objects: Any,
     ) -> Call:
         return prepare(
             self.model,
@@ -420,10 +466,17 @@ class CausalLM:
             Objects(**objects),
             knobs,
             logprobs,
+            stop_texts,
         )
 
 
 _OBJECTS = tuple(Objects.__dataclass_fields__)
+
+
+def _warn(call: Call) -> None:
+    """Tell the caller of ours what of the asked form the text is not held to."""
+    for note in call.notes:
+        warnings.warn(note, UserWarning, stacklevel=3)
 
 
 def _tokens_of(call: Call, writer: Writer) -> Iterator[Token]:

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastgen.model import Model
+from fastgen.prefill import CHUNK, Prefill
 from fastgen.processors import Context
 
 
@@ -15,7 +16,8 @@ class Unconditional:
     """Unconditional logits of the rows of one request, from a cache of their own.
 
     The text without the prompt starts with the last token of the prompt, or with a negative
-    prompt. Beams do not reorder it: transformers does not either.
+    prompt, which is read before the first step (`begin`). Beams do not reorder it: transformers
+    does not either.
 
     Args:
         model: the model that generates.
@@ -37,21 +39,37 @@ class Unconditional:
         self._negative = negative_prompts
         self._copies = copies
         longest = max((len(row) for row in negative_prompts or ()), default=1)
-        self._cache = model.new_cache(rows, capacity + 2 * longest)
+        self._cache = model.new_cache(rows, capacity + longest + CHUNK)
         self._slots: list[int] = []  # which row of the request each slot holds
+        self._prefill: Prefill | None = None
+
+    def begin(self, chunk: int | None = None) -> Prefill | None:
+        """What reads the negative prompts, if there are any.
+
+        Args:
+            chunk: see `Prefill`.
+        """
+        if self._negative is not None:
+            rows = sorted(self._negative, key=len)
+            self._prefill = Prefill(self._model, self._cache, rows, 0, chunk=chunk)
+        return self._prefill
 
     def __call__(self, context: Context) -> NDArray[np.float32]:
         """float32 [rows, vocab]: the unconditional logits of the rows of `context`."""
         rows = context.rows.tolist()
         if not self._slots:
             self._slots = rows
-            return self._model.forward(self._starts(context), self._cache)[:, 0].copy()
+            return self._first(context)
         if rows != self._slots:  # rows have left
             self._cache.take([self._slots.index(row) for row in rows])
             self._slots = rows
         return self._model.forward([ids[-1:] for ids in context.ids], self._cache)[:, 0].copy()
 
-    def _starts(self, context: Context) -> list[NDArray[np.int64]]:
-        if self._negative is None:
-            return [ids[-1:] for ids in context.ids]
-        return [self._negative[row // self._copies] for row in context.rows]
+    def _first(self, context: Context) -> NDArray[np.float32]:
+        if self._negative is None or self._prefill is None:
+            return self._model.forward([ids[-1:] for ids in context.ids], self._cache)[:, 0].copy()
+        lengths = [len(row) for row in self._negative]
+        places = np.argsort(np.argsort(lengths, kind="stable"), kind="stable")
+        sources = places[context.rows // self._copies]
+        self._cache.take(sources.tolist())
+        return np.asarray(self._prefill.logits[sources])

@@ -1,5 +1,5 @@
 """Ctrl-C: what ends at once while libraries are imported; what ends only between two steps; and how
-it is heard where Python would lose it.
+it is heard where Python would lose it. SIGTERM and SIGHUP, where something has to be put away.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ import threading
 from collections.abc import Callable, Iterator
 
 QUIET_EXIT = 130  # as shells count an end by Ctrl-C
+# What ends a process that says nothing else. (Windows has no SIGHUP.)
+ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+SIGNALLED = 128  # and the signal's number: the exit code, as shells count it
 SOON = 0.01  # seconds until a Ctrl-C that was lost comes again
 
 
@@ -51,6 +54,63 @@ def noted() -> Iterator[Callable[[], bool]]:
 
 
 @contextlib.contextmanager
+def raised() -> Iterator[None]:
+    """For work that leaves something behind if it is killed: SIGTERM and SIGHUP are raised in it.
+
+    As SystemExit, so that whatever is on the way out puts away what it made. Who handles these
+    signals, or had us started with them ignored (`nohup`), is obeyed; work in another thread than
+    the main one cannot hear them.
+    """
+    ours = [number for number in ENDING if _is_ours(number)]
+    for number in ours:
+        signal.signal(number, _end)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _is_ours(number: int) -> bool:
+    in_main = threading.current_thread() is threading.main_thread()
+    return in_main and signal.getsignal(number) is signal.SIG_DFL
+
+
+def _end(number: int, _: object) -> None:
+    raise SystemExit(SIGNALLED + number)
+
+
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """For what must not stop half way, such as putting away: a signal that comes is raised after.
+
+    Of those that Python hears; others end the process as before.
+    """
+    came: list[int] = []
+    usual: dict[int, object] = {}
+    if threading.current_thread() is threading.main_thread():
+        usual = {number: signal.getsignal(number) for number in (signal.SIGINT, *ENDING)}
+    usual = {number: handler for number, handler in usual.items() if callable(handler)}
+    for number in usual:
+        signal.signal(number, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        if came:
+            signal.raise_signal(came[0])
+
+
+def _interrupt_main() -> None:
+    """Ctrl-C for the main thread, which may wait: a signal ends that, what Python sets does not."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+    else:
+        _thread.interrupt_main()
+
+
+@contextlib.contextmanager
 def heard() -> Iterator[None]:
     """For all of a program: a Ctrl-C that comes in a destructor or a callback comes again.
 
@@ -62,7 +122,7 @@ def heard() -> Iterator[None]:
         if not issubclass(lost.exc_type, KeyboardInterrupt):
             usual(lost)
             return
-        again = threading.Timer(SOON, _thread.interrupt_main)
+        again = threading.Timer(SOON, _interrupt_main)
         again.daemon = True
         again.start()
 

@@ -6,11 +6,13 @@ import json
 import math
 import re
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 AGAIN = "copy or export the model again"  # what to do about a damaged file
+POINTER = b"version https://git-lfs"  # how a file begins that only says where another one is
+SHOWN = 3  # names in an error, at most
 DEEPEST = 64  # objects and lists within each other; transformers' own files have about ten
 
 
@@ -25,10 +27,12 @@ def read(path: Path, advice: str = AGAIN) -> dict[str, Any]:
         advice: what to do about a damaged one.
 
     Raises:
-        ModelError: it is not Unicode, not JSON, not an object, or nested deeper than `DEEPEST`.
+        ModelError: it is a pointer (see `check_fetched`), not Unicode, not JSON, not an object, or
+            nested deeper than `DEEPEST`.
     """
     if not path.is_file():
         return {}
+    check_fetched(path)
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text)
@@ -46,6 +50,33 @@ def read(path: Path, advice: str = AGAIN) -> dict[str, Any]:
     if level:
         raise damaged(path, f"it is nested deeper than {DEEPEST} levels", advice)
     return content
+
+
+def check_fetched(*paths: Path) -> None:
+    """Raise a ModelError if there are Git-LFS pointers among files, as a clone without it has.
+
+    Each place that reads a file of strangers asks: what is not there, or no file, is none.
+    """
+    pointers = sorted({path for path in paths if path.is_file() and is_pointer(path)})
+    if not pointers:
+        return
+    names = some([path.name for path in pointers])
+    are = "is a Git-LFS pointer" if len(pointers) == 1 else "are Git-LFS pointers"
+    raise ModelError(
+        f"{names} in {pointers[0].parent} {are}, not the content itself: run `git lfs pull` there, "
+        "or download it again"
+    )
+
+
+def some(names: Sequence[str]) -> str:
+    """Names as an error tells them: the first few."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def is_pointer(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(POINTER)) == POINTER
 
 
 def _inside(value: dict[str, Any] | list[Any]) -> list[Any]:

@@ -27,8 +27,9 @@ from fastgen.batch import Batch, Event, choose, take_in
 from fastgen.model import Model
 from fastgen.request import Row
 
-# The rows that run and how many tokens each may get -> int64 [guessed] of each.
-Draft = Callable[[Sequence[Row], Sequence[int]], list[NDArray[np.int64]]]
+# The rows that run, how many tokens each may get, and how many a model of its own may read in a
+# call -> int64 [guessed] of each.
+Draft = Callable[[Sequence[Row], Sequence[int], int], list[NDArray[np.int64]]]
 
 
 class Payoff:
@@ -93,10 +94,17 @@ class Speculation(Batch):
         model: what reads the guesses.
         draft: what makes them.
         payoff: limits guesses to what pays; None for as many as `draft` makes.
+        chunk: see `Batch`.
     """
 
-    def __init__(self, model: Model, draft: Draft, payoff: Payoff | None = None) -> None:
-        super().__init__(model)
+    def __init__(
+        self,
+        model: Model,
+        draft: Draft,
+        payoff: Payoff | None = None,
+        chunk: int | None = None,
+    ) -> None:
+        super().__init__(model, chunk)
         self.draft = draft
         self.payoff = payoff
 
@@ -123,13 +131,21 @@ class Speculation(Batch):
 
     def _guess(self) -> list[NDArray[np.int64]]:
         """int64 [guessed] for each row; empty where nothing is guessed."""
-        room = [row.request.max_length - row.length - 1 for row in self.rows]
+        held = self.cache.lengths
+        width = self.most // len(self.rows)  # what a row may read
+        room = [
+            min(row.request.max_length - row.length - 1, width - len(row.unread(held[slot])))
+            for slot, row in enumerate(self.rows)
+        ]
         if self.payoff is not None:
-            allowed = self.payoff.allowed(max(room) + 1)
+            steps = max(row.request.max_length - row.length for row in self.rows)
+            allowed = self.payoff.allowed(steps)
             room = [min(allowed, most) for most in room]
-        if not any(most > 0 for most in room):
+        room = [max(0, most) for most in room]
+        if not any(room):
             return [np.empty(0, np.int64)] * len(room)
-        return [guess[:most] for guess, most in zip(self.draft(self.rows, room), room, strict=True)]
+        guesses = self.draft(self.rows, room, self.most)
+        return [guess[:most] for guess, most in zip(guesses, room, strict=True)]
 
     def _read(self, guesses: Sequence[NDArray[np.int64]]) -> list[Event]:
         """Read the guesses, and keep what holds."""
@@ -226,10 +242,10 @@ def prompt_lookup(num_tokens: int, max_ngram: int) -> Draft:
         max_ngram: tokens that must match, at most; shorter matches are tried after longer ones.
     """
 
-    def draft(rows: Sequence[Row], room: Sequence[int]) -> list[NDArray[np.int64]]:
+    def draft(rows: Sequence[Row], room: Sequence[int], most: int) -> list[NDArray[np.int64]]:
         return [
-            continuation(row.history, min(num_tokens, most), max_ngram, row.request.eos)
-            for row, most in zip(rows, room, strict=True)
+            continuation(row.history, min(num_tokens, free), max_ngram, row.request.eos)
+            for row, free in zip(rows, room, strict=True)
         ]
 
     return draft
@@ -256,7 +272,8 @@ class Assistant:
     """Guesses by a smaller model that shares the vocabulary.
 
     It reads the rows into a cache of its own and picks as the model would: by the same processors
-    and the same random numbers. A row's guess ends where the assistant is unsure.
+    and the same random numbers. A row's guess ends where the assistant is unsure. While it has much
+    to read, a prompt for one, it reads a chunk a step and guesses nothing.
 
     Args:
         model: the smaller model.
@@ -279,16 +296,21 @@ class Assistant:
         self._read_ids: dict[int, NDArray[np.int64]] = {}  # row -> what the cache has of it
         self._guessed: dict[int, tuple[int, int]] = {}  # row -> its length then, tokens guessed
 
-    def __call__(self, rows: Sequence[Row], room: Sequence[int]) -> list[NDArray[np.int64]]:
+    def __call__(
+        self, rows: Sequence[Row], room: Sequence[int], most: int
+    ) -> list[NDArray[np.int64]]:
         """int64 [guessed] for each row (see `Draft`)."""
+        nothing = [np.empty(0, np.int64)] * len(rows)
         reach = [self._limit - len(row.seen) for row in rows]
         if min(reach) < 1:  # a text is longer than the assistant can read
-            return [np.empty(0, np.int64)] * len(rows)
+            return nothing
         self._settle(rows)
+        if self._catch_up(rows, max(1, most // len(rows))):
+            return nothing
         self._adapt(rows)
-        most = [min(self.num_tokens, *left) for left in zip(room, reach, strict=True)]
+        free = [min(self.num_tokens, *left) for left in zip(room, reach, strict=True)]
         guesses: list[list[int]] = [[] for _ in rows]
-        going = [most[i] > 0 for i in range(len(rows))]
+        going = [free[i] > 0 for i in range(len(rows))]
         while any(going):
             ahead = [row.after(guess) for row, guess in zip(rows, guesses, strict=True)]
             logits = self._read(ahead)
@@ -304,7 +326,7 @@ class Assistant:
                     going[i] = False
                     continue
                 guesses[i].append(token)
-                going[i] = len(guesses[i]) < most[i]
+                going[i] = len(guesses[i]) < free[i]
         self._guessed = {
             id(row): (row.length, len(guess)) for row, guess in zip(rows, guesses, strict=True)
         }
@@ -323,6 +345,22 @@ class Assistant:
             parted = np.flatnonzero(read[:common] != true[:common])
             self._cache.lengths[slot] = parted[0] if len(parted) else common
         self._slots = list(rows)
+
+    def _catch_up(self, rows: Sequence[Row], width: int) -> bool:
+        """Read up to `width` tokens of each row, if there is more to read of one than that."""
+        held = self._cache.lengths[: len(rows)].tolist()
+        new = [row.seen[at : at + width] for row, at in zip(rows, held, strict=True)]
+        behind = [len(row.seen) - at for row, at in zip(rows, held, strict=True)]
+        if max(behind) <= width:
+            return False
+        # What a row has read whole stays but for its last token, which is asked about.
+        new = [ids[: left - 1] for ids, left in zip(new, behind, strict=True)]
+        self._guessed = {}
+        self._read_ids = {
+            id(row): row.seen[: at + len(ids)] for row, at, ids in zip(rows, held, new, strict=True)
+        }
+        self.model.forward(new, self._cache, 0, np.zeros((len(new), 0), np.int64))
+        return True
 
     def _adapt(self, rows: Sequence[Row]) -> None:
         if not self.heuristic or not self._guessed:

@@ -81,3 +81,9 @@ def page_out(path: Path) -> int:
             if madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), MADV_PAGEOUT) == 0:
                 total += size
     return total
+
+
+def trim() -> None:
+    """Let the system have what the allocator keeps of what was freed: glibc keeps most of it."""
+    with contextlib.suppress(OSError, TypeError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import math
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -174,6 +175,7 @@ class ModelInfo:
         Raises:
             ModelError: some are missing, truncated or changed; it names them all.
         """
+        jsonfile.check_fetched(*(directory / name for name in names))
         found = [self._difference(directory, name) for name in names if name in self.files]
         if any(found):
             raise ModelError("; ".join(filter(None, found)))
@@ -448,6 +450,8 @@ class Model:
 
     def give_back(self, cache: Cache) -> None:
         """Keep a cache for the next call: one of a type, if it is not large, and its bindings."""
+        if sys.is_finalizing():  # a stream that was held to the end: there is no next call
+            return
         if sum(call.logits.nbytes for call in cache.bindings.values()) > SPARE_LOGITS:
             cache.bindings.clear()
         if 0 < cache.size <= SPARE_BYTES:

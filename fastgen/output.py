@@ -17,7 +17,8 @@ class Token:
     Attributes:
         id: the token.
         text: the text that it completes; "" while a character is incomplete, or without tokenizer.
-        logprob: its log-probability under the scores that it was chosen from.
+        logprob: its log-probability under the scores that it was chosen from, or as the model has
+            it (see `CausalLM.call`).
         top_logprobs: the likeliest (token, log-probability) pairs, if `top_logprobs` asks for them.
         finish_reason: None until the last token; then "eos", "length", "stop_string", "time" or
             "criterion"; or "grammar": what `json_schema`, `regex` or `grammar` asks for is there,

@@ -145,7 +145,11 @@ _KINDS = {
     knob.name: _BY_ANNOTATION[str(knob.type)]
     for knob in fields(Params)
     if str(knob.type) in _BY_ANNOTATION
-} | {"early_stopping": values.early_stopping, "json_schema": values.json_schema}
+} | {
+    "early_stopping": values.early_stopping,
+    "json_schema": values.json_schema,
+    "top_k": values.whole,
+}
 
 _POSITIVE = ("positive", lambda value: value > 0)
 _NOT_NEGATIVE = ("zero or more", lambda value: value >= 0)
@@ -271,6 +275,13 @@ UNSUPPORTED = {
     "trust_remote_code": "remote code is not run",
 }
 
+# What of it a model's own defaults can ask for. The rest changes no token there: outputs that no
+# call asked for, and arguments that a generation config does not have.
+BY_DEFAULT = {
+    "penalty_alpha", "dola_layers", "constraints", "force_words_ids", "use_mtp", "is_assistant",
+    "assistant_early_exit", "assistant_ensemble_weight",
+}  # fmt: skip
+
 
 def resolve(
     model_defaults: Mapping[str, Any],
@@ -280,11 +291,13 @@ def resolve(
     """Merge as transformers does: keywords, then the passed config, the model's own, the defaults.
 
     An explicit keyword `None` switches a knob off (`top_k=None`); a `None` in a config means
-    "not set there". The length that nobody set is 20 new tokens (see `stop.length_limit`).
+    "not set there". A default of the model's that the search has no use for is left out, as there.
+    The length that nobody set is 20 new tokens (see `stop.length_limit`).
 
     Args:
         model_defaults: the exported generation_config.json. Models keep notes of their own in it,
-            so a name there that is no knob of transformers says nothing, as in transformers.
+            so a name there that is no knob of transformers says nothing, as in transformers; nor
+            does what is not supported and changes no token there (see `BY_DEFAULT`).
         config: a GenerationConfig's fields, or None.
         kwargs: the call's own keywords.
 
@@ -300,9 +313,13 @@ def resolve(
     for name in (*given, *kwargs):
         _check_name(name)
     merged: dict[str, Any] = {**own, **given, **kwargs}
+    asked = {name for name in given if given[name] != own.get(name)} | {*kwargs}
+    for name in own:
+        if name not in asked and _clashes(name, merged):
+            del merged[name]
     for name in UNSUPPORTED:
-        if _asks(merged.get(name)):
-            whose = "" if name in given or name in kwargs else " (the model's own default)"
+        if _asks(merged.get(name)) and (name in asked or name in BY_DEFAULT):
+            whose = "" if name in asked else " (the model's own default)"
             raise ValueError(
                 f"{name}={values.shown(merged[name])}{whose} is not supported: {UNSUPPORTED[name]}"
             )
@@ -315,6 +332,68 @@ def resolve(
         if name in own and name not in given and name not in kwargs:
             raise ValueError(f"{error} (the model's own default)") from error
         raise
+
+
+# What says how a token is drawn; and what people get from a model that says nothing of it: at
+# temperature 1, from the whole vocabulary, small models babble.
+SAMPLING = (
+    "do_sample", "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff",
+    "eta_cutoff",
+)  # fmt: skip
+SANE = {"temperature": 0.7, "top_p": 0.9}
+_ALWAYS = {
+    knob.name: knob.default
+    for knob in fields(Params)
+    if knob.name in ("temperature", "top_k", "top_p")
+}
+
+
+def sampling(
+    model_defaults: Mapping[str, Any], knobs: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """How answers to people are drawn, in `fastgen chat` and on the service's page.
+
+    As the model's own generation_config.json has it, where that says anything of it; else at
+    `SANE`. Settings without `do_sample` are settings of what is drawn, but with beams, and at a
+    temperature of 0, nothing is. (`generate` and the API draw as transformers and OpenAI do.)
+
+    Args:
+        model_defaults: the exported generation_config.json.
+        knobs: what was set in its place.
+    """
+    own = {n: model_defaults[n] for n in SAMPLING if model_defaults.get(n) is not None}
+    given = {name: value for name, value in (knobs or {}).items() if name in SAMPLING}
+    beams = {**model_defaults, **(knobs or {})}.get("num_beams")
+    found = {"do_sample": beams in (None, 1), **_ALWAYS, **(own or SANE), **given}
+    if found["temperature"] == 0 and "do_sample" not in given:
+        found["do_sample"] = False
+    return found
+
+
+def drawn(params: Params) -> dict[str, Any] | None:
+    """The knobs by which tokens are drawn, to be shown; None where none are."""
+    if not params.do_sample:
+        return None
+    plain = Params()
+    values = {name: getattr(params, name) for name in SAMPLING if name != "do_sample"}
+    return {n: v for n, v in values.items() if n in _ALWAYS or v != getattr(plain, n)}
+
+
+def _clashes(name: str, knobs: Mapping[str, Any]) -> bool:
+    """Whether the search that is asked for has no use for a model's default and goes without it."""
+    beams = _above_one(knobs.get("num_beams"))
+    if name == "prompt_lookup_num_tokens":
+        return beams or knobs.get("guidance_scale") not in (None, 1)
+    if name == "penalty_alpha":  # contrastive search is a kind of greedy search
+        return beams or bool(knobs.get("do_sample"))
+    if name == "diversity_penalty":
+        return not _above_one(knobs.get("num_beam_groups"))
+    forms = (knobs.get(form) is not None for form in ("json_schema", "regex", "grammar"))
+    return name in ("forced_bos_token_id", "forced_eos_token_id") and any(forms)
+
+
+def _above_one(value: Any) -> bool:
+    return isinstance(value, int | float) and value > 1
 
 
 KNOWN = NAMES | set(INERT) | set(UNSUPPORTED)
@@ -378,6 +457,8 @@ __all__ = [
     "NAMES",
     "UNSUPPORTED",
     "Params",
+    "drawn",
     "resolve",
+    "sampling",
     "table",
 ]

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgen.softmax import log_softmax
+from fastgen.softmax import log_softmax, normalisers
 
 Scores = NDArray[np.float32]
 Words = NDArray[np.uint64]
@@ -266,8 +266,12 @@ def continuations(
 
 def top_logprobs(scores: Scores, count: int) -> list[list[tuple[int, float]]]:
     """The `count` likeliest tokens of each row with their log-probabilities, best first."""
-    logprobs = log_softmax(scores)
-    count = min(count, scores.shape[1])
+    return best(log_softmax(scores), count)
+
+
+def best(logprobs: Scores, count: int) -> list[list[tuple[int, float]]]:
+    """The `count` largest of each row of `logprobs [rows, vocab]` with their places."""
+    count = min(count, logprobs.shape[1])
     out = []
     for row in logprobs:
         ids = np.argpartition(-row, count - 1)[:count]
@@ -279,7 +283,6 @@ def top_logprobs(scores: Scores, count: int) -> list[list[tuple[int, float]]]:
 @np.errstate(invalid="ignore")
 def logprob_of(scores: Scores, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
     """Log-probability [rows] of one token of each row; nan where the largest score is infinite."""
-    top = scores.max(axis=1, keepdims=True)
-    norm = np.log(np.exp(scores - top).sum(axis=1, dtype=np.float64))
-    chosen: Any = np.take_along_axis(scores, tokens[:, None], axis=1) - top
-    return np.asarray(chosen[:, 0] - norm, np.float64)
+    top, norm = normalisers(scores)  # so that it is the number that `top_logprobs` has of it
+    chosen = scores[np.arange(len(tokens)), tokens]
+    return np.asarray((chosen - top) - norm, np.float64)

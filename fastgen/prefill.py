@@ -28,8 +28,9 @@ class Prefill:
     Args:
         prompts: int64 [length] each, shortest first.
         prefix_cache: where their keys and values are kept, if anywhere.
-        chunk: tokens of a row that are read at a time, CHUNK if None; a multiple of `prefix.BLOCK`.
-            Chunks end at its multiples, for every row.
+        chunk: tokens that are read at a time, of all rows together; a multiple of `prefix.BLOCK`.
+            Chunks end at its multiples, for every row. None where nobody waits: CHUNK of a row,
+            TOGETHER of several.
 
     Attributes:
         first: the slot of the first prompt; whoever moves the slots says so here.
@@ -48,6 +49,7 @@ class Prefill:
     ) -> None:
         self.model, self.cache, self.prompts, self.first = model, cache, prompts, first
         self.prefix_cache, self.chunk = prefix_cache, chunk or CHUNK
+        self._most = chunk or TOGETHER
         self.logits = np.empty((len(prompts), model.info.vocab_size), np.float32)
         self.done = False
         for slot in range(first, first + len(prompts)):
@@ -67,8 +69,9 @@ class Prefill:
     def _read_all(self) -> Iterator[None]:
         lengths = [len(prompt) for prompt in self.prompts]
         short = sum(not self.model.reads_apart(length) for length in lengths)
-        groups = together(lengths[:short], self.chunk)
-        groups += [(short + a, short + b) for a, b in together(lengths[short:], self.chunk)]
+        groups = together(lengths[:short], self.chunk, self._most)
+        rest = together(lengths[short:], self.chunk, self._most)
+        groups += [(short + a, short + b) for a, b in rest]
         for start, end in groups:
             if start:
                 yield
@@ -153,22 +156,23 @@ def prefill(
     return reading.logits
 
 
-def together(lengths: Sequence[int], chunk: int) -> list[tuple[int, int]]:
+def together(lengths: Sequence[int], chunk: int, most: int) -> list[tuple[int, int]]:
     """Which neighbours of rows are read together: (first, last + 1) of each group.
 
     Rows are padded to the longest of their group, and every call has a cost of its own; the
-    groups are those of the least sum. Up to TOGETHER tokens go into a call.
+    groups are those of the least sum.
 
     Args:
         lengths: of the prompts, in ascending order.
         chunk: tokens of a row that go into a call.
+        most: tokens of several rows that go into a call, padding included.
     """
     least = [0.0] + [float("inf")] * len(lengths)  # cost of the first rows, by their number
     starts = [0] * (len(lengths) + 1)
     for end in range(1, len(lengths) + 1):
         width = min(chunk, lengths[end - 1])
         for start in range(end - 1, -1, -1):
-            if start < end - 1 and (end - start) * width > TOGETHER:
+            if start < end - 1 and (end - start) * width > most:
                 break
             cost = least[start] + _cost(lengths[start:end], chunk)
             if cost < least[end]:

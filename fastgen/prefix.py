@@ -27,6 +27,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from fastgen import atomic, jsonfile
 from fastgen.cache import GRAIN, Cache
 
 Block = tuple[int, tuple[NDArray[Any], ...]]  # how many tokens; keys, values and states
@@ -46,13 +47,14 @@ class PrefixCache:
     each finds only what is its own. Threads may share it too.
 
     A hit gives what a fresh prefill gives. Prompts are cut at the same places with and without a
-    hit, and a block is only taken where onnxruntime's kernels add up the rest in the same order,
-    so that on one machine with one onnxruntime the logits are equal bit for bit, in fp32, int8 and
-    int4 (measured on AVX-512). For the same reason generated tokens are not kept: a step of one
-    token and the reading of many differ in the last bits, with int4 by more. Of a conversation,
-    all but the last reply is found, and that is kept once it is part of a prompt. A prompt that is
-    read beside others in one batch can differ in the last bits from the same prompt alone, with
-    or without this cache.
+    hit, and a block is only taken where onnxruntime's kernels add up the rest in the same order, so
+    that on one machine with one onnxruntime the logits are equal bit for bit, in fp32, int8 and
+    int4 (measured on AVX-512). That holds for float32 keys and values: with int8 ones a text that
+    was read in other chunks has seen other roundings, and a hit may change a token. For the same
+    reason generated tokens are not kept: a step of one token and the reading of many differ in the
+    last bits, with int4 by more. Of a conversation, all but the last reply is found, and that is
+    kept once it is part of a prompt. A prompt that is read beside others in one batch can differ in
+    the last bits from the same prompt alone, with or without this cache.
 
     Args:
         max_bytes: of keys and values; never exceeded.
@@ -187,6 +189,9 @@ class PrefixCache:
         """Write what is kept to a file (numpy's .npz), which appears whole or not at all.
 
         It is of use where the same model directory is: another export finds nothing in it.
+
+        Raises:
+            ValueError: it cannot be written there.
         """
         path = Path(path)
         with self._lock:
@@ -200,13 +205,8 @@ class PrefixCache:
             for part, array in enumerate(parts)
         }
         arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
-        neighbour = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-        try:
-            with neighbour.open("wb") as file:
-                np.savez(file, **arrays)  # type: ignore[arg-type]
-            neighbour.replace(path)
-        finally:
-            neighbour.unlink(missing_ok=True)
+        with atomic.written("the prefix cache's file", path) as made, made.open("wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> Self:
@@ -215,6 +215,7 @@ class PrefixCache:
         Raises:
             ValueError: the file is truncated, damaged or of another kind.
         """
+        jsonfile.check_fetched(Path(path))
         out = cls(max_bytes)
         with Path(path).open("rb") as file:
             try:

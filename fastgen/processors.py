@@ -32,7 +32,7 @@ class Context:
     max_lengths: np.ndarray  # int64 [rows]: where the row ends at the latest, prompt included
     pads: np.ndarray  # int64 [rows]: leading ids that repetition_penalty leaves out
     batch_ids: np.ndarray  # int64 [rows]: the prompt of the row, for prefix_allowed_tokens_fn
-    beams: np.ndarray | None = None  # int64 [rows]: which beam of the call, where there are beams
+    beams: np.ndarray | None = None  # int64 [rows]: which row of the call, or beam; else its prompt
 
     @property
     def rows(self) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def _column(one: dict[str, Any]) -> dict[str, str]:
 
 
 def _notes(report: dict[str, Any]) -> list[str]:
-    """What is said once: where the time goes, what is kept wider, what is beyond the tolerance."""
+    """What is said once: where time goes, which kernels and why, what is beyond the tolerance."""
     notes = [
         f"time, {step}: " + ", ".join(f"{name} {share:.0%}" for name, share in _largest(shares))
         for step, shares in report.get("time", {}).items()
@@ -69,8 +70,15 @@ def _notes(report: dict[str, Any]) -> list[str]:
         notes.append("text: not compared, for the export was quick")
     if "peaks" in report:
         notes.append(f"the export took: {_taken(report['peaks'])}")
-    if report.get("wider"):
-        notes.append(f"kept in a wider type: {', '.join(report['wider'])}")
+    if report.get("turned"):
+        notes += report["turned"]
+    if report.get("matrices"):
+        kernels = Counter(one["kernel"] for one in report["matrices"]).most_common()
+        notes.append("matrices: " + "; ".join(f"{count} {kernel}" for kernel, count in kernels))
+    if report.get("kinds"):
+        costly = sorted(report["kinds"].items(), key=lambda one: -one[1])[:SHOWN]
+        told = ", ".join(f"{name} {kl:.1e}" for name, kl in costly)
+        notes.append(f"KL divergence of each kind alone, at the cheapest: {told}")
     notes += [f"note: {note}" for note in report.get("folder", {}).get("notes", [])]
     notes.append(f"beyond the tolerance: {'; '.join(report['mismatch']) or 'nothing'}")
     return notes

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from fastgen import pick
 from fastgen.constraint import Constraint
+from fastgen.guidance import Unconditional
 from fastgen.params import Params
 from fastgen.prefix import PrefixCache
 from fastgen.processors import Chain, Context
@@ -92,6 +93,7 @@ class Request:
             share one, and rows that share one are processed together.
         constraint: what the text of each row has to be, if anything.
         forces: whether tokens that are certain by `constraint` are taken without a step.
+        unconditional: what classifier-free guidance steers away from, if it does.
         prefix_cache: where keys and values of the prompts are kept across calls, if anywhere.
         torch: the module, where the caller works with tensors and its generator is ours.
         streams: the source of chance: one for all rows, or one for each; empty when greedy.
@@ -110,7 +112,9 @@ class Request:
     stop_text: StopText | None = None
     constraint: Constraint | None = None
     forces: bool = False
+    unconditional: Unconditional | None = None
     logprobs: bool = False  # whether tokens carry their log-probability
+    of_model: bool = False  # whether that is the model's own, and not of the processed scores
     prefix_cache: PrefixCache | None = None
     torch: Any | None = None
     streams: list[pick.Stream] = field(default_factory=list)
@@ -124,18 +128,22 @@ class Request:
         self.abandoned = False
         self.deadline = Deadline(params.max_time)
         self.eos = frozenset(params.eos_token_id or ())
-        copies = params.num_return_sequences
         for place, prompt in enumerate(self.prompts):
-            for copy in range(copies):
+            for copy in range(self.copies):
                 ids = np.zeros(self.max_length, np.int64)
                 ids[: self.prompt_length] = self.padded[place]
                 pad = int(self.pads[place])
-                row = Row(self, place * copies + copy, prompt, ids, self.prompt_length, pad)
+                row = Row(self, place * self.copies + copy, prompt, ids, self.prompt_length, pad)
                 self.rows.append(row)
         self.top_logprobs: list[list[tuple[tuple[int, float], ...]]] = [[] for _ in self.rows]
         if params.do_sample:
             alone = self.rows if params.num_beams == 1 else self.prompts  # beams draw together
             self.streams = streams(params.seed, len(alone), self.torch)
+
+    @property
+    def copies(self) -> int:
+        """Rows of each prompt."""
+        return self.params.num_return_sequences
 
     @property
     def prompt_length(self) -> int:
@@ -191,6 +199,9 @@ class Request:
         lengths = [row.length for row in self.rows if not row.finish_reason or self.lingers]
         if len(self.streams) == 1:
             self.streams[0].forget(min(lengths) - self.prompt_length)
+        else:
+            for row in rows:
+                self.streams[row.index].forget(row.length - self.prompt_length)
         return [self.draws(row.length - self.prompt_length, row.index, size) for row in rows]
 
     def draws(self, step: int, index: int, size: int) -> pick.Words:
@@ -246,7 +257,8 @@ class Request:
                 for row, line in zip(rows, values, strict=True):
                     self._step(steps, row, values.shape[1])[row.index] = line
         if self.params.top_logprobs:
-            best = pick.top_logprobs(scores, self.params.top_logprobs)
+            seen = logits if self.of_model else scores
+            best = pick.top_logprobs(seen, self.params.top_logprobs)
             for row, pairs in zip(rows, best, strict=True):
                 self.top_logprobs[row.index].append(tuple(pairs))
 
@@ -321,7 +333,8 @@ def context(rows: Sequence[Row]) -> Context:
         ids=[row.history for row in rows],
         prompt_lengths=np.array([row.request.prompt_length for row in rows]),
         pads=np.array([row.pad for row in rows]),
-        batch_ids=np.array([row.index for row in rows]),
+        batch_ids=np.array([row.index // row.request.copies for row in rows]),
+        beams=np.array([row.index for row in rows]),
         max_lengths=np.array([row.request.max_length for row in rows]),
     )
 

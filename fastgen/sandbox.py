@@ -17,7 +17,7 @@ from jinja2 import nodes, pass_context
 from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
+from jinja2.utils import Namespace, generate_lorem_ipsum
 from jinja2.visitor import NodeTransformer
 
 SECONDS = 5.0  # of a rendering
@@ -26,6 +26,7 @@ LARGEST = 10**7  # of one value, what it holds included
 ITEM = 8  # characters that a part of a value counts for besides
 SOURCE = 10**5  # characters of a template
 BITS = 10**5  # of an integer
+WORDS = 10**4  # of lipsum
 WIDEST = 10**4  # of a width, a depth or a precision
 OF_JINJA = ("_loop_vars", "_block_vars")  # keywords that jinja2 itself adds to calls
 METER = "the meter"  # in the context; no template can name it
@@ -223,6 +224,13 @@ class Generation(Extension):  # type: ignore[misc,unused-ignore]
         return nodes.Scope(body).set_lineno(line)
 
 
+def lipsum(n: int = 5, html: bool = True, min: int = 20, max: int = 100) -> str:
+    """jinja2's own: `n` paragraphs of words that mean nothing, each of `min` to `max` of them."""
+    if n * max > WORDS:
+        raise Exceeded(f"lipsum makes more than {WORDS:,} words")
+    return str(generate_lorem_ipsum(n, html, min, max))
+
+
 class GuardedNamespace(Namespace):  # type: ignore[misc,unused-ignore]
     """A namespace without names that could lead into Python itself, and without a text."""
 
@@ -253,8 +261,7 @@ class Sandbox(ImmutableSandboxedEnvironment):  # type: ignore[misc,unused-ignore
         super().__init__(
             trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
         )
-        del self.globals["lipsum"]
-        self.globals |= {**functions, "namespace": GuardedNamespace}
+        self.globals |= {**functions, "namespace": GuardedNamespace, "lipsum": lipsum}
         known: dict[str, Any] = {**self.filters, **filters}
         self.filters: dict[str, Any] = {
             name: _metered(name, function) for name, function in known.items()

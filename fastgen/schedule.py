@@ -1,9 +1,12 @@
 """Calls of many people, side by side: they wait in order, join between steps, and leave.
 
 Between two steps of the rows that run there is at most one chunk of a prompt and one step of one
-search (beams, guessed tokens), so that nobody who reads along waits for long. Chunks go by turns to
-the prompts that are nearest to their end, so that a short question does not wait for a long text,
-and to those that came first, so that a long text does not wait for ever. Searches take turns.
+search (beams, guessed tokens), whatever a call holds, so that nobody who reads along waits for
+long. A chunk has `chunk` tokens, of one prompt or of several; no step reads more either, of what is
+certain or guessed, unless there are more rows. Chunks go by turns to the prompts that are nearest
+to their end, so that a short question does not wait for a long text, and to those that came first,
+so that a long text does not wait for ever. Searches take turns. Texts that are only scored take
+turns with each other, and every other chunk where prompts are read too.
 
 Continuous batching is Orca's (Yu et al. 2022, OSDI), chunks between steps are Sarathi's (Agrawal et
 al. 2023, arXiv 2308.16369).
@@ -13,7 +16,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -26,6 +29,7 @@ from fastgen.model import Model
 from fastgen.prefill import CHUNK
 from fastgen.prefix import PrefixCache
 from fastgen.request import Request
+from fastgen.score import Scoring
 
 SHARE = 0.25  # of the machine's memory that calls may come to hold
 VIRTUAL = 0.5  # of the machine's memory that buffers may be as large as, reached or not
@@ -34,12 +38,15 @@ STALL = 0.1  # seconds that a chunk may keep running rows waiting
 CHUNKS = (CHUNK, CHUNK // 2, CHUNK // 4)  # tokens, of which the largest is taken that keeps to it
 READINGS = 4  # of a chunk, to see how long it takes
 
+Job = Call | Scoring
+
 
 class Scheduler:
     """Runs many calls of one model. One thread owns it.
 
-    A call's tokens are those that it gets alone (in float32 and int8; see README for int4), and its
-    error is its own.
+    A call's tokens are those that it gets alone: exactly in float32, in int8, in int4 and with int8
+    keys up to the rounding that depends on what is read together (docs/precisions.md). Its error
+    is its own.
 
     Args:
         model: what all of them run on.
@@ -47,7 +54,7 @@ class Scheduler:
             of it keys and values; None for a quarter of the machine's memory. While the cache is
             rearranged, what is held is there twice.
         max_rows: rows that run together, at most.
-        chunk: tokens of a prompt that are read between two steps, a multiple of 32; None for 256,
+        chunk: tokens that are read between two steps, and by one, a multiple of 32; None for 256,
             or 128 or 64 if that takes longer than STALL on this machine.
         prefix_cache: where prompts are kept for later ones, unless a call brings a cache of its
             own.
@@ -85,12 +92,13 @@ class Scheduler:
         self._token = max(1, model.info.cache_bytes)
         self._most = max(max_bytes, int(VIRTUAL * (memory_bytes() or 4e9)))
         self._batch = Batch(model, chunk)
-        self._waiting: deque[Call] = deque()
+        self._waiting: deque[Job] = deque()
         self._bytes: dict[int, int] = {}  # of each call that was let in, by id
         self._unread: list[Call] = []  # let in, but nothing of their prompts has been read
         self._running: list[Call] = []
         self._searches: deque[tuple[Call, Generator[list[Event]]]] = deque()
-        self._turn = 0
+        self._scorings: deque[tuple[Scoring, Iterator[None]]] = deque()
+        self._turn, self._scored_last = 0, False
 
     @property
     def idle(self) -> bool:
@@ -99,23 +107,24 @@ class Scheduler:
 
     @property
     def waiting(self) -> int:
-        """The calls that wait for room."""
+        """The calls and texts that wait for room."""
         return len(self._waiting)
 
     @property
     def rows(self) -> int:
-        """The rows that run or are being read, those of searches included."""
+        """The rows that run or are being read, those of searches and scored texts included."""
         searching = [call for call, _ in self._searches]
-        return sum(_rows(call) for call in (*self._unread, *self._running, *searching))
+        calls = (*self._unread, *self._running, *searching)
+        return sum(_rows(call) for call in calls) + len(self._scorings)
 
     @property
     def held(self) -> int:
         """The bytes that the calls that run may come to hold."""
         return sum(self._bytes.values())
 
-    def check(self, call: Call) -> None:
+    def check(self, job: Job) -> None:
         """Raise a ValueError if a call can never run: it needs more than there is of something."""
-        needed, rows = bytes_of(call, self.chunk), _rows(call)
+        needed, rows = self._needs(job), _rows(job)
         if needed > self.max_bytes:
             raise ValueError(
                 f"this may need {needed:,} bytes of memory, calls have {self.max_bytes:,} here: "
@@ -126,21 +135,29 @@ class Scheduler:
                 f"this has {rows} rows or beams, {self.max_rows} may run here: ask for fewer"
             )
 
-    def submit(self, call: Call) -> None:
-        """Let a call wait for its turn.
+    def submit(self, job: Job) -> None:
+        """Let a call, or a text that is to be scored, wait for its turn.
 
         Raises:
             ValueError: see `check`.
         """
-        self.check(call)
-        if call.request.prefix_cache is None:
-            call.request.prefix_cache = self.prefix_cache
-        self._waiting.append(call)
+        self.check(job)
+        if isinstance(job, Call) and job.request.prefix_cache is None:
+            job.request.prefix_cache = self.prefix_cache
+        self._waiting.append(job)
 
-    def cancel(self, call: Call) -> None:
+    def cancel(self, job: Job) -> None:
         """Let a call leave before the next step, wherever it is; its rows end as "cancelled"."""
+        self._waiting = deque(one for one in self._waiting if one is not job)
+        if isinstance(job, Scoring):
+            job.end()
+            self._scorings = deque(one for one in self._scorings if one[0] is not job)
+            self._bytes.pop(id(job), None)
+        else:
+            self._cancel(job)
+
+    def _cancel(self, call: Call) -> None:
         call.request.abandon("cancelled")
-        self._waiting = deque(one for one in self._waiting if one is not call)
         for one, steps in list(self._searches):
             if one is call:
                 self._searches.remove((one, steps))
@@ -148,22 +165,23 @@ class Scheduler:
         self._batch.leave()
         self._forget([call])
 
-    def step(self) -> list[tuple[Call, list[Event]]]:
+    def step(self) -> list[tuple[Job, list[Event]]]:
         """Read a chunk, advance every row that runs by a token, and one search by a step.
 
         Returns:
             The calls that got tokens or have ended, with their new tokens, row by row. A call has
-            ended when its `request` is done; if by an error, that is `request.error`.
+            ended when its `request` is done; if by an error, that is `request.error`. A text that
+            has been scored comes without tokens; what was found, or its error, is its own.
         """
         self._let_in()
-        self._read()
+        scored = self._read()
         out = self._by_call(self._advance())
         searched = self._search()
         if searched is not None:
             out.append(searched)
         self._forget([call for call, _ in out if call.request.done])
         self._tidy()
-        return out
+        return [*out, *((scoring, []) for scoring in scored)]
 
     def close(self) -> None:
         """Cancel everything, and give the memory back."""
@@ -172,6 +190,7 @@ class Scheduler:
             *self._unread,
             *self._running,
             *(c for c, _ in self._searches),
+            *(c for c, _ in self._scorings),
         ]:
             self.cancel(call)
         self._batch.close()
@@ -180,28 +199,58 @@ class Scheduler:
         """Let in what comes next, as long as there is room; nobody overtakes."""
         while self._waiting:
             call = self._waiting[0]
-            needed = bytes_of(call, self.chunk)
-            rows = self.rows + _rows(call)
-            longest = self._longest([call])
-            if (
-                self.held + needed > self.max_bytes
-                or rows > self.max_rows
-                or (rows > _rows(call) and rows * longest * self._token > self._most)
-            ):
+            needed, rows = self._needs(call), self.rows + _rows(call)
+            if self.held + needed > self.max_bytes or rows > self.max_rows:
+                return
+            if isinstance(call, Call) and not self._has_buffers(call, rows):
                 return
             self._waiting.popleft()
             self._bytes[id(call)] = needed
-            if call.searches:
-                self._searches.append((call, call.steps()))
+            if isinstance(call, Scoring):
+                self._scorings.append((call, call.steps(self.chunk)))
+            elif call.searches:
+                self._searches.append((call, call.steps(self.chunk)))
             else:
                 self._unread.append(call)
+
+    def _needs(self, job: Job) -> int:
+        """The bytes that it may come to hold."""
+        return job.bytes if isinstance(job, Scoring) else bytes_of(job, self.chunk)
+
+    def _has_buffers(self, call: Call, rows: int) -> bool:
+        """Whether the cache may be so large that `rows` fit, the call's own being the last."""
+        needed = rows * self._longest([call]) * self._token
+        return rows == _rows(call) or needed <= self._most
 
     def _longest(self, calls: Sequence[Call]) -> int:
         """Tokens of the longest row that runs, or that these calls may come to have."""
         every = (*calls, *self._unread, *self._running)
         return max((call.request.max_length for call in every), default=0) + CHUNK
 
-    def _read(self) -> None:
+    def _read(self) -> list[Scoring]:
+        """Read one chunk, of some prompt or of a text that is scored, which may be over by it."""
+        others = self._unread or self._batch.joining
+        if self._scorings and not (others and self._scored_last):
+            self._scored_last = True
+            return self._score()
+        self._scored_last = False
+        self._read_prompt()
+        return []
+
+    def _score(self) -> list[Scoring]:
+        """Score a chunk of the text whose turn it is; it comes back where it is over."""
+        scoring, steps = self._scorings.popleft()
+        try:
+            next(steps, None)
+        except Exception as error:  # logits without a number, or no memory
+            scoring.end(error)
+        if not scoring.done:
+            self._scorings.append((scoring, steps))
+            return []
+        del self._bytes[id(scoring)]
+        return [scoring]
+
+    def _read_prompt(self) -> None:
         """Read one chunk of some prompt."""
         self._turn += 1
         joining = self._oldest() if self._turn % 2 else self._nearest()
@@ -220,8 +269,8 @@ class Scheduler:
     def _nearest(self) -> Joining | None:
         """What is nearest to its end: short prompts together, or the rest of a longer one."""
         short = sorted(self._unread, key=_prompt)
-        begun = min(self._batch.joining, key=lambda one: one.prefill.left, default=None)
-        if begun and (not short or begun.prefill.left <= _prompt(short[0])):
+        begun = min(self._batch.joining, key=lambda one: one.left, default=None)
+        if begun and (not short or begun.left <= _prompt(short[0])):
             return begun
         return self._begin(short)
 
@@ -321,9 +370,11 @@ def _fail(requests: Iterable[Request], error: Exception) -> None:
         request.fail(error)
 
 
-def _rows(call: Call) -> int:
-    params = call.request.params
-    return max(len(call.request.rows), len(call.request.prompts) * params.num_beams)
+def _rows(job: Job) -> int:
+    if isinstance(job, Scoring):
+        return 1
+    request = job.request
+    return max(len(request.rows), len(request.prompts) * request.params.num_beams)
 
 
 def _prompt(call: Call) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ Scores = NDArray[np.float32]
 
 TOGETHER = 4  # rows that are read at a time
 CHUNK = 64  # tokens of each that are read at a time: so many logits are held, and no more
+SCORING = 4  # times those are there while they become log-probabilities and are put in order
 
 
 def log_probabilities(
@@ -65,22 +66,66 @@ def log_probabilities(
     return out
 
 
-def likeliest(model: Model, row: Ids, count: int) -> list[list[tuple[int, float]]]:
-    """The `count` likeliest tokens after each token of a row but the last, best first.
+class Scoring:
+    """One row of ids whose tokens are being scored, a chunk at a time, for whoever has others too.
 
     Args:
-        row: int64 [length].
+        ids: int64 [length], at least one token.
+        count: alternatives of each token, the likeliest at its place; 0 for none.
 
-    Returns:
-        For each of length - 1 places (token, log-probability) pairs.
+    Attributes:
+        logprobs: of each token that was scored so far; the first, which nothing predicts, has nan.
+        tops: of each of these the likeliest (token, log-probability) pairs, best first, in the
+            same numbers; None of the first, and of all where none were asked for.
+        done: whether it is over: all are scored, or it was cancelled, or there is an error.
+        error: what ended it, if something went wrong.
     """
-    cache = model.new_cache(1, len(row) + CHUNK, reads_prompts=True)
-    out: list[list[tuple[int, float]]] = []
-    for at in range(0, len(row) - 1, CHUNK):
-        new = row[at : min(at + CHUNK, len(row) - 1)]
-        logits = model.forward([new], cache, 0, np.arange(len(new))[None])
-        out += pick.top_logprobs(logits[0], count)
-    return out
+
+    def __init__(self, model: Model, ids: Sequence[int], count: int = 0) -> None:
+        self.model, self.ids, self.count = model, np.array(ids, np.int64), count
+        self.logprobs: list[float] = [float("nan")]
+        self.tops: list[tuple[tuple[int, float], ...] | None] = [None]
+        self.done = False
+        self.error: Exception | None = None
+
+    @property
+    def bytes(self) -> int:
+        """That it may come to hold."""
+        info, length = self.model.info, len(self.ids)
+        kept = (length + CHUNK) * (info.cache_bytes + info.reading_bytes) + info.state_bytes
+        logits = min(length, CHUNK) * info.vocab_size * bounds.FLOAT * SCORING
+        return kept + logits + length * bounds.PAIR * (1 + self.count)
+
+    def steps(self, chunk: int = CHUNK) -> Iterator[None]:
+        """Score a chunk of tokens at each step.
+
+        Raises:
+            ValueError: the model's logits hold nan.
+        """
+        chunk, row = min(chunk, CHUNK), self.ids
+        cache = self.model.new_cache(1, len(row) + CHUNK, reads_prompts=True)
+        for at in range(0, len(row) - 1, chunk):
+            new = row[at : min(at + chunk, len(row) - 1)]
+            logits = self.model.forward([new], cache, 0, np.arange(len(new))[None])[0]
+            self._take(log_softmax(logits), row[at + 1 : at + 1 + len(new)])
+            cache.forget(0, 1)
+            self.done = at + chunk >= len(row) - 1
+            yield
+        self.done = True
+
+    def _take(self, logprobs: Scores, targets: Ids) -> None:
+        """Note the log-probabilities of the next tokens, `logprobs` being float32 [new, vocab]."""
+        found = logprobs[np.arange(len(targets)), targets]
+        pick.refuse_nan(found)
+        self.logprobs += found.tolist()
+        if self.count:
+            self.tops += map(tuple, pick.best(logprobs, self.count))
+        else:
+            self.tops += [None] * len(targets)
+
+    def end(self, error: Exception | None = None) -> None:
+        """End it before its time."""
+        self.done, self.error = True, error
 
 
 def perplexity(logprobs: Sequence[Scores]) -> float:

@@ -38,3 +38,12 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     out = logits - logits.max(axis=-1, keepdims=True)
     out -= np.log(np.exp(out).sum(axis=-1, keepdims=True))
     return np.asarray(out)
+
+
+def divergence(p: np.ndarray, q: np.ndarray) -> float:
+    """Sum over positions of the Kullback-Leibler divergence of q from p, in nats.
+
+    Args:
+        p, q: logarithms of probabilities, float32 [positions, vocab].
+    """
+    return float((np.exp(p) * (p - q)).sum(dtype=np.float64))

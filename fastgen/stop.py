@@ -77,16 +77,23 @@ class StopStrings:
         texts: what ends a row.
         in_bytes: whether the window is counted in bytes rather than characters, as transformers
             counts it for byte-level tokenizers and those that fall back to bytes.
+        first: tokens at the beginning in which nothing is looked for: OpenAI's rule, where they are
+            the prompt.
     """
 
     def __init__(
-        self, spelling: Callable[[int], bytes | None], texts: Sequence[str], in_bytes: bool
+        self,
+        spelling: Callable[[int], bytes | None],
+        texts: Sequence[str],
+        in_bytes: bool,
+        first: int = 0,
     ) -> None:
-        self._spelling = spelling
+        self._spelling, self._first = spelling, first
         self._texts = [text.encode() for text in texts]
         self._window = max(len(text.encode() if in_bytes else text) for text in texts)
 
     def __call__(self, ids: NDArray[np.int64]) -> bool:
+        ids = ids[self._first :]
         last = self._spelling(int(ids[-1]))
         if last is None:
             return False

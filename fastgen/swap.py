@@ -7,6 +7,7 @@ has the name; if the process is killed just then, `restore` finds it there.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import shutil
@@ -18,6 +19,7 @@ from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 
+from fastgen import interrupt
 from fastgen.model import ModelError
 
 try:
@@ -39,20 +41,27 @@ def neighbour(out: Path, kind: str, parent: Path | None = None) -> Path:
 def appearing(out: Path) -> Iterator[Path]:
     """A temporary neighbour of `out` that takes its place at the end, or leaves nothing.
 
-    A process that is killed cannot clean up: the next one that writes `out` does it.
+    By Ctrl-C, SIGTERM and SIGHUP too. A process that is killed otherwise cannot clean up: the next
+    one that writes `out` does it.
     """
     remove_stale(out)
-    new = neighbour(out, "new")
-    try:
+    with interrupt.raised(), contextlib.ExitStack() as made:
+        with interrupt.held_back():
+            new = neighbour(out, "new")
+            made.callback(_remove, new)
         new.chmod(0o777 & ~_umask())  # what makes temporary directories gives them to one user
         with claimed(new):
             yield new
-            if out.exists():
-                replace(new, out)
-            else:
-                new.rename(out)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+            with interrupt.held_back():
+                if out.exists():
+                    replace(new, out)
+                else:
+                    new.rename(out)
+
+
+def _remove(place: Path) -> None:
+    with interrupt.held_back():
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def _umask() -> int:

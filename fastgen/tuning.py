@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import platform
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import onnxruntime
 
-from fastgen import jsonfile
+from fastgen import atomic, jsonfile
 from fastgen.cpu import cpu_name, physical_cores, usable_cpus
 from fastgen.jsonfile import is_count, is_object, take
 
@@ -101,10 +100,6 @@ def kernels() -> list[dict[str, str]]:
 
 def write(directory: Path, tuning: Tuning) -> None:
     """Leave `tuning` beside the model, at once and whole."""
-    temporary = directory / f".{FILE}.{os.getpid()}"
     content = {"here": here(), "tuning": asdict(tuning)}
-    try:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(directory / FILE)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic.written("the tuning's file", directory / FILE) as made:
+        made.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -37,6 +37,12 @@ def integer(name: str, value: Any) -> int:
     return found
 
 
+def whole(name: str, value: Any) -> int:
+    """An integer, or the float that is one: files of some models have 50.0."""
+    is_whole = isinstance(value, float) and value.is_integer()
+    return integer(name, int(value) if is_whole else value)
+
+
 def number(name: str, value: Any) -> float:
     found = any_number(name, value)
     if not math.isfinite(found):

@@ -12,7 +12,8 @@ import peft
 import pytest
 import tiny
 import torch
-from fastgen.export import export, graph
+from fastgen.export import export, source
+from fastgen.export.unsupported import UnsupportedModel
 from test_parity import ragged
 from transformers import AutoModelForCausalLM
 
@@ -57,10 +58,7 @@ def expected(place) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("how", ["directory", "argument", "command", "from_pretrained"])
-def test_an_adapter_says_what_it_says_there(
-    place, expected, how, tmp_path, monkeypatch, convert_once
-):
-    monkeypatch.setattr(graph, "convert", convert_once)
+def test_an_adapter_says_what_it_says_there(place, expected, how, tmp_path, monkeypatch):
     out = tmp_path / "out"
     if how == "directory":
         export(place / "adapter", out, precision="fp32", progress=None)
@@ -96,3 +94,90 @@ def test_what_cannot_be_merged_is_said(place, tmp_path, monkeypatch):
     refused(r"merging it needs peft: pip install 'fastgen-onnx\[adapter\]'", place / "adapter")
     with pytest.raises(ValueError, match="adapter goes with a model's name"):
         export(tiny.build("llama"), tmp_path / "out", adapter=place / "adapter", progress=None)
+
+
+def trained(
+    place: Path, to: Path, config: peft.PeftConfig, tokens: int = tiny.VOCAB, **base: Any
+) -> Any:
+    """An adapter with random weights, saved with its tokenizer, of a model with so many tokens."""
+    tiny.build("llama", **base).save_pretrained(place / "other")
+    tiny.tokenizer().save_pretrained(place / "other")
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_pretrained(place / "other")
+    if tokens != tiny.VOCAB:
+        model.resize_token_embeddings(tokens)
+    adapted = peft.get_peft_model(model, config)
+    with torch.no_grad():
+        for weight in adapted.parameters():
+            if weight.requires_grad:
+                weight += 0.1 * torch.randn_like(weight)
+    adapted.save_pretrained(to)
+    tokenizer = tiny.tokenizer.__wrapped__()
+    tokenizer.add_tokens([f"<new {n}>" for n in range(tokens - len(tokenizer))])
+    tokenizer.save_pretrained(to)
+    return adapted.eval()
+
+
+ON_THEM = ["embed_tokens", "lm_head"]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # peft's own, as the adapters are made
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "changes"),
+    [
+        (105, {"modules_to_save": ON_THEM}),
+        (105, {"modules_to_save": ON_THEM[:1]}),
+        (98, {"modules_to_save": ON_THEM}),
+        (99, {"modules_to_save": ON_THEM}),
+        (105, {"target_modules": ["q_proj", *ON_THEM]}),
+        (105, {"trainable_token_indices": [99, 104]}),
+        (105, {}),
+    ],
+)
+def test_adapters_with_added_tokens(tmp_path, tied, tokens, changes):
+    config = peft.LoraConfig(
+        **{"r": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"} | changes
+    )
+    theirs = trained(tmp_path, tmp_path / "it", config, tokens, tie_word_embeddings=tied)
+    found = source.load(tmp_path / "it")
+    ids = torch.tensor([[5, tokens - 1, 7, tokens - 2, 9]])
+    with torch.no_grad():
+        said, expected = found.model(input_ids=ids).logits, theirs(input_ids=ids).logits
+    assert said.shape == (1, 5, tokens) and torch.allclose(said, expected, atol=1e-4)
+    assert found.tokenizer is not None
+    assert len(found.tokenizer) == tokens
+
+
+def test_an_adapter_of_other_sizes_is_told_with_them(place, tmp_path):
+    tiny.build("llama", hidden_size=32).save_pretrained(tmp_path / "other")
+    with pytest.raises(
+        fastgen.ModelError, match=r"torch.Size\(\[4, 64\]\).*torch.Size\(\[4, 32\]\)"
+    ):
+        source.load(tmp_path / "other", adapted=place / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (peft.PromptTuningConfig(num_virtual_tokens=4), "PROMPT_TUNING .* stands before each"),
+        (peft.PrefixTuningConfig(num_virtual_tokens=4), "PREFIX_TUNING .* stands before each"),
+        (peft.PromptEncoderConfig(num_virtual_tokens=4), "P_TUNING .* stands before each"),
+        (peft.AdaptionPromptConfig(adapter_len=4, adapter_layers=2), "ADAPTION_PROMPT .* beside"),
+        (peft.PolyConfig(target_modules=["q_proj"]), "POLY .* task_ids"),
+        (
+            peft.LoraConfig(
+                task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[5, 6]
+            ),
+            "LORA .* only after certain tokens",
+        ),
+    ],
+    ids=lambda value: getattr(value, "peft_type", None),
+)
+def test_adapters_that_cannot_become_weights_are_named(tmp_path, config, words):
+    config.task_type = "CAUSAL_LM"
+    trained(tmp_path, tmp_path / "it", config)
+    words = f"an adapter of the kind {words}"
+    with pytest.raises(UnsupportedModel, match=words):
+        export(tmp_path / "it", tmp_path / "out", progress=None)
+    assert not (tmp_path / "out").exists()

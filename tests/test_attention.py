@@ -115,17 +115,15 @@ def difference(theirs: PreTrainedModel, ours: CausalLM, rows: list[list[int]]) -
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory, convert_once):
+def exported(tmp_path_factory):
     """`exported(case, precision, cache precision)`: a model and its export, loaded."""
 
     @functools.cache
     def make(case: str, precision: str = "fp32", cache: str = "fp32") -> Any:
         model, out = build(case), tmp_path_factory.mktemp("attention") / "model"
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(graph, "convert", convert_once)
-            export(model, out, tokenizer=tiny.tokenizer(), precision=precision,
-                   cache_precision=cache, progress=None,
-                   allow_mismatch=precision != "fp32")  # fmt: skip  # noise has many near ties
+        export(model, out, tokenizer=tiny.tokenizer(), precision=precision,
+               cache_precision=cache, progress=None,
+               allow_mismatch=precision != "fp32")  # fmt: skip  # noise has many near ties
         return model, CausalLM(out)
 
     return make

@@ -127,11 +127,12 @@ def ends(pair):
 @pytest.mark.parametrize("num_beams", [2, 3, 5])
 @pytest.mark.parametrize("kind", KINDS)
 def test_beams_are_those_of_transformers(pair, ends, kind, num_beams, early_stopping):
-    before, ended, late = len(ties), 0, 0
+    """One kind has every other setting, the second the rest: a search sees logits only."""
+    before, ended, late, first = len(ties), 0, 0, KINDS.index(kind)
     for rows in ([[5, 6, 7]], ragged(1), ragged(21, (9, 2, 14))):
         eos = ends(kind, rows, 3)
         settings = itertools.product((-1.0, 0.0, 0.5, 1.0, 2.0), (None, eos[0], eos))
-        for place, (length_penalty, eos_token_id) in enumerate(settings):
+        for place, (length_penalty, eos_token_id) in list(enumerate(settings))[first::2]:
             returned = num_beams if place % 4 else 1
             out = compare(
                 pair(kind), rows, num_beams=num_beams, early_stopping=early_stopping,
@@ -141,7 +142,7 @@ def test_beams_are_those_of_transformers(pair, ends, kind, num_beams, early_stop
             lengths = (out.beam_indices >= 0).sum(dim=1)
             ended += int((lengths < 12).sum())
             late += int((lengths == 12).sum())
-    assert ended > 50 and late > 20, "the eos ids are chosen so that some end and some do not"
+    assert ended > 25 and late > 10, "the eos ids are chosen so that some end and some do not"
     assert len(ties) - before <= 2, ties[before:]
 
 
@@ -471,8 +472,10 @@ def slow_groups(
 
 
 @pytest.mark.parametrize("early", [True, False, "never"])
-@pytest.mark.parametrize(("beams", "groups"), [(2, 2), (4, 2), (6, 3), (6, 2)])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "beams", "groups"),
+    [("gpt2", 2, 2), ("llama", 4, 2), ("gpt2", 6, 3), ("gpt2", 6, 2)],  # the loops see logits only
+)
 def test_diverse_beams_are_those_of_the_slow_loops(pair, ends, kind, beams, groups, early):
     theirs, ours = pair(kind)
     rows = ragged(11, (4, 9, 6))

@@ -14,7 +14,7 @@ import pytest
 import tiny
 import tokenizers
 import torch
-from fastgen.export import Mismatch, bundle, cache, calibrate, export, graph, pipeline, trim
+from fastgen.export import Mismatch, bundle, cache, calibrate, corpus, export, graph, pipeline, trim
 from fastgen.export.check import Tolerance
 
 import fastgen
@@ -38,7 +38,7 @@ def exported(pair, tmp_path_factory):
         if kind not in made:
             reference, plain = pair(kind)
             path = tmp_path_factory.mktemp("int8") / kind
-            # For ids only, it is calibrated on all ids: a random model has no likely text.
+            # For ids only, it is calibrated on what it writes: a random model has no likely text.
             export(
                 reference, path, precision="fp32", cache_precision="int8", tolerance=LOOSE,
                 progress=None,
@@ -301,10 +301,10 @@ def demo(tmp_path_factory):
     bundle.seal(directory, json.loads((directory / INFO).read_text()))
     model = fastgen.load(directory)
     info = model.model.info
-    text = calibrate.TEXT.read_text(encoding="utf-8")
+    text = Path(cache.__file__).with_name("held_out.txt").read_text(encoding="utf-8")
     tokenizer = tokenizers.Tokenizer.from_file(str(hub.DEMO / "tokenizer.json"))
-    rows = calibrate.rows_of_text(text, tokenizer, info.vocab_size, info.max_length)
-    return model.model, *calibrate.halves(rows)
+    rows = corpus.Reader(tokenizer, info.vocab_size, calibrate.ROW).rows(text)
+    return model.model, rows[0::2], rows[1::2]
 
 
 def quantised_demo(demo, directory, limit: int) -> Model:

@@ -28,7 +28,7 @@ import fastgen
 from fastgen import commands
 from fastgen.commands.chat import _harmless
 from fastgen.conversation import Conversation
-from fastgen.params import Params
+from fastgen.params import Params, sampling
 from fastgen.prefix import BLOCK
 
 TEMPLATE = (
@@ -37,8 +37,8 @@ TEMPLATE = (
     "<s>{{ m.role }} {{ m.content }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant {% endif %}"
 )
-SHORT = {"max_new_tokens": 6, "eos_token_id": None}
-FLAGS = ["--max-new-tokens", "6", "--eos-token-id", "null"]
+SHORT = {"max_new_tokens": 6, "eos_token_id": None, "do_sample": False}
+FLAGS = ["--max-new-tokens", "6", "--eos-token-id", "null", "--no-do-sample"]
 
 
 def with_template(source: Path, place: Path) -> Path:
@@ -124,7 +124,7 @@ def test_exit_leaves_what_follows(long):
 
 def test_knobs_are_flags_and_can_be_set(long):
     sampled = {"do_sample": True, "seed": 5, "temperature": 1.5}
-    expected = [*replies(long, "Hi", **sampled), *replies(long, "Hi", num_beams=2)]
+    expected = [*replies(long, "Hi", **sampled, top_p=0.9), *replies(long, "Hi", num_beams=2)]
     typed = (
         "Hi\n/reset\n/set\n/unset do_sample\n/unset seed\n/set --num-beams 2\n/unset temperature\n"
         "/set\nHi\n"
@@ -134,15 +134,85 @@ def test_knobs_are_flags_and_can_be_set(long):
     assert (code, out) == (0, lines(expected))
     assert err.splitlines() == [
         "max_new_tokens 6", "eos_token_id null", "do_sample true", "seed 5", "temperature 1.5",
-        "max_new_tokens 6", "eos_token_id null", "num_beams 2",
+        "sampled at temperature 1.5, top_k 50, top_p 0.9",
+        "max_new_tokens 6", "eos_token_id null", "num_beams 2", "not sampled",
     ]  # fmt: skip
 
 
 def test_a_set_knob_can_be_switched_off(long):
-    code, out, err = run(long, stdin="/set eos_token_id null\n/set max_new_tokens 6\n/set\nHi\n")
+    typed = "/set eos_token_id null\n/set max_new_tokens 6\n/set do_sample null\n/set\nHi\n"
+    code, out, err = run(long, stdin=typed)
     assert (code, out) == (0, lines(replies(long, "Hi")))
-    assert err == "eos_token_id null\nmax_new_tokens 6\n"
-    assert run(long, stdin="/set")[2].startswith("nothing is set")
+    assert err == "eos_token_id null\nmax_new_tokens 6\ndo_sample null\nnot sampled\n"
+
+
+# --- how answers are drawn -----------------------------------------------------------------------
+
+SANE = {"do_sample": True, "temperature": 0.7, "top_k": 50, "top_p": 0.9}
+PLAIN = {"do_sample": True, "temperature": 1.0, "top_k": 50, "top_p": 1.0}
+FIRST = [
+    ({}, SANE),
+    ({"eos_token_id": 5, "repetition_penalty": 1.1, "temperature": None}, SANE),
+    ({"temperature": 0.6}, PLAIN | {"temperature": 0.6}),
+    ({"do_sample": True}, PLAIN),
+    ({"do_sample": True, "top_k": 20, "top_p": 0.8}, PLAIN | {"top_k": 20, "top_p": 0.8}),
+    ({"min_p": 0.1}, PLAIN | {"min_p": 0.1}),
+    ({"do_sample": False}, PLAIN | {"do_sample": False}),
+    ({"do_sample": False, "top_p": 0.5}, PLAIN | {"do_sample": False, "top_p": 0.5}),
+    ({"temperature": 0.0}, PLAIN | {"do_sample": False, "temperature": 0.0}),
+    ({"num_beams": 3}, SANE | {"do_sample": False}),
+    ({"num_beams": 3, "do_sample": True}, PLAIN),
+]
+
+
+@pytest.mark.parametrize(("own", "expected"), FIRST)
+def test_people_read_what_the_models_own_settings_draw_or_sane_ones(own, expected):
+    assert sampling(own) == expected
+
+
+@pytest.mark.parametrize(
+    ("own", "knobs", "expected"),
+    [
+        ({}, {"top_p": 0.5}, SANE | {"top_p": 0.5}),
+        ({}, {"seed": 5, "max_new_tokens": 9}, SANE),
+        ({}, {"temperature": 0}, SANE | {"do_sample": False, "temperature": 0}),
+        ({}, {"num_beams": 2}, SANE | {"do_sample": False}),
+        ({}, {"num_beams": 2, "do_sample": True}, SANE),
+        ({"num_beams": 3}, {"num_beams": 1}, SANE),
+        ({"do_sample": True}, {"temperature": 0}, PLAIN | {"do_sample": False, "temperature": 0}),
+        ({"top_k": 20}, {"top_k": None}, PLAIN | {"top_k": None}),
+        ({"temperature": 0.3}, {"top_p": 0.9}, PLAIN | {"temperature": 0.3, "top_p": 0.9}),
+    ],
+)
+def test_what_is_set_counts_before_that(own, knobs, expected):
+    assert sampling(own, knobs) == expected
+
+
+@pytest.mark.parametrize(
+    ("own", "how", "knobs"),
+    [
+        ({}, "sampled at temperature 0.7, top_k 50, top_p 0.9", SANE),
+        (
+            {"temperature": 0.6, "top_k": 20, "min_p": 0.1},
+            "sampled at temperature 0.6, top_k 20, top_p 1.0, min_p 0.1",
+            {"do_sample": True, "temperature": 0.6, "top_k": 20, "min_p": 0.1},
+        ),
+        ({"do_sample": False, "temperature": 0.6}, "not sampled", {}),
+    ],
+)
+def test_a_chat_draws_so_and_shows_it(long, tmp_path, terminal, own, how, knobs):
+    place = tmp_path / "model"
+    shutil.copytree(long, place)
+    settings, exported = place / "generation_config.json", place / "fastgen.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | own))
+    told = json.loads(exported.read_text())
+    told["files"][settings.name] = settings.stat().st_size
+    exported.write_text(json.dumps(told))
+    expected = replies(place, "Hi", "Go on", **knobs, seed=3)
+    flags = ["--max-new-tokens", "6", "--eos-token-id", "null", "--seed", "3"]
+    assert run(place, *flags, stdin="Hi\nGo on\n") == (0, lines(expected), "")
+    assert run(place, stdin="/set")[2] == f"nothing is set\n{how}\n"
+    assert f"; {how}. /help" in terminal(place).until(">>> ")
 
 
 @pytest.mark.parametrize("knob", [knob.name for knob in dataclasses.fields(Params)])
@@ -177,7 +247,7 @@ def test_every_knob_is_checked_at_once(talk, knob):
         ("/set prefix_cache 5", "prefix_cache is not a keyword of generate"),
         ("/set stop_strings []", "stop_strings must be a non-empty text"),
         ("/set eos_token_id", "/set needs a value for eos_token_id"),
-        ("/unset top_k", "top_k is not set; set are: eos_token_id"),
+        ("/unset top_k", "top_k is not set; set are: eos_token_id, do_sample"),
         ("/unset", "/unset needs KNOB"),
         ("/save", "/save needs FILE"),
         ("/reset all", "/reset takes nothing, got 'all'"),
@@ -381,7 +451,7 @@ def test_the_error_of_an_answer_leaves_what_was_said(talk):
 
 def test_old_turns_are_left_out_and_the_system_message_never_is(short):
     """Without a warning, and so that the turns that follow begin with what was read before."""
-    knobs = {"eos_token_id": None, "max_new_tokens": 8}
+    knobs = {"eos_token_id": None, "max_new_tokens": 8, "do_sample": False}
     texts = [f"turn {n}, abc" for n in range(12)]
     model = fastgen.load(short)
     talk = Conversation(model, knobs, "sys")
@@ -398,7 +468,7 @@ def test_old_turns_are_left_out_and_the_system_message_never_is(short):
     again = [now for before, now in itertools.pairwise(left_out) if now == before]
     assert again and any(reused[1:])
     typed = "\n".join(texts)
-    flags = ["--eos-token-id", "null", "--max-new-tokens", "8", "--system", "sys"]
+    flags = ["--eos-token-id", "null", "--max-new-tokens", "8", "--no-do-sample", "--system", "sys"]
     code, out, err = run(short, *flags, stdin=typed)
     assert (code, out) == (0, lines(found))
     notes = err.splitlines()
@@ -458,7 +528,7 @@ def test_without_a_template_the_text_goes_on(pair):
 
 
 def test_the_demo_model_shows_it():
-    code, out, err = run(stdin="The os module\n")
+    code, out, err = run("--no-do-sample", stdin="The os module\n")
     assert code == 0 and len(out) > 100
     assert out == fastgen.load().complete("The os module", max_new_tokens=64) + "\n"
     assert [line.partition(":")[0] for line in err.splitlines()] == ["fastgen"] * 2

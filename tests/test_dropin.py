@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from scripts import output_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding
 
 import fastgen
@@ -67,18 +66,12 @@ print(scores.exp().max() <= 1)
 """
 
 
-def run(script: str) -> str:
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_a_script_for_transformers_prints_the_same(there):
-    theirs = run(SCRIPT.format(
+    theirs = output_of(SCRIPT.format(
         the_import="from transformers import AutoModelForCausalLM", more="", seeded="",
         the_class="AutoModelForCausalLM", seed="", precision="",
     ))  # fmt: skip
-    ours = run(SCRIPT.format(
+    ours = output_of(SCRIPT.format(
         the_import="from fastgen import CausalLM", the_class="CausalLM", seed="", more="",
         precision=", precision='fp32'",
         seeded=", seed=0",

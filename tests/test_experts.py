@@ -99,7 +99,7 @@ def test_experts_in_three_flat_matrices(tmp_path):
 
 
 @pytest.mark.parametrize("form", tiny.some([*FORMS, "gathered"], ["gathered"]))
-def test_a_gate_that_the_kernel_lacks(form, tmp_path, monkeypatch):
+def test_a_gate_that_the_kernel_lacks(form, tmp_path, monkeypatch, converted_anew):
     """A loop over the experts; what that lacks, too, gathers each token's matrices."""
     act = "gelu" if form == "gathered" else form
     model = tiny.build("mixtral", **MIXTURES["mixtral"], hidden_act=act, num_hidden_layers=1)

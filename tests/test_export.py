@@ -56,9 +56,8 @@ HERE = (str(ROOT), str(Path.home()) + "/", tempfile.gettempdir())  # paths of th
 
 
 @pytest.fixture
-def gpt2(pair, convert_once, monkeypatch) -> PreTrainedModel:
+def gpt2(pair) -> PreTrainedModel:
     """A model object whose export is quick."""
-    monkeypatch.setattr(graph, "convert", convert_once)
     return pair("gpt2")[0]
 
 
@@ -753,11 +752,6 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_model_is_loaded(
     monkeypatch.setattr(tempfile, "mkdtemp", refuse)
     refused(tmp_path / "out", "out cannot be written, .*: Permission denied")
     refused(tmp_path / "a" / "b" / "out", "out cannot be written, .*: Permission denied")
-
-
-def test_a_calibration_text_is_looked_for_before_the_model(tmp_path):
-    with pytest.raises(ValueError, match=r"calibration must be a file with text, .* is none"):
-        export("/no/such/model", tmp_path / "out", calibration=tmp_path / "text", progress=None)
 
 
 def test_what_a_kill_took_away_is_there_before_the_next_export_begins(demo):

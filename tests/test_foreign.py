@@ -249,7 +249,7 @@ def test_what_is_made_smaller_of_a_folder_stays_near(opened, wishes, kl, top1, t
     assert kept == wishes.get("cache_precision", "float32")
     texts = plain.generate(ROWS, max_new_tokens=NEW, eos_token_id=None)
     for one, two in zip(ours.score(texts), plain.score(texts), strict=True):
-        np.testing.assert_allclose(one[1:], two[1:], atol=0.8 if kl > 0.1 else 0.15)
+        np.testing.assert_allclose(one[1:], two[1:], atol=1.0 if kl > 0.1 else 0.15)
 
 
 # --- what is refused -----------------------------------------------------------------------------

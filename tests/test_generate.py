@@ -28,16 +28,16 @@ from transformers import (
 from transformers.generation.stopping_criteria import EosTokenCriteria, StopStringCriteria
 
 import fastgen
-from fastgen import params
+from fastgen import call, healing, params
 from fastgen.stop import StopStrings
 
 GREEDY = {"do_sample": False, "max_new_tokens": 12}
 
 
-# All modes and processors on two kinds of models, and on all four of the report.
+# All modes and processors on one kind of model, and on all four of the report.
 @pytest.mark.parametrize(
     "kinds",
-    [("llama", "gemma2"), pytest.param(parity_report.KINDS, marks=pytest.mark.slow)],
+    [("llama",), pytest.param(parity_report.KINDS, marks=pytest.mark.slow)],
     ids=len,
 )
 def test_no_token_differs_from_transformers(pair, capsys, kinds):
@@ -504,6 +504,18 @@ def test_a_configuration_may_be_an_object_a_dict_and_the_second_argument(pair):
         ours.generate(ids, {"temprature": 3})
 
 
+def test_without_its_defaults_it_is_the_same_model_and_the_other_keeps_them(ours):
+    before = ours.generation_config.to_dict()
+    assert before["eos_token_id"] == 2
+    rows, every = [[5, 6, 7], [8, 9, 11]], {"eos_token_id": None, "pad_token_id": None}
+    plain = ours.without_defaults()
+    assert plain.generation_config.to_dict() == {} and plain.model is ours.model
+    found = plain.generate(rows, max_new_tokens=9)
+    assert found == ours.generate(rows, max_new_tokens=9, **every)
+    plain.generation_config.max_new_tokens = 3
+    assert ours.generation_config.to_dict() == before
+
+
 def test_what_the_models_own_file_asks_for_is_done_or_an_error(pair):
     _, ours = pair("gpt2")
     ours = fastgen.load(ours.directory)
@@ -527,8 +539,9 @@ def test_every_argument_of_transformers_generate_is_known(pair):
     assert {n for n in names if n[0] != "_"} <= params.KNOWN | set(params.ARGUMENTS)
 
 
-def test_the_table_of_knobs_in_the_readme_is_the_code():
-    text = (Path(fastgen.__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+def test_the_table_of_knobs_in_the_docs_is_the_code():
+    page = Path(fastgen.__file__).parents[1] / "docs" / "knobs.md"
+    text = page.read_text(encoding="utf-8")
     found = re.search(r"<!-- knobs -->\n(.*)\n<!-- /knobs -->", text, re.DOTALL)
     wanted = 'python -c "import fastgen.params as p; print(p.table())"'
     assert found and found[1].strip() == params.table(), f"the section is the output of {wanted}"
@@ -575,3 +588,77 @@ def test_healed_prompts_are_those_of_transformers(pair):
         healed += expected[0, : len(cut)].tolist() != cut
     assert healed
     assert ours.generate([5], token_healing=True, max_new_tokens=2)[0][0] == 5
+
+
+def test_a_healed_prompt_begins_with_what_was_asked():
+    """However unlikely: only what continues the last token takes its place."""
+    model = fastgen.load()
+    text = "Return a list of the strings http"
+    for end in range(8, len(text)):
+        cut = model.tokenizer.decode(model.tokenizer.encode(text[:end].strip()))
+        out = model.generate(
+            model.tokenizer.encode(text[:end]), token_healing=True, max_new_tokens=1,
+            repetition_penalty=9.0, eos_token_id=None,
+        )  # fmt: skip
+        assert model.tokenizer.decode(out[0]).startswith(cut), text[:end]
+
+
+def test_what_the_last_token_becomes_is_one_that_it_begins():
+    """A model that wants something else by far more than the bias is not asked for it."""
+    model = fastgen.load()
+    ids, other = model.tokenizer.encode("The lis"), model.tokenizer.encode("x")[-1]
+    prompt = healing.reopen(ids, model.tokenizer)
+    assert (prompt.ids, prompt.biases[ids[-1]]) == (ids[:-1], healing.ORIGINAL)
+    defaults, biases = {"logit_bias": {other: 900.0}}, prompt.biases
+    one = call.last_token(model.model, defaults, lambda: model.tokenizer, None, prompt)
+    found = next(filter(None, one.steps()))[0].token
+    assert found in biases and other not in biases
+
+
+# -- Several sequences of a prompt -----------------------------------------------------------------
+
+
+def test_allowed_tokens_are_asked_for_by_the_number_of_the_prompt(pair):
+    theirs, ours = pair("llama")
+    ids = torch.tensor(ragged(45, (5, 5)))
+    asked: list[int] = []
+
+    def allowed(batch_id: int, ids: Any) -> list[int]:
+        asked.append(batch_id)
+        return list(range(10 + 20 * batch_id, 40 + 20 * batch_id))
+
+    knobs = {
+        "do_sample": True,
+        "num_return_sequences": 3,
+        "max_new_tokens": 6,
+        "eos_token_id": None,
+    }
+    torch.manual_seed(3)
+    expected = theirs.generate(ids, prefix_allowed_tokens_fn=allowed, **knobs)
+    there, asked[:] = asked[:], []
+    found = ours.generate(ids, prefix_allowed_tokens_fn=allowed, seed=3, **knobs)
+    assert torch.equal(found, expected) and asked == there
+
+
+def test_every_row_has_a_text_even_an_empty_one():
+    """As many as were asked for; a row may have no token at all."""
+    model = fastgen.load()
+    knobs = {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 6}
+    assert len(model.complete(["x", "Return"], regex="ab|c", **knobs)) == 6
+    groups = {"num_beam_groups": 3, "diversity_penalty": 1.0}
+    found = model.complete("x", regex="ab", **knobs, **groups)
+    assert isinstance(found, list) and len(found) == 3
+    assert "ab" in found
+
+
+@pytest.mark.parametrize("eos", [None, 7])
+@pytest.mark.parametrize("new", [1, 2, 4])
+@pytest.mark.parametrize("beams", [2, 3, 4])
+def test_fewer_texts_than_beams_are_repeated(pair, eos, new, beams):
+    """There as here: with one text that may be, no sequence is empty and none has a token -1."""
+    _, ours = pair("llama")
+    knobs = {"num_beams": beams, "num_return_sequences": beams, "max_new_tokens": new}
+    found = ours.generate(
+        [5, 6, 8], prefix_allowed_tokens_fn=lambda *_: [9], eos_token_id=eos, **knobs
+    )
+    assert found == [[5, 6, 8] + [9] * new] * beams

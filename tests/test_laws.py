@@ -11,7 +11,7 @@ import tiny
 from test_parity import ragged
 
 import fastgen
-from fastgen import batch, prefill
+from fastgen import batch, pick, prefill
 from fastgen import model as model_module
 from fastgen.tokenizer import TextStream
 
@@ -84,6 +84,21 @@ def test_first_of_several_sequences_is_a_prompt_prefilled_once(pair, kind):
         row = rows[place // 3]
         alone = model.generate(row, seed=seed, max_new_tokens=9, **SAMPLING)[0]
         assert out[place][9 - len(row) :][: len(alone)] == alone
+
+
+@pytest.mark.parametrize("seed", [7, [1, 2, 3]], ids=["one", "each its own"])
+def test_what_was_drawn_is_not_kept(pair, seed, monkeypatch):
+    kept, row = [], pick.Stream.row
+
+    def counted(self, *place):
+        words = row(self, *place)
+        kept.append(len(self._blocks))
+        return words
+
+    monkeypatch.setattr(pick.Stream, "row", counted)
+    _, model = pair("llama")
+    model.generate(ragged(8, (4, 9, 6)), seed=seed, max_new_tokens=9, **SAMPLING)
+    assert len(kept) > 9 and max(kept) == 1
 
 
 def test_rows_that_join_late_change_nothing(pair):
@@ -171,9 +186,8 @@ def test_broken_bytes_come_out_as_they_decode(pair):
         assert shown == tokenizer.decode(ids)
 
 
-def test_rows_are_read_together_where_that_costs_least(monkeypatch):
+def test_rows_are_read_together_where_that_costs_least():
     """Beside every way to cut a few rows into groups."""
-    monkeypatch.setattr(prefill, "TOGETHER", 48)
     random = np.random.default_rng(0)
     for _ in range(60):
         lengths = sorted(random.integers(1, 40, int(random.integers(1, 8))).tolist())
@@ -187,7 +201,7 @@ def test_rows_are_read_together_where_that_costs_least(monkeypatch):
         every = [
             cuts for size in range(count) for cuts in itertools.combinations(range(1, count), size)
         ]
-        found = prefill.together(lengths, 16)
+        found = prefill.together(lengths, 16, 48)
         assert [a for a, _ in found] == [0, *[b for _, b in found[:-1]]] and found[-1][1] == count
         assert cost(tuple(b for _, b in found[:-1])) == min(map(cost, every))
 

@@ -12,6 +12,7 @@ from transformers.generation.candidate_generator import PromptLookupCandidateGen
 
 import fastgen
 from fastgen.lookup import Payoff, continuation
+from fastgen.params import resolve
 
 # Here guesses are to be right; whether they pay is asked of `Payoff`, below.
 pytestmark = pytest.mark.usefixtures("always_guess")
@@ -141,6 +142,27 @@ def test_what_cannot_be_guessed_is_said(pair):
     ):
         with pytest.raises(ValueError, match=words):
             model.generate([5, 6, 7], max_new_tokens=3, **knobs)
+
+
+def test_a_models_own_default_that_a_search_has_no_use_for_is_left_out():
+    """As transformers does; who asks for both is told."""
+    own = {"prompt_lookup_num_tokens": 3, "penalty_alpha": 0.6, "diversity_penalty": 0.5,
+           "forced_eos_token_id": 2}  # fmt: skip
+    for asked in ({"num_beams": 2}, {"num_beams": 2, "do_sample": True}):
+        found = resolve(own, None, asked)
+        assert found.prompt_lookup_num_tokens is None and found.diversity_penalty == 0
+        assert found.forced_eos_token_id == (2,)
+    del own["penalty_alpha"]
+    assert resolve(own, None, {}).prompt_lookup_num_tokens == 3
+    assert resolve(own, None, {"guidance_scale": 2.0}).prompt_lookup_num_tokens is None
+    assert resolve(own, None, {"regex": "a"}).forced_eos_token_id is None
+    for given in ({"penalty_alpha": 0.6}, {"diversity_penalty": 0.5},
+                  {"forced_eos_token_id": 2, "regex": "a"}):  # fmt: skip
+        with pytest.raises(ValueError, match=next(iter(given))):
+            resolve(own, None, {"num_beams": 2, **given})
+    assert resolve({}, None, {"top_k": 50.0, "pad_token_id": -1}).top_k == 50
+    with pytest.raises(ValueError, match="top_k must be an integer"):
+        resolve({}, None, {"top_k": 50.5})
 
 
 # --- whether it pays -----------------------------------------------------------------------------

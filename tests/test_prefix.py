@@ -81,7 +81,7 @@ def outputs(model: fastgen.CausalLM, rows: Any, **kwargs: Any) -> Any:
 # --- a hit is a fresh prefill -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", tiny.some(KINDS, {*KINDS} - {"phi3"}))
 def test_a_hit_gives_the_tokens_and_logits_of_a_fresh_prefill(pair, kind, small_chunks):
     _, model = pair(kind)
     cache = PrefixCache()

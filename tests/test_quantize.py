@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
+import onnxruntime
 import pytest
 import tiny
 import torch
-from fastgen.export import Mismatch, calibrate, export, gptq, parts, smooth
+from fastgen.export import Mismatch, calibrate, export, gptq, parts, rotate, smooth
 from fastgen.export.check import Tolerance
 from fastgen.export.quantize import (
     W8A8,
@@ -21,7 +24,10 @@ from fastgen.export.quantize import (
     channel_codes,
     codes_values,
     join_blocks,
+    quantize,
+    turned_matrix,
 )
+from fastgen.export.recipe import Step, chosen
 
 import fastgen
 
@@ -76,7 +82,7 @@ def test_searched_scales_and_gptq_each_lower_the_error_of_the_output():
     plain = Choice(kernel)
     scales = gptq.search_scales(weight, kernel, np.einsum("ti,ti->i", x, x) / len(x))
     searched = Choice(kernel, scales)
-    rounded = gptq.gptq(weight, kernel, scales, x)
+    rounded = gptq.gptq(weight, kernel, scales, x.T @ x / len(x))
     better = Choice(kernel, scales, block_codes(rounded, kernel, scales))
 
     def error(choice):
@@ -90,8 +96,8 @@ def test_searched_scales_and_gptq_each_lower_the_error_of_the_output():
 
 
 def test_a_row_does_not_feel_its_neighbours(quantized):
-    """int8 to rounding; int4's kernel quantises activations otherwise for one row than for many."""
-    precision, _, model = quantized
+    """In every precision: what kernel is taken for a matrix does not depend on how many rows."""
+    _, _, model = quantized
     ids = random.integers(3, tiny.VOCAB, (8, 9))
 
     def logits(rows):
@@ -101,20 +107,21 @@ def test_a_row_does_not_feel_its_neighbours(quantized):
 
     together = logits(ids)
     alone = np.concatenate([logits(row[None]) for row in ids], axis=1)
-    share = {"int8": 1e-6, "int4": 0.05}[precision]
-    assert np.abs(alone - together).max() <= share * np.abs(together).max()
+    assert np.abs(alone - together).max() <= 1e-6 * np.abs(together).max()
 
 
 def test_an_outlier_token_spoils_nobody_else(quantized):
     """What a per-tensor scale gets wrong: the first token's activations are huge."""
     precision, reference, model = quantized
-    ids = random.integers(3, tiny.VOCAB, (1, 30))
-    with torch.no_grad():
-        expected = reference(torch.from_numpy(ids)).logits[0].numpy()
-    cache = model.model.new_cache(1, 64)
-    found = model.model.forward(list(ids), cache, logits_positions=np.arange(30)[None])[0]
-    bound = {"int8": 0.05, "int4": 0.5}[precision]
-    assert np.abs(found - expected).max() < bound * np.abs(expected).max()
+    worst = []
+    for _ in range(12):  # the worst logit of one row is a matter of luck
+        ids = random.integers(3, tiny.VOCAB, (1, 30))
+        with torch.no_grad():
+            expected = reference(torch.from_numpy(ids)).logits[0].numpy()
+        cache = model.model.new_cache(1, 64)
+        found = model.model.forward(list(ids), cache, logits_positions=np.arange(30)[None])[0]
+        worst.append(np.abs(found - expected).max() / np.abs(expected).max())
+    assert np.mean(worst) < {"int8": 0.05, "int4": 0.65}[precision]
 
 
 def test_a_tied_embedding_is_stored_once(quantized):
@@ -130,8 +137,10 @@ def test_the_report_says_what_was_kept_and_lost(quantized):
     report = json.loads((model.directory / "report.json").read_text())
     assert report["precision"] == precision
     assert report["fp32"]["greedy"]["same"] == report["fp32"]["greedy"]["tokens"]
-    assert len(report["matrices"]) == 2 * 4 + 1
-    assert all(0 < one["error"] < 0.3 for one in report["matrices"])
+    turned = [one for one in report["matrices"] if one["kernel"] == "float32"]
+    assert len(report["matrices"]) == 2 * 4 + 1 + len(turned) and len(turned) == 1
+    assert all(0 < one["error"] < 0.3 for one in report["matrices"] if one not in turned)
+    assert report["turned"] == ["turned: values of 2 layers, residual stream of 64"]
     quality = report["quality"]
     assert abs(quality["more_perplexity"]) < 0.1 and quality["tokens"] > 200
     assert 0 < quality["kl"] < 0.2
@@ -141,7 +150,7 @@ def test_what_falls_beyond_the_tolerance_is_refused(tmp_path):
     model = tiny.build("llama")
     out = tmp_path / "out"
     strict = Tolerance(max_difference=1.0, kl=1e-9, top1=1.0, greedy=False)
-    with pytest.raises(Mismatch, match=r"KL divergence is .* top-1 agreement"):
+    with pytest.raises(Mismatch, match=r"KL divergence is .*; top-1 agreement"):
         export(model, out, precision="int4", tolerance=strict, progress=None)
     assert not list(tmp_path.iterdir())
     export(model, out, precision="int4", tolerance=strict, allow_mismatch=True, progress=None)
@@ -179,7 +188,7 @@ def test_gptq_rounds_as_the_paper_does(monkeypatch, factors, tokens):
         scale = scales[:, i // 32]
         expected[i] = np.clip(np.rint(rest[i] / scale), -8, 7) * scale
         rest[i + 1 :] -= np.outer(factor[i, i + 1 :], (rest[i] - expected[i]) / factor[i, i])
-    found = gptq.gptq(weight, kernel, scales, x)
+    found = gptq.gptq(weight, kernel, scales, x.T @ x / len(x))
     assert (found == expected).mean() > 0.999
 
 
@@ -208,9 +217,10 @@ def test_outlier_channels_are_smoothed_into_the_weights(precision, tmp_path, mon
                 for reader in readers:
                     reader.weight[:, :4] /= 60
 
+    monkeypatch.setattr(rotate, "rotate", lambda model: [])
+
     def made(name):
-        path = export(model, tmp_path / name, precision=precision, allow_mismatch=True,
-                      progress=None)  # fmt: skip
+        path = export(model, tmp_path / name, precision=precision, max_kl=10, progress=None)
         report = json.loads((path / "report.json").read_text())
         return len(report["smoothed"]), report["quality"]["kl"]
 
@@ -219,3 +229,48 @@ def test_outlier_channels_are_smoothed_into_the_weights(precision, tmp_path, mon
     plain, worse = made("plain")
     assert (smoothed, plain) == (6, 0)
     assert kl < worse / 3
+
+
+def test_the_last_step_up_is_the_cheapest_and_float32_goes_after_all_cheap_ones():
+    early, late = Step("early", 2, 0.10, 1.0), Step("late", 2, 0.12, 2.0)
+    small, floats = Step("small", 2, 0.03, 0.5), Step("early", 3, 0.5, 100.0)
+    steps = [early, late, small, floats]
+    assert chosen(steps, 0.2) is early  # no cheap one is enough alone: the best for its cost
+    assert chosen(steps, 0.11) is early  # `late` would be, and costs more
+    assert chosen(steps, 0.02) is small
+    assert chosen([floats], 0.2) is floats
+
+
+def test_inputs_that_are_turned_leave_the_product_and_spread_an_outlier(tmp_path):
+    """As the graph has it: exact but for the codes, which hold an outlier channel far better."""
+    x, weight = matrix(40, 96), matrix(96, 24)
+    x[:, 5], weight[5] = 100, 0
+    mixed = rotate.turned(x, 32) @ turned_matrix(32, False, weight)
+    np.testing.assert_allclose(mixed, x @ weight, rtol=0, atol=1e-3)
+    assert (turned_matrix(32, True, weight.T) == turned_matrix(32, False, weight).T).all()
+    errors = {}
+    for kernel in (W8A8, Kernel(8, turned=32)):
+        choice = Choice(kernel)
+        said = _said(x, weight, choice, tmp_path / "one.onnx")
+        sizes = np.square(x @ weight).sum(1)
+        errors[kernel] = np.sqrt((np.square(said - x @ weight).sum(1) / sizes).mean())
+        assert errors[kernel] == pytest.approx(calibrate.output_error(x, weight, choice), rel=0.02)
+    assert errors[Kernel(8, turned=32)] < errors[W8A8] / 3
+
+
+def _said(x: np.ndarray, weight: np.ndarray, choice: Choice, path: Path) -> np.ndarray:
+    """What onnxruntime says of x [tokens, in] times a matrix that is quantised in a graph."""
+    held = ir.val("w", ir.DataType.FLOAT, weight.shape, const_value=ir.tensor(weight, name="w"))
+    read = ir.val("x", ir.DataType.FLOAT, [1, len(x), len(weight)])
+    node = ir.node("MatMul", [read, held])
+    node.outputs[0].name, node.outputs[0].dtype = "y", ir.DataType.FLOAT
+    node.outputs[0].shape = ir.Shape([1, len(x), weight.shape[1]])
+    graph = ir.Graph(
+        [read], node.outputs, nodes=[node], initializers=[held],
+        opset_imports={"": 23, "com.microsoft": 1},
+    )  # fmt: skip
+    model = ir.Model(graph, ir_version=10)
+    quantize(model, lambda product: choice)
+    ir.save(model, path)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return session.run(None, {"x": x[None]})[0][0]

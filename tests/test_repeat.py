@@ -47,6 +47,9 @@ def content(model: onnx_ir.Model):
 KINDS = ["llama", "gpt2", "qwen3", "phi", "opt", "cohere", "mixtral"]
 
 
+pytestmark = pytest.mark.usefixtures("converted_anew")
+
+
 @pytest.mark.parametrize("kind", tiny.some(KINDS, ["llama"]))
 def test_the_graph_is_that_of_a_trace_of_all_layers(kind):
     """The same nodes of the same weights; also where norms begin as ones, in layers and behind."""

@@ -146,3 +146,15 @@ def test_the_hub(text, tmp_path):
         code, out, err = world.command(*ask, HF_HUB_OFFLINE="1")
         assert (code, out) == (0, f"{PROMPT}{text}\n"), err
         assert hub.asked == []
+
+
+@pytest.mark.parametrize("knobs", ["", "num_beams=2", "prompt_lookup_num_tokens=3"])
+def test_a_stream_that_is_held_to_the_end_says_nothing(knobs):
+    """Its generator is closed when the interpreter has no modules left to import."""
+    code = (
+        "import fastgen, sys; model = fastgen.load(); "
+        f"stream = model.stream('Return', max_new_tokens=50, {knobs}); "
+        "next(stream); sys.modules['kept'] = stream"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (run.returncode, run.stderr) == (0, "")

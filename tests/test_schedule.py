@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from fastgen import PrefixCache
 from fastgen.cache import Cache
+from fastgen.lookup import Payoff
+from fastgen.model import Model
 from fastgen.prefill import CHUNK
 from fastgen.schedule import Scheduler, bytes_of, fitting_chunk
 
@@ -160,6 +162,61 @@ def test_running_rows_advance_while_a_prompt_is_read(pair):
             assert len(read) - before <= 3 and max(read[before:], default=0) <= 32
     finally:
         del model.model.forward
+
+
+LONG = np.random.default_rng(9).integers(3, 90, 100).tolist()
+DEMANDING = {
+    "a long prompt": ([LONG], {}),
+    "many prompts": ([LONG[:20], LONG[:30], LONG[5:40], LONG[9:30]], {}),
+    "many sequences": ([LONG], {"do_sample": True, "seed": 1, "num_return_sequences": 8}),
+    "beams of many prompts": ([LONG[:20], LONG[:30], LONG[5:40]], {"num_beams": 3}),
+    "a negative prompt": ([[5, 6]], {"guidance_scale": 1.5, "negative_prompt_ids": [LONG]}),
+    "beams with a negative prompt": (
+        [[5, 6]], {"guidance_scale": 1.5, "negative_prompt_ids": [LONG], "num_beams": 3}
+    ),
+    "long guesses": ([[*range(5, 15)] * 6], {"prompt_lookup_num_tokens": 60}),
+    "an assistant": (
+        [LONG, LONG[3:60]],
+        {"assistant_model": True, "num_assistant_tokens": 60, "assistant_confidence_threshold": 0},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", DEMANDING)
+def test_no_call_keeps_others_waiting_for_more_than_a_chunk(what, pair, monkeypatch):
+    """A running row gets a token every step, and a step is so many tokens, whatever a call holds.
+
+    It is measured in tokens that are read, padding included: by the prompts a chunk, by the rows
+    that run and by a search (and what guesses for it) another one each.
+    """
+    _, model = pair("llama")
+    monkeypatch.setattr(Payoff, "allowed", lambda self, remaining: remaining)
+    prompts, knobs = DEMANDING[what]
+    if "assistant_model" in knobs:
+        knobs = {**knobs, "assistant_model": model}
+    expected = model.generate(prompts, max_new_tokens=12, eos_token_id=None, **knobs)
+    call = model.call(prompts, max_new_tokens=12, eos_token_id=None, **knobs)
+    read: list[int] = []
+    plain = Model.forward
+
+    def counted(self, new, *rest, **more):
+        read.append(len(new) * max(map(len, new)))
+        return plain(self, new, *rest, **more)
+
+    monkeypatch.setattr(Model, "forward", counted)
+    scheduler = Scheduler(model.model, chunk=32)
+    neighbour = model.call([[5, 6, 7]], max_new_tokens=60, eos_token_id=None)
+    scheduler.submit(neighbour)
+    scheduler.step()
+    scheduler.submit(call)
+    while not call.request.done:
+        read.clear()
+        told = {id(one): len(events) for one, events in scheduler.step()}
+        assert told.get(id(neighbour)) == 1
+        assert max(read) <= 32 and sum(read) <= 4 * 32
+    assert call.request.error is None
+    assert call.request.sequences().tolist() == expected
+    scheduler.close()
 
 
 def test_what_does_not_fit_waits_in_order_and_what_never_fits_is_refused(pair):

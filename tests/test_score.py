@@ -192,6 +192,47 @@ def test_prompts_are_those_of_transformers(directory, template, in_file):
             assert found == expected
 
 
+THINKING = (
+    "{% for m in messages %}[{{ m.role }}|{{ m.reasoning_content }}|{{ m.thinking }}|"
+    "{{ m.reasoning }}|{{ m.content }}]{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"reasoning_content": "a"},
+        {"thinking": "b"},
+        {"reasoning": "c"},
+        {"reasoning": "c", "thinking": "b"},
+        {"reasoning_content": "a", "thinking": "b", "reasoning": "c"},
+        {"reasoning_content": None, "reasoning": "c"},
+        {"reasoning": ""},
+        {},
+    ],
+)
+def test_reasoning_has_the_names_that_it_has_in_transformers(directory, said):
+    (directory / "chat_template.jinja").write_text(THINKING)
+    tokenizer = copy.deepcopy(tiny.tokenizer())
+    tokenizer.chat_template = THINKING
+    talk = [TALK[0], {"role": "assistant", "content": "d", **said}, TALK[0]]
+    expected = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+    assert chat.prompt(directory, {}, talk) == expected
+
+
+def test_lipsum_is_jinjas_within_bounds(directory):
+    """Its words are random, so their number is what can be compared."""
+    template = "{{ messages[0].content }}{{ lipsum(n=2, html=false, min=3, max=4) }}"
+    tokenizer = copy.deepcopy(tiny.tokenizer())
+    tokenizer.chat_template = template
+    expected = tokenizer.apply_chat_template([TALK[0]], tokenize=False)
+    (directory / "chat_template.jinja").write_text(template)
+    assert len(chat.prompt(directory, {}, [TALK[0]]).split()) == len(expected.split())
+    (directory / "chat_template.jinja").write_text(template.replace("n=2", "n=999999999"))
+    with pytest.raises(ValueError, match="lipsum makes more than 10,000 words"):
+        chat.prompt(directory, {}, [TALK[0]])
+
+
 def test_a_reply_is_what_follows_the_template(directory):
     (directory / "chat_template.jinja").write_text(CHATML)
     model, tokenizer = fastgen.load(directory), copy.deepcopy(tiny.tokenizer())
@@ -282,7 +323,7 @@ def test_whatever_a_template_does_is_one_error(tmp_path, template, words, monkey
     monkeypatch.setattr(sandbox, "SECONDS", 60)  # whatever else the machine does
 
     def reply() -> str:
-        return chat.prompt(tmp_path, {"chat_template": template}, TALK)
+        return chat.rendered(template, {}, {"messages": TALK})
 
     if words is None:  # the method is there, but only as a name
         assert "10000000000" not in reply()
@@ -351,7 +392,7 @@ def test_within_its_limits_a_template_says_what_jinja2_makes_of_it(tmp_path, tem
     jinja.filters["tojson"] = chat._to_json
     talk = [{k: v for k, v in message.items() if v is not None} for message in TALK]
     expected = jinja.from_string(template).render(messages=talk)
-    assert chat.prompt(tmp_path, {"chat_template": template}, TALK) == expected
+    assert chat.rendered(template, {}, {"messages": talk}) == expected
 
 
 def test_a_long_conversation_is_within_what_a_template_may_do(tmp_path):

@@ -8,7 +8,6 @@ import http.client
 import json
 import math
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -27,21 +26,24 @@ import numpy as np
 import openai
 import pytest
 from click.testing import CliRunner
-from serving import served
+from serving import address, model, served
 
 import fastgen
-from fastgen import hub
+from fastgen import chat, hub
 from fastgen.commands import cli
 from fastgen.model import ModelInfo
 from fastgen.schedule import Scheduler, bytes_of
 from fastgen.serve import tools
 from fastgen.serve.engine import Engine
 
+__all__ = ["address", "model"]  # fixtures, which take the TEMPLATE
+
 # Roles, tools and calls of tools, as Hermes and Qwen write them.
 TEMPLATE = """{% if tools %}{{ tools | tojson }}
 Answer with <tool_call>{"name": ..., "arguments": ...}</tool_call>.
 {% endif %}{% for m in messages %}{{ m.role }}: {{ m.content }}
-{% for c in m.tool_calls or [] %}<tool_call>{{ c.function.name }}</tool_call>
+{% for c in m.tool_calls or [] %}{% set f = c.function -%}
+<tool_call>{{ f.name }} {{ f.arguments.x }}</tool_call>
 {% endfor %}{% endfor %}assistant:"""
 DEMO = ModelInfo.read(hub.DEMO)
 PROMPT = "The os module"
@@ -55,21 +57,6 @@ TOOL: Any = {
 }
 CALL = r'<tool_call>\{"name": "add", "arguments": \{"x": [1-9]\}\}</tool_call>'
 WAIT = 30.0  # seconds that something may take on a machine that is busy with other things
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> fastgen.CausalLM:
-    """The demo model (float32), with a chat template."""
-    place = tmp_path_factory.mktemp("served") / "model"
-    shutil.copytree(Path(fastgen.__file__).parent / "demo", place)
-    (place / "chat_template.jinja").write_text(TEMPLATE)
-    return fastgen.load(place)
-
-
-@pytest.fixture(scope="module")
-def address(model: fastgen.CausalLM) -> Iterator[str]:
-    with served(model, name="docs") as found:
-        yield found
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +165,35 @@ def test_echo_with_logprobs_scores_a_prompt(client: openai.OpenAI, model: fastge
     assert answer.usage and answer.usage.completion_tokens == 0
 
 
+def test_the_work_of_an_echo_grows_with_its_tokens(
+    client: openai.OpenAI, model: fastgen.CausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted in tokens that are made text, whatever the tokenizer: so many for each."""
+    tokenizer, made = model.tokenizer, [0]
+    decode, spelling = tokenizer.decode, tokenizer.spelling
+
+    def decoded(ids: Any, *rest: Any, **more: Any) -> str:
+        made[0] += len(ids)
+        return decode(ids, *rest, **more)
+
+    def spelt(token: int) -> bytes | None:
+        made[0] += 1
+        return spelling(token)
+
+    monkeypatch.setattr(tokenizer, "decode", decoded)
+    monkeypatch.setattr(tokenizer, "spelling", spelt)
+    for by_bytes in (True, False):
+        monkeypatch.setitem(vars(tokenizer), "is_byte_level", by_bytes)
+        for length in (20, 200):
+            made[0] = 0
+            ids: Any = [token for token in range(300, 300 + length)]
+            answer = client.completions.create(
+                model="docs", prompt=ids, echo=True, logprobs=1, max_tokens=0
+            )
+            assert answer.choices[0].text == decode(ids, False)
+            assert made[0] <= 12 * length, (by_bytes, length)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_echo_goes_on_with_the_text(
     client: openai.OpenAI, model: fastgen.CausalLM, stream: bool
@@ -271,6 +287,10 @@ def test_tools_reach_the_template_and_calls_come_back(
         model="docs", messages=said, max_tokens=5, temperature=0
     )
     assert answer.choices[0].message.content == model.chat(said, max_new_tokens=5)
+    text = chat.prompt(model.directory, model.tokenizer.config, said)
+    assert re.search("<tool_call>add [1-9]</tool_call>", text)  # the JSON text is an object there
+    assert answer.usage
+    assert answer.usage.prompt_tokens == len(model.tokenizer.encode(text, False))
     kept = client.chat.completions.create(**settings, tool_choice="none").choices[0]
     assert kept.message.tool_calls is None and "<tool_call>" in (kept.message.content or "")
 
@@ -379,17 +399,60 @@ def test_stop(client: openai.OpenAI, model: fastgen.CausalLM) -> None:
         stop = free[first:last]
         settings: dict[str, Any] = {
             "model": "docs", "prompt": PROMPT, "stop": [stop, "never seen"], "temperature": 0,
-            "max_tokens": 40,
+            "max_tokens": 40, "logprobs": 0,
         }  # fmt: skip
         whole = client.completions.create(**settings).choices[0]
         assert whole.text == free[: free.index(stop)] and whole.finish_reason == "stop"
         pieces = [chunk.choices[0] for chunk in client.completions.create(stream=True, **settings)]
         assert "".join(piece.text for piece in pieces) == whole.text
         assert pieces[-1].finish_reason == "stop"
+        offsets = [offset for one in pieces for offset in one.logprobs.text_offset]
+        spelt = whole.logprobs.tokens
+        assert offsets == whole.logprobs.text_offset
+        assert offsets == [len("".join(spelt[:place])) for place in range(len(spelt))]
+
+
+def test_a_stop_text_is_looked_for_in_what_is_new(
+    client: openai.OpenAI, model: fastgen.CausalLM
+) -> None:
+    free = model.complete(PROMPT, max_new_tokens=5)
+    across = PROMPT[-1] + free[0]
+    settings: dict[str, Any] = {
+        "model": "docs", "prompt": PROMPT, "temperature": 0, "max_tokens": 5,
+    }  # fmt: skip
+    assert across not in free
+    assert choices(client.completions.create(stop=across, **settings)) == [free]
+    answer = client.completions.create(extra_body={"stop_strings": across}, **settings)
+    assert answer.usage and answer.usage.completion_tokens == 1  # transformers' rule
+
+
+def test_log_probabilities_are_the_models_own(
+    client: openai.OpenAI, model: fastgen.CausalLM
+) -> None:
+    settings: dict[str, Any] = {
+        "model": "docs", "max_tokens": 6, "logprobs": 5, "seed": 2, "temperature": 0.2,
+        "top_p": 0.3,
+    }  # fmt: skip
+    new = client.completions.create(prompt=PROMPT, **settings).choices[0]
+    ids = model.tokenizer.encode(PROMPT)
+    whole = ids + [model.tokenizer.index(token) for token in new.logprobs.tokens]
+    if None not in whole:
+        expected = model.score(whole)[len(ids) :]
+        np.testing.assert_allclose(new.logprobs.token_logprobs, expected, atol=1e-4)
+    for spelt, mine, top in zip(
+        new.logprobs.tokens, new.logprobs.token_logprobs, new.logprobs.top_logprobs, strict=True
+    ):
+        assert all(isinstance(value, float) for value in top.values()) and len(top) == 5
+        assert mine == top.get(spelt, mine)
+    echo = client.completions.create(
+        prompt=PROMPT + new.text, echo=True, **{**settings, "max_tokens": 0}
+    ).choices[0].logprobs  # fmt: skip
+    known = list(zip(echo.tokens, echo.token_logprobs, echo.top_logprobs, strict=True))[1:]
+    assert [top.get(spelt, mine) for spelt, mine, top in known] == [mine for _, mine, _ in known]
 
 
 def test_the_models_own_end(client: openai.OpenAI, model: fastgen.CausalLM) -> None:
-    """An end of text is no text; with eos_token_id null there is none."""
+    """An end of text is no text; with ignore_eos there is none."""
     end = model.tokenizer.encode(model.complete(PROMPT, max_new_tokens=4))[-1]
     settings: dict[str, Any] = {
         "model": "docs", "prompt": PROMPT, "temperature": 0, "max_tokens": 6, "logprobs": 0,
@@ -399,7 +462,7 @@ def test_the_models_own_end(client: openai.OpenAI, model: fastgen.CausalLM) -> N
     assert answer.logprobs and end not in [
         model.tokenizer.index(token) for token in answer.logprobs.tokens or ()
     ]
-    answer = client.completions.create(**settings, extra_body={"eos_token_id": None}).choices[0]
+    answer = client.completions.create(**settings, extra_body={"ignore_eos": True}).choices[0]
     assert answer.finish_reason == "length"
 
 
@@ -467,8 +530,20 @@ KNOBS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-def test_every_knob_is_a_field(client: openai.OpenAI, model: fastgen.CausalLM) -> None:
-    """All at once, side by side: each text is what `generate` writes with the same keywords."""
+def test_every_knob_is_a_field(
+    client: openai.OpenAI, model: fastgen.CausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All at once, side by side: each text is what `generate` writes with the same keywords.
+
+    And whatever is asked for, the engine's thread alone runs the model.
+    """
+    threads, forward = set(), model.model.forward
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        threads.add(threading.current_thread().name)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model.model, "forward", noted)
     assert set(KNOBS) == {knob.name for knob in fields(fastgen.Params)}
 
     def one(name: str) -> tuple[str, list[str]]:
@@ -479,6 +554,7 @@ def test_every_knob_is_a_field(client: openai.OpenAI, model: fastgen.CausalLM) -
 
     with ThreadPoolExecutor(16) as pool:
         found = dict(pool.map(one, KNOBS))
+    assert threads == {"fastgen-engine"}
     for name, (value, besides) in KNOBS.items():
         knobs = {"max_new_tokens": 12, "do_sample": False, **besides, name: value}
         knobs = {"top_k": 0, **knobs}
@@ -675,7 +751,24 @@ ERRORS = [
     (COMPLETIONS, {"prompt": ""}, 400, "prompt", "empty"),
     (COMPLETIONS, {"prompt": []}, 400, "prompt", "empty"),
     (COMPLETIONS, {"prompt": [[]]}, 400, "prompt", "empty"),
-    (COMPLETIONS, {"prompt": [99999]}, 400, None, "99999|2047"),
+    (COMPLETIONS, {"prompt": [99999]}, 400, "prompt", "0 to 2047, got 99999"),
+    (COMPLETIONS, {"prompt": [5, -850], "echo": True, "logprobs": 1}, 400, "prompt", "got -850"),
+    (COMPLETIONS, {"prompt": [2**70], "echo": True}, 400, "prompt", "got 1180591620717411303424"),
+    (COMPLETIONS, {"prompt": [1, "a"]}, 400, "prompt", "a list of texts"),
+    (COMPLETIONS, {"prompt": "a", "stop_strings": 5}, 400, "stop_strings", "string"),
+    (COMPLETIONS, {"prompt": "a", "max_new_tokens": "x"}, 400, "max_new_tokens", "integer"),
+    (COMPLETIONS, {"prompt": "a", "max_new_tokens": [3]}, 400, "max_new_tokens", "integer"),
+    (COMPLETIONS, {"prompt": "a", "max_new_tokens": {}}, 400, "max_new_tokens", "integer"),
+    (COMPLETIONS, {"prompt": "a", "top_logprobs": 1.5}, 400, "top_logprobs", "integer"),
+    (COMPLETIONS, {"prompt": "a", "top_logprobs": 21}, 400, "top_logprobs", "20"),
+    (COMPLETIONS, {"prompt": "a", "num_return_sequences": 65}, 400, "num_return_sequences", "64"),
+    (COMPLETIONS, {"prompt": "a", "best_of": 65}, 400, "best_of", "64"),
+    (COMPLETIONS, {"prompt": "a", "stop": ["x"] * 33}, 400, "stop", "32"),
+    (COMPLETIONS, {"prompt": "a", "stop_strings": ["x" * 1025]}, 400, "stop_strings", "1,024"),
+    (COMPLETIONS, {"prompt": "a", "bad_words_ids": [[1]] * 9000}, 400, None, "16,384 values"),
+    (COMPLETIONS, {"prompt": "a " * 600_000}, 400, "prompt", "1,048,576"),
+    (COMPLETIONS, {"prompt": [[1, 2]] * 64, "max_tokens": 500, "n": 64, "logprobs": 20}, 400,
+     "logprobs", "1,048,576"),
     (COMPLETIONS, {"prompt": ["a"] * 65}, 400, "prompt", "64"),
     (COMPLETIONS, {"prompt": LONG}, 400, "prompt", "the context is 512 tokens"),
     (COMPLETIONS, {"prompt": "a", "max_tokens": 600}, 400, "prompt", "the context is 512"),
@@ -717,7 +810,7 @@ ERRORS = [
      "messages", "image_url"),
     ("/v1/embeddings", {"input": "a"}, 404, None, "Not Found"),
     ("/health", {}, 405, None, "Method Not Allowed"),
-    (COMPLETIONS, b'{"prompt": "' + b"a" * (9 << 20) + b'"}', 413, None, "8,388,608 bytes"),
+    (COMPLETIONS, b'{"prompt": "' + b"a" * (9 << 20) + b'"}', 413, None, "2,097,152 bytes"),
 ]  # fmt: skip
 
 
@@ -807,7 +900,7 @@ def test_a_client_that_goes_away_frees_its_row_within_a_step(
     model: fastgen.CausalLM, monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
     watched = Watched(monkeypatch)
-    body = {"prompt": PROMPT, "max_tokens": 400, "eos_token_id": None, "n": 2, "stream": stream}
+    body = {"prompt": PROMPT, "max_tokens": 400, "ignore_eos": True, "n": 2, "stream": stream}
     with served(model) as address:
         host, port = address.removeprefix("http://").split(":")
         connection = http.client.HTTPConnection(host, int(port), timeout=WAIT)
@@ -896,7 +989,7 @@ def test_sigterm_lets_what_runs_finish() -> None:
         assert client.models.list().data[0].id == DEMO.name
         settings: dict[str, Any] = {
             "model": "it", "prompt": PROMPT, "max_tokens": 480, "n": 4, "seed": 1,
-            "extra_body": {"eos_token_id": None}, "stream": True,
+            "extra_body": {"ignore_eos": True}, "stream": True,
         }  # fmt: skip
         stream = iter(client.completions.create(**settings))
         tokens = len([next(stream) for _ in range(5)])
@@ -924,7 +1017,7 @@ def test_what_does_not_finish_in_time_is_told(how: str) -> None:
                 max_tokens=500,
                 n=64,
                 stream=True,
-                extra_body={"eos_token_id": None},
+                extra_body={"ignore_eos": True},
             )
         )
         next(stream)

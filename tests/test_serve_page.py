@@ -30,6 +30,8 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not instal
 
 Open = Callable[..., Page]
 
+FIRST = {"top_p": 0.9, "top_k": 50}  # besides a temperature of 0.7: where a model says nothing
+
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[str]:
@@ -110,14 +112,14 @@ def slowly(monkeypatch: pytest.MonkeyPatch, seconds: float = 0.03) -> None:
 def test_text_streams_and_is_the_services(
     service: str, visit: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    knobs = {"max_tokens": 60, "seed": 11, "temperature": 0.9}
+    knobs = {"max_tokens": 60, "seed": 11, "temperature": 0.8, **FIRST}
     prompt = "The os module <b>&amp;</b>"
     wanted = posted(service, "/v1/completions", prompt=prompt, **knobs)["choices"][0]["text"]
     slowly(monkeypatch)
     page = visit(service)
     page.get_by_label("max_new_tokens").fill("60")
     page.get_by_label("seed").fill("11")
-    page.get_by_label("temperature").fill("0.9")
+    page.get_by_label("temperature").fill("0.8")
     page.get_by_label("Prompt", exact=True).nth(1).fill(prompt)
     page.get_by_role("button", name="Generate").click()
     expect(page.locator(".token").nth(3)).to_be_attached()
@@ -186,7 +188,8 @@ def test_what_was_changed_is_sent_and_nothing_else(service: str, visit: Open) ->
         page.keyboard.press("Control+Enter")
     ended(page)
     assert sent.value.post_data_json == {
-        "prompt": "class ", "max_tokens": 128, "do_sample": True, "top_p": 0.75,
+        "prompt": "class ", "max_tokens": 128, "do_sample": True, **FIRST, "top_p": 0.75,
+        "temperature": 0.7,
         "stop": ["zq", "qz"], "num_return_sequences": 2, "no_repeat_ngram_size": 3,
         "logit_bias": {"5": -1.5}, "logprobs": 5, "stream": True,
         "stream_options": {"include_usage": True},
@@ -197,9 +200,40 @@ def test_what_was_changed_is_sent_and_nothing_else(service: str, visit: Open) ->
     with page.expect_request("**/v1/completions") as sent:
         page.keyboard.press("Control+Enter")
     ended(page)
-    assert set(sent.value.post_data_json) == {
-        "prompt", "max_tokens", "logprobs", "stream", "stream_options",
+    assert sent.value.post_data_json == {
+        "prompt": "class ", "max_tokens": 128, "temperature": 0.7, **FIRST, "logprobs": 5,
+        "stream": True, "stream_options": {"include_usage": True},
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("own", "fields"),
+    [
+        ({"temperature": 0.6, "min_p": 0.1}, ["", "0.6", "1", "50", "0.1"]),
+        ({"do_sample": False, "top_k": 20}, ["false", "1", "1", "20", ""]),
+    ],
+)
+def test_it_begins_with_the_models_own_sampling(
+    visit: Open, own: dict[str, Any], fields: list[str]
+) -> None:
+    model = fastgen.load()
+    for name, value in own.items():
+        setattr(model.generation_config, name, value)
+    with served(model) as address:
+        page = visit(address)
+        names = ["do_sample", "temperature", "top_p", "top_k", "min_p"]
+        for name, value in zip(names, fields, strict=True):
+            expect(page.locator(f"#knob-{name}")).to_have_value(value)
+        expect(page.locator("#reset")).to_be_hidden()  # nothing was changed
+        page.locator("#prompt").fill("class ")
+        with page.expect_request("**/v1/completions") as sent:
+            page.keyboard.press("Control+Enter")
+        ended(page)
+        body = sent.value.post_data_json
+        assert own.items() <= body.items()
+        assert [body[name] for name in ("temperature", "top_p", "top_k")] == [
+            float(value) for value in fields[1:4]
+        ]
 
 
 def test_beams_come_at_the_end(service: str, visit: Open) -> None:

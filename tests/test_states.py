@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from fastgen.export import export, graph
+from fastgen.export import export
 from test_parity import ragged
 
 import fastgen
@@ -45,12 +45,10 @@ GREEDY: dict[str, Any] = {"max_new_tokens": 12, "eos_token_id": None, "pad_token
 
 
 @pytest.fixture(scope="module")
-def stateful(tmp_path_factory: pytest.TempPathFactory, convert_once: Any) -> Any:
+def stateful(tmp_path_factory: pytest.TempPathFactory) -> Any:
     @functools.cache
     def make(kind: str) -> Any:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(graph, "convert", convert_once)
-            return tiny.exported(kind, tmp_path_factory.mktemp("states") / kind, **KINDS[kind])
+        return tiny.exported(kind, tmp_path_factory.mktemp("states") / kind, **KINDS[kind])
 
     return make
 
@@ -101,6 +99,14 @@ def test_a_row_says_beside_others_what_it_says_alone(stateful, kind):
             mine = {**knobs, "seed": place + 1} if "seed" in knobs else knobs
             found = ours.generate([row], **GREEDY, **mine)[0]
             assert together[place][31 - len(row) :] == found
+
+
+def test_a_recurrence_alone_has_no_last_position(tmp_path):
+    """RWKV's context_length is what it was trained with: longer prompts are read."""
+    theirs, ours = tiny.exported("rwkv", tmp_path / "rwkv", **KINDS["rwkv"], context_length=16)
+    assert ours.model.info.max_length is None and not ours.model.info.hard_limit
+    (row,) = ragged(7, (40,))
+    assert ours.generate([row], **GREEDY) == alone(theirs, row).tolist()
 
 
 @pytest.mark.parametrize("kind", MOVED)
@@ -224,8 +230,7 @@ def test_states_move_with_their_rows():
 
 
 @pytest.mark.parametrize(("kind", "precision"), [("mamba2", "int8"), ("lfm2", "int4")])
-def test_quantised_rows_are_independent(kind, precision, tmp_path, convert_once, monkeypatch):
-    monkeypatch.setattr(graph, "convert", convert_once)
+def test_quantised_rows_are_independent(kind, precision, tmp_path):
     out = export(tiny.build(kind, **KINDS[kind]), tmp_path / "out", precision=precision,
                  tokenizer=tiny.tokenizer(), allow_mismatch=True, progress=None)  # fmt: skip
     ours = fastgen.load(out)

@@ -15,10 +15,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from llguidance import LLMatcher, LLTokenizer
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer
+from tokenizers_made import byte_level, llama, metaspace, prefixed, wordpiece
 
 import fastgen
-from fastgen import batch, call, commands, constraint
+from fastgen import batch, call, commands, constraint, trial_process
 from fastgen.model import Model
 from fastgen.schedule import Scheduler
 from fastgen.tokenizer import TextStream
@@ -362,6 +363,61 @@ def test_as_many_are_read_at_once_as_pays():
     assert batch._paying([6] * 16 + [5] * 16) >= 5
 
 
+def test_what_is_certain_comes_some_tokens_a_step_and_nobody_waits_for_it(demo, monkeypatch):
+    """A neighbour gets a token every step, and no step reads more than a chunk."""
+    read: list[int] = []
+    plain = Model.forward
+
+    def counted(self: Model, new: Any, *args: Any, **kwargs: Any) -> Any:
+        read.append(len(new) * max(map(len, new)))
+        return plain(self, new, *args, **kwargs)
+
+    monkeypatch.setattr(Model, "forward", counted)
+    scheduler = Scheduler(demo.model, chunk=32)
+    neighbour = demo.call("x", max_new_tokens=100, eos_token_id=None)
+    scheduler.submit(neighbour)
+    scheduler.step()
+    forced = [demo.call("y", regex=f"(<tool_call>x){{{n}}}", max_new_tokens=90) for n in (900, 9)]
+    for one in forced:
+        scheduler.submit(one)
+    got: dict[int, int] = {}
+    while not all(one.request.done for one in forced):
+        read.clear()
+        told = {id(one): len(events) for one, events in scheduler.step()}
+        assert told.get(id(neighbour)) == 1 and max(read) <= 32 and len(read) <= 2
+        for one in forced:
+            taken = told.get(id(one), 0)
+            assert taken <= 1 + batch.CERTAIN
+            got[id(one)] = max(got.get(id(one), 0), taken)
+    assert all(most > 5 for most in got.values())  # they are taken together
+    assert len(forced[0].request.rows[0].generated) == 90
+    scheduler.close()
+
+
+def test_what_is_certain_is_written_once(demo, monkeypatch):
+    """However much has to come: the work grows with the text, not with its square."""
+    written: list[int] = []
+    plain = constraint.Writer.written
+
+    def counted(self: Any, wanted: bytes) -> list[int]:
+        written.append(len(wanted))
+        return plain(self, wanted)
+
+    monkeypatch.setattr(constraint.Writer, "written", counted)
+    for times in (50, 500, 2000):
+        written.clear()
+        made = demo.call("x", regex=f"(<tool_call>y{times}){{{times}}}", max_new_tokens=60)
+        form, tokens = made.request.constraint, np.empty(0, np.int64)
+        assert form is not None
+        while more := form.certain(tokens, 64):
+            tokens = np.append(tokens, more)
+            if int(tokens[-1]) in (demo.generation_config.eos_token_id,):
+                break
+        text = f"<tool_call>y{times}" * times
+        assert demo.tokenizer.decode(tokens.tolist(), skip_special_tokens=True) == text
+        assert sum(written) < 2 * len(text) + trial_process.AT_ONCE
+
+
 def test_scores_say_what_is_ruled_out(demo):
     out = demo.generate(
         demo.tokenizer.encode("x"),
@@ -456,86 +512,6 @@ def test_the_states_that_are_kept_are_few(demo):
 
 
 # -- Tokenizers -----------------------------------------------------------------------------------
-
-TEXT = ['{"name": "Ann", "age": 7, "kind": "cat"} the quick brown fox, 12 + 30 = 42.'] * 3
-
-
-def byte_level() -> Tokenizer:
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<pad>", "<s>", "</s>"],
-        initial_alphabet=alphabet,
-        show_progress=False,
-    )
-    made.train_from_iterator(TEXT, trainer)
-    return made
-
-
-def prefixed() -> Tokenizer:
-    made = byte_level()
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    return made
-
-
-def _pieces() -> list[str]:
-    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
-    words = ["▁", "▁the", "▁{", "{", '"', '":', '▁"', "name", "age", ",", "▁a", "}", "cat", "▁cat"]
-    return ["<unk>", "<s>", "</s>", *bytes_, *words, *"abcdeghiklmnorst0123456789.+()-"]
-
-
-def metaspace() -> Tokenizer:
-    """As SentencePiece's unigram models: a space in front, and bytes for what is missing."""
-    pieces = _pieces()
-    scores = [-20.0 + len(piece) if place > 258 else -50.0 for place, piece in enumerate(pieces)]
-    vocab = list(zip(pieces, scores, strict=True))
-    made = Tokenizer(models.Unigram(vocab, unk_id=0, byte_fallback=True))
-    made.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
-    made.decoder = decoders.Sequence([
-        decoders.ByteFallback(), decoders.Metaspace(replacement="▁", prepend_scheme="always"),
-    ])  # fmt: skip
-    made.add_special_tokens(["<unk>", "<s>", "</s>"])
-    return made
-
-
-def llama() -> Tokenizer:
-    """As Llama's: a space in front by the normalizer, and taken off again by the decoder."""
-    pieces = _pieces()
-    merges = [("▁", "{"), ("▁", "a"), ('"', ":")]
-    made = Tokenizer(
-        models.BPE(
-            vocab={
-                piece: i for i, piece in enumerate(dict.fromkeys([*pieces, "▁{", "▁a", '":', ":"]))
-            },
-            merges=merges,
-            byte_fallback=True,
-            fuse_unk=True,
-            unk_token="<unk>",
-        )
-    )
-    made.normalizer = normalizers.Sequence([
-        normalizers.Prepend("▁"), normalizers.Replace(" ", "▁"),
-    ])  # fmt: skip
-    made.decoder = decoders.Sequence([
-        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
-        decoders.Strip(" ", 1, 0),
-    ])  # fmt: skip
-    made.add_special_tokens(["<unk>", "<s>", "</s>"])
-    return made
-
-
-def wordpiece() -> Tokenizer:
-    words = ["[UNK]", "<s>", "</s>", *'abcdefghijklmnopqrstuvwxyz0123456789,.{}:"', "the", "cat"]
-    words += ["##" + char for char in "abcdefghijklmnopqrstuvwxyz0123456789"] + ["##ing", "quick"]
-    made = Tokenizer(models.WordPiece({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
-    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    made.decoder = decoders.WordPiece()
-    made.add_special_tokens(["[UNK]", "<s>", "</s>"])
-    return made
-
 
 KINDS = {
     "byte-level": byte_level,

@@ -214,7 +214,7 @@ def package_text() -> str:
 
 def copy_package(target: Path) -> None:
     """What `pip install` needs of the checkout, which building there would litter."""
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(CHECKOUT / name, target)
     for name in ("fastgen", "export"):
         shutil.copytree(

@@ -15,6 +15,7 @@ from fastgen import folders, jsonfile
 from fastgen.jsonfile import ModelError
 
 CONFIG, DEFAULTS, GENAI = "config.json", "generation_config.json", "genai_config.json"
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "chat_template.json",
@@ -50,6 +51,7 @@ class Choice:
 
         Raises:
             UnsupportedModel: one is missing, or would lie outside the folder.
+        ModelError: one is a Git-LFS pointer.
         """
         model = load(self.graph)
         names = {
@@ -67,6 +69,7 @@ class Choice:
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise UnsupportedModel(f"{self.graph.name} lacks its weights: {', '.join(missing)}")
+        jsonfile.check_fetched(*files)
         return files
 
     @cached_property
@@ -85,7 +88,10 @@ class Choice:
     def defaults(self) -> dict[str, Any]:
         """Of `generate`: generation_config.json, or the search of onnxruntime-genai."""
         path = self.folder / DEFAULTS
-        return jsonfile.read(path) if path.is_file() else _searched(self.genai)
+        if path.is_file():
+            return jsonfile.read(path)
+        known = {name: self.config[name] for name in IDS if self.config.get(name) is not None}
+        return known | _searched(self.genai)
 
 
 def load(path: Path) -> ir.Model:
@@ -93,7 +99,9 @@ def load(path: Path) -> ir.Model:
 
     Raises:
         UnsupportedModel: the file is none.
+        ModelError: it is a Git-LFS pointer.
     """
+    jsonfile.check_fetched(path)
     try:
         return ir.load(path)
     except Exception as error:  # of protobuf, or of any kind where a graph contradicts itself
@@ -159,9 +167,11 @@ def choose(place: Path, precision: str | None) -> Choice:
         ModelError: it is no decoder of texts, or does not have that precision.
     """
     name_of_place = name_of(place)
+    jsonfile.check_fetched(*(place / name for name in (CONFIG, DEFAULTS, *TOKENIZER)))
     try:
         found = folders.decoders(folders.names_in(place))
-        if "fp32" in found and (kind := kind_of(place / found["fp32"])) != "fp32":
+        plain = place / found["fp32"] if "fp32" in found else None
+        if plain and not jsonfile.is_pointer(plain) and (kind := kind_of(plain)) != "fp32":
             # The one without a suffix is quantised all the same (by onnxruntime-genai's builder).
             found.setdefault({"int4": "q4", "int8": "q8"}[kind], found.pop("fp32"))
         name = folders.chosen(found, precision)

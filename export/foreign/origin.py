@@ -27,8 +27,10 @@ from fastgen.export.unsupported import UnsupportedModel
 from numpy.typing import NDArray
 
 import fastgen
+from fastgen import jsonfile
 from fastgen.model import FORMAT
 
+FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")  # of added tokens
 LIMITS = ("max_position_embeddings", "n_positions", "n_ctx", "seq_length", "max_seq_len")
 # What a rewritten graph may differ by from the folder's, by what is in it.
 EXACT = check.Tolerance(max_difference=1e-5)
@@ -215,7 +217,9 @@ class Folder:
             return
         for name in folder.TOKENIZER:
             path = self.choice.folder / name
-            if path.is_file():
+            if name == "tokenizer.json":
+                write_json(to / name, _tokenizer_file(self.choice.folder))
+            elif path.is_file():
                 shutil.copyfile(path, to / name)
         if not (to / "tokenizer_config.json").exists():
             write_json(to / "tokenizer_config.json", {})
@@ -273,12 +277,34 @@ def _parameters(graph: ir.Graph) -> int:
     return total + sum(sizes.values())
 
 
+def _tokenizer_file(place: Path) -> dict[str, Any]:
+    """A folder's tokenizer.json with what stands in its tokenizer_config.json alone.
+
+    As transformers reads them: tokens that were added and their flags, and whether words at the
+    beginning get a space before them.
+    """
+    found: dict[str, Any] = json.loads((place / "tokenizer.json").read_text("utf-8"))
+    path = place / "tokenizer_config.json"
+    config = jsonfile.read(path) if path.is_file() else {}
+    added = {one["id"]: one for one in found.get("added_tokens") or []}
+    for index, said in (config.get("added_tokens_decoder") or {}).items():
+        flags = {name: said[name] for name in FLAGS if name in said}
+        bare = {**dict.fromkeys(FLAGS, False), "normalized": not said.get("special", False)}
+        added[int(index)] = {"id": int(index), **bare, **added.get(int(index), {}), **flags}
+    found["added_tokens"] = [added[index] for index in sorted(added)]
+    outer = found.get("pre_tokenizer") or {}
+    for part in (outer, *outer.get("pretokenizers", ())):
+        if part.get("type") == "ByteLevel" and config.get("add_prefix_space") is not None:
+            part["add_prefix_space"] = bool(config["add_prefix_space"])
+    return found
+
+
 def _tokenizer(place: Path) -> tuple[tokenizers.Tokenizer | None, str]:
     path = place / "tokenizer.json"
     if not path.is_file():
         return None, "the folder has no tokenizer.json"
     try:
-        found = tokenizers.Tokenizer.from_str(json.dumps(json.loads(path.read_text("utf-8"))))
+        found = tokenizers.Tokenizer.from_str(json.dumps(_tokenizer_file(place)))
     except Exception as error:  # tokenizers raises Exception itself
         return None, f"its tokenizer.json cannot be read: {error}"
     found.no_truncation()

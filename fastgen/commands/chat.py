@@ -39,6 +39,9 @@ def chat(
     Answers go to standard output, everything else to standard error. Where standard input is no
     terminal, each line (or block) of it is answered, and the first error ends the program.
 
+    Tokens are drawn as the model's own generation config says, or at temperature 0.7 and top_p 0.9
+    if it says nothing of it (a terminal is told); --no-do-sample takes the likeliest.
+
     A model without a chat template was not trained to answer: it continues the text so far, by 64
     tokens at most. An answer has 256. --max-new-tokens or --max-length change that.
     """
@@ -55,7 +58,10 @@ def chat(
         with contextlib.closing(conversation):
             if sys.stdin.isatty():
                 limit = "" if info.max_length is None else f", {info.max_length:,} positions"
-                say(f"{name}, {info.precision}{limit}. /help: what can be typed; Ctrl-D leaves.")
+                say(
+                    f"{name}, {info.precision}{limit}; {_how(conversation)}. "
+                    "/help: what can be typed; Ctrl-D leaves."
+                )
                 _talk(conversation)
             else:
                 _answer_all(conversation)
@@ -266,14 +272,21 @@ class Command:
 
 def _set(conversation: Conversation, rest: str) -> str | None:
     if not rest:
-        return "\n".join(f"{k} {json.dumps(v)}" for k, v in conversation.knobs.items()) or (
-            "nothing is set: all is as the model has it"
-        )
+        known = [f"{k} {json.dumps(v)}" for k, v in conversation.knobs.items()]
+        return "\n".join([*(known or ["nothing is set"]), _how(conversation)])
     name, _, value = rest.partition(" ")
     if not value.strip():
         raise ValueError(f"/set needs a value for {name}; /unset {name} takes one back")
     conversation.set(_knob(name), json_or_text(value.strip()))
     return None
+
+
+def _how(conversation: Conversation) -> str:
+    """By what tokens are chosen."""
+    found = conversation.sampling
+    if found is None:
+        return "not sampled"
+    return "sampled at " + ", ".join(f"{name} {json.dumps(v)}" for name, v in found.items())
 
 
 def _knob(name: str) -> str:
@@ -309,7 +322,7 @@ def _help(*_: Any) -> str:
 COMMANDS = {
     "/set": Command(_set, "set a knob, such as temperature 0.7; alone: what is set",
                     "KNOB VALUE", alone=True),
-    "/unset": Command(lambda c, rest: c.unset(_knob(rest)), "let a knob be as the model has it",
+    "/unset": Command(lambda c, rest: c.unset(_knob(rest)), "take a knob back",
                       "KNOB"),
     "/system": Command(_system, 'the system message from now on ("" for none); alone: what it is',
                        "TEXT", alone=True),

@@ -25,15 +25,25 @@ from fastgen.interrupt import ended_at_once
     "--cache-precision",
     default=CACHE_PRECISION,
     show_default=True,
-    help="of keys and values: fp32, or int8 in a quarter of the memory",
+    help="of keys and values: fp32, or int8 in a quarter of the memory, where what a prefix cache "
+    "knew, and who else is served, may change a token",
 )
 @click.option("--force", is_flag=True, help="replace OUT if it is a model directory")
 @click.option("--allow-mismatch", is_flag=True, help="keep an export that differs too much")
-@click.option("--max-kl", type=float, help="KL divergence allowed [default: by precision]")
-@click.option("--min-top1", type=float, help="share of equal likeliest tokens that is asked")
 @click.option(
-    "--calibration", type=click.Path(path_type=Path), help="text to quantise and measure on"
+    "--max-kl",
+    type=float,
+    help="KL divergence that kernels are chosen for [default: int8 0.006, int4 0.2]",
 )
+@click.option(
+    "--min-top1", type=float, help="share of equal likeliest tokens that is asked, if any"
+)
+@click.option(
+    "--text", "texts", multiple=True, type=click.Path(path_type=Path),
+    help="a file of your own text to calibrate and judge on: plain, or JSON lines with text, ids "
+    "or messages; may be given several times",
+)  # fmt: skip
+@click.option("--calibration", type=click.Path(path_type=Path), hidden=True)
 @click.option(
     "--quick", is_flag=True, help="leave out the comparison on text (not the proof in float32)"
 )
@@ -41,8 +51,8 @@ from fastgen.interrupt import ended_at_once
 @click.option("--adapter", help="merge this adapter (PEFT) first: a directory or a hub id")
 def export(
     model: str, out: Path | None, precision: str | None, cache_precision: str, force: bool,
-    allow_mismatch: bool, max_kl: float | None, min_top1: float | None, calibration: Path | None,
-    quick: bool, revision: str | None, adapter: str | None,
+    allow_mismatch: bool, max_kl: float | None, min_top1: float | None, texts: tuple[Path, ...],
+    calibration: Path | None, quick: bool, revision: str | None, adapter: str | None,
 ) -> None:  # fmt: skip
     """Export MODEL, a transformers model or an ONNX folder, to the model directory OUT.
 
@@ -79,6 +89,7 @@ def export(
             allow_mismatch=allow_mismatch,
             revision=revision,
             adapter=adapter,
+            text=texts,
             calibration=calibration,
             max_kl=max_kl,
             min_top1=min_top1,

@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 import fastgen
+from fastgen import jsonfile
 from fastgen.commands.knobs import given, knob_flags
 from fastgen.commands.models import load, model_option, run_options
 from fastgen.commands.say import clear_errors, in_json, one_line
@@ -32,7 +33,8 @@ from fastgen.params import resolve
 @run_options
 @click.option(
     "--prefix-cache", type=click.Path(path_type=Path),
-    help="keep prompts' keys and values in this file: a later prompt that starts alike is faster",
+    help="keep prompts' keys and values in this file: a later prompt that starts alike is faster, "
+    "and its text the same (with int8 keys and values a token may change)",
 )  # fmt: skip
 @knob_flags
 def generate(
@@ -100,6 +102,7 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
     if prompt is not None and file is not None:
         raise ValueError("pass the prompt as an argument or with --file, not both")
     if file is not None:
+        jsonfile.check_fetched(file)
         content = file.read_bytes()
     elif prompt is None or prompt == "-":
         if prompt is None and sys.stdin.isatty():

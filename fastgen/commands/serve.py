@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import math
 import socket
+from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import click
 
-from fastgen import extras
+from fastgen import extras, trial
 from fastgen.commands.models import load, run_options
 from fastgen.commands.say import clear_errors, say
+from fastgen.serve.limits import Limits
 
 MEMORY = "a quarter of the machine's memory"
+
+
+def limit_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """A flag for each limit of a request."""
+    for one in reversed(fields(Limits)):
+        flag = click.option(
+            f"--max-{one.name.replace('_', '-')}", type=click.IntRange(1),
+            help=f"{one.metadata['help']}, at most [default: {one.default:,}]",
+        )  # fmt: skip
+        command = flag(command)
+    return command
 
 
 @click.command()
@@ -33,17 +48,32 @@ MEMORY = "a quarter of the machine's memory"
               help="requests that may wait; more are told 429 [default: 256]")  # fmt: skip
 @click.option("--grace", default=30.0, show_default=True,
               help="seconds that what runs has to finish, once told to stop")  # fmt: skip
+@click.option("--grammar-seconds", default=trial.SECONDS, show_default=True, type=float,
+              help="of the processor, that a new schema or grammar may take")  # fmt: skip
+@click.option("--grammar-memory", default=trial.MEGABYTES, show_default=True,
+              type=click.IntRange(1), help="MB that it may take")  # fmt: skip
 @click.option("--cors", help="an origin whose pages may call from a browser, * for all")
+@click.option("--allowed-host", "allowed_hosts", multiple=True,
+              help="a name, without a port, that the service may be asked by besides (several "
+              "times). Without a key and at a loopback address only localhost, 127.0.0.1, [::1] "
+              "and --host are; with one of these, nothing else anywhere")  # fmt: skip
+@limit_options
 def serve(
     model: str | None, host: str, port: int, api_key: str | None, threads: int | None,
     prompts: str | None,
     name: str | None, rows: int | None, memory: float | None, queue: int | None, grace: float,
-    cors: str | None,
+    grammar_seconds: float, grammar_memory: int,
+    cors: str | None, allowed_hosts: tuple[str, ...], **most: int | None,
 ) -> None:  # fmt: skip
     """Serve MODEL, a directory or a hub id (default: the embedded demo model), over HTTP.
 
     The API is OpenAI's: /v1/completions, /v1/chat/completions, /v1/models; every knob is a field
     besides. At / there is a page to try it, at /docs the API, at /metrics what Prometheus reads.
+    The page samples as the model's own generation config says, or at temperature 0.7 and top_p 0.9
+    if it says nothing of it; the API has OpenAI's defaults.
+
+    A text is what it would be alone, whoever else is served: to the token in fp32, up to rounding
+    in int8, int4 and with int8 keys.
 
     SIGTERM and Ctrl-C let what runs finish; a second one ends at once.
     """
@@ -65,9 +95,13 @@ def serve(
         settings: dict[str, Any] = {"max_rows": rows, "queue": queue}
         settings["max_bytes"] = None if memory is None else int(memory * 1e9)
         given = {key: value for key, value in settings.items() if value is not None}
+        limits = Limits(**{n.removeprefix("max_"): v for n, v in most.items() if v is not None})
+        given["grammars"] = trial.Limits(grammar_seconds, grammar_memory << 20)
         with _listening(host, port) as place:
+            hosts = _hosts(place, host, allowed_hosts, api_key is not None)
             loaded = load(model, threads, prompts, "MODEL")
-            made = app(loaded, name=name, api_key=api_key, cors=cors, grace=grace, **given)
+            made = app(loaded, name=name, api_key=api_key, cors=cors, grace=grace, hosts=hosts,
+                       limits=limits, **given)  # fmt: skip
             server = Server(made, grace, ready=lambda: say(f"fastgen: serving at {_url(place)}"))
             with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
                 runner.run(server.serve(sockets=[place]))
@@ -85,6 +119,16 @@ def _listening(host: str, port: int) -> socket.socket:
         return place
     except (OSError, UnicodeError) as error:
         raise ValueError(f"cannot listen at {host}:{port}: {error}") from error
+
+
+def _hosts(
+    place: socket.socket, host: str, allowed: tuple[str, ...], has_key: bool
+) -> set[str] | None:
+    """The names that the service may be asked by; None for any."""
+    local = ipaddress.ip_address(place.getsockname()[0].partition("%")[0]).is_loopback
+    if not allowed and (has_key or not local):
+        return None
+    return {"localhost", "127.0.0.1", "[::1]", f"[{host}]" if ":" in host else host, *allowed}
 
 
 def _url(place: socket.socket) -> str:

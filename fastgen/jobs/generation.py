@@ -145,6 +145,7 @@ class Generation:
         except Exception as error:
             return Done(row, wanted.refused(error))
         notes = [" ".join(str(one.message).split()) for one in caught]
+        notes += dict.fromkeys(note for call, _ in made for note in call.notes)
         if not made:
             return Done(row, wanted.answer([], notes))
         calls, writers = [call for call, _ in made], [writer for _, writer in made]
@@ -159,11 +160,11 @@ class Generation:
         for call, events in self.scheduler.step():
             one, place = self._running[id(call)]
             one.tokens[place] += one.writers[place].take(events)
-            if not call.request.done:
+            if not call.done:
                 continue
             del self._running[id(call)]
             one.left -= 1
-            one.error = one.error or call.request.error
+            one.error = one.error or call.error
             if one.left:
                 continue
             if one.error is None:

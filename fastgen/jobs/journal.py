@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from fastgen import atomic
+
 try:
     import fcntl
 except ImportError:  # Windows: nobody is kept from running a job twice at once
@@ -186,11 +188,10 @@ class Journal:
             write: makes the file of the lines.
         """
         self.sync()
-        made = self.path.with_name(self.path.name + ".out")  # ours alone, as the journal is
-        write(made, self.lines)
-        with made.open("rb+") as file:
-            os.fsync(file.fileno())
-        made.replace(self.out)
+        with atomic.written("the output", self.out) as made:
+            write(made, self.lines)
+            with made.open("rb+") as file:
+                os.fsync(file.fileno())
         _sync_directory(self.out.parent)
         self.path.unlink()
         self.close()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import weakref
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Any
 
@@ -21,11 +21,13 @@ from fastgen.jobs.ask import LENGTHS, seed_of
 from fastgen.jobs.row import Outcome
 from fastgen.output import Token
 from fastgen.prefill import CHUNK
+from fastgen.schedule import Job
 from fastgen.serve import chats, completions
-from fastgen.serve.answers import Text
+from fastgen.serve.dialects import given
 from fastgen.serve.engine import Stream
+from fastgen.serve.refused import Refused
 from fastgen.serve.service import Run, Service
-from fastgen.serve.wire import ChatCompletion, Completion, Refused, Wish
+from fastgen.serve.wire import ChatCompletion, Completion, Wish
 
 ROUTES: dict[str, tuple[type[Any], Any]] = {
     "/v1/completions": (Completion, completions.answer),
@@ -45,16 +47,17 @@ class Held(Run):
         came: the tokens of each call.
     """
 
-    prompts: Sequence[list[int]]
-    wish: Wish
-    usual: int
-    special: bool
+    prompts: Sequence[list[int]] = field(kw_only=True)
+    wish: Wish = field(kw_only=True)
+    usual: int = field(kw_only=True)
+    special: bool = field(kw_only=True)
     came: Sequence[Sequence[Token]] = ()
 
     async def tokens(self) -> AsyncIterator[tuple[int, Token]]:
         for place, tokens in enumerate(self.came):
             for token in tokens:
-                yield place * self.copies + token.row, token
+                for text in self.places(place, token):
+                    yield text, token
 
 
 class Offline(Service):
@@ -78,11 +81,20 @@ class Offline(Service):
         self, prompts: Sequence[list[int]], wish: Wish, usual: int, special: bool = False
     ) -> Run:
         """A request whose calls the job makes and runs."""
-        texts = [Text(wish.stop) for _ in range(len(prompts) * wish.copies)]
+        texts = self.texts(len(prompts), wish, special)
         return Held(
             self.engine, [], asyncio.Queue(), texts, wish.copies, sum(map(len, prompts)),
-            prompts, wish, usual, special,
+            prompts=prompts, wish=wish, usual=usual, special=special, same=wish.same,
         )  # fmt: skip
+
+    async def _through(self, jobs: Sequence[tuple[Job, Writer | None]]) -> list[tuple[int, Token]]:
+        """What becomes of them here and now: a job has no clients who wait."""
+        return [
+            (place, token)
+            for place, (job, writer) in enumerate(jobs)
+            for events in job.steps()
+            for token in (writer.take(events or ()) if writer else ())
+        ]
 
     def streams(self, run: Held, name: str) -> list[Stream]:
         """The calls of a request, a prompt each.
@@ -93,9 +105,11 @@ class Offline(Service):
         made = []
         for place, ids in enumerate(run.prompts):
             seed = {"seed": seed_of(self.seed, f"{name} {place}")}
-            wish = replace(run.wish, knobs=seed | run.wish.knobs)
+            off = {name: None for name, value in self.knobs.items() if value is None}
+            wish = replace(run.wish, knobs=off | seed | run.wish.knobs)
             (call,) = self._calls([ids], wish, run.usual)
             made.append(Stream(call, self.model.writer(call, not run.special), place, run.inbox))
+            run.notes |= dict.fromkeys(call.notes)
         return made
 
     def line(self, fields: Mapping[str, Any], name: str) -> Line:
@@ -110,15 +124,15 @@ class Offline(Service):
             raise Refused(400, f"{odd[0]} is no field of a line: it has {', '.join(FIELDS)}")
         if fields.get("method", "POST") != "POST":
             raise Refused(400, f"method must be POST, got {fields['method']!r}", param="method")
-        url, given = fields.get("url"), fields.get("body")
+        url, asked = fields.get("url"), fields.get("body")
         if not isinstance(url, str) or url not in ROUTES:
             known = " or ".join(ROUTES)
             raise Refused(400, f"url must be {known}, got {url!r}", param="url")
-        if not isinstance(given, Mapping):
+        if not isinstance(asked, Mapping):
             raise Refused(400, "body must be an object", param="body")
         kind, answer = ROUTES[url]
         try:
-            body = kind.model_validate(self._with_knobs(given))
+            body = kind.model_validate(self._with_knobs(asked))
         except ValidationError as error:
             first = error.errors()[0]
             where = str(first["loc"][0])
@@ -132,7 +146,7 @@ class Offline(Service):
         knobs = dict(self.knobs)
         if any(body.get(name) is not None for name in OF_LENGTH):
             knobs = {name: value for name, value in knobs.items() if name not in LENGTHS}
-        return {**knobs, **body}
+        return {**knobs, **given(body)}
 
     def whole(self, answer: Any) -> dict[str, Any]:
         """An answer whose tokens are there."""

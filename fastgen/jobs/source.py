@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastgen import jsonfile
 from fastgen.jobs import parquet
 from fastgen.jobs.row import Row, as_json
 
@@ -48,6 +49,7 @@ class Source:
             raise ValueError(f"{name} is not there")
         if path.is_dir():
             raise ValueError(f"{name} is a directory, expected a file (directories: --ray)")
+        jsonfile.check_fetched(path)
         return cls(path, kind or kind_of(name))
 
     @property

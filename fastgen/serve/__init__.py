@@ -1,6 +1,10 @@
 """The HTTP service: requests become rows of one batch (extra `serve`).
 
-app          the routes, the key, the errors     wire        what clients may send
+app          the routes, the errors              wire        what clients may send
+dialects     others' names for fields            limits      the most that a request may hold
+door         hosts, the key, sizes
+document     the OpenAPI document                rendered    answers as bytes
+refused      errors as clients see them          server      uvicorn, and how it stops
 completions  prompts -> texts                    chats       conversations -> answers
 service      a request -> calls -> tokens        engine      the thread that runs them
 answers      tokens -> OpenAI's answers          tools       calls of tools in a text

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from fastgen.output import Token
@@ -11,6 +14,7 @@ from fastgen.tokenizer import Tokenizer
 
 # Why a row has ended (see `fastgen.Token`), in OpenAI's words.
 REASONS = {"length": "length", "time": "length"}
+LOWEST = -9999.0  # for a log-probability of -inf, which JSON does not have: as OpenAI has it
 
 
 def reason_of(token: Token) -> str | None:
@@ -22,22 +26,28 @@ def reason_of(token: Token) -> str | None:
 class Text:
     """A row's text as it comes, cut before the first stop text.
 
-    What could be the beginning of one is held back until it is known.
+    Stop texts are looked for in the text with its special tokens, which are then left out. What
+    could be the beginning of one is held back until it is known.
 
     Attributes:
+        stop: texts that end it.
+        hidden: the spelling of each special token that the text is given out without.
         given: characters that have been given out.
         tokens: those whose text has begun to be given out.
+        starts: of each of them, how many characters come before its own.
         count: all tokens, those that were cut off too.
         reason: OpenAI's, once it has ended.
     """
 
     stop: Sequence[str]
+    hidden: Mapping[int, str] = field(default_factory=dict)
     given: int = 0
     tokens: list[Token] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
     count: int = 0
     reason: str | None = None
-    _held: str = ""
-    _waiting: list[tuple[int, Token]] = field(default_factory=list)
+    _held: list[tuple[str, bool]] = field(default_factory=list)  # characters, and whether shown
+    _waiting: deque[tuple[int, Token]] = field(default_factory=deque)
     _length: int = 0
 
     def push(self, token: Token) -> tuple[str, list[Token]]:
@@ -46,47 +56,48 @@ class Text:
             return "", []
         self.count += 1
         self._waiting.append((self._length, token))
-        self._held += token.text
+        self._held += [(char, False) for char in self.hidden.get(token.id, "")]
+        self._held += [(char, True) for char in token.text]
         self._length += len(token.text)
         self.reason = reason_of(token)
-        cut = self._cut() if token.finish_reason == "stop_string" else None
+        text = "".join(char for char, _ in self._held)
+        cut = self._cut(text)
         if cut is not None:
-            self._held = self._held[:cut]
-        keep = 0 if self.reason else self._begins()
-        piece = self._held[: len(self._held) - keep]
-        self._held = self._held[len(piece) :]
-        self.given += len(piece)
-        return piece, self._let_out(token.finish_reason == "eos")
+            text, self.reason = text[:cut], "stop"
+        keep = 0 if self.reason else self._begins(text)
+        return self._give(len(text) - keep), self._let_out(token.finish_reason == "eos")
 
-    def _cut(self) -> int | None:
-        places = [self._held.find(one) for one in self.stop]
+    def _cut(self, text: str) -> int | None:
+        places = [text.find(one) for one in self.stop]
         return min((place for place in places if place >= 0), default=None)
 
-    def _begins(self) -> int:
+    def _begins(self, text: str) -> int:
         """Characters at the end of what is held that may begin a stop text."""
         longest = max(map(len, self.stop), default=1) - 1
-        for size in range(min(longest, len(self._held)), 0, -1):
-            if any(one.startswith(self._held[-size:]) for one in self.stop):
+        for size in range(min(longest, len(text)), 0, -1):
+            if any(one.startswith(text[-size:]) for one in self.stop):
                 return size
         return 0
+
+    def _give(self, count: int) -> str:
+        """What is shown of so many characters that were held."""
+        piece = "".join(char for char, shown in self._held[:count] if shown)
+        del self._held[:count]
+        self.given += len(piece)
+        return piece
 
     def _let_out(self, ended: bool) -> list[Token]:
         """Tokens whose text has begun to be given out; an end-of-text token never is."""
         if ended:
             self._waiting.pop()
+        whole = self.reason is not None and self.given == self._length
         out = []
-        while self._waiting:
-            start, token = self._waiting[0]
-            if start >= self.given and not (self.reason and not token.text and not self._cut_off):
-                break
+        while self._waiting and (whole or self._waiting[0][0] < self.given):
+            start, token = self._waiting.popleft()
+            self.starts.append(start)
             out.append(token)
-            del self._waiting[0]
         self.tokens += out
         return out
-
-    @property
-    def _cut_off(self) -> bool:
-        return self.given < self._length
 
 
 def chat_logprobs(tokens: Sequence[Token], tokenizer: Tokenizer) -> dict[str, Any]:
@@ -105,23 +116,26 @@ def _one(token: int, logprob: float, tokenizer: Tokenizer) -> dict[str, Any]:
     spelt = tokenizer.spelling(token)
     return {
         "token": spelling(token, tokenizer),
-        "logprob": finite(logprob),
+        "logprob": number(logprob),
         "bytes": None if spelt is None else list(spelt),
     }
 
 
-def logprobs(tokens: Sequence[Token], tokenizer: Tokenizer, offset: int) -> dict[str, Any]:
-    """As a completion has them; `offset` is where the first token's text begins."""
-    offsets = []
-    for token in tokens:
-        offsets.append(offset)
-        offset += len(token.text)
+def logprobs(
+    tokens: Sequence[Token], tokenizer: Tokenizer, starts: Sequence[int]
+) -> dict[str, Any]:
+    """As a completion has them; `starts` says where the text of each token begins."""
     return {
         "tokens": [spelling(token.id, tokenizer) for token in tokens],
-        "token_logprobs": [finite(token.logprob) for token in tokens],
+        "token_logprobs": [number(token.logprob) for token in tokens],
         "top_logprobs": [by_spelling(token.top_logprobs, tokenizer) for token in tokens],
-        "text_offset": offsets,
+        "text_offset": list(starts),
     }
+
+
+def starts(tokens: Sequence[Token]) -> list[int]:
+    """How many characters of the text of `tokens` come before each."""
+    return [0, *accumulate(len(token.text) for token in tokens)][: len(tokens)]
 
 
 def by_spelling(
@@ -132,7 +146,7 @@ def by_spelling(
         return None
     out: dict[str, float | None] = {}
     for token, logprob in pairs:
-        out.setdefault(spelling(token, tokenizer), finite(logprob))
+        out.setdefault(spelling(token, tokenizer), number(logprob))
     return out
 
 
@@ -147,9 +161,9 @@ def spelling(token: int, tokenizer: Tokenizer) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelt)
 
 
-def finite(value: float) -> float | None:
-    """JSON has no infinity and no nan: None."""
-    return value if abs(value) < float("inf") else None
+def number(logprob: float) -> float | None:
+    """A log-probability in JSON; None for nan: nothing predicts the first token of a prompt."""
+    return None if math.isnan(logprob) else max(logprob, LOWEST)
 
 
 def usage(prompt: int, new: int) -> dict[str, int]:

@@ -4,34 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine
 from importlib import resources
-from typing import Annotated, Any
+from typing import Any, TypeVar
 
-from fastapi import Depends, FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import PlainTextResponse, StreamingResponse
+from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 import fastgen
+from fastgen import trial
 from fastgen.generator import CausalLM
 from fastgen.serve import chats, completions
+from fastgen.serve.document import OF_READING, OF_RUNNING, document, errors, takes
+from fastgen.serve.door import Door, Guard, Hosts
 from fastgen.serve.knobs import described
-from fastgen.serve.service import Service, failure
-from fastgen.serve.wire import (
-    ChatCompletion,
-    Completion,
-    Detokenize,
-    Refused,
-    Tokenize,
-)
+from fastgen.serve.limits import Limits
+from fastgen.serve.refused import Refused
+from fastgen.serve.rendered import Json, as_json, in_parts
+from fastgen.serve.service import Service, failure, put_together
+from fastgen.serve.wire import ChatCompletion, Completion, Detokenize, Tokenize
 
-MOST_BYTES = 8 << 20  # of a request's body
-MOST_DISCARDED = 64 << 20  # of a longer one, before its connection is cut
 GRACE = 30.0  # seconds that running calls have once the service is to stop
 MOST_HELD = 64  # events that are sent in one piece
 PAGE = {"page.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
@@ -40,6 +37,10 @@ POLICY = (
     "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 STREAM = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies pass events on at once
+BODIES: list[type[BaseModel]] = [Completion, ChatCompletion, Tokenize, Detokenize]
+EVENTS: dict[str, Any] = {"schema": {"type": "string"}}  # server-sent
+
+Kind = TypeVar("Kind", bound=BaseModel)
 
 
 def app(
@@ -48,7 +49,10 @@ def app(
     name: str | None = None,
     api_key: str | None = None,
     cors: str | None = None,
+    hosts: Collection[str] | None = None,
+    limits: Limits | None = None,
     grace: float = GRACE,
+    grammars: trial.Limits | None = None,
     **engine: Any,
 ) -> FastAPI:
     """An ASGI application that serves one model.
@@ -60,12 +64,16 @@ def app(
         api_key: that clients must send (`Authorization: Bearer`); None for none. `/`, `/health`
             and the documentation of the API are open to all.
         cors: an origin whose pages may call this service from a browser; "*" for all.
+        hosts: names that it may be asked by (`Host`), without a port; None for any. Without a key
+            they keep the pages of strangers out of a service on one's own machine.
+        limits: what one request may ask for; None for the defaults.
+        grammars: what a new schema, regular expression or grammar may take until it is compiled.
         engine: `queue`, `max_bytes`, `max_rows`, `chunk` (see `serve.engine.Engine`).
 
     Raises:
         ValueError: a setting that cannot be.
     """
-    service = Service(model, name, **engine)
+    service = Service(model, name, limits, grammars, **engine)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -81,63 +89,20 @@ def app(
     )
     made.state.service = service
     _errors(made)
-    _routes(made, service, [Depends(_guard(api_key))])
+    _routes(made, service)
+    written = document(made, BODIES)
+    made.openapi = lambda: written  # type: ignore[method-assign]
+    # The last one added is the first that a request passes.
+    if api_key is not None:
+        made.add_middleware(Guard, api_key=api_key)
     if cors is not None:
         made.add_middleware(
             CORSMiddleware, allow_origins=[cors], allow_methods=["*"], allow_headers=["*"]
         )
-    made.add_middleware(Door, service=service)
+    if hosts is not None:
+        made.add_middleware(Hosts, names=hosts, cors=cors)
+    made.add_middleware(Door, metrics=service.metrics, most=service.limits.body)
     return made
-
-
-def _guard(api_key: str | None) -> Callable[[Request], Awaitable[None]]:
-    """What lets in whoever has the key."""
-
-    async def check(request: Request) -> None:
-        if api_key is None:
-            return
-        kind, _, given = request.headers.get("authorization", "").partition(" ")
-        same = hmac.compare_digest(given.strip().encode(), api_key.encode())
-        if kind.lower() != "bearer" or not same:
-            raise Refused(
-                401, "this service asks for its API key: Authorization: Bearer KEY",
-                code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"},
-            )  # fmt: skip
-
-    return check
-
-
-class Door:
-    """What every request passes: its body is not read beyond MOST_BYTES, and its answer counts."""
-
-    def __init__(self, app: ASGIApp, service: Service) -> None:
-        self.app, self.service = app, service
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        size = 0
-
-        async def limited() -> Message:
-            nonlocal size
-            message = await receive()
-            size += len(message.get("body", b""))
-            if size > MOST_BYTES:
-                # Who is still sending would not see the answer: it is read on, and forgotten.
-                while message.get("more_body") and size < MOST_DISCARDED:
-                    message = await receive()
-                    size += len(message.get("body", b""))
-                raise HTTPException(413, f"the body has more than {MOST_BYTES:,} bytes")
-            return message
-
-        async def counted(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                route = getattr(scope.get("route"), "path", "other")
-                self.service.metrics.requests.labels(route, str(message["status"])).inc()
-            await send(message)
-
-        await self.app(scope, limited, counted)
 
 
 def _errors(made: FastAPI) -> None:
@@ -146,10 +111,6 @@ def _errors(made: FastAPI) -> None:
     @made.exception_handler(Refused)
     async def refused(_: Request, error: Refused) -> Response:
         return Json(error.body, error.status, error.headers)
-
-    @made.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> Response:
-        return await refused(request, _invalid(error))
 
     @made.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
@@ -162,63 +123,93 @@ def _errors(made: FastAPI) -> None:
         return await refused(request, failure(error))
 
 
-def _invalid(error: RequestValidationError) -> Refused:
+async def _read(request: Request, kind: type[Kind], limits: Limits) -> Kind:
+    """The body of a request.
+
+    Raises:
+        Refused: it is no JSON, holds more than may be, or is not of this kind.
+    """
+    said = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if said != "application/json" and not said.endswith("+json"):
+        raise Refused(415, f"the body must be JSON (Content-Type: application/json), not {said!r}")
+    raw = await request.body()
+    try:
+        given = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise Refused(400, f"the body is no JSON: {error}") from error
+    limits.check_values(given)
+    try:
+        return kind.model_validate(given)
+    except ValidationError as error:
+        raise _invalid(error) from error
+
+
+def _invalid(error: ValidationError) -> Refused:
     """The first thing that is wrong with a request."""
-    first = error.errors()[0]
-    where = [str(part) for part in first["loc"] if part != "body"]
-    if first["type"] == "json_invalid":
-        return Refused(400, f"the body is no JSON: {first.get('ctx', {}).get('error', '')}")
+    first = error.errors(include_url=False, include_context=False)[0]
+    where = [str(part) for part in first["loc"]]
     if first["type"] == "extra_forbidden":
         return Refused(400, f"{'.'.join(where)} is no field of this request", param=where[0])
     name = where[0] if where else None
     return Refused(400, f"{name or 'the body'}: {first['msg']}", param=name)
 
 
-def _routes(made: FastAPI, service: Service, guarded: list[Any]) -> None:
-    model = service.model
+def _routes(made: FastAPI, service: Service) -> None:
+    model, limits = service.model, service.limits
+    answers: dict[int | str, dict[str, Any]] = {
+        200: {"content": {"text/event-stream": EVENTS}}, **errors(*OF_RUNNING)
+    }  # fmt: skip
+    reads, shows = errors(*OF_READING), errors(401, 403)
 
-    @made.post("/v1/completions", dependencies=guarded)
-    async def complete(body: Annotated[Completion, "a prompt and knobs"], request: Request) -> Any:
-        return await _answer(request, await completions.answer(service, body))
+    @made.post("/v1/completions", responses=answers, openapi_extra=takes(Completion))
+    async def complete(request: Request) -> Any:
+        """Texts that follow prompts."""
+        body = await _read(request, Completion, limits)
+        return await _answer(request, completions.answer(service, body))
 
-    @made.post("/v1/chat/completions", dependencies=guarded)
-    async def talk(body: Annotated[ChatCompletion, "a conversation"], request: Request) -> Any:
-        return await _answer(request, await chats.answer(service, body))
+    @made.post("/v1/chat/completions", responses=answers, openapi_extra=takes(ChatCompletion))
+    async def talk(request: Request) -> Any:
+        """The answer to a conversation."""
+        body = await _read(request, ChatCompletion, limits)
+        return await _answer(request, chats.answer(service, body))
 
-    @made.get("/v1/models", dependencies=guarded)
+    @made.get("/v1/models", responses=shows)
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [_model(service)]}
 
-    @made.get("/v1/models/{name:path}", dependencies=guarded)
+    @made.get("/v1/models/{name:path}", responses=errors(401, 403, 404))
     async def one_model(name: str) -> dict[str, Any]:
         if name != service.name:
             raise Refused(404, f"there is no model {name!r}, only {service.name!r}", param="model",
                           code="model_not_found")  # fmt: skip
         return _model(service)
 
-    @made.post("/tokenize", dependencies=guarded)
-    async def tokenize(body: Tokenize) -> dict[str, Any]:
-        ids = await asyncio.to_thread(service.ids, body.prompt, body.add_special_tokens)
+    @made.post("/tokenize", responses=reads, openapi_extra=takes(Tokenize))
+    async def tokenize(request: Request) -> dict[str, Any]:
+        body = await _read(request, Tokenize, limits)
+        ids = await service.ids(body.prompt, bool(body.add_special_tokens))
         return {"tokens": ids, "count": len(ids), "max_model_len": service.info.max_length}
 
-    @made.post("/detokenize", dependencies=guarded)
-    async def detokenize(body: Detokenize) -> dict[str, Any]:
-        size = service.info.vocab_size
+    @made.post("/detokenize", responses=reads, openapi_extra=takes(Detokenize))
+    async def detokenize(request: Request) -> dict[str, Any]:
+        body = await _read(request, Detokenize, limits)
         if not model.has_tokenizer:
             raise Refused(400, "this model was exported for ids only: it has no tokenizer")
-        if not all(0 <= token < size for token in body.tokens):
-            raise Refused(400, f"tokens must be from 0 to {size - 1}", param="tokens")
-        return {"prompt": model.tokenizer.decode(body.tokens, body.skip_special_tokens)}
+        service.known(body.tokens, "tokens")
+        decode = model.tokenizer.decode
+        return {
+            "prompt": await asyncio.to_thread(decode, body.tokens, bool(body.skip_special_tokens))
+        }
 
-    @made.get("/knobs", dependencies=guarded)
+    @made.get("/knobs", responses=shows)
     async def knobs() -> dict[str, Any]:
         return described(service)
 
-    @made.get("/metrics", dependencies=guarded)
+    @made.get("/metrics", responses=shows, response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
-    @made.get("/health")
+    @made.get("/health", responses=errors(403, 503))
     async def health() -> dict[str, Any]:
         if not service.engine.serving:
             raise Refused(503, "the service is being stopped", code="stopping")
@@ -248,15 +239,20 @@ def _model(service: Service) -> dict[str, Any]:
     }
 
 
-async def _answer(request: Request, made: Any) -> Response:
-    """What `answer` of a route made, whole or as events, given up where the client goes away."""
+async def _answer(request: Request, begun: Coroutine[Any, Any, Any]) -> Response:
+    """What `answer` of a route makes, whole or as events, given up where the client goes away."""
+    made = await _unless_gone(begun, request.receive)
+    if made is None:
+        return Response(status_code=499)  # nobody reads it
     if made.events is not None:
         return Events(made)
     try:
         whole = await _unless_gone(made.whole(), request.receive)
     finally:
         made.run.cancel()
-    return Response(status_code=499) if whole is None else Json(whole)  # 499: nobody reads it
+    if whole is None:
+        return Response(status_code=499)
+    return Json(await put_together(made.size, lambda: in_parts(whole)))
 
 
 async def _unless_gone(work: Coroutine[Any, Any, Any], receive: Receive) -> Any:
@@ -273,13 +269,6 @@ async def _unless_gone(work: Coroutine[Any, Any, Any], receive: Receive) -> Any:
 async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-class Json(JSONResponse):
-    """JSON that a client's text cannot break: half a surrogate pair in it becomes a `?`."""
-
-    def render(self, content: Any) -> bytes:
-        return as_json(content)
 
 
 class Events(StreamingResponse):
@@ -311,7 +300,3 @@ class Events(StreamingResponse):
         except Refused as error:
             held.append(b"data: " + as_json(error.body) + b"\n\n")
         yield b"".join([*held, b"data: [DONE]\n\n"])
-
-
-def as_json(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")

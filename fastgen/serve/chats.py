@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastgen import chat
+from fastgen import chat, schema
 from fastgen.output import Token
-from fastgen.serve import tools
+from fastgen.serve import dialects, tools
 from fastgen.serve.answers import chat_logprobs, usage
-from fastgen.serve.service import Run, Service
-from fastgen.serve.wire import Refused, Wish, wish
+from fastgen.serve.refused import Refused
+from fastgen.serve.service import Run, Service, put_together, so_far
+from fastgen.serve.wire import StreamOptions, Wish, wish
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Answer:
     run: Run
     wish: Wish
     reads: tools.Reader | None
-    include_usage: bool
+    options: StreamOptions
     streamed: bool
 
     def __post_init__(self) -> None:
@@ -48,6 +48,15 @@ class Answer:
         parts: list[list[str]] = [[] for _ in self.run.texts]
         async for place, token in self.run.tokens():
             parts[place].append(self.run.texts[place].push(token)[0])
+        return await put_together(self.size, lambda: self._made(parts))
+
+    @property
+    def size(self) -> int:
+        """Tokens of the answer so far, each with its alternatives."""
+        return self.run.new_tokens * (1 + (self.wish.alternatives or 0))
+
+    def _made(self, parts: Sequence[Sequence[str]]) -> dict[str, Any]:
+        """The answer of the pieces of each text."""
         choices = []
         for index, text in enumerate(self.run.texts):
             content, calls = self._read("".join(parts[index]))
@@ -64,7 +73,7 @@ class Answer:
                 }
             )
         total = usage(self.run.prompt_tokens, self.run.new_tokens)
-        return {**self.about, "choices": choices, "usage": total}
+        return {**self.about, "choices": choices, "usage": total, **self.run.warnings()}
 
     def _read(self, text: str) -> tuple[str, tools.Found]:
         if self.reads is None:
@@ -103,7 +112,7 @@ class Answer:
             yield self._chunk(place, delta, self._logprobs(tokens)) if says else None
             if reason:
                 yield self._chunk(place, {}, None, reason)
-        if self.include_usage:
+        if self.options.include_usage:
             total = usage(self.run.prompt_tokens, self.run.new_tokens)
             yield {**self.about, "choices": [], "usage": total}
 
@@ -114,7 +123,8 @@ class Answer:
         return {
             **self.about,
             "choices": [choice],
-            **({"usage": None} if self.include_usage else {}),
+            **so_far(self.run, self.options),
+            **self.run.warnings(),
         }
 
 
@@ -124,22 +134,28 @@ async def answer(service: Service, body: Any) -> Answer:
     Raises:
         Refused: what cannot be done.
     """
-    wished = wish(body, service.defaults)
+    wished = wish(body, service.defaults, service.limits)
     if wished.new == 0:
         raise Refused(400, "an answer has one token at least", param="max_tokens")
     if body.response_format is not None:
         wished.knobs.update(_format(body.response_format))
     functions = _functions(service, body)
-    messages = [_message(one.model_dump(exclude_unset=True)) for one in body.messages]
-    ids = await asyncio.to_thread(
-        service.conversation, messages, functions, body.chat_template_kwargs or {}
-    )
+    messages = [one.model_dump(exclude_unset=True) for one in body.messages]
+    variables = _variables(service, body) | (body.chat_template_kwargs or {})
+    ids = await service.conversation(messages, functions, variables)
     reads = service.reads_tools if functions else None
     usual = service.defaults.get("max_new_tokens") or chat.MAX_NEW_TOKENS
     run = await service.run([ids], wished, usual, special=reads is not None)
-    options = body.stream_options
-    include = bool(options and options.include_usage)
-    return Answer(service, run, wished, reads, include, body.stream)
+    options = body.stream_options or StreamOptions()
+    return Answer(service, run, wished, reads, options, bool(body.stream))
+
+
+def _variables(service: Service, body: Any) -> dict[str, Any]:
+    """What else the template gets to see; the log is told of what nothing looks at."""
+    sent = body.model_dump(exclude_unset=True)
+    used = dialects.for_template(sent, service.template)
+    service.noted(sent, used)
+    return used
 
 
 def _format(wanted: Any) -> dict[str, Any]:
@@ -148,13 +164,18 @@ def _format(wanted: Any) -> dict[str, Any]:
         return {}
     if wanted.type == "json_object":
         return {"json_schema": {"type": "object"}}
-    schema = (wanted.json_schema or {}).get("schema")
-    if not isinstance(schema, dict):
+    given = wanted.json_schema or {}
+    if not isinstance(given.get("schema"), dict):
         raise Refused(
             400, 'response_format of json_schema needs {"json_schema": {"schema": {...}}}',
             param="response_format",
         )  # fmt: skip
-    return {"json_schema": schema}
+    if not given.get("strict"):
+        return {"json_schema": given["schema"]}
+    try:
+        return {"json_schema": schema.strict(given["schema"])}
+    except ValueError as error:
+        raise Refused(400, f"response_format: {error}", param="response_format") from error
 
 
 def _functions(service: Service, body: Any) -> list[dict[str, Any]] | None:
@@ -174,17 +195,3 @@ def _functions(service: Service, body: Any) -> list[dict[str, Any]] | None:
             param="tools",
         )
     return list(body.tools)
-
-
-def _message(sent: dict[str, Any]) -> dict[str, Any]:
-    """A message as chat templates expect it: its content a text."""
-    parts = sent.get("content")
-    if isinstance(parts, list):
-        kinds = {part["type"] for part in parts} - {"text"}
-        if kinds:
-            raise Refused(
-                400, f"content of type {', '.join(sorted(kinds))} is not supported: text alone",
-                param="messages",
-            )  # fmt: skip
-        sent["content"] = "".join(part.get("text") or "" for part in parts)
-    return sent

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastgen.output import Token
-from fastgen.serve.answers import logprobs, usage
-from fastgen.serve.service import Run, Service
-from fastgen.serve.wire import COMPLETION_TOKENS, Refused, Wish, wish
+from fastgen.serve.answers import logprobs, starts, usage
+from fastgen.serve.refused import Refused
+from fastgen.serve.service import Run, Service, put_together, so_far
+from fastgen.serve.wire import COMPLETION_TOKENS, StreamOptions, Wish, wish
 
 
 @dataclass
@@ -29,7 +30,7 @@ class Answer:
     run: Run
     wish: Wish
     echoes: list[tuple[str, list[Token]]]
-    include_usage: bool
+    options: StreamOptions
     streamed: bool
 
     def __post_init__(self) -> None:
@@ -48,6 +49,18 @@ class Answer:
         async for place, token in self.run.tokens():
             parts[place].append(self.run.texts[place].push(token)[0])
             made[place].append(token)
+        return await put_together(self.size, lambda: self._made(parts, made))
+
+    @property
+    def size(self) -> int:
+        """Tokens of the answer so far, each with its alternatives."""
+        echoed = sum(len(tokens) for _, tokens in self.echoes)
+        return (self.run.new_tokens + echoed) * (1 + (self.wish.alternatives or 0))
+
+    def _made(
+        self, parts: Sequence[Sequence[str]], made: Sequence[Sequence[Token]]
+    ) -> dict[str, Any]:
+        """The answer of the pieces of each text, and its tokens."""
         choices = []
         for index, place in enumerate(self._chosen(made)):
             said, before = self._echo(place)
@@ -55,16 +68,16 @@ class Answer:
             choices.append(
                 self._choice(
                     index, said + "".join(parts[place]), [*before, *text.tokens], text.reason,
-                    made[place], 0,
+                    made[place], [*starts(before), *(len(said) + at for at in text.starts)],
                 )
             )  # fmt: skip
         if not self.run.streams:  # nothing but the prompts was wanted
             choices = [
-                self._choice(index, said, before, "length", [], 0)
+                self._choice(index, said, before, "length", [], starts(before))
                 for index, (said, before) in enumerate(self.echoes)
             ]
         total = usage(self.run.prompt_tokens, self.run.new_tokens)
-        return {**self.about, "choices": choices, "usage": total}
+        return {**self.about, "choices": choices, "usage": total, **self.run.warnings()}
 
     def _chosen(self, made: Sequence[Sequence[Token]]) -> list[int]:
         """The texts that are given out: of each prompt the n likeliest by the mean of a token."""
@@ -82,27 +95,27 @@ class Answer:
 
     def _choice(
         self, index: int, text: str, tokens: Sequence[Token], reason: str | None,
-        made: Sequence[Token], offset: int,
+        made: Sequence[Token], begin: Sequence[int],
     ) -> dict[str, Any]:  # fmt: skip
         choice: dict[str, Any] = {"index": index, "text": text, "logprobs": None,
                                   "finish_reason": reason}  # fmt: skip
         if self.wish.alternatives is not None and self.service.model.has_tokenizer:
-            choice["logprobs"] = logprobs(tokens, self.service.model.tokenizer, offset)
+            choice["logprobs"] = logprobs(tokens, self.service.model.tokenizer, begin)
         if not self.service.model.has_tokenizer:
             choice["token_ids"] = [token.id for token in made]
         return choice
 
     async def _events(self) -> AsyncIterator[dict[str, Any] | None]:
         """A chunk for each piece of a text; None for a token that adds nothing to it yet."""
-        more = {"usage": None} if self.include_usage else {}
         offsets = [0] * len(self.run.texts)
         for place in range(len(self.run.texts)) if self.echoes else ():
             said, before = self._echo(place)
             offsets[place] = len(said)
             yield {
                 **self.about,
-                "choices": [self._choice(place, said, before, None, [], 0)],
-                **more,
+                "choices": [self._choice(place, said, before, None, [], starts(before))],
+                **so_far(self.run, self.options),
+                **self.run.warnings(),
             }
         async for place, token in self.run.tokens():
             text = self.run.texts[place]
@@ -110,12 +123,29 @@ class Answer:
             if not (piece or tokens or text.reason) and self.service.model.has_tokenizer:
                 yield None
                 continue
-            choice = self._choice(place, piece, tokens, text.reason, [token], offsets[place])
-            offsets[place] += len(piece)
-            yield {**self.about, "choices": [choice], **more}
-        if self.include_usage:
+            begin = [offsets[place] + at for at in text.starts[len(text.starts) - len(tokens) :]]
+            choice = self._choice(place, piece, tokens, text.reason, [token], begin)
+            yield {
+                **self.about,
+                "choices": [choice],
+                **so_far(self.run, self.options),
+                **self.run.warnings(),
+            }
+        if self.options.include_usage:
             total = usage(self.run.prompt_tokens, self.run.new_tokens)
             yield {**self.about, "choices": [], "usage": total}
+
+
+async def _echoes(
+    service: Service, prompts: Sequence[list[int]], wish: Wish
+) -> list[tuple[str, list[Token]]]:
+    """Of each prompt its text, and its tokens where log-probabilities are asked for."""
+    decode = service.model.tokenizer.decode
+    texts = [await asyncio.to_thread(decode, ids, False) for ids in prompts]
+    if wish.alternatives is None:
+        return [(text, []) for text in texts]
+    scored = await service.scored(prompts, wish.alternatives)
+    return list(zip(texts, scored, strict=True))
 
 
 def _mean(tokens: Sequence[Token]) -> float:
@@ -132,26 +162,19 @@ async def answer(service: Service, body: Any) -> Answer:
         raise Refused(
             400, "suffix is not supported: nothing is filled in before it", param="suffix"
         )
-    wished = wish(body, service.defaults)
+    wished = wish(body, service.defaults, service.limits)
+    service.noted(body.model_dump(exclude_unset=True), {})
     if body.echo and not service.model.has_tokenizer:
         raise Refused(400, "echo needs a tokenizer: this model was exported for ids only")
-    prompts = await asyncio.to_thread(service.prompts, body.prompt)
+    prompts = await service.prompts(body.prompt, wished.new)
     if wished.new == 0 and (not body.echo or body.stream or wished.n > 1):
         raise Refused(
             400, "max_tokens=0 scores a prompt: with echo, without stream and n", param="max_tokens"
         )
-    echoes: list[tuple[str, list[Token]]] = []
-    for ids in prompts if body.echo else ():
-        tokens: list[Token] = []
-        if wished.alternatives is not None:
-            service.room(len(ids), wished.new, 1)
-            tokens = await asyncio.to_thread(service.scored, ids, wished.alternatives)
-        echoes.append((service.model.tokenizer.decode(ids, False), tokens))
+    echoes = await _echoes(service, prompts, wished) if body.echo else []
     if wished.new == 0:
         run = Run(service.engine, [], asyncio.Queue(), [], 1, sum(map(len, prompts)))
     else:
         run = await service.run(prompts, wished, COMPLETION_TOKENS)
-    options = body.stream_options
-    return Answer(
-        service, run, wished, echoes, bool(options and options.include_usage), body.stream
-    )
+    options = body.stream_options or StreamOptions()
+    return Answer(service, run, wished, echoes, options, bool(body.stream))

@@ -14,11 +14,11 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from fastgen.call import Call, Writer
+from fastgen.call import Writer
 from fastgen.generator import CausalLM
 from fastgen.output import Token
 from fastgen.prefix import PrefixCache
-from fastgen.schedule import Scheduler
+from fastgen.schedule import Job, Scheduler
 
 QUEUE = 256  # calls that may wait
 
@@ -36,9 +36,10 @@ News = tuple["Stream", list[Token], bool]  # a stream, its new tokens, and wheth
 
 @dataclass(eq=False)
 class Stream:
-    """One call on its way, as the event loop sees it.
+    """One call, or one text that is scored, on its way, as the event loop sees it.
 
     Attributes:
+        writer: what makes tokens of its events; None for a text, which has none.
         place: which of the calls of its request it is.
         inbox: where its tokens go, with those of the other calls of its request.
         begun: when it was submitted (`time.perf_counter`).
@@ -46,8 +47,8 @@ class Stream:
         error: what ended it, if something did.
     """
 
-    call: Call
-    writer: Writer
+    call: Job
+    writer: Writer | None
     place: int
     inbox: asyncio.Queue[News]
     begun: float = field(default_factory=time.perf_counter)
@@ -121,7 +122,9 @@ class Engine:
         """The calls that are not over, waiting ones included."""
         return len(self._streams)
 
-    def submit(self, call: Call, writer: Writer, place: int, inbox: asyncio.Queue[News]) -> Stream:
+    def submit(
+        self, call: Job, writer: Writer | None, place: int, inbox: asyncio.Queue[News]
+    ) -> Stream:
         """Let a call wait for its turn; its tokens come to `inbox`.
 
         Raises:
@@ -177,11 +180,11 @@ class Engine:
             while self._look(streams):
                 news = []
                 for call, events in self.scheduler.step():
-                    stream, done = streams[id(call)], call.request.done
+                    stream, done = streams[id(call)], call.done
                     if done:
                         del streams[id(call)]
-                    tokens = stream.writer.take(events)
-                    news.append((stream, tokens, done, call.request.error))
+                    tokens = stream.writer.take(events) if stream.writer else []
+                    news.append((stream, tokens, done, call.error))
                 if news:
                     self._report(news)
             over: Exception = Stopping()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from fastgen.params import Params
+from fastgen.params import Params, sampling
 
 if TYPE_CHECKING:
     from fastgen.serve.service import Service
@@ -14,8 +14,12 @@ KINDS = {"bool": "bool", "int": "int", "float": "float", "str": "text"}
 
 
 def described(service: Service) -> dict[str, Any]:
-    """Every knob with its default, the model's own default, and what the model is."""
+    """Every knob and what the model is.
+
+    A knob has its default, the model's own, and what the page's field begins with.
+    """
     own, info = service.defaults, service.info
+    first = sampling(own)
     return {
         "knobs": [
             {
@@ -23,6 +27,7 @@ def described(service: Service) -> dict[str, Any]:
                 "type": KINDS.get(str(knob.type).removesuffix(" | None"), "json"),
                 "default": knob.default,
                 "own_default": own.get(knob.name),
+                "initial": first.get(knob.name),
                 "help": knob.metadata["help"],
             }
             for knob in fields(Params)

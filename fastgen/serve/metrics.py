@@ -16,6 +16,7 @@ from prometheus_client.core import (
 )
 
 from fastgen.output import Token
+from fastgen.score import Scoring
 
 if TYPE_CHECKING:
     from fastgen.serve.engine import Engine, Stream
@@ -75,6 +76,9 @@ class Metrics:
         self.prompt_tokens = Counter(
             "fastgen_prompt_tokens", "tokens of prompts", registry=self.registry
         )
+        self.scored_tokens = Counter(
+            "fastgen_scored_tokens", "tokens of prompts that were scored", registry=self.registry
+        )
         self.new_tokens = Counter("fastgen_generated_tokens", "new tokens", registry=self.registry)
         self.first = Times(
             "fastgen_time_to_first_token_seconds", "from a call's arrival to its first token"
@@ -96,7 +100,10 @@ class Metrics:
         if count := sum(len(tokens) for _, tokens in news):
             self.new_tokens.inc(count)
         for stream, tokens in news:
-            if tokens:
+            if isinstance(stream.call, Scoring):
+                if stream.done and stream.error is None:
+                    self.scored_tokens.inc(len(stream.call.logprobs))
+            elif tokens:
                 before = self._latest.get(id(stream))
                 if before is None:
                     self.prompt_tokens.inc(sum(map(len, stream.call.request.prompts)))

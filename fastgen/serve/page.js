@@ -124,6 +124,13 @@ function control(knob, id) {
   return make("input", { ...shared, type: "text", spellcheck: false, placeholder: unset(knob) });
 }
 
+/** What its field begins with; "auto" where tokens are drawn, so that beams can be asked for. */
+function initial(knob) {
+  if (knob.name === "max_new_tokens") return NEW_TOKENS;
+  if (knob.name === "do_sample") return knob.initial ? "" : "false";
+  return String(knob.initial ?? "");
+}
+
 /** A name that may be broken after each "_". */
 function breakable(name) {
   return name.split(/(?<=_)/).flatMap((part) => [part, make("wbr")]).slice(0, -1);
@@ -132,6 +139,7 @@ function breakable(name) {
 function knobRow(knob) {
   const id = `knob-${knob.name}`;
   const input = control(knob, id);
+  input.value = initial(knob);
   const name = SENT_AS[knob.name] === "stop" ? "stop" : knob.name;
   let help = knob.help.replace(/ \(default: 20\)$/, "") + (API_NOTES[knob.name] ?? "");
   if (knob.own_default !== null && knob.own_default !== undefined) help += " (the model's own default)";
@@ -152,8 +160,6 @@ function showKnobs(list) {
     ...COMMON.filter((name) => byName.has(name)).map((name) => knobRow(byName.get(name))));
   $("others").replaceChildren(...others.map(knobRow));
   $("more").hidden = false;
-  const length = $("knob-max_new_tokens");
-  if (length) length.value = NEW_TOKENS;
   search();
   mark();
 }
@@ -196,9 +202,9 @@ function settings() {
 
 function mark() {
   let changed = 0;
-  for (const { name, input, row } of knobs) {
-    const initial = name === "max_new_tokens" ? NEW_TOKENS : "";
-    const differs = input.value !== initial || input.validity.badInput;
+  for (const knob of knobs) {
+    const { input, row } = knob;
+    const differs = input.value !== initial(knob) || input.validity.badInput;
     row.classList.toggle("changed", differs);
     changed += differs;
   }
@@ -207,9 +213,9 @@ function mark() {
 }
 
 function reset() {
-  for (const { name, input } of knobs) {
-    input.value = name === "max_new_tokens" ? NEW_TOKENS : "";
-    input.removeAttribute("aria-invalid");
+  for (const knob of knobs) {
+    knob.input.value = initial(knob);
+    knob.input.removeAttribute("aria-invalid");
   }
   mark();
   $("settings").focus();

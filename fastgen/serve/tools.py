@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 import secrets
 from collections.abc import Callable
 from typing import Any
 
 Found = list[dict[str, Any]]  # {"name": ..., "arguments": {...}} each
+BEGIN, END = "<tool_call>", "</tool_call>"
 Reader = Callable[[str], tuple[str, Found]]  # of a text: what is no call, and the calls
 
 
@@ -26,14 +26,15 @@ def reader(template: str) -> Reader | None:
 def _tagged(text: str) -> tuple[str, Found]:
     """`<tool_call>{"name": "f", "arguments": {}}</tool_call>`, any number (Hermes, Qwen)."""
     calls: Found = []
-
-    def take(match: re.Match[str]) -> str:
-        found = _calls(match[1])
-        calls.extend(found)
-        return "" if found else match[0]
-
-    rest = re.sub(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|$)", take, text, flags=re.DOTALL)
-    return rest.strip() if calls else text, calls
+    rest, at = [], 0
+    while (start := text.find(BEGIN, at)) >= 0:
+        end = text.find(END, start)
+        stop = len(text) if end < 0 else end + len(END)
+        found = _calls(text[start + len(BEGIN) : stop].removesuffix(END))
+        calls += found
+        rest += [text[at:start], "" if found else text[start:stop]]
+        at = stop
+    return "".join([*rest, text[at:]]).strip() if calls else text, calls
 
 
 def _listed(text: str) -> tuple[str, Found]:
@@ -50,10 +51,11 @@ def _bare(text: str) -> tuple[str, Found]:
 
 
 def _calls(text: str) -> Found:
-    """The calls that a JSON text is; none if it is something else."""
+    """The calls that a JSON text is; none if it is something else or too deep."""
     try:
         content, _ = json.JSONDecoder().raw_decode(text.strip())
-    except ValueError:
+        json.dumps(content)
+    except (ValueError, RecursionError):
         return []
     found = []
     for one in content if isinstance(content, list) else [content]:

@@ -1,0 +1,70 @@
+"""The OpenAPI document: what every route takes, and everything that it may send."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+
+SCHEMAS = "#/components/schemas/"
+ERROR: dict[str, Any] = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+WHY = {
+    400: "the request cannot be answered as it is",
+    401: "the service asks for its API key",
+    403: "the service is not called so, or another page calls it (see --allowed-host)",
+    404: "there is no such thing",
+    413: "the body is too long",
+    415: "the body is no JSON",
+    429: "as many requests wait as may",
+    503: "the service is being stopped",
+}
+OF_READING = (400, 401, 403, 413, 415)
+OF_RUNNING = (*OF_READING, 429, 503)
+
+
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """These errors, as a route declares them."""
+    of_json = {"application/json": {"schema": {"$ref": SCHEMAS + "Error"}}}
+    return {status: {"description": WHY[status], "content": of_json} for status in statuses}
+
+
+def takes(kind: type[BaseModel]) -> dict[str, Any]:
+    """That a route reads a body of this kind by itself."""
+    of_json = {"application/json": {"schema": {"$ref": SCHEMAS + kind.__name__}}}
+    return {"requestBody": {"required": True, "content": of_json}}
+
+
+def document(made: FastAPI, kinds: list[type[BaseModel]]) -> dict[str, Any]:
+    """The document of `made`, whose routes read bodies of these kinds."""
+    found = get_openapi(
+        title=made.title, version=made.version, summary=made.summary, routes=made.routes
+    )
+    schemas = found.setdefault("components", {}).setdefault("schemas", {})
+    schemas["Error"] = ERROR
+    for kind in kinds:
+        schema = kind.model_json_schema(ref_template=SCHEMAS + "{model}")
+        schemas |= schema.pop("$defs", {})
+        schemas[kind.__name__] = schema
+    for route in found["paths"].values():
+        for operation in route.values():
+            operation["responses"].pop("422", None)  # FastAPI's own: such are 400 here
+    for name in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(name, None)
+    return found
