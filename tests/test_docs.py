@@ -39,9 +39,9 @@ from fastgen import params, prefix, prompts, schedule, trial, trial_process
 from fastgen.commands import cli
 from fastgen.commands.chat import COMMANDS
 from fastgen.jobs import Generate
-from fastgen.serve.app import GRACE
 from fastgen.serve.engine import QUEUE
 from fastgen.serve.limits import Limits
+from fastgen.serve.routes import GRACE
 from fastgen.serve.service import MOST_GRAMMARS
 
 ROOT = Path(fastgen.__file__).parents[1]

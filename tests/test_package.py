@@ -166,8 +166,18 @@ def beside(place: Path) -> set[str]:
     return ({path.stem for path in place.glob("*.py")} | inside) - {"__init__"}
 
 
-@pytest.mark.parametrize("folder", ["fastgen", *(f"fastgen/{name}" for name in FOLDERS[1:]),
-                                    "export", "export/foreign"])  # fmt: skip
+PACKAGES = ["fastgen", *(f"fastgen/{name}" for name in FOLDERS[1:]), "export", "export/foreign"]
+
+
+@pytest.mark.parametrize("folder", PACKAGES)
+def test_no_function_of_a_package_is_called_like_a_module_of_it(folder):
+    """The module takes the function's place when it is first imported."""
+    body = ast.parse((ROOT / folder / "__init__.py").read_text(encoding="utf-8")).body
+    made = {node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    assert made & beside(ROOT / folder) == set()
+
+
+@pytest.mark.parametrize("folder", PACKAGES)
 def test_the_map_in_the_docstring_names_every_module(folder):
     """All but `commands`, where each file is a command: its docstring says that."""
     place = ROOT / folder

@@ -1,6 +1,6 @@
 """The HTTP service: requests become rows of one batch (extra `serve`).
 
-app          the routes, the errors              wire        what clients may send
+routes       the application, its errors         wire        what clients may send
 dialects     others' names for fields            limits      the most that a request may hold
 door         hosts, the key, sizes
 document     the OpenAPI document                rendered    answers as bytes
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 
 
 def app(model: CausalLM, **settings: Any) -> FastAPI:
-    """An ASGI application that serves `model` (see `serve.app.app` for the settings).
+    """An ASGI application that serves `model` (see `serve.routes.application` for the settings).
 
     Raises:
         ValueError: the extra `serve` is not installed, or a setting cannot be.
     """
     try:
-        from fastgen.serve.app import app as make
+        from fastgen.serve.routes import application
     except ImportError as error:
         raise ValueError(
             f"serving needs FastAPI and others: {extras.install('serve')} ({error})"
         ) from error
-    return make(model, **settings)
+    return application(model, **settings)

@@ -74,7 +74,7 @@ class Http(HttpToolsProtocol):
 
 
 def config(app: FastAPI) -> uvicorn.Config:
-    """How uvicorn serves an application of `serve.app`."""
+    """How uvicorn serves an application of `serve.routes`."""
     http = type("Limited", (Http,), {"most": app.state.service.limits.head})
     return uvicorn.Config(
         app, http=http, log_level="warning", access_log=False, timeout_graceful_shutdown=CLOSING
@@ -82,7 +82,7 @@ def config(app: FastAPI) -> uvicorn.Config:
 
 
 class Server(uvicorn.Server):
-    """Serves an application of `serve.app` until a signal comes.
+    """Serves an application of `serve.routes` until a signal comes.
 
     Args:
         grace: seconds that what runs has after the first signal; a second one ends it at once.

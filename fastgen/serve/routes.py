@@ -43,7 +43,7 @@ EVENTS: dict[str, Any] = {"schema": {"type": "string"}}  # server-sent
 Kind = TypeVar("Kind", bound=BaseModel)
 
 
-def app(
+def application(
     model: CausalLM,
     *,
     name: str | None = None,
