@@ -321,5 +321,7 @@ def stored(weight: Floats, choice: Choice) -> Floats:
         codes, per_channel = channel_codes(weight, choice.scales)
         return multiplied(codes if choice.codes is None else choice.codes, per_channel)
     scales = block_scales(weight, kernel) if choice.scales is None else choice.scales
-    codes = block_codes(weight, kernel, scales) if choice.codes is None else choice.codes
-    return codes_values(codes, kernel, scales, len(weight))
+    codes = choice.codes
+    if codes is None:
+        codes = block_codes(weight, kernel, scales, choice.zeros)
+    return codes_values(codes, kernel, scales, len(weight), choice.zeros)

@@ -1,22 +1,25 @@
 """Codes that minimise the error of the output, not of the weights.
 
-Scales: for each block the one of a grid that minimises the squared error of its weights, each
-weighed by the second moment of its input. Codes: GPTQ (Frantar et al. 2022, arXiv 2210.17323):
-inputs are rounded one after the other, and the error of each is made good by those that follow.
-It is written as Babai's nearest plane, which it is (Chen et al. 2025, arXiv 2507.18553): an input
-takes its share of all errors before it when its turn comes.
+Scales and zero points: for each block those of a grid that minimise the squared error of its
+weights, each weighed by the second moment of its input. Codes: GPTQ (Frantar et al. 2022, arXiv
+2210.17323): inputs are rounded one after the other, and the error of each is made good by those
+that follow. It is written as Babai's nearest plane, which it is (Chen et al. 2025, arXiv
+2507.18553): an input takes its share of all errors before it when its turn comes.
 """
 
 from __future__ import annotations
 
 import sys
 from functools import partial
+from typing import Any
 
 import numpy as np
 from fastgen.export import parts
-from fastgen.export.quantize import LEVELS, STEPS, Floats, Kernel, blocks
+from fastgen.export.quantize import LEVELS, Floats, Kernel, blocks
+from numpy.typing import NDArray
 
 GRID = np.linspace(0.7, 1.05, 15, dtype=np.float32)  # scales that are tried, of the largest weight
+RANGES = np.linspace(0.75, 1.05, 8, dtype=np.float32)  # of the range of a block with a zero point
 TOGETHER = 32  # inputs that are rounded one by one before the others hear of it
 DAMPING = 0.01  # of the mean diagonal, as in the paper
 
@@ -44,26 +47,71 @@ def _search(weights: Floats, kernel: Kernel, weigh: Floats) -> Floats:
     """`search_scales` of weights [out, blocks, block], weighed by [1, blocks, block]."""
     level = np.float32(LEVELS[kernel.bits])
     largest = np.abs(weights).max(axis=-1) / level
-    # A block of zeros takes any scale, but a large one would cost the others of its output theirs.
-    largest = np.maximum(largest, largest.max(axis=1, keepdims=True) / STEPS)
     largest[largest == 0] = 1
     best = largest.copy()
     least = np.full(largest.shape, np.inf, np.float32)
-    error = np.empty_like(weights)
     for share in GRID:
         scales = largest * share
-        np.divide(weights, scales[..., None], out=error)
-        np.clip(np.rint(error, out=error), -level - 1, level, out=error)
-        error *= scales[..., None]
-        np.square(np.subtract(weights, error, out=error), out=error)
-        error *= weigh
-        found = error.sum(axis=-1)
+        found = _cost(weights, weigh, scales, -level - 1, level)
         better = found < least
         best[better], least[better] = scales[better], found[better]
     return best
 
 
-def gptq(weight: Floats, kernel: Kernel, scales: Floats, moments: Floats) -> Floats:
+def search_zero_points(
+    weight: Floats, kernel: Kernel, second_moments: Floats
+) -> tuple[Floats, NDArray[np.uint8]]:
+    """[out, blocks] float32 and uint8: scales and zero points, as `search_scales` finds scales."""
+    weigh = blocks(second_moments[:, None].astype(np.float32), kernel.block)
+    size, out = weight.shape
+    scales = np.empty((out, weigh.shape[1]), np.float32)
+    zeros = np.empty(scales.shape, np.uint8)
+
+    def part(some: slice) -> None:
+        found = _search_ranges(blocks(weight[:, some], kernel.block), kernel, weigh)
+        scales[some], zeros[some] = found
+
+    parts.each(out, size, part)
+    return scales, zeros
+
+
+def _search_ranges(weights: Floats, kernel: Kernel, weigh: Floats) -> tuple[Floats, Floats]:
+    """`search_zero_points` of weights [out, blocks, block]: the middle code is a range's middle.
+
+    Zero is in every range, so that it is one of the codes.
+    """
+    last = np.float32(2 * kernel.middle - 1)
+    high, low = weights.max(axis=-1).clip(0), weights.min(axis=-1).clip(None, 0)
+    whole = (high - low) / last
+    whole[whole == 0] = 1
+    best, zeros = whole.copy(), np.zeros_like(whole)
+    least = np.full(whole.shape, np.inf, np.float32)
+    for share in RANGES:
+        scales = whole * share
+        zero = np.clip(np.rint((last - (high + low) / scales) / 2), 0, last)
+        found = _cost(weights, weigh, scales, -zero[..., None], last - zero[..., None])
+        better = found < least
+        best[better], zeros[better], least[better] = scales[better], zero[better], found[better]
+    return best, zeros
+
+
+def _cost(weights: Floats, weigh: Floats, scales: Floats, low: Any, high: Any) -> Floats:
+    """[out, blocks]: the weighed squared error of weights rounded to codes from `low` to `high`."""
+    error = weights / scales[..., None]
+    np.clip(np.rint(error, out=error), low, high, out=error)
+    error *= scales[..., None]
+    np.square(np.subtract(weights, error, out=error), out=error)
+    error *= weigh
+    return np.asarray(error.sum(axis=-1))
+
+
+def gptq(
+    weight: Floats,
+    kernel: Kernel,
+    scales: Floats,
+    moments: Floats,
+    zeros: NDArray[np.uint8] | None = None,
+) -> Floats:
     """A matrix [in, out] whose weights lie on the grid of `scales`, closest in its output.
 
     Args:
@@ -71,7 +119,11 @@ def gptq(weight: Floats, kernel: Kernel, scales: Floats, moments: Floats) -> Flo
         kernel: bits and block size.
         scales: [out, blocks].
         moments: float32 [in, in], second moments of the inputs: E[x^T x].
+        zeros: [out, blocks], zero points, if the kernel has them.
     """
+    level = np.full(scales.shape, LEVELS[kernel.bits], np.float32)
+    low = -level - 1 if zeros is None else -zeros.astype(np.float32)
+    high = level if zeros is None else low + (2 * kernel.middle - 1)
     size, count = weight.shape
     factor = _factor(moments)
     diagonal = np.diag(factor)
@@ -82,10 +134,11 @@ def gptq(weight: Floats, kernel: Kernel, scales: Floats, moments: Floats) -> Flo
         # What an input takes over of the error of each one before it.
         shares = factor[start:end, :end] / diagonal[start:end, None]
         wanted = weight[start:end] + shares[:, :start] @ errors[:start]
-        scale = np.ascontiguousarray(scales[:, start // (kernel.block or size)])
+        block = start // (kernel.block or size)
+        grid = [np.ascontiguousarray(one[:, block]) for one in (scales, low, high)]
         part = partial(
             _round, weight[start:end], wanted, rounded[start:end], errors[start:end],
-            shares[:, start:], scale, LEVELS[kernel.bits],
+            shares[:, start:], *grid,
         )  # fmt: skip
         parts.each(count, end - start, part)
     return rounded
@@ -98,7 +151,8 @@ def _round(
     errors: Floats,
     shares: Floats,
     scale: Floats,
-    level: int,
+    low: Floats,
+    high: Floats,
     some: slice,
 ) -> None:
     """The rows of a block, one after the other, of some outputs.
@@ -108,14 +162,14 @@ def _round(
         wanted: [block, out], with the errors of earlier blocks made good.
         rounded, errors: [block, out], to be filled.
         shares: [block, block].
-        scale: [out].
+        scale, low, high: [out]; codes reach from low to high.
     """
-    rest, scale = wanted[:, some], scale[some]
+    rest, scale, low, high = wanted[:, some], scale[some], low[some], high[some]
     made = np.empty_like(rest)
     for i in range(len(rest)):
         row, error = rounded[i, some], errors[i, some]
         np.divide(rest[i], scale, out=row)
-        np.clip(np.rint(row, out=row), -level - 1, level, out=row)
+        np.clip(np.rint(row, out=row), low, high, out=row)
         row *= scale
         np.subtract(weight[i, some], row, out=error)
         np.multiply(shares[i + 1 :, i, None], error, out=made[i + 1 :])

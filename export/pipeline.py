@@ -61,7 +61,7 @@ CACHE_PRECISIONS = tuple(cache.DTYPES)
 TOLERANCES = {
     "fp32": check.Tolerance(),
     "int8": check.Tolerance.quantised(kl=0.006),
-    "int4": check.Tolerance.quantised(kl=0.2),
+    "int4": check.Tolerance.quantised(kl=0.1),
 }
 
 

@@ -1,9 +1,9 @@
 """A second graph for the prompts of a 4-bit model: its matrices in 8 bits per output channel.
 
 The kernel of 4 bits unpacks them anew for every few tokens, which is fast for one and slow for
-many. Since scales have two levels (`quantize.in_two_levels`), each matrix is exactly one of int8
-per output channel too, twice as large. Two small graphs read the model's own weights file, for who
-has the memory (`fastgen.prompts`):
+many. Each matrix is nearly one of int8 per output channel too, twice as large: rounding it to 8
+bits adds less than a hundredth to the error that 4 bits have. Two small graphs read the model's own
+weights file, for who has the memory (`fastgen.prompts`):
 
 - `unpack.onnx` makes these matrices, and their scales.
 - `prompts.onnx` is the model's graph with them, and without `lm_head`: it gives keys, values and
@@ -19,8 +19,8 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common
 import onnx_ir.tape
-from fastgen.export.quantize import STEPS, Activations, in_two_levels, integer_product
-from fastgen.export.trim import constant, take_place
+from fastgen.export.quantize import LEVELS, Activations, integer_product
+from fastgen.export.trim import take_place
 
 from fastgen.model import GRAPH
 from fastgen.prompts import PROMPTS, UNPACK
@@ -41,8 +41,8 @@ def write(directory: Path) -> str:
     found = [node for node in model.graph if _is_packed(node)]
     if not found:
         return "none of its layers' matrices has 4 bits"
-    if not all(map(_has_two_levels, found)):
-        return "its scales are not in two levels, as those of `fastgen export` are"
+    if not all(map(_is_ours, found)):
+        return "its matrices of 4 bits are not stored as those of `fastgen export` are"
     unpacking = _Unpacking(model.opset_imports[""])
     activations = Activations(model.graph)
     for node in found:
@@ -70,14 +70,14 @@ def _is_packed(node: ir.Node) -> bool:
     return codes is not None and isinstance(codes.const_value, ir.ExternalTensor)
 
 
-def _has_two_levels(node: ir.Node) -> bool:
-    scales = constant(node.inputs[2])
-    return (
-        len(node.inputs) == 3  # no zero points, no bias
-        and scales is not None
-        and scales.dtype == np.float32
-        and scales.ndim == 2
-        and np.array_equal(in_two_levels(scales), scales)
+def _is_ours(node: ir.Node) -> bool:
+    """Whether it has scales in float32, packed zero points or none, and nothing else."""
+    given = [one for one in node.inputs[2:] if one is not None]
+    held = [one.const_value for one in given]
+    kinds = [None if one is None else one.dtype for one in held]
+    return len(held) == len(node.inputs[2:]) and kinds in (
+        [ir.DataType.FLOAT],
+        [ir.DataType.FLOAT, ir.DataType.UINT8],
     )
 
 
@@ -113,33 +113,41 @@ class _Unpacking:
     def _unpack(self, node: ir.Node) -> tuple[ir.Value, ir.Value]:
         op = self._tape.op
         size, out, block = (node.attributes[key].as_int() for key in ("K", "N", "block_size"))
-        name = str(node.inputs[1].name)
-        packed = node.inputs[1].const_value
-        nibbles = ir.ExternalTensor(
-            packed.location, packed.offset, packed.length, ir.DataType.UINT4, name=name,
-            shape=ir.Shape([out, -(-size // block), block]), base_dir=packed.base_dir,
-        )  # fmt: skip
+        name, count = str(node.inputs[1].name), -(-size // block)
+        floats = {"to": int(ir.DataType.FLOAT)}
         scales = self._constant(str(node.inputs[2].name), node.inputs[2].const_value)
-        int8 = {"to": int(ir.DataType.INT8)}
-        last = self._number("last_axis", [-1], np.int64)
-        # The largest scale of an output is STEPS times its number: no division rounds.
-        largest = op("ReduceMax", [scales, last], attributes={"keepdims": 1})
-        unit = op("Mul", [largest, self._number("1/steps", 1 / STEPS, np.float32)])
-        steps = op("Round", [op("Div", [scales, unit])])
-        steps = op("Cast", [steps], attributes=int8)
-        codes = op("Cast", [self._constant(name, nibbles)], attributes=int8)
-        codes = op("Sub", [codes, self._number("middle", MIDDLE, np.int8)])
-        codes = op("Mul", [codes, op("Unsqueeze", [steps, last])])
-        codes = op("Reshape", [codes, self._number(f"rows_{out}", [out, -1], np.int64)])
+        last, flat = (self._number(f"axis_{v}", [v], np.int64) for v in (2, 1))
+        values = op("Cast", [self._constant(name, _nibbles(node, 1, [out, count, block]))],
+                    attributes=floats)  # fmt: skip
+        values = op("Sub", [values, self._zero_points(node, out, count)])
+        values = op("Mul", [values, op("Unsqueeze", [scales, last])])
+        values = op("Reshape", [values, self._number(f"rows_{out}", [out, -1], np.int64)])
         if size % block:
             ends = [self._number(f"{v}", [v], np.int64) for v in (0, size, 1)]
-            codes = op("Slice", [codes, *ends])
+            values = op("Slice", [values, *ends])
+        largest = op("ReduceMax", [op("Abs", [values]), flat], attributes={"keepdims": 1})
+        unit = op("Mul", [largest, self._number("1/levels", 1 / LEVELS[8], np.float32)])
+        unit = op("Max", [unit, self._number("tiny", np.finfo(np.float32).tiny, np.float32)])
+        codes = op("Round", [op("Div", [values, unit])])
+        codes = op("Cast", [codes], attributes={"to": int(ir.DataType.INT8)})
         codes = op("Transpose", [codes], attributes={"perm": [1, 0]})
         unit = op("Reshape", [unit, self._number("flat", [-1], np.int64)])
         codes.name, unit.name = f"{name}.int8", f"{name}.channels"
         codes.dtype, codes.shape = ir.DataType.INT8, ir.Shape([size, out])
         unit.dtype, unit.shape = ir.DataType.FLOAT, ir.Shape([out])
         return codes, unit
+
+    def _zero_points(self, node: ir.Node, out: int, count: int) -> ir.Value:
+        """float32 [out, blocks, 1], or the middle code for all."""
+        if len(node.inputs) == 3:
+            return self._number("middle", MIDDLE, np.float32)
+        even = count + count % 2
+        zeros = self._constant(str(node.inputs[3].name), _nibbles(node, 3, [out, even]))
+        zeros = self._tape.op("Cast", [zeros], attributes={"to": int(ir.DataType.FLOAT)})
+        if even > count:
+            ends = [self._number(f"{v}", [v], np.int64) for v in (0, count, 1)]
+            zeros = self._tape.op("Slice", [zeros, *ends])
+        return self._tape.op("Unsqueeze", [zeros, self._number("axis_2", [2], np.int64)])
 
     def _number(self, name: str, value: float | Sequence[int], dtype: type) -> ir.Value:
         return self._constant(name, ir.tensor(np.array(value, dtype), name=name))
@@ -162,3 +170,17 @@ def _promised(graph: ir.Graph, made: ir.Value) -> ir.Value:
     value.dtype = made.dtype
     graph.register_initializer(value)
     return value
+
+
+def _nibbles(node: ir.Node, place: int, shape: Sequence[int]) -> ir.TensorProtocol:
+    """What is packed into the bytes of an input, as an array of uint4 of its own shape."""
+    value = node.inputs[place]
+    packed = value.const_value
+    if not isinstance(packed, ir.ExternalTensor):
+        raw = np.frombuffer(packed.tobytes(), np.uint8)
+        codes = np.stack([raw & 15, raw >> 4], axis=-1).reshape(shape)
+        return ir.tensor(codes, dtype=ir.DataType.UINT4, name=str(value.name))
+    return ir.ExternalTensor(
+        packed.location, packed.offset, packed.length, ir.DataType.UINT4, name=str(value.name),
+        shape=ir.Shape(shape), base_dir=packed.base_dir,
+    )  # fmt: skip

@@ -37,8 +37,7 @@ from fastgen.export.trim import (
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
-LEVELS = {8: 127, 4: 7}  # codes reach from -LEVELS to LEVELS
-STEPS = 16  # of a scale in two levels: a code of 4 bits times a step still fits into 8
+LEVELS = {8: 127, 4: 7}  # codes reach from -LEVELS to LEVELS where there are no zero points
 
 
 @dataclass(frozen=True)
@@ -50,15 +49,24 @@ class Kernel:
         block: inputs that share a scale; 0 for all inputs of an output channel (W8A8).
         turned: inputs that a Hadamard matrix mixes before they are multiplied (see `rotate`); 0
             for none.
+        zero_points: whether each block says which code is zero, so that its codes reach from its
+            smallest weight to its largest; without, zero is the middle one.
     """
 
     bits: int
     block: int = 0
     turned: int = 0
+    zero_points: bool = False
 
     def __str__(self) -> str:
         shared = f", blocks of {self.block}" if self.block else " per channel"
+        shared += " with zero points" if self.zero_points else ""
         return f"int{self.bits}{shared}{', turned' if self.turned else ''}"
+
+    @property
+    def middle(self) -> int:
+        """The code that is zero where there are no zero points."""
+        return 1 << (self.bits - 1)
 
 
 W8A8 = Kernel(8)
@@ -73,11 +81,13 @@ class Choice:
         scales: float32 [out, blocks], or [out] for a kernel per channel; None for the largest.
         codes: int8 [in, out] per channel, else as `block_codes` gives them, where they are not the
             nearest ones.
+        zeros: uint8 [out, blocks], the zero points.
     """
 
     kernel: Kernel
     scales: Floats | None = None
     codes: NDArray[np.uint8] | NDArray[np.int8] | None = None
+    zeros: NDArray[np.uint8] | None = None
 
     def of_columns(self, some: slice) -> Choice:
         """What it is for some outputs."""
@@ -85,7 +95,8 @@ class Choice:
         codes = self.codes
         if codes is not None:
             codes = codes[some] if self.kernel.block else codes[:, some]
-        return Choice(self.kernel, scales, codes)
+        zeros = None if self.zeros is None else self.zeros[some]
+        return Choice(self.kernel, scales, codes, zeros)
 
 
 @dataclass(frozen=True)
@@ -225,47 +236,45 @@ def block_scales(weight: Floats, kernel: Kernel) -> Floats:
     return scales
 
 
-def in_two_levels(scales: Floats) -> Floats:
-    """Scales [out, blocks] as whole numbers, 1 to STEPS, times one number for each output.
-
-    So a matrix of 4 bits is exactly one of 8 bits per output channel, for kernels that want that
-    (QServe, Lin et al. 2024, arXiv 2405.04532). The largest of each output is STEPS times its
-    number, which can be told from it; the number has 16 significant bits, so that none of its
-    products with codes and steps is rounded.
-    """
-    unit = scales.max(axis=1, keepdims=True) / np.float32(STEPS)
-    unit = (unit.view(np.uint32) & np.uint32(0xFFFFFF00)).view(np.float32)
-    steps = np.clip(np.rint(scales / unit), 1, STEPS)
-    return np.asarray(steps * unit, np.float32)
-
-
-def block_codes(weight: Floats, kernel: Kernel, scales: Floats) -> NDArray[np.uint8]:
+def block_codes(
+    weight: Floats, kernel: Kernel, scales: Floats, zeros: NDArray[np.uint8] | None = None
+) -> NDArray[np.uint8]:
     """uint8 [out, blocks, block] (8 bits) or [out, blocks, block / 2] (4 bits, low half first)."""
     size, out = weight.shape
-    low, high = (-128, 127) if kernel.bits == 8 else (-8, 7)
     made = np.empty((*scales.shape, kernel.block * kernel.bits // 8), np.uint8)
 
     def part(some: slice) -> None:
         values = blocks(weight[:, some], kernel.block)
         values /= scales[some, :, None]
-        np.clip(np.rint(values, out=values), low, high, out=values)
-        values -= low
-        codes = values.astype(np.uint8)
-        made[some] = codes if kernel.bits == 8 else codes[..., 0::2] | (codes[..., 1::2] << 4)
+        np.rint(values, out=values)
+        values += kernel.middle if zeros is None else zeros[some, :, None]
+        codes = np.clip(values, 0, 2 * kernel.middle - 1, out=values).astype(np.uint8)
+        made[some] = codes if kernel.bits == 8 else packed(codes)
 
     parts.each(out, size, part)
     return made
 
 
-def codes_values(codes: NDArray[np.uint8], kernel: Kernel, scales: Floats, size: int) -> Floats:
+def packed(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Two codes of 4 bits in each byte, low half first: [..., n] to [..., n / 2]."""
+    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+
+
+def codes_values(
+    codes: NDArray[np.uint8],
+    kernel: Kernel,
+    scales: Floats,
+    size: int,
+    zeros: NDArray[np.uint8] | None = None,
+) -> Floats:
     """The matrix [size, out] that block codes stand for."""
-    middle = np.float32(128 if kernel.bits == 8 else 8)
     values = np.empty((*scales.shape, kernel.block), np.float32)
 
     def part(some: slice) -> None:
         mine = codes[some]
         if kernel.bits == 4:
             mine = np.stack([mine & 15, mine >> 4], axis=-1).reshape(*mine.shape[:2], -1)
+        middle = np.float32(kernel.middle) if zeros is None else zeros[some, :, None]
         np.subtract(mine, middle, out=values[some], dtype=np.float32)
         values[some] *= scales[some, :, None]
 
@@ -431,9 +440,10 @@ def _replace_nbits(graph: ir.Graph, product: Product, choice: Choice) -> None:
     else:
         codes = add_initializer(graph, name, choice.codes)
     scale = add_initializer(graph, f"{product.name}.scales", scales)
+    zeros = [] if choice.zeros is None else [_zero_points(graph, product.name, choice.zeros)]
     attributes = {"K": size, "N": out, "bits": kernel.bits, "block_size": kernel.block}
     (result,) = insert(
-        node, "MatMulNBits", [node.inputs[0], codes, scale],
+        node, "MatMulNBits", [node.inputs[0], codes, scale, *zeros],
         attributes | {"accuracy_level": 4}, domain=MICROSOFT,
     )  # fmt: skip
     weight = node.inputs[1]
@@ -441,7 +451,15 @@ def _replace_nbits(graph: ir.Graph, product: Product, choice: Choice) -> None:
     if product.transposed:
         for use in list(weight.uses()):
             if use.node.op_type == "Gather":
+                assert not zeros, f"{product.name}: an embedding has no zero points"
                 _gather_codes(graph, use.node, codes, scale, kernel, size)
+
+
+def _zero_points(graph: ir.Graph, name: str, zeros: NDArray[np.uint8]) -> ir.Value:
+    """Zero points [out, blocks] as the kernel of 4 bits has them: two of an output in a byte."""
+    even = np.zeros((len(zeros), zeros.shape[1] + zeros.shape[1] % 2), np.uint8)
+    even[:, : zeros.shape[1]] = zeros
+    return add_initializer(graph, f"{name}.zeros", packed(even))
 
 
 def _gather_codes(
@@ -454,7 +472,7 @@ def _gather_codes(
     if kernel.bits == 4:
         mine = _unpacked(graph, gather, mine)
     (mine,) = insert(gather, "Cast", [mine], {"to": int(ir.DataType.FLOAT)})
-    middle = np.array(128 if kernel.bits == 8 else 8, np.float32)
+    middle = np.array(kernel.middle, np.float32)
     (mine,) = insert(gather, "Sub", [mine, add_initializer(graph, "middle_code", middle)])
     (scale,) = insert(gather, "Unsqueeze", [scale, _integers(graph, "last_axis", [-1])])
     (mine,) = insert(gather, "Mul", [mine, scale])

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 from fastgen.export import calibrate, rotate, smooth
-from fastgen.export.gptq import gptq, search_scales
+from fastgen.export.gptq import gptq, search_scales, search_zero_points
 from fastgen.export.quantize import (
     W8A8,
     Choice,
@@ -29,7 +29,6 @@ from fastgen.export.quantize import (
     block_scales,
     channel_codes,
     channel_scales,
-    in_two_levels,
     products,
     quantize,
     turned_matrix,
@@ -104,8 +103,8 @@ RECIPES = {
     ),
     "int4": Recipe(
         ladder=(
-            Rung(Kernel(4, 32), 1.0),
-            Rung(Kernel(4, 32, turned=TURNED), 1.0),
+            Rung(Kernel(4, 32, zero_points=True), 1.0),
+            Rung(Kernel(4, 32, turned=TURNED, zero_points=True), 1.0),
             Rung(Kernel(8, 32), 1.8),
             Rung(None, 100.0),
         ),
@@ -424,7 +423,7 @@ def fitting(kernel: Kernel, product: Product) -> Kernel:
     while block > 32 and -size % block > size / 8:
         block //= 2
     turned = min(kernel.turned, size & -size)
-    return Kernel(kernel.bits, block, turned if turned > 1 else 0)
+    return replace(kernel, block=block, turned=turned if turned > 1 else 0)
 
 
 def _choice(product: Product, kernel: Kernel, seen: calibrate.Input) -> Choice:
@@ -440,12 +439,15 @@ def _choice(product: Product, kernel: Kernel, seen: calibrate.Input) -> Choice:
         scales = channel_scales(weight)
         on_grid = gptq(weight, kernel, scales[:, None], moments)
         return Choice(kernel, scales, channel_codes(on_grid, scales)[0])
-    if kernel.bits == 8:
+    zeros = None
+    if kernel.zero_points:
+        scales, zeros = search_zero_points(weight, kernel, np.diag(moments))
+    elif kernel.bits == 8:
         scales = block_scales(weight, kernel)
     else:
-        scales = in_two_levels(search_scales(weight, kernel, np.diag(moments)))
-    on_grid = gptq(weight, kernel, scales, moments)
-    return Choice(kernel, scales, block_codes(on_grid, kernel, scales))
+        scales = search_scales(weight, kernel, np.diag(moments))
+    on_grid = gptq(weight, kernel, scales, moments, zeros)
+    return Choice(kernel, scales, block_codes(on_grid, kernel, scales, zeros), zeros)
 
 
 def _divergence(exact: Iterable[Floats], other: Iterable[Floats]) -> float:

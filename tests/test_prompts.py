@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 import tiny
 from fastgen.export import export, prompts
-from fastgen.export.quantize import STEPS, Kernel, codes_values, in_two_levels
+from fastgen.export.quantize import Kernel, codes_values
 from fastgen.export.trim import add_initializer, constant, insert, take_place
 from test_cli import run
 
@@ -69,23 +69,6 @@ def near(found: np.ndarray, expected: np.ndarray, share: float = 0.05) -> bool:
     return bool(np.abs(found - expected).max() < share * np.abs(expected).max())
 
 
-def test_two_levels_are_exact_and_near():
-    scales = np.exp(random.standard_normal((50, 9))).astype(np.float32)
-    scales[3] = 1
-    found = in_two_levels(scales)
-    unit = found.max(axis=1, keepdims=True) / STEPS
-    steps = found / unit
-    assert np.array_equal(steps, np.rint(steps)) and steps.min() >= 1
-    assert (steps.max(axis=1) == STEPS).all()
-    assert np.array_equal(in_two_levels(found), found)
-    whole = scales >= unit  # smaller ones cannot be had
-    assert (
-        np.abs(found - scales)[whole] <= 0.51 * np.broadcast_to(unit, scales.shape)[whole]
-    ).all()
-    codes = np.arange(-8, 8, dtype=np.float32)[:, None, None]
-    assert np.array_equal(codes * found, (codes * steps).astype(np.int8) * unit)
-
-
 def nodes_in_4_bits(model: ir.Model) -> list[ir.Node]:
     found = [node for node in model.graph if node.op_type == "MatMulNBits"]
     return [node for node in found if node.attributes["bits"].as_int() == 4]
@@ -94,11 +77,13 @@ def nodes_in_4_bits(model: ir.Model) -> list[ir.Node]:
 def grid(node: ir.Node) -> np.ndarray:
     """float32 [in, out]: what the codes of a product stand for."""
     kernel = Kernel(4, node.attributes["block_size"].as_int())
-    codes, scales = map(constant, node.inputs[1:3])
-    return codes_values(codes, kernel, scales, node.attributes["K"].as_int())
+    codes, scales, packed = map(constant, node.inputs[1:4])
+    zeros = np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1)
+    return codes_values(codes, kernel, scales, node.attributes["K"].as_int(),
+                        zeros[:, : scales.shape[1]])  # fmt: skip
 
 
-def test_the_matrices_are_those_of_4_bits_exactly(made):
+def test_the_matrices_are_those_of_4_bits_to_the_nearest_of_8(made):
     session = onnxruntime.InferenceSession(str(made() / "unpack.onnx"))
     names = [value.name for value in session.get_outputs()]
     found = dict(zip(names, session.run(names, {}), strict=True))
@@ -110,7 +95,9 @@ def test_the_matrices_are_those_of_4_bits_exactly(made):
         name = node.inputs[1].name
         codes, channels = found[f"{name}.int8"], found[f"{name}.channels"]
         assert codes.dtype == np.int8 and codes.shape == grid(node).shape
-        assert np.array_equal(codes * channels, grid(node))
+        difference = np.abs(codes * channels - grid(node))
+        assert (difference <= 0.5001 * channels).all()
+        assert (np.abs(codes).max(axis=0) == 127).all()  # no finer grid holds them
         blocks.append(constant(node.inputs[2]).shape[1])
     assert max(blocks) > 1
 
@@ -247,7 +234,7 @@ def test_graphs_that_have_no_such_form_are_left_alone(made, ours, tmp_path):
     )
     for name, change, expected in (
         ("experts", lambda node: setattr(node, "op_type", "QMoE"), "its experts"),
-        ("foreign", other_scales, "its scales are not in two levels"),
+        ("foreign", other_scales, "its matrices of 4 bits are not stored as"),
     ):
         copy = shutil.copytree(made(), tmp_path / name)
         model = ir.load(made() / "model.onnx")
@@ -257,7 +244,7 @@ def test_graphs_that_have_no_such_form_are_left_alone(made, ours, tmp_path):
 
 
 def other_scales(node: ir.Node) -> None:
-    scales = constant(node.inputs[2]) * np.float32(1.01)
+    scales = constant(node.inputs[2]).astype(np.float16)
     node.inputs[2].const_value = ir.tensor(scales, name=node.inputs[2].name)
 
 

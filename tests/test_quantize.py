@@ -70,6 +70,27 @@ def test_block_codes_are_within_half_a_step(kernel, size):
     assert (np.abs(values - weight) <= step / 2 + 1e-6).all()
 
 
+def test_zero_points_take_a_block_from_its_smallest_weight_to_its_largest():
+    """Weights that lie to one side of zero have steps a half or less as large."""
+    drawn = np.random.default_rng(1).standard_normal((96, 12)).astype(np.float32)
+    weight, kernel = np.abs(drawn) + 0.5, Kernel(4, 32, zero_points=True)
+    weight[:, 3], weight[:, 4] = 0, -weight[:, 4]
+    scales, zeros = gptq.search_zero_points(weight, kernel, np.ones(96, np.float32))
+    assert zeros.dtype == np.uint8 and zeros.max() == 15 and zeros.min() == 0
+    codes = block_codes(weight, kernel, scales, zeros)
+    values = codes_values(codes, kernel, scales, 96, zeros)
+    step = np.repeat(scales.T, 32, axis=0)
+    assert (np.abs(values - weight) <= step / 2 + np.abs(weight) / 4).all()
+    assert not values[:, 3].any()
+    symmetric = Choice(Kernel(4, 32), gptq.search_scales(weight, kernel, np.ones(96, np.float32)))
+    error = np.linalg.norm(values - weight)
+    assert error < 0.6 * np.linalg.norm(calibrate.stored(weight, symmetric) - weight)
+    wide = Choice(kernel, scales, codes, zeros)
+    assert np.array_equal(calibrate.stored(weight, wide), values)
+    some = slice(2, 9)
+    assert np.array_equal(calibrate.stored(weight[:, some], wide.of_columns(some)), values[:, some])
+
+
 def test_blocks_and_back():
     weight = matrix(70, 5)
     assert np.array_equal(join_blocks(blocks(weight, 32), 70), weight)
@@ -190,6 +211,24 @@ def test_gptq_rounds_as_the_paper_does(monkeypatch, factors, tokens):
         rest[i + 1 :] -= np.outer(factor[i, i + 1 :], (rest[i] - expected[i]) / factor[i, i])
     found = gptq.gptq(weight, kernel, scales, x.T @ x / len(x))
     assert (found == expected).mean() > 0.999
+
+
+def test_gptq_rounds_to_the_codes_that_zero_points_leave():
+    draws = np.random.default_rng(1)
+    weight = np.abs(draws.standard_normal((96, 20))).astype(np.float32)
+    x = (draws.standard_normal((300, 96)) @ draws.standard_normal((96, 96))).astype(np.float32)
+    kernel = Kernel(4, 32, zero_points=True)
+    moments = x.T @ x / len(x)
+    scales, zeros = gptq.search_zero_points(weight, kernel, np.diag(moments))
+    rounded = gptq.gptq(weight, kernel, scales, moments.copy(), zeros)
+    choice = Choice(kernel, scales, block_codes(rounded, kernel, scales, zeros), zeros)
+    np.testing.assert_allclose(calibrate.stored(weight, choice), rounded, atol=1e-5)
+    nearest = Choice(kernel, scales, None, zeros)
+
+    def error(choice):
+        return np.linalg.norm(x @ (calibrate.stored(weight, choice) - weight))
+
+    assert error(choice) < 0.8 * error(nearest)
 
 
 @pytest.mark.parametrize("choice", [Choice(W8A8), Choice(Kernel(8, 32)), Choice(Kernel(4, 32))])
