@@ -1,0 +1,81 @@
+"""How fast model directories are beside the first of them: calls of all take turns.
+
+    python bench/ratio.py OLD NEW [...] --rounds 21
+
+What a busy or a slow minute does to one call it does to its neighbours too, so that ratios of
+medians are steadier here than times. Directories are of one model, in any precision.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import shapes
+
+PROMPTS, ROWS, PAST = (64, 512), (1, 8, 32), 64
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("directories", nargs="+", type=Path)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=8, help="of decoding, in a call")
+    args = parser.parse_args()
+
+    import fastgen
+
+    models = [fastgen.load(one, threads=args.threads).model for one in args.directories]
+    print(f"{shapes.machine(args.threads)}\n")
+    print(f"| | {' | '.join(one.name for one in args.directories)} |")
+    print("|---|" + "---|" * len(models))
+    for length in PROMPTS:
+        calls = [prompt(model, length) for model in models]
+        print(line(f"prompt of {length}", calls, args.rounds, 1), flush=True)
+    for rows in ROWS:
+        calls = [steps(model, rows, args.steps) for model in models]
+        title = "a step of one row" if rows == 1 else f"a step of {rows} rows"
+        print(line(title, calls, args.rounds, args.steps), flush=True)
+
+
+def line(title: str, calls: list[Callable[[], None]], rounds: int, parts: int) -> str:
+    """Medians in ms of the first, and of the others how often they go into its time."""
+    took: list[list[float]] = [[] for _ in calls]
+    for turn in range(rounds + 1):
+        for place, call in enumerate(calls):
+            start = time.perf_counter()
+            call()
+            if turn:
+                took[place].append((time.perf_counter() - start) / parts)
+    first, *others = map(statistics.median, took)
+    cells = [f"{first * 1e3:.2f} ms", *(f"{first / other:.2f}" for other in others)]
+    return f"| {title} | {' | '.join(cells)} |"
+
+
+def prompt(model: Any, length: int) -> Callable[[], None]:
+    from fastgen.prefill import prefill
+
+    row = np.random.default_rng(0).integers(0, model.info.vocab_size, length)
+    return lambda: prefill(model, model.new_cache(1, length), [row], 0)
+
+
+def steps(model: Any, rows: int, count: int) -> Callable[[], None]:
+    """Steps of as many rows, from the same place in their texts each time."""
+    ids = np.random.default_rng(0).integers(0, model.info.vocab_size, (rows, PAST + count))
+
+    def call() -> None:
+        cache = model.new_cache(rows, PAST + count)
+        for at in range(count):
+            model.forward(list(ids[:, at : at + 1]), cache)
+
+    return call
+
+
+if __name__ == "__main__":
+    main()
