@@ -7,6 +7,7 @@ change what the model says. A field that is null says nothing.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -418,7 +419,7 @@ def phi3(said: Said) -> Decoder:
         place = f"model.layers.{number}"
         query, key, value = (
             _part(f"{place}.self_attn.qkv_proj", first, last, ends[3], last - first)
-            for first, last in zip(ends, ends[1:], strict=False)
+            for first, last in itertools.pairwise(ends)
         )
         layers.append(
             Layer(
@@ -431,9 +432,7 @@ def phi3(said: Said) -> Decoder:
                 before_feed=_rms(f"{place}.post_attention_layernorm", eps),
             )
         )  # fmt: skip
-    return _alike(
-        said, layers, _rms("model.norm", eps), _head(said, False), (limit[0], limit[1])
-    )
+    return _alike(said, layers, _rms("model.norm", eps), _head(said, False), (limit[0], limit[1]))
 
 
 def _gemma(
@@ -485,8 +484,8 @@ def _gemma(
 
 def gemma(said: Said) -> Decoder:
     said.config = {"head_dim": 256, "num_key_value_heads": 16} | said.config
-    act = said.get("hidden_activation") or said.get("hidden_act", "gelu_pytorch_tanh")
-    act = "gelu_pytorch_tanh" if said.get("hidden_act", act) == "gelu" else said.get("hidden_act", act)
+    act = said.get("hidden_act", "gelu_pytorch_tanh")
+    act = "gelu_pytorch_tanh" if act == "gelu" else act  # what the first releases meant
     rotary, *limit = said.rope(said.heads()[2])
     count = len(said.layers())
     return _gemma(said, act, [rotary] * count, [None] * count, (limit[0], limit[1]))
@@ -513,9 +512,7 @@ def gemma3(said: Said) -> Decoder:
         "head_dim": 256, "num_key_value_heads": 4, "sliding_window": 4096,
     } | said.config  # fmt: skip
     every, count = said.number("sliding_window_pattern", 6), len(said.layers())
-    usual = [
-        "sliding_attention" if (at + 1) % every else "full_attention" for at in range(count)
-    ]
+    usual = ["sliding_attention" if (at + 1) % every else "full_attention" for at in range(count)]
     kinds = said.get("layer_types") or usual
     windows, size = said.windows(usual), said.heads()[2]
     positions = said.number("max_position_embeddings")
@@ -550,8 +547,9 @@ def gpt2(said: Said) -> Decoder:
     width, heads = said.number("n_embd", 768), said.number("n_head", 12)
     size, inner = width // heads, said.number("n_inner", 4 * width)
     eps, act = said.real("layer_norm_epsilon", 1e-5), said.get("activation_function", "gelu_new")
-    scaled, by_layer = said.flag("scale_attn_weights", True), said.flag(
-        "scale_attn_by_inverse_layer_idx"
+    scaled, by_layer = (
+        said.flag("scale_attn_weights", True),
+        said.flag("scale_attn_by_inverse_layer_idx"),
     )
     for name in ("reorder_and_upcast_attn", "n_ctx", "summary_activation", "summary_first_dropout",
                  "summary_proj_to_labels", "summary_type", "summary_use_proj"):  # fmt: skip
@@ -645,7 +643,8 @@ def opt(said: Said) -> Decoder:
     width, heads = said.number("hidden_size"), said.number("num_attention_heads")
     size, inner = width // heads, said.number("ffn_dim")
     act, bias = said.get("activation_function", "relu"), said.flag("enable_bias", True)
-    first, outer = said.flag("do_layer_norm_before", True), said.number("word_embed_proj_dim", width)
+    first = said.flag("do_layer_norm_before", True)
+    outer = said.number("word_embed_proj_dim", width)
     if not said.flag("layer_norm_elementwise_affine", True):
         raise UnsupportedModel("its norms have no weights")
     removed, base = said.flag("_remove_final_layer_norm"), "model.decoder."
@@ -833,9 +832,7 @@ def _normed_after(
                 after_feed=_rms(f"{place}.post_feedforward_layernorm", eps),
             )
         )  # fmt: skip
-    return _alike(
-        said, layers, _rms("model.norm", eps), _head(said, False), (limit[0], limit[1])
-    )
+    return _alike(said, layers, _rms("model.norm", eps), _head(said, False), (limit[0], limit[1]))
 
 
 def glm4(said: Said) -> Decoder:
@@ -858,9 +855,7 @@ def glm4(said: Said) -> Decoder:
                 after_feed=_rms(f"{place}.post_mlp_layernorm", eps),
             )
         )
-    return _alike(
-        said, layers, _rms("model.norm", eps), _head(said, False), (limit[0], limit[1])
-    )
+    return _alike(said, layers, _rms("model.norm", eps), _head(said, False), (limit[0], limit[1]))
 
 
 FAMILIES: dict[str, Callable[[Said], Decoder]] = {

@@ -218,7 +218,8 @@ class _Writer:
             if self.used.get(name) != held.size(tensor) and not ignored.fullmatch(name)
         ]
         if left:
-            raise ModelError(f"it has weights that its configuration does not: {some(sorted(left))}")
+            told = some(sorted(left))
+            raise ModelError(f"it has weights that its configuration does not: {told}")
 
     # The parts of a decoder
 
@@ -375,16 +376,15 @@ class _Writer:
             attributes["local_window_size"] = one.window
         if one.softcap:
             attributes["softcap"] = one.softcap
-        node = ir.node(
-            "GroupQueryAttention", inputs, attributes, domain=MICROSOFT, num_outputs=3
-        )
+        node = ir.node("GroupQueryAttention", inputs, attributes, domain=MICROSOFT, num_outputs=3)
         self.graph.append(node)
         found, *kept = node.outputs
         found.shape = ir.Shape(["rows", "new", one.heads * one.head_dim])
         found.dtype = FLOAT
         for kind, present in zip(KINDS, kept, strict=True):
             past = self.inputs[f"past_key_values.{number}.{kind}"]
-            present.name, present.shape, present.dtype = f"present.{number}.{kind}", past.shape, FLOAT
+            present.name, present.shape = f"present.{number}.{kind}", past.shape
+            present.dtype = FLOAT
         return self.linear(found, one.out), kept
 
     def turned(self, x: ir.Value, one: Attention, heads: int, norm: Norm | None) -> ir.Value:

@@ -123,7 +123,9 @@ def _yarn(said: dict[str, Any], turned: int, positions: int) -> Scaled:
     scale = said.get("attention_factor")
     if scale is None:
         one, all_of = said.get("mscale"), said.get("mscale_all_dim")
-        scale = _mscale(factor, one) / _mscale(factor, all_of) if one and all_of else _mscale(factor)
+        scale = _mscale(factor)
+        if one and all_of:
+            scale = _mscale(factor, one) / _mscale(factor, all_of)
 
     def place(rotations: float) -> float:
         return turned * math.log(trained / (rotations * 2 * math.pi)) / (2 * math.log(base))
