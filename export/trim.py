@@ -370,7 +370,7 @@ def pack_attention(model: ir.Model, max_length: int | None) -> int:
 
 
 def _kernel_rotates(node: ir.Node, rotation: ir.Node) -> bool:
-    """Whether the attention node can: heads, and the part of them that turns, in multiples of 16."""
+    """Whether the attention node can: heads, and what turns of them, are multiples of 16."""
     angles = rotation.inputs[1].shape
     half = None if angles is None else angles[-1]
     return not node.inputs[3].shape[3] % 16 and not (isinstance(half, int) and half % 8)

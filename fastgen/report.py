@@ -79,6 +79,8 @@ def _notes(report: dict[str, Any]) -> list[str]:
         costly = sorted(report["kinds"].items(), key=lambda one: -one[1])[:SHOWN]
         told = ", ".join(f"{name} {kl:.1e}" for name, kl in costly)
         notes.append(f"KL divergence of each kind alone, at the cheapest: {told}")
+    if "proof" in report:
+        notes.append(f"proof: {report['proof']}")
     notes += [f"note: {note}" for note in report.get("folder", {}).get("notes", [])]
     notes.append(f"beyond the tolerance: {'; '.join(report['mismatch']) or 'nothing'}")
     return notes

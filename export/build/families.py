@@ -867,6 +867,26 @@ FAMILIES: dict[str, Callable[[Said], Decoder]] = {
 }  # fmt: skip
 
 
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# What these are in each family where config.json does not say (None: nothing).
+USUAL_IDS: dict[str, tuple[int | None, int | list[int] | None, int | None]] = {
+    "cohere": (5, 255001, 0), "ernie4_5": (1, 2, 0), "exaone4": (0, 2, None), "gemma": (2, 1, 0),
+    "gemma2": (2, 1, 0), "gemma3_text": (2, 1, 0), "glm4": (None, [151329, 151336, 151338], 151329),
+    "gpt2": (50256, 50256, None), "gpt_neox": (0, 2, None), "granite": (1, 2, None),
+    "hunyuan_v1_dense": (1, 2, 0), "llama": (1, 2, None), "mistral": (1, 2, None),
+    "olmo2": (None, 50279, 1), "opt": (2, 2, 1), "phi": (1, 2, None), "phi3": (1, 32000, 32000),
+    "qwen2": (None, None, None), "qwen3": (None, None, None), "smollm3": (128000, 128001, 128004),
+    "stablelm": (0, 0, None), "starcoder2": (50256, 50256, None),
+}  # fmt: skip
+
+
+def complete(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration with the ids that its family has where it says nothing."""
+    usual = USUAL_IDS.get(str(config.get("model_type")), ())
+    ids = {name: one for name, one in zip(IDS, usual, strict=False) if one is not None}
+    return ids | config
+
+
 def describe(config: dict[str, Any]) -> Decoder:
     """The decoder that a config.json describes.
 

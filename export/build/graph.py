@@ -54,6 +54,11 @@ def write(decoder: Decoder, weights: Weights) -> ir.Model:
     return writer.model
 
 
+def ignored(decoder: Decoder) -> re.Pattern[str]:
+    """Names of tensors that are in some checkpoints and mean nothing."""
+    return re.compile("|".join(decoder.ignored))
+
+
 class _Writer:
     """One graph, as it grows."""
 
@@ -211,11 +216,11 @@ class _Writer:
         Raises:
             ModelError: some are left, or are read again.
         """
-        ignored = re.compile("|".join(self.decoder.ignored) or "$^")
+        meaningless = ignored(self.decoder)
         left = [
             name
             for name, tensor in self.weights.items()
-            if self.used.get(name) != held.size(tensor) and not ignored.fullmatch(name)
+            if self.used.get(name) != held.size(tensor) and not meaningless.fullmatch(name)
         ]
         if left:
             told = some(sorted(left))
