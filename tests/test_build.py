@@ -278,6 +278,7 @@ def test_buffers_that_old_files_hold_mean_nothing(copy: Path, saved: Path) -> No
         ({"hidden_size": None}, "hidden_size = None, which is no size"),
         ({"num_key_value_heads": 3}, "4 query heads over 3 key heads"),
         ({"num_hidden_layers": 10**12}, "which is no size"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers = 1000000000"),
         ({"rope_parameters": 5}, "contradicts itself"),
         ({"head_dim": 12}, "heads are of the size 12"),
     ],
@@ -331,6 +332,39 @@ def test_weights_that_are_not_finite_are_told(copy: Path, tmp_path: Path) -> Non
     with pytest.raises(ValueError, match="logits are not finite"):
         export(copy, tmp_path / "out", precision="fp32", build=True, progress=None)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_header_that_lies_is_told(copy: Path) -> None:
+    path = copy / "model.safetensors"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["model.norm.weight"]["shape"] = [1 << 40]
+    told = json.dumps(header).encode()
+    path.write_bytes(len(told).to_bytes(8, "little") + told + data[8 + length :])
+    with pytest.raises(ModelError, match=r"model\.norm\.weight has 256 bytes for the shape"):
+        build_origin.Built(copy)
+
+
+# What well-known configurations of the hub hold besides.
+SEEN: dict[str, dict[str, Any]] = {
+    "gemma2": {"cache_implementation": "hybrid", "hidden_act": "gelu_pytorch_tanh"},
+    "gpt2": {"n_ctx": 1024, "task_specific_params": {"text-generation": {}}, "_num_labels": 1},
+    "llama": {"pretraining_tp": 1, "rope_scaling": None, "transformers.js_config": {"dtype": {}}},
+    "phi3": {"attention_bias": False, "lm_head_bias": False, "full_attn_mod": 1,
+             "auto_map": {"AutoConfig": "x"}},
+    "qwen2": {"use_mrope": False, "max_window_layers": 21},
+    "smollm3": {"max_window_layers": 28},
+    "starcoder2": {"activation_function": "gelu", "mlp_type": "default"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SEEN)
+def test_what_is_known_to_mean_nothing(kind: str) -> None:
+    config = json.loads(shrink.config_of(kind).to_json_string())
+    assert families.describe(config | SEEN[kind]).layers
+    with pytest.raises(UnsupportedModel, match="which the builder does not know"):
+        families.describe(config | {"mlp_type": "gated", "use_mrope": True})
 
 
 # --- which way is taken ---------------------------------------------------------------------------

@@ -39,14 +39,45 @@ HARMLESS = re.compile(
     r"|return_dict|output_\w+|is_encoder_decoder|problem_type|id2label|label2id|num_labels"
     r"|chunk_size_feed_forward|gradient_checkpointing|pretraining_tp|tokenizer_class"
     r"|transformers\.js_config|task_specific_params|finetuning_task|unsloth_\w+|prefix"
-    r"|rope_interleaved|is_llama_config|_sliding_window_pattern|base_model_tp_plan|router_aux\w*"
+    r"|is_llama_config|_sliding_window_pattern|_num_labels|cache_implementation|is_decoder"
 )
-# Fields of a configuration's base class, which only mean what they say at other values.
+# Fields that only mean what transformers does anyway, at these values.
 NEUTRAL: dict[str, Any] = {
-    "add_cross_attention": False, "is_decoder": None, "tie_encoder_decoder": False,
-    "cross_attention_hidden_size": None, "torchscript": False, "pruned_heads": {},
-    "use_bidirectional_attention": False, "rope_interleaved": False,
+    "add_cross_attention": False, "tie_encoder_decoder": False, "torchscript": False,
+    "pruned_heads": {}, "use_bidirectional_attention": False, "rope_interleaved": False,
+    "use_mrope": False,
 }  # fmt: skip
+ANY = object()  # of a field that a family's model does not read, whatever it says
+# The same in a family.
+NEUTRAL_IN: dict[str, dict[str, Any]] = {
+    "cohere": {
+        "use_embedding_sharing": True, "use_gated_activation": True, "use_parallel_block": True,
+        "use_parallel_embedding": ANY, "model_max_length": ANY, "position_embedding_type": ANY,
+    },
+    "gemma": {"hidden_activation": ANY},
+    "gemma2": {"hidden_act": ANY},
+    "gemma3_text": {"hidden_act": ANY},
+    "gpt2": dict.fromkeys(
+        ("reorder_and_upcast_attn", "n_ctx", "summary_activation", "summary_first_dropout",
+         "summary_proj_to_labels", "summary_type", "summary_use_proj"), ANY
+    ),
+    "hunyuan_v1_dense": {
+        "use_qk_norm": True, "use_cla": False, "use_rotary_pos_emb": True, "norm_type": "rms",
+        "add_classification_head": False, "position_embedding_xdrope": False,
+    } | dict.fromkeys(
+        ("attention_head_dim", "class_num", "cla_share_factor", "mask_init_id", "im_start_id",
+         "im_end_id", "im_newline_id", "org_vocab_size", "pool_type", "text_start_id",
+         "text_end_id", "dense_list"), ANY
+    ),
+    "mistral": {"layer_types": ANY},
+    "phi3": {
+        "attention_bias": False, "mlp_bias": False, "lm_head_bias": False, "full_attn_mod": 1,
+        "interpolate_factor": 1,
+    },
+    "smollm3": {"max_window_layers": ANY},
+    "starcoder2": {"activation_function": ANY, "mlp_type": "default", "norm_type": "layer_norm"},
+}  # fmt: skip
+MOST_LAYERS = 1024
 FURTHEST = 1 << 21  # a longer window is no window (see `attention`)
 
 
@@ -86,10 +117,16 @@ class Said:
         Raises:
             UnsupportedModel: naming the fields.
         """
+        neutral = NEUTRAL | NEUTRAL_IN.get(str(self.config.get("model_type")), {})
         unknown = {
             name: value
             for name, value in self.config.items()
-            if value is not None and name not in self.asked and not _is_harmless(name, value)
+            if not (
+                value is None
+                or name in self.asked
+                or (name in neutral and neutral[name] in (ANY, value))
+                or (name not in neutral and HARMLESS.fullmatch(name))
+            )
         }
         if unknown:
             told = ", ".join(f"{name} = {str(value)[:40]}" for name, value in unknown.items())
@@ -106,8 +143,11 @@ class Said:
             raise UnsupportedModel(f"it has {heads} query heads over {kv_heads} key heads")
         return heads, kv_heads, size
 
-    def layers(self) -> range:
-        return range(self.number("num_hidden_layers"))
+    def layers(self, name: str = "num_hidden_layers", usual: int | None = None) -> range:
+        count = self.number(name, usual)
+        if count > MOST_LAYERS:
+            raise UnsupportedModel(f"its config.json has {name} = {count}")
+        return range(count)
 
     def rope(
         self,
@@ -160,12 +200,6 @@ def _window(said: int | None) -> int | None:
     if said is not None and (type(said) is not int or said < 1):
         raise UnsupportedModel(f"its config.json has sliding_window = {said!r}")
     return said if said is not None and said < FURTHEST else None
-
-
-def _is_harmless(name: str, value: Any) -> bool:
-    if name in NEUTRAL:
-        return NEUTRAL[name] is None or value == NEUTRAL[name]
-    return HARMLESS.fullmatch(name) is not None
 
 
 def _linear(name: str, width: int, bias: bool = False) -> Linear:
@@ -551,16 +585,13 @@ def gpt2(said: Said) -> Decoder:
         said.flag("scale_attn_weights", True),
         said.flag("scale_attn_by_inverse_layer_idx"),
     )
-    for name in ("reorder_and_upcast_attn", "n_ctx", "summary_activation", "summary_first_dropout",
-                 "summary_proj_to_labels", "summary_type", "summary_use_proj"):  # fmt: skip
-        said.get(name)
 
     def flat(place: str, out: int, rows: tuple[int, int, int] | None = None) -> Linear:
         bias = Part(f"{place}.bias", rows)
         return Linear(Part(f"{place}.weight", rows, flat=True), out, bias)
 
     layers = []
-    for number in range(said.number("n_layer", 12)):
+    for number in said.layers("n_layer", 12):
         place = f"transformer.h.{number}"
         query, key, value = (
             flat(f"{place}.attn.c_attn", width, (at * width, (at + 1) * width, 3 * width))

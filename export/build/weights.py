@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ import numpy as np
 from fastgen.export import checkpoint, parts
 from fastgen.export.unsupported import UnsupportedModel
 from numpy.typing import NDArray
+
+from fastgen import jsonfile
 
 BLOCK = 64  # rows that are transposed at a time: what they fill fits into a cache
 
@@ -70,7 +73,8 @@ def of_safetensors(directory: Path) -> dict[str, Tensor]:
     """All tensors of a directory's safetensors files, which are whole (`checkpoint.check`).
 
     Raises:
-        UnsupportedModel: there are none, or one is of a type that is no float.
+        UnsupportedModel: there are none, or one is of a float type that is not known.
+        ModelError: a header contradicts itself.
     """
     files = checkpoint.weights(directory)
     if not files or any(path.suffix != ".safetensors" for path in files):
@@ -88,6 +92,10 @@ def of_safetensors(directory: Path) -> dict[str, Tensor]:
                     raise UnsupportedModel(f"its weights are of the type {said['dtype']}")
                 continue  # masks and counters
             first, last = said["data_offsets"]
+            numbers = math.prod(said["shape"])
+            if not 0 <= first <= last or last - first != np.dtype(kind[0]).itemsize * numbers:
+                told = f"{name} has {last - first} bytes for the shape {said['shape']}"
+                raise jsonfile.damaged(path, told, checkpoint.ADVICE)
             array = held[begin + first : begin + last].view(kind[0]).reshape(said["shape"])
             found[name] = Mapped(array, kind[1])
     return found
