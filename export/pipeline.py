@@ -46,12 +46,13 @@ import fastgen
 from fastgen import CausalLM, folders, hub, interrupt, memory
 from fastgen.codes import SCALES
 from fastgen.hub import CACHE_PRECISION, PRECISION
-from fastgen.model import GRAPH, INFO, UNPACKED
+from fastgen.model import GRAPH, INFO, UNPACKED, ModelError
 from fastgen.output import GenerateOutput
 from fastgen.report import REPORT
 from fastgen.tuning import Tuning
 
 if TYPE_CHECKING:  # which a folder needs none of
+    from fastgen.export.source import Source
     from transformers import PreTrainedModel
 
 PRECISIONS = ("fp32", *RECIPES)
@@ -263,21 +264,28 @@ def _original(
         ModelError: there is no torch or no transformers here.
     """
     try:
-        from fastgen.export import original, source, stored
+        from fastgen.export import original, source
         from transformers import PreTrainedModel
     except ImportError as error:
         raise hub.needs(model, False, error) from error
     if not isinstance(model, PreTrainedModel):
-        loaded = source.load(model, revision, adapter, place.in_own_types)
-        if place.needs is None:
-            place.settle(room.of_model(loaded.model, is_mapped=False), may_stay=False)
-        if place.spills:
-            place.spilled = stored.spill(loaded.model, bundle.parent(place.out))
-        return original.Original(loaded)
+        return original.Original(_loaded(model, revision, adapter, place))
     if adapter is not None:
         raise ValueError("adapter goes with a model's name: a model object can be merged by peft")
     place.settle(room.of_model(model, is_mapped=True), may_stay=False)
     return original.Original(source.of_object(model, tokenizer))
+
+
+def _loaded(model: Any, revision: str | None, adapter: Any, place: _Place) -> Source:
+    """A transformers model by its name, its weights where they have room."""
+    from fastgen.export import source, stored
+
+    loaded = source.load(model, revision, adapter, place.in_own_types)
+    if place.needs is None:
+        place.settle(room.of_model(loaded.model, is_mapped=False), may_stay=False)
+    if place.spills:
+        place.spilled = stored.spill(loaded.model, bundle.parent(place.out))
+    return loaded
 
 
 def _built(
@@ -329,6 +337,8 @@ def _refused(model: Any, revision: str | None, adapter: Any) -> str | None:
     if adapter is not None:
         return "an adapter has to be merged first"
     place = Path(model)
+    if (place / INFO).is_file():
+        raise ModelError(f"{model} is a fastgen model already: there is nothing to export")
     if place.is_dir():
         return build_origin.refused(place, folders.names_in(place))
     if place.exists() or not hub.is_id(model):
@@ -342,11 +352,9 @@ def _of_tensors(model: str | Path, revision: str | None, place: _Place, prove: b
     here = Path(model)
     directory = here if here.is_dir() else hub.transformers_snapshot(str(model), revision)
     if prove:
-        from fastgen.export import source
         from fastgen.export.build.proved import Proved
 
-        loaded = source.load(model, revision, None, place.in_own_types)
-        return Proved(loaded, directory)
+        return Proved(_loaded(model, revision, None, place), directory)
     size = room.of_checkpoint(directory)
     if size is not None:
         place.settle(replace(size, is_float32=True), may_stay=False)  # each is cast as it is read

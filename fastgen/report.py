@@ -62,7 +62,8 @@ def _column(one: dict[str, Any]) -> dict[str, str]:
 
 def _notes(report: dict[str, Any]) -> list[str]:
     """What is said once: where time goes, which kernels and why, what is beyond the tolerance."""
-    notes = [
+    notes = [f"proof: {report['proof']}"] if "proof" in report else []
+    notes += [
         f"time, {step}: " + ", ".join(f"{name} {share:.0%}" for name, share in _largest(shares))
         for step, shares in report.get("time", {}).items()
     ]
@@ -79,8 +80,6 @@ def _notes(report: dict[str, Any]) -> list[str]:
         costly = sorted(report["kinds"].items(), key=lambda one: -one[1])[:SHOWN]
         told = ", ".join(f"{name} {kl:.1e}" for name, kl in costly)
         notes.append(f"KL divergence of each kind alone, at the cheapest: {told}")
-    if "proof" in report:
-        notes.append(f"proof: {report['proof']}")
     notes += [f"note: {note}" for note in report.get("folder", {}).get("notes", [])]
     notes.append(f"beyond the tolerance: {'; '.join(report['mismatch']) or 'nothing'}")
     return notes

@@ -405,6 +405,11 @@ def test_what_cannot_be_built_is_no_surprise(
     monkeypatch.setattr(fastgen.hub, "has_torch", lambda: False)
     with pytest.raises(ModelError, match=r"\[export\]'.*attn_gate"):
         export(copy, tmp_path / "out", progress=None)
+    with pytest.raises(ModelError, match="no directory, nor a hub id"):
+        export(tmp_path / "nowhere", tmp_path / "out", progress=None)
+    (copy / "fastgen.json").write_text("{}")
+    with pytest.raises(ModelError, match="is a fastgen model already"):
+        export(copy, tmp_path / "out", progress=None)
     with pytest.raises(ModelError, match=r"\[export\]'.*--prove"):
         export(copy, tmp_path / "out", prove=True, progress=None)
 

@@ -93,6 +93,10 @@ class Said:
         self.asked.add(name)
         return self.config.get(name, default)
 
+    def suppose(self, **usual: Any) -> None:
+        """Take fields to say this where they are not there."""
+        self.config = usual | self.config
+
     def number(self, name: str, default: int | None = None) -> int:
         """A field that is a positive number."""
         found = self.get(name, default)
@@ -187,12 +191,13 @@ class Said:
             return made.rotary, positions, False
         return made.rotary, min(made.limit, positions), True
 
-    def windows(self, usual: Sequence[str | None]) -> list[int | None]:
+    def windows(self, usual: Sequence[str], window: int | None) -> list[int | None]:
         """Of each layer what it sees, by `layer_types`, or as is usual."""
         kinds = self.get("layer_types") or list(usual)
-        window = self.get("sliding_window")
-        if len(kinds) != len(usual) or {*kinds} - {"sliding_attention", "full_attention", None}:
+        if len(kinds) != len(usual) or {*kinds} - {"sliding_attention", "full_attention"}:
             raise UnsupportedModel(f"its layers are of the types {sorted(map(str, {*kinds}))}")
+        if window is None and "sliding_attention" in kinds:
+            raise UnsupportedModel("its layers slide, and sliding_window says nothing")
         return [_window(window) if kind == "sliding_attention" else None for kind in kinds]
 
 
@@ -213,8 +218,8 @@ def _part(name: str, first: int, last: int, of: int, width: int, bias: bool = Fa
     return Linear(Part(f"{name}.weight", rows), width, added)
 
 
-def _layer_norm(name: str, eps: float, affine: bool = True) -> Norm:
-    return Norm(f"{name}.weight", eps, "layer", f"{name}.bias" if affine else None)
+def _layer_norm(name: str, eps: float) -> Norm:
+    return Norm(f"{name}.weight", eps, "layer", f"{name}.bias")
 
 
 def _rms(name: str, eps: float, plus_one: bool = False) -> Norm:
@@ -359,24 +364,20 @@ def llama(said: Said) -> Decoder:
 
 def mistral(said: Said) -> Decoder:
     said.number("num_key_value_heads", 8)
-    if "sliding_window" not in said.config:
-        said.config = said.config | {"sliding_window": 4096}
-    window = _window(said.get("sliding_window"))
+    window = _window(said.get("sliding_window", 4096))
     return _llama(said, windows=[window] * len(said.layers()))
 
 
 def _qwen_windows(said: Said) -> list[int | None]:
-    used = said.flag("use_sliding_window")
-    window = said.get("sliding_window", 4096) if used else None
-    first = said.number("max_window_layers", 28) if said.get("max_window_layers", 28) else 0
-    if window is None:  # then the layers' types mean nothing
-        said.get("sliding_window")
-    said.config = said.config | {"sliding_window": window}
+    """Of all layers from `max_window_layers` on, if any."""
+    window = said.get("sliding_window", 4096)
+    window = window if said.flag("use_sliding_window") else None
+    first = said.get("max_window_layers", 28)
     usual = [
         "sliding_attention" if window is not None and number >= first else "full_attention"
         for number in said.layers()
     ]
-    return said.windows(usual)
+    return said.windows(usual, window)
 
 
 def qwen2(said: Said) -> Decoder:
@@ -384,13 +385,13 @@ def qwen2(said: Said) -> Decoder:
 
 
 def qwen3(said: Said) -> Decoder:
-    said.config = {"head_dim": 128} | said.config
+    said.suppose(head_dim=128)
     bias = said.flag("attention_bias")
     return _llama(said, windows=_qwen_windows(said), bias=bias, names=("q_norm", "k_norm"))
 
 
 def smollm3(said: Said) -> Decoder:
-    said.config = {"num_key_value_heads": 4} | said.config
+    said.suppose(num_key_value_heads=4)
     every = said.number("no_rope_layer_interval", 4)
     usual = [int((number + 1) % every != 0) for number in said.layers()]
     turned = said.get("no_rope_layers") or usual
@@ -399,14 +400,14 @@ def smollm3(said: Said) -> Decoder:
     slides = said.flag("use_sliding_window") and said.get("sliding_window") is not None
     kinds = ["sliding_attention" if slides and not one else "full_attention" for one in turned]
     return _llama(
-        said, theta=2_000_000.0, windows=said.windows(kinds), tied=True,
+        said, theta=2_000_000.0, windows=said.windows(kinds, said.get("sliding_window")), tied=True,
         bias=said.flag("attention_bias"), feed_bias=said.flag("mlp_bias"),
         rotates=lambda number: bool(turned[number]),
     )  # fmt: skip
 
 
 def ernie4_5(said: Said) -> Decoder:
-    said.config = {"head_dim": 128, "num_key_value_heads": 2} | said.config
+    said.suppose(head_dim=128, num_key_value_heads=2)
     bias = said.flag("use_bias")
     return _llama(
         said, theta=500_000.0, bias=bias, feed_bias=bias, tied=True, eps=1e-5, interleaved=True
@@ -439,7 +440,7 @@ def hunyuan(said: Said) -> Decoder:
 def phi3(said: Said) -> Decoder:
     width, (count, kv_heads, size) = said.number("hidden_size"), said.heads()
     eps, act = said.real("rms_norm_eps", 1e-5), said.get("hidden_act", "silu")
-    said.config = {"original_max_position_embeddings": 4096} | said.config
+    said.suppose(original_max_position_embeddings=4096)
 
     def adjust(parameters: dict[str, Any]) -> dict[str, Any]:
         kind = parameters["rope_type"]
@@ -517,7 +518,7 @@ def _gemma(
 
 
 def gemma(said: Said) -> Decoder:
-    said.config = {"head_dim": 256, "num_key_value_heads": 16} | said.config
+    said.suppose(head_dim=256, num_key_value_heads=16)
     act = said.get("hidden_act", "gelu_pytorch_tanh")
     act = "gelu_pytorch_tanh" if act == "gelu" else act  # what the first releases meant
     rotary, *limit = said.rope(said.heads()[2])
@@ -526,29 +527,30 @@ def gemma(said: Said) -> Decoder:
 
 
 def gemma2(said: Said) -> Decoder:
-    said.config = {
-        "head_dim": 256, "num_key_value_heads": 4, "sliding_window": 4096,
-        "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0,
-    } | said.config  # fmt: skip
+    said.suppose(
+        head_dim=256,
+        num_key_value_heads=4,
+        sliding_window=4096,
+        final_logit_softcapping=30.0,
+        attn_logit_softcapping=50.0,
+    )
     count = len(said.layers())
     usual = [("full_attention", "sliding_attention")[(at + 1) % 2] for at in range(count)]
     rotary, *limit = said.rope(said.heads()[2])
     return _gemma(
         said, said.get("hidden_activation", "gelu_pytorch_tanh"), [rotary] * count,
-        said.windows(usual), (limit[0], limit[1]), posts=True,
+        said.windows(usual, said.get("sliding_window")), (limit[0], limit[1]), posts=True,
         scale=said.real("query_pre_attn_scalar", 256) ** -0.5,
         softcap=said.get("attn_logit_softcapping") or 0.0, cap=said.get("final_logit_softcapping"),
     )  # fmt: skip
 
 
 def gemma3(said: Said) -> Decoder:
-    said.config = {
-        "head_dim": 256, "num_key_value_heads": 4, "sliding_window": 4096,
-    } | said.config  # fmt: skip
+    said.suppose(head_dim=256, num_key_value_heads=4, sliding_window=4096)
     every, count = said.number("sliding_window_pattern", 6), len(said.layers())
     usual = ["sliding_attention" if (at + 1) % every else "full_attention" for at in range(count)]
     kinds = said.get("layer_types") or usual
-    windows, size = said.windows(usual), said.heads()[2]
+    windows, size = said.windows(usual, said.get("sliding_window")), said.heads()[2]
     positions = said.number("max_position_embeddings")
     given = said.get("rope_parameters") or {}
     if {*given} - {"sliding_attention", "full_attention"}:
@@ -777,7 +779,7 @@ def phi(said: Said) -> Decoder:
 
 
 def starcoder2(said: Said) -> Decoder:
-    said.config = {"num_key_value_heads": 2} | said.config
+    said.suppose(num_key_value_heads=2)
     inner, act = said.number("intermediate_size"), said.get("hidden_act", "gelu_pytorch_tanh")
     bias = said.flag("use_bias", True)
     return _biased(
@@ -820,7 +822,7 @@ def olmo2(said: Said) -> Decoder:
 
 
 def exaone4(said: Said) -> Decoder:
-    said.config = {"sliding_window": 4096} | said.config
+    said.suppose(sliding_window=4096)
     every, hybrid = said.get("sliding_window_pattern", 4), said.get("sliding_window") is not None
     if not said.get("layer_types") and hybrid and type(every) is not int:
         raise UnsupportedModel(f"its config.json has sliding_window_pattern = {every!r}")
@@ -830,7 +832,7 @@ def exaone4(said: Said) -> Decoder:
     ]
     kinds = said.get("layer_types") or usual
     return _normed_after(
-        said, said.real("rms_norm_eps", 1e-5), False, "heads", said.windows(usual),
+        said, said.real("rms_norm_eps", 1e-5), False, "heads", said.windows(usual, said.get("sliding_window")),
         lambda number: not hybrid or kinds[number] == "sliding_attention",
     )  # fmt: skip
 
@@ -867,7 +869,7 @@ def _normed_after(
 
 
 def glm4(said: Said) -> Decoder:
-    said.config = {"head_dim": 128, "num_key_value_heads": 2} | said.config
+    said.suppose(head_dim=128, num_key_value_heads=2)
     width, heads = said.number("hidden_size"), said.heads()
     eps, act = said.real("rms_norm_eps", 0.00000015625), said.get("hidden_act", "silu")
     rotary, *limit = said.rope(heads[2], part=0.5, interleaved=True)
