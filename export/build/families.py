@@ -822,18 +822,19 @@ def olmo2(said: Said) -> Decoder:
 
 
 def exaone4(said: Said) -> Decoder:
-    said.suppose(sliding_window=4096)
-    every, hybrid = said.get("sliding_window_pattern", 4), said.get("sliding_window") is not None
-    if not said.get("layer_types") and hybrid and type(every) is not int:
+    """Layers that see everything are not told positions, where others see a window."""
+    window, every = said.get("sliding_window", 4096), said.get("sliding_window_pattern", 4)
+    if not said.get("layer_types") and window is not None and type(every) is not int:
         raise UnsupportedModel(f"its config.json has sliding_window_pattern = {every!r}")
     usual = [
-        "sliding_attention" if hybrid and every and (at + 1) % every else "full_attention"
+        "sliding_attention" if window is not None and every and (at + 1) % every
+        else "full_attention"
         for at in said.layers()
-    ]
+    ]  # fmt: skip
     kinds = said.get("layer_types") or usual
     return _normed_after(
-        said, said.real("rms_norm_eps", 1e-5), False, "heads", said.windows(usual, said.get("sliding_window")),
-        lambda number: not hybrid or kinds[number] == "sliding_attention",
+        said, said.real("rms_norm_eps", 1e-5), False, "heads", said.windows(usual, window),
+        lambda number: window is None or kinds[number] == "sliding_attention",
     )  # fmt: skip
 
 
