@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -430,6 +431,12 @@ def test_usual_ids_are_the_families() -> None:
         config = original.transformers.AutoConfig.for_model(kind)
         assert tuple(getattr(config, name) for name in families.IDS) == usual, kind
     assert families.USUAL_IDS.keys() == families.FAMILIES.keys()
+
+
+def test_the_types_that_the_docs_name_are_the_families() -> None:
+    page = (BENCH.parent / "docs" / "models.md").read_text(encoding="utf-8")
+    named = page.partition("## Without torch")[2].partition("\n- ")[2].partition("\n\n")[0]
+    assert re.findall(r"\w+", named) == sorted(families.FAMILIES)
 
 
 # --- without torch --------------------------------------------------------------------------------
