@@ -2,10 +2,12 @@
 
 pipeline    the export, step by step          origin     what it is made of, whatever it is
 original    a transformers model as that      foreign    an ONNX folder as that, without torch
+                                              build      a checkpoint as that, without torch
                                               source     hub, directory or object -> model
                                               text       the text part of a model of pictures
                                               adapter    PEFT's, merged
                                               checkpoint whether its files are whole
+                                              vocabulary a tokenizer's files, without transformers
 refuse      what no graph can express         unsupported  how that is said
 graph       model -> graph                    attention  what attention becomes
                                               repeat     layers that are alike, traced once

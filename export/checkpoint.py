@@ -35,8 +35,8 @@ def check(directory: Path) -> None:
             end too early.
     """
     jsonfile.check_fetched(*_texts(directory))
-    jsonfile.check_fetched(*(weights := _weights(directory)))
-    for path in weights:
+    jsonfile.check_fetched(*(files := weights(directory)))
+    for path in files:
         if path.suffix == ".safetensors":
             _check_whole(path)
 
@@ -50,7 +50,8 @@ def _texts(directory: Path) -> list[Path]:
     return found
 
 
-def _weights(directory: Path) -> list[Path]:
+def weights(directory: Path) -> list[Path]:
+    """The files of a directory that weights are read from; of an adapter too."""
     found = []
     for names in (WEIGHTS, ADAPTER):
         path = next((directory / name for name in names if (directory / name).is_file()), None)

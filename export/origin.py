@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Origin(Protocol):
-    """A transformers model, or an ONNX folder.
+    """A transformers model, an ONNX folder, or a checkpoint whose family is known.
 
     Attributes:
         name: what it is called: a hub id or a directory's own name, never a path.
@@ -56,6 +56,12 @@ class Origin(Protocol):
         """The graph by the contract, not trimmed, and what is shown of it.
 
         `meta["repeated"]` of the graph says whether `whole` would give one that is made otherwise.
+        """
+
+    def written(self, place: Path) -> None:
+        """Where the graph was written, in its first precision, before anything is asked.
+
+        Only for origins that nothing else runs: `logits` then ask that graph.
         """
 
     def describe(self, precision: str) -> dict[str, Any]:

@@ -30,6 +30,7 @@ class Original:
 
     first = "fp32"
     tolerance = check.Tolerance()
+    way = "traced by torch"  # how its graph is made
 
     def __init__(self, loaded: Source) -> None:
         self.loaded = loaded
@@ -60,6 +61,7 @@ class Original:
     def about(self) -> list[str]:
         size = sum(p.numel() for p in self.model.parameters())
         about = [f"{self.model.config.model_type}, {size / 1e6:,.1f} M weights"]
+        about.append(self.way)
         return about + ([f"for ids only: {self.note}"] if self.tokenizer is None else [])
 
     def probes(self) -> list[NDArray[np.int64]]:
@@ -79,6 +81,9 @@ class Original:
         shown += f", {states} other states" if states else ""
         converted = graph.convert(self.model, self.kept, whole)
         return converted, [shown + (", alike" if converted.meta.get("repeated") else "")]
+
+    def written(self, place: Path) -> None:
+        """It runs by itself."""
 
     def describe(self, precision: str) -> dict[str, Any]:
         kept = self.kept  # or why there is none
@@ -112,7 +117,7 @@ class Original:
         return True
 
     def report(self) -> dict[str, Any]:
-        return {}
+        return {"proof": f"the original ran (transformers {transformers.__version__})"}
 
     def versions(self) -> dict[str, str]:
         return {"torch": torch.__version__, "transformers": transformers.__version__}

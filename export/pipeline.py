@@ -10,7 +10,7 @@ import shutil
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +33,7 @@ from fastgen.export import (
     trim,
     window,
 )
+from fastgen.export.build import origin as build_origin
 from fastgen.export.foreign import folder
 from fastgen.export.foreign import origin as foreign
 from fastgen.export.origin import Origin
@@ -45,12 +46,13 @@ import fastgen
 from fastgen import CausalLM, folders, hub, interrupt, memory
 from fastgen.codes import SCALES
 from fastgen.hub import CACHE_PRECISION, PRECISION
-from fastgen.model import GRAPH, INFO, UNPACKED
+from fastgen.model import GRAPH, INFO, UNPACKED, ModelError
 from fastgen.output import GenerateOutput
 from fastgen.report import REPORT
 from fastgen.tuning import Tuning
 
 if TYPE_CHECKING:  # which a folder needs none of
+    from fastgen.export.source import Source
     from transformers import PreTrainedModel
 
 PRECISIONS = ("fp32", *RECIPES)
@@ -65,6 +67,7 @@ TOLERANCES = {
 }
 
 
+OWN_LOGITS = "logits of each row alone"  # where there is no original that runs
 TUNED = 1024  # tokens that say whether a target is met: no code is made of them
 AGAIN = 2  # times that the text which decides sends matrices up the ladder
 
@@ -87,6 +90,8 @@ def export(
     max_kl: float | None = None,
     min_top1: float | None = None,
     quick: bool = False,
+    build: bool | None = None,
+    prove: bool = False,
     progress: TextIO | None = sys.stderr,
 ) -> Path:
     """Export a causal language model to a model directory, proved equal to the original.
@@ -117,6 +122,10 @@ def export(
         min_top1: share of equal likeliest tokens that is asked; without it none is.
         quick: leave out the comparison on text of what was quantised, and so its tolerance. What
             proves the graph in float32 is never left out.
+        build: whether to make the graph of the checkpoint's tensors, by its family (`build`), and
+            not to trace the model; None to do so where there is no torch.
+        prove: run the original in torch beside a graph that was built. One that was traced is
+            always compared with it.
         progress: where steps are shown; None for nowhere.
 
     Returns:
@@ -155,14 +164,18 @@ def export(
     kinds = wishes.kinds("fp32" if found is None else found.first)
     if texts and not kinds:
         raise ValueError(f"text is for what is quantised, and of {made} nothing is: leave it out")
-    shown = Progress(_steps(wishes, kinds), progress)
+    built = None if found is not None else _built(model, revision, adapter, build, prove)
+    shown = Progress(_steps(wishes, kinds, built is not None and not prove), progress)
     with shown.watch.working():
         with shown.step("load") as about:
             if found is not None:
                 origin: Origin = foreign.Folder(found)
             else:
                 place = _Place(out, made, len(kinds))
-                origin = _original(model, tokenizer, revision, adapter, place)
+                if built is None:
+                    origin = _original(model, tokenizer, revision, adapter, place)
+                else:
+                    origin = _of_tensors(built, revision, place, prove)
                 about += [place.needs.summary()] if place.needs is not None else []
                 shown.watch.unseen = place.spilled
             about[:0] = origin.about()
@@ -171,9 +184,11 @@ def export(
     return out
 
 
-def _steps(wishes: Wishes, kinds: Sequence[str]) -> list[str]:
+def _steps(wishes: Wishes, kinds: Sequence[str], asks_itself: bool) -> list[str]:
     """What is shown, in order."""
     names = ["load", "original logits", "convert", *_compared("ONNX")]
+    if asks_itself:
+        names[1:3] = ["convert", OWN_LOGITS]
     for kind in kinds:
         weights = kind == "weights"
         name = wishes.precision if weights else f"{wishes.cache_precision} cache"
@@ -249,21 +264,101 @@ def _original(
         ModelError: there is no torch or no transformers here.
     """
     try:
-        from fastgen.export import original, source, stored
+        from fastgen.export import original, source
         from transformers import PreTrainedModel
     except ImportError as error:
         raise hub.needs(model, False, error) from error
     if not isinstance(model, PreTrainedModel):
-        loaded = source.load(model, revision, adapter, place.in_own_types)
-        if place.needs is None:
-            place.settle(room.of_model(loaded.model, is_mapped=False), may_stay=False)
-        if place.spills:
-            place.spilled = stored.spill(loaded.model, bundle.parent(place.out))
-        return original.Original(loaded)
+        return original.Original(_loaded(model, revision, adapter, place))
     if adapter is not None:
         raise ValueError("adapter goes with a model's name: a model object can be merged by peft")
     place.settle(room.of_model(model, is_mapped=True), may_stay=False)
     return original.Original(source.of_object(model, tokenizer))
+
+
+def _loaded(model: Any, revision: str | None, adapter: Any, place: _Place) -> Source:
+    """A transformers model by its name, its weights where they have room."""
+    from fastgen.export import source, stored
+
+    loaded = source.load(model, revision, adapter, place.in_own_types)
+    if place.needs is None:
+        place.settle(room.of_model(loaded.model, is_mapped=False), may_stay=False)
+    if place.spills:
+        place.spilled = stored.spill(loaded.model, bundle.parent(place.out))
+    return loaded
+
+
+def _built(
+    model: Any, revision: str | None, adapter: Any, build: bool | None, prove: bool
+) -> str | Path | None:
+    """The model's directory or its id, where its graph is built and not traced.
+
+    Raises:
+        ModelError: there is no torch, and what it says cannot be built.
+        UnsupportedModel: it cannot be built, which was asked for.
+    """
+    torch = hub.has_torch()
+    if prove and not torch:
+        raise hub.needs(model, False, "to run the original, as --prove asks")
+    wanted = prove or not torch if build is None else build
+    if not wanted:
+        return None
+    why = _refused(model, revision, adapter)
+    if why is None:
+        return model if isinstance(model, Path) else str(model)
+    if build or prove:
+        raise UnsupportedModel(f"{_called(model)} cannot be built: {why}")
+    raise hub.needs(_called(model), False, why)
+
+
+def check_buildable(name: str, described: Path, names: Iterable[str]) -> None:
+    """Look at what can be had without its weights, where there is no torch.
+
+    Args:
+        described: where its config.json lies.
+        names: of its files.
+
+    Raises:
+        ModelError: it cannot be built.
+    """
+    why = build_origin.refused(described, names)
+    if why is not None:
+        raise hub.needs(name, False, why)
+
+
+def _called(model: object) -> str:
+    return str(model) if isinstance(model, str | os.PathLike) else type(model).__name__
+
+
+def _refused(model: Any, revision: str | None, adapter: Any) -> str | None:
+    """Why a model cannot be built; None where it can."""
+    if not isinstance(model, str | os.PathLike):
+        return "it is no checkpoint's directory or hub id"
+    if adapter is not None:
+        return "an adapter has to be merged first"
+    place = Path(model)
+    if (place / INFO).is_file():
+        raise ModelError(f"{model} is a fastgen model already: there is nothing to export")
+    if place.is_dir():
+        return build_origin.refused(place, folders.names_in(place))
+    if place.exists() or not hub.is_id(model):
+        return f"{model} is no directory, nor a hub id"
+    described = hub.snapshot(str(model), revision, only=[*hub.DESCRIBED])
+    return build_origin.refused(described, hub.listed(str(model), revision))
+
+
+def _of_tensors(model: str | Path, revision: str | None, place: _Place, prove: bool) -> Origin:
+    """A checkpoint whose family is known; with the original beside it, where that is to run."""
+    here = Path(model)
+    directory = here if here.is_dir() else hub.transformers_snapshot(str(model), revision)
+    if prove:
+        from fastgen.export.build.proved import Proved
+
+        return Proved(_loaded(model, revision, None, place), directory)
+    size = room.of_checkpoint(directory)
+    if size is not None:
+        place.settle(replace(size, is_float32=True), may_stay=False)  # each is cast as it is read
+    return build_origin.Built(directory, None if here.is_dir() else str(model))
 
 
 def _texts(text: Any, calibration: Any) -> list[Path]:
@@ -343,7 +438,11 @@ class _Job:
             self.description["hard_limit"] |= trim.rotations_are_tabled(converted)
             self.description["windows"] = window.bound(converted)
             self.save(converted, to)
+            self.origin.written(to)
             found += [*about, f"{len(converted.graph)} nodes"]
+        if not self.original.logits:
+            with self.shown.step(OWN_LOGITS) as found:
+                self.original = _reference(self.origin, found)
         return converted
 
     def save(self, converted: onnx_ir.Model, to: Path) -> None:
@@ -552,10 +651,10 @@ def _export(origin: Origin, out: Path, wishes: Wishes, shown: Progress) -> None:
     description = origin.describe(wishes.precision)
     floats = room.FLOAT * description["parameters"]
     shown.weights = floats
-    with shown.step("original logits") as found:
-        original = _reference(origin)
-        lengths = [len(row) for row in original.rows]
-        found.append(f"{len(lengths)} rows of {', '.join(map(str, lengths))} tokens")
+    original = check.Reference([], [])  # where only the graph can be asked, which there is not yet
+    if OWN_LOGITS not in shown.names:
+        with shown.step("original logits") as found:
+            original = _reference(origin, found)
     with bundle.directory(out, wishes.force) as temporary:
         shown.watch.directory = temporary
         job = _Job(origin, wishes, shown, temporary, original, description)
@@ -574,7 +673,7 @@ def _export(origin: Origin, out: Path, wishes: Wishes, shown: Progress) -> None:
                 "cache_precision": wishes.cache_precision,
                 "model": origin.name,
                 "tolerance": asdict(wishes.tolerance),
-                "probe_tokens": lengths,
+                "probe_tokens": [len(row) for row in job.original.rows],
                 "tokenizer": origin.note or "saved",
                 "quick": wishes.quick,
                 "steps": shown.steps,
@@ -589,8 +688,9 @@ def _export(origin: Origin, out: Path, wishes: Wishes, shown: Progress) -> None:
             found.append(f"{out}, {size / 1e6:,.1f} MB")
 
 
-def _reference(origin: Origin) -> check.Reference:
+def _reference(origin: Origin, found: list[str]) -> check.Reference:
     rows = origin.probes()
+    found.append(f"{len(rows)} rows of {', '.join(str(len(row)) for row in rows)} tokens")
     return check.Reference(rows, [origin.logits(row) for row in rows])
 
 

@@ -347,8 +347,8 @@ def pack_attention(model: ir.Model, max_length: int | None) -> int:
             continue
         source, rotation = packed
         attributes = {name: attribute.value for name, attribute in node.attributes.items()}
-        if rotation is not None and node.inputs[3].shape[3] % 16:
-            continue  # the kernel rotates heads of a multiple of 16 only
+        if rotation is not None and not _kernel_rotates(node, rotation):
+            continue
         inputs = [source, None, None, *node.inputs[3:]]
         if rotation is not None:
             cos, sin = rotation.inputs[1], rotation.inputs[2]
@@ -367,6 +367,13 @@ def pack_attention(model: ir.Model, max_length: int | None) -> int:
             replace(old, new)
         fired += 1
     return fired
+
+
+def _kernel_rotates(node: ir.Node, rotation: ir.Node) -> bool:
+    """Whether the attention node can: heads, and what turns of them, are multiples of 16."""
+    angles = rotation.inputs[1].shape
+    half = None if angles is None else angles[-1]
+    return not node.inputs[3].shape[3] % 16 and not (isinstance(half, int) and half % 8)
 
 
 def merge_products(graph: ir.Graph) -> int:

@@ -99,6 +99,9 @@ def exported(
         with locked(out.with_name(out.name + ".lock")):
             if not (out / INFO).is_file():  # another process may have made it meanwhile
                 pipeline = _pipeline(name, foreign)
+                if not foreign and not has_torch():
+                    described = place if here else snapshot(name, revision, only=[*DESCRIBED])
+                    pipeline.check_buildable(name, described, names)
                 if not here and foreign:
                     place = _onnx_snapshot(name, needed, revision)
                 elif not here:
@@ -117,8 +120,6 @@ def _pipeline(name: str, foreign: bool) -> Any:
         from fastgen.export import pipeline
     except ImportError as error:
         raise needs(name, foreign, error) from error
-    if not foreign and not _has_torch():
-        raise needs(name, foreign, "there is no torch or no transformers")
     return pipeline
 
 
@@ -131,7 +132,8 @@ def needs(name: object, foreign: bool, error: object) -> ModelError:
         )
     return ModelError(
         f"{name} is a transformers model; exporting it needs torch and transformers: "
-        f"{extras.install('export')} ({error})"
+        f"{extras.install('export')}; where its family can be built, onnx and onnx_ir alone: "
+        f"{extras.install('onnx')} ({error})"
     )
 
 
@@ -144,12 +146,13 @@ def is_onnx(names: Iterable[str], precision: str | None) -> bool:
     names = list(names)
     if folders.place_of(names) is None:
         return False
-    if not folders.holds_torch(names) or not _has_torch():
+    if not folders.holds_torch(names) or not has_torch():
         return True
     return precision is not None and precision not in PRECISIONS
 
 
-def _has_torch() -> bool:
+def has_torch() -> bool:
+    """Whether torch and transformers are installed."""
     try:
         return all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
     except ImportError:

@@ -62,7 +62,8 @@ def _column(one: dict[str, Any]) -> dict[str, str]:
 
 def _notes(report: dict[str, Any]) -> list[str]:
     """What is said once: where time goes, which kernels and why, what is beyond the tolerance."""
-    notes = [
+    notes = [f"proof: {report['proof']}"] if "proof" in report else []
+    notes += [
         f"time, {step}: " + ", ".join(f"{name} {share:.0%}" for name, share in _largest(shares))
         for step, shares in report.get("time", {}).items()
     ]

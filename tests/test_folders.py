@@ -99,7 +99,7 @@ def test_where_torch_weights_lie_beside_graphs_torch_decides(monkeypatch):
     from fastgen import hub
 
     for torch in (True, False):
-        monkeypatch.setattr(hub, "_has_torch", lambda torch=torch: torch)
+        monkeypatch.setattr(hub, "has_torch", lambda torch=torch: torch)
         assert hub.is_onnx(MANY, "int8") and hub.is_onnx(GENAI, None)
         assert hub.is_onnx(MERGED, None) is not torch
         assert hub.is_onnx(MERGED, "int8") is not torch

@@ -166,7 +166,13 @@ def beside(place: Path) -> set[str]:
     return ({path.stem for path in place.glob("*.py")} | inside) - {"__init__"}
 
 
-PACKAGES = ["fastgen", *(f"fastgen/{name}" for name in FOLDERS[1:]), "export", "export/foreign"]
+PACKAGES = [
+    "fastgen",
+    *(f"fastgen/{name}" for name in FOLDERS[1:]),
+    "export",
+    "export/build",
+    "export/foreign",
+]
 
 
 @pytest.mark.parametrize("folder", PACKAGES)
@@ -191,7 +197,7 @@ EXPORT = ROOT / "export"
 
 @functools.cache
 def modules_of_the_export() -> dict[str, Path]:
-    """Its files by name; those of its folder `foreign` are called `foreign/...`."""
+    """Its files by name; those of its folders are called `foreign/...`."""
     paths = [path for path in EXPORT.rglob("*.py") if path.stem != "__init__"]
     return {path.relative_to(EXPORT).with_suffix("").as_posix(): path for path in paths}
 
@@ -315,7 +321,7 @@ def test_the_wheel_installs_fastgen_alone(tmp_path):
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"fastgen"}
     parts = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("export/**/*.py")}
-    assert "export/foreign/folder.py" in parts
+    assert {"export/foreign/folder.py", "export/build/families.py"} <= parts
     assert {f"fastgen/{part}" for part in parts} <= set(names)
     assert "fastgen/demo/fastgen.json" in names
     assert "fastgen/py.typed" in names

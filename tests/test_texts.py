@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers_made as made
-from fastgen.export.foreign import folder, origin
+from fastgen.export import vocabulary
+from fastgen.export.foreign import folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -293,7 +294,7 @@ def test_what_stands_in_tokenizer_config_alone_is_read_as_transformers_reads_it(
     }  # fmt: skip
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    found, note = origin._tokenizer(tmp_path)
+    found, note = vocabulary.read(tmp_path)
     assert found is not None and not note
     for text in ("the cat", "a  </s>b", "a<call>b", " x"):
         assert found.encode(text).ids == theirs(text)["input_ids"]

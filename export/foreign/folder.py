@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import onnx_ir as ir
+from fastgen.export import vocabulary
 from fastgen.export.origin import name_of
 from fastgen.export.unsupported import UnsupportedModel
 
@@ -16,10 +17,6 @@ from fastgen.jsonfile import ModelError
 
 CONFIG, DEFAULTS, GENAI = "config.json", "generation_config.json", "genai_config.json"
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-TOKENIZER = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
 # What makes a graph one of 8 or 4 bits.
 QUANTISED = {
     "MatMulInteger": 8, "DynamicQuantizeMatMul": 8, "QLinearMatMul": 8, "DequantizeLinear": 8,
@@ -167,7 +164,7 @@ def choose(place: Path, precision: str | None) -> Choice:
         ModelError: it is no decoder of texts, or does not have that precision.
     """
     name_of_place = name_of(place)
-    jsonfile.check_fetched(*(place / name for name in (CONFIG, DEFAULTS, *TOKENIZER)))
+    jsonfile.check_fetched(*(place / name for name in (CONFIG, DEFAULTS, *vocabulary.FILES)))
     try:
         found = folders.decoders(folders.names_in(place))
         plain = place / found["fp32"] if "fp32" in found else None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -14,8 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-import tokenizers
-from fastgen.export import check
+from fastgen.export import check, vocabulary
 from fastgen.export.bundle import write_json
 from fastgen.export.foreign import folder, rewrite, signature
 from fastgen.export.foreign.folder import Choice
@@ -27,10 +24,8 @@ from fastgen.export.unsupported import UnsupportedModel
 from numpy.typing import NDArray
 
 import fastgen
-from fastgen import jsonfile
 from fastgen.model import FORMAT
 
-FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")  # of added tokens
 LIMITS = ("max_position_embeddings", "n_positions", "n_ctx", "seq_length", "max_seq_len")
 # What a rewritten graph may differ by from the folder's, by what is in it.
 EXACT = check.Tolerance(max_difference=1e-5)
@@ -54,7 +49,7 @@ class Folder:
             self.signature = signature.read(model.graph, self._heads())
             self.operators = {node.op_type for node in model.graph.all_nodes()}
             self.plain = Plain(choice.graph, files, self.signature)
-        self.tokenizer, self.note = _tokenizer(choice.folder)
+        self.tokenizer, self.note = vocabulary.read(choice.folder)
         self.bytes = sum(path.stat().st_size for path in (choice.graph, *files))
 
     def _said(self, *names: str) -> int | None:
@@ -145,6 +140,9 @@ class Folder:
             about.append("half precision became single")
         return made.model, about
 
+    def written(self, place: Path) -> None:
+        """It runs by itself."""
+
     def describe(self, precision: str) -> dict[str, Any]:
         made = self.rewritten
         logits = next(value for value in made.model.graph.outputs if value.name == "logits")
@@ -213,16 +211,8 @@ class Folder:
     def write_configuration(self, to: Path) -> None:
         write_json(to / folder.CONFIG, self.config)
         write_json(to / folder.DEFAULTS, self.choice.defaults)
-        if self.tokenizer is None:
-            return
-        for name in folder.TOKENIZER:
-            path = self.choice.folder / name
-            if name == "tokenizer.json":
-                write_json(to / name, _tokenizer_file(self.choice.folder))
-            elif path.is_file():
-                shutil.copyfile(path, to / name)
-        if not (to / "tokenizer_config.json").exists():
-            write_json(to / "tokenizer_config.json", {})
+        if self.tokenizer is not None:
+            vocabulary.write(self.choice.folder, to)
 
 
 @contextmanager
@@ -275,38 +265,3 @@ def _parameters(graph: ir.Graph) -> int:
             if weight is not None and weight.const_value is not None:
                 total += int(np.prod(weight.const_value.shape.numpy()))
     return total + sum(sizes.values())
-
-
-def _tokenizer_file(place: Path) -> dict[str, Any]:
-    """A folder's tokenizer.json with what stands in its tokenizer_config.json alone.
-
-    As transformers reads them: tokens that were added and their flags, and whether words at the
-    beginning get a space before them.
-    """
-    found: dict[str, Any] = json.loads((place / "tokenizer.json").read_text("utf-8"))
-    path = place / "tokenizer_config.json"
-    config = jsonfile.read(path) if path.is_file() else {}
-    added = {one["id"]: one for one in found.get("added_tokens") or []}
-    for index, said in (config.get("added_tokens_decoder") or {}).items():
-        flags = {name: said[name] for name in FLAGS if name in said}
-        bare = {**dict.fromkeys(FLAGS, False), "normalized": not said.get("special", False)}
-        added[int(index)] = {"id": int(index), **bare, **added.get(int(index), {}), **flags}
-    found["added_tokens"] = [added[index] for index in sorted(added)]
-    outer = found.get("pre_tokenizer") or {}
-    for part in (outer, *outer.get("pretokenizers", ())):
-        if part.get("type") == "ByteLevel" and config.get("add_prefix_space") is not None:
-            part["add_prefix_space"] = bool(config["add_prefix_space"])
-    return found
-
-
-def _tokenizer(place: Path) -> tuple[tokenizers.Tokenizer | None, str]:
-    path = place / "tokenizer.json"
-    if not path.is_file():
-        return None, "the folder has no tokenizer.json"
-    try:
-        found = tokenizers.Tokenizer.from_str(json.dumps(_tokenizer_file(place)))
-    except Exception as error:  # tokenizers raises Exception itself
-        return None, f"its tokenizer.json cannot be read: {error}"
-    found.no_truncation()
-    found.no_padding()
-    return found, ""

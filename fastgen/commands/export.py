@@ -47,12 +47,20 @@ from fastgen.interrupt import ended_at_once
 @click.option(
     "--quick", is_flag=True, help="leave out the comparison on text (not the proof in float32)"
 )
+@click.option(
+    "--build/--no-build",
+    default=None,
+    help="make the graph of the checkpoint's tensors, or trace the model with torch [default: "
+    "build where there is no torch]",
+)
+@click.option("--prove", is_flag=True, help="build, and run the original in torch beside it")
 @click.option("--revision", help="branch, tag or commit of a hub repository")
 @click.option("--adapter", help="merge this adapter (PEFT) first: a directory or a hub id")
 def export(
     model: str, out: Path | None, precision: str | None, cache_precision: str, force: bool,
     allow_mismatch: bool, max_kl: float | None, min_top1: float | None, texts: tuple[Path, ...],
-    calibration: Path | None, quick: bool, revision: str | None, adapter: str | None,
+    calibration: Path | None, quick: bool, build: bool | None, prove: bool, revision: str | None,
+    adapter: str | None,
 ) -> None:  # fmt: skip
     """Export MODEL, a transformers model or an ONNX folder, to the model directory OUT.
 
@@ -60,10 +68,15 @@ def export(
     that it belongs to; or what others exported to ONNX (onnxruntime-genai's builder, optimum,
     transformers.js), whose graph is rewritten and compared with itself as it was.
 
-    A transformers model needs torch and transformers (the extra `export`), an ONNX folder onnx
-    and onnx_ir (the extra `onnx`); running the result needs none of them. Where a repository has
-    both, and torch is here, the transformers model is exported; --precision q4, q8, fp16 and so on
-    take what the folder has. Of its fp32, int8 and int4 are made without torch.
+    A transformers model of a known family (safetensors, with a tokenizer.json) and an ONNX folder
+    need onnx and onnx_ir (the extra `onnx`), all other models torch and transformers (the extra
+    `export`); running the result needs none of them. Where torch is here, a model is traced and
+    compared with the original. Where it is not, the graph is built of the checkpoint's tensors, by
+    its family. The report says which.
+
+    Where a repository has an ONNX folder too, and torch is here, the transformers model is
+    exported; --precision q4, q8, fp16 and so on take what the folder has. Of its fp32, int8 and
+    int4 are made without torch.
 
     OUT is by default the model's name and its precisions, such as distilgpt2-int8, or
     distilgpt2-int8-kv-int8. What was compared and found is printed as a table, which
@@ -75,8 +88,8 @@ def export(
                 from fastgen.export import pipeline
         except ImportError as error:
             raise ValueError(
-                f"exporting needs torch and transformers: {extras.install('export')}; of an ONNX "
-                f"folder, onnx and onnx_ir: {extras.install('onnx')} ({error})"
+                f"exporting needs torch and transformers: {extras.install('export')}; of a known "
+                f"family or an ONNX folder, onnx and onnx_ir: {extras.install('onnx')} ({error})"
             ) from error
         from fastgen.report import REPORT, table
 
@@ -94,5 +107,7 @@ def export(
             max_kl=max_kl,
             min_top1=min_top1,
             quick=quick,
+            build=build,
+            prove=prove,
         )
         click.echo(table(json.loads((made / REPORT).read_text(encoding="utf-8"))))

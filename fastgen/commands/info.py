@@ -31,7 +31,8 @@ def info(model: str | None, as_json: bool, verify: bool) -> None:
         if as_json:
             click.echo(in_json(jsonfile.read(place / INFO) | {"report": report}, indent=2))
             return
-        compared = f"\nbeside the original:\n{table(report)}" if report else "report       none"
+        beside = report.get("beside", "the original")
+        compared = f"\nbeside {beside}:\n{table(report)}" if report else "report       none"
         size = sum(found.files.values())
         tuned = read(place)
         token, limit = found.cache_bytes, found.max_length

@@ -1,0 +1,241 @@
+"""A checkpoint whose family is known as the origin of an export, without torch.
+
+Nothing runs the original. What proves the graph is the family, whose graphs are those that traces
+give (tests/test_build.py), that every number of the checkpoint is read once, and that the graph
+says the same of rows together, as they are served, as of each alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import tokenizers
+from fastgen.export import check, checkpoint, vocabulary
+from fastgen.export.build import families, graph, weights
+from fastgen.export.build.decoder import Decoder
+from fastgen.export.build.weights import Tensor
+from fastgen.export.bundle import write_json
+from fastgen.export.check import Tolerance
+from fastgen.export.origin import name_of
+from fastgen.export.unsupported import UnsupportedModel
+from numpy.typing import NDArray
+
+import fastgen
+from fastgen import CausalLM, jsonfile
+from fastgen.model import FORMAT, UNPACKED, Model
+from fastgen.output import GenerateOutput
+from fastgen.softmax import log_softmax
+from fastgen.tuning import Tuning
+
+CONFIG, DEFAULTS = "config.json", "generation_config.json"
+AT_ONCE = 1 << 25  # logits that are asked for at once
+COMPARED = 1 << 10  # rows of two tables that are compared at a time
+
+
+def check_known(config: dict[str, Any], names: Iterable[str]) -> Decoder:
+    """What a config.json describes, of a directory that holds files of these names.
+
+    Raises:
+        UnsupportedModel: why it cannot be built.
+    """
+    decoder = families.describe(config)
+    names = list(names)
+    if not any(name.endswith(".safetensors") for name in names):
+        raise UnsupportedModel("it has no weights in safetensors")
+    if "adapter_config.json" in names:
+        raise UnsupportedModel("it is an adapter")
+    vocabularies = [name for name in names if checkpoint.VOCABULARY.fullmatch(name)]
+    if vocabularies and "tokenizer.json" not in names:
+        raise UnsupportedModel(f"its tokenizer is {vocabularies[0]}, and no tokenizer.json")
+    return decoder
+
+
+def refused(place: Path, names: Iterable[str]) -> str | None:
+    """Why a model whose config.json lies at `place` cannot be built; None where it can.
+
+    Args:
+        names: of its files.
+    """
+    names = list(names)
+    if CONFIG not in names:
+        return f"it has no {CONFIG}"
+    try:
+        check_known(jsonfile.read(place / CONFIG, checkpoint.ADVICE), names)
+    except UnsupportedModel as error:
+        return str(error)
+    return None
+
+
+class Built:
+    """A checkpoint of a known family. See `origin.Origin`."""
+
+    first = "fp32"
+    tolerance = Tolerance()
+
+    def __init__(self, directory: Path, name: str | None = None) -> None:
+        self.directory = directory
+        self.name = name or name_of(directory)
+        checkpoint.check(directory)
+        with _named(self.name):
+            self.config = families.complete(jsonfile.read(directory / CONFIG, checkpoint.ADVICE))
+            self.decoder = check_known(self.config, (path.name for path in directory.iterdir()))
+            self.weights = _without_copy(self.decoder, weights.of_safetensors(directory))
+        self.tokenizer, self.note = vocabulary.read(directory)
+        self.place: Path | None = None
+        # By the bytes of each probe, nats of its tokens, once it was asked.
+        self.spent: dict[bytes, NDArray[np.float32] | None] = {}
+
+    @property
+    def parameters(self) -> int:
+        ignored = graph.ignored(self.decoder)
+        return sum(
+            weights.size(one) for name, one in self.weights.items() if not ignored.fullmatch(name)
+        )
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        yield
+
+    def about(self) -> list[str]:
+        kind = f"{self.config['model_type']}, {self.parameters / 1e6:,.1f} M weights"
+        about = [kind, "built of its tensors, without torch"]
+        return about + ([f"for ids only: {self.note}"] if self.tokenizer is None else [])
+
+    def probes(self) -> list[NDArray[np.int64]]:
+        tokenizer: tokenizers.Tokenizer | None = self.tokenizer
+        texts = [] if tokenizer is None else [tokenizer.encode(text).ids for text in check.TEXTS]
+        windows = [layer.attention.window for layer in self.decoder.layers]
+        limit = self.decoder.limit or 1 << 20
+        shown = [window for window in windows if window is not None]
+        rows = check.ragged(texts, self.decoder.vocabulary, limit, shown)
+        self.spent = {row.tobytes(): None for row in rows}
+        return rows
+
+    def written(self, place: Path) -> None:
+        self.place = place
+
+    @cached_property
+    def own(self) -> CausalLM:
+        """The graph in float32: what there is to ask."""
+        assert self.place is not None
+        return CausalLM(self.place, tuning=Tuning(entries=UNPACKED))
+
+    def logits(self, row: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Of one row alone, read at once."""
+        found = _read(self.own.model, row)
+        if not np.isfinite(found).all():
+            raise check.Mismatch("its logits are not finite: the weights are damaged")
+        if self.spent.get(row.tobytes(), 0) is None:
+            self.spent[row.tobytes()] = _surprise(found, row)
+        return found
+
+    def continuation(self, row: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+        out = self.own.without_defaults().generate(
+            [row.tolist()], max_new_tokens=count, return_dict_in_generate=True
+        )
+        assert isinstance(out, GenerateOutput)
+        return np.array(out.sequences[0][-count:], np.int64)
+
+    def convert(self, whole: bool = False) -> tuple[ir.Model, list[str]]:
+        with _named(self.name):
+            made = graph.write(self.decoder, self.weights)
+        about = [f"{len(self.decoder.layers)} attention layers"]
+        return made, [*about, f"all {len(self.weights)} tensors are read once"]
+
+    def describe(self, precision: str) -> dict[str, Any]:
+        decoder = self.decoder
+        layers = [layer.attention for layer in decoder.layers]
+        return {
+            "format": FORMAT,
+            "fastgen": fastgen.__version__,
+            "precision": precision,
+            "model_type": self.config["model_type"],
+            "name": self.name,
+            "parameters": self.parameters,
+            "vocab_size": decoder.vocabulary,
+            "max_length": decoder.limit,
+            "hard_limit": decoder.hard,
+            "layers": [[layer.kv_heads, layer.head_dim] for layer in layers],
+            "states": [],
+            "cache_dtype": "float32",
+        }
+
+    def report(self) -> dict[str, Any]:
+        spent = [one for one in self.spent.values() if one is not None]
+        lost = float(np.concatenate(spent).mean())
+        return {
+            "proof": f"family {self.config['model_type']} ({families.KNOWN_BY})",
+            "beside": "its own graph in float32, which reads each row alone",
+            "nats_a_token": {"probes": lost, "of chance": float(np.log(self.decoder.vocabulary))},
+        }
+
+    def versions(self) -> dict[str, str]:
+        return {"onnx": onnx.__version__, "onnx_ir": ir.__version__}
+
+    def write_configuration(self, to: Path) -> None:
+        write_json(to / CONFIG, self.config)
+        path = self.directory / DEFAULTS
+        ids = {name: self.config[name] for name in families.IDS if name in self.config}
+        write_json(to / DEFAULTS, jsonfile.read(path) if path.is_file() else ids)
+        if self.tokenizer is not None:
+            vocabulary.write(self.directory, to)
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Errors with the name of the model before them."""
+    try:
+        yield
+    except UnsupportedModel as error:
+        raise UnsupportedModel(f"{name} cannot be built: {error}") from error
+    except jsonfile.ModelError as error:
+        raise jsonfile.ModelError(f"{name} cannot be built: {error}") from error
+
+
+def _without_copy(decoder: Decoder, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without a tied head that is stored a second time.
+
+    Raises:
+        UnsupportedModel: it is not the same.
+    """
+    copy = next(
+        (name for name in ("lm_head.weight", *decoder.also.values()) if name in found), None
+    )
+    if decoder.head.weight is not None or copy is None:
+        return found
+    table = decoder.embedding.table
+    one = found.get(table, found.get(table.removeprefix(decoder.base)))
+    if one is None or one.shape != found[copy].shape or not _equal(one, found[copy]):
+        raise UnsupportedModel(f"its {copy} is not its embedding, which config.json says it is")
+    return {name: tensor for name, tensor in found.items() if name != copy}
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    parts = (slice(at, at + COMPARED) for at in range(0, one.shape[0], COMPARED))
+    return all(np.array_equal(one.read(part), other.read(part)) for part in parts)
+
+
+def _read(model: Model, row: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Logits [length, vocab] of a row that is read from its beginning, as few times as may be."""
+    vocab = model.info.vocab_size
+    cache = model.new_cache(1, len(row))
+    step = max(1, AT_ONCE // vocab)
+    found = np.empty((len(row), vocab), np.float32)
+    for at in range(0, len(row), step):
+        part = row[at : at + step]
+        places = np.arange(len(part))[None]
+        found[at : at + len(part)] = model.forward([part], cache, logits_positions=places)[0]
+    return found
+
+
+def _surprise(logits: NDArray[np.float32], row: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Of each token of a row but the first: nats, by what was said before it."""
+    said = log_softmax(logits[:-1])
+    return -said[np.arange(len(row) - 1), row[1:]]

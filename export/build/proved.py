@@ -1,0 +1,27 @@
+"""A built graph, and the original in torch that it is proved against."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from fastgen.export.build.origin import Built
+from fastgen.export.original import Original
+from fastgen.export.source import Source
+
+
+class Proved(Original):
+    """A transformers model whose graph is built of its checkpoint. See `origin.Origin`."""
+
+    way = "built of its tensors, proved by torch"
+
+    def __init__(self, loaded: Source, directory: Path) -> None:
+        super().__init__(loaded)
+        self.built = Built(directory, loaded.name)
+
+    def convert(self, whole: bool = False) -> tuple[ir.Model, list[str]]:
+        return self.built.convert(whole)
+
+    def describe(self, precision: str) -> dict[str, Any]:
+        return super().describe(precision) | self.built.describe(precision)
