@@ -1,0 +1,364 @@
+"""Grammars of calls: what an answer has to be, in llguidance's Lark, so that its calls are legal.
+
+A format says how one call is written and what stands around several; here they become the grammar
+of an answer in which a call has to come, or may.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastgen import constraint
+from fastgen.serve.tools.reader import Marks
+from fastgen.serve.tools.typed import kinds, property_of, target
+
+Tools = Mapping[str, Any]  # the schema of the parameters of each tool, by its name
+NOTHING = json.dumps("")
+
+
+class Form:
+    """Rules of a grammar, as they are needed.
+
+    Args:
+        special: the id of each special token by its spelling: no text can write those.
+    """
+
+    def __init__(self, special: Mapping[str, int]) -> None:
+        self.special = {text: token for text, token in special.items() if text}
+        self._rules: dict[str, str] = {}
+
+    def rule(self, text: str, kind: str = "r", settings: str = "") -> str:
+        """The name of a rule that says `text`; one that is there already is used again."""
+        for name, known in self._rules.items():
+            if known == f"{settings}: {text}" and name.startswith(kind):
+                return name
+        name = f"{kind}{len(self._rules)}"
+        self._rules[name] = f"{settings}: {text}"
+        return name
+
+    def named(self, name: str, text: str) -> str:
+        """A rule whose name is known before what it says, as it may refer to itself."""
+        self._rules[name] = f": {text}"
+        return name
+
+    def literal(self, text: str) -> str:
+        """A text that has to come; special tokens in it are tokens."""
+        if not text:
+            return ""
+        found = sorted((one for one in self.special if one in text), key=len, reverse=True)
+        if not found:
+            return json.dumps(text, ensure_ascii=False)
+        before, mark, after = text.partition(found[0])
+        parts = (self.literal(before), f"<[{self.special[mark]}]>", self.literal(after))
+        return " ".join(filter(None, parts))
+
+    def anything(self) -> str:
+        """Any text, the empty one too, in which no special token is."""
+        return f"{self.rule('/(?s:.+)/', 'ANY')}?"
+
+    def until(self, mark: str) -> str:
+        """Any text, and `mark`, which is not in it."""
+        if mark in self.special:
+            return f"{self.anything()} <[{self.special[mark]}]>"
+        return self.rule("/(?s:.*)/", "u", f"[suffix={json.dumps(mark, ensure_ascii=False)}]")
+
+    def without(self, *marks: str) -> str:
+        """Any text in which none of `marks` is."""
+        plain = [one for one in marks if one not in self.special]
+        if not plain:
+            return self.anything()
+        nots = " & ".join(f"~/(?s:.*){pattern(one)}(?s:.*)/" for one in plain)
+        return f"{self.rule(f'/(?s:.+)/ & {nots}', 'WITHOUT')}?"
+
+    def json(self, schema: Any) -> str:
+        """JSON of a schema, in one line."""
+        schema = {} if schema is True or schema is None else schema
+        if isinstance(schema, dict):
+            schema = {**schema, "x-guidance": constraint.JSON}
+        return f"%json {json.dumps(schema)}"
+
+    def choice(self, parts: Sequence[str]) -> str:
+        return f"({' | '.join(parts)})" if len(parts) != 1 else parts[0]
+
+    def text(self, start: str) -> str:
+        """The grammar."""
+        rules = (f"{name}{text}" for name, text in self._rules.items())
+        return "\n".join([f"start: {start}", *rules]) + "\n"
+
+
+def pattern(text: str) -> str:
+    """A regular expression that matches a text, in llguidance's slashes."""
+    escaped = re.sub(r"([^\w\s])", r"\\\1", text) if text.isascii() else re.escape(text)
+    return escaped.replace("\n", "\\n").replace("\\ ", " ")
+
+
+def parameters_of(schema: Any) -> dict[str, Any]:
+    """The schema of a tool's parameters; an object of no properties where there is none."""
+    if not isinstance(schema, dict) or not schema:
+        return {"type": "object", "properties": {}}
+    return schema
+
+
+def with_definitions(schema: Any, root: Any) -> Any:
+    """A schema within another, with the definitions that it may refer to."""
+    if not isinstance(schema, dict) or not isinstance(root, dict):
+        return schema
+    return {**{n: root[n] for n in ("$defs", "definitions") if n in root}, **schema}
+
+
+# --- values that stand in no JSON ----------------------------------------------------------------
+
+
+def members(root: Any, schema: Any) -> list[tuple[str, Any, bool]]:
+    """The properties of an object: name, schema, and whether it has to be there."""
+    if isinstance(schema, dict) and isinstance(schema.get("$ref"), str):
+        schema = target(schema["$ref"], root)
+    if not isinstance(schema, dict):
+        return []
+    required = schema.get("required") or ()
+    properties = dict(schema.get("properties") or {})
+    for name in required:
+        properties.setdefault(name, True)
+    return [(name, one, name in required) for name, one in properties.items()]
+
+
+def plain(form: Form, schema: Any, root: Any, close: str) -> str:
+    """A value that is written as it is, if it is a text, or else in JSON; and the mark behind it.
+
+    Raises:
+        ValueError: what the text has to be cannot be said.
+    """
+    allowed = kinds(schema, root)
+    schema = schema if isinstance(schema, dict) else {}
+    end = form.literal(close)
+    fixed = [schema["const"]] if "const" in schema else schema.get("enum")
+    if isinstance(fixed, list):
+        texts = [one if isinstance(one, str) else json.dumps(one) for one in fixed]
+        options = [form.literal(one) or NOTHING for one in texts]
+        return f"{form.choice(options)} {end}"
+    parts = []
+    others = allowed - {"string"}
+    if others == kinds(True, None) - {"string"} or not others and allowed != {"string"}:
+        return form.until(close)  # it may be anything
+    if "string" in allowed:
+        parts.append(f"{_text(form, schema)} {end}" if _is_bounded(schema) else form.until(close))
+    if others and (allowed == others or not parts):
+        whole = with_definitions(schema or {"type": sorted(others)}, root)
+        parts.append(f"{form.json(whole)} {end}")
+    return form.choice(parts)
+
+
+def _is_bounded(schema: Mapping[str, Any]) -> bool:
+    return any(name in schema for name in ("pattern", "minLength", "maxLength", "format"))
+
+
+def _text(form: Form, schema: Mapping[str, Any]) -> str:
+    """A text within bounds."""
+    if "format" in schema and "pattern" not in schema:
+        raise ValueError(
+            f"a text of the format {schema['format']!r} cannot be forced in this model's form of "
+            "calls: use a pattern"
+        )
+    if "pattern" in schema:
+        inner = schema["pattern"]
+        before = "" if inner.startswith("^") else "(?s:.*)"
+        after = "" if inner.endswith("$") else "(?s:.*)"
+        body = inner.removeprefix("^").removesuffix("$").replace("/", "\\/")
+        return form.rule(f"/{before}({body}){after}/", "TEXT")
+    low, high = schema.get("minLength", 0), schema.get("maxLength", "")
+    return form.rule(f"/(?s:.{{{low},{high}}})/", "TEXT")
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How values are written where that is nearly JSON.
+
+    Attributes:
+        words: for true, false and null.
+        quote: what stands on both sides of a text, in which it cannot be; None for JSON's texts.
+        quoted_keys: whether the names within objects stand in quotes.
+        colon, comma: what stands between.
+    """
+
+    words: tuple[str, str, str]
+    quote: str | None
+    quoted_keys: bool
+    colon: str
+    comma: str
+
+    def key(self, form: Form, name: str) -> str:
+        if not self.quoted_keys:
+            return form.literal(f"{name}{self.colon}")
+        return form.literal(json.dumps(name, ensure_ascii=False) + self.colon)
+
+    def string(self, form: Form, schema: Any) -> str:
+        if self.quote is None:
+            return form.json({**schema, "type": "string"} if isinstance(schema, dict) else schema)
+        if isinstance(schema, dict) and _is_bounded(schema):
+            return f"{form.literal(self.quote)} {_text(form, schema)} {form.literal(self.quote)}"
+        return f"{form.literal(self.quote)} {form.until(self.quote)}"
+
+    def fixed(self, form: Form, value: Any) -> str:
+        """A value that is given."""
+        if isinstance(value, bool) or value is None:
+            return form.literal(self.words[2 if value is None else 0 if value else 1])
+        if isinstance(value, str):
+            text = json.dumps(value, ensure_ascii=False)
+            return form.literal(text if self.quote is None else f"{self.quote}{value}{self.quote}")
+        if isinstance(value, list):
+            inner = f" {form.literal(self.comma)} ".join(self.fixed(form, one) for one in value)
+            return f'"[" {inner} "]"'
+        if isinstance(value, dict):
+            each = (f"{self.key(form, n)} {self.fixed(form, v)}" for n, v in value.items())
+            inner = f" {form.literal(self.comma)} ".join(each)
+            return f'"{{" {inner} "}}"'
+        return form.literal(json.dumps(value))
+
+    def value(self, form: Form, schema: Any, root: Any, deep: int = 0) -> str:
+        """A value of a schema.
+
+        Raises:
+            ValueError: the schema is too deep to be written out.
+        """
+        if deep > 40:
+            raise ValueError("a schema that refers to itself cannot be forced in this form")
+        if not isinstance(schema, dict):
+            schema = {}
+        if isinstance(schema.get("$ref"), str):
+            return self.value(form, target(schema["$ref"], root), root, deep + 1)
+        if "const" in schema or isinstance(schema.get("enum"), list):
+            given = [schema["const"]] if "const" in schema else schema["enum"]
+            return form.choice([self.fixed(form, one) for one in given])
+        for name in ("anyOf", "oneOf"):
+            if isinstance(schema.get(name), list):
+                return form.choice([self.value(form, one, root, deep + 1) for one in schema[name]])
+        parts = [self._of(form, kind, schema, root, deep) for kind in sorted(kinds(schema, root))]
+        return form.choice([one for one in dict.fromkeys(parts) if one])
+
+    def _of(self, form: Form, kind: str, schema: Any, root: Any, deep: int) -> str:
+        if kind == "string":
+            return self.string(form, schema)
+        if kind == "boolean":
+            return f"({form.literal(self.words[0])} | {form.literal(self.words[1])})"
+        if kind == "null":
+            return form.literal(self.words[2])
+        if kind in ("integer", "number"):
+            if kind == "integer" and "number" in kinds(schema, root):
+                return ""
+            bounds = {n: v for n, v in schema.items() if n.lower().endswith(("minimum", "maximum"))}
+            return form.json({"type": kind, **bounds})
+        if kind == "array":
+            items = schema.get("items", {}) if deep < 4 or "items" in schema else {"type": "null"}
+            one = form.rule(self.value(form, items, root, deep + 1), "value")
+            return f'"[" ({one} ({form.literal(self.comma)} {one})*)? "]"'
+        return f'"{{" {self.members(form, schema, root, deep)} "}}"'
+
+    def members(self, form: Form, schema: Any, root: Any, deep: int = 0) -> str:
+        """The members of an object, those that have to be there and any of the others, in order."""
+        pairs = [
+            (f"{self.key(form, name)} {self.value(form, one, root, deep + 1)}", needed)
+            for name, one, needed in members(root, schema)
+        ]
+        return separated(form, pairs, form.literal(self.comma))
+
+
+def separated(form: Form, parts: Sequence[tuple[str, bool]], comma: str) -> str:
+    """Parts in order with something between them, each with whether it has to be there."""
+    tail, later = "", ""  # what may follow something, and what may begin
+    for part, needed in reversed(parts):
+        rule = form.rule(part, "member")
+        after = f"{rule} {tail}".strip()
+        begins = after if needed else f"({after} | {later})" if later else f"({after})?"
+        follows = f"{comma} {after}" if needed else f"({comma} {after} | {tail})" if tail else (
+            f"({comma} {after})?")  # fmt: skip
+        tail, later = form.rule(follows, "tail"), form.rule(begins, "begin")
+    return later
+
+
+# --- answers -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is wanted of an answer.
+
+    Attributes:
+        tools: those that may be called.
+        forced: whether one has to be.
+        several: whether several may be.
+        reasoning: the marks of reasoning that may come first.
+        inside: whether it has begun already.
+        content: what an answer without calls has to be: an expression; None for any text.
+    """
+
+    tools: Tools
+    forced: bool
+    several: bool
+    reasoning: Marks | None = None
+    inside: bool = False
+    content: str | None = None
+
+
+def thought(form: Form, wanted: Wanted) -> str:
+    """The reasoning that may come, or has begun, up to its end."""
+    if wanted.reasoning is None:
+        return ""
+    end = form.until(wanted.reasoning.end)
+    if wanted.inside:
+        return end
+    return f"({form.literal(wanted.reasoning.begin)} {end})?"
+
+
+def answer(form: Form, wanted: Wanted, mark: str, body: str, between: str, repeats: bool) -> str:
+    """The grammar of an answer.
+
+    Args:
+        mark: what calls begin with.
+        body: what follows it: an expression.
+        between: what stands between two of them, where they repeat the mark.
+        repeats: whether they do.
+    """
+    first = thought(form, wanted)
+    rest = form.rule(body, "calls")
+    more = wanted.several and repeats
+    if wanted.forced:
+        again = f"({form.literal(between)} {form.literal(mark)} {rest})*" if more else ""
+        space = form.rule(r"/\s+/", "SPACE") + "?" if first else ""
+        return form.text(f"{first} {space} {form.literal(mark)} {rest} {again}")
+    if wanted.content is not None:
+        again = f"({form.literal(between)} {form.literal(mark)} {rest})*" if more else ""
+        return form.text(f"{first} ({wanted.content} | {form.literal(mark)} {rest} {again})")
+    tail = form.without(mark)
+    before = form.until(mark)
+    if more:
+        return form.text(f"{first} ({before} {rest})* {tail}")
+    return form.text(f"{first} ({before} {rest} | {tail})")
+
+
+def by_kind(made: Form, schema: Any, root: Any, close: str) -> list[tuple[str, str]]:
+    """A value and the mark behind it, where the text says whether it is a text: both ways."""
+    allowed = kinds(schema, root)
+    found = []
+    if "string" in allowed:
+        alone = {**schema, "type": "string"} if isinstance(schema, dict) else {"type": "string"}
+        if isinstance(alone.get("enum"), list):
+            alone["enum"] = [one for one in alone["enum"] if isinstance(one, str)]
+        for name in ("anyOf", "oneOf", "$ref", "allOf"):
+            alone.pop(name, None)
+        found.append(('"true">', f"({plain(made, alone, root, close)})"))
+    if others := allowed - {"string"}:
+        whole = narrowed(schema, root, sorted(others))
+        found.append(('"false">', f"{made.json(whole)} {made.literal(close)}"))
+    return found
+
+
+def narrowed(schema: Any, root: Any, to: list[str]) -> Any:
+    """A schema whose values are of some kinds only."""
+    kept = schema if isinstance(schema, dict) else {}
+    plain_type = not kept or ("type" in kept and not {"anyOf", "oneOf", "$ref"} & kept.keys())
+    made = {**kept, "type": to} if plain_type else {"allOf": [kept, {"type": to}]}
+    return with_definitions(made, root)
