@@ -135,10 +135,16 @@ class Tags(Reader):
             if not (yield from text.accept(f'<{self._tag("invoke")} name="')):
                 return self.broken()
             name = yield from text.run(QUOTED)
-            if name not in self.asked.tools or not (yield from text.accept('">')):
+            if name not in self.asked.tools or not (yield from text.accept('"')):
+                return self.broken()
+            yield from text.space()
+            alone = yield from text.accept("/")
+            if not (yield from text.accept(">")):
                 return self.broken()
             self.call(name)
-            if not (yield from self._parameters(name)):
+            if alone:
+                self.arguments("{}")
+            elif not (yield from self._parameters(name)):
                 return self.broken()
             self.ended()
             text.record()
@@ -166,7 +172,7 @@ class Tags(Reader):
             if not (yield from text.accept(">")):
                 return False
             if not (yield from parameters.read(
-                key, lambda out: closed(text, close, [end, begin], out, False), kind
+                key, lambda out: closed(text, close, [end, begin], out), kind
             )):  # fmt: skip
                 return False
 

@@ -12,6 +12,7 @@ from fastgen.serve.tools.hermes import BEGIN, END
 from fastgen.serve.tools.reader import NAME, THINK, Reader, Steps
 from fastgen.serve.tools.typed import Parameters, closed
 
+LOST = ("", BEGIN)  # what follows the end of a call
 KEYS, VALUES = ("<arg_key>", "</arg_key>"), ("<arg_value>", "</arg_value>")
 
 
@@ -52,7 +53,7 @@ class Pairs(Reader):
                 return self.broken()
             ends = [END, KEYS[0]]
             whole = yield from parameters.read(
-                "".join(key).strip(), lambda out: closed(text, VALUES[1], ends, out, False)
+                "".join(key).strip(), lambda out: closed(text, VALUES[1], ends, out, lost={END: LOST})
             )
             if not whole:
                 return self.broken()

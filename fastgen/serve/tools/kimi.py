@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Sequence
 
@@ -9,7 +10,7 @@ from fastgen.serve.tools import form, json_text
 from fastgen.serve.tools.form import Form, Wanted, parameters_of
 from fastgen.serve.tools.format import KEY, TOOL, Format
 from fastgen.serve.tools.reader import THINK, Marks, Reader, Steps
-from fastgen.serve.tools.typed import EVERY, Parameters
+from fastgen.serve.tools.typed import EVERY, Parameters, closed
 
 ALL, END_ALL = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
 ONE, ARGUMENTS, END_ONE = "<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>"
@@ -25,15 +26,16 @@ class Sections(Reader):
     def calls(self) -> Steps[None]:
         text = self.text
         text.record(ALL)
+        called = False
         while True:
-            mark = yield from text.until([ONE, END_ALL], lambda _: None)
-            if mark is None:
+            between: list[str] = []
+            mark = yield from text.until([ONE, END_ALL], between.append)
+            if mark is None or (mark == END_ALL and "".join(between).strip() and not called):
                 return self.broken()
             if mark == END_ALL:
-                if not self._called:
-                    return self.broken()
                 text.recorded()
                 return None
+            called = True
             yield from text.space()
             name = self._tool((yield from text.run(ID)))
             yield from text.space()
@@ -96,8 +98,10 @@ class Elements(Reader):
     """Reads elements: think, response, tools; what stands outside of them is content."""
 
     def _answer(self) -> Steps[None]:
-        yield from self.reasoning()
         text = self.text
+        ahead = f"{OPEN}response"
+        if (yield from text.peek(len(ahead))) != ahead:  # the prompt may have begun to think
+            yield from self.reasoning()
         while mark := (yield from text.until([OPEN, CLOSE], self.content)):
             text.record(mark)
             tag = yield from text.run(TAG)
@@ -120,6 +124,7 @@ class Elements(Reader):
         self.call(name)
         parameters = Parameters(self, self.asked.tools[name])
         close = f"{CLOSE}argument{SEPARATOR}"
+        ends = [f"{OPEN}argument", f"{CLOSE}call"]
         while True:
             yield from text.space()
             if (yield from text.accept(f"{CLOSE}call{SEPARATOR}")):
@@ -128,15 +133,14 @@ class Elements(Reader):
             if not (yield from text.accept(OPEN)):
                 return self.broken()
             tag = yield from text.run(TAG)
-            told = dict(ATTRIBUTE.findall(tag))
+            told = {key: html.unescape(one) for key, one in ATTRIBUTE.findall(tag)}
             if not tag.startswith("argument ") or not (yield from text.accept(SEPARATOR)):
                 return self.broken()
             kind = KINDS.get(told["type"], EVERY - {"string"}) if "type" in told else None
-
-            def body(out: form.Any) -> Steps[bool]:
-                return (yield from text.until([close], out)) is not None
-
-            if not (yield from parameters.read(told.get("key", ""), body, kind)):
+            whole = yield from parameters.read(
+                told.get("key", ""), lambda out: closed(text, close, ends, out), kind
+            )
+            if not whole:
                 return self.broken()
 
 

@@ -23,6 +23,9 @@ class Functions(Reader):
     def openings(self) -> Sequence[str]:
         return [BEGIN, FUNCTION] if self.asked.tools else ()
 
+    def interruptions(self) -> Sequence[str]:
+        return [f"{BEGIN}\n{FUNCTION}{name}>" for name in self.asked.tools]
+
     def _answer(self) -> Steps[None]:
         yield from self.reasoning()
         text = self.text
@@ -55,6 +58,9 @@ class Functions(Reader):
 
     def _parameters(self, name: str) -> Steps[bool]:
         text, parameters = self.text, Parameters(self, self.asked.tools[name])
+        names = (one for one, _, _ in form.members(self.asked.tools[name], self.asked.tools[name]))
+        lost: dict[str, Sequence[str]] = {f"\n{PARAMETER}{one}>\n": () for one in names}
+        lost[f"\n{END_FUNCTION}"] = [END]
         while True:
             yield from text.space()
             if (yield from text.accept(END_FUNCTION)):
@@ -68,7 +74,7 @@ class Functions(Reader):
             yield from text.accept("\n")
             ends = [PARAMETER, END_FUNCTION]
             if not (yield from parameters.read(
-                key, lambda out: closed(text, END_PARAMETER, ends, out, True)
+                key, lambda out: closed(text, END_PARAMETER, ends, out, True, lost)
             )):  # fmt: skip
                 return False
 

@@ -101,6 +101,12 @@ class Text:
             self._record.append(piece)
         return piece
 
+    def put_back(self, taken: str) -> None:
+        """Let what was taken last be there again."""
+        self._held, self._at = taken + self._held[self._at :], 0
+        if self._record is not None:
+            self._record = ["".join(self._record).removesuffix(taken)]
+
     def peek(self, count: int = 1) -> Steps[str]:
         """The next characters; fewer where the text ends before."""
         while len(self._held) - self._at < count and not self.ended:
@@ -262,8 +268,14 @@ class Reader:
         else:
             yield from self.text.space()
             yield from self.text.accept(marks.begin)  # some models say it again
-        yield from self.text.until([marks.end], self.think)
+        mark = yield from self.text.until([marks.end, *self.interruptions()], self.think)
+        if mark is not None and mark != marks.end:
+            self.text.put_back(mark)
         self._content.begin = True
+
+    def interruptions(self) -> Sequence[str]:
+        """What ends reasoning besides its mark: some models call without having said it."""
+        return ()
 
     def think(self, piece: str) -> None:
         self._event("reasoning", self._thought.push(piece))
@@ -291,8 +303,13 @@ class Reader:
         self._events.append(Event("end"))
 
     def broken(self) -> None:
-        """What was taken since the recording began is no call after all."""
+        """What was taken since the recording began is no call after all.
+
+        It is content, unless it is only the beginning of one that the end of the text cut off.
+        """
         raw = self.text.recorded()
+        if (self.text.cut and not self.text.rest) or raw.strip() in self.openings():
+            raw = ""  # the beginning of a call, cut off
         if self._open:
             self._open = False
             self._events.append(Event("broken", raw))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fastgen.serve.tools.json_text import is_object
@@ -140,12 +139,22 @@ class Parameters:
         self._reader.arguments("}" if self._said else "{}")
 
 
-def closed(text: Text, close: str, after: Sequence[str], out: Out, newline: bool) -> Steps[bool]:
+def closed(
+    text: Text,
+    close: str,
+    after: Sequence[str],
+    out: Out,
+    newline: bool = False,
+    lost: Mapping[str, Sequence[str]] | None = None,
+) -> Steps[bool]:
     """Pass on a value up to `close`; within it `close` may stand, if nothing of `after` follows.
 
     Args:
         newline: whether a line break before `close` is not the value's.
+        lost: marks that end it too, where `close` is forgotten, each with what has to follow then
+            (nothing: anything); they are not taken.
     """
+    lost = lost or {}
     held = ""  # a line break that may be the last one
 
     def push(piece: str) -> None:
@@ -156,9 +165,14 @@ def closed(text: Text, close: str, after: Sequence[str], out: Out, newline: bool
             out(piece)
 
     while True:
-        mark = yield from text.until([close], push)
+        mark = yield from text.until([close, *lost], push)
         if mark is None:
             return False
+        if mark != close:
+            if (yield from _follows(text, mark, lost[mark])):
+                return True
+            push(mark)
+            continue
         space = yield from text.space()
         for one in after:
             there = yield from text.peek(len(one))
@@ -169,4 +183,11 @@ def closed(text: Text, close: str, after: Sequence[str], out: Out, newline: bool
         push(mark + space)
 
 
-NAMED = re.compile(r"[^<>\"\s=\n]+")
+def _follows(text: Text, mark: str, after: Sequence[str]) -> Steps[bool]:
+    """Whether one of `after` follows a mark; then the mark is given back, or else the space is."""
+    space = yield from text.space()
+    found = not after
+    for one in after:
+        found = found or (yield from text.peek(max(1, len(one)))) == one
+    text.put_back(mark + space if found else space)
+    return found
