@@ -10,5 +10,6 @@ glm       GLM 4.5, 4.7                        deepseek  DeepSeek V3, V3.1, V3.2 
 harmony   gpt-oss                             kimi      Kimi K2, K3
 gemma     Gemma 4, FunctionGemma              granite   Granite 3
 command_r Command R7B and later               smollm3   SmolLM3
-plain     ours, for templates without tools
+plain     ours, for templates without tools   choice    what a request says of its tools
+whole     the events of an answer together
 """

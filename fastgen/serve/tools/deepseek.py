@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from functools import partial
 
 from fastgen.serve.tools import form, json_text
 from fastgen.serve.tools.form import Form, Wanted, parameters_of
@@ -17,6 +18,7 @@ ALL, END_ALL = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 ONE, SEPARATOR, END_ONE = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
 FENCE, END_FENCE = "```json", "```"
 DSML = "｜DSML｜"
+TEXT, OTHER = '"true">', '"false">'
 QUOTED = re.compile(r'[^"<>\n]+')
 
 
@@ -63,7 +65,7 @@ class DeepSeek(Format):
     """V3.1."""
 
     name = "deepseek31"
-    reader: type[Reader] = Sections
+    reader = Sections
     mark, marks = ALL, (ALL, END_ALL, ONE, SEPARATOR, END_ONE)
     repeats = False
     reasoning = THINK
@@ -93,7 +95,10 @@ class DeepSeek3(DeepSeek):
     _tail = f"\n{END_FENCE}{END_ONE}"
 
     def shown(self, call: str) -> bool:
-        return re.search(rf"{ONE}function{SEPARATOR}{TOOL}\s*{FENCE}\s*\{{\s*\"{KEY}", call) is not None
+        return (
+            re.search(rf"{ONE}function{SEPARATOR}{TOOL}\s*{FENCE}\s*\{{\s*\"{KEY}", call)
+            is not None
+        )
 
     def _head(self, name: str) -> str:
         return f"{ONE}function{SEPARATOR}{name}\n{FENCE}\n"
@@ -172,7 +177,7 @@ class Tags(Reader):
             if not (yield from text.accept(">")):
                 return False
             if not (yield from parameters.read(
-                key, lambda out: closed(text, close, [end, begin], out), kind
+                key, partial(closed, text, close, [end, begin], False, {}), kind
             )):  # fmt: skip
                 return False
 
@@ -186,10 +191,7 @@ class Dsml(Format):
     repeats = False
     reasoning = THINK
     outer, space = "function_calls", ""
-
-    @property
-    def mark(self) -> str:  # type: ignore[override]
-        return f"<{DSML}{self.outer}>"
+    mark = f"<{DSML}function_calls>"
 
     def shown(self, call: str) -> bool:
         head = f'<{DSML}{self.outer}>\\s*<{DSML}{self.space}invoke name="{TOOL}">'
@@ -214,7 +216,10 @@ class Dsml(Format):
         for name, schema, needed in form.members(root, root):
             head = f"<{word}parameter name={json.dumps(name, ensure_ascii=False)} string="
             each = form.by_kind(made, schema, root, close)
-            options = [f"{made.literal(head + told)} {value}" for told, value in each]
+            options = [
+                f"{made.literal(head + (TEXT if kind == 'string' else OTHER))} {value}"
+                for kind, value in each
+            ]
             one = made.rule(f"{made.choice(options)} {made.literal(LINE)}", "pair")
             parts.append(one + ("" if needed else "?"))
         return " ".join(parts)
@@ -225,6 +230,7 @@ class Dsml4(Dsml):
 
     name = "deepseek4"
     outer = "tool_calls"
+    mark = f"<{DSML}tool_calls>"
 
 
 class Dsml41(Dsml):
@@ -232,3 +238,4 @@ class Dsml41(Dsml):
 
     name = "deepseek41"
     outer, space = " calls", " "
+    mark = f"<{DSML} calls>"

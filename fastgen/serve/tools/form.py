@@ -14,10 +14,11 @@ from typing import Any
 
 from fastgen import constraint
 from fastgen.serve.tools.reader import Marks
-from fastgen.serve.tools.typed import kinds, property_of, target
+from fastgen.serve.tools.typed import DEEP, KINDS, kinds, target
 
 Tools = Mapping[str, Any]  # the schema of the parameters of each tool, by its name
-NOTHING = json.dumps("")
+BOUNDS = {"pattern", "minLength", "maxLength", "format"}
+SAYS = {"type", "properties", "items", "prefixItems", "not", "if", "allOf"}
 
 
 class Form:
@@ -62,17 +63,33 @@ class Form:
 
     def until(self, mark: str) -> str:
         """Any text, and `mark`, which is not in it."""
-        if mark in self.special:
-            return f"{self.anything()} <[{self.special[mark]}]>"
-        return self.rule("/(?s:.*)/", "u", f"[suffix={json.dumps(mark, ensure_ascii=False)}]")
+        before, rest = self._split(mark)
+        if not rest:
+            suffix = f"[suffix={json.dumps(mark, ensure_ascii=False)}]"
+            return self.rule("/(?s:.*)/", "u", suffix)
+        if not before:
+            return f"{self.anything()} {self.literal(rest)}"
+        return f"{self.rule(f'/(?s:.*){pattern(before)}/', 'BEFORE')} {self.literal(rest)}"
 
-    def without(self, *marks: str) -> str:
-        """Any text in which none of `marks` is."""
-        plain = [one for one in marks if one not in self.special]
-        if not plain:
+    def bounded(self, inner: str, mark: str) -> str:
+        """A text that matches a regular expression, and `mark`, which is not in it."""
+        before, rest = self._split(mark)
+        if not rest:
+            found, alone = f"/({inner}){pattern(mark)}/", f"~/(?s:.*){pattern(mark)}(?s:.+)/"
+            return self.rule(f"{found} & {alone}", "TEXT")
+        return f"{self.rule(f'/({inner}){pattern(before)}/', 'TEXT')} {self.literal(rest)}"
+
+    def without(self, mark: str) -> str:
+        """Any text in which `mark` is not."""
+        if self._split(mark)[1]:
             return self.anything()
-        nots = " & ".join(f"~/(?s:.*){pattern(one)}(?s:.*)/" for one in plain)
-        return f"{self.rule(f'/(?s:.+)/ & {nots}', 'WITHOUT')}?"
+        inside = f"/(?s:.*){pattern(mark)}(?s:.*)/"
+        return f"{self.rule(f'/(?s:.+)/ & ~{inside}', 'WITHOUT')}?"
+
+    def _split(self, mark: str) -> tuple[str, str]:
+        """What of a mark comes before the first special token in it, and the rest."""
+        first = min((mark.find(one) for one in self.special if one in mark), default=len(mark))
+        return mark[:first], mark[first:]
 
     def json(self, schema: Any) -> str:
         """JSON of a schema, in one line."""
@@ -126,38 +143,63 @@ def members(root: Any, schema: Any) -> list[tuple[str, Any, bool]]:
     return [(name, one, name in required) for name, one in properties.items()]
 
 
+def options(schema: Any, root: Any, deep: int = 0) -> list[dict[str, Any]]:
+    """The schemas of which a value fits one, each of one type where it says so.
+
+    Raises:
+        ValueError: a schema refers to itself without an end.
+    """
+    if deep > DEEP:
+        raise ValueError("a schema refers to itself without an end")
+    if not isinstance(schema, dict):
+        return [{}]
+    whole = schema.get("allOf")
+    if isinstance(schema.get("$ref"), str):
+        return options(target(schema["$ref"], root), root, deep + 1)
+    if isinstance(whole, list) and len(whole) == 1:
+        return options(whole[0], root, deep + 1)
+    for name in ("anyOf", "oneOf"):
+        if isinstance(schema.get(name), list):
+            return [found for one in schema[name] for found in options(one, root, deep + 1)]
+    if isinstance(schema.get("type"), list):
+        return [{**schema, "type": one} for one in schema["type"]]
+    return [schema]
+
+
 def plain(form: Form, schema: Any, root: Any, close: str) -> str:
     """A value that is written as it is, if it is a text, or else in JSON; and the mark behind it.
 
     Raises:
         ValueError: what the text has to be cannot be said.
     """
-    allowed = kinds(schema, root)
-    schema = schema if isinstance(schema, dict) else {}
+    each = options(schema, root)
+    if any(_is_any_text(one) for one in each):
+        return form.until(close)
+    return form.choice([_plain(form, one, root, close) for one in each])
+
+
+def _plain(form: Form, schema: Mapping[str, Any], root: Any, close: str) -> str:
     end = form.literal(close)
     fixed = [schema["const"]] if "const" in schema else schema.get("enum")
     if isinstance(fixed, list):
         texts = [one if isinstance(one, str) else json.dumps(one) for one in fixed]
-        options = [form.literal(one) or NOTHING for one in texts]
-        return f"{form.choice(options)} {end}"
-    parts = []
-    others = allowed - {"string"}
-    if others == kinds(True, None) - {"string"} or not others and allowed != {"string"}:
-        return form.until(close)  # it may be anything
-    if "string" in allowed:
-        parts.append(f"{_text(form, schema)} {end}" if _is_bounded(schema) else form.until(close))
-    if others and (allowed == others or not parts):
-        whole = with_definitions(schema or {"type": sorted(others)}, root)
-        parts.append(f"{form.json(whole)} {end}")
-    return form.choice(parts)
+        return form.choice([form.literal(one + close) for one in texts])
+    if schema.get("type") == "string":
+        return form.bounded(_pattern(schema), close)
+    return f"{form.json(with_definitions(schema, root))} {end}"
 
 
-def _is_bounded(schema: Mapping[str, Any]) -> bool:
-    return any(name in schema for name in ("pattern", "minLength", "maxLength", "format"))
+def _is_any_text(schema: Mapping[str, Any]) -> bool:
+    """Whether every text is a value of a schema that is no alternative."""
+    if "const" in schema or "enum" in schema:
+        return False
+    return not schema.keys() & SAYS or (
+        schema.get("type") == "string" and not schema.keys() & BOUNDS
+    )
 
 
-def _text(form: Form, schema: Mapping[str, Any]) -> str:
-    """A text within bounds."""
+def _pattern(schema: Mapping[str, Any]) -> str:
+    """The regular expression of a text within bounds."""
     if "format" in schema and "pattern" not in schema:
         raise ValueError(
             f"a text of the format {schema['format']!r} cannot be forced in this model's form of "
@@ -168,9 +210,31 @@ def _text(form: Form, schema: Mapping[str, Any]) -> str:
         before = "" if inner.startswith("^") else "(?s:.*)"
         after = "" if inner.endswith("$") else "(?s:.*)"
         body = inner.removeprefix("^").removesuffix("$").replace("/", "\\/")
-        return form.rule(f"/{before}({body}){after}/", "TEXT")
-    low, high = schema.get("minLength", 0), schema.get("maxLength", "")
-    return form.rule(f"/(?s:.{{{low},{high}}})/", "TEXT")
+        return f"{before}({body}){after}"
+    return f"(?s:.{{{schema.get('minLength', 0)},{schema.get('maxLength', '')}}})"
+
+
+def by_kind(form: Form, schema: Any, root: Any, close: str) -> list[tuple[str, str]]:
+    """The kinds of which a value may be, each with how it is written, and the mark behind it."""
+    found = []
+    for one in options(schema, root):
+        for kind in sorted(kinds(one, root)):
+            if kind == "integer" and "number" in kinds(one, root):
+                continue
+            given = {"const", "enum"} & one.keys()
+            if given:
+                values = [one["const"]] if "const" in one else one["enum"]
+                texts = [v for v in values if (kind == "string") == isinstance(v, str)]
+                if kind != "string":
+                    texts = [json.dumps(v) for v in texts if KINDS[type(v)] == kind]
+                value = form.choice([form.literal(text + close) for text in texts])
+            elif kind == "string":
+                value = plain(form, {**one, "type": "string"}, root, close)
+            else:
+                whole = with_definitions({**one, "type": kind}, root)
+                value = f"{form.json(whole)} {form.literal(close)}"
+            found.append((kind, f"({value})"))
+    return found
 
 
 @dataclass(frozen=True)
@@ -198,8 +262,8 @@ class Dialect:
     def string(self, form: Form, schema: Any) -> str:
         if self.quote is None:
             return form.json({**schema, "type": "string"} if isinstance(schema, dict) else schema)
-        if isinstance(schema, dict) and _is_bounded(schema):
-            return f"{form.literal(self.quote)} {_text(form, schema)} {form.literal(self.quote)}"
+        if isinstance(schema, dict) and schema.keys() & BOUNDS:
+            return f"{form.literal(self.quote)} {form.bounded(_pattern(schema), self.quote)}"
         return f"{form.literal(self.quote)} {form.until(self.quote)}"
 
     def fixed(self, form: Form, value: Any) -> str:
@@ -337,28 +401,3 @@ def answer(form: Form, wanted: Wanted, mark: str, body: str, between: str, repea
     if more:
         return form.text(f"{first} ({before} {rest})* {tail}")
     return form.text(f"{first} ({before} {rest} | {tail})")
-
-
-def by_kind(made: Form, schema: Any, root: Any, close: str) -> list[tuple[str, str]]:
-    """A value and the mark behind it, where the text says whether it is a text: both ways."""
-    allowed = kinds(schema, root)
-    found = []
-    if "string" in allowed:
-        alone = {**schema, "type": "string"} if isinstance(schema, dict) else {"type": "string"}
-        if isinstance(alone.get("enum"), list):
-            alone["enum"] = [one for one in alone["enum"] if isinstance(one, str)]
-        for name in ("anyOf", "oneOf", "$ref", "allOf"):
-            alone.pop(name, None)
-        found.append(('"true">', f"({plain(made, alone, root, close)})"))
-    if others := allowed - {"string"}:
-        whole = narrowed(schema, root, sorted(others))
-        found.append(('"false">', f"{made.json(whole)} {made.literal(close)}"))
-    return found
-
-
-def narrowed(schema: Any, root: Any, to: list[str]) -> Any:
-    """A schema whose values are of some kinds only."""
-    kept = schema if isinstance(schema, dict) else {}
-    plain_type = not kept or ("type" in kept and not {"anyOf", "oneOf", "$ref"} & kept.keys())
-    made = {**kept, "type": to} if plain_type else {"allOf": [kept, {"type": to}]}
-    return with_definitions(made, root)

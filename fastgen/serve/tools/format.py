@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 from fastgen.serve.tools import form
 from fastgen.serve.tools.form import Form, Wanted
@@ -28,14 +27,14 @@ class Format:
         channels: whether a text of this format has to be read even where there are no tools.
     """
 
-    name: ClassVar[str]
-    reader: ClassVar[type[Reader]]
-    mark: ClassVar[str]
-    marks: ClassVar[Sequence[str]]
-    between: ClassVar[str] = ""
-    repeats: ClassVar[bool] = True
-    reasoning: ClassVar[Marks | None] = None
-    channels: ClassVar[bool] = False
+    name: str
+    reader: type[Reader]
+    mark: str
+    marks: Sequence[str]
+    between: str = ""
+    repeats: bool = True
+    reasoning: Marks | None = None
+    channels: bool = False
 
     def shown(self, call: str) -> bool:
         """Whether a template's rendering of the probe's call is of this format."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from fastgen.serve.tools import json_text
 from fastgen.serve.tools.form import Dialect, Form, Wanted, parameters_of
 from fastgen.serve.tools.format import KEY, TOOL, Format
-from fastgen.serve.tools.reader import NAME, Asked, Marks, Out, Reader, Steps
+from fastgen.serve.tools.reader import NAME, Marks, Out, Reader, Steps
 
 BEGIN, END, QUOTE = "<|tool_call>", "<tool_call|>", '<|"|>'
 THOUGHT = Marks("<|channel>thought", "<channel|>")
@@ -25,9 +25,6 @@ class Braces(Reader):
 
     def openings(self) -> Sequence[str]:
         return [self.begin] if self.asked.tools else ()
-
-    def reasoning(self) -> Steps[None]:
-        yield from super().reasoning()
 
     def calls(self) -> Steps[None]:
         text = self.text
@@ -133,16 +130,14 @@ class Old(Braces):
 
 class Gemma(Format):
     name = "gemma"
-    reader: type[Reader] = Braces
-    mark, marks = BEGIN, (BEGIN, END, QUOTE, "<|channel>", "<channel|>")
+    reader = Braces
+    mark = BEGIN
+    marks: Sequence[str] = (BEGIN, END, QUOTE, "<|channel>", "<channel|>")
     reasoning: Marks | None = THOUGHT
     end_mark, quote = END, QUOTE
 
     def shown(self, call: str) -> bool:
         return re.search(rf"{re.escape(self.mark)}\s*call:{TOOL}\{{\s*{KEY}:", call) is not None
-
-    def read(self, asked: Asked) -> Reader:
-        return self.reader(asked)
 
     def body(self, made: Form, wanted: Wanted) -> str:
         dialect = Dialect(("true", "false", "null"), self.quote, False, ":", ",")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import partial
 
 from fastgen.serve.tools import form
 from fastgen.serve.tools.form import Form, Wanted, parameters_of
@@ -53,7 +54,8 @@ class Pairs(Reader):
                 return self.broken()
             ends = [END, KEYS[0]]
             whole = yield from parameters.read(
-                "".join(key).strip(), lambda out: closed(text, VALUES[1], ends, out, lost={END: LOST})
+                "".join(key).strip(),
+                partial(closed, text, VALUES[1], ends, False, {END: LOST}),
             )
             if not whole:
                 return self.broken()

@@ -6,7 +6,7 @@ import re
 
 from fastgen.serve.tools import json_text
 from fastgen.serve.tools.form import Form, Wanted, parameters_of
-from fastgen.serve.tools.format import THOUGHT, TOOL, Format
+from fastgen.serve.tools.format import TOOL, Format
 from fastgen.serve.tools.reader import Marks, Reader, Steps
 
 START, CHANNEL, CONSTRAIN, MESSAGE = "<|start|>", "<|channel|>", "<|constrain|>", "<|message|>"
@@ -48,9 +48,9 @@ class Messages(Reader):
         if name in self.asked.tools and channel != "final":
             return (yield from self._call(name))
         self.text.recorded()
-        if before and CHANNEL not in before and not before.strip().startswith(("assistant", START)):
-            if not before.strip().startswith("to="):
-                self.content(before)
+        said = before.strip()
+        if said and CHANNEL not in said and not said.startswith(("assistant", START, "to=")):
+            self.content(before)
         thinks = channel == "analysis"
         if self._said and not thinks and self._content_ended:
             self._content.rest()
@@ -62,10 +62,7 @@ class Messages(Reader):
     _content_ended = False
 
     def _thinks(self, piece: str) -> None:
-        if self.asked.reasoning is None:
-            self.content(piece)
-        else:
-            self.think(piece)
+        self.think(piece)
 
     def _call(self, name: str) -> Steps[None]:
         text = self.text
@@ -109,7 +106,7 @@ class Harmony(Format):
         ])  # fmt: skip
 
     def grammar(self, made: Form, wanted: Wanted) -> str:
-        """Channels in the order in which they come: thoughts and preambles, then a call or a text."""
+        """Channels in their order: thoughts and preambles, then a call or a text."""
         again = made.literal(f"{START}assistant")
         body = made.rule(self.body(made, wanted), "calls")
         thought = f"{made.literal(ANALYSIS)} {made.until(END)} {again}"
@@ -121,6 +118,3 @@ class Harmony(Format):
         final = f"{made.literal(f'{CHANNEL}final{MESSAGE}')} {text}"
         first = made.rule(f"{thought} | {preamble}", "first")
         return made.text(f"{first}* ({call} | {final})")
-
-
-__all__ = ["THOUGHT", "Harmony", "Messages"]

@@ -69,4 +69,4 @@ class Hermes(Format):
 
     def body(self, made: Form, wanted: Wanted) -> str:
         end = made.literal(f"\n{END}")
-        return f'{made.literal(LINE)} {objects(made, wanted)} {end}'
+        return f"{made.literal(LINE)} {objects(made, wanted)} {end}"

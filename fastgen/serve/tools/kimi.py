@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Sequence
+from functools import partial
 
 from fastgen.serve.tools import form, json_text
 from fastgen.serve.tools.form import Form, Wanted, parameters_of
@@ -138,7 +139,7 @@ class Elements(Reader):
                 return self.broken()
             kind = KINDS.get(told["type"], EVERY - {"string"}) if "type" in told else None
             whole = yield from parameters.read(
-                told.get("key", ""), lambda out: closed(text, close, ends, out), kind
+                told.get("key", ""), partial(closed, text, close, ends, False, {}), kind
             )
             if not whole:
                 return self.broken()
@@ -174,17 +175,9 @@ class Kimi3(Format):
     def _argument(self, made: Form, root: object, name: str, schema: object, needed: bool) -> str:
         close, options = f"{CLOSE}argument{SEPARATOR}", []
         head = f'{OPEN}argument key="{name}" type="'
-        for kind in sorted(form.kinds(schema, root)):
-            if kind == "integer":
-                continue
-            if kind == "string":
-                value = form.by_kind(made, schema, root, close)[0][1]
-            else:
-                value = f"{made.json(form.narrowed(schema, root, [kind]))} {made.literal(close)}"
-            options.append(f"{made.literal(head + kind + QUOTE + SEPARATOR)} ({value})")
-        if form.kinds(schema, root) == {"integer"}:
-            value = f"{made.json(form.narrowed(schema, root, ['integer']))} {made.literal(close)}"
-            options.append(f"{made.literal(head + 'number' + QUOTE + SEPARATOR)} {value}")
+        for kind, value in form.by_kind(made, schema, root, close):
+            told = "number" if kind == "integer" else kind
+            options.append(f"{made.literal(head + told + QUOTE + SEPARATOR)} {value}")
         return made.rule(made.choice(options), "argument") + ("" if needed else "?")
 
     def grammar(self, made: Form, wanted: Wanted) -> str:
@@ -198,6 +191,5 @@ class Kimi3(Format):
         calls = f"{made.literal(self.mark)} {body} {over}"
         if wanted.forced:
             return made.text(f"{thought} {opened} {made.literal(end)} {calls}")
-        text = f"{wanted.content} {made.literal(end)}" if wanted.content else (
-            made.until(end) if end in made.special else f"{made.anything()} {made.literal(end)}")  # fmt: skip
+        text = f"{wanted.content} {made.literal(end)}" if wanted.content else made.until(end)
         return made.text(f"{thought} {opened} {text} ({calls} | {over})")

@@ -60,8 +60,10 @@ class Bare(Reader):
             if not whole:
                 return self.broken()
             yield from text.space()
-            while (yield from text.accept(";")) or (yield from text.accept("]")) or (
-                (yield from text.accept(",")) or (yield from text.accept(END_TAG))
+            while (
+                (yield from text.accept(";"))
+                or (yield from text.accept("]"))
+                or ((yield from text.accept(",")) or (yield from text.accept(END_TAG)))
             ):
                 yield from text.space()
             self.ended()

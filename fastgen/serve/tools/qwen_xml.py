@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import partial
 
 from fastgen.serve.tools import form
 from fastgen.serve.tools.form import Form, Wanted, parameters_of
@@ -74,7 +75,7 @@ class Functions(Reader):
             yield from text.accept("\n")
             ends = [PARAMETER, END_FUNCTION]
             if not (yield from parameters.read(
-                key, lambda out: closed(text, END_PARAMETER, ends, out, True, lost)
+                key, partial(closed, text, END_PARAMETER, ends, True, lost)
             )):  # fmt: skip
                 return False
 

@@ -54,11 +54,13 @@ class Asked:
         tools: the schema of the parameters of each tool, by its name.
         reasoning: what reasoning stands between; None where it is left in the content.
         inside: whether the text begins in it, as the prompt ends in its mark.
+        raw: whether it is left in the content all the same, with its marks.
     """
 
     tools: Mapping[str, Any] = field(default_factory=dict)
     reasoning: Marks | None = None
     inside: bool = False
+    raw: bool = False
 
 
 class Text:
@@ -262,23 +264,36 @@ class Reader:
             return
         if not self.asked.inside:
             before = yield from self.text.space()
-            if not (yield from self.text.accept(marks.begin)):
+            begun = yield from self.text.accept(marks.begin)
+            if not begun or self.asked.raw:
                 self.content(before)
+            if not begun:
                 return
+            self.marked(marks.begin)
         else:
             yield from self.text.space()
             yield from self.text.accept(marks.begin)  # some models say it again
         mark = yield from self.text.until([marks.end, *self.interruptions()], self.think)
         if mark is not None and mark != marks.end:
             self.text.put_back(mark)
-        self._content.begin = True
+        elif mark is not None:
+            self.marked(mark)
+        self._content.begin = not self.asked.raw
+
+    def marked(self, mark: str) -> None:
+        """A mark of reasoning, which is seen where that is left as it is."""
+        if self.asked.raw:
+            self.content(mark)
 
     def interruptions(self) -> Sequence[str]:
         """What ends reasoning besides its mark: some models call without having said it."""
         return ()
 
     def think(self, piece: str) -> None:
-        self._event("reasoning", self._thought.push(piece))
+        if self.asked.raw:
+            self.content(piece)
+        else:
+            self._event("reasoning", self._thought.push(piece))
 
     # --- events ----------------------------------------------------------------------------------
 

@@ -85,12 +85,18 @@ class Shown:
         format: how calls are written; None where it shows none that we know.
         reasoning: what stands around thoughts; None where nothing is shown.
         variables: names of others' for the tools.
+        switches: variables that switch thinking on and off.
     """
 
     tools: bool
     format: Format | None
     reasoning: Marks | None
     variables: tuple[str, ...] = ()
+    switches: tuple[str, ...] = ()
+
+
+NOTHING = Shown(False, None, None)
+SWITCHES = ("enable_thinking", "thinking")
 
 
 def shown(render: Render, tokens: Collection[str] = ()) -> Shown:
@@ -108,12 +114,19 @@ def shown(render: Render, tokens: Collection[str] = ()) -> Shown:
         if TOOL in other:
             told, variables = other, (VARIABLE,)
     found = _format(render, told, variables) if TOOL in told else None
-    return Shown(TOOL in told, found, _reasoning(render, bare, found, tokens), variables)
+    switches = tuple(one for one in SWITCHES if _switches(render, one))
+    thoughts = _reasoning(render, bare, found, tokens)
+    return Shown(TOOL in told, found, thoughts, variables, switches)
+
+
+def _switches(render: Render, name: str) -> bool:
+    on, off = (_rendered(render, [ASKED], None, {name: value}) for value in (True, False))
+    return on != off
 
 
 def _format(render: Render, told: str, variables: Sequence[str]) -> Format | None:
     """The format of a template that shows tools."""
-    more = dict.fromkeys(variables, [OFFERED])
+    more = {name: [OFFERED] for name in variables}
     for talk in TALKS:
         text = _rendered(render, talk, [OFFERED], more)
         call = text[_common(text, told) :]
@@ -129,7 +142,7 @@ def _reasoning(
     """The marks that stand around a thought, or that an answer begins with."""
     thinks = {"role": "assistant", "reasoning_content": THOUGHT, "thinking": THOUGHT}
     for content, tools in itertools.product((ANSWER, "", None), (None, [OFFERED])):
-        message = {**thinks, "content": content}
+        message: dict[str, Any] = {**thinks, "content": content}
         if tools:
             message["tool_calls"] = CALLED["tool_calls"]
         text = _rendered(render, [ASKED, message, *([RETURNED] if tools else [])], tools, {})

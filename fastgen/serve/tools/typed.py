@@ -1,4 +1,4 @@
-"""Arguments that a model writes as plain texts, a name and a value each, as JSON of their schema."""
+"""Arguments that a model writes as plain texts, a name and a value each, as JSON."""
 
 from __future__ import annotations
 
@@ -143,9 +143,9 @@ def closed(
     text: Text,
     close: str,
     after: Sequence[str],
+    newline: bool,
+    lost: Mapping[str, Sequence[str]],
     out: Out,
-    newline: bool = False,
-    lost: Mapping[str, Sequence[str]] | None = None,
 ) -> Steps[bool]:
     """Pass on a value up to `close`; within it `close` may stand, if nothing of `after` follows.
 
@@ -154,7 +154,6 @@ def closed(
         lost: marks that end it too, where `close` is forgotten, each with what has to follow then
             (nothing: anything); they are not taken.
     """
-    lost = lost or {}
     held = ""  # a line break that may be the last one
 
     def push(piece: str) -> None:

@@ -24,7 +24,8 @@ class Whole:
     """An answer: what a call that never became whole was, is content.
 
     Attributes:
-        calls: those that are whole.
+        calls: those that are whole, or may become it.
+        begun: how many calls began.
     """
 
     def __init__(self) -> None:
@@ -32,6 +33,7 @@ class Whole:
         self._reasoning: list[str] = []
         self._open: list[str] = []
         self.calls: list[Call] = []
+        self.begun = 0
 
     def take(self, events: Iterable[Event]) -> None:
         for event in events:
@@ -41,6 +43,7 @@ class Whole:
                 self._reasoning.append(event.text)
             elif event.kind == "call":
                 self.calls.append(Call(event.text))
+                self.begun += 1
                 self._open = []
             elif event.kind == "arguments":
                 self._open.append(event.text)
@@ -57,6 +60,3 @@ class Whole:
     @property
     def reasoning(self) -> str:
         return "".join(self._reasoning)
-
-
-
