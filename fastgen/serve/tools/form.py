@@ -109,8 +109,7 @@ class Form:
 
 def pattern(text: str) -> str:
     """A regular expression that matches a text, in llguidance's slashes."""
-    escaped = re.sub(r"([^\w\s])", r"\\\1", text) if text.isascii() else re.escape(text)
-    return escaped.replace("\n", "\\n").replace("\\ ", " ")
+    return re.sub(r"([\\.+*?()|\[\]{}^$/&~-])", r"\\\1", text).replace("\n", "\\n")
 
 
 def parameters_of(schema: Any) -> dict[str, Any]:

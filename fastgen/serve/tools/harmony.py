@@ -112,9 +112,10 @@ class Harmony(Format):
         thought = f"{made.literal(ANALYSIS)} {made.until(END)} {again}"
         preamble = f"{made.literal(f'{CHANNEL}commentary{MESSAGE}')} {made.until(END)} {again}"
         call = f"{made.literal(self.mark)} {body}"
+        begun = f"{made.until(END)} {again}" if wanted.inside else ""
         if wanted.forced:
-            return made.text(f"({thought})? {call}")
+            return made.text(f"{begun or f'({thought})?'} {call}")
         text = wanted.content or made.without(END)
         final = f"{made.literal(f'{CHANNEL}final{MESSAGE}')} {text}"
         first = made.rule(f"{thought} | {preamble}", "first")
-        return made.text(f"{first}* ({call} | {final})")
+        return made.text(f"{begun} {first}* ({call} | {final})")

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 
 from fastgen.serve.tools import form, json_text
-from fastgen.serve.tools.form import Dialect, Form, Wanted, parameters_of
+from fastgen.serve.tools.form import Dialect, Form, Wanted, parameters_of, pattern
 from fastgen.serve.tools.format import KEY, TOOL, VALUE, Format
 from fastgen.serve.tools.hermes import OBJECT, objects
 from fastgen.serve.tools.reader import NAME, Out, Reader, Steps, Text
@@ -201,7 +201,7 @@ class Llama(Format):
         return objects(made, wanted, "parameters")
 
     def grammar(self, made: Form, wanted: Wanted) -> str:
-        return whole(made, wanted, self.body(made, wanted), "; ", "{")
+        return whole(made, wanted, self.body(made, wanted), "; ", pattern('{"name": "'))
 
 
 class Pythonic(Format):
@@ -233,18 +233,20 @@ class Pythonic(Format):
         return f'{made.literal(name + "(")} {inner} ")"'
 
     def grammar(self, made: Form, wanted: Wanted) -> str:
-        return whole(made, wanted, self.body(made, wanted), "", "[")
+        names = "|".join(map(pattern, wanted.tools))
+        return whole(made, wanted, self.body(made, wanted), "", rf"\[({names})\(")
 
 
-def whole(made: Form, wanted: Wanted, body: str, between: str, first: str) -> str:
-    """The grammar of an answer that is calls and nothing else, or begins with something else."""
+def whole(made: Form, wanted: Wanted, body: str, between: str, begins: str) -> str:
+    """The grammar of an answer that is calls and nothing else, or no call at all.
+
+    Args:
+        begins: a regular expression of what makes of an answer a call.
+    """
     thought = form.thought(made, wanted)
     one = made.rule(body, "calls")
     again = f"({made.literal(between)} {one})*" if wanted.several and between else ""
     if wanted.forced:
         return made.text(f"{thought} {one} {again}")
-    if wanted.content is not None:
-        return made.text(f"{thought} ({wanted.content} | {one} {again})")
-    inside = "\\[" if first == "[" else "{"
-    other = made.rule(rf"/[^{inside}\s](?s:.*)|\s+(?s:.*)/", "OTHER")
-    return made.text(f"{thought} ({one} {again} | {other}?)")
+    other = wanted.content or f"{made.rule(f'/(?s:.+)/ & ~/{begins}(?s:.*)/', 'OTHER')}?"
+    return made.text(f"{thought} ({one} {again} | {other})")
