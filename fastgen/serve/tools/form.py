@@ -17,7 +17,14 @@ from fastgen.serve.tools.reader import Marks
 from fastgen.serve.tools.typed import DEEP, KINDS, kinds, target
 
 Tools = Mapping[str, Any]  # the schema of the parameters of each tool, by its name
+NUMBERS = ("minimum", "maximum", "multipleof")
 BOUNDS = {"pattern", "minLength", "maxLength", "format"}
+ONLY_OF_JSON = (
+    "not", "if", "uniqueItems", "contains", "patternProperties", "dependentRequired",
+    "dependentSchemas", "propertyNames", "minProperties", "maxProperties", "prefixItems", "allOf",
+    "anyOf", "oneOf",
+)  # fmt: skip
+NESTED = 3  # levels of values of which nothing is said
 SAYS = {"type", "properties", "items", "prefixItems", "not", "if", "allOf"}
 
 
@@ -113,10 +120,16 @@ def pattern(text: str) -> str:
 
 
 def parameters_of(schema: Any) -> dict[str, Any]:
-    """The schema of a tool's parameters; an object of no properties where there is none."""
+    """The schema of a tool's parameters, an object; of no properties where there is none.
+
+    Raises:
+        ValueError: it is no object.
+    """
     if not isinstance(schema, dict) or not schema:
-        return {"type": "object", "properties": {}}
-    return schema
+        return {"type": "object", "properties": {}, "additionalProperties": False}
+    if schema.get("type", "object") != "object":
+        raise ValueError(f"parameters must be an object, got type {schema['type']!r}")
+    return {"type": "object", **schema}
 
 
 def with_definitions(schema: Any, root: Any) -> Any:
@@ -130,16 +143,28 @@ def with_definitions(schema: Any, root: Any) -> Any:
 
 
 def members(root: Any, schema: Any) -> list[tuple[str, Any, bool]]:
-    """The properties of an object: name, schema, and whether it has to be there."""
+    """The properties of an object: name, schema, and whether it has to be there.
+
+    Raises:
+        ValueError: it is held to more than its properties.
+    """
     if isinstance(schema, dict) and isinstance(schema.get("$ref"), str):
         schema = target(schema["$ref"], root)
     if not isinstance(schema, dict):
         return []
+    _check(schema)
     required = schema.get("required") or ()
     properties = dict(schema.get("properties") or {})
     for name in required:
         properties.setdefault(name, True)
     return [(name, one, name in required) for name, one in properties.items()]
+
+
+def _check(schema: Mapping[str, Any]) -> None:
+    """Raise a ValueError for a keyword that only JSON can be held to."""
+    found = next((name for name in ONLY_OF_JSON if schema.get(name)), None)
+    if found is not None:
+        raise ValueError(f"{found} cannot be forced in this model's form of calls")
 
 
 def options(schema: Any, root: Any, deep: int = 0) -> list[dict[str, Any]]:
@@ -181,8 +206,7 @@ def _plain(form: Form, schema: Mapping[str, Any], root: Any, close: str) -> str:
     end = form.literal(close)
     fixed = [schema["const"]] if "const" in schema else schema.get("enum")
     if isinstance(fixed, list):
-        texts = [one if isinstance(one, str) else json.dumps(one) for one in fixed]
-        return form.choice([form.literal(one + close) for one in texts])
+        return form.choice([form.literal(_shown(one) + close) for one in fixed])
     if schema.get("type") == "string":
         return form.bounded(_pattern(schema), close)
     return f"{form.json(with_definitions(schema, root))} {end}"
@@ -213,6 +237,16 @@ def _pattern(schema: Mapping[str, Any]) -> str:
     return f"(?s:.{{{schema.get('minLength', 0)},{schema.get('maxLength', '')}}})"
 
 
+def _shown(value: Any) -> str:
+    """A value as it is written where texts stand as they are."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _kinds_of(value: Any) -> set[str]:
+    kind = KINDS[type(value)]
+    return {kind, "number"} if kind == "integer" else {kind}
+
+
 def by_kind(form: Form, schema: Any, root: Any, close: str) -> list[tuple[str, str]]:
     """The kinds of which a value may be, each with how it is written, and the mark behind it."""
     found = []
@@ -220,12 +254,11 @@ def by_kind(form: Form, schema: Any, root: Any, close: str) -> list[tuple[str, s
         for kind in sorted(kinds(one, root)):
             if kind == "integer" and "number" in kinds(one, root):
                 continue
-            given = {"const", "enum"} & one.keys()
-            if given:
+            if {"const", "enum"} & one.keys():
                 values = [one["const"]] if "const" in one else one["enum"]
-                texts = [v for v in values if (kind == "string") == isinstance(v, str)]
-                if kind != "string":
-                    texts = [json.dumps(v) for v in texts if KINDS[type(v)] == kind]
+                texts = [_shown(v) for v in values if kind in _kinds_of(v)]
+                if not texts:
+                    continue
                 value = form.choice([form.literal(text + close) for text in texts])
             elif kind == "string":
                 value = plain(form, {**one, "type": "string"}, root, close)
@@ -293,6 +326,9 @@ class Dialect:
             schema = {}
         if isinstance(schema.get("$ref"), str):
             return self.value(form, target(schema["$ref"], root), root, deep + 1)
+        whole = schema.get("allOf")
+        if isinstance(whole, list) and len(whole) == 1:
+            return self.value(form, whole[0], root, deep + 1)
         if "const" in schema or isinstance(schema.get("enum"), list):
             given = [schema["const"]] if "const" in schema else schema["enum"]
             return form.choice([self.fixed(form, one) for one in given])
@@ -312,13 +348,33 @@ class Dialect:
         if kind in ("integer", "number"):
             if kind == "integer" and "number" in kinds(schema, root):
                 return ""
-            bounds = {n: v for n, v in schema.items() if n.lower().endswith(("minimum", "maximum"))}
+            bounds = {n: v for n, v in schema.items() if n.lower().endswith(NUMBERS)}
             return form.json({"type": kind, **bounds})
         if kind == "array":
-            items = schema.get("items", {}) if deep < 4 or "items" in schema else {"type": "null"}
-            one = form.rule(self.value(form, items, root, deep + 1), "value")
-            return f'"[" ({one} ({form.literal(self.comma)} {one})*)? "]"'
+            return self._array(form, schema, root, deep)
+        if not schema.get("properties") and schema.get("additionalProperties", True):
+            return self._free(form, schema.get("additionalProperties", True), root, deep)
         return f'"{{" {self.members(form, schema, root, deep)} "}}"'
+
+    def _array(self, form: Form, schema: Any, root: Any, deep: int) -> str:
+        _check(schema)
+        low, high = schema.get("minItems", 0), schema.get("maxItems")
+        if high == 0 or ("items" not in schema and deep > NESTED):
+            return '"[]"'
+        one = form.rule(self.value(form, schema.get("items", {}), root, deep + 1), "value")
+        most = "" if high is None else high - 1
+        items = f"{one} ({form.literal(self.comma)} {one}){{{max(low - 1, 0)},{most}}}"
+        return f'"[" {items if low else f"({items})?"} "]"'
+
+    def _free(self, form: Form, schema: Any, root: Any, deep: int) -> str:
+        """An object of any names."""
+        if deep > NESTED:
+            return '"{}"'
+        name = form.rule("/[A-Za-z_][A-Za-z0-9_]{0,40}/", "NAME")
+        key = name if not self.quoted_keys else f'"\\"" {name} "\\""'
+        value = self.value(form, schema, root, deep + 1)
+        one = form.rule(f"{key} {form.literal(self.colon)} {value}", "pair")
+        return f'"{{" ({one} ({form.literal(self.comma)} {one})*)? "}}"'
 
     def members(self, form: Form, schema: Any, root: Any, deep: int = 0) -> str:
         """The members of an object, those that have to be there and any of the others, in order."""
