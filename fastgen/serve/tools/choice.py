@@ -21,7 +21,7 @@ class Choice:
         tools: those that may be called: the schemas of their parameters by name.
         forced: whether one has to be called.
         named: whether it is said which one.
-        several: whether an answer may call several times.
+        several: whether an answer may call several times; one that is named is called once.
     """
 
     tools: Tools
@@ -53,7 +53,7 @@ def chosen(tools: Any, choice: Any, several: bool) -> Choice:
     if isinstance(choice, Mapping) and choice.get("type") == "allowed_tools":
         return _allowed(known, choice.get("allowed_tools", choice), several)
     if isinstance(choice, Mapping) and choice.get("type") == "function":
-        return Choice(_some(known, [choice]), forced=True, named=True, several=several)
+        return Choice(_some(known, [choice]), forced=True, named=True, several=False)
     raise ValueError(
         'tool_choice must be "none", "auto", "required", a function or allowed_tools, got '
         f"{values.shown(choice)}"

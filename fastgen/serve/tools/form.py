@@ -426,7 +426,8 @@ def thought(form: Form, wanted: Wanted) -> str:
     """The reasoning that may come, or has begun, up to its end."""
     if wanted.reasoning is None:
         return ""
-    end = form.until(wanted.reasoning.end)
+    space = form.rule(r"/[ \n]{1,4}/", "SPACE") if wanted.forced else ""
+    end = f"{form.until(wanted.reasoning.end)} {f'{space}?' if space else ''}"
     if wanted.inside:
         return end
     return f"({form.literal(wanted.reasoning.begin)} {end})?"
@@ -446,8 +447,7 @@ def answer(form: Form, wanted: Wanted, mark: str, body: str, between: str, repea
     more = wanted.several and repeats
     if wanted.forced:
         again = f"({form.literal(between)} {form.literal(mark)} {rest})*" if more else ""
-        space = form.rule(r"/\s+/", "SPACE") + "?" if first else ""
-        return form.text(f"{first} {space} {form.literal(mark)} {rest} {again}")
+        return form.text(f"{first} {form.literal(mark)} {rest} {again}")
     if wanted.content is not None:
         again = f"({form.literal(between)} {form.literal(mark)} {rest})*" if more else ""
         return form.text(f"{first} ({wanted.content} | {form.literal(mark)} {rest} {again})")

@@ -22,6 +22,7 @@ class Messages(Reader):
 
     def _answer(self) -> Steps[None]:
         text = self.text
+        first = not self.asked.inside  # a text may begin without a header
         if self.asked.inside:
             yield from text.until(OVER, self._thinks)
         while True:
@@ -31,14 +32,15 @@ class Messages(Reader):
             head = "".join(header)
             if mark == MESSAGE:
                 yield from self._message(head)
-            elif mark is None and CHANNEL not in head:
+            elif mark is None and first and CHANNEL not in head:
                 text.recorded()
-                return self.content(head if head != "assistant" else "")
+                return self.content(head)
             elif mark is None:
                 return self.broken()
             elif head.strip() and CHANNEL not in head and head.strip() != "assistant":
                 text.recorded()
-                self.content(head)  # a text without a header
+                self.content(head)
+            first = False
 
     def _message(self, header: str) -> Steps[None]:
         before, _, channel = header.rpartition(CHANNEL)

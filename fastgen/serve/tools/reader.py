@@ -68,11 +68,12 @@ class Text:
 
     Attributes:
         cut: whether it ended where it was not to end.
+        starved: whether more of it was asked for than there is.
     """
 
     def __init__(self) -> None:
         self._held, self._at = "", 0
-        self.ended = self.cut = False
+        self.ended = self.cut = self.starved = False
         self._record: list[str] | None = None
 
     def push(self, piece: str) -> None:
@@ -113,7 +114,9 @@ class Text:
         """The next characters; fewer where the text ends before."""
         while len(self._held) - self._at < count and not self.ended:
             yield
-        return self._held[self._at : self._at + count]
+        found = self._held[self._at : self._at + count]
+        self.starved = self.starved or len(found) < count
+        return found
 
     def accept(self, wanted: str) -> Steps[bool]:
         """Take `wanted` if it comes next."""
@@ -162,6 +165,7 @@ class Text:
             if match is not None:
                 return self.take(len(match[0]))
             if self.ended:
+                self.starved = True
                 return None
             yield
 
@@ -323,8 +327,10 @@ class Reader:
         It is content, unless it is only the beginning of one that the end of the text cut off.
         """
         raw = self.text.recorded()
-        if (self.text.cut and not self.text.rest) or raw.strip() in self.openings():
-            raw = ""  # the beginning of a call, cut off
+        if self.text.cut and self.text.starved:
+            raw, _ = "", self.text.take(len(self.text.rest))
+        if self.text.starved and raw.strip() in self.openings():
+            raw = ""
         if self._open:
             self._open = False
             self._events.append(Event("broken", raw))
