@@ -97,7 +97,8 @@ def test_a_forced_call_of_every_format(models: Any, name: str) -> None:
     plain = {"plain_tools": True} if name == "plain" else {}
     body = {"max_reasoning_tokens": 4} if EVERY[name].channels else {}
     with served(models(source), **plain) as address, talking_to(address) as client:
-        ask = functools.partial(asks, extra_body=body)
+        room = 150 if name == "plain" else 350
+        ask = functools.partial(asks, extra_body=body, max_tokens=room)
         choice = {"type": "function", "function": {"name": "weather"}}
         named = ask(client, tool_choice=choice).choices[0]
         assert legal(named.message.tool_calls) == ["weather"] and not named.message.content
@@ -107,8 +108,9 @@ def test_a_forced_call_of_every_format(models: Any, name: str) -> None:
         for each in [*one, *more]:
             assert len(legal(each.message.tool_calls)) == 1 and each.finish_reason == "tool_calls"
         message, found = streamed(
-            client, tool_choice="required", parallel_tool_calls=False, extra_body=body
-        )
+            client, tool_choice="required", parallel_tool_calls=False, extra_body=body,
+            max_tokens=room,
+        )  # fmt: skip
         assert message["tool_calls"] == [
             [one[0].message.tool_calls[0].function.name,
              one[0].message.tool_calls[0].function.arguments]
