@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgen.serve.tools.reader import Marks
+from fastgen import chat
+from fastgen.generator import CausalLM
+from fastgen.serve.tools.reader import Asked, Marks, Reader
 from fastgen.tokenizer import Tokenizer
 
 FORMATS = ("auto", "none")  # split from the content where a template shows it; left there
@@ -17,6 +19,23 @@ FORMATS = ("auto", "none")  # split from the content where a template shows it; 
 def inside(prompt: str, marks: Marks | None) -> bool:
     """Whether an answer to a prompt begins within reasoning, as the prompt ends with its mark."""
     return marks is not None and prompt.rstrip().endswith(marks.begin.rstrip())
+
+
+def reader(model: CausalLM, marks: Marks | None, messages: Sequence[Any]) -> Reader | None:
+    """What splits the thoughts from an answer to messages; None where none can be seen.
+
+    Args:
+        marks: what the model's template shows around thoughts. Where they are special tokens, a
+            text that is decoded without those does not show them.
+    """
+    if marks is None:
+        return None
+    tokenizer = model.tokenizer
+    hidden = {tokenizer.token(one) for one in tokenizer.special_ids()}
+    if {marks.begin, marks.end} & hidden:
+        return None
+    prompt = chat.prompt(model.directory, tokenizer.config, messages)
+    return Reader(Asked({}, marks, inside(prompt, marks)))
 
 
 class Budget:

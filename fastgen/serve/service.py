@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-import warnings
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -25,10 +24,11 @@ from fastgen.serve.limits import Limits
 from fastgen.serve.metrics import Metrics
 from fastgen.serve.reasoning import FORMATS
 from fastgen.serve.refused import Refused
+from fastgen.serve.tools import shown
 from fastgen.serve.tools.format import Format
 from fastgen.serve.tools.plain import Plain, told
 from fastgen.serve.tools.reader import Asked, Marks, Reader
-from fastgen.serve.tools.shown import NOTHING, Shown, shown
+from fastgen.serve.tools.shown import Shown
 from fastgen.serve.wire import StreamOptions, Wish
 from fastgen.tokenizer import pieces
 
@@ -199,16 +199,7 @@ class Service:
     @cached_property
     def shown(self) -> Shown:
         """What the chat template shows of calls and of reasoning."""
-        if not self.has_template:
-            return NOTHING
-        tokens = self.model.tokenizer.backend.get_added_tokens_decoder().values()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what the template leaves out
-            return shown(self._probed, {one.content for one in tokens})
-
-    def _probed(self, messages: Any, functions: Any, variables: Mapping[str, Any]) -> str:
-        directory, config = self.model.directory, self.model.tokenizer.config
-        return chat.prompt(directory, config, messages, functions, **variables)
+        return shown.of(self.model)
 
     @cached_property
     def format(self) -> Format | None:

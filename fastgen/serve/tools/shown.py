@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import itertools
 import re
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fastgen import chat
+from fastgen.generator import CausalLM
 from fastgen.serve.tools.command_r import CommandR
 from fastgen.serve.tools.deepseek import DeepSeek, DeepSeek3, Dsml, Dsml4, Dsml41
 from fastgen.serve.tools.format import ANSWER, KEY, THOUGHT, TOOL, VALUE, Format
@@ -97,6 +100,20 @@ class Shown:
 
 NOTHING = Shown(False, None, None)
 SWITCHES = ("enable_thinking", "thinking")
+
+
+def of(model: CausalLM) -> Shown:
+    """What the template of a model shows; nothing where it has none."""
+    if not model.has_tokenizer or not chat.has_template(model.directory, model.tokenizer.config):
+        return NOTHING
+
+    def render(messages: Any, tools: Any, variables: Mapping[str, Any]) -> str:
+        return chat.prompt(model.directory, model.tokenizer.config, messages, tools, **variables)
+
+    added = model.tokenizer.backend.get_added_tokens_decoder().values()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what the template leaves out
+        return shown(render, {one.content for one in added})
 
 
 def shown(render: Render, tokens: Collection[str] = ()) -> Shown:
