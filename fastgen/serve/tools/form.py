@@ -129,7 +129,34 @@ def parameters_of(schema: Any) -> dict[str, Any]:
         return {"type": "object", "properties": {}, "additionalProperties": False}
     if schema.get("type", "object") != "object":
         raise ValueError(f"parameters must be an object, got type {schema['type']!r}")
-    return {"type": "object", **schema}
+    closed: dict[str, Any] = _closed({"type": "object", **schema})
+    return closed
+
+
+OPEN = {
+    "additionalProperties", "patternProperties", "unevaluatedProperties", "allOf", "anyOf", "oneOf",
+    "$ref", "if", "not", "minProperties", "propertyNames", "dependentSchemas",
+}  # fmt: skip
+
+
+def _closed(schema: Any) -> Any:
+    """A schema whose objects have the properties that they name and no others.
+
+    A text of it is one of the schema that was given. Small models that may write any property do.
+    """
+    if not isinstance(schema, dict):
+        return schema
+    made = dict(schema)
+    if isinstance(schema.get("items"), dict):
+        made["items"] = _closed(schema["items"])
+    properties = schema.get("properties")
+    if isinstance(properties, dict) and properties and not schema.keys() & OPEN:
+        made["properties"] = {name: _closed(one) for name, one in properties.items()}
+        required = schema.get("required")
+        named = required if isinstance(required, list) else []
+        made["additionalProperties"] = False
+        made["properties"] |= {name: True for name in named if name not in properties}
+    return made
 
 
 def with_definitions(schema: Any, root: Any) -> Any:
