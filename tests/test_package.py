@@ -118,7 +118,7 @@ FOLDERS = ("commands", "jobs", "serve")
 
 def sources(module: str) -> list[Path]:
     """The files of a module, or of a folder."""
-    return sorted((HOME / module).glob("*.py")) if module in FOLDERS else [HOME / f"{module}.py"]
+    return sorted((HOME / module).rglob("*.py")) if module in FOLDERS else [HOME / f"{module}.py"]
 
 
 @functools.cache
@@ -166,7 +166,10 @@ def beside(place: Path) -> set[str]:
     return ({path.stem for path in place.glob("*.py")} | inside) - {"__init__"}
 
 
-PACKAGES = ["fastgen", *(f"fastgen/{name}" for name in FOLDERS[1:]), "export", "export/foreign"]
+PACKAGES = [
+    "fastgen", *(f"fastgen/{name}" for name in FOLDERS[1:]), "fastgen/serve/tools", "export",
+    "export/foreign",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("folder", PACKAGES)
