@@ -73,6 +73,20 @@ def test_what_a_template_says_of_others_does_not_count() -> None:
     assert mixed.format is not None and mixed.format.name == "mistral11"
 
 
+def test_a_bare_call_stands_where_an_answer_begins() -> None:
+    header = "<|header|>{}<|over|>\n\n"
+    text = (
+        "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}"
+        + header.format("{{ m.role }}")
+        + "{% if m.tool_calls %}{% set f = m.tool_calls[0].function %}BEFORE"
+        '{"name": "{{ f.name }}", "parameters": {{ f.arguments | tojson }}}'
+        "{% else %}{{ m.content }}{% endif %}<|eot|>{% endfor %}" + header.format("assistant")
+    )
+    for before, name in (("", "llama"), ("<|python_start|><|python_end|>", "llama"), ("<x>", None)):
+        found = seen(text.replace("BEFORE", before)).format
+        assert (found.name if found else None) == name
+
+
 def test_a_template_that_only_tells_how_to_call() -> None:
     text = (
         "{% if tools %}{{ tools | tojson }} Write <tool_call>\n"

@@ -78,6 +78,7 @@ def application(
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await asyncio.to_thread(getattr, service, "shown")  # templates take their time
         service.engine.start()
         yield
         await service.engine.drain(grace)

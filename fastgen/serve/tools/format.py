@@ -37,7 +37,11 @@ class Format:
     channels: bool = False
 
     def shown(self, call: str) -> bool:
-        """Whether a template's rendering of the probe's call is of this format."""
+        """Whether a template's rendering of the probe's call is of this format.
+
+        Args:
+            call: from where the model's answer would begin.
+        """
         raise NotImplementedError
 
     def told(self, tools: str) -> bool:

@@ -195,7 +195,7 @@ class Llama(Format):
     between = "; "
 
     def shown(self, call: str) -> bool:
-        return re.search(r"(?<![,\[>\n])\s*(<\|python_\w+\|>)?" + OBJECT, call) is not None
+        return re.match(r"\s*(<\|python_\w+\|>\s*)*" + OBJECT, call) is not None
 
     def body(self, made: Form, wanted: Wanted) -> str:
         return objects(made, wanted, "parameters")
@@ -212,7 +212,7 @@ class Pythonic(Format):
 
     def shown(self, call: str) -> bool:
         pattern = rf"\[\s*{TOOL}\(\s*{KEY}\s*=\s*[\"']{VALUE}[\"']\s*\)\s*\]"
-        return re.search(pattern, call) is not None
+        return re.match(r"\s*(<\|python_\w+\|>\s*)*" + pattern, call) is not None
 
     def told(self, tools: str) -> bool:
         return re.search(r"\[\w+\(\w+=\w+", tools) is not None
