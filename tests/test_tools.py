@@ -448,6 +448,30 @@ def test_a_call_that_is_forced_is_a_call(name: str, special: bool) -> None:
             jsonschema.validate(json.loads(call.arguments), MANY[call.name])
 
 
+@pytest.mark.parametrize("special", [False, True], ids=["texts", "special tokens"])
+@pytest.mark.parametrize("name", THINKERS)
+def test_a_thought_of_a_call_begins_none(name: str, special: bool) -> None:
+    """Under "auto" thoughts may hold what outside of them would have to become a call."""
+    made, marks = EVERY[name], EVERY[name].reasoning or THINK
+    listed = [marks.begin, marks.end] if special else []
+    letters, ids = Letters(listed), {one: 256 + i for i, one in enumerate(listed)}
+    mark = '{"name": "' if name == "llama" else "[now(" if name == "pythonic" else made.mark
+    for inside, begin in ((False, marks.begin), (False, f"\n{marks.begin}"), (True, "")):
+        grammar = made.grammar(Form(ids), Wanted(TOOLS, False, True, marks, inside))
+        for text, whole in (
+            (f"{begin}Is it {mark} x?{marks.end}Yes.", True),
+            (f"{begin}Is it{marks.end}{mark}!", False),
+            (f"{begin}Is it{marks.end}Yes.", True),
+            (f"{'' if not inside else 'a' + marks.end}{mark}!", False),
+        ):
+            matcher = llguidance.LLMatcher(
+                llguidance.LLTokenizer(letters),
+                llguidance.LLMatcher.grammar_from_lark(schema.within(grammar)[0]), log_level=0,
+            )  # fmt: skip
+            tokens = _ids(text, letters)
+            assert (matcher.try_consume_tokens(tokens) == len(tokens)) == whole, (text, grammar)
+
+
 def test_what_a_form_cannot_say_is_refused() -> None:
     strict = {"type": "object", "properties": {"a": {"type": "string", "format": "date"}}}
     for name in ("glm", "qwen_xml", "gemma", "deepseek32", "kimi3"):

@@ -68,9 +68,23 @@ class Form:
         """Any text, the empty one too, in which no special token is."""
         return f"{self.rule('/(?s:.+)/', 'ANY')}?"
 
-    def until(self, mark: str) -> str:
-        """Any text, and `mark`, which is not in it."""
+    def has_special(self, mark: str) -> bool:
+        """Whether a special token is in a mark."""
+        return bool(self._split(mark)[1])
+
+    def until(self, mark: str, but: str = "") -> str:
+        """Any text, and `mark`, which is not in it.
+
+        Args:
+            but: see `no_thought`.
+        """
         before, rest = self._split(mark)
+        if but and not rest:
+            return self.rule(f"/(?s:.*){pattern(mark)}/{but}", "u", "[lazy]")
+        if but and not before:
+            return f"{self.rule(f'/(?s:.+)/{but}', 'BUT')}? {self.literal(rest)}"
+        if but:
+            return f"{self.rule(f'/(?s:.*){pattern(before)}/{but}', 'BUT')} {self.literal(rest)}"
         if not rest:
             suffix = f"[suffix={json.dumps(mark, ensure_ascii=False)}]"
             return self.rule("/(?s:.*)/", "u", suffix)
@@ -86,12 +100,12 @@ class Form:
             return self.rule(f"{found} & {alone}", "TEXT")
         return f"{self.rule(f'/({inner}){pattern(before)}/', 'TEXT')} {self.literal(rest)}"
 
-    def without(self, mark: str) -> str:
+    def without(self, mark: str, but: str = "") -> str:
         """Any text in which `mark` is not."""
-        if self._split(mark)[1]:
-            return self.anything()
+        if self.has_special(mark):
+            return f"{self.rule(f'/(?s:.+)/{but}', 'BUT')}?" if but else self.anything()
         inside = f"/(?s:.*){pattern(mark)}(?s:.*)/"
-        return f"{self.rule(f'/(?s:.+)/ & ~{inside}', 'WITHOUT')}?"
+        return f"{self.rule(f'/(?s:.+)/ & ~{inside}{but}', 'WITHOUT')}?"
 
     def _split(self, mark: str) -> tuple[str, str]:
         """What of a mark comes before the first special token in it, and the rest."""
@@ -449,15 +463,28 @@ class Wanted:
     content: str | None = None
 
 
+SPACE = r"[ \n]{0,4}"  # what may stand before and after reasoning
+
+
 def thought(form: Form, wanted: Wanted) -> str:
     """The reasoning that may come, or has begun, up to its end."""
-    if wanted.reasoning is None:
+    marks = wanted.reasoning
+    if marks is None:
         return ""
-    space = form.rule(r"/[ \n]{1,4}/", "SPACE") if wanted.forced else ""
-    end = f"{form.until(wanted.reasoning.end)} {f'{space}?' if space else ''}"
-    if wanted.inside:
-        return end
-    return f"({form.literal(wanted.reasoning.begin)} {end})?"
+    space = form.rule(r"/[ \n]{1,4}/", "SPACE") + "?"
+    end = f"{form.until(marks.end)} {space if wanted.forced else ''}"
+    return end if wanted.inside else f"({space} {form.literal(marks.begin)} {end})?"
+
+
+def no_thought(form: Form, wanted: Wanted) -> str:
+    """What has to be added to a regular expression of a text that may begin an answer.
+
+    So that a text with the mark of reasoning is none but reasoning: within that, anything may be.
+    """
+    marks = wanted.reasoning
+    if marks is None or wanted.inside or form.has_special(marks.begin):
+        return ""
+    return f" & ~/{SPACE}{pattern(marks.begin)}(?s:.*)/"
 
 
 def answer(form: Form, wanted: Wanted, mark: str, body: str, between: str, repeats: bool) -> str:
@@ -472,14 +499,18 @@ def answer(form: Form, wanted: Wanted, mark: str, body: str, between: str, repea
     first = thought(form, wanted)
     rest = form.rule(body, "calls")
     more = wanted.several and repeats
+    again = f"({form.literal(between)} {form.literal(mark)} {rest})*" if more else ""
+    call = f"{form.literal(mark)} {rest} {again}"
     if wanted.forced:
-        again = f"({form.literal(between)} {form.literal(mark)} {rest})*" if more else ""
-        return form.text(f"{first} {form.literal(mark)} {rest} {again}")
+        return form.text(f"{first} {call}")
     if wanted.content is not None:
-        again = f"({form.literal(between)} {form.literal(mark)} {rest})*" if more else ""
-        return form.text(f"{first} ({wanted.content} | {form.literal(mark)} {rest} {again})")
-    tail = form.without(mark)
-    before = form.until(mark)
-    if more:
-        return form.text(f"{first} ({before} {rest})* {tail}")
-    return form.text(f"{first} ({before} {rest} | {tail})")
+        return form.text(f"{first} ({wanted.content} | {call})")
+    before, tail = form.until(mark), form.without(mark)
+    free = f"({before} {rest})* {tail}" if more else f"({before} {rest} | {tail})"
+    but = no_thought(form, wanted)
+    if not but or wanted.reasoning is None:
+        return form.text(f"{first} {free}")
+    begin = form.rule(f"/{SPACE}{pattern(wanted.reasoning.begin)}/", "BEGIN")
+    call = f"{form.until(mark, but)} {rest} {free if more else ''}"
+    ends = form.without(mark, but)
+    return form.text(f"{begin} {form.until(wanted.reasoning.end)} {free} | {call} | {ends}")

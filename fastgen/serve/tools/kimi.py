@@ -75,6 +75,9 @@ class Kimi(Format):
         return re.search(rf"<\|tool_call_begin\|>.*<\|tool_call_argument_begin\|>\s*\{{\s*\"{KEY}",
                          call, re.DOTALL) is not None  # fmt: skip
 
+    def told(self, tools: str) -> bool:
+        return "tool_declare<|im_middle|>" in tools
+
     def body(self, made: Form, wanted: Wanted) -> str:
         number = made.rule("/[0-9]{1,3}/", "NUMBER")
         parts = [

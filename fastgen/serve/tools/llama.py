@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 from fastgen.serve.tools import form, json_text
 from fastgen.serve.tools.form import Dialect, Form, Wanted, parameters_of, pattern
@@ -248,5 +249,13 @@ def whole(made: Form, wanted: Wanted, body: str, between: str, begins: str) -> s
     again = f"({made.literal(between)} {one})*" if wanted.several and between else ""
     if wanted.forced:
         return made.text(f"{thought} {one} {again}")
-    other = wanted.content or f"{made.rule(f'/(?s:.+)/ & ~/{begins}(?s:.*)/', 'OTHER')}?"
-    return made.text(f"{thought} ({one} {again} | {other})")
+    call, text = f"{one} {again}", f"/(?s:.+)/ & ~/{begins}(?s:.*)/"
+    other = wanted.content or f"{made.rule(text, 'OTHER')}?"
+    but = form.no_thought(made, wanted)
+    if not but or wanted.content or wanted.reasoning is None:
+        return made.text(f"{thought} ({call} | {other})")
+    forced = replace(wanted, forced=True, inside=True)
+    begin = made.rule(f"/{form.SPACE}{pattern(wanted.reasoning.begin)}/", "BEGIN")
+    end = form.thought(made, forced)
+    alone = f"{made.rule(text + but, 'OTHER')}?"
+    return made.text(f"{begin} {end} ({call} | {other}) | {call} | {alone}")
