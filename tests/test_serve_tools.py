@@ -91,12 +91,21 @@ def streamed(client: openai.OpenAI, **more: Any) -> tuple[dict[str, Any], list[A
 # --- calls that are forced -----------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def turncoat(tmp_path_factory: pytest.TempPathFactory) -> fastgen.CausalLM:
+    """The demo model, in whose directory a test puts its template before it is served."""
+    place = tmp_path_factory.mktemp("turncoat") / "model"
+    shutil.copytree(hub.DEMO, place)
+    return fastgen.load(place)
+
+
 @pytest.mark.parametrize("name", EVERY)
-def test_a_forced_call_of_every_format(models: Any, name: str) -> None:
+def test_a_forced_call_of_every_format(turncoat: fastgen.CausalLM, name: str) -> None:
     source = PLAIN if name == "plain" else FORMS[name][0]
+    (turncoat.directory / chat.FILE).write_text(source, encoding="utf-8")
     plain = {"plain_tools": True} if name == "plain" else {}
     body = {"max_reasoning_tokens": 4} if EVERY[name].channels else {}
-    with served(models(source), **plain) as address, talking_to(address) as client:
+    with served(turncoat, **plain) as address, talking_to(address) as client:
         room = 150 if name == "plain" else 350
         ask = functools.partial(asks, extra_body=body, max_tokens=room)
         choice = {"type": "function", "function": {"name": "weather"}}
