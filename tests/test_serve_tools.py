@@ -113,9 +113,8 @@ def test_a_forced_call_of_every_format(turncoat: fastgen.CausalLM, name: str) ->
         assert legal(named.message.tool_calls) == ["weather"] and not named.message.content
         assert named.finish_reason == "stop"
         one = ask(client, tool_choice="required", parallel_tool_calls=False).choices
-        more = ask(client, tool_choice="required", parallel_tool_calls=False, n=2).choices
-        for each in [*one, *more]:
-            assert len(legal(each.message.tool_calls)) == 1 and each.finish_reason == "tool_calls"
+        assert len(legal(one[0].message.tool_calls)) == 1
+        assert one[0].finish_reason == "tool_calls"
         message, found = streamed(
             client, tool_choice="required", parallel_tool_calls=False, extra_body=body,
             max_tokens=room,
