@@ -112,18 +112,22 @@ def test_a_forced_call_of_every_format(turncoat: fastgen.CausalLM, name: str) ->
         named = ask(client, tool_choice=choice).choices[0]
         assert legal(named.message.tool_calls) == ["weather"] and not named.message.content
         assert named.finish_reason == "stop"
-        one = ask(client, tool_choice="required", parallel_tool_calls=False).choices
-        assert len(legal(one[0].message.tool_calls)) == 1
-        assert one[0].finish_reason == "tool_calls"
         message, found = streamed(
             client, tool_choice="required", parallel_tool_calls=False, extra_body=body,
             max_tokens=room,
         )  # fmt: skip
-        assert message["tool_calls"] == [
-            [one[0].message.tool_calls[0].function.name,
-             one[0].message.tool_calls[0].function.arguments]
-        ]  # fmt: skip
+        ((called, arguments),) = message["tool_calls"]
+        jsonschema.validate(json.loads(arguments), TOOLS[called])
         assert found[-1].finish_reason == "tool_calls" and not message["content"]
+
+
+def test_a_stream_says_what_the_whole_answer_says(client: openai.OpenAI) -> None:
+    settings = {"tool_choice": "required", "parallel_tool_calls": False}
+    whole = ask(client, **settings).choices[0]
+    (call,) = whole.message.tool_calls
+    message, found = streamed(client, **settings)
+    assert message["tool_calls"] == [[call.function.name, call.function.arguments]]
+    assert found[-1].finish_reason == whole.finish_reason == "tool_calls"
 
 
 def test_required_and_allowed_tools(client: openai.OpenAI) -> None:
