@@ -13,6 +13,7 @@ import jsonschema
 import openai
 import pytest
 from serving import served
+from tiny import some
 from tool_forms import EVERY, FORMS, OFFERED, TOOLS, template, thinking
 
 import fastgen
@@ -99,7 +100,12 @@ def turncoat(tmp_path_factory: pytest.TempPathFactory) -> fastgen.CausalLM:
     return fastgen.load(place)
 
 
-@pytest.mark.parametrize("name", EVERY)
+# A service each; what all others write is forced and read in tests/test_tools.py too.
+QUICK = ("hermes", "qwen_xml", "glm47", "llama", "pythonic", "mistral11", "deepseek4", "harmony",
+         "gemma", "command_r", "plain")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", some(EVERY, QUICK))
 def test_a_forced_call_of_every_format(turncoat: fastgen.CausalLM, name: str) -> None:
     source = PLAIN if name == "plain" else FORMS[name][0]
     (turncoat.directory / chat.FILE).write_text(source, encoding="utf-8")
