@@ -466,12 +466,17 @@ def _check_size(name: str, text: str) -> None:
         raise ValueError(
             f"{name} must have at most {MOST_CHARACTERS:,} characters, got {len(text):,}"
         )
-    if name == "grammar" and text.count(":") > MOST_RULES:
-        raise ValueError(
-            f"grammar must have at most {MOST_RULES:,} rules (colons), got {text.count(':'):,}"
-        )
-    if name == "json_schema" and _references(json.loads(text)) > MOST_REFERENCES:
-        raise ValueError(f"json_schema must have at most {MOST_REFERENCES:,} references ($ref)")
+    schemas = [json.loads(text)] if name == "json_schema" else []
+    if name == "grammar":
+        inside = [*schema.embedded(text)]
+        schemas = [one for _, _, one in inside]
+        rules = text.count(":") - sum(text.count(":", start, end) for start, end, _ in inside)
+        if rules > MOST_RULES:
+            raise ValueError(
+                f"grammar must have at most {MOST_RULES:,} rules (colons), got {rules:,}"
+            )
+    if sum(map(_references, schemas)) > MOST_REFERENCES:
+        raise ValueError(f"{name} must have at most {MOST_REFERENCES:,} references ($ref)")
 
 
 def _references(schema: Any) -> int:

@@ -81,17 +81,24 @@ def within(grammar: str) -> tuple[str, list[str]]:
     """A Lark grammar whose `%json` schemas are prepared."""
     notes: list[str] = []
     parts, at = [], 0
+    for start, end, schema in embedded(grammar):
+        written, more = prepared(json.dumps(schema, allow_nan=False))
+        parts += [grammar[at:start], written]
+        notes, at = notes + more, end
+    return "".join([*parts, grammar[at:]]), [*dict.fromkeys(notes)]
+
+
+def embedded(grammar: str) -> Iterator[tuple[int, int, Any]]:
+    """The `%json` schemas of a Lark grammar: where each begins and ends, and what it is."""
+    at = 0
     for found in re.finditer(r"%json\s*(?=\{)", grammar):
         if found.start() < at:
             continue
         try:
-            schema, end = json.JSONDecoder().raw_decode(grammar, found.end())
+            schema, at = json.JSONDecoder().raw_decode(grammar, found.end())
         except ValueError:  # within a text, or no JSON: llguidance says what is wrong
             continue
-        written, more = prepared(json.dumps(schema, allow_nan=False))
-        parts += [grammar[at : found.end()], written]
-        notes, at = notes + more, end
-    return "".join([*parts, grammar[at:]]), [*dict.fromkeys(notes)]
+        yield found.end(), at, schema
 
 
 def strict(schema: Any) -> Any:

@@ -660,6 +660,26 @@ def test_what_a_model_writes_is_no_command_to_the_terminal():
     assert shown == "a\tb\n\\x1b[2J\\x07\\r\\x9b1m\\x7f \u4f60\U0001f642\xa0\ufffd"
 
 
+def test_thoughts_are_dimmed_on_a_terminal_alone(long, terminal, tmp_path):
+    thinks = tmp_path / "thinks"
+    shutil.copytree(long, thinks)
+    (thinks / "chat_template.jinja").write_text(
+        TEMPLATE.replace("assistant {%", "assistant <think>{%")
+    )
+    shell = terminal(thinks, *FLAGS)
+    shell.until(">>> ")
+    shell.type("Hi\n")
+    shown = shell.until("\n>>> ").partition("Hi\n")[2]
+    (reply,) = replies(thinks, "Hi", **SHORT)
+    dimmed = "".join(
+        re.findall(r"\x1b\[2m(.*?)\x1b\[0m", shown.partition("6 tokens")[0], re.DOTALL)
+    )
+    assert dimmed.split() == _harmless(reply).split()
+    assert run(thinks, *FLAGS, stdin="Hi\n")[1] == f"{reply}\n"
+    shell.type("/exit\n")
+    assert shell.end() == 0
+
+
 def test_lines_can_be_edited_and_called_up_again(long, terminal):
     pytest.importorskip("readline")
     shell = terminal(long, *FLAGS)

@@ -118,7 +118,7 @@ FOLDERS = ("commands", "jobs", "serve")
 
 def sources(module: str) -> list[Path]:
     """The files of a module, or of a folder."""
-    return sorted((HOME / module).glob("*.py")) if module in FOLDERS else [HOME / f"{module}.py"]
+    return sorted((HOME / module).rglob("*.py")) if module in FOLDERS else [HOME / f"{module}.py"]
 
 
 @functools.cache
@@ -167,12 +167,9 @@ def beside(place: Path) -> set[str]:
 
 
 PACKAGES = [
-    "fastgen",
-    *(f"fastgen/{name}" for name in FOLDERS[1:]),
-    "export",
-    "export/build",
-    "export/foreign",
-]
+    "fastgen", *(f"fastgen/{name}" for name in FOLDERS[1:]), "fastgen/serve/tools", "export",
+    "export/build", "export/foreign",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("folder", PACKAGES)

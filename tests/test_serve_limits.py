@@ -21,15 +21,17 @@ from schemathesis.generation import GenerationMode
 from schemathesis.specs.openapi import checks as of_openapi
 from serving import address, model, served
 from test_serve_api import CHATS, COMPLETIONS, TEMPLATE, Watched, asked, command, until
+from tool_forms import ALONE, EVERY, TOOLS
 
 import fastgen
 from fastgen import score
 from fastgen.schedule import Scheduler
-from fastgen.serve import tools
 from fastgen.serve.door import Guard, name_of
 from fastgen.serve.limits import Limits
 from fastgen.serve.refused import Refused
 from fastgen.serve.rendered import as_json, in_parts
+from fastgen.serve.tools.reader import Asked
+from fastgen.serve.tools.whole import Whole
 
 __all__ = ["TEMPLATE", "address", "model"]  # fixtures, and what they take
 
@@ -229,23 +231,19 @@ def test_long_texts_are_cut_one_after_another_and_leave_the_loop_alone(
     assert most == 1
 
 
-@pytest.mark.parametrize("name", ["tagged", "listed", "bare"])
+@pytest.mark.parametrize("name", EVERY)
 def test_whatever_a_model_writes_is_read_in_time_that_grows_with_it(name: str) -> None:
     """Also what is nested deeper than JSON is read, which is content."""
-    begin = {"tagged": "<tool_call>", "listed": "[TOOL_CALLS]", "bare": ""}[name]
-    reads = getattr(tools, f"_{name}")
-    deep = '{"name": "f", "arguments": {"x": ' + "[" * 50_000 + "]" * 50_000 + "}}"
+    made = EVERY[name]
+    begin = made.mark if name not in ALONE else ""
+    deep = '{"name": "weather", "arguments": {"x": ' + "[" * 50_000 + "]" * 50_000 + "}}"
     blank, many = begin + " " * 300_000, (begin or "{") * 30_000
     for text in (begin + deep, blank, many, begin + "[" * 99_999):
+        reader, whole = made.read(Asked(TOOLS)), Whole()
         start = time.process_time()
-        assert reads(text) == (text, [])
+        whole.take([*reader.push(text), *reader.end()])
         assert time.process_time() - start < 2
-    one = '{"name": "f", "arguments": {"x": 1}}'
-    found = {"name": "f", "arguments": {"x": 1}}
-    assert reads(begin + "\n " + one + " \n")[1] == [found]
-    if name == "tagged":
-        several = f"say {begin}{one}</tool_call> and {begin} no </tool_call> {begin}{one}"
-        assert reads(several) == (f"say  and {begin} no </tool_call>", [found, found])
+        assert not whole.calls and (made.channels or text.startswith(whole.content))
 
 
 # --- the door -------------------------------------------------------------------------------------

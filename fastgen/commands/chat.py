@@ -6,7 +6,7 @@ import contextlib
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,10 @@ from fastgen.commands.models import load, run_options
 from fastgen.commands.say import clear_errors, one_line, say
 from fastgen.conversation import Conversation, Took
 from fastgen.interrupt import noted
+from fastgen.serve import reasoning
+from fastgen.serve.tools import shown
+from fastgen.serve.tools.reader import Event
+from fastgen.serve.tools.reader import Reader as Splitter
 
 QUOTES = '"""'  # around several lines
 PROMPT, MORE = ">>> ", "... "
@@ -36,7 +40,8 @@ def chat(
     A line that ends with a backslash goes on in the next one, and so does everything between
     two \"\"\". Ctrl-C stops an answer. /help lists what else can be typed: settings, files.
 
-    Answers go to standard output, everything else to standard error. Where standard input is no
+    Answers go to standard output, everything else to standard error. On a terminal thoughts are
+    dimmed, where the model's template shows how it thinks. Where standard input is no
     terminal, each line (or block) of it is answered, and the first error ends the program.
 
     Tokens are drawn as the model's own generation config says, or at temperature 0.7 and top_p 0.9
@@ -224,13 +229,38 @@ def _answer(conversation: Conversation, text: str) -> None:
                 f"The conversation has outgrown the model's positions: its first "
                 f"{conversation.dropped} messages are no longer read."
             )
-        for piece in pieces:
-            click.echo(_harmless(piece) if sys.stdout.isatty() else piece, nl=False)
+        as_shown = _dimmed(conversation, text, pieces) if sys.stdout.isatty() else pieces
+        for piece in as_shown:
+            click.echo(piece, nl=False)
     click.echo()
     if conversation.took is None or not conversation.took.new:
         say("Stopped before the answer began: the message is taken back.")
     elif sys.stderr.isatty():
         click.echo(click.style(_shown(conversation.took), dim=True), err=True)
+
+
+def _dimmed(conversation: Conversation, text: str, pieces: Iterator[str]) -> Iterator[str]:
+    """An answer's pieces for a terminal: thoughts are dimmed, and their marks left out."""
+    model = conversation.model
+    marks = shown.of(model).reasoning if conversation.has_template else None
+    messages = [*conversation.messages, {"role": "user", "content": text}]
+    reader = reasoning.reader(model, marks, messages)
+    thought = False
+    for piece in pieces if reader is None else _events(reader, pieces):
+        if isinstance(piece, str):
+            yield _harmless(piece)
+        elif piece.kind == "reasoning":
+            thought = True
+            yield click.style(_harmless(piece.text), dim=True)
+        else:
+            yield ("\n\n" if thought else "") + _harmless(piece.text)
+            thought = False
+
+
+def _events(reader: Splitter, pieces: Iterable[str]) -> Iterator[Event]:
+    for piece in pieces:
+        yield from reader.push(piece)
+    yield from reader.end()
 
 
 def _harmless(text: str) -> str:

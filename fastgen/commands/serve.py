@@ -17,6 +17,8 @@ from fastgen.commands.models import load, run_options
 from fastgen.commands.say import clear_errors, say
 from fastgen.serve.limits import Limits
 
+FORMATS = ("auto", "none")  # of reasoning: those of `fastgen.serve.reasoning`
+
 MEMORY = "a quarter of the machine's memory"
 
 
@@ -52,6 +54,13 @@ def limit_options(command: Callable[..., Any]) -> Callable[..., Any]:
               help="of the processor, that a new schema or grammar may take")  # fmt: skip
 @click.option("--grammar-memory", default=trial.MEGABYTES, show_default=True,
               type=click.IntRange(1), help="MB that it may take")  # fmt: skip
+@click.option("--reasoning-format", "reasoning", default="auto", show_default=True,
+              type=click.Choice(FORMATS), help="auto: reasoning is reasoning_content; none: it "
+              "stays in the content, with its marks")  # fmt: skip
+@click.option("--plain-tools", is_flag=True,
+              help="tell a model whose template knows no tools of them in words")  # fmt: skip
+@click.option("--free-calls", is_flag=True,
+              help="do not hold calls that nothing forces to their tools' schemas")  # fmt: skip
 @click.option("--cors", help="an origin whose pages may call from a browser, * for all")
 @click.option("--allowed-host", "allowed_hosts", multiple=True,
               help="a name, without a port, that the service may be asked by besides (several "
@@ -63,6 +72,7 @@ def serve(
     prompts: str | None,
     name: str | None, rows: int | None, memory: float | None, queue: int | None, grace: float,
     grammar_seconds: float, grammar_memory: int,
+    reasoning: str, plain_tools: bool, free_calls: bool,
     cors: str | None, allowed_hosts: tuple[str, ...], **most: int | None,
 ) -> None:  # fmt: skip
     """Serve MODEL, a directory or a hub id (default: the embedded demo model), over HTTP.
@@ -92,7 +102,8 @@ def serve(
             raise ValueError(f"--memory must be a positive number of GB, got {memory}")
         if api_key is not None and not (api_key.strip() and api_key.isascii()):
             raise ValueError("--api-key must be a text of ASCII characters")
-        settings: dict[str, Any] = {"max_rows": rows, "queue": queue}
+        settings: dict[str, Any] = {"max_rows": rows, "queue": queue, "reasoning": reasoning}
+        settings |= {"plain_tools": plain_tools, "free_calls": free_calls}
         settings["max_bytes"] = None if memory is None else int(memory * 1e9)
         given = {key: value for key, value in settings.items() if value is not None}
         limits = Limits(**{n.removeprefix("max_"): v for n, v in most.items() if v is not None})

@@ -43,14 +43,14 @@ class Held(Run):
 
     Attributes:
         usual: new tokens where nobody says how many, and there is room for so many.
-        special: whether special tokens are part of the text.
+        kept: special tokens that are part of the text.
         came: the tokens of each call.
     """
 
     prompts: Sequence[list[int]] = field(kw_only=True)
     wish: Wish = field(kw_only=True)
     usual: int = field(kw_only=True)
-    special: bool = field(kw_only=True)
+    kept: frozenset[int] = field(kw_only=True)
     came: Sequence[Sequence[Token]] = ()
 
     async def tokens(self) -> AsyncIterator[tuple[int, Token]]:
@@ -78,13 +78,17 @@ class Offline(Service):
         weakref.finalize(self, self._runner.close)
 
     async def run(
-        self, prompts: Sequence[list[int]], wish: Wish, usual: int, special: bool = False
+        self,
+        prompts: Sequence[list[int]],
+        wish: Wish,
+        usual: int,
+        kept: frozenset[int] = frozenset(),
     ) -> Run:
         """A request whose calls the job makes and runs."""
-        texts = self.texts(len(prompts), wish, special)
+        texts = self.texts(len(prompts), wish, kept)
         return Held(
             self.engine, [], asyncio.Queue(), texts, wish.copies, sum(map(len, prompts)),
-            prompts=prompts, wish=wish, usual=usual, special=special, same=wish.same,
+            prompts=prompts, wish=wish, usual=usual, kept=kept, same=wish.same,
         )  # fmt: skip
 
     async def _through(self, jobs: Sequence[tuple[Job, Writer | None]]) -> list[tuple[int, Token]]:
@@ -108,7 +112,7 @@ class Offline(Service):
             off = {name: None for name, value in self.knobs.items() if value is None}
             wish = replace(run.wish, knobs=off | seed | run.wish.knobs)
             (call,) = self._calls([ids], wish, run.usual)
-            made.append(Stream(call, self.model.writer(call, not run.special), place, run.inbox))
+            made.append(Stream(call, self.model.writer(call, not run.kept), place, run.inbox))
             run.notes |= dict.fromkeys(call.notes)
         return made
 

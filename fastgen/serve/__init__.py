@@ -7,9 +7,9 @@ document     the OpenAPI document                rendered    answers as bytes
 refused      errors as clients see them          server      uvicorn, and how it stops
 completions  prompts -> texts                    chats       conversations -> answers
 service      a request -> calls -> tokens        engine      the thread that runs them
-answers      tokens -> OpenAI's answers          tools       calls of tools in a text
-knobs        the one list, for the page          metrics     what /metrics shows
-page         the page at /
+answers      tokens -> OpenAI's answers          tools       calls of tools, a file a format
+knobs        the one list, for the page          reasoning   where it begins, and its budget
+page         the page at /                       metrics     what /metrics shows
 """
 
 from __future__ import annotations

@@ -31,7 +31,8 @@ class Text:
 
     Attributes:
         stop: texts that end it.
-        hidden: the spelling of each special token that the text is given out without.
+        hidden: the spelling of each special token that the text is given out without, whether it
+            was decoded with them or not.
         given: characters that have been given out.
         tokens: those whose text has begun to be given out.
         starts: of each of them, how many characters come before its own.
@@ -56,9 +57,11 @@ class Text:
             return "", []
         self.count += 1
         self._waiting.append((self._length, token))
-        self._held += [(char, False) for char in self.hidden.get(token.id, "")]
-        self._held += [(char, True) for char in token.text]
-        self._length += len(token.text)
+        spelt = self.hidden.get(token.id, "")
+        shown = token.text.removesuffix(spelt)
+        self._held += [(char, False) for char in spelt]
+        self._held += [(char, True) for char in shown]
+        self._length += len(shown)
         self.reason = reason_of(token)
         text = "".join(char for char, _ in self._held)
         cut = self._cut(text)

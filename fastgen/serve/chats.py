@@ -2,19 +2,54 @@
 
 from __future__ import annotations
 
+import importlib.util
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from fastgen import chat, schema
+from fastgen import chat, constraint, schema
 from fastgen.output import Token
-from fastgen.serve import dialects, tools
-from fastgen.serve.answers import chat_logprobs, usage
+from fastgen.serve import dialects, reasoning
+from fastgen.serve.answers import Text, chat_logprobs, usage
 from fastgen.serve.refused import Refused
 from fastgen.serve.service import Run, Service, put_together, so_far
+from fastgen.serve.tools.choice import Choice, chosen
+from fastgen.serve.tools.form import Form, Wanted
+from fastgen.serve.tools.reader import Asked, Event, Marks, Reader
+from fastgen.serve.tools.whole import Call, Whole
 from fastgen.serve.wire import StreamOptions, Wish, wish
+
+
+@dataclass
+class Said:
+    """What one text of an answer says.
+
+    Attributes:
+        text: as it comes.
+        reader: what reads it; None where there is nothing in it but content.
+        whole: what it said so far.
+        tokens: those whose text has come and that no chunk of a stream has had yet.
+    """
+
+    text: Text
+    reader: Reader | None
+    whole: Whole = field(default_factory=Whole)
+    tokens: list[Token] = field(default_factory=list)
+
+    def push(self, token: Token) -> list[Event]:
+        """What one more token says."""
+        piece, tokens = self.text.push(token)
+        self.tokens += tokens
+        if self.reader is None:
+            events = [Event("content", piece)] if piece else []
+        else:
+            events = self.reader.push(piece) if piece else []
+            if self.text.reason is not None and not self.reader.text.ended:
+                events += self.reader.end(cut=self.text.reason == "length")
+        self.whole.take(events)
+        return events
 
 
 @dataclass
@@ -23,14 +58,15 @@ class Answer:
 
     Attributes:
         events: gives the chunks of a stream; None where the answer is wanted whole.
-        reads: what finds calls of tools in a text; None where there are no tools. A text with
-            tools is streamed in one piece: what it is, is known at its end.
+        readers: of each text; None where there is nothing to be read but content.
+        named: whether the request says which tool is to be called.
     """
 
     service: Service
     run: Run
     wish: Wish
-    reads: tools.Reader | None
+    readers: Sequence[Reader | None]
+    named: bool
     options: StreamOptions
     streamed: bool
 
@@ -42,45 +78,49 @@ class Answer:
             "model": self.service.name,
         }
         self.events = self._events if self.streamed else None
+        self._said = [
+            Said(text, reader) for text, reader in zip(self.run.texts, self.readers, strict=True)
+        ]
 
     async def whole(self) -> dict[str, Any]:
         """The answer, when all is done."""
-        parts: list[list[str]] = [[] for _ in self.run.texts]
         async for place, token in self.run.tokens():
-            parts[place].append(self.run.texts[place].push(token)[0])
-        return await put_together(self.size, lambda: self._made(parts))
+            self._said[place].push(token)
+        return await put_together(self.size, self._made)
 
     @property
     def size(self) -> int:
         """Tokens of the answer so far, each with its alternatives."""
         return self.run.new_tokens * (1 + (self.wish.alternatives or 0))
 
-    def _made(self, parts: Sequence[Sequence[str]]) -> dict[str, Any]:
-        """The answer of the pieces of each text."""
+    def _made(self) -> dict[str, Any]:
         choices = []
-        for index, text in enumerate(self.run.texts):
-            content, calls = self._read("".join(parts[index]))
-            message: dict[str, Any] = {"role": "assistant", "content": content or None if calls
-                                       else content, "refusal": None}  # fmt: skip
-            if calls:
-                message["tool_calls"] = tools.in_message(calls)
+        for index, said in enumerate(self._said):
+            whole = said.whole
+            message: dict[str, Any] = {
+                "role": "assistant",
+                "content": whole.content or None if whole.calls else whole.content,
+                "refusal": None,
+            }
+            if whole.reasoning:
+                message["reasoning_content"] = whole.reasoning
+            if whole.calls:
+                message["tool_calls"] = [_in_message(one) for one in whole.calls]
             choices.append(
                 {
                     "index": index,
                     "message": message,
-                    "logprobs": self._logprobs(text.tokens),
-                    "finish_reason": "tool_calls" if calls else text.reason,
+                    "logprobs": self._logprobs(said.text.tokens),
+                    "finish_reason": self._reason(said),
                 }
             )
         total = usage(self.run.prompt_tokens, self.run.new_tokens)
         return {**self.about, "choices": choices, "usage": total, **self.run.warnings()}
 
-    def _read(self, text: str) -> tuple[str, tools.Found]:
-        if self.reads is None:
-            return text, []
-        content, calls = self.reads(text)
-        content = self.service.without_special_tokens(content)
-        return content.strip() if calls else content, calls
+    def _reason(self, said: Said) -> str | None:
+        """Why it ended, as OpenAI says it: "tool_calls" only where the model chose to call."""
+        called = said.text.reason == "stop" and said.whole.calls and not self.named
+        return "tool_calls" if called else said.text.reason
 
     def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
         if self.wish.alternatives is None:
@@ -88,30 +128,23 @@ class Answer:
         return chat_logprobs(tokens, self.service.model.tokenizer)
 
     async def _events(self) -> AsyncIterator[dict[str, Any] | None]:
-        """A chunk for each piece of an answer; None for a token that adds nothing to it yet."""
+        """A chunk for each thing that a token says; None for a token that says nothing yet."""
         for index in range(len(self.run.texts)):
             yield self._chunk(index, {"role": "assistant", "content": "", "refusal": None})
-        parts: list[list[str]] = [[] for _ in self.run.texts]
         async for place, token in self.run.tokens():
-            text = self.run.texts[place]
-            piece, tokens = text.push(token)
-            reason = text.reason
-            delta: dict[str, Any] = {"content": piece}
-            if self.reads is not None:
-                parts[place].append(piece)
-                if reason is None:
-                    yield None
-                    continue
-                content, calls = self._read("".join(parts[place]))
-                delta, tokens = {"content": content}, text.tokens
-                if calls:
-                    reason, numbered = "tool_calls", enumerate(tools.in_message(calls))
-                    delta = {"content": content or None}
-                    delta["tool_calls"] = [{"index": i, **one} for i, one in numbered]
-            says = any(delta.values()) or tokens or reason
-            yield self._chunk(place, delta, self._logprobs(tokens)) if says else None
-            if reason:
-                yield self._chunk(place, {}, None, reason)
+            said = self._said[place]
+            if said.text.reason is not None:
+                continue
+            deltas = list(_deltas(said.push(token), said.whole))
+            if not deltas and (said.text.reason is None or not said.tokens):
+                yield None
+            elif not deltas:
+                deltas = [{"content": ""}]
+            for delta in deltas:
+                tokens, said.tokens = said.tokens, []
+                yield self._chunk(place, delta, self._logprobs(tokens))
+            if said.text.reason is not None:
+                yield self._chunk(place, {}, None, self._reason(said))
         if self.options.include_usage:
             total = usage(self.run.prompt_tokens, self.run.new_tokens)
             yield {**self.about, "choices": [], "usage": total}
@@ -128,6 +161,38 @@ class Answer:
         }
 
 
+def _in_message(call: Call) -> dict[str, Any]:
+    """A call as an OpenAI message has it."""
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": _call_id(), "type": "function", "function": function}
+
+
+def _call_id() -> str:
+    return f"call_{secrets.token_hex(12)}"
+
+
+def _deltas(events: Sequence[Event], whole: Whole) -> Iterator[dict[str, Any]]:
+    """Events as a stream's deltas.
+
+    Args:
+        whole: what was said, these events included.
+    """
+    begun = sum(event.kind == "call" for event in events)
+    place = whole.begun - begun - 1
+    for event in events:
+        if event.kind == "content" or (event.kind == "broken" and event.text):
+            yield {"content": event.text}
+        elif event.kind == "reasoning":
+            yield {"reasoning_content": event.text}
+        elif event.kind == "call":
+            place += 1
+            function = {"name": event.text, "arguments": ""}
+            call = {"index": place, "id": _call_id(), "type": "function", "function": function}
+            yield {"tool_calls": [call]}
+        elif event.kind == "arguments":
+            yield {"tool_calls": [{"index": place, "function": {"arguments": event.text}}]}
+
+
 async def answer(service: Service, body: Any) -> Answer:
     """Begin an answer.
 
@@ -137,25 +202,47 @@ async def answer(service: Service, body: Any) -> Answer:
     wished = wish(body, service.defaults, service.limits)
     if wished.new == 0:
         raise Refused(400, "an answer has one token at least", param="max_tokens")
-    if body.response_format is not None:
-        wished.knobs.update(_format(body.response_format))
-    functions = _functions(service, body)
+    choice = _choice(service, body)
+    functions = list(body.tools) if body.tools and body.tool_choice != "none" else None
     messages = [one.model_dump(exclude_unset=True) for one in body.messages]
-    variables = _variables(service, body) | (body.chat_template_kwargs or {})
-    ids = await service.conversation(messages, functions, variables)
-    reads = service.reads_tools if functions else None
+    ids, prompt = await service.conversation(messages, functions, _variables(service, body))
+    marks = service.marks
+    begun = reasoning.inside(prompt, marks)
+    notes = await _held_to(service, body, wished, choice, begun)
+    if body.max_reasoning_tokens is not None:
+        _limit(service, wished, marks, body.max_reasoning_tokens, len(ids), begun)
+    kept = service.kept_for(bool(choice.tools))
     usual = service.defaults.get("max_new_tokens") or chat.MAX_NEW_TOKENS
-    run = await service.run([ids], wished, usual, special=reads is not None)
+    run = await service.run([ids], wished, usual, kept)
+    run.notes |= dict.fromkeys(notes)
+    asked = Asked(choice.tools, marks, begun, service.raw)
+    readers = [service.reader(asked) for _ in run.texts]
     options = body.stream_options or StreamOptions()
-    return Answer(service, run, wished, reads, options, bool(body.stream))
+    return Answer(service, run, wished, readers, choice.named, options, bool(body.stream))
+
+
+def _limit(
+    service: Service, wished: Wish, marks: Marks | None, most: int, prompt: int, begun: bool
+) -> None:
+    """Let reasoning end after so many tokens."""
+    if marks is None:
+        raise Refused(
+            400, "max_reasoning_tokens: the chat template shows no reasoning that could be ended",
+            param="max_reasoning_tokens",
+        )  # fmt: skip
+    budget = reasoning.Budget(service.model.tokenizer, marks, most, prompt, begun)
+    wished.knobs["logits_processor"] = [budget]
 
 
 def _variables(service: Service, body: Any) -> dict[str, Any]:
     """What else the template gets to see; the log is told of what nothing looks at."""
-    sent = body.model_dump(exclude_unset=True)
+    sent, given = body.model_dump(exclude_unset=True), body.chat_template_kwargs or {}
     used = dialects.for_template(sent, service.template)
-    service.noted(sent, used)
-    return used
+    effort = sent.get("reasoning_effort") if "reasoning_effort" not in used else None
+    enabled = given.get("enable_thinking")
+    switched = reasoning.switched(effort, service.shown.switches, enabled)
+    service.noted(sent, {**used, **({"reasoning_effort": effort} if switched else {})})
+    return switched | used | given
 
 
 def _format(wanted: Any) -> dict[str, Any]:
@@ -178,20 +265,49 @@ def _format(wanted: Any) -> dict[str, Any]:
         raise Refused(400, f"response_format: {error}", param="response_format") from error
 
 
-def _functions(service: Service, body: Any) -> list[dict[str, Any]] | None:
-    """The tools that the template gets to see."""
-    choice = body.tool_choice
-    if choice not in (None, "none", "auto"):
-        raise Refused(
-            400, f"tool_choice must be none or auto, got {choice!r}: no call can be forced",
-            param="tool_choice",
-        )  # fmt: skip
-    if not body.tools or choice == "none":
-        return None
-    if service.has_template and service.reads_tools is None:
-        raise Refused(
-            400,
-            "tools: the chat template does not show in a known form how the model calls them",
-            param="tools",
+def _choice(service: Service, body: Any) -> Choice:
+    """What the request says of its tools."""
+    several = body.parallel_tool_calls is not False
+    try:
+        choice = chosen(body.tools, body.tool_choice, several)
+    except ValueError as error:
+        param = "tool_choice" if str(error).startswith("tool_choice") else "tools"
+        raise Refused(400, str(error), param=param) from error
+    if choice.tools and service.has_template and service.format is None:
+        why = (
+            "does not show in a known form how the model calls them"
+            if service.shown.tools
+            else "knows no tools; fastgen serve --plain-tools tells the model of them in words"
         )
-    return list(body.tools)
+        raise Refused(400, f"tools: the chat template {why}", param="tools")
+    return choice
+
+
+async def _held_to(
+    service: Service, body: Any, wished: Wish, choice: Choice, begun: bool
+) -> list[str]:
+    """Let the knobs say what the answer has to be; returns what it is not held to, and why."""
+    wanted = {} if body.response_format is None else _format(body.response_format)
+    form = next((name for name in constraint.KNOBS if wished.knobs.get(name) is not None), None)
+    if choice.forced and form is not None:
+        raise Refused(400, f"tool_choice forces a call, and {form} another text", param=form)
+    free = not choice.tools or (not choice.forced and (service.free_calls or form is not None))
+    if free or (not choice.forced and importlib.util.find_spec("llguidance") is None):
+        wished.knobs.update(wanted)
+        return []
+    made = Form(service.specials)
+    content = None if choice.forced or not wanted else made.json(wanted["json_schema"])
+    try:
+        asks = Wanted(choice.tools, choice.forced, choice.several, service.marks, begun, content)
+        assert service.format is not None
+        grammar = service.format.grammar(made, asks)
+        if not choice.forced:  # the service can do without
+            await service.compiled({"grammar": grammar})
+    except (ValueError, Refused) as error:
+        if choice.forced or (isinstance(error, Refused) and error.status != 400):
+            raise error if isinstance(error, Refused) else Refused(
+                400, f"tools: {error}", param="tools") from error  # fmt: skip
+        wished.knobs.update(wanted)
+        return [f"calls are not held to the tools' schemas: {error}"]
+    wished.knobs["grammar"] = grammar
+    return []

@@ -20,7 +20,6 @@ LOG = logging.getLogger(__name__)
 # For what happens elsewhere, or says who asks.
 INERT = (
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
-    "parallel_tool_calls",
 )  # fmt: skip
 # About how fast, where or in which order: no token changes.
 LET_GO = (

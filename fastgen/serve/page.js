@@ -273,8 +273,9 @@ class Text {
     this.last = null;
   }
 
-  push(piece, tokens) {
-    this.content += piece;
+  /** A piece of it; a thought is shown, and no part of what was said. */
+  push(piece, tokens, isThought = false) {
+    if (!isThought) this.content += piece;
     this.tokens += tokens.length;
     const added = document.createDocumentFragment();
     let rest = piece;
@@ -296,6 +297,7 @@ class Text {
       else added.append(rest);
     }
     this.last = added.lastChild?.tokens ? added.lastChild : this.last;
+    if (isThought) for (const part of added.children) part.classList.add("thought");
     this.element.append(added);
   }
 
@@ -570,9 +572,10 @@ async function read(response, screen, numbers) {
       if (chunk.usage) numbers.usage = chunk.usage;
       for (const choice of chunk.choices) {
         const ids = choice.token_ids ?? []; // of a model without a tokenizer
-        const piece = choice.text || choice.delta?.content || ids.map((id) => `${id} `).join("");
+        const thought = choice.delta?.reasoning_content;
+        const said = choice.text || choice.delta?.content || ids.map((id) => `${id} `).join("");
         const tokens = tokensOf(choice);
-        screen.text(choice.index).push(piece, tokens);
+        screen.text(choice.index).push(thought ?? said, tokens, thought !== undefined);
         came += tokens.length || ids.length;
         const reason = choice.finish_reason;
         if (reason) numbers.reasons.add(ENDS[reason] ?? reason);

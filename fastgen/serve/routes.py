@@ -53,7 +53,7 @@ def application(
     limits: Limits | None = None,
     grace: float = GRACE,
     grammars: trial.Limits | None = None,
-    **engine: Any,
+    **settings: Any,
 ) -> FastAPI:
     """An ASGI application that serves one model.
 
@@ -68,15 +68,17 @@ def application(
             they keep the pages of strangers out of a service on one's own machine.
         limits: what one request may ask for; None for the defaults.
         grammars: what a new schema, regular expression or grammar may take until it is compiled.
-        engine: `queue`, `max_bytes`, `max_rows`, `chunk` (see `serve.engine.Engine`).
+        settings: `reasoning`, `plain_tools`, `free_calls` (see `serve.service.Service`), `queue`,
+            `max_bytes`, `max_rows`, `chunk` (see `serve.engine.Engine`).
 
     Raises:
         ValueError: a setting that cannot be.
     """
-    service = Service(model, name, limits, grammars, **engine)
+    service = Service(model, name, limits, grammars, **settings)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await asyncio.to_thread(getattr, service, "shown")  # templates take their time
         service.engine.start()
         yield
         await service.engine.drain(grace)

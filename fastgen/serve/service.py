@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -17,13 +17,18 @@ from fastgen.generator import CausalLM
 from fastgen.output import Token
 from fastgen.params import NAMES, Params
 from fastgen.schedule import Job
-from fastgen.serve import tools
 from fastgen.serve.answers import Text, usage
 from fastgen.serve.dialects import Noted
 from fastgen.serve.engine import Engine, Full, News, Stopping, Stream
 from fastgen.serve.limits import Limits
 from fastgen.serve.metrics import Metrics
+from fastgen.serve.reasoning import FORMATS
 from fastgen.serve.refused import Refused
+from fastgen.serve.tools import shown
+from fastgen.serve.tools.format import Format
+from fastgen.serve.tools.plain import Plain, told
+from fastgen.serve.tools.reader import Asked, Marks, Reader
+from fastgen.serve.tools.shown import Shown
 from fastgen.serve.wire import StreamOptions, Wish
 from fastgen.tokenizer import pieces
 
@@ -145,6 +150,10 @@ class Service:
         name: what clients see it called; None for its own name.
         limits: what a request may ask for.
         grammars: what a new grammar may take until it is compiled.
+        reasoning: "auto" to split it from the content, "none" to leave it there.
+        plain_tools: whether a model whose template knows no tools is told of them in words.
+        free_calls: whether calls that nobody forces are left to the model: not held to their
+            tools' schemas.
         settings: see `Engine`.
 
     Raises:
@@ -157,9 +166,16 @@ class Service:
         name: str | None = None,
         limits: Limits | None = None,
         grammars: trial.Limits | None = None,
+        *,
+        reasoning: str = "auto",
+        plain_tools: bool = False,
+        free_calls: bool = False,
         **settings: Any,
     ) -> None:
+        if reasoning not in FORMATS:
+            raise ValueError(f"reasoning must be {' or '.join(FORMATS)}, got {reasoning!r}")
         self.model, self.limits = model, limits or Limits()
+        self.raw, self.free_calls, self._plain_tools = reasoning == "none", free_calls, plain_tools
         self._cutter = ThreadPoolExecutor(1, "fastgen-tokens")  # one long text at a time
         self._grammars = ThreadPoolExecutor(1, "fastgen-grammars")
         self._new_grammars = 0
@@ -179,7 +195,52 @@ class Service:
         self.template = (
             chat.source(model.directory, model.tokenizer.config, True) if self.has_template else ""
         )
-        self.reads_tools = tools.reader(self.template)
+
+    @cached_property
+    def shown(self) -> Shown:
+        """What the chat template shows of calls and of reasoning."""
+        return shown.of(self.model)
+
+    @cached_property
+    def format(self) -> Format | None:
+        """How the model writes calls of tools; None where that is not known."""
+        if self._plain_tools and not self.shown.tools:
+            return Plain()
+        return self.shown.format
+
+    @cached_property
+    def specials(self) -> dict[str, int]:
+        """The special tokens by their spelling."""
+        tokenizer, size = self.model.tokenizer, self.info.vocab_size
+        spelt = ((tokenizer.token(one) or "", one) for one in tokenizer.special_ids())
+        return {text: one for text, one in spelt if one < size}
+
+    def kept(self, marks: Collection[str]) -> frozenset[int]:
+        """The special tokens that marks are made of."""
+        found = (one for text, one in self.specials.items() if any(text in mark for mark in marks))
+        return frozenset(found)
+
+    @property
+    def marks(self) -> Marks | None:
+        """What reasoning stands between; None where the model is not known to think."""
+        return self.shown.reasoning
+
+    def kept_for(self, tools: bool) -> frozenset[int]:
+        """The special tokens that have to be read.
+
+        Args:
+            tools: whether there are any.
+        """
+        marks = [*((self.marks.begin, self.marks.end) if self.marks else ())]
+        if self.format is not None and (tools or self.format.channels):
+            marks += self.format.marks
+        return self.kept(marks)
+
+    def reader(self, asked: Asked) -> Reader | None:
+        """What reads an answer; None where there is nothing in it but content."""
+        if self.format is not None and (asked.tools or self.format.channels):
+            return self.format.read(asked)
+        return Reader(asked) if asked.reasoning is not None else None
 
     # --- prompts ---------------------------------------------------------------------------------
 
@@ -229,23 +290,20 @@ class Service:
         cut = partial(self.model.tokenizer.encode, text, add_special_tokens=special)
         return await asyncio.get_running_loop().run_in_executor(where, cut)
 
-    def without_special_tokens(self, text: str) -> str:
-        """A text that was decoded with them."""
-        tokenizer = self.model.tokenizer
-        for token in tokenizer.special_ids():
-            text = text.replace(tokenizer.token(token) or "", "")
-        return text
-
     async def conversation(
         self, messages: Sequence[dict[str, Any]], functions: Any, variables: dict[str, Any]
-    ) -> list[int]:
-        """The ids of a conversation, by the model's chat template.
+    ) -> tuple[list[int], str]:
+        """The ids of a conversation, by the model's chat template, and its text.
 
         Raises:
             Refused: it has none, or that refuses the messages.
         """
         if not self.has_template:
             raise Refused(400, f"{self.name} has no chat template: use /v1/completions")
+        if isinstance(self.format, Plain):
+            messages, functions = told(messages, functions), None
+        if functions:
+            variables = dict.fromkeys(self.shown.variables, functions) | variables
         try:
             text = await asyncio.to_thread(
                 chat.prompt, self.model.directory, self.model.tokenizer.config, messages,
@@ -253,28 +311,32 @@ class Service:
             )  # fmt: skip
         except (ValueError, TypeError) as error:
             raise Refused(400, str(error), param="messages") from error
-        return await self.ids(text, special=False)
+        return await self.ids(text, special=False), text
 
     # --- calls -----------------------------------------------------------------------------------
 
     async def run(
-        self, prompts: Sequence[list[int]], wish: Wish, usual: int, special: bool = False
+        self,
+        prompts: Sequence[list[int]],
+        wish: Wish,
+        usual: int,
+        kept: frozenset[int] = frozenset(),
     ) -> Run:
         """Let the calls of a request begin.
 
         Args:
             usual: new tokens where nobody says how many, and there is room for so many.
-            special: whether special tokens are part of the text.
+            kept: special tokens that are part of the text.
 
         Raises:
             Refused: a call that cannot be, or cannot be now.
         """
-        await self._compiled(wish.knobs)
+        await self.compiled(wish.knobs)
         prompts, wish = await self._healed(prompts, wish)
-        made = await asyncio.to_thread(self._written, prompts, wish, usual, special)
+        made = await asyncio.to_thread(self._written, prompts, wish, usual, kept)
         inbox: asyncio.Queue[News] = asyncio.Queue()
         streams = self._submitted(made, inbox)
-        texts = self.texts(len(made), wish, special)
+        texts = self.texts(len(made), wish, kept)
         run = Run(
             self.engine, streams, inbox, texts, wish.copies, sum(map(len, prompts)), same=wish.same
         )
@@ -296,7 +358,7 @@ class Service:
         return streams
 
     def _written(
-        self, prompts: Sequence[list[int]], wish: Wish, usual: int, special: bool
+        self, prompts: Sequence[list[int]], wish: Wish, usual: int, kept: frozenset[int]
     ) -> list[tuple[Job, Writer | None]]:
         """The calls of a request, each with what writes its texts."""
         calls = self._calls(prompts, wish, usual)
@@ -304,13 +366,13 @@ class Service:
             requests = [call.request for call in calls]
             new = sum(len(one.rows) * (one.max_length - one.prompt_length) for one in requests)
             self._listed(new * (wish.copies if wish.same else 1), wish.alternatives)
-        return [(call, self.model.writer(call, skip_special_tokens=not special)) for call in calls]
+        return [(call, self.model.writer(call, skip_special_tokens=not kept)) for call in calls]
 
     def _listed(self, tokens: int, alternatives: int) -> None:
         """Refuse an answer of more log-probabilities than may be in one."""
         self.limits.check("logprobs", tokens * (1 + alternatives), "logprobs")
 
-    async def _compiled(self, knobs: Mapping[str, Any]) -> None:
+    async def compiled(self, knobs: Mapping[str, Any]) -> None:
         """Let a grammar that is new be compiled where it delays nothing but new grammars.
 
         Raises:
@@ -362,10 +424,10 @@ class Service:
             out[place] = [*out[place], token.id]
         return out, replace(wish, knobs={**wish.knobs, "token_healing": False})
 
-    def texts(self, prompts: int, wish: Wish, special: bool) -> list[Text]:
+    def texts(self, prompts: int, wish: Wish, kept: frozenset[int] = frozenset()) -> list[Text]:
         """What becomes of so many prompts: a text for each copy."""
-        cuts = wish.stops and not special and self.model.has_tokenizer
-        hidden = self._spelt if cuts else {}
+        cuts = (wish.stops or kept) and self.model.has_tokenizer
+        hidden = {i: text for i, text in self._spelt.items() if i not in kept} if cuts else {}
         return [Text(wish.stops, hidden) for _ in range(prompts * wish.copies)]
 
     @cached_property

@@ -130,11 +130,17 @@ class _ChatCompletion(Common):
     messages: list[Message] = Field(min_length=1, description="oldest first")
     max_completion_tokens: int | None = Field(None, ge=0, description="as max_tokens")
     logprobs: bool | None = Field(None, description="whether tokens come with theirs")
-    tools: list[dict[str, Any]] | None = Field(None, description="functions, for the template")
-    tool_choice: Any = Field(None, description="none or auto")
+    tools: list[dict[str, Any]] | None = Field(None, description="functions that may be called")
+    tool_choice: Any = Field(None, description="none, auto, required, a function, or allowed_tools")
+    parallel_tool_calls: bool | None = Field(None, description="whether several calls may come")
+    max_reasoning_tokens: int | None = Field(
+        None, ge=0, description="of reasoning, which then has to end"
+    )
     response_format: ResponseFormat | None = None
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="for the template")
-    reasoning_effort: str | None = Field(None, description="for templates that name it")
+    reasoning_effort: str | None = Field(
+        None, description="for templates that name it, or can switch reasoning off: none"
+    )
     verbosity: str | None = Field(None, description="for templates that name it")
 
 

@@ -1,0 +1,72 @@
+"""`<tool_call>{"name": "f", "arguments": {}}</tool_call>`: Hermes, Qwen 2.5 and 3, and others."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+
+from fastgen.serve.tools import json_text
+from fastgen.serve.tools.form import Form, Wanted, parameters_of
+from fastgen.serve.tools.format import KEY, TOOL, Format
+from fastgen.serve.tools.reader import Reader, Steps
+
+BEGIN, END, LINE = "<tool_call>", "</tool_call>", "\n"
+OBJECT = rf'\{{\s*"name"\s*:\s*"{TOOL}"\s*,\s*"(arguments|parameters)"\s*:\s*"?\{{\s*\\?"{KEY}'
+
+
+def objects(made: Form, wanted: Wanted, key: str = "arguments") -> str:
+    """One call as an object, of any of the tools."""
+    parts = []
+    for name, schema in wanted.tools.items():
+        head = f'{{"name": {json.dumps(name, ensure_ascii=False)}, "{key}": '
+        parts.append(f'{made.literal(head)} {made.json(parameters_of(schema))} "}}"')
+    return made.rule(made.choice(parts), "object")
+
+
+class Tagged(Reader):
+    """Reads blocks of one or several objects between tags."""
+
+    begin, end_tag = BEGIN, END
+
+    def openings(self) -> Sequence[str]:
+        return [self.begin] if self.asked.tools else ()
+
+    def calls(self) -> Steps[None]:
+        text = self.text
+        text.record(self.begin)
+        yield from text.space()
+        yield from text.accept("[")
+        while True:
+            yield from text.space()
+            if not (yield from json_text.Call(self).read()):
+                return self.broken()
+            yield from text.space()
+            while (yield from text.accept("]")) or (yield from text.accept(",")):
+                yield from text.space()
+            if (yield from text.accept(self.end_tag)):
+                return self.ended()
+            there = yield from text.peek()
+            if not there and text.cut:
+                return self.broken()
+            self.ended()
+            if there != "{":
+                return None  # nobody closed it
+            text.record()
+
+
+class Hermes(Format):
+    name = "hermes"
+    reader = Tagged
+    mark, marks = BEGIN, (BEGIN, END)
+    between = "\n"
+
+    def shown(self, call: str) -> bool:
+        return re.search(BEGIN + r"\s*" + OBJECT, call) is not None
+
+    def told(self, tools: str) -> bool:
+        return re.search(BEGIN + r'\s*\{\s*"name"', tools) is not None
+
+    def body(self, made: Form, wanted: Wanted) -> str:
+        end = made.literal(f"\n{END}")
+        return f"{made.literal(LINE)} {objects(made, wanted)} {end}"
