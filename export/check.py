@@ -7,7 +7,7 @@ batch, a prefill and then token by token, through fastgen's own engine.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -189,13 +189,24 @@ def reference_continuation(
 
 
 def exported_logits(model: Model, rows: Sequence[NDArray[np.int64]]) -> list[NDArray[np.float32]]:
-    """The export's logits of the same rows: a ragged prefill, then token by token together.
+    """The export's logits [length, vocab] of rows, as `exported_parts` gives them."""
+    found = [np.empty((len(row), model.info.vocab_size), np.float32) for row in rows]
+    for i, part, logits in exported_parts(model, rows):
+        found[i][part] = logits
+    return found
+
+
+def exported_parts(
+    model: Model, rows: Sequence[NDArray[np.int64]]
+) -> Iterator[tuple[int, slice, NDArray[np.float32]]]:
+    """What an export says of rows together: a ragged prefill, then token by token.
 
     Where logits of all positions would take much memory, the prefill goes by parts.
+
+    Yields:
+        The row's number, a part of it, and its logits [part, vocab], which the next ones overwrite.
     """
-    vocab = model.info.vocab_size
-    found = [np.empty((len(row), vocab), np.float32) for row in rows]
-    asked = max(CHUNK, AT_ONCE // (found[0].itemsize * vocab * len(rows)))
+    asked = max(CHUNK, AT_ONCE // (4 * model.info.vocab_size * len(rows)))
     parts = [_parts(len(row), asked) for row in rows]
     cache = model.new_cache(len(rows), 2 * max(len(row) for row in rows))
     for step in range(max(map(len, parts))):
@@ -207,8 +218,7 @@ def exported_logits(model: Model, rows: Sequence[NDArray[np.int64]]) -> list[NDA
         logits = model.forward(new, cache, logits_positions=places)
         for i, part in enumerate(now):
             if step < len(parts[i]):
-                found[i][part] = logits[i, : len(new[i])]
-    return found
+                yield i, part, logits[i, : len(new[i])]
 
 
 def _parts(length: int, most: int) -> list[slice]:
@@ -222,31 +232,51 @@ def compare(
     reference: Sequence[NDArray[np.float32]], found: Sequence[NDArray[np.float32]]
 ) -> Agreement:
     """Compare logits [length, vocab] of the same rows."""
-    scale = max(float(np.abs(row).max()) for row in reference) or 1.0
-    positions = parts = ties = 0
+    pairs = zip(reference, found, strict=True)
+    return compared(reference, ((i, slice(None), row) for i, (_, row) in enumerate(pairs)))
+
+
+def compare_export(
+    reference: Sequence[NDArray[np.float32]], model: Model, rows: Sequence[NDArray[np.int64]]
+) -> Agreement:
+    """Compare what an export says of rows with the original's logits, a part at a time."""
+    return compared(reference, exported_parts(model, rows))
+
+
+def compared(
+    reference: Sequence[NDArray[np.float32]],
+    parts: Iterable[tuple[int, slice, NDArray[np.float32]]],
+) -> Agreement:
+    """Compare logits [length, vocab] of rows with those of parts of them."""
+    scale = max((float(np.abs(part).max()) for row in reference for part in _chunks(row)),
+                default=0.0) or 1.0  # fmt: skip
+    positions = parted = ties = 0
     largest = mean = lost = 0.0
-    for expected, row in zip(reference, found, strict=True):
-        for at in range(0, len(row), CHUNK):
-            one, two = expected[at : at + CHUNK], row[at : at + CHUNK]
+    for i, part, logits in parts:
+        for one, two in zip(_chunks(reference[i][part]), _chunks(logits), strict=True):
             difference = np.abs(one - two)
             largest = max(largest, float(difference.max()))
             mean += float(difference.mean(dtype=np.float64)) * len(one)
             lost += divergence(log_softmax(one), log_softmax(two))
             best, other = one.argmax(1), two.argmax(1)
             places = np.arange(len(one))
-            parted = best != other
-            tie = parted & (one[places, best] - one[places, other] <= TIE * scale)
+            apart = best != other
+            tie = apart & (one[places, best] - one[places, other] <= TIE * scale)
             positions += len(one)
-            parts += int((parted & ~tie).sum())
+            parted += int((apart & ~tie).sum())
             ties += int(tie.sum())
     return Agreement(
         positions=positions,
         max_difference=largest / scale,
         mean_difference=mean / positions / scale,
         kl=max(0.0, lost / positions),
-        top1=1 - parts / positions,
+        top1=1 - parted / positions,
         ties=ties,
     )
+
+
+def _chunks(row: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
+    return (row[at : at + CHUNK] for at in range(0, len(row), CHUNK))
 
 
 def continued(model: CausalLM, rows: Sequence[NDArray[np.int64]]) -> GenerateOutput:

@@ -10,7 +10,7 @@ import shutil
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,7 @@ import onnxruntime
 from fastgen.export import (
     bundle,
     cache,
+    calibrate,
     check,
     corpus,
     profile,
@@ -68,6 +69,7 @@ TOLERANCES = {
 
 
 OWN_LOGITS = "logits of each row alone"  # where there is no original that runs
+Kept = Callable[[NDArray[Any]], NDArray[Any]]
 TUNED = 1024  # tokens that say whether a target is met: no code is made of them
 AGAIN = 2  # times that the text which decides sends matrices up the ladder
 
@@ -179,8 +181,8 @@ def export(
                 about += [place.needs.summary()] if place.needs is not None else []
                 shown.watch.unseen = place.spilled
             about[:0] = origin.about()
-        with origin.evaluating():
-            _export(origin, out, wishes, shown)
+        with origin.evaluating(), calibrate.shelf(bundle.parent(out)) as kept:
+            _export(origin, out, wishes, shown, kept)
     return out
 
 
@@ -417,6 +419,8 @@ class _Job:
         original: what the original says of the probes.
         description: the content of `fastgen.json`.
         scales: of keys and values, once they are quantised.
+        kept: puts an array into a file, where it takes no memory that the system could not have
+            back.
         proved: where the graph in float32 is, once it was proved equal.
         open: what a stage holds until it is over.
     """
@@ -427,6 +431,7 @@ class _Job:
     out: Path
     original: check.Reference
     description: dict[str, Any]
+    kept: Kept
     scales: NDArray[np.float32] | None = None
     proved: Path | None = None
     open: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
@@ -442,7 +447,7 @@ class _Job:
             found += [*about, f"{len(converted.graph)} nodes"]
         if not self.original.logits:
             with self.shown.step(OWN_LOGITS) as found:
-                self.original = _reference(self.origin, found)
+                self.original = _reference(self.origin, found, self.kept)
         return converted
 
     def save(self, converted: onnx_ir.Model, to: Path) -> None:
@@ -503,7 +508,7 @@ class _Job:
         self.save(graph, turned)
         model = CausalLM(turned, tuning=Tuning(entries=UNPACKED)).model
         rows = self.original.rows
-        said = check.compare(self.original.logits, check.exported_logits(model, rows))
+        said = check.compare_export(self.original.logits, model, rows)
         del model, graph
         memory.trim()
         if check.judge(said, self.origin.tolerance):
@@ -567,7 +572,7 @@ class _Job:
             model = CausalLM(to, tuning=tuning)
             model.model.grain = check.GRAIN
             rows = self.original.rows
-            logits = check.compare(self.original.logits, check.exported_logits(model.model, rows))
+            logits = check.compare_export(self.original.logits, model.model, rows)
             found.append(logits.summary())
         with self.shown.step(f"{name} greedy text compared") as found:
             out = check.continued(model, rows)
@@ -647,17 +652,17 @@ def _told(made: Sequence[recipe.Made], plan: recipe.Plan) -> list[str]:
     return told
 
 
-def _export(origin: Origin, out: Path, wishes: Wishes, shown: Progress) -> None:
+def _export(origin: Origin, out: Path, wishes: Wishes, shown: Progress, kept: Kept) -> None:
     description = origin.describe(wishes.precision)
     floats = room.FLOAT * description["parameters"]
     shown.weights = floats
     original = check.Reference([], [])  # where only the graph can be asked, which there is not yet
     if OWN_LOGITS not in shown.names:
         with shown.step("original logits") as found:
-            original = _reference(origin, found)
+            original = _reference(origin, found, kept)
     with bundle.directory(out, wishes.force) as temporary:
         shown.watch.directory = temporary
-        job = _Job(origin, wishes, shown, temporary, original, description)
+        job = _Job(origin, wishes, shown, temporary, original, description, kept)
         report = _stages(job)
         why = prompts.write(temporary)
         if why and job.description["precision"] == "int4":
@@ -688,10 +693,10 @@ def _export(origin: Origin, out: Path, wishes: Wishes, shown: Progress) -> None:
             found.append(f"{out}, {size / 1e6:,.1f} MB")
 
 
-def _reference(origin: Origin, found: list[str]) -> check.Reference:
+def _reference(origin: Origin, found: list[str], kept: Kept) -> check.Reference:
     rows = origin.probes()
     found.append(f"{len(rows)} rows of {', '.join(str(len(row)) for row in rows)} tokens")
-    return check.Reference(rows, [origin.logits(row) for row in rows])
+    return check.Reference(rows, [kept(origin.logits(row)) for row in rows])
 
 
 def _stages(job: _Job) -> dict[str, Any]:

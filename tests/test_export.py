@@ -119,7 +119,7 @@ def test_a_model_object_is_left_as_it_was(half):
 def test_a_model_object_is_left_as_it_was_when_the_export_fails(gpt2, tmp_path, monkeypatch):
     gpt2.train()
     before = state_of(gpt2)
-    monkeypatch.setattr(check, "exported_logits", lambda *_: 1 / 0)
+    monkeypatch.setattr(check, "compare_export", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         export(gpt2, tmp_path / "out", progress=None)
     assert_same_state(before, state_of(gpt2))
@@ -461,13 +461,13 @@ def test_the_steps_are_shown_with_their_times(gpt2, tmp_path):
 def test_a_step_is_shown_as_it_runs(gpt2, tmp_path, monkeypatch):
     shown = io.StringIO()
     seen: list[str] = []
-    real = check.exported_logits
+    real = check.compare_export
 
     def look(*args: Any) -> Any:
         seen.append(shown.getvalue())
         return real(*args)
 
-    monkeypatch.setattr(check, "exported_logits", look)
+    monkeypatch.setattr(check, "compare_export", look)
     export(gpt2, tmp_path / "out", progress=shown)
     assert "convert" in seen[0] and "greedy" not in seen[0]
 
