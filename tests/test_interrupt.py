@@ -62,7 +62,7 @@ def slowly(job):
     (job.out / "work" / "model.onnx").write_text("half")
     ready()
 pipeline._stages, pipeline._folder = slowly, lambda *_: None
-pipeline._reference = lambda origin: pipeline.check.Reference([], [])
+pipeline._reference = lambda *_: pipeline.check.Reference([], [])
 pipeline._original = lambda *_: SimpleNamespace(
     about=list, evaluating=nullcontext, describe=lambda precision: {"parameters": 1}
 )
