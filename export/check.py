@@ -13,7 +13,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
-from fastgen.export.quality import CHUNK, Quality
+from fastgen.export.parts import CHUNK, chunks
+from fastgen.export.quality import Quality
 from numpy.typing import NDArray
 
 from fastgen import CausalLM
@@ -248,12 +249,12 @@ def compared(
     parts: Iterable[tuple[int, slice, NDArray[np.float32]]],
 ) -> Agreement:
     """Compare logits [length, vocab] of rows with those of parts of them."""
-    scale = max((float(np.abs(part).max()) for row in reference for part in _chunks(row)),
+    scale = max((float(np.abs(part).max()) for row in reference for part in chunks(row)),
                 default=0.0) or 1.0  # fmt: skip
     positions = parted = ties = 0
     largest = mean = lost = 0.0
     for i, part, logits in parts:
-        for one, two in zip(_chunks(reference[i][part]), _chunks(logits), strict=True):
+        for one, two in zip(chunks(reference[i][part]), chunks(logits), strict=True):
             difference = np.abs(one - two)
             largest = max(largest, float(difference.max()))
             mean += float(difference.mean(dtype=np.float64)) * len(one)
@@ -273,10 +274,6 @@ def compared(
         top1=1 - parted / positions,
         ties=ties,
     )
-
-
-def _chunks(row: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
-    return (row[at : at + CHUNK] for at in range(0, len(row), CHUNK))
 
 
 def continued(model: CausalLM, rows: Sequence[NDArray[np.int64]]) -> GenerateOutput:

@@ -1,13 +1,17 @@
-"""Large matrices, a part at a time, on all cores: temporaries stay small."""
+"""Large matrices a part at a time, on all cores, and logits: temporaries stay small."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fastgen.cpu import physical_cores
 
+CHUNK = 32  # positions whose logits are held at a time
 PART = 1 << 18  # numbers of a part, about: smaller ones cost more than a cache gives back
 
 Result = TypeVar("Result")
@@ -28,3 +32,8 @@ def each(count: int, size: int, work: Callable[[slice], Result]) -> list[Result]
         return [work(place) for place in places]
     with ThreadPoolExecutor(threads) as pool:
         return list(pool.map(work, places))
+
+
+def chunks(logits: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
+    """Logits [length, vocab] a few positions at a time: what is made of them is as large."""
+    return (logits[at : at + CHUNK] for at in range(0, len(logits), CHUNK))

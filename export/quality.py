@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from fastgen.export.parts import CHUNK
 from numpy.typing import NDArray
 
 from fastgen.model import Model
 from fastgen.softmax import divergence, log_softmax
 
 TOKENS = 1024  # of a text that precisions are measured on, at most
-CHUNK = 32  # positions whose logits are held at a time
 
 
 @dataclass(frozen=True)

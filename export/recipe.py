@@ -19,6 +19,7 @@ import numpy as np
 import onnx_ir as ir
 from fastgen.export import calibrate, rotate, smooth
 from fastgen.export.gptq import gptq, search_scales, search_zero_points
+from fastgen.export.parts import chunks
 from fastgen.export.quantize import (
     W8A8,
     Choice,
@@ -238,7 +239,8 @@ class Plan:
         rows = rows[::every]
         kinds = self._kinds()
         with calibrate.place(self._model) as directory:
-            exact = [self._kept(one) for one in calibrate.logits(self._model, rows, directory)]
+            said = calibrate.logits(self._model, rows, directory)
+            exact = [self._kept(_log_probabilities(one)) for one in said]
             for place, (name, members) in enumerate(kinds.items()):
                 shown(place, len(kinds))
                 some = {one.product.name for one in members}
@@ -450,10 +452,18 @@ def _choice(product: Product, kernel: Kernel, seen: calibrate.Input) -> Choice:
     return Choice(kernel, scales, block_codes(on_grid, kernel, scales, zeros), zeros)
 
 
+def _log_probabilities(logits: Floats) -> Floats:
+    """Logits [tokens, vocab] in their place, some at a time: a vocabulary may be large."""
+    for part in chunks(logits):
+        part[:] = log_softmax(part)
+    return logits
+
+
 def _divergence(exact: Iterable[Floats], other: Iterable[Floats]) -> float:
-    """Mean Kullback-Leibler divergence of logits [tokens, vocab], in nats."""
+    """Mean Kullback-Leibler divergence, in nats: log-probabilities [tokens, vocab] and logits."""
     total, count = 0.0, 0
     for one, two in zip(exact, other, strict=True):
-        total += divergence(log_softmax(one), log_softmax(two))
+        pairs = zip(chunks(one), chunks(two), strict=True)
+        total += sum(divergence(part, log_softmax(more)) for part, more in pairs)
         count += len(one)
     return max(0.0, total / count)

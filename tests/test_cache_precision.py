@@ -430,7 +430,7 @@ def test_the_tolerance_is_that_of_the_coarser():
 def test_the_flags_of_the_command_line(monkeypatch, pair, tmp_path, flags, name):
     seen = {}
 
-    def made(origin, out, wishes, shown):
+    def made(origin, out, wishes, shown, kept):
         seen.update(out=str(out), wishes=wishes)
         shutil.copytree(pair("gpt2")[1].directory, out)
 
