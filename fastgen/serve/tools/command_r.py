@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 
 from fastgen.serve.tools import json_text
 from fastgen.serve.tools.form import Form, Wanted, parameters_of
@@ -76,6 +75,3 @@ class CommandR(Format):
         one = made.rule(f"{head} {made.choice(parts)}", "action")
         again = f'(",\\n    " {one})*' if wanted.several else ""
         return f'"[\\n    " {one} {again} "\\n]" {made.literal(END)}'
-
-    def openings(self) -> Sequence[str]:
-        return self.marks

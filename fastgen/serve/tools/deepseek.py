@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from functools import partial
 
 from fastgen.serve.tools import form, json_text
 from fastgen.serve.tools.form import Form, Wanted, parameters_of
 from fastgen.serve.tools.format import KEY, TOOL, Format
 from fastgen.serve.tools.hermes import LINE
-from fastgen.serve.tools.reader import NAME, THINK, Asked, Reader, Steps
+from fastgen.serve.tools.reader import NAME, THINK, Reader, Steps
 from fastgen.serve.tools.typed import EVERY, Parameters, closed
 
 ALL, END_ALL = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
@@ -25,12 +24,10 @@ QUOTED = re.compile(r'[^"<>\n]+')
 class Sections(Reader):
     """Reads a section of calls, with a fence around their arguments or without."""
 
-    def openings(self) -> Sequence[str]:
-        return [ALL] if self.asked.tools else ()
+    begins = (ALL,)
 
-    def calls(self) -> Steps[None]:
+    def calls(self, mark: str) -> Steps[None]:
         text = self.text
-        text.record(ALL)
         while True:
             yield from text.space()
             if (yield from text.accept(END_ALL)):
@@ -46,10 +43,7 @@ class Sections(Reader):
                 yield from text.space()
             fenced = yield from text.accept(FENCE)
             yield from text.space()
-            if name not in self.asked.tools or (yield from text.peek()) != "{":
-                return self.broken()
-            self.call(name)
-            if not (yield from json_text.value(text, self.arguments)):
+            if not (yield from json_text.object_of(self, name)):
                 return self.broken()
             yield from text.space()
             if fenced:
@@ -107,32 +101,18 @@ class DeepSeek3(DeepSeek):
 class Tags(Reader):
     """Reads functions and their parameters between tags, which say of each whether it is a text.
 
-    Args:
-        space: what stands after the tags' word.
-        outer: the words that a section may have.
+    A space after the tags' first word in a section's is in all of its tags.
     """
 
-    outer = ("function_calls", "tool_calls", " calls", "calls")
-
-    def __init__(self, asked: Asked) -> None:
-        self._space = ""
-        super().__init__(asked)
-
-    def openings(self) -> Sequence[str]:
-        return [f"<{DSML}{one}>" for one in self.outer] if self.asked.tools else ()
-
-    def _answer(self) -> Steps[None]:
-        yield from self.reasoning()
-        while mark := (yield from self.text.until(self.openings(), self.content)):
-            self._space = " " if mark.startswith(f"<{DSML} ") else ""
-            self.text.record(mark)
-            yield from self._section(f"</{mark[1:]}")
+    begins = tuple(f"<{DSML}{one}>" for one in ("function_calls", "tool_calls", " calls", "calls"))
+    _space = ""
 
     def _tag(self, word: str) -> str:
         return f"{DSML}{self._space}{word}"
 
-    def _section(self, end: str) -> Steps[None]:
-        text = self.text
+    def calls(self, mark: str) -> Steps[None]:
+        self._space = " " if mark.startswith(f"<{DSML} ") else ""
+        text, end = self.text, f"</{mark[1:]}"
         while True:
             yield from text.space()
             if (yield from text.accept(end)):

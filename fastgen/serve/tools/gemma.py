@@ -21,14 +21,11 @@ WORD = re.compile(r"[^,{}\[\]<]+")
 class Braces(Reader):
     """Reads calls whose arguments have keys without quotes and texts between marks."""
 
-    begin, end_mark, quote = BEGIN, END, QUOTE
+    begins: Sequence[str] = (BEGIN,)
+    end_mark, quote = END, QUOTE
 
-    def openings(self) -> Sequence[str]:
-        return [self.begin] if self.asked.tools else ()
-
-    def calls(self) -> Steps[None]:
+    def calls(self, mark: str) -> Steps[None]:
         text = self.text
-        text.record(self.begin)
         yield from text.space()
         yield from text.accept("call:")
         name = yield from text.run(NAME)
@@ -125,7 +122,8 @@ def _nowhere(_: str) -> None:
 
 
 class Old(Braces):
-    begin, end_mark, quote = OLD
+    begins = OLD[:1]
+    end_mark, quote = OLD[1:]
 
 
 class Gemma(Format):

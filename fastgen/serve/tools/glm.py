@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from functools import partial
 
 from fastgen.serve.tools import form
@@ -20,12 +19,10 @@ KEYS, VALUES = ("<arg_key>", "</arg_key>"), ("<arg_value>", "</arg_value>")
 class Pairs(Reader):
     """Reads a name, then keys and values between tags."""
 
-    def openings(self) -> Sequence[str]:
-        return [BEGIN] if self.asked.tools else ()
+    begins = (BEGIN,)
 
-    def calls(self) -> Steps[None]:
+    def calls(self, mark: str) -> Steps[None]:
         text = self.text
-        text.record(BEGIN)
         yield from text.space()
         name = yield from text.run(NAME)
         yield from text.space()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 
 from fastgen.serve.tools.form import Form, Wanted
 from fastgen.serve.tools.format import Format
@@ -17,11 +16,9 @@ BEGINS = ("<|tool_call|>", "<tool_call>")
 class Lists(Listed):
     """Reads a list of objects behind a mark; a text after it is content."""
 
-    def openings(self) -> Sequence[str]:
-        return BEGINS if self.asked.tools else ()
+    begins = BEGINS
 
-    def calls(self) -> Steps[None]:
-        self.text.record(BEGINS[0])
+    def calls(self, mark: str) -> Steps[None]:
         yield from self.text.space()
         if (yield from self.text.peek()) not in ("[", "{"):
             return self.broken()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 
 from fastgen.serve.tools import json_text
 from fastgen.serve.tools.form import Form, Wanted, parameters_of
@@ -27,14 +26,10 @@ def objects(made: Form, wanted: Wanted, key: str = "arguments") -> str:
 class Tagged(Reader):
     """Reads blocks of one or several objects between tags."""
 
-    begin, end_tag = BEGIN, END
+    begins = (BEGIN,)
 
-    def openings(self) -> Sequence[str]:
-        return [self.begin] if self.asked.tools else ()
-
-    def calls(self) -> Steps[None]:
+    def calls(self, mark: str) -> Steps[None]:
         text = self.text
-        text.record(self.begin)
         yield from text.space()
         yield from text.accept("[")
         while True:
@@ -44,7 +39,7 @@ class Tagged(Reader):
             yield from text.space()
             while (yield from text.accept("]")) or (yield from text.accept(",")):
                 yield from text.space()
-            if (yield from text.accept(self.end_tag)):
+            if (yield from text.accept(END)):
                 return self.ended()
             there = yield from text.peek()
             if not there and text.cut:

@@ -132,6 +132,15 @@ def is_object(raw: str) -> bool:
         return False
 
 
+def object_of(reader: Reader, name: str | None) -> Steps[bool]:
+    """Read the arguments of a call of `name`, an object that comes next; False where it is none."""
+    if name not in reader.asked.tools or (yield from reader.text.peek()) != "{":
+        return False
+    assert name is not None
+    reader.call(name)
+    return (yield from value(reader.text, reader.arguments))
+
+
 class Call:
     """Reads `{"name": "f", "arguments": {...}}`, its members in any order, into events.
 

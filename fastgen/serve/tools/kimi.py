@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Sequence
 from functools import partial
 
 from fastgen.serve.tools import form, json_text
@@ -21,19 +20,17 @@ ID = re.compile(r"[^<\s]+")
 class Sections(Reader):
     """Reads sections of calls, each with an id that names its tool, such as `functions.f:0`."""
 
-    def openings(self) -> Sequence[str]:
-        return [ALL] if self.asked.tools else ()
+    begins = (ALL,)
 
-    def calls(self) -> Steps[None]:
+    def calls(self, mark: str) -> Steps[None]:
         text = self.text
-        text.record(ALL)
         called = False
         while True:
             between: list[str] = []
-            mark = yield from text.until([ONE, END_ALL], between.append)
-            if mark is None or (mark == END_ALL and "".join(between).strip() and not called):
+            found = yield from text.until([ONE, END_ALL], between.append)
+            if found is None or (found == END_ALL and "".join(between).strip() and not called):
                 return self.broken()
-            if mark == END_ALL:
+            if found == END_ALL:
                 text.recorded()
                 return None
             called = True
@@ -43,10 +40,7 @@ class Sections(Reader):
             if name is None or not (yield from text.accept(ARGUMENTS)):
                 return self.broken()
             yield from text.space()
-            if (yield from text.peek()) != "{":
-                return self.broken()
-            self.call(name)
-            if not (yield from json_text.value(text, self.arguments)):
+            if not (yield from json_text.object_of(self, name)):
                 return self.broken()
             yield from text.space()
             if not (yield from text.accept(END_ONE)):

@@ -18,12 +18,10 @@ THINK = Marks("[THINK]", "[/THINK]")
 class Listed(Reader):
     """Reads both: what follows the mark tells."""
 
-    def openings(self) -> Sequence[str]:
-        return [BEGIN] if self.asked.tools else ()
+    begins: Sequence[str] = (BEGIN,)
 
-    def calls(self) -> Steps[None]:
+    def calls(self, mark: str) -> Steps[None]:
         text = self.text
-        text.record(BEGIN)
         yield from text.space()
         if (yield from text.peek()) in ("[", "{"):
             return (yield from self._list())
@@ -32,14 +30,9 @@ class Listed(Reader):
         if (yield from text.accept(ID)):
             yield from text.run(NAME)
             yield from text.space()
-        marked = yield from text.accept(ARGS)
+        yield from text.accept(ARGS)
         yield from text.space()
-        if name not in self.asked.tools or not (marked or (yield from text.peek()) == "{"):
-            return self.broken()
-        if (yield from text.peek()) != "{":
-            return self.broken()
-        self.call(name)
-        if not (yield from json_text.value(text, self.arguments)):
+        if not (yield from json_text.object_of(self, name)):
             return self.broken()
         return self.ended()
 

@@ -21,26 +21,17 @@ NAMED = re.compile(r"[^<>\n]+")
 class Functions(Reader):
     """Reads functions and their parameters between tags; the outer tag may be missing."""
 
-    def openings(self) -> Sequence[str]:
-        return [BEGIN, FUNCTION] if self.asked.tools else ()
+    begins = (BEGIN, FUNCTION)
 
     def interruptions(self) -> Sequence[str]:
         return [f"{BEGIN}\n{FUNCTION}{name}>" for name in self.asked.tools]
 
-    def _answer(self) -> Steps[None]:
-        yield from self.reasoning()
+    def calls(self, mark: str) -> Steps[None]:
         text = self.text
-        while mark := (yield from text.until(self.openings(), self.content)):
-            text.record(mark)
-            if mark == BEGIN:
-                yield from text.space()
-                if not (yield from text.accept(FUNCTION)):
-                    self.broken()
-                    continue
-            yield from self._functions()
-
-    def _functions(self) -> Steps[None]:
-        text = self.text
+        if mark == BEGIN:
+            yield from text.space()
+            if not (yield from text.accept(FUNCTION)):
+                return self.broken()
         while True:
             name = (yield from text.run(NAMED)).strip()
             if name not in self.asked.tools or not (yield from text.accept(">")):

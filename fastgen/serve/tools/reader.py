@@ -202,11 +202,16 @@ class Trim:
 
 
 class Reader:
-    """Reads an answer of one format; a format says how in `_answer`.
+    """Reads an answer of one format, which says how in `calls`, or in `_answer`.
 
     Args:
         asked: what the request has.
+
+    Attributes:
+        begins: the marks that calls begin with.
     """
+
+    begins: Sequence[str] = ()
 
     def __init__(self, asked: Asked) -> None:
         self.asked, self.text = asked, Text()
@@ -248,15 +253,16 @@ class Reader:
     def _answer(self) -> Steps[None]:
         """Read all of the text: reasoning, if there is some, then content and calls."""
         yield from self.reasoning()
-        while (yield from self.text.until(self.openings(), self.content)):
-            yield from self.calls()
+        while mark := (yield from self.text.until(self.openings(), self.content)):
+            self.text.record(mark)
+            yield from self.calls(mark)
 
     def openings(self) -> Sequence[str]:
         """The marks that calls begin with; none where there are no tools."""
-        return ()
+        return self.begins if self.asked.tools else ()
 
-    def calls(self) -> Steps[None]:
-        """Read what follows such a mark."""
+    def calls(self, mark: str) -> Steps[None]:
+        """Read what follows such a mark, which is recorded."""
         yield from ()
 
     # --- reasoning -------------------------------------------------------------------------------
