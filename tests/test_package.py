@@ -291,6 +291,15 @@ def test_import_and_generation_without_torch(pair):
     assert done.stdout.splitlines()[0] == str(model.generate([[5, 6, 7], [8]], max_new_tokens=3))
 
 
+def test_a_command_starts_without_what_others_need():
+    """The forms of calls take longer to import than the rest of the command line."""
+    program = "import sys, fastgen.commands; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    loaded = set(done.stdout.split())
+    assert "fastgen.commands.chat" in loaded
+    assert not loaded & {"fastgen.serve.tools", "fastapi", "jinja2", "llguidance", "onnx", "ray"}
+
+
 def test_telemetry_is_off_unless_the_user_says_otherwise():
     program = "import os, fastgen; print(os.environ['ORT_DISABLE_TELEMETRY'])"
     for given, expected in ((None, "1"), ("0", "0")):

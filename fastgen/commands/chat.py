@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,10 +18,10 @@ from fastgen.commands.models import load, run_options
 from fastgen.commands.say import clear_errors, one_line, say
 from fastgen.conversation import Conversation, Took
 from fastgen.interrupt import noted
-from fastgen.serve import reasoning
-from fastgen.serve.tools import shown
-from fastgen.serve.tools.reader import Event
-from fastgen.serve.tools.reader import Reader as Splitter
+
+if TYPE_CHECKING:
+    from fastgen.serve.tools.reader import Event
+    from fastgen.serve.tools.reader import Reader as Splitter
 
 QUOTES = '"""'  # around several lines
 PROMPT, MORE = ">>> ", "... "
@@ -241,6 +241,9 @@ def _answer(conversation: Conversation, text: str) -> None:
 
 def _dimmed(conversation: Conversation, text: str, pieces: Iterator[str]) -> Iterator[str]:
     """An answer's pieces for a terminal: thoughts are dimmed, and their marks left out."""
+    from fastgen.serve import reasoning  # no other command needs it and all the forms of calls
+    from fastgen.serve.tools import shown
+
     model = conversation.model
     marks = shown.of(model).reasoning if conversation.has_template else None
     messages = [*conversation.messages, {"role": "user", "content": text}]
