@@ -166,6 +166,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         right[case["family"]] += not failed
         if failed and given.show:
             print(case["id"], repr(case["raw_output"])[:400], failed, "", sep="\n     ")
+    if not all_:
+        raise SystemExit(f"{given.directory} has no cases: a folder with family.json is expected")
     for family in all_:
         print(f"{family:14} {right[family]:4} of {all_[family]:4}")
     print(f"{'all':14} {right.total():4} of {all_.total():4}")

@@ -10,6 +10,7 @@ original    a transformers model as that      foreign    an ONNX folder as that,
                                               vocabulary a tokenizer's files, without transformers
 refuse      what no graph can express         unsupported  how that is said
 graph       model -> graph                    attention  what attention becomes
+                                              node       its node: inputs and attributes
                                               repeat     layers that are alike, traced once
                                               hooks      models with code of their own
                                               states     recurrences and convolutions

@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from fastgen.export.node import FURTHEST, HEAD_STEP, attributes
 from fastgen.export.unsupported import UnsupportedModel
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import DynamicCache
@@ -26,8 +27,6 @@ Bias = Callable[[torch.Tensor], torch.Tensor]  # positions [total] -> [num_heads
 # Whether a query sees a key, by their positions: bool of the two shapes, broadcast.
 Seen = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 NAME = "fastgen"  # what `attn_implementation` is while a model is exported
-HEAD_DIM_STEP = 8  # GroupQueryAttention takes heads of a multiple of it, one size for all three
-FURTHEST = 1 << 21  # positions up to which a mask is looked at; a longer window is no window
 
 # What models call their cache: transformers up to 5.23 had a name for each kind.
 CACHES = ("cache", "past_key_values", "cache_params", "layer_past")
@@ -327,7 +326,7 @@ def _describe(
     return Layer(
         num_heads=num_heads,
         kv_heads=key.shape[1],
-        head_dim=-(-max(head_dim, value.shape[-1]) // HEAD_DIM_STEP) * HEAD_DIM_STEP,
+        head_dim=-(-max(head_dim, value.shape[-1]) // HEAD_STEP) * HEAD_STEP,
         scale=scale,
         window=window if isinstance(window, int) else None,
         seen=window if callable(window) else None,
@@ -374,13 +373,6 @@ def _emit(
             states = torch.nn.functional.pad(states, (0, lacking))
         return states.transpose(1, 2).reshape(rows, new, -1)
 
-    attributes: dict[str, Any] = {
-        "num_heads": layer.num_heads, "kv_num_heads": layer.kv_heads, "scale": layer.scale,
-    }  # fmt: skip
-    if layer.window is not None:
-        attributes["local_window_size"] = layer.window
-    if layer.softcap:
-        attributes["softcap"] = layer.softcap
     head_sink = None if sinks is None else sinks.reshape(-1)
     if bias is not None or layer.seen is not None:
         added = _added(new, bias, layer.seen, added)
@@ -390,7 +382,7 @@ def _emit(
         [flat(query), flat(key), flat(value), past_key, past_value, feed.seqlens_k,
          feed.total_sequence_length, None, None, None, added, head_sink, None, None, None, None,
          feed.query_seqlens],
-        attributes,
+        attributes(layer.num_heads, layer.kv_heads, layer.scale, layer.window, layer.softcap),
         dtypes=[torch.float32] * 3,
         shapes=[[rows, new, width], past_key.shape, past_value.shape],
         version=1,

@@ -13,8 +13,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import onnx_ir as ir
 from fastgen.export import calibrate
+from fastgen.export.node import POSITIONS
 from fastgen.export.quantize import Floats
-from fastgen.export.trim import POSITIONS, add_initializer, replace
+from fastgen.export.trim import add_initializer, replace
 from numpy.typing import NDArray
 
 DTYPES = {"fp32": "float32", "int8": "int8"}  # of each cache precision

@@ -19,13 +19,11 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common
 import onnx_ir.tape
-from fastgen.export.quantize import LEVELS, Activations, integer_product
+from fastgen.export.quantize import LEVELS, Activations, Kernel, integer_product
 from fastgen.export.trim import take_place
 
 from fastgen.model import GRAPH
 from fastgen.prompts import PROMPTS, UNPACK
-
-MIDDLE = 8  # of the codes of 4 bits
 
 
 def write(directory: Path) -> str:
@@ -140,7 +138,7 @@ class _Unpacking:
     def _zero_points(self, node: ir.Node, out: int, count: int) -> ir.Value:
         """float32 [out, blocks, 1], or the middle code for all."""
         if len(node.inputs) == 3:
-            return self._number("middle", MIDDLE, np.float32)
+            return self._number("middle", Kernel(4).middle, np.float32)
         even = count + count % 2
         zeros = self._constant(str(node.inputs[3].name), _nibbles(node, 3, [out, even]))
         zeros = self._tape.op("Cast", [zeros], attributes={"to": int(ir.DataType.FLOAT)})

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 from fastgen.export import calibrate, rotate, smooth
-from fastgen.export.gptq import gptq, search_scales, search_zero_points
+from fastgen.export.gptq import gptq, search_zero_points
 from fastgen.export.parts import chunks
 from fastgen.export.quantize import (
     W8A8,
@@ -441,13 +441,10 @@ def _choice(product: Product, kernel: Kernel, seen: calibrate.Input) -> Choice:
         scales = channel_scales(weight)
         on_grid = gptq(weight, kernel, scales[:, None], moments)
         return Choice(kernel, scales, channel_codes(on_grid, scales)[0])
-    zeros = None
     if kernel.zero_points:
         scales, zeros = search_zero_points(weight, kernel, np.diag(moments))
-    elif kernel.bits == 8:
-        scales = block_scales(weight, kernel)
     else:
-        scales = search_scales(weight, kernel, np.diag(moments))
+        scales, zeros = block_scales(weight, kernel), None
     on_grid = gptq(weight, kernel, scales, moments, zeros)
     return Choice(kernel, scales, block_codes(on_grid, kernel, scales, zeros), zeros)
 

@@ -19,8 +19,6 @@ from numpy.typing import NDArray
 
 MICROSOFT = "com.microsoft"
 CHANGED = ".changed"  # how the name of a constant ends that was made of another
-# Inputs of GroupQueryAttention, by place.
-SEQLENS, TOTAL, POSITIONS, BIAS, QUERIES = 5, 6, 9, 10, 16
 LARGEST_TABLE = 1 << 16  # positions for which a table of rotations is worth its memory
 
 

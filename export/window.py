@@ -12,7 +12,8 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 from fastgen.export.cache import PAST_AND_SCALE
-from fastgen.export.trim import BIAS, POSITIONS, SEQLENS, TOTAL, insert
+from fastgen.export.node import BIAS, POSITIONS, SEQLENS, TOTAL
+from fastgen.export.trim import insert
 
 from fastgen.model import window_start
 

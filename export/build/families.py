@@ -27,6 +27,7 @@ from fastgen.export.build.decoder import (
     Rotary,
 )
 from fastgen.export.build.rotary import turning
+from fastgen.export.node import FURTHEST
 from fastgen.export.unsupported import UnsupportedModel
 
 KNOWN_BY = "transformers 5.24"  # whose models the families are proved against
@@ -78,7 +79,6 @@ NEUTRAL_IN: dict[str, dict[str, Any]] = {
     "starcoder2": {"activation_function": ANY, "mlp_type": "default", "norm_type": "layer_norm"},
 }  # fmt: skip
 MOST_LAYERS = 1024
-FURTHEST = 1 << 21  # a longer window is no window (see `attention`)
 
 
 class Said:

@@ -28,6 +28,7 @@ from fastgen.export.build.decoder import (
     Rotary,
 )
 from fastgen.export.build.weights import Weights
+from fastgen.export.node import HEAD_STEP, INPUTS, QUERIES, SEQLENS, TOTAL, attributes
 from fastgen.export.trim import MICROSOFT
 from fastgen.export.unsupported import UnsupportedModel
 from numpy.typing import NDArray
@@ -35,7 +36,6 @@ from numpy.typing import NDArray
 from fastgen.jsonfile import ModelError, some
 
 OPSET, IR_VERSION = 23, 10
-STEP = 8  # GroupQueryAttention takes heads of a multiple of it
 FLOAT, INT32, INT64 = ir.DataType.FLOAT, ir.DataType.INT32, ir.DataType.INT64
 Dim = int | str
 END = np.iinfo(np.int64).max
@@ -369,19 +369,14 @@ class _Writer:
         query = self.turned(self.linear(x, one.query), one, one.heads, one.query_norm)
         key = self.turned(self.linear(x, one.key), one, one.kv_heads, one.key_norm)
         value = self.linear(x, one.value)
-        inputs: list[ir.Value | None] = [None] * 17
+        inputs: list[ir.Value | None] = [None] * INPUTS
         inputs[:3] = query, key, value
         inputs[3:5] = (self.inputs[f"past_key_values.{number}.{kind}"] for kind in KINDS)
-        inputs[5:7] = self.inputs["seqlens_k"], self.inputs["total_sequence_length"]
-        inputs[16] = self.inputs["query_seqlens"]
-        attributes: dict[str, Any] = {
-            "num_heads": one.heads, "kv_num_heads": one.kv_heads, "scale": one.scale,
-        }  # fmt: skip
-        if one.window is not None:
-            attributes["local_window_size"] = one.window
-        if one.softcap:
-            attributes["softcap"] = one.softcap
-        node = ir.node("GroupQueryAttention", inputs, attributes, domain=MICROSOFT, num_outputs=3)
+        inputs[SEQLENS] = self.inputs["seqlens_k"]
+        inputs[TOTAL] = self.inputs["total_sequence_length"]
+        inputs[QUERIES] = self.inputs["query_seqlens"]
+        ours = attributes(one.heads, one.kv_heads, one.scale, one.window, one.softcap)
+        node = ir.node("GroupQueryAttention", inputs, ours, domain=MICROSOFT, num_outputs=3)
         self.graph.append(node)
         found, *kept = node.outputs
         found.shape = ir.Shape(["rows", "new", one.heads * one.head_dim])
@@ -494,7 +489,7 @@ def _inputs(layers: Sequence[Layer]) -> list[tuple[str, ir.DataType, list[Dim]]]
     ]
     for number, layer in enumerate(layers):
         one = layer.attention
-        if one.head_dim % STEP:
+        if one.head_dim % HEAD_STEP:
             raise UnsupportedModel(f"its heads are of the size {one.head_dim}")
         shape: list[Dim] = ["rows", one.kv_heads, "capacity", one.head_dim]
         found += [(f"past_key_values.{number}.{kind}", FLOAT, shape) for kind in KINDS]

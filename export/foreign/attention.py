@@ -16,13 +16,18 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from fastgen.export.foreign.signature import Signature
-from fastgen.export.trim import (
+from fastgen.export.node import (
     BIAS,
-    MICROSOFT,
+    HEAD_STEP,
+    INPUTS,
     POSITIONS,
     QUERIES,
     SEQLENS,
     TOTAL,
+    attributes,
+)
+from fastgen.export.trim import (
+    MICROSOFT,
     add_initializer,
     constant,
     insert,
@@ -32,8 +37,6 @@ from fastgen.export.unsupported import UnsupportedModel
 from numpy.typing import NDArray
 
 HIDDEN = -1e4  # a score below it is of a key that is not seen
-STEP = 8  # sizes of heads that GroupQueryAttention takes are multiples of it
-INPUTS = 17  # of GroupQueryAttention
 
 BETWEEN = {"Transpose", "Reshape", "Expand", "Unsqueeze", "Squeeze", "Mul", "Div", "Cast", "Tile"}
 SCORES = {"Mul", "Div", "Add", "Where", "Cast", "Tanh", "Reshape", "Max", "Identity", "Sub"}
@@ -147,8 +150,8 @@ def regroup(graph: ir.Graph, node: ir.Node, layer: int, signature: Signature, fe
         raise refused(layer, f"GroupQueryAttention ({node.name}) keeps keys in {node.attributes}")
     inputs[SEQLENS], inputs[TOTAL] = feed.seqlens_k, feed.total_sequence_length
     inputs[QUERIES], inputs[POSITIONS] = feed.query_seqlens, None
-    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
-    _replace(graph, node, insert(node, "GroupQueryAttention", inputs, attributes,
+    theirs = {name: attribute.value for name, attribute in node.attributes.items()}
+    _replace(graph, node, insert(node, "GroupQueryAttention", inputs, theirs,
                                  domain=MICROSOFT, outputs=3))  # fmt: skip
 
 
@@ -257,10 +260,10 @@ def meaning(one: Joined, seen: Mapping[str, Any], longer: Mapping[str, Any]) -> 
     query, turned = (found(value) for value in one.scores.inputs)
     query = _four(layer, query, rows, new, size)
     heads = query.shape[1]
-    if size % STEP or held.shape[3] != size:
+    if size % HEAD_STEP or held.shape[3] != size:
         raise refused(
             layer, f"its keys have {size} numbers a head, its values {held.shape[3]}: expected one "
-            f"multiple of {STEP}"
+            f"multiple of {HEAD_STEP}"
         )  # fmt: skip
     if heads % kv_heads:
         raise refused(layer, f"{heads} heads of queries for {kv_heads} of keys")
@@ -386,16 +389,8 @@ def group(
     inputs[3:5] = [pasts[name] for name in signature.past[2 * one.layer : 2 * one.layer + 2]]
     inputs[SEQLENS], inputs[TOTAL] = feed.seqlens_k, feed.total_sequence_length
     inputs[QUERIES] = feed.query_seqlens
-    attributes: dict[str, Any] = {
-        "num_heads": means.num_heads, "kv_num_heads": means.kv_heads, "scale": means.scale,
-    }  # fmt: skip
-    if means.window is not None:
-        attributes["local_window_size"] = means.window
-    if means.softcap:
-        attributes["softcap"] = means.softcap
-    out, *present = insert(
-        before, "GroupQueryAttention", inputs, attributes, domain=MICROSOFT, outputs=3
-    )
+    ours = attributes(means.num_heads, means.kv_heads, means.scale, means.window, means.softcap)
+    out, *present = insert(before, "GroupQueryAttention", inputs, ours, domain=MICROSOFT, outputs=3)
     shape = add_initializer(graph, "split_heads", np.array([0, 0, *sizes], np.int64))
     (split,) = insert(before, "Reshape", [out, shape])
     (found,) = insert(before, "Transpose", [split], {"perm": [0, 2, 1, 3]})
