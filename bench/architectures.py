@@ -37,15 +37,18 @@ import onnxruntime
 import shrink
 import torch
 import transformers
-from fastgen.export import Mismatch, UnsupportedModel, check, export, graph
-from fastgen.export.attention import CACHES
 from transformers import DynamicCache, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fastgen import CausalLM
+from fastgen.export import Mismatch, UnsupportedModel, export
+from fastgen.export.prove import check
+from fastgen.export.source.origin import Tolerance
+from fastgen.export.trace import graph
+from fastgen.export.trace.attention import CACHES
 
 LENGTHS, LONG, NEW = (1, 9, 30), 120, 16
-CLOSE = check.Tolerance().max_difference  # of the largest logit: what an exact one may differ by
+CLOSE = Tolerance().max_difference  # of the largest logit: what an exact one may differ by
 BEAMS = {"num_beams": 3, "num_return_sequences": 2, "output_scores": True}
 DRAWS = {"do_sample": True, "top_k": 0, "temperature": 1.5}
 # What a row's logits may differ by from those that it has alone, of the largest: what lies between

@@ -37,11 +37,14 @@ import onnxruntime
 import shrink
 import torch
 import transformers
-from fastgen.export import graph, source, trim
+from transformers import PretrainedConfig, PreTrainedModel
+
+from fastgen.errors import UnsupportedModel
 from fastgen.export.build import families, weights
 from fastgen.export.build import graph as built
-from fastgen.export.unsupported import UnsupportedModel
-from transformers import PretrainedConfig, PreTrainedModel
+from fastgen.export.rewrite import trim
+from fastgen.export.torch_model import source
+from fastgen.export.trace import graph
 
 CLOSE = 5e-6  # of the largest logit: what two orders of the same sums differ by
 SAME, CLOSE_LOGITS, REFUSED, WRONG = "the same graph", "the same logits", "refused", "WRONG"

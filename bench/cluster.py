@@ -26,8 +26,8 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 import ray
 import shapes
 
-from fastgen.jobs.cluster import Generate
-from fastgen.jobs.spread import Spread, run
+from fastgen.jobs.ray.cluster import Generate
+from fastgen.jobs.ray.spread import Spread, run
 
 WORDS = [
     "The os module",

@@ -73,7 +73,7 @@ class Context:
         self.ids = random.integers(0, model.info.vocab_size, (args.rows, past + args.new))
 
     def round(self, keep: bool) -> None:
-        from fastgen.prefill import CHUNK, prefill
+        from fastgen.engine.prefill import CHUNK, prefill
 
         cache = self.model.new_cache(self.rows, self.past + max(CHUNK, self.new))
         cache.windows, self.model.grain = self.windows, self.grain

@@ -24,10 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import shapes
-from fastgen.export.progress import LOOKS, PAUSE, memory, on_disk
 from peers.engines import adapter
 from peers.home import OFFLINE, WORKER, Home, Unavailable
 from peers.home import size as bytes_below
+
+from fastgen.export.progress import LOOKS, PAUSE, memory, on_disk
 
 OURS, QUICK = "fastgen", "fastgen --quick"
 ENGINES = (OURS, QUICK, "ort_genai", "llama")
@@ -96,9 +97,9 @@ def row(shape: str, precision: str, engine: str, found: Found, floats: int) -> s
 
 def weights(source: Path) -> int:
     """How many numbers the safetensors files of a model hold."""
-    from fastgen.export import room
+    from fastgen.export import requirements
 
-    size = room.of_checkpoint(source)
+    size = requirements.of_checkpoint(source)
     assert size is not None
     return size.weights
 

@@ -35,10 +35,11 @@ def main() -> None:
     options = parser.parse_args()
 
     import torch
-    from fastgen.export import export, hooks
     from transformers import AutoConfig, AutoModelForCausalLM
 
     import fastgen
+    from fastgen.export import export
+    from fastgen.export.trace import hooks
 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("deepseek_v2", **SIZES)).eval()

@@ -27,7 +27,7 @@ import json, sys, time
 import numpy, onnxruntime, tokenizers
 from pathlib import Path
 import fastgen
-from fastgen import model as module
+from fastgen.engine import model as module
 if sys.argv[2] == "optimised":
     plain = module.session_options
     def options(tuning):
@@ -79,8 +79,9 @@ def main() -> None:
 
 def save(directory: Path, place: Path, packed: bool) -> None:
     """Copy a model directory with its graph as onnxruntime has optimised it."""
-    from fastgen.model import GRAPH, INFO, open_session, session_options
-    from fastgen.tuning import Tuning
+    from fastgen.engine.model import open_session, session_options
+    from fastgen.store.model_info import GRAPH, INFO
+    from fastgen.store.tuning import Tuning
 
     shutil.copytree(directory, place, ignore=shutil.ignore_patterns("model.onnx*"))
     options = session_options(Tuning(threads=2))

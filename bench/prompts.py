@@ -27,16 +27,16 @@ KINDS = {
     "int8": ("int8", "same"),
 }
 LOADED = """
-import json, sys, time, numpy, fastgen.prefill, fastgen.model
+import json, sys, time, numpy, fastgen.engine.prefill, fastgen.engine.model
 from pathlib import Path
 sys.path.insert(0, {here!r})
 import shapes
 before = shapes.resident()
 start = time.perf_counter()
-model = fastgen.model.Model(Path({path!r}), {threads}, prompts={prompts!r})
+model = fastgen.engine.model.Model(Path({path!r}), {threads}, prompts={prompts!r})
 seconds, loaded, most = time.perf_counter() - start, shapes.resident(), shapes.resident("VmHWM")
 prompt = numpy.arange({prompt}) % model.info.vocab_size
-fastgen.prefill.prefill(model, model.new_cache(1, {prompt} + 1), [prompt], 0)
+fastgen.engine.prefill.prefill(model, model.new_cache(1, {prompt} + 1), [prompt], 0)
 print(json.dumps([seconds, loaded - before, most - before, shapes.resident() - before]))
 """
 

@@ -54,7 +54,8 @@ def main() -> None:
 
 def rows(tokenizer: Any, vocab_size: int) -> list[Any]:
     """Rows of held-out text that no export calibrates on: three times what its report measures."""
-    from fastgen.export import calibrate, corpus
+    from fastgen.export.prove import corpus
+    from fastgen.export.quantize import calibrate
 
     text = corpus.TEXTS.with_name("held_out.txt").read_text(encoding="utf-8")
     found = corpus.Reader(tokenizer.backend_tokenizer, vocab_size, calibrate.ROW).rows(text)
@@ -65,10 +66,11 @@ def line(
     name: str, precision: str, model: Any, tokenizer: Any, text: list[Any], keep: Path | None
 ) -> str:
     """Export, measure on `text`, and say it as a line of the table."""
-    from fastgen.export import export, quality, source
-    from fastgen.export.original import Original
-
-    from fastgen.model import Model
+    from fastgen.engine.model import Model
+    from fastgen.export import export
+    from fastgen.export.prove import quality
+    from fastgen.export.torch_model import source
+    from fastgen.export.torch_model.original import Original
 
     with tempfile.TemporaryDirectory() as temporary:
         out = keep or Path(temporary) / "model"

@@ -59,7 +59,7 @@ def line(title: str, calls: list[Callable[[], None]], rounds: int, parts: int) -
 
 
 def prompt(model: Any, length: int) -> Callable[[], None]:
-    from fastgen.prefill import prefill
+    from fastgen.engine.prefill import prefill
 
     row = np.random.default_rng(0).integers(0, model.info.vocab_size, length)
     return lambda: prefill(model, model.new_cache(1, length), [row], 0)

@@ -45,12 +45,15 @@ class Lab:
 
     def __init__(self, source: Path, precision: str, texts: list[Path], home: Path) -> None:
         import onnx_ir
-        from fastgen.export import bundle, corpus, export, pipeline, quality, recipe, rotate
-        from fastgen.export.original import Original
-        from fastgen.export.source import load
 
         import fastgen
-        from fastgen.jsonfile import read
+        from fastgen.export import export, pipeline
+        from fastgen.export.prove import corpus, quality
+        from fastgen.export.quantize import recipe, rotate
+        from fastgen.export.rewrite import onnx_file
+        from fastgen.export.torch_model.original import Original
+        from fastgen.export.torch_model.source import load
+        from fastgen.store.jsonfile import read
 
         self.precision, self.home = precision, home
         floats = export(source, home / "fp32", precision="fp32", progress=None)
@@ -65,12 +68,12 @@ class Lab:
         graph = onnx_ir.load(floats / "model.onnx")
         rotate.rotate(graph)
         (home / "turned").mkdir()
-        bundle.save(graph, home / "turned" / "model.onnx")
+        onnx_file.save(graph, home / "turned" / "model.onnx")
         self.graph = onnx_ir.load(home / "turned" / "model.onnx")
 
     @contextmanager
     def plan(self) -> Iterator[Any]:
-        from fastgen.export import recipe
+        from fastgen.export.quantize import recipe
 
         with recipe.planned(self.graph, self.precision, self.used, lambda *_: None) as plan:
             yield plan
@@ -91,9 +94,10 @@ class Lab:
         self, kind: str, name: str, plan: Any, rung: int = 0,
         goes: Callable[[str], bool] = lambda _: False,
     ) -> str:  # fmt: skip
-        from fastgen.export import bundle, quality
-
         import fastgen
+        from fastgen.export import bundle
+        from fastgen.export.prove import quality
+        from fastgen.export.rewrite import onnx_file
 
         for matrix in plan._matrices.values():
             goes_up = matrix.may_climb and goes(matrix.product.name)
@@ -101,7 +105,7 @@ class Lab:
         graph, _ = plan.make(lambda *_: None)
         out = self.home / "made"
         out.mkdir()
-        bundle.save(graph, out / "model.onnx")
+        onnx_file.save(graph, out / "model.onnx")
         bundle.seal(out, self.description)
         model = fastgen.load(out).model
         cells = [quality.measure(self.said, model, rows) for rows in self.rows]

@@ -137,7 +137,7 @@ class Ours:
 
     def __init__(self, directory: Path, threads: int) -> None:
         import fastgen
-        from fastgen import schedule
+        from fastgen.engine import schedule
 
         self.model = fastgen.load(None if directory == Path("demo") else directory, threads=threads)
         self.scheduler = schedule.Scheduler(self.model.model)

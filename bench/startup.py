@@ -40,7 +40,7 @@ def main() -> None:
     args = parser.parse_args()
 
     import fastgen
-    from fastgen.hub import DEMO
+    from fastgen.store.hub import DEMO
 
     programs = {
         "import onnxruntime, create the session": BARE,

@@ -47,7 +47,7 @@ KNOBS: dict[str, dict[str, Any]] = {
 def compare(
     model: Any, rows: int, name: str, knobs: dict[str, Any], args: argparse.Namespace
 ) -> None:
-    from fastgen.batch import Batch
+    from fastgen.engine.batch import Batch
 
     random = np.random.default_rng(0)
     ids = random.integers(0, model.model.info.vocab_size, (rows, 16))

@@ -29,8 +29,9 @@ import numpy as np
 import shapes
 
 import fastgen
-from fastgen import call, constraint
-from fastgen.processors import Context
+from fastgen.engine import call
+from fastgen.sampling import constraint
+from fastgen.sampling.processors import Context
 
 SCHEMA: dict[str, Any] = {
     "type": "object",

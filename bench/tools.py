@@ -24,9 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 import fastgen
-from fastgen import constraint
-from fastgen.params import Params
-from fastgen.processors import Context
+from fastgen.inputs.params import Params
+from fastgen.sampling import constraint
+from fastgen.sampling.processors import Context
 from fastgen.serve.reasoning import inside
 from fastgen.serve.service import Service
 from fastgen.serve.tools.deepseek import DeepSeek, DeepSeek3, Dsml, Dsml4, Dsml41

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import onnx_ir
-import onnx_ir.passes.common
-
-from fastgen import jsonfile, swap
-from fastgen.model import INFO, ModelError, digest
-
-INLINE = 256  # bytes of a constant that stays in the graph itself, at most
-WRITERS = 2  # threads: one makes an array, another writes one
-IN_FLIGHT = 128 << 20  # bytes of arrays that are made and not yet written, beside the largest
+from fastgen.errors import ModelError
+from fastgen.store import jsonfile, swap
+from fastgen.store.model_info import INFO, digest
 
 
 @contextmanager
@@ -84,31 +77,11 @@ def _check_replaceable(out: Path, force: bool) -> None:
         raise ModelError(f"{out} is not a fastgen model directory: --force does not replace it")
 
 
-def save(graph: onnx_ir.Model, path: Path) -> None:
-    """Write `path` and its weights beside it, as `<name>.data`: no size limit, memory-mapped.
-
-    From now on `graph` reads its weights from that file, one after the other as they are wanted:
-    the system can have back what memory they take.
-
-    The exporter's notes (stack traces, the paths of this machine) stay out of the file.
-    """
-    onnx_ir.passes.common.ClearMetadataAndDocStringPass()(graph)
-    onnx_ir.external_data.unload_from_model(
-        graph,
-        path.parent,
-        path.name + ".data",
-        size_threshold_bytes=INLINE,
-        max_workers=WRITERS,
-        max_in_flight_bytes=IN_FLIGHT,
-    )
-    onnx_ir.save(graph, path)
-
-
 def seal(to: Path, description: dict[str, Any]) -> None:
     """Write `fastgen.json`: from now on the directory is a model."""
     found = [p for p in sorted(to.iterdir()) if p.is_file() and p.name != INFO]
     files = {p.name: p.stat().st_size for p in found}
-    write_json(to / INFO, description | {"files": files})
+    jsonfile.write(to / INFO, description | {"files": files})
 
 
 def sign(to: Path) -> None:
@@ -118,8 +91,4 @@ def sign(to: Path) -> None:
         name: {"bytes": (to / name).stat().st_size, "sha256": digest(to / name)}
         for name in said["files"]
     }
-    write_json(to / INFO, said | {"files": files})
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    jsonfile.write(to / INFO, said | {"files": files})

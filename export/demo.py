@@ -47,7 +47,6 @@ from typing import Any
 
 import torch
 import transformers
-from fastgen.export import manual
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy, dropout
 from transformers import (
@@ -57,6 +56,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+
+from fastgen.export import manual
 
 END = "<|endoftext|>"
 

@@ -19,52 +19,45 @@ from typing import TYPE_CHECKING, Any, TextIO
 import numpy as np
 import onnx_ir
 import onnxruntime
-from fastgen.export import (
-    bundle,
-    cache,
-    calibrate,
-    check,
-    corpus,
-    profile,
-    prompts,
-    quality,
-    recipe,
-    room,
-    rotate,
-    trim,
-    window,
-)
-from fastgen.export.build import origin as build_origin
-from fastgen.export.foreign import folder
-from fastgen.export.foreign import origin as foreign
-from fastgen.export.origin import Origin
-from fastgen.export.progress import Progress
-from fastgen.export.recipe import RECIPES
-from fastgen.export.unsupported import UnsupportedModel
 from numpy.typing import NDArray
 
 import fastgen
-from fastgen import CausalLM, folders, hub, interrupt, memory
-from fastgen.codes import SCALES
-from fastgen.hub import CACHE_PRECISION, PRECISION
-from fastgen.model import GRAPH, INFO, UNPACKED, ModelError
-from fastgen.output import GenerateOutput
-from fastgen.report import REPORT
-from fastgen.tuning import Tuning
+from fastgen.engine.kv_int8 import SCALES
+from fastgen.engine.model import UNPACKED
+from fastgen.engine.output import GenerateOutput
+from fastgen.errors import ModelError, UnsupportedModel
+from fastgen.export import bundle, requirements
+from fastgen.export.build import origin as build_origin
+from fastgen.export.onnx_folder import folder
+from fastgen.export.onnx_folder import origin as foreign
+from fastgen.export.progress import Progress
+from fastgen.export.prove import check, corpus, profile, quality
+from fastgen.export.quantize import calibrate, kv_int8, prefill_int8, recipe, rotate
+from fastgen.export.quantize.recipe import RECIPES
+from fastgen.export.rewrite import onnx_file, trim, window
+from fastgen.export.source.origin import Origin, Tolerance
+from fastgen.generator import CausalLM
+from fastgen.store import hub, jsonfile, onnx_folders
+from fastgen.store.hub import CACHE_PRECISION, PRECISION
+from fastgen.store.model_info import GRAPH, INFO
+from fastgen.store.report import REPORT
+from fastgen.store.tuning import Tuning
+from fastgen.system import interrupt, memory
 
 if TYPE_CHECKING:  # which a folder needs none of
-    from fastgen.export.source import Source
     from transformers import PreTrainedModel
 
+    from fastgen.export.torch_model.source import Source
+
 PRECISIONS = ("fp32", *RECIPES)
-CACHE_PRECISIONS = tuple(cache.DTYPES)
+CACHE_PRECISIONS = tuple(kv_int8.DTYPES)
 
 # What a precision may differ by from the original; `export` and the command line can change it.
 # Kernels are chosen for it (see `recipe`), and what cannot reach it is refused.
 TOLERANCES = {
-    "fp32": check.Tolerance(),
-    "int8": check.Tolerance.quantised(kl=0.006),
-    "int4": check.Tolerance.quantised(kl=0.1),
+    "fp32": Tolerance(),
+    "int8": Tolerance.quantised(kl=0.006),
+    "int4": Tolerance.quantised(kl=0.1),
 }
 
 
@@ -88,7 +81,7 @@ def export(
     adapter: str | os.PathLike[str] | None = None,
     text: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
     calibration: str | os.PathLike[str] | None = None,
-    tolerance: check.Tolerance | None = None,
+    tolerance: Tolerance | None = None,
     max_kl: float | None = None,
     min_top1: float | None = None,
     quick: bool = False,
@@ -220,21 +213,21 @@ class _Place:
     out: Path
     precision: str
     quantised: int
-    needs: room.Needs | None = None
+    needs: requirements.Needs | None = None
     spilled: int = 0
 
     @property
     def spills(self) -> bool:
         """Whether its weights go to a file of their own."""
-        return self.needs is not None and self.needs.disk[room.ORIGINAL] > 0
+        return self.needs is not None and self.needs.disk[requirements.ORIGINAL] > 0
 
     def in_own_types(self, directory: Path) -> bool:
         """Whether the weights of a checkpoint stay as they are; raises for what cannot fit."""
-        size = room.of_checkpoint(directory)
+        size = requirements.of_checkpoint(directory)
         return size is not None and self.settle(size).own_types
 
-    def settle(self, size: room.Size, may_stay: bool = True) -> room.Needs:
-        needs = room.needs(size, self.precision, self.quantised, may_stay)
+    def settle(self, size: requirements.Size, may_stay: bool = True) -> requirements.Needs:
+        needs = requirements.needs(size, self.precision, self.quantised, may_stay)
         needs.check(self.out)
         self.needs = needs
         return needs
@@ -252,7 +245,7 @@ def _folder(
             return None
         fetched = hub.onnx_folder(str(model), precision, revision)
         return None if fetched is None else folder.choose(fetched, precision)
-    if (place / INFO).is_file() or not hub.is_onnx(folders.names_in(place), precision):
+    if (place / INFO).is_file() or not hub.is_onnx(onnx_folders.names_in(place), precision):
         return None
     return folder.choose(place, precision)
 
@@ -266,25 +259,27 @@ def _original(
         ModelError: there is no torch or no transformers here.
     """
     try:
-        from fastgen.export import original, source
         from transformers import PreTrainedModel
+
+        from fastgen.export.torch_model import original, source
     except ImportError as error:
         raise hub.needs(model, False, error) from error
     if not isinstance(model, PreTrainedModel):
         return original.Original(_loaded(model, revision, adapter, place))
     if adapter is not None:
         raise ValueError("adapter goes with a model's name: a model object can be merged by peft")
-    place.settle(room.of_model(model, is_mapped=True), may_stay=False)
+    place.settle(requirements.of_model(model, is_mapped=True), may_stay=False)
     return original.Original(source.of_object(model, tokenizer))
 
 
 def _loaded(model: Any, revision: str | None, adapter: Any, place: _Place) -> Source:
     """A transformers model by its name, its weights where they have room."""
-    from fastgen.export import source, stored
+    from fastgen.export.torch_model import source
+    from fastgen.export.trace import stored
 
     loaded = source.load(model, revision, adapter, place.in_own_types)
     if place.needs is None:
-        place.settle(room.of_model(loaded.model, is_mapped=False), may_stay=False)
+        place.settle(requirements.of_model(loaded.model, is_mapped=False), may_stay=False)
     if place.spills:
         place.spilled = stored.spill(loaded.model, bundle.parent(place.out))
     return loaded
@@ -342,7 +337,7 @@ def _refused(model: Any, revision: str | None, adapter: Any) -> str | None:
     if (place / INFO).is_file():
         raise ModelError(f"{model} is a fastgen model already: there is nothing to export")
     if place.is_dir():
-        return build_origin.refused(place, folders.names_in(place))
+        return build_origin.refused(place, onnx_folders.names_in(place))
     if place.exists() or not hub.is_id(model):
         return f"{model} is no directory, nor a hub id"
     described = hub.snapshot(str(model), revision, only=[*hub.DESCRIBED])
@@ -357,7 +352,7 @@ def _of_tensors(model: str | Path, revision: str | None, place: _Place, prove: b
         from fastgen.export.build.proved import Proved
 
         return Proved(_loaded(model, revision, None, place), directory)
-    size = room.of_checkpoint(directory)
+    size = requirements.of_checkpoint(directory)
     if size is not None:
         place.settle(replace(size, is_float32=True), may_stay=False)  # each is cast as it is read
     return build_origin.Built(directory, None if here.is_dir() else str(model))
@@ -385,7 +380,7 @@ def _usual_place(model: object, kind: str) -> Path:
 
 def usual_tolerance(
     precision: str, cache_precision: str, kl: float | None = None, top1: float | None = None
-) -> check.Tolerance:
+) -> Tolerance:
     """That of the coarser of the two; with another bound or two where they are given."""
     usual = max((TOLERANCES[precision], TOLERANCES[cache_precision]), key=lambda one: one.kl)
     given = {name: bound for name, bound in (("kl", kl), ("top1", top1)) if bound is not None}
@@ -400,7 +395,7 @@ class Wishes:
     cache_precision: str
     force: bool
     allow_mismatch: bool
-    tolerance: check.Tolerance
+    tolerance: Tolerance
     texts: Sequence[Path]
     quick: bool
 
@@ -452,7 +447,7 @@ class _Job:
 
     def save(self, converted: onnx_ir.Model, to: Path) -> None:
         to.mkdir(parents=True, exist_ok=True)
-        bundle.save(converted, to / GRAPH)
+        onnx_file.save(converted, to / GRAPH)
         if self.scales is not None:
             np.save(to / SCALES, self.scales)
         bundle.seal(to, self.description)
@@ -547,10 +542,10 @@ class _Job:
         """Store keys and values in 8 bits, and say what that alone costs."""
         limit, precision = self.description["max_length"], self.wishes.cache_precision
         with self.shown.step("quantise keys and values") as found:
-            reached = cache.reach(converted, self.corpus.calibration(cache.TOKENS), limit)
-            rows = cache.long_rows(self._judged_on(2 * quality.TOKENS), limit, quality.TOKENS)
-            self.scales = cache.quantize(converted, reached)
-            self.description["cache_dtype"] = cache.DTYPES[precision]
+            reached = kv_int8.reach(converted, self.corpus.calibration(kv_int8.TOKENS), limit)
+            rows = kv_int8.long_rows(self._judged_on(2 * quality.TOKENS), limit, quality.TOKENS)
+            self.scales = kv_int8.quantize(converted, reached)
+            self.description["cache_dtype"] = kv_int8.DTYPES[precision]
             self.save(converted, to)
             channels = sum(one.size for one in reached.values())
             found.append(f"{channels:,} channels, {precision}")
@@ -654,7 +649,7 @@ def _told(made: Sequence[recipe.Made], plan: recipe.Plan) -> list[str]:
 
 def _export(origin: Origin, out: Path, wishes: Wishes, shown: Progress, kept: Kept) -> None:
     description = origin.describe(wishes.precision)
-    floats = room.FLOAT * description["parameters"]
+    floats = requirements.FLOAT * description["parameters"]
     shown.weights = floats
     original = check.Reference([], [])  # where only the graph can be asked, which there is not yet
     if OWN_LOGITS not in shown.names:
@@ -664,7 +659,7 @@ def _export(origin: Origin, out: Path, wishes: Wishes, shown: Progress, kept: Ke
         shown.watch.directory = temporary
         job = _Job(origin, wishes, shown, temporary, original, description, kept)
         report = _stages(job)
-        why = prompts.write(temporary)
+        why = prefill_int8.write(temporary)
         if why and job.description["precision"] == "int4":
             job.description["no_prompts"] = why
         with shown.step("time by operator") as found:
@@ -686,7 +681,7 @@ def _export(origin: Origin, out: Path, wishes: Wishes, shown: Progress, kept: Ke
                 "versions": _versions() | origin.versions(),
                 **origin.report(),
             }
-            bundle.write_json(temporary / REPORT, report)
+            jsonfile.write(temporary / REPORT, report)
             bundle.seal(temporary, job.description)
             bundle.sign(temporary)
             size = sum(p.stat().st_size for p in temporary.iterdir())

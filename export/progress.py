@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from fastgen.memory import trim
+from fastgen.system.memory import trim
 
 PAUSE = 0.02  # seconds between two looks at the memory
 LOOKS = 25  # of those for each look at the disk

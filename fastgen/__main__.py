@@ -9,7 +9,7 @@ import os
 import sys
 from typing import TextIO
 
-from fastgen.interrupt import QUIET_EXIT, ended_at_once, heard
+from fastgen.system.interrupt import QUIET_EXIT, ended_at_once, heard
 
 STREAMS = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))
 

@@ -22,14 +22,16 @@ from typing import Any
 
 import numpy as np
 
-from fastgen import atomic, chat, jsonfile, values
-from fastgen.call import Call
-from fastgen.cpu import memory_bytes
+from fastgen.engine.call import Call
+from fastgen.engine.prefill import CHUNK, Prefill
+from fastgen.engine.prefix_cache import BLOCK, MAX_BYTES, PrefixCache
 from fastgen.generator import CausalLM
-from fastgen.model import ModelInfo
-from fastgen.params import NAMES, Params, drawn, resolve, sampling
-from fastgen.prefill import CHUNK, Prefill
-from fastgen.prefix import BLOCK, MAX_BYTES, PrefixCache
+from fastgen.inputs import validators
+from fastgen.inputs.params import NAMES, Params, drawn, resolve, sampling
+from fastgen.store import files, jsonfile
+from fastgen.store.model_info import ModelInfo
+from fastgen.system.cpu import memory_bytes
+from fastgen.text import chat_template
 
 Message = dict[str, str]  # {"role": "user", "content": "Hi"}
 Pieces = Generator[str, None, None]  # of a text, as it comes
@@ -104,8 +106,8 @@ class Conversation:
         self, model: CausalLM, knobs: Mapping[str, Any] | None = None, system: str | None = None
     ) -> None:
         self.model = model
-        model.model.info.check(model.directory, chat.FILE)
-        self.has_template = chat.has_template(model.directory, model.tokenizer.config)
+        model.model.info.check(model.directory, chat_template.FILE)
+        self.has_template = chat_template.has_template(model.directory, model.tokenizer.config)
         self.cache = PrefixCache(_bytes_of_all(model.model.info))
         self.turns: list[Message] = []
         self.dropped = 0
@@ -175,7 +177,7 @@ class Conversation:
         Raises:
             ValueError: the template refuses it.
         """
-        system = values.text("the system message", system) if system else None
+        system = validators.text("the system message", system) if system else None
         self._ids([*self._system(system), *self.turns[self.dropped :], _message("user", "Hi")])
         self.system = system
 
@@ -192,7 +194,7 @@ class Conversation:
             ValueError: it cannot be written there.
         """
         text = json.dumps({"messages": self.messages}, ensure_ascii=False, indent=2)
-        with atomic.written("the conversation's file", path) as file:
+        with files.written("the conversation's file", path) as file:
             file.write_text(text + "\n", encoding="utf-8")
 
     def load(self, path: Path) -> None:
@@ -228,7 +230,7 @@ class Conversation:
         Raises:
             ValueError: the message is empty or too long, or no token can be chosen.
         """
-        if not values.text("the message", text):
+        if not validators.text("the message", text):
             raise ValueError("the message is empty")
         self._wait()
         turns = [*self.turns, _message("user", text)]
@@ -301,7 +303,7 @@ class Conversation:
     def _fitted(self, turns: list[Message]) -> tuple[list[int], int, int]:
         """The prompt, the new tokens that it leaves room for, and how many turns it leaves out."""
         params = self._params(self.knobs)
-        usual = chat.MAX_NEW_TOKENS if self.has_template else CONTINUED
+        usual = chat_template.MAX_NEW_TOKENS if self.has_template else CONTINUED
         limits = [self.model.model.info.max_length]
         if params.max_new_tokens is None and params.max_length is not None:
             limits.append(params.max_length)
@@ -335,7 +337,7 @@ class Conversation:
         tokenizer = self.model.tokenizer
         if not self.has_template:
             return tokenizer.encode(continued(messages))
-        text = chat.prompt(self.model.directory, tokenizer.config, messages)
+        text = chat_template.prompt(self.model.directory, tokenizer.config, messages)
         return tokenizer.encode(text, add_special_tokens=False)
 
     @staticmethod

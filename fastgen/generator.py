@@ -13,15 +13,20 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgen import chat, healing, hub, jsonfile, processors, score, stop, tensors, values
-from fastgen.call import Call, Objects, Writer, last_token, prepare, read
-from fastgen.model import Model, ModelInfo
-from fastgen.output import Token
-from fastgen.params import Params
-from fastgen.prefix import PrefixCache, check
-from fastgen.tokenizer import CONFIG, TextStream, Tokenizer
-from fastgen.tokenizer import FILE as TOKENIZER
-from fastgen.tuning import Tuning
+from fastgen.engine import score
+from fastgen.engine.call import Call, Objects, Writer, last_token, prepare, read
+from fastgen.engine.model import Model
+from fastgen.engine.output import Token
+from fastgen.engine.prefix_cache import PrefixCache, check
+from fastgen.inputs import tensors, validators
+from fastgen.inputs.params import Params
+from fastgen.sampling import processors, stop
+from fastgen.store import hub, jsonfile
+from fastgen.store.model_info import ModelInfo
+from fastgen.store.tuning import Tuning
+from fastgen.text import chat_template, token_healing
+from fastgen.text.tokenizer import CONFIG, TextStream, Tokenizer
+from fastgen.text.tokenizer import FILE as TOKENIZER
 
 
 class Settings:
@@ -297,7 +302,7 @@ class CausalLM:
             ids that stay, and the call whose only token follows them: then they are the prompt of
             a `call` without token_healing. No call where they are the prompt as they are.
         """
-        prompt = healing.reopen(ids, self.tokenizer)
+        prompt = token_healing.reopen(ids, self.tokenizer)
         if not prompt.biases:
             return prompt.ids, None
         own = self.generation_config.to_dict()
@@ -341,12 +346,14 @@ class CausalLM:
             The reply without special tokens; a list with `num_return_sequences` above 1.
         """
         variables = dict(template_variables or {})
-        self.model.info.check(self.directory, chat.FILE)
-        text = chat.prompt(self.directory, self.tokenizer.config, messages, tools, **variables)
+        self.model.info.check(self.directory, chat_template.FILE)
+        text = chat_template.prompt(
+            self.directory, self.tokenizer.config, messages, tools, **variables
+        )
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         known = {**self.generation_config.to_dict(), **kwargs}
         if not any(known.get(n) for n in ("max_length", "max_new_tokens", "generation_config")):
-            kwargs["max_new_tokens"] = chat.MAX_NEW_TOKENS
+            kwargs["max_new_tokens"] = chat_template.MAX_NEW_TOKENS
         out = self._written([ids], kwargs)
         return out[0] if len(out) == 1 else out
 
@@ -428,7 +435,7 @@ class CausalLM:
         if isinstance(prompt, str):
             prompt = [prompt]
         if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], str):
-            texts = [values.text("the prompt", one) for one in prompt]
+            texts = [validators.text("the prompt", one) for one in prompt]
             return [self.tokenizer.encode(text, add_special_tokens=special) for text in texts]
         return prompt
 

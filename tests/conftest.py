@@ -21,11 +21,12 @@ import pytest
 import tiny
 import torch
 import transformers
-from fastgen.export import graph, stored
 from transformers import PreTrainedModel
 
 import fastgen
-from fastgen import interrupt, lookup
+from fastgen.engine import speculative
+from fastgen.export.trace import graph, stored
+from fastgen.system import interrupt
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
 
@@ -167,5 +168,5 @@ def world(hub: fake_hub.Hub, tmp_path: Path) -> fake_hub.World:
 def always_guess(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompt lookup guesses at every step but the first, whether that pays or not."""
     monkeypatch.setattr(
-        lookup.Payoff, "allowed", lambda self, remaining: remaining if self.plain else 0
+        speculative.Payoff, "allowed", lambda self, remaining: remaining if self.plain else 0
     )

@@ -25,11 +25,11 @@ import numpy as np
 import tiny
 import torch
 import transformers
-from test_beam import TIE, closest
-from test_parity import left_padded, ragged
+from beam_ties import TIE, closest
+from tiny import left_padded, ragged
 from transformers import WatermarkingConfig
 
-from fastgen import pick
+from fastgen.sampling import pick
 
 Pair = Callable[[str], tuple[Any, Any]]
 

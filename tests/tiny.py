@@ -7,9 +7,9 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from fastgen.export import export
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
@@ -19,8 +19,21 @@ from transformers import (
 )
 
 from fastgen import CausalLM
+from fastgen.export import export
 
 VOCAB = 99
+
+
+def ragged(seed: int, lengths: tuple[int, ...] = (3, 11, 18)) -> list[list[int]]:
+    random = np.random.default_rng(seed)
+    return [random.integers(3, VOCAB, length).tolist() for length in lengths]
+
+
+def left_padded(rows: list[list[int]], pad: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask
 
 
 def some(names: Iterable[str], quick: Collection[str]) -> list[Any]:

@@ -16,14 +16,16 @@ import numpy as np
 import onnx_ir
 import torch
 import transformers
-from fastgen.export import Mismatch, UnsupportedModel, check, export
-from fastgen.export.foreign import folder as folders_of
-from fastgen.export.foreign.origin import Folder as Origin
-from fastgen.export.foreign.plain import Plain
-from fastgen.export.foreign.prepare import prepare
 from transformers import AutoModelForCausalLM
 
-from fastgen.model import Model, ModelError
+from fastgen.engine.model import Model
+from fastgen.errors import ModelError
+from fastgen.export import Mismatch, UnsupportedModel, export
+from fastgen.export.onnx_folder import folder as folders_of
+from fastgen.export.onnx_folder.origin import Folder as Origin
+from fastgen.export.onnx_folder.plain import Plain
+from fastgen.export.onnx_folder.prepare import prepare
+from fastgen.export.prove import check
 from folders import demo
 from folders.made import DEMO, Folder
 

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import onnx_ir
 import torch
-from fastgen.export import check
 from numpy.typing import NDArray
 from peers.models import write_tokenizer_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import fastgen
 from fastgen import CausalLM
+from fastgen.export.prove import check
 
 PLACE = Path(fastgen.__file__).parent / "demo"
 # Of the text that the model was trained on.

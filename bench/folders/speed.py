@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx_ir
-from fastgen.export import export
 from peers.cases import CASES, Case, prompts
 from peers.home import STAMP, Home, Unavailable
 from peers.workers import Failed, Worker
 from shapes import SHAPES
 
+from fastgen.export import export
 from folders import demo
 from folders.made import DEMO, TOOLS, Maker, Tool
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from fastgen.errors import UnsupportedModel
 from fastgen.export.build.decoder import (
     Attention,
     Decoder,
@@ -27,8 +28,7 @@ from fastgen.export.build.decoder import (
     Rotary,
 )
 from fastgen.export.build.rotary import turning
-from fastgen.export.node import FURTHEST
-from fastgen.export.unsupported import UnsupportedModel
+from fastgen.export.rewrite.node import FURTHEST
 
 KNOWN_BY = "transformers 5.24"  # whose models the families are proved against
 

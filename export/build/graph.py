@@ -14,6 +14,9 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
+
+from fastgen.errors import ModelError, UnsupportedModel
 from fastgen.export.build import weights as held
 from fastgen.export.build.decoder import (
     Attention,
@@ -28,12 +31,9 @@ from fastgen.export.build.decoder import (
     Rotary,
 )
 from fastgen.export.build.weights import Weights
-from fastgen.export.node import HEAD_STEP, INPUTS, QUERIES, SEQLENS, TOTAL, attributes
-from fastgen.export.trim import MICROSOFT
-from fastgen.export.unsupported import UnsupportedModel
-from numpy.typing import NDArray
-
-from fastgen.jsonfile import ModelError, some
+from fastgen.export.rewrite.node import HEAD_STEP, INPUTS, QUERIES, SEQLENS, TOTAL, attributes
+from fastgen.export.rewrite.trim import MICROSOFT
+from fastgen.store.jsonfile import some
 
 OPSET, IR_VERSION = 23, 10
 FLOAT, INT32, INT64 = ir.DataType.FLOAT, ir.DataType.INT32, ir.DataType.INT64

@@ -1,7 +1,7 @@
 """A checkpoint whose family is known as the origin of an export, without torch.
 
 Nothing runs the original. What proves the graph is the family, whose graphs are those that traces
-give (tests/test_build.py), that every number of the checkpoint is read once, and that the graph
+give (tests/export/test_build.py), that every number of the checkpoint is read once, that the graph
 says the same of rows together, as they are served, as of each alone.
 """
 
@@ -17,22 +17,23 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import tokenizers
-from fastgen.export import check, checkpoint, vocabulary
-from fastgen.export.build import families, graph, weights
-from fastgen.export.build.decoder import Decoder
-from fastgen.export.build.weights import Tensor
-from fastgen.export.bundle import write_json
-from fastgen.export.check import Tolerance
-from fastgen.export.origin import name_of
-from fastgen.export.unsupported import UnsupportedModel
 from numpy.typing import NDArray
 
 import fastgen
-from fastgen import CausalLM, jsonfile
-from fastgen.model import FORMAT, UNPACKED, Model
-from fastgen.output import GenerateOutput
-from fastgen.softmax import log_softmax
-from fastgen.tuning import Tuning
+from fastgen.engine.model import UNPACKED, Model
+from fastgen.engine.output import GenerateOutput
+from fastgen.errors import ModelError, UnsupportedModel
+from fastgen.export.build import families, graph, weights
+from fastgen.export.build.decoder import Decoder
+from fastgen.export.build.weights import Tensor
+from fastgen.export.prove import check
+from fastgen.export.source import checkpoint, vocabulary
+from fastgen.export.source.origin import Tolerance, name_of
+from fastgen.generator import CausalLM
+from fastgen.sampling.softmax import log_softmax
+from fastgen.store import jsonfile
+from fastgen.store.model_info import FORMAT
+from fastgen.store.tuning import Tuning
 
 CONFIG, DEFAULTS = "config.json", "generation_config.json"
 AT_ONCE = 1 << 25  # logits that are asked for at once
@@ -180,10 +181,10 @@ class Built:
         return {"onnx": onnx.__version__, "onnx_ir": ir.__version__}
 
     def write_configuration(self, to: Path) -> None:
-        write_json(to / CONFIG, self.config)
+        jsonfile.write(to / CONFIG, self.config)
         path = self.directory / DEFAULTS
         ids = {name: self.config[name] for name in families.IDS if name in self.config}
-        write_json(to / DEFAULTS, jsonfile.read(path) if path.is_file() else ids)
+        jsonfile.write(to / DEFAULTS, jsonfile.read(path) if path.is_file() else ids)
         if self.tokenizer is not None:
             vocabulary.write(self.directory, to)
 
@@ -195,8 +196,8 @@ def _named(name: str) -> Iterator[None]:
         yield
     except UnsupportedModel as error:
         raise UnsupportedModel(f"{name} cannot be built: {error}") from error
-    except jsonfile.ModelError as error:
-        raise jsonfile.ModelError(f"{name} cannot be built: {error}") from error
+    except ModelError as error:
+        raise ModelError(f"{name} cannot be built: {error}") from error
 
 
 def _without_copy(decoder: Decoder, found: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+
 from fastgen.export.build.origin import Built
-from fastgen.export.original import Original
-from fastgen.export.source import Source
+from fastgen.export.torch_model.original import Original
+from fastgen.export.torch_model.source import Source
 
 
 class Proved(Original):

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from fastgen.export.build.decoder import Rotary
-from fastgen.export.unsupported import UnsupportedModel
 from numpy.typing import NDArray
+
+from fastgen.errors import UnsupportedModel
+from fastgen.export.build.decoder import Rotary
 
 ANGLES = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 # What each type reads besides.

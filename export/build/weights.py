@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from fastgen.export import checkpoint, parts
-from fastgen.export.unsupported import UnsupportedModel
 from numpy.typing import NDArray
 
-from fastgen import jsonfile
+from fastgen.errors import UnsupportedModel
+from fastgen.export.quantize import parts
+from fastgen.export.source import checkpoint
+from fastgen.store import jsonfile
 
 BLOCK = 64  # rows that are transposed at a time: what they fill fits into a cache
 

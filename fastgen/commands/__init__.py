@@ -15,7 +15,7 @@ from fastgen.commands.say import one_line, say
 from fastgen.commands.score import score
 from fastgen.commands.serve import serve
 from fastgen.commands.tune import tune
-from fastgen.interrupt import QUIET_EXIT
+from fastgen.system.interrupt import QUIET_EXIT
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -49,18 +49,18 @@ def batch(
     that die are replaced and their rows done again; there is no OUT.part.
     """
     with clear_errors():
-        from fastgen import params, values
+        from fastgen.engine.schedule import MAX_ROWS
+        from fastgen.inputs import params, validators
         from fastgen.jobs.ask import Reader
         from fastgen.jobs.generation import Generation
         from fastgen.jobs.job import Job
         from fastgen.jobs.source import Source
-        from fastgen.schedule import MAX_ROWS
 
         flags = {name: others.pop(name) for name in SPREAD}
         wanted = given(others)
         seed = wanted.pop("seed", None)
         if seed is not None:
-            seed = values.integer("--seed", seed)
+            seed = validators.integer("--seed", seed)
         if flags["address"] is not None:
             arguments = {"model": model, "keep": keep, "seed": seed or 0, "ids": ids, **wanted}
             arguments |= {"threads": threads, "prompts": prompts, "max_rows": max_rows or MAX_ROWS}

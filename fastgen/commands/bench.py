@@ -10,9 +10,9 @@ from typing import Any
 
 import click
 
-from fastgen import atomic, hub
 from fastgen.commands.say import clear_errors, in_json, say
-from fastgen.model import ModelInfo
+from fastgen.store import files, hub
+from fastgen.store.model_info import ModelInfo
 
 MOST = 10**6  # of anything that is counted: more is a slip
 
@@ -79,14 +79,14 @@ def bench(
     several numbers of threads. Models take turns, and medians of the rounds count. What does not
     fit into a model's positions or the memory is left out, if it was not asked for.
     """
-    from fastgen import measure, picture
+    from fastgen.timing import measure, plot
 
     with clear_errors():
         if png is not None:
-            picture.drawable()
-            atomic.check("--png", png)
+            plot.drawable()
+            files.check("--png", png)
         if as_json is not None:
-            atomic.check("--json", as_json)
+            files.check("--json", as_json)
         if not models:
             say("fastgen: no DIR given, using the embedded demo model")
         given = list(dict.fromkeys(models))
@@ -104,16 +104,16 @@ def bench(
         ) as bar:
             measure.measure(places, loads, rounds, lambda: bar.update(1))
         machine = measure.machine()
-        click.echo(f"{picture.of_machine(machine)}\n")
+        click.echo(f"{plot.of_machine(machine)}\n")
         width = shutil.get_terminal_size().columns
-        for line in picture.lines(found, width, sys.stdout.encoding or "ascii"):
+        for line in plot.lines(found, width, sys.stdout.encoding or "ascii"):
             click.echo(line)
         if as_json is not None:
-            with atomic.written("--json", as_json) as file:
+            with files.written("--json", as_json) as file:
                 file.write_text(_record(machine, infos, found, rounds), encoding="utf-8")
         if png is not None:
-            with atomic.written("--png", png) as file:
-                picture.png(found, machine, rounds, file)
+            with files.written("--png", png) as file:
+                plot.png(found, machine, rounds, file)
 
 
 def _record(

@@ -17,7 +17,7 @@ from fastgen.commands.knobs import given, json_or_text, knob_flags
 from fastgen.commands.models import load, run_options
 from fastgen.commands.say import clear_errors, one_line, say
 from fastgen.conversation import Conversation, Took
-from fastgen.interrupt import noted
+from fastgen.system.interrupt import noted
 
 if TYPE_CHECKING:
     from fastgen.serve.tools.reader import Event

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import click
 
-from fastgen import extras
 from fastgen.commands.say import clear_errors
-from fastgen.hub import CACHE_PRECISION
-from fastgen.interrupt import ended_at_once
+from fastgen.store.hub import CACHE_PRECISION
+from fastgen.system import extras
+from fastgen.system.interrupt import ended_at_once
 
 
 @click.command()
@@ -91,7 +91,7 @@ def export(
                 f"exporting needs torch and transformers: {extras.install('export')}; of a known "
                 f"family or an ONNX folder, onnx and onnx_ir: {extras.install('onnx')} ({error})"
             ) from error
-        from fastgen.report import REPORT, table
+        from fastgen.store.report import REPORT, table
 
         made = pipeline.export(
             model,

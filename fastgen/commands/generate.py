@@ -13,11 +13,11 @@ from typing import Any
 import click
 
 import fastgen
-from fastgen import jsonfile
 from fastgen.commands.knobs import given, knob_flags
 from fastgen.commands.models import load, model_option, run_options
 from fastgen.commands.say import clear_errors, in_json, one_line
-from fastgen.params import resolve
+from fastgen.inputs.params import resolve
+from fastgen.store import jsonfile
 
 
 @click.command()

@@ -10,7 +10,7 @@ import click
 from fastgen.commands.say import clear_errors, in_json
 
 if TYPE_CHECKING:
-    from fastgen.model import ModelInfo
+    from fastgen.store.model_info import ModelInfo
 
 
 @click.command()
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 @click.option("--verify", is_flag=True, help="compare every file, weights too, with its digest")
 def info(model: str | None, as_json: bool, verify: bool) -> None:
     """Say what MODEL (default: the demo model) holds and what its export found."""
-    from fastgen import hub, jsonfile
-    from fastgen.model import INFO, ModelInfo
-    from fastgen.report import REPORT, table
-    from fastgen.tuning import Tuning, read
+    from fastgen.store import hub, jsonfile
+    from fastgen.store.model_info import INFO, ModelInfo
+    from fastgen.store.report import REPORT, table
+    from fastgen.store.tuning import Tuning, read
 
     with clear_errors():
         place = hub.directory(model)

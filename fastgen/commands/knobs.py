@@ -10,7 +10,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from fastgen.params import Params
+from fastgen.inputs.params import Params
 
 
 def knob_flags(command: Callable[..., Any]) -> Callable[..., Any]:

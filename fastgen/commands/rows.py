@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastgen import extras
 from fastgen.commands.say import say
-from fastgen.interrupt import QUIET_EXIT
+from fastgen.system import extras
+from fastgen.system.interrupt import QUIET_EXIT
 
 if TYPE_CHECKING:
     from fastgen.jobs.job import Job, Work
@@ -62,7 +62,7 @@ def on_a_cluster(
 ) -> None:  # fmt: skip
     """Run a job on Ray, and say how it went; the exit code is 1 if a row came to nothing."""
     try:
-        from fastgen.jobs import cluster, spread
+        from fastgen.jobs.ray import cluster, spread
     except ImportError as error:
         raise ValueError(f"--ray needs Ray: {extras.install('ray')} ({error})") from error
     rows = flags.pop("at_once")

@@ -12,10 +12,11 @@ from typing import Any
 
 import click
 
-from fastgen import extras, trial
 from fastgen.commands.models import load, run_options
 from fastgen.commands.say import clear_errors, say
+from fastgen.sampling import trial
 from fastgen.serve.limits import Limits
+from fastgen.system import extras
 
 FORMATS = ("auto", "none")  # of reasoning: those of `fastgen.serve.reasoning`
 

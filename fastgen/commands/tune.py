@@ -7,11 +7,11 @@ from pathlib import Path
 
 import click
 
-from fastgen import bounds
 from fastgen.commands.models import prompts_option
 from fastgen.commands.say import clear_errors
-from fastgen.model import ModelInfo
-from fastgen.tune import Workload
+from fastgen.engine import memory_estimate
+from fastgen.store.model_info import ModelInfo
+from fastgen.timing.tune import Workload
 
 MOST = 10**9  # rows, tokens and rounds that `tune` takes for a wish, not a slip
 
@@ -37,7 +37,8 @@ def tune(
     keeps the accuracy budget (--max-kl, --min-top1). With --prompts int8, models in int4 are also
     tried with prompts in int8, which take the memory of a model in int8 besides.
     """
-    from fastgen import hub, tune, tuning
+    from fastgen.store import hub, tuning
+    from fastgen.timing import tune
 
     with clear_errors():
         for name, value in {"rows": rows, "prompt": prompt, "new": new, "rounds": rounds}.items():
@@ -84,6 +85,8 @@ def _check_room(directory: Path, work: Workload) -> None:
     parts = {
         "keys and values": work.rows * tokens * info.cache_bytes,
         "ids": work.rows * tokens * 8,
-        "logits": work.rows * info.vocab_size * 2 * bounds.FLOAT,
+        "logits": work.rows * info.vocab_size * 2 * memory_estimate.FLOAT,
     }
-    bounds.check(parts, f"lower --rows {work.rows}, --prompt {work.prompt} or --new {work.new}")
+    memory_estimate.check(
+        parts, f"lower --rows {work.rows}, --prompt {work.prompt} or --new {work.new}"
+    )

@@ -5,9 +5,7 @@ ask         a row -> a prompt and knobs            parquet     tables in and out
 openai      a line of OpenAI's -> its answer       scoring     rows -> how likely they are
 generation  what is asked for -> texts             journal     what is done, whatever happens
 job         all of it together
-node        a model's directory, once a node       cluster     engines for Ray Data
-ray_files   lines for Ray Data                     spread      a job on a cluster
-replicas    the service on Ray Serve
+ray         the same on a cluster
 """
 
 from __future__ import annotations
@@ -15,8 +13,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastgen.jobs.cluster import Generate, Score
-    from fastgen.jobs.replicas import deployment
+    from fastgen.jobs.ray.cluster import Generate, Score
+    from fastgen.jobs.ray.replicas import deployment
 
 __all__ = ["Generate", "Score", "deployment"]
 
@@ -25,6 +23,6 @@ def __getattr__(name: str) -> Any:
     """What is offered, imported when it is first used."""
     if name not in __all__:
         raise AttributeError(f"module 'fastgen.jobs' has no attribute {name!r}")
-    from fastgen.jobs import cluster, replicas
+    from fastgen.jobs.ray import cluster, replicas
 
     return getattr(replicas if name == "deployment" else cluster, name)

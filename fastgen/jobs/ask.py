@@ -6,15 +6,16 @@ import functools
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Protocol
 
-from fastgen import chat, extras, params, values
-from fastgen.call import Call, Writer
+from fastgen.engine.call import Call, Writer
+from fastgen.engine.output import Token
 from fastgen.generator import CausalLM
-from fastgen.jobs.row import Outcome, Row
-from fastgen.output import Token
-from fastgen.tokenizer import Tokenizer
+from fastgen.inputs import params, validators
+from fastgen.jobs.row import LENGTHS, Outcome, Row, seed_of
+from fastgen.system import extras
+from fastgen.text import chat_template
+from fastgen.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from fastgen.jobs.openai import Line, Offline
@@ -29,9 +30,8 @@ OURS = frozenset({
     "error", "warnings",
 })  # fmt: skip
 ALL = "*"  # of `keep`: every field that is neither a prompt nor a knob
-LENGTHS = ("max_new_tokens", "max_length")
 # Where nobody sets a length: as in `fastgen generate`, and as in `CausalLM.chat`.
-NEW_TOKENS, OF_REPLY = 64, chat.MAX_NEW_TOKENS
+NEW_TOKENS, OF_REPLY = 64, chat_template.MAX_NEW_TOKENS
 KNOBS = frozenset({*params.KNOWN, *OBJECTS, "generation_config"})
 
 
@@ -207,15 +207,15 @@ class Reader:
         if kind == "messages":
             return self._of_chat(value, fields.get("tools"), fields.get("template_variables"))
         if kind == "prompt" and not (isinstance(value, list) and value):
-            return self.model.tokenizer.encode(values.text("prompt", value))
+            return self.model.tokenizer.encode(validators.text("prompt", value))
         if not isinstance(value, list):
-            raise values.wrong(kind, "a list of token ids", value)
-        return [values.integer(kind, one) for one in value]
+            raise validators.wrong(kind, "a list of token ids", value)
+        return [validators.integer(kind, one) for one in value]
 
     @functools.cached_property
     def _of_templates(self) -> Tokenizer:
         """The tokenizer, once it is known that the template is as it was exported."""
-        self.model.model.info.check(self.model.directory, chat.FILE)
+        self.model.model.info.check(self.model.directory, chat_template.FILE)
         return self.model.tokenizer
 
     def _of_chat(
@@ -226,10 +226,10 @@ class Reader:
     ) -> list[int]:
         tokenizer = self._of_templates
         if not isinstance(messages, list):
-            raise values.wrong("messages", "a list of objects", messages)
+            raise validators.wrong("messages", "a list of objects", messages)
         if not isinstance(variables or {}, Mapping):
-            raise values.wrong("template_variables", "an object", variables)
-        text = chat.prompt(
+            raise validators.wrong("template_variables", "an object", variables)
+        text = chat_template.prompt(
             self.model.directory, tokenizer.config, messages, tools, **(variables or {})
         )
         return tokenizer.encode(text, add_special_tokens=False)
@@ -242,9 +242,3 @@ class Reader:
         if any(known.get(name) for name in LENGTHS):
             return self.knobs
         return self.knobs | {"max_new_tokens": NEW_TOKENS if kind != "messages" else OF_REPLY}
-
-
-def seed_of(seed: int, name: str) -> int:
-    """The seed of a row, by the job's seed and what tells the row from others: 0 to 2**63 - 1."""
-    found = blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
-    return int.from_bytes(found, "little") >> 1

@@ -7,13 +7,13 @@ from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from fastgen.call import Call, Writer
+from fastgen.engine.call import Call, Writer
+from fastgen.engine.output import Token
+from fastgen.engine.prefill import CHUNK
+from fastgen.engine.prefix_cache import PrefixCache
+from fastgen.engine.schedule import MAX_ROWS, Scheduler
 from fastgen.jobs.ask import Reader, Wanted, is_openai
 from fastgen.jobs.row import Done, Outcome, Row
-from fastgen.output import Token
-from fastgen.prefill import CHUNK
-from fastgen.prefix import PrefixCache
-from fastgen.schedule import MAX_ROWS, Scheduler
 
 # A window: so many tokens are read ahead and sorted, and so many rows at most.
 WINDOW_TOKENS, WINDOW_ROWS = 2**17, 4096

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from fastgen import atomic
+from fastgen.store import files
 
 try:
     import fcntl
@@ -188,7 +188,7 @@ class Journal:
             write: makes the file of the lines.
         """
         self.sync()
-        with atomic.written("the output", self.out) as made:
+        with files.written("the output", self.out) as made:
             write(made, self.lines)
             with made.open("rb+") as file:
                 os.fsync(file.fileno())

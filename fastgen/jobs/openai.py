@@ -15,13 +15,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fastgen.call import Call, Writer
+from fastgen.engine.call import Call, Writer
+from fastgen.engine.output import Token
+from fastgen.engine.prefill import CHUNK
+from fastgen.engine.schedule import Job
 from fastgen.generator import CausalLM
-from fastgen.jobs.ask import LENGTHS, seed_of
-from fastgen.jobs.row import Outcome
-from fastgen.output import Token
-from fastgen.prefill import CHUNK
-from fastgen.schedule import Job
+from fastgen.jobs.row import LENGTHS, Outcome, seed_of
 from fastgen.serve import chats, completions
 from fastgen.serve.dialects import given
 from fastgen.serve.engine import Stream

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from fastgen import extras
+from fastgen.system import extras
 
 AT_ONCE = 4096  # rows of a group that is written
 

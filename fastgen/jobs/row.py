@@ -10,6 +10,10 @@ from decimal import Decimal
 from hashlib import blake2b
 from typing import Any, Self
 
+from fastgen.store import jsonfile
+
+LENGTHS = ("max_new_tokens", "max_length")  # the knobs by which a row sets its length
+
 
 @dataclass(frozen=True)
 class Row:
@@ -58,42 +62,7 @@ class Row:
             line = self.content.decode()
         except UnicodeDecodeError as error:
             raise ValueError(f"not UTF-8: {error.reason} at byte {error.start}") from error
-        return {"prompt": line} if self.text else parsed(line)
-
-
-def parsed(line: str) -> dict[str, Any]:
-    """The object that a line of JSON is.
-
-    Raises:
-        ValueError: it is none, has a name twice, a number that is none, or half a character.
-    """
-    try:
-        found = json.loads(line, object_pairs_hook=_once, parse_constant=_no_number)
-    except RecursionError as error:
-        raise ValueError("not JSON: it is nested too deep") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"must be a JSON object, got {type(found).__name__}")
-    if "\\u" in line:  # half a surrogate pair, which no file can hold?
-        try:
-            json.dumps(found, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            raise ValueError("holds half a character (a surrogate alone)") from error
-    return found
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"has {twice!r} twice")
-    return found
-
-
-def _no_number(name: str) -> Any:
-    raise ValueError(f"not JSON: {name} is no number of JSON")
+        return {"prompt": line} if self.text else jsonfile.parsed(line)
 
 
 @dataclass(frozen=True)
@@ -179,3 +148,9 @@ def _said(value: Any) -> Any:
     if isinstance(value, Decimal):
         return str(value)
     raise ValueError(f"a column holds {type(value).__name__}, which JSON has not: leave it out")
+
+
+def seed_of(seed: int, name: str) -> int:
+    """The seed of a row, by the job's seed and what tells the row from others: 0 to 2**63 - 1."""
+    found = blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
+    return int.from_bytes(found, "little") >> 1

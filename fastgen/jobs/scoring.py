@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgen import values
+from fastgen.engine.prefix_cache import PrefixCache
 from fastgen.generator import CausalLM
+from fastgen.inputs import validators
 from fastgen.jobs.ask import ALL, ALWAYS
 from fastgen.jobs.row import Done, Outcome, Row
-from fastgen.prefix import PrefixCache
 
 TEXTS = ("text", "prompt", "ids", "input_ids")  # a line of text comes as a prompt
 FIELDS = frozenset({*TEXTS, "prefix"})
@@ -106,9 +106,9 @@ class Scoring:
     def _ids(self, name: str, value: Any, special: bool) -> list[int]:
         """A text or a list as ids, as `CausalLM.score` would read it."""
         if isinstance(value, list):
-            ids = [values.integer(name, one) for one in value]
+            ids = [validators.integer(name, one) for one in value]
         else:
-            text = values.text(name, value)
+            text = validators.text(name, value)
             ids = self.model.tokenizer.encode(text, add_special_tokens=special)
         if not ids:
             raise ValueError(f"{name} is empty: it needs at least one token")

@@ -10,9 +10,9 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastgen import jsonfile
 from fastgen.jobs import parquet
 from fastgen.jobs.row import Row, as_json
+from fastgen.store import jsonfile
 
 KINDS = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".txt": "text", ".parquet": "parquet",

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fastgen import extras
+from fastgen.system import extras
 
 if TYPE_CHECKING:
     from fastapi import FastAPI

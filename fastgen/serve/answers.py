@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
-from fastgen.output import Token
-from fastgen.tokenizer import Tokenizer
+from fastgen.engine.output import Token
+from fastgen.text.tokenizer import Tokenizer
 
 # Why a row has ended (see `fastgen.Token`), in OpenAI's words.
 REASONS = {"length": "length", "time": "length"}

@@ -9,8 +9,8 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastgen import chat, constraint, schema
-from fastgen.output import Token
+from fastgen.engine.output import Token
+from fastgen.sampling import constraint, schema
 from fastgen.serve import dialects, reasoning
 from fastgen.serve.answers import Text, chat_logprobs, usage
 from fastgen.serve.refused import Refused
@@ -20,6 +20,7 @@ from fastgen.serve.tools.form import Form, Wanted
 from fastgen.serve.tools.reader import Asked, Event, Marks, Reader
 from fastgen.serve.tools.whole import Call, Whole
 from fastgen.serve.wire import StreamOptions, Wish, wish
+from fastgen.text import chat_template
 
 
 @dataclass
@@ -212,7 +213,7 @@ async def answer(service: Service, body: Any) -> Answer:
     if body.max_reasoning_tokens is not None:
         _limit(service, wished, marks, body.max_reasoning_tokens, len(ids), begun)
     kept = service.kept_for(bool(choice.tools))
-    usual = service.defaults.get("max_new_tokens") or chat.MAX_NEW_TOKENS
+    usual = service.defaults.get("max_new_tokens") or chat_template.MAX_NEW_TOKENS
     run = await service.run([ids], wished, usual, kept)
     run.notes |= dict.fromkeys(notes)
     asked = Asked(choice.tools, marks, begun, service.raw)

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastgen.output import Token
+from fastgen.engine.output import Token
 from fastgen.serve.answers import logprobs, starts, usage
 from fastgen.serve.refused import Refused
 from fastgen.serve.service import Run, Service, put_together, so_far

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from fastgen import values
+from fastgen.inputs import validators
 
 LOG = logging.getLogger(__name__)
 
@@ -94,10 +94,8 @@ def odd(sent: Mapping[str, Any], accepted: Mapping[str, Any]) -> tuple[str, str]
     """A field that has another value than the accepted one, and what is to be said of it."""
     for name, value in accepted.items():
         if name in sent and (type(sent[name]), sent[name]) != (type(value), value):
-            return (
-                name,
-                f"{name} must be {value!r}, got {values.shown(sent[name])}: nothing else is done",
-            )
+            got = validators.shown(sent[name])
+            return name, f"{name} must be {value!r}, got {got}: nothing else is done"
     return None
 
 

@@ -14,11 +14,11 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from fastgen.call import Writer
+from fastgen.engine.call import Writer
+from fastgen.engine.output import Token
+from fastgen.engine.prefix_cache import PrefixCache
+from fastgen.engine.schedule import Job, Scheduler
 from fastgen.generator import CausalLM
-from fastgen.output import Token
-from fastgen.prefix import PrefixCache
-from fastgen.schedule import Job, Scheduler
 
 QUEUE = 256  # calls that may wait
 

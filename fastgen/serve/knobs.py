@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from fastgen.params import Params, sampling
+from fastgen.inputs.params import Params, sampling
 
 if TYPE_CHECKING:
     from fastgen.serve.service import Service

@@ -15,8 +15,8 @@ from prometheus_client.core import (
     HistogramMetricFamily,
 )
 
-from fastgen.output import Token
-from fastgen.score import Scoring
+from fastgen.engine.output import Token
+from fastgen.engine.score import Scoring
 
 if TYPE_CHECKING:
     from fastgen.serve.engine import Engine, Stream

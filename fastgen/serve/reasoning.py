@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgen import chat
 from fastgen.generator import CausalLM
 from fastgen.serve.tools.reader import Asked, Marks, Reader
-from fastgen.tokenizer import Tokenizer
+from fastgen.text import chat_template
+from fastgen.text.tokenizer import Tokenizer
 
 FORMATS = ("auto", "none")  # split from the content where a template shows it; left there
 
@@ -34,7 +34,7 @@ def reader(model: CausalLM, marks: Marks | None, messages: Sequence[Any]) -> Rea
     hidden = {tokenizer.token(one) for one in tokenizer.special_ids()}
     if {marks.begin, marks.end} & hidden:
         return None
-    prompt = chat.prompt(model.directory, tokenizer.config, messages)
+    prompt = chat_template.prompt(model.directory, tokenizer.config, messages)
     return Reader(Asked({}, marks, inside(prompt, marks)))
 
 

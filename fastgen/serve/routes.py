@@ -17,8 +17,8 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Receive, Scope, Send
 
 import fastgen
-from fastgen import trial
 from fastgen.generator import CausalLM
+from fastgen.sampling import trial
 from fastgen.serve import chats, completions
 from fastgen.serve.document import OF_READING, OF_RUNNING, document, errors, takes
 from fastgen.serve.door import Door, Guard, Hosts

@@ -11,12 +11,13 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
-from fastgen import chat, constraint, score, trial
-from fastgen.call import Call, Writer
+from fastgen.engine import score
+from fastgen.engine.call import Call, Writer
+from fastgen.engine.output import Token
+from fastgen.engine.schedule import Job
 from fastgen.generator import CausalLM
-from fastgen.output import Token
-from fastgen.params import NAMES, Params
-from fastgen.schedule import Job
+from fastgen.inputs.params import NAMES, Params
+from fastgen.sampling import constraint, trial
 from fastgen.serve.answers import Text, usage
 from fastgen.serve.dialects import Noted
 from fastgen.serve.engine import Engine, Full, News, Stopping, Stream
@@ -30,7 +31,8 @@ from fastgen.serve.tools.plain import Plain, told
 from fastgen.serve.tools.reader import Asked, Marks, Reader
 from fastgen.serve.tools.shown import Shown
 from fastgen.serve.wire import StreamOptions, Wish
-from fastgen.tokenizer import pieces
+from fastgen.text import chat_template
+from fastgen.text.tokenizer import pieces
 
 MOST_GRAMMARS = 16  # new ones that wait to be compiled
 RETRY = 1  # seconds after which a client may try again where the queue is full
@@ -189,11 +191,13 @@ class Service:
         self.info = model.model.info
         self.name = name or self.info.name or model.directory.name
         self.defaults = model.generation_config.to_dict()
-        self.has_template = model.has_tokenizer and chat.has_template(
+        self.has_template = model.has_tokenizer and chat_template.has_template(
             model.directory, model.tokenizer.config
         )
         self.template = (
-            chat.source(model.directory, model.tokenizer.config, True) if self.has_template else ""
+            chat_template.source(model.directory, model.tokenizer.config, True)
+            if self.has_template
+            else ""
         )
 
     @cached_property
@@ -306,7 +310,7 @@ class Service:
             variables = dict.fromkeys(self.shown.variables, functions) | variables
         try:
             text = await asyncio.to_thread(
-                chat.prompt, self.model.directory, self.model.tokenizer.config, messages,
+                chat_template.prompt, self.model.directory, self.model.tokenizer.config, messages,
                 functions, **variables,
             )  # fmt: skip
         except (ValueError, TypeError) as error:

@@ -18,7 +18,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from fastgen.params import Params
+from fastgen.inputs.params import Params
 from fastgen.serve import dialects
 from fastgen.serve.dialects import Sent
 from fastgen.serve.limits import Limits

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastgen import schema, values
+from fastgen.inputs import validators
+from fastgen.sampling import schema
 from fastgen.serve.tools.form import Tools
 
 NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,128}")
@@ -56,7 +57,7 @@ def chosen(tools: Any, choice: Any, several: bool) -> Choice:
         return Choice(_some(known, [choice]), forced=True, named=True, several=False)
     raise ValueError(
         'tool_choice must be "none", "auto", "required", a function or allowed_tools, got '
-        f"{values.shown(choice)}"
+        f"{validators.shown(choice)}"
     )
 
 
@@ -66,13 +67,13 @@ def _function(tool: Any) -> tuple[str, Any]:
     if not isinstance(function, Mapping) or tool.get("type", "function") != "function":
         raise ValueError(
             'tools must be functions, {"type": "function", "function": {"name": ...}}, got '
-            f"{values.shown(tool)}"
+            f"{validators.shown(tool)}"
         )
     name, parameters = function.get("name"), function.get("parameters")
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise ValueError(
             f"tools: a name has 1 to 128 of A-Z, a-z, 0-9, _, -, ., : and /, got "
-            f"{values.shown(name)}"
+            f"{validators.shown(name)}"
         )
     if parameters is not None and not isinstance(parameters, Mapping):
         raise ValueError(f"tools: the parameters of {name} must be a JSON schema")
@@ -102,7 +103,7 @@ def _some(known: Tools, listed: Sequence[Any]) -> dict[str, Any]:
         name = function.get("name") if isinstance(function, Mapping) else None
         if not isinstance(name, str) or name not in known:
             raise ValueError(
-                f"tool_choice: {values.shown(name)} is none of the tools: {', '.join(known)}"
+                f"tool_choice: {validators.shown(name)} is none of the tools: {', '.join(known)}"
             )
         found[name] = known[name]
     return found

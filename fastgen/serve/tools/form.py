@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastgen import constraint
+from fastgen.sampling import constraint
 from fastgen.serve.tools.reader import Marks
 from fastgen.serve.tools.typed import DEEP, KINDS, kinds, target
 

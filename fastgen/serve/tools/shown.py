@@ -13,7 +13,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastgen import chat
 from fastgen.generator import CausalLM
 from fastgen.serve.tools.command_r import CommandR
 from fastgen.serve.tools.deepseek import DeepSeek, DeepSeek3, Dsml, Dsml4, Dsml41
@@ -29,6 +28,7 @@ from fastgen.serve.tools.mistral import Mistral, Mistral11
 from fastgen.serve.tools.qwen_xml import QwenXml
 from fastgen.serve.tools.reader import THINK, Marks
 from fastgen.serve.tools.smollm3 import VARIABLE, SmolLM3
+from fastgen.text import chat_template
 
 # The first whose form is there counts: those with marks of their own, then those with few.
 FORMATS: tuple[Format, ...] = (
@@ -104,11 +104,15 @@ SWITCHES = ("enable_thinking", "thinking")
 
 def of(model: CausalLM) -> Shown:
     """What the template of a model shows; nothing where it has none."""
-    if not model.has_tokenizer or not chat.has_template(model.directory, model.tokenizer.config):
+    if not model.has_tokenizer or not chat_template.has_template(
+        model.directory, model.tokenizer.config
+    ):
         return NOTHING
 
     def render(messages: Any, tools: Any, variables: Mapping[str, Any]) -> str:
-        return chat.prompt(model.directory, model.tokenizer.config, messages, tools, **variables)
+        return chat_template.prompt(
+            model.directory, model.tokenizer.config, messages, tools, **variables
+        )
 
     added = model.tokenizer.backend.get_added_tokens_decoder().values()
     with warnings.catch_warnings():

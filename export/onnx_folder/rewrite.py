@@ -1,0 +1,504 @@
+"""Their graph -> ours: the contract of `fastgen.export.trace.graph`, whatever tool wrote the graph.
+
+Attention reads and writes the engine's buffers, positions come from outside, and `lm_head` runs
+where logits are asked. What then still reads an input that ours does not have is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from fastgen.errors import UnsupportedModel
+from fastgen.export.onnx_folder import attention, plain, rotary, shapes
+from fastgen.export.onnx_folder.attention import Feed, is_grouped
+from fastgen.export.onnx_folder.prepare import drop_idle, prepare
+from fastgen.export.onnx_folder.signature import KEEP, LOGITS, MASK, POSITIONS, Signature
+from fastgen.export.rewrite.trim import (
+    add_initializer,
+    add_lazily,
+    clean_up,
+    constant,
+    insert,
+    is_constant,
+    products_without_reshapes,
+    rank,
+    shape_of,
+)
+
+# Sizes of the two runs: no dimension of one name is as large as another's, in both.
+ROWS, NEW, PAST = (2, 3), (4, 7), (6, 11)
+TOTALS = (NEW[0] + PAST[0], NEW[1] + PAST[1])
+KEPT, CAPACITY = (5, 8), (13, 22)
+LONG = 2048  # tokens up to which a mask is looked at where no configuration names a window
+LARGEST_LONG = 1 << 28  # bytes of keys and values of such a run
+
+HEADS = {"MatMul", "MatMulNBits", "MatMulBnb4", "FusedMatMul", "MatMulInteger", "Gemm"}
+RESHAPING = {"Reshape", "Squeeze", "Unsqueeze"}
+LATE = {"Cast", "Mul", "Div", "Add", "Tanh", "Reshape", "Identity", "Sub"}  # behind lm_head
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A graph of the contract.
+
+    Attributes:
+        layers: (kv_heads, head_dim) of each.
+        windows: tokens that each layer's queries see; None for all, or what its node says.
+        halves: whether the folder's graph was in half precision.
+        kinds: of its attention: "GroupQueryAttention" or "joined keys".
+        positions: whether positions were computed inside, and come from outside now.
+    """
+
+    model: ir.Model
+    layers: list[tuple[int, int]]
+    windows: list[int | None]
+    halves: bool
+    kinds: list[str]
+    positions: bool
+
+
+def rewrite(
+    model: ir.Model, signature: Signature, vocab: int, window: int | None, limit: int | None
+) -> Rewritten:
+    """Rewrite a graph.
+
+    Args:
+        model: of a folder, as it was read; it is not to be used any more.
+        signature: of it.
+        vocab: ids below which the model reads.
+        window: that the folder's configuration names, so that a run goes beyond it.
+        limit: positions that the model was made for.
+
+    Raises:
+        UnsupportedModel: with the layer and the operator that stand in the way.
+    """
+    model, halves = prepare(model)
+    graph = model.graph
+    single = signature.single()
+    attention.refuse_unknown(graph, single)
+    # Some tools' GroupQueryAttention reads several tokens after a past for one row only.
+    alone = any(is_grouped(node) for node in graph)
+    fed = [
+        _random(single, vocab, 1 if alone else rows, new, past, seed)
+        for seed, (rows, new, past) in enumerate(zip(ROWS, NEW, PAST, strict=True))
+    ]
+    seen = shapes.observe(model, fed)
+    names = {"rows": ROWS, "new": NEW, "past": PAST, "total": TOTALS}
+    shapes.name_shapes(graph, seen, names)
+    drop_idle(graph)
+    attention.turn_apart(graph)
+    kinds, windows = _attend(model, seen, fed[0], single, vocab, window, limit)
+    clean_up(model)
+    computed = _positions(model, seen, fed)
+    _uncut_tables(model)
+    clean_up(model)
+    products_without_reshapes(graph)
+    _gather(graph, seen)
+    clean_up(model)
+    _hold_tables(graph)
+    layers = _sign(model, single)
+    _settle(model, vocab, layers)
+    return Rewritten(model, layers, windows, halves, kinds, computed)
+
+
+def _random(
+    signature: Signature, vocab: int, rows: int, new: int, past: int, seed: int
+) -> dict[str, NDArray[Any]]:
+    """Random ids after a random past."""
+    random = np.random.default_rng(seed)
+    held = [
+        random.normal(size=array.shape).astype(array.dtype)
+        for array in signature.nothing(rows, past)
+    ]
+    return signature.feeds(random.integers(0, vocab, (rows, new)), held)
+
+
+def _new_inputs(graph: ir.Graph) -> Feed:
+    """The contract's inputs that the folder's graph does not have."""
+    kinds = {"query_seqlens": ["rows"], "seqlens_k": ["rows"], "total_sequence_length": []}
+    made = {
+        name: ir.Value(name=name, shape=ir.Shape(dims), type=ir.TensorType(ir.DataType.INT32))
+        for name, dims in kinds.items()
+    }
+    made["logits_positions"] = ir.Value(
+        name="logits_positions", shape=ir.Shape(["rows", "keep"]),
+        type=ir.TensorType(ir.DataType.INT64),
+    )  # fmt: skip
+    if all(value.name != POSITIONS for value in graph.inputs):
+        made[POSITIONS] = ir.Value(
+            name=POSITIONS, shape=ir.Shape(["rows", "new"]), type=ir.TensorType(ir.DataType.INT64)
+        )
+    graph.inputs.extend(made.values())
+    return Feed(made["seqlens_k"], made["total_sequence_length"], made["query_seqlens"])
+
+
+def _input(graph: ir.Graph, name: str) -> ir.Value:
+    return next(value for value in graph.inputs if value.name == name)
+
+
+# Attention
+
+
+def _attend(
+    model: ir.Model,
+    seen: shapes.Seen,
+    fed: Mapping[str, Any],
+    signature: Signature,
+    vocab: int,
+    window: int | None,
+    limit: int | None,
+) -> tuple[list[str], list[int | None]]:
+    """Replace the attention of all layers; say what kinds there were, and each one's window."""
+    graph = model.graph
+    writers = [attention.writer(graph, signature, i, 0) for i in range(signature.layers)]
+    joined = {
+        layer: attention.joined(graph, layer, signature)
+        for layer, node in enumerate(writers)
+        if not is_grouped(node)
+    }
+    longer = _long_run(model, list(joined.values()), signature, window, limit) if joined else {}
+    feed, ids = _new_inputs(graph), _input(graph, "input_ids")
+    windows: list[int | None] = []
+    for layer, node in enumerate(writers):
+        if layer in joined:
+            means = attention.meaning(joined[layer], {**fed, **seen[0]}, longer)
+            attention.group(graph, joined[layer], means, signature, feed, ids)
+            windows.append(means.window)
+        else:
+            size = node.attributes.get_int("local_window_size", -1)
+            windows.append(size if size > 0 else None)
+            attention.regroup(graph, node, layer, signature, feed)
+    kinds = ["joined keys" if i in joined else "GroupQueryAttention" for i in range(len(writers))]
+    return kinds, windows
+
+
+def _long_run(
+    model: ir.Model,
+    found: list[attention.Joined],
+    signature: Signature,
+    window: int | None,
+    limit: int | None,
+) -> Mapping[str, Any]:
+    """Scores of all layers after a past that is longer than a window, if there is one."""
+    each = sum(array.nbytes for array in signature.nothing(1, 1))
+    most = min(limit or LONG, max(LARGEST_LONG // each, 64))
+    length = max(1, min(most - 3, (window or LONG) + 5))
+    fed = signature.feeds(np.zeros((1, 3), np.int64), signature.nothing(1, length))
+    wanted = [one.softmax.inputs[0] for one in found]
+    return plain.observe(model, [value for value in wanted if value is not None], [fed], 1 << 30)[0]
+
+
+# Positions
+
+
+def _positions(model: ir.Model, seen: shapes.Seen, fed: list[dict[str, NDArray[Any]]]) -> bool:
+    """What the graph counts from the past or the mask comes from outside.
+
+    Values are looked for that were the positions of the new tokens in both runs. The latest such
+    value is replaced first, and what led to it goes, until nothing reads the mask or the past.
+    """
+    graph = model.graph
+    replaced = False
+    for value in reversed([output for node in graph for output in node.outputs]):
+        if value.producer() is None or value.producer().graph is None:
+            continue
+        if value.name not in seen[0] or not value.uses() or not _leans(graph, value):
+            continue
+        if all(
+            _are_positions(run[value.name], past, new)
+            for run, past, new in zip(seen, PAST, NEW, strict=True)
+        ):
+            value.replace_all_uses_with(_input(graph, POSITIONS))
+            replaced = True
+            clean_up(model)
+    return replaced
+
+
+def _are_positions(found: Any, past: int, new: int) -> bool:
+    return (
+        isinstance(found, np.ndarray)
+        and found.dtype == np.int64
+        and found.ndim == 2
+        and found.shape[1] == new
+        and bool((found == np.arange(past, past + new)).all())
+    )
+
+
+def _leans(graph: ir.Graph, value: ir.Value) -> bool:
+    """Whether a value depends on the mask or the past."""
+    pending, done = [value], set()
+    while pending:
+        one = pending.pop()
+        if one in done or one is None:
+            continue
+        done.add(one)
+        if one.is_graph_input() and (one.name == MASK or str(one.name).startswith("past")):
+            return True
+        node = one.producer()
+        if node is not None and not is_grouped(node):
+            pending += [source for source in node.inputs if source is not None]
+    return False
+
+
+def _uncut_tables(model: ir.Model) -> None:
+    """A table that is cut to the tokens so far, and then read at positions, is read whole."""
+    for node in list(model.graph):
+        if node.op_type != "Slice" or constant(node.inputs[0]) is None:
+            continue
+        starts, axes = constant(node.inputs[1]), constant(node.inputs[3])
+        ends = constant(node.inputs[2])
+        if starts is None or ends is not None or axes is None or starts.any():
+            continue
+        if _read_at_positions(node.outputs[0], int(np.asarray(axes).reshape(-1)[0])):
+            node.outputs[0].replace_all_uses_with(node.inputs[0])
+    clean_up(model)
+
+
+def _read_at_positions(value: ir.Value, axis: int) -> bool:
+    """Whether all that is read of a value is read by Gather, along the axis that was cut."""
+    for use in value.uses():
+        node = use.node
+        if node.op_type == "Gather" and use.idx == 0 and node.attributes.get_int("axis", 0) == 0:
+            continue
+        squeezes = node.op_type == "Squeeze" and axis == 2
+        passes = squeezes or node.op_type == "Cast"
+        if not passes or not _read_at_positions(node.outputs[0], 0 if squeezes else axis):
+            return False
+    return True
+
+
+# The last product
+
+
+def _gather(graph: ir.Graph, seen: shapes.Seen) -> None:
+    """`lm_head` runs only at `logits_positions` [rows, keep] of the hidden states."""
+    logits = next(value for value in graph.outputs if value.name == LOGITS)
+    head = _head(logits, seen)
+    reader, hidden = head, head.inputs[0]
+    before: ir.Value | None = hidden
+    while before is not None and (node := before.producer()) is not None:
+        before = node.inputs[0]
+        if node.op_type == "DynamicQuantizeLinear":
+            reader, hidden = node, before
+        elif _picks(node, seen) or (node.op_type in RESHAPING and _rank(hidden) != 3):
+            hidden = before  # of all positions, as [rows, new, size]
+        elif node.op_type not in RESHAPING:
+            break
+    if hidden.shape is None or len(hidden.shape) != 3:
+        raise UnsupportedModel(f"lm_head ({head.name}) reads {hidden.name} of shape {hidden.shape}")
+    last = add_initializer(graph, "last_axis", np.array([-1], np.int64))
+    positions = _input(graph, "logits_positions")
+    (places,) = insert(reader, "Unsqueeze", [positions, last])
+    (picked,) = insert(reader, "GatherND", [hidden, places], {"batch_dims": 1})
+    picked.dtype = hidden.dtype
+    picked.shape = ir.Shape(["rows", "keep", hidden.shape[2]])
+    reader.replace_input_with(0, picked)
+
+
+def _head(logits: ir.Value, seen: shapes.Seen) -> ir.Node:
+    """The product behind the logits."""
+    value: ir.Value | None = logits
+    while value is not None and (node := value.producer()) is not None:
+        if node.op_type in HEADS and (
+            node.op_type not in ("MatMul", "Gemm")
+            or constant(node.inputs[1]) is not None
+            or _is_weight(node.inputs[1])
+        ):
+            return node
+        if node.op_type not in LATE:
+            break
+        sized = [one for one in node.inputs if one is not None and one.producer() is not None]
+        wide = [one for one in sized if _width(one, seen) == _width(logits, seen)]
+        value = (wide or sized or [None])[0]
+    said = "an input" if value is None or value.producer() is None else value.producer().op_type
+    raise UnsupportedModel(f"its logits come from {said}, which is not known as an lm_head")
+
+
+def _rank(value: ir.Value) -> int | None:
+    return None if value.shape is None else len(value.shape)
+
+
+def _is_weight(value: ir.Value | None) -> bool:
+    """Whether a matrix is a constant that is turned or unpacked."""
+    while value is not None and constant(value) is None:
+        node = value.producer()
+        if node is None or node.op_type not in ("Transpose", "DequantizeLinear", "Cast"):
+            return False
+        value = node.inputs[0]
+    return value is not None
+
+
+def _width(value: ir.Value, seen: shapes.Seen) -> int | None:
+    shape = shapes.shape_of(seen[0][value.name]) if value.name in seen[0] else ()
+    return shape[-1] if len(shape) > 1 else None
+
+
+def _picks(node: ir.Node, seen: shapes.Seen) -> bool:
+    """Whether a node only takes some of the positions, as tools do for the last logits."""
+    if node.op_type not in ("Gather", "Slice", "GatherND", "GatherElements"):
+        return False
+    given, out = node.inputs[0], node.outputs[0]
+    if given.name not in seen[0]:
+        return False
+    before, after = (shapes.shape_of(seen[0][v.name]) for v in (given, out))
+    return len(before) == 3 and before[-1] == after[-1]
+
+
+def _hold_tables(graph: ir.Graph) -> None:
+    """A table that is a matrix transposed as the graph runs is kept as a table.
+
+    `trim` then lets both, which are tied, be one.
+    """
+    for node in list(graph):
+        if node.op_type != "Transpose" or not is_constant(node.inputs[0]):
+            continue
+        matrix, out = node.inputs[0], node.outputs[0]
+        read = any(use.node.op_type == "Gather" and use.idx == 0 for use in out.uses())
+        if not read or rank(matrix) != 2:
+            continue
+        held = matrix.const_value
+        shape = shape_of(matrix)[::-1]
+        made = add_lazily(graph, f"{matrix.name}.T", partial(_turned, held), shape, held.dtype)
+        out.replace_all_uses_with(made)
+
+
+def _turned(held: ir.TensorProtocol) -> NDArray[Any]:
+    return held.numpy().T
+
+
+# The contract's names
+
+
+def _sign(model: ir.Model, signature: Signature) -> list[tuple[int, int]]:
+    """Inputs and outputs by the contract's names and in its order.
+
+    Raises:
+        UnsupportedModel: something still reads what the contract does not have.
+    """
+    graph = model.graph
+    ours = [
+        "input_ids", POSITIONS, "query_seqlens", "seqlens_k", "total_sequence_length",
+        "logits_positions",
+    ]  # fmt: skip
+    by_name = {str(value.name): value for value in graph.inputs}
+    for name in (MASK, *KEEP):
+        if name in by_name and by_name[name].uses():
+            node = by_name[name].uses()[0].node
+            raise UnsupportedModel(
+                f"{name} is read by {node.op_type} ({node.name}) besides attention: it has no "
+                "place in a graph that reads rows of any lengths"
+            )
+    for name in signature.past:
+        odd = [use.node for use in by_name[name].uses() if not is_grouped(use.node)]
+        if odd:
+            raise UnsupportedModel(
+                f"{name} is read by {odd[0].op_type} ({odd[0].name}) besides attention: what "
+                "depends on the length of the past cannot be read for rows of any lengths"
+            )
+    layers = []
+    past, present = [], []
+    outputs = {str(value.name): value for value in graph.outputs}
+    for i in range(signature.layers):
+        _, heads, _, size = signature.shapes[2 * i]
+        assert heads is not None and size is not None
+        layers.append((heads, size))
+        for j, kind in enumerate(("key", "value")):
+            value, out = (
+                by_name[signature.past[2 * i + j]], outputs[signature.present[2 * i + j]],
+            )  # fmt: skip
+            for one, name in ((value, f"past_key_values.{i}.{kind}"), (out, f"present.{i}.{kind}")):
+                one.name = name
+                one.shape = ir.Shape(["rows", heads, "capacity", size])
+                one.dtype = ir.DataType.FLOAT
+            past.append(value)
+            present.append(out)
+    inputs = [by_name[name] for name in ours]
+    for value in inputs[:2]:
+        value.shape, kind = ir.Shape(["rows", "new"]), value.dtype
+        if kind != ir.DataType.INT64:
+            _from_int64(graph, value, kind)
+    graph.inputs.clear()
+    graph.inputs.extend([*inputs, *past])
+    logits = outputs[LOGITS]
+    logits.dtype = ir.DataType.FLOAT
+    logits.shape = None
+    graph.outputs.clear()
+    graph.outputs.extend([logits, *present])
+    clean_up(model)
+    return layers
+
+
+def _from_int64(graph: ir.Graph, value: ir.Value, kind: ir.DataType | None) -> None:
+    """Ids in 64 bits for a graph that reads 32."""
+    assert kind is not None
+    uses = [(use.node, use.idx) for use in value.uses()]
+    first = next(iter(graph))
+    (cast,) = insert(first, "Cast", [value], {"to": int(kind)})
+    for node, place in uses:
+        node.replace_input_with(place, cast)
+    value.dtype = ir.DataType.INT64
+
+
+def _settle(model: ir.Model, vocab: int, layers: list[tuple[int, int]]) -> None:
+    """Run the new graph twice for its shapes, and fold those that are constant."""
+    sizes = {"rows": ROWS, "new": NEW, "keep": KEPT, "capacity": CAPACITY, "flat": (1, 1)}
+    del sizes["flat"]
+    fed = [_ours(vocab, layers, *one) for one in zip(ROWS, NEW, KEPT, CAPACITY, strict=True)]
+    seen = shapes.observe(model, fed)
+    if shapes.fold(model, seen, sizes) + attention.take_scales(model.graph):
+        clean_up(model)
+        seen = shapes.observe(model, fed)
+    _undo_turns(model)
+    shapes.name_shapes(model.graph, seen, sizes)
+    if rotary.turn(model.graph, seen):
+        clean_up(model)
+        seen = shapes.observe(model, fed)
+        shapes.name_shapes(model.graph, seen, sizes)
+    logits = next(value for value in model.graph.outputs if value.name == LOGITS)
+    found = shapes.shape_of(seen[0][LOGITS])
+    if len(found) != 3 or found[:2] != (ROWS[0], KEPT[0]):
+        raise UnsupportedModel(f"its logits have the shape {found}, expected [rows, keep, vocab]")
+    logits.shape = ir.Shape(["rows", "keep", found[2]])
+
+
+def _ours(
+    vocab: int, layers: list[tuple[int, int]], rows: int, new: int, keep: int, capacity: int
+) -> dict[str, NDArray[Any]]:
+    """What the engine would feed: rows after 2 tokens each."""
+    random = np.random.default_rng(rows)
+    fed: dict[str, NDArray[Any]] = {
+        "input_ids": random.integers(0, vocab, (rows, new)),
+        POSITIONS: np.broadcast_to(np.arange(2, 2 + new), (rows, new)).copy(),
+        "query_seqlens": np.full(rows, new, np.int32),
+        "seqlens_k": np.full(rows, new + 1, np.int32),
+        "total_sequence_length": np.array(new + 2, np.int32),
+        "logits_positions": random.integers(0, new, (rows, keep)),
+    }
+    for i, (heads, size) in enumerate(layers):
+        for kind in ("key", "value"):
+            fed[f"past_key_values.{i}.{kind}"] = random.normal(
+                size=(rows, heads, capacity, size)
+            ).astype(np.float32)
+    return fed
+
+
+def _undo_turns(model: ir.Model) -> None:
+    """Two Transposes, one after the other, of which the second undoes the first."""
+    for node in list(model.graph):
+        if node.op_type != "Transpose":
+            continue
+        before = node.inputs[0].producer()
+        if before is None or before.op_type != "Transpose" or node.outputs[0].is_graph_output():
+            continue
+        first = list(before.attributes.get_ints("perm", ()))
+        second = list(node.attributes.get_ints("perm", ()))
+        if [first[place] for place in second] == sorted(first):
+            node.outputs[0].replace_all_uses_with(before.inputs[0])
+    clean_up(model)

@@ -1,0 +1,147 @@
+"""What each value's shape is, found by running the graph twice, and shape arithmetic without it.
+
+Two runs in which every named dimension has another size tell which is which: a dimension that is
+the same in both is a constant, one that is 2 and then 3 is the rows. Graphs of torch's older
+exporter compute hundreds of shapes from others; what turns out to be constant becomes one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from fastgen.export.onnx_folder import plain
+from fastgen.export.onnx_folder.prepare import skip
+from fastgen.export.rewrite.trim import add_initializer, clean_up, constant
+
+LARGEST = 64  # numbers of a shape, or of what one is made of
+Seen = Sequence[Mapping[str, Any]]  # of two runs: arrays, or shapes of large ones
+
+
+def observe(model: ir.Model, feeds: Sequence[dict[str, NDArray[Any]]]) -> Seen:
+    """All values of a graph in two runs."""
+    values = [output for node in model.graph for output in node.outputs if output.name]
+    return plain.observe(model, values, feeds)
+
+
+def shape_of(found: Any) -> tuple[int, ...]:
+    return found if isinstance(found, tuple) else tuple(found.shape)
+
+
+def name_shapes(graph: ir.Graph, seen: Seen, sizes: Mapping[str, tuple[int, int]]) -> None:
+    """Give every value its type and shape.
+
+    Args:
+        sizes: what each named dimension was in the two runs.
+    """
+    names = {pair: name for name, pair in sizes.items()}
+    for node in graph:
+        for value in node.outputs:
+            if value.name not in seen[0]:
+                continue
+            both = [shape_of(run[value.name]) for run in seen]
+            if len(both[0]) != len(both[1]):
+                value.shape = None
+                continue
+            dims = [a if a == b else names.get((a, b)) for a, b in zip(*both, strict=True)]
+            value.shape = ir.Shape(dims)
+            array = seen[0][value.name]
+            if not isinstance(array, tuple):
+                value.dtype = ir.DataType.from_numpy(array.dtype)
+            elif value.dtype is None:
+                value.dtype = ir.DataType.FLOAT
+    for name, value in graph.initializers.items():
+        if value.const_value is not None:
+            value.shape, value.dtype = ir.Shape(value.const_value.shape), value.const_value.dtype
+            assert name == value.name
+
+
+def fold(model: ir.Model, seen: Seen, sizes: Mapping[str, tuple[int, int]]) -> int:
+    """Shapes that are constant become so, and what only computed them goes.
+
+    Args:
+        seen: of this very graph.
+
+    Returns:
+        How many values were replaced.
+    """
+    graph, fired = model.graph, 0
+    derived = _derived(graph)
+    for node in list(graph):
+        for value in node.outputs:
+            if value not in derived or value.is_graph_output() or value.name not in seen[0]:
+                continue
+            array, other = (run[value.name] for run in seen)
+            if isinstance(array, tuple) or array.size > LARGEST or array.shape != other.shape:
+                continue
+            if np.array_equal(array, other) and _may_be_constant(array):
+                value.replace_all_uses_with(add_initializer(graph, f"{value.name}.known", array))
+                fired += 1
+    for node in list(graph):
+        if node.op_type == "Reshape" and constant(node.inputs[1]) is None:
+            fired += _fold_reshape(graph, node, seen, derived)
+        elif node.op_type == "Expand" and node.inputs[0].name in seen[0]:
+            same = all(
+                shape_of(run[node.inputs[0].name]) == shape_of(run[node.outputs[0].name])
+                for run in seen
+            )
+            if same:
+                skip(graph, node)
+                fired += 1
+    clean_up(model)
+    return fired
+
+
+def _derived(graph: ir.Graph) -> set[ir.Value]:
+    """Values that depend on the shapes of others alone."""
+    found: set[ir.Value] = set()
+    for node in graph:
+        sources = [value for value in node.inputs if value is not None]
+        inner = any(attribute.type == ir.AttributeType.GRAPH
+                    for attribute in node.attributes.values())  # fmt: skip
+        if node.op_type in ("Shape", "Size") or (
+            not inner
+            and sources
+            and all(value in found or constant(value) is not None for value in sources)
+            and any(value in found for value in sources)
+        ):
+            found |= {*node.outputs}
+    return found
+
+
+def _may_be_constant(array: NDArray[Any]) -> bool:
+    """Whole numbers, and a single other one (the root of a size, say).
+
+    What is true in both runs may be false in a longer one.
+    """
+    return array.dtype.kind in "iu" or (array.dtype.kind == "f" and array.size == 1)
+
+
+def _fold_reshape(graph: ir.Graph, node: ir.Node, seen: Seen, derived: set[ir.Value]) -> int:
+    """A Reshape to a constant: 0 where a dimension stays, -1 for one that is not known."""
+    shape = node.inputs[1]
+    given = [_shape_in(node.inputs[0], run) for run in seen]
+    if shape not in derived or None in given or node.attributes.get_int("allowzero", 0):
+        return 0
+    wanted = [shape_of(run[node.outputs[0].name]) for run in seen]
+    target = []
+    for place, (a, b) in enumerate(zip(*wanted, strict=True)):
+        stays = all(place < len(one) and one[place] == w[place]
+                    for one, w in zip(given, wanted, strict=True))  # fmt: skip
+        target.append(a if a == b and a != 0 else 0 if stays else -1)
+    if target.count(-1) > 1:
+        return 0
+    array = np.array(target, np.int64)
+    node.replace_input_with(1, add_initializer(graph, f"{shape.name}.to", array))
+    return 1
+
+
+def _shape_in(value: ir.Value, run: Mapping[str, Any]) -> tuple[int, ...] | None:
+    if value.name in run:
+        return shape_of(run[value.name])
+    held = constant(value)
+    return None if held is None else held.shape

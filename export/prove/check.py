@@ -1,0 +1,336 @@
+"""Whether the exported model says what the original says: logits, and a greedy continuation.
+
+The original runs row by row without padding. The export runs as it will run: ragged rows in one
+batch, a prefill and then token by token, through fastgen's own engine.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastgen.engine.model import Model
+from fastgen.engine.output import GenerateOutput
+from fastgen.export.prove.quality import Quality
+from fastgen.export.quantize.parts import CHUNK, chunks
+from fastgen.export.source.origin import Tolerance
+from fastgen.generator import CausalLM
+from fastgen.sampling.softmax import divergence, log_softmax
+
+if TYPE_CHECKING:  # a folder is compared without torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from fastgen.export.trace.attention import Layer
+
+GRAIN = 8  # of what layers with windows are shown, so that a row just longer tells (see `Model`)
+DECODED = 8  # last tokens of each probe that are fed one at a time
+AT_ONCE = 128 << 20  # bytes of a prefill's logits that are asked at once
+NEW_TOKENS = 24  # of the greedy continuation
+FIRST = 3  # of these, which the original's own `generate` writes of one row in any case
+TIE = 1e-4  # two best logits nearer than this times the largest are a tie: either may win
+
+TEXTS = (
+    "The quick brown fox jumps over the lazy dog.",
+    "In the beginning there was a language model, and it was slow. People waited for every word, "
+    "and while they waited they wrote benchmarks.\n\n1. Measure before you believe.\n",
+    "def generate(ids, max_new_tokens=20):\n    \"\"\"Return the ids and what follows them.\"\"\"\n"
+    "    for _ in range(max_new_tokens):\n        ids = ids + [pick(model(ids))]\n    return ids\n"
+    "\nUnicode: na\u00efve caf\u00e9, \u4f60\u597d, \U0001f642. Numbers: 3.14159, 2,718, 1e-5.",
+)  # fmt: skip
+
+
+class Mismatch(ValueError):
+    """The export disagrees with the original beyond the tolerance."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How two sets of logits compare. `max_difference` is a share of the largest logit."""
+
+    positions: int
+    max_difference: float
+    mean_difference: float
+    kl: float
+    top1: float
+    ties: int
+
+    def summary(self) -> str:
+        return (
+            f"max {self.max_difference:.1e}, mean {self.mean_difference:.1e} of the largest "
+            f"logit, KL {self.kl:.1e}, top-1 {self.top1:.2%}"
+        )
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """How two greedy continuations compare."""
+
+    tokens: int
+    same: int
+    ties: int
+
+    def summary(self) -> str:
+        tie = f" ({self.ties} rows part at a tie)" if self.ties else ""
+        return f"{self.same} of {self.tokens} greedy tokens the same{tie}"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the original says: ids, its logits [length, vocab] and its greedy continuation.
+
+    Attributes:
+        continuation: of each row, once it is known.
+    """
+
+    rows: Sequence[NDArray[np.int64]]
+    logits: Sequence[NDArray[np.float32]]
+    continuation: list[NDArray[np.int64]] = field(default_factory=list)
+
+
+def probes(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast | None, layers: Sequence[Layer]
+) -> list[NDArray[np.int64]]:
+    """Ragged rows of ids: real text where there is a tokenizer, one row longer than a window."""
+    config = model.config.get_text_config(decoder=True)
+    limit = getattr(config, "max_position_embeddings", None) or 1 << 20
+    # Ids that it both reads and says: some read more (of images), some say more (padding).
+    vocab = min(table().weight.shape[0] for table in
+                (model.get_input_embeddings, model.get_output_embeddings))  # fmt: skip
+    texts = [] if tokenizer is None else [tokenizer(text)["input_ids"] for text in TEXTS]
+    windows = [layer.window for layer in layers if layer.window is not None]
+    return ragged(texts, vocab, limit, windows)
+
+
+def ragged(
+    texts: Sequence[Sequence[int]], vocab: int, limit: int, windows: Sequence[int]
+) -> list[NDArray[np.int64]]:
+    """Rows of ids of some texts, or random ones; one longer than the shortest window."""
+    rows = [np.array(ids, np.int64) for ids in texts]
+    rows = [row[row < vocab] for row in rows]
+    if not any(len(row) > 1 for row in rows):
+        random = np.random.default_rng(0)
+        rows = [random.integers(0, vocab, length) for length in (11, 37, 90)]
+    if windows and min(windows) <= 512:  # a longer one costs more than it tells
+        row = np.resize(rows[-1], max(len(rows[-1]), min(windows) + 40))
+        rows[-1] = row
+    room = limit - NEW_TOKENS
+    if room < 2:
+        raise ValueError(f"the model takes only {limit} positions: too few to be checked")
+    return [row[: max(2, min(len(row), room))] for row in rows if len(row) > 1]
+
+
+def reference_logits(
+    model: PreTrainedModel, rows: Sequence[NDArray[np.int64]]
+) -> list[NDArray[np.float32]]:
+    """The original's logits, float32 [length, vocab] of each row, without padding or cache.
+
+    Positions are those that its `generate` gives it: a model that is asked without any may count
+    from another number (RoBERTa's kind), and so say something else than it does as it generates.
+    """
+    import torch
+
+    counted = "position_ids" in inspect.signature(model.forward).parameters
+    out = []
+    with torch.no_grad():
+        for row in rows:
+            ids = torch.from_numpy(row)[None]
+            given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            if counted:
+                given["position_ids"] = torch.arange(len(row))[None]
+            logits = model(**given).logits
+            out.append(logits[0].float().numpy())
+    return out
+
+
+def reference_continuation(
+    model: PreTrainedModel, rows: Sequence[NDArray[np.int64]], count: int = NEW_TOKENS
+) -> list[NDArray[np.int64]]:
+    """What the original's own `generate` adds to each row, greedily and to full length."""
+    import torch
+    from transformers import GenerationConfig
+
+    greedy = GenerationConfig(max_new_tokens=count, min_new_tokens=count, do_sample=False)
+    greedy.pad_token_id = 0
+    kept, model.generation_config = model.generation_config, greedy
+    try:
+        out = []
+        for row in rows:
+            ids = torch.from_numpy(row)[None]
+            ids = model.generate(ids, attention_mask=torch.ones_like(ids))
+            out.append(ids[0, len(row) :].numpy())
+        return out
+    finally:
+        model.generation_config = kept
+
+
+def exported_logits(model: Model, rows: Sequence[NDArray[np.int64]]) -> list[NDArray[np.float32]]:
+    """The export's logits [length, vocab] of rows, as `exported_parts` gives them."""
+    found = [np.empty((len(row), model.info.vocab_size), np.float32) for row in rows]
+    for i, part, logits in exported_parts(model, rows):
+        found[i][part] = logits
+    return found
+
+
+def exported_parts(
+    model: Model, rows: Sequence[NDArray[np.int64]]
+) -> Iterator[tuple[int, slice, NDArray[np.float32]]]:
+    """What an export says of rows together: a ragged prefill, then token by token.
+
+    Where logits of all positions would take much memory, the prefill goes by parts.
+
+    Yields:
+        The row's number, a part of it, and its logits [part, vocab], which the next ones overwrite.
+    """
+    asked = max(CHUNK, AT_ONCE // (4 * model.info.vocab_size * len(rows)))
+    parts = [_parts(len(row), asked) for row in rows]
+    cache = model.new_cache(len(rows), 2 * max(len(row) for row in rows))
+    for step in range(max(map(len, parts))):
+        # A row that is through repeats its last token: the others must not notice.
+        now = [some[step] if step < len(some) else some[-1] for some in parts]
+        new = [row[part] for row, part in zip(rows, now, strict=True)]
+        last = np.array([[len(ids) - 1] for ids in new])
+        places = np.minimum(np.arange(int(last.max()) + 1), last)
+        logits = model.forward(new, cache, logits_positions=places)
+        for i, part in enumerate(now):
+            if step < len(parts[i]):
+                yield i, part, logits[i, : len(new[i])]
+
+
+def _parts(length: int, most: int) -> list[slice]:
+    """Of a row: a prefill of `most` tokens at a time, and its last tokens one at a time."""
+    head = max(1, length - DECODED)
+    ends = [*range(most, head, most), *range(head, length + 1)]
+    return [slice(start, end) for start, end in pairwise([0, *ends])]
+
+
+def compare(
+    reference: Sequence[NDArray[np.float32]], found: Sequence[NDArray[np.float32]]
+) -> Agreement:
+    """Compare logits [length, vocab] of the same rows."""
+    pairs = zip(reference, found, strict=True)
+    return compared(reference, ((i, slice(None), row) for i, (_, row) in enumerate(pairs)))
+
+
+def compare_export(
+    reference: Sequence[NDArray[np.float32]], model: Model, rows: Sequence[NDArray[np.int64]]
+) -> Agreement:
+    """Compare what an export says of rows with the original's logits, a part at a time."""
+    return compared(reference, exported_parts(model, rows))
+
+
+def compared(
+    reference: Sequence[NDArray[np.float32]],
+    parts: Iterable[tuple[int, slice, NDArray[np.float32]]],
+) -> Agreement:
+    """Compare logits [length, vocab] of rows with those of parts of them."""
+    scale = max((float(np.abs(part).max()) for row in reference for part in chunks(row)),
+                default=0.0) or 1.0  # fmt: skip
+    positions = parted = ties = 0
+    largest = mean = lost = 0.0
+    for i, part, logits in parts:
+        for one, two in zip(chunks(reference[i][part]), chunks(logits), strict=True):
+            difference = np.abs(one - two)
+            largest = max(largest, float(difference.max()))
+            mean += float(difference.mean(dtype=np.float64)) * len(one)
+            lost += divergence(log_softmax(one), log_softmax(two))
+            best, other = one.argmax(1), two.argmax(1)
+            places = np.arange(len(one))
+            apart = best != other
+            tie = apart & (one[places, best] - one[places, other] <= TIE * scale)
+            positions += len(one)
+            parted += int((apart & ~tie).sum())
+            ties += int(tie.sum())
+    return Agreement(
+        positions=positions,
+        max_difference=largest / scale,
+        mean_difference=mean / positions / scale,
+        kl=max(0.0, lost / positions),
+        top1=1 - parted / positions,
+        ties=ties,
+    )
+
+
+def continued(model: CausalLM, rows: Sequence[NDArray[np.int64]]) -> GenerateOutput:
+    """Continue `rows` in one ragged batch through `CausalLM.generate`, greedily.
+
+    The model's own defaults do not count.
+    """
+    return model.without_defaults().generate(
+        [row.tolist() for row in rows],
+        max_new_tokens=NEW_TOKENS,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+
+
+def original_continuations(
+    logits: Callable[[NDArray[np.int64]], NDArray[np.float32]],
+    generate: Callable[[NDArray[np.int64], int], NDArray[np.int64]],
+    rows: Sequence[NDArray[np.int64]],
+    guesses: Sequence[NDArray[np.int64]],
+) -> list[NDArray[np.int64]]:
+    """The original's greedy continuations of rows, in few passes where the guesses are right.
+
+    Tokens of which each is the likeliest after those before it are the greedy continuation: one
+    pass over all of them tells. The first few of the shortest row are also asked of the original's
+    own `generate`, which goes another way; where anything differs it is asked for all.
+
+    Args:
+        logits: what the original says of a row, float32 [length, vocab].
+        generate: the tokens, a number of them, that the original adds to a row.
+        guesses: of each row.
+    """
+    shortest = min(range(len(rows)), key=lambda place: len(rows[place]))
+    first = generate(rows[shortest], FIRST)
+    alike = np.array_equal(first, guesses[shortest][:FIRST])
+    found = []
+    for row, guess in zip(rows, guesses, strict=True):
+        if alike:
+            said = logits(np.concatenate([row, guess[:-1]]))[len(row) - 1 :]
+        right = alike and np.array_equal(said.argmax(1), guess)
+        found.append(guess if right else generate(row, len(guess)))
+    return found
+
+
+def compare_continuation(
+    out: GenerateOutput, expected: Sequence[NDArray[np.int64]]
+) -> Continuation:
+    """Compare what `continued` gave with the original's continuation."""
+    same = ties = 0
+    for i, tokens in enumerate(expected):
+        found = np.array(out.sequences[i][-NEW_TOKENS:])
+        parted = np.flatnonzero(found != tokens)
+        if not len(parted):
+            same += len(tokens)
+            continue
+        step = int(parted[0])
+        logits = out.logits[step][i]
+        tie = logits[found[step]] - logits[tokens[step]] <= TIE * np.abs(logits).max()
+        ties += int(tie)
+        same += len(tokens) if tie else step
+    return Continuation(tokens=NEW_TOKENS * len(expected), same=same, ties=ties)
+
+
+def judge(
+    logits: Agreement | Quality, tolerance: Tolerance, greedy: Continuation | None = None
+) -> list[str]:
+    """What lies beyond the tolerance, one line each; empty if all is well."""
+    wrong = []
+    most, least = tolerance.max_difference, tolerance.top1
+    if most is not None and not logits.max_difference <= most:
+        wrong.append(
+            f"a logit differs by {logits.max_difference:.2e} of the largest, {most:.0e} is allowed"
+        )
+    if not logits.kl <= tolerance.kl:
+        wrong.append(f"KL divergence is {logits.kl:.2e}, {tolerance.kl:.0e} is allowed")
+    if least is not None and not logits.top1 >= least:
+        wrong.append(f"top-1 agreement is {logits.top1:.2%}, {least:.2%} is asked")
+    if tolerance.greedy and greedy is not None and greedy.same != greedy.tokens:
+        wrong.append(f"only {greedy.same} of {greedy.tokens} greedy tokens are the same")
+    return wrong

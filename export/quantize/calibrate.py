@@ -1,0 +1,329 @@
+"""What flows through a graph on real text, and what quantising a product does to its output."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+from numpy.typing import NDArray
+
+from fastgen.export.quantize import rotate
+from fastgen.export.quantize.kernels import (
+    Choice,
+    Floats,
+    Kernel,
+    Product,
+    block_codes,
+    block_scales,
+    channel_codes,
+    codes_values,
+    multiplied,
+    turned_matrix,
+)
+from fastgen.export.rewrite import onnx_file
+
+ROW = 128  # tokens of a row, about
+TOKENS = 2048  # of calibration, at most
+ALIGNED = 4096  # bytes: where an array begins in a file
+SAMPLE = 512  # tokens of an input that are kept as they are, about
+
+
+@dataclass
+class Input:
+    """What a product reads, on the calibration text.
+
+    Attributes:
+        sample: float32 [tokens, in], some of the tokens.
+        moments: float32 [in, in], E[x^T x] of all.
+    """
+
+    sample: Floats
+    moments: Floats
+
+    def divide(self, scales: Floats) -> None:
+        """Have each channel divided by its scale [in]."""
+        self.sample /= scales
+        self.moments /= scales
+        self.moments /= scales[:, None]
+
+
+@contextmanager
+def inputs(
+    model: ir.Model, products: Sequence[Product], rows: Sequence[NDArray[np.int64]]
+) -> Iterator[dict[ir.Value, Input]]:
+    """What each distinct input of `products` is on `rows`, in files as `values` has it."""
+    wanted = list(dict.fromkeys(product.node.inputs[0] for product in products))
+    widths = [_width(value) for value in wanted]
+    longest = max(map(len, rows))
+    every = max(1, sum(map(len, rows)) // SAMPLE)
+    kept = sum(len(row[::every]) for row in rows)
+    with (
+        place(model) as directory,
+        _spool(directory, longest, wanted) as seen,
+        _spool(directory, kept, wanted) as samples,
+        _spooled(directory, [(width, width) for width in widths]) as squares,
+    ):
+        session = running(model, [str(value.name) for value in wanted], directory)
+        at = 0
+        for row in rows:
+            _step(session, row, seen, 0)
+            some = len(row[::every])
+            for i, value in enumerate(wanted):
+                x = seen[value][: len(row)]
+                samples[value][at : at + some] = x[::every]
+                squares[i] += x.T @ x
+            at += some
+        del session  # and what memory its steps took
+        total = np.float32(sum(map(len, rows)))
+        for square in squares:
+            square /= total
+        yield {value: Input(samples[value], squares[i]) for i, value in enumerate(wanted)}
+
+
+@contextmanager
+def values(
+    model: ir.Model, wanted: Sequence[ir.Value], rows: Sequence[NDArray[np.int64]]
+) -> Iterator[dict[ir.Value, Floats]]:
+    """float32 [tokens, size] of some values of a graph, on `rows`.
+
+    The graph runs once, a row at a time. What is seen can be larger than the model: it goes to a
+    file, where it takes no memory that the system could not have back.
+    """
+    wanted = list(dict.fromkeys(wanted))
+    tokens = sum(map(len, rows))
+    with place(model) as directory, _spool(directory, tokens, wanted) as seen:
+        _run(model, rows, seen, directory)
+        yield seen
+
+
+def _run(
+    model: ir.Model,
+    rows: Sequence[NDArray[np.int64]],
+    seen: dict[ir.Value, Floats],
+    directory: Path,
+) -> None:
+    session = running(model, [str(value.name) for value in seen], directory)
+    at = 0
+    for row in rows:
+        _step(session, row, seen, at)
+        at += len(row)
+
+
+def _step(
+    session: onnxruntime.InferenceSession,
+    row: NDArray[np.int64],
+    seen: dict[ir.Value, Floats],
+    at: int,
+) -> None:
+    """Run a row; what is seen of it is written where it stays, from the token `at` on."""
+    binding = session.io_binding()
+    for name, array in feeds(session, row).items():
+        binding.bind_cpu_input(name, array)
+    for value, out in seen.items():
+        assert value.shape is not None
+        shape = [*[1] * (len(value.shape) - 2), len(row), out.shape[1]]
+        place = out[at:].ctypes.data
+        binding.bind_output(str(value.name), "cpu", 0, np.float32, shape, place)
+    session.run_with_iobinding(binding)
+
+
+@contextmanager
+def _spool(
+    directory: Path, tokens: int, wanted: Sequence[ir.Value]
+) -> Iterator[dict[ir.Value, Floats]]:
+    """Arrays [tokens, size] in a file that nobody else sees and that goes with them."""
+    shapes = [(tokens, _width(value)) for value in wanted]
+    with _spooled(directory, shapes) as held:
+        yield dict(zip(wanted, held, strict=True))
+
+
+@contextmanager
+def _spooled(directory: Path, shapes: Sequence[tuple[int, int]]) -> Iterator[list[Floats]]:
+    """Arrays of zeros in a file that nobody else sees and that goes with them."""
+    ends = np.cumsum([0, *(rows * columns for rows, columns in shapes)])
+    with tempfile.TemporaryFile(dir=directory) as file:
+        held = np.asarray(np.memmap(file, np.float32, "w+", shape=(max(1, int(ends[-1])),)))
+        yield [
+            held[start : start + rows * columns].reshape(rows, columns)
+            for (rows, columns), start in zip(shapes, ends, strict=False)
+        ]
+
+
+@contextmanager
+def shelf(directory: Path) -> Iterator[Callable[[NDArray[Any]], NDArray[Any]]]:
+    """What puts an array into a file that nobody else sees, and gives it back from there."""
+    with tempfile.TemporaryFile(dir=directory) as file:
+
+        def kept(array: NDArray[Any]) -> NDArray[Any]:
+            start = file.seek(-(-file.seek(0, os.SEEK_END) // ALIGNED) * ALIGNED)
+            file.write(memoryview(np.ascontiguousarray(array)).cast("B"))
+            file.flush()
+            return np.asarray(np.memmap(file, array.dtype, "r", start, array.shape))
+
+        yield kept
+
+
+def _width(value: ir.Value) -> int:
+    width = None if value.shape is None else value.shape[-1]
+    assert isinstance(width, int)
+    return width
+
+
+def logits(model: ir.Model, rows: Sequence[NDArray[np.int64]], directory: Path) -> Iterator[Floats]:
+    """What a graph says of rows: float32 [length, vocab] of each, one at a time. See `running`."""
+    session = running(model, ["logits"], directory)
+    for row in rows:
+        yield session.run(["logits"], feeds(session, row))[0][0]
+
+
+@contextmanager
+def place(model: ir.Model) -> Iterator[Path]:
+    """The directory of the file that a graph's weights are in, or a temporary one."""
+    found = {_directory(tensor) for tensor in _large(model)}
+    if len(found) == 1 and None not in found:
+        yield found.pop() or Path()
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        yield Path(temporary)
+
+
+def _large(model: ir.Model) -> list[ir.TensorProtocol]:
+    """Constants that no graph holds itself."""
+    held = [value.const_value for value in model.graph.initializers.values()]
+    return [one for one in held if one is not None and one.nbytes > onnx_file.INLINE]
+
+
+def _directory(tensor: ir.TensorProtocol) -> Path | None:
+    return Path(tensor.base_dir) if isinstance(tensor, ir.ExternalTensor) else None
+
+
+def running(model: ir.Model, names: Sequence[str], directory: Path) -> onnxruntime.InferenceSession:
+    """A session of the part of the graph that gives the values of these names, and no other.
+
+    Args:
+        directory: see `place`.
+    """
+    part = model.clone()
+    made = {value.name: value for node in part.graph for value in node.outputs}
+    part.graph.outputs[:] = [made[name] for name in names]
+    ir.passes.common.RemoveUnusedNodesPass()(part)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    # Weights stay in the file that is mapped: no packed copy of them.
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    with tempfile.TemporaryDirectory(dir=directory) as own:
+        path, data = directory / "calibration.onnx", Path(own) / "more.data"
+        try:
+            _spill(part, directory, data)
+            ir.save(part, path)
+            return onnxruntime.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"]
+            )
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _spill(model: ir.Model, directory: Path, data: Path) -> None:
+    """Write large constants that are in no file of `directory` to one below it, `data`."""
+    with data.open("wb") as file:
+        for value in model.graph.initializers.values():
+            tensor = value.const_value
+            if tensor is None or tensor.nbytes <= onnx_file.INLINE:
+                continue
+            if _directory(tensor) == directory:
+                continue
+            file.seek(-(-file.tell() // ALIGNED) * ALIGNED)
+            start = file.tell()
+            file.write(memoryview(np.ascontiguousarray(tensor.numpy())).cast("B"))
+            value.const_value = ir.ExternalTensor(
+                data.relative_to(directory), start, file.tell() - start, tensor.dtype,
+                name=str(value.name), shape=tensor.shape, base_dir=directory,
+            )  # fmt: skip
+
+
+def feeds(
+    session: onnxruntime.InferenceSession, row: NDArray[np.int64], start: int = 0
+) -> dict[str, object]:
+    """One row from scratch whose first token is at position `start`, logits wanted everywhere."""
+    count = len(row)
+    fed = {
+        "input_ids": row[None],
+        "position_ids": np.arange(start, start + count)[None],
+        "query_seqlens": np.array([count], np.int32),
+        "seqlens_k": np.array([count - 1], np.int32),
+        "total_sequence_length": np.array(count, np.int32),
+        "logits_positions": np.arange(count)[None],
+        "reads_prompt": np.array(True),
+    }
+    wanted = {value.name: value for value in session.get_inputs()}
+    past = {
+        name: np.zeros(
+            (1, value.shape[1], count, value.shape[3]),
+            np.int8 if value.type == "tensor(int8)" else np.float32,
+        )
+        for name, value in wanted.items()
+        if name.startswith(("past_key_values", "prompt_key_values"))
+    }
+    past |= {name: np.array(0, np.int32) for name in wanted if name.startswith("window_start")}
+    past |= {
+        name: np.zeros((1, *value.shape[1:]), np.float32)
+        for name, value in wanted.items()
+        if name.startswith("past_state")
+    }
+    return {name: array for name, array in fed.items() if name in wanted} | past
+
+
+def output_error(x: Floats, weight: Floats, choice: Choice, exact: Floats | None = None) -> float:
+    """|x W - x' W'| / |x W| of a quantised product, activations quantised as the kernel does.
+
+    It is the root mean square of that of each token: the few that are a hundred times as large as
+    others, such as a text's first, count as any.
+
+    Args:
+        x: float32 [tokens, in].
+        weight: float32 [in, out].
+        exact: x W, where it is known.
+    """
+    exact = x @ weight if exact is None else exact
+    if (turned := choice.kernel.turned) > 0:
+        x, weight = rotate.turned(x, turned), turned_matrix(turned, False, weight)
+    approximate = quantized_input(x, choice.kernel) @ stored(weight, choice)
+    approximate -= exact
+    sizes = np.einsum("to,to->t", exact, exact)
+    there = sizes > 0
+    shares = np.einsum("to,to->t", approximate, approximate)[there] / sizes[there]
+    return float(np.sqrt(shares.mean())) if len(shares) else 0.0
+
+
+def quantized_input(x: Floats, kernel: Kernel) -> Floats:
+    """x [tokens, in] after quantisation to 8 bits by token (W8A8) or by block of a token."""
+    block = kernel.block or x.shape[1]
+    width = -(-x.shape[1] // block) * block
+    padded = np.zeros((len(x), width), np.float32)
+    padded[:, : x.shape[1]] = x
+    parts = padded.reshape(len(x), -1, block)
+    scale = np.abs(parts).max(axis=-1, keepdims=True) / np.float32(127)
+    scale[scale == 0] = 1
+    return np.asarray((np.rint(parts / scale) * scale).reshape(len(x), width)[:, : x.shape[1]])
+
+
+def stored(weight: Floats, choice: Choice) -> Floats:
+    """The matrix [in, out] that the codes of `choice` stand for (smoothing aside)."""
+    kernel = choice.kernel
+    if kernel.block == 0:
+        codes, per_channel = channel_codes(weight, choice.scales)
+        return multiplied(codes if choice.codes is None else choice.codes, per_channel)
+    scales = block_scales(weight, kernel) if choice.scales is None else choice.scales
+    codes = choice.codes
+    if codes is None:
+        codes = block_codes(weight, kernel, scales, choice.zeros)
+    return codes_values(codes, kernel, scales, len(weight), choice.zeros)

@@ -1,0 +1,190 @@
+"""Keys and values in 8 bits: how far each channel reaches on text, and the nodes that store it so.
+
+GroupQueryAttention stores what it gets (keys after their rotation) as `rint(x / scale)`, int8,
+with a constant scale for each channel of each head; a value that reaches further saturates. So
+the scales must hold for all texts and, since a rotated key depends on its position, for all
+positions: the rows that calibrate begin at positions spread over all that the model was made for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from fastgen.export.quantize import calibrate
+from fastgen.export.quantize.kernels import Floats
+from fastgen.export.rewrite.node import PAST_AND_SCALE, POSITIONS
+from fastgen.export.rewrite.trim import add_initializer, replace
+
+DTYPES = {"fp32": "float32", "int8": "int8"}  # of each cache precision
+TOKENS = 4 * calibrate.TOKENS  # of calibration, at most: text that was not seen saturates
+MARGIN = 1.1  # on what was seen; more costs resolution
+FURTHEST = 1 << 15  # positions that are calibrated where the model has no limit
+LONG = 1024  # tokens of a row that is measured: errors of a cache show in long contexts
+
+# Inputs of GroupQueryAttention, by place; others are in `trim`.
+
+
+def reach(
+    model: ir.Model, rows: Sequence[NDArray[np.int64]], limit: int | None
+) -> dict[str, Floats]:
+    """The largest absolute value in each channel of each stored key and value, on `rows`.
+
+    Args:
+        model: the trimmed graph, with a cache in float32.
+        rows: calibration ids.
+        limit: positions that the model was made for; None without limit.
+
+    Returns:
+        float32 [kv_heads, head_dim], by the name of the graph's input for the past.
+    """
+    positioned = model.clone()
+    (positions,) = (value for value in positioned.graph.inputs if value.name == "position_ids")
+    for node in _attention(positioned):
+        if node.attributes.get_int("do_rotary", 0):  # without positions it counts from zero
+            node.replace_input_with(POSITIONS, positions)
+    # What is stored for each past, whatever the order of the graph's outputs.
+    present = {
+        str(node.inputs[past].name): str(node.outputs[place + 1].name)
+        for node in _attention(positioned)
+        for place, (past, _) in enumerate(PAST_AND_SCALE.values())
+    }
+    last = (limit or FURTHEST) - max(len(row) for row in rows)
+    found: dict[str, Floats] = {}
+    with calibrate.place(positioned) as directory:
+        session = calibrate.running(positioned, list(present.values()), directory)
+        for row, start in zip(rows, np.linspace(0, last, len(rows)).astype(int), strict=True):
+            stored = session.run(list(present.values()), calibrate.feeds(session, row, int(start)))
+            for name, array in zip(present, stored, strict=True):
+                largest = np.abs(array).max(axis=(0, 2))
+                found[name] = np.maximum(found.get(name, 0), largest)
+    return found
+
+
+def quantize(model: ir.Model, reached: dict[str, Floats]) -> NDArray[np.float32]:
+    """Store keys and values in int8, in place; prompts are read into float32 ones.
+
+    Attention to codes is fast for a token and slow for a prompt: there the kernel turns keys into
+    floats again for every few queries. So each layer attends in one of two ways, by the input
+    `reads_prompt`: to `prompt_key_values.{i}.key/value`, float32, or to the past in int8. What it
+    does not attend to passes through; the runtime carries tokens from the one to the other.
+
+    Args:
+        model: the trimmed graph.
+        reached: what `reach` found.
+
+    Returns:
+        The scales of all keys and values, layer by layer, each [kv_heads, head_dim], flat.
+    """
+    graph = model.graph
+    reads_prompt = ir.Value(
+        name="reads_prompt", shape=ir.Shape([]), type=ir.TensorType(ir.DataType.BOOL)
+    )
+    graph.inputs.append(reads_prompt)
+    found: dict[str, Floats] = {}
+    for node in list(_attention(model)):
+        constants = {}
+        for kind, (past, _) in PAST_AND_SCALE.items():
+            name = str(node.inputs[past].name)
+            found[name] = scales(reached[name])
+            constants[kind] = add_initializer(graph, f"{name}.scale", found[name])
+        _split(graph, node, constants, reads_prompt)
+    past = (str(value.name) for value in graph.inputs)
+    return np.concatenate([found[name].ravel() for name in past if name in found])
+
+
+def _split(
+    graph: ir.Graph, node: ir.Node, constants: dict[str, ir.Value], reads_prompt: ir.Value
+) -> None:
+    """An attention node becomes two, of which one runs."""
+    pasts = [past for past, _ in PAST_AND_SCALE.values()]
+    codes = [node.inputs[past] for past in pasts]
+    floats = [_input(graph, value) for value in codes]
+    for value in codes:
+        value.dtype = ir.DataType.INT8
+    prompt = _branch("prompt", node, dict(zip(pasts, floats, strict=True)), codes)
+    scaled = {scale: constants[kind] for kind, (_, scale) in PAST_AND_SCALE.items()}
+    kinds: dict[str, int | str] = {f"{kind}_quant_type": "PER_CHANNEL" for kind in PAST_AND_SCALE}
+    step = _branch("step", node, scaled, floats, kinds | {"kv_cache_bit_width": 8})
+    # Their outputs in one order: found, codes, floats.
+    prompt.outputs[:] = [prompt.outputs[0], *prompt.outputs[3:], *prompt.outputs[1:3]]
+    either = ir.node(
+        "If",
+        [reads_prompt],
+        {"then_branch": prompt, "else_branch": step},
+        num_outputs=len(prompt.outputs),
+    )
+    graph.insert_before(node, either)
+    for old, new in zip(node.outputs, either.outputs, strict=False):
+        replace(old, new)
+    for value, new in zip(codes, either.outputs[1:3], strict=True):
+        new.dtype, new.shape = ir.DataType.INT8, value.shape
+    for value, new in zip(floats, either.outputs[3:], strict=True):
+        new.name = str(value.name).replace("prompt_key_values", "prompt_present")
+        new.dtype, new.shape = value.dtype, value.shape
+        graph.outputs.append(new)
+    graph.remove(node, safe=True)
+
+
+def _branch(
+    name: str,
+    node: ir.Node,
+    inputs: dict[int, ir.Value],
+    passed: Sequence[ir.Value],
+    attributes: dict[str, int | str] | None = None,
+) -> ir.Graph:
+    """The graph of an attention node with some other inputs, and of what passes it by."""
+    changed = [inputs.get(place, value) for place, value in enumerate(node.inputs)]
+    kept = {key: attribute.value for key, attribute in node.attributes.items()}
+    attends = ir.node(
+        node.op_type, changed, kept | (attributes or {}), domain=node.domain,
+        num_outputs=len(node.outputs),
+    )  # fmt: skip
+    passes = [ir.node("Identity", [value]) for value in passed]
+    nodes = [attends, *passes]
+    outputs = [value for one in nodes for value in one.outputs]
+    for place, value in enumerate(outputs):  # names are the whole graph's
+        value.name = f"{node.outputs[1].name}.{name}.{place}"
+    return ir.Graph([], outputs, nodes=nodes, name=name)
+
+
+def _input(graph: ir.Graph, past: ir.Value) -> ir.Value:
+    """The graph's input of the float32 keys or values that stand beside `past`."""
+    _, heads, _, size = past.shape
+    value = ir.Value(
+        name=str(past.name).replace("past_key_values", "prompt_key_values"),
+        shape=ir.Shape(["prompt_rows", heads, "prompt_capacity", size]),
+        type=ir.TensorType(ir.DataType.FLOAT),
+    )
+    graph.inputs.append(value)
+    return value
+
+
+def scales(reached: Floats) -> Floats:
+    """[1, kv_heads, 1, head_dim] from [kv_heads, head_dim]; a silent channel has the largest."""
+    bounds = MARGIN * np.where(reached == 0, reached.max() or 1, reached)
+    return np.asarray(bounds / 127, np.float32)[None, :, None, :]
+
+
+def long_rows(
+    rows: Sequence[NDArray[np.int64]], limit: int | None, tokens: int | None = None
+) -> list[NDArray[np.int64]]:
+    """`rows` joined to rows of LONG tokens, or as many as the model takes; no shorter rest.
+
+    Args:
+        limit: tokens that the model takes; None without limit.
+        tokens: of all together at most, but for a first row; None for all.
+    """
+    if not rows:
+        return []
+    ids = np.concatenate(rows)
+    length = min(LONG, limit or LONG, len(ids))
+    ids = ids[: max(length, len(ids) if tokens is None else tokens)]
+    return [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
+
+
+def _attention(model: ir.Model) -> Iterator[ir.Node]:
+    return (node for node in model.graph if node.op_type == "GroupQueryAttention")

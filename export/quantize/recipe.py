@@ -1,0 +1,466 @@
+"""What becomes of each matrix: the cheapest kernels that keep the model's output near the original.
+
+A precision has a ladder of kernels, the cheapest first. Every matrix begins at the bottom. Where
+the whole is measured to cost more than it may, each kind of matrix is quantised without the others,
+and the KL divergence at the model's output is what the kind costs (its own error says little of
+that). Then kinds go up, where most is likely to be saved for what a step costs, until the whole is
+expected to be within the target; whoever measures the whole says what it came to, and aims again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from fastgen.export.quantize import calibrate, rotate, smooth
+from fastgen.export.quantize.gptq import gptq, search_zero_points
+from fastgen.export.quantize.kernels import (
+    W8A8,
+    Choice,
+    Floats,
+    Kernel,
+    Product,
+    block_codes,
+    block_scales,
+    channel_codes,
+    channel_scales,
+    products,
+    quantize,
+    turned_matrix,
+)
+from fastgen.export.quantize.parts import chunks
+from fastgen.sampling.softmax import divergence, log_softmax
+from fastgen.system.memory import trim
+
+if TYPE_CHECKING:
+    from fastgen.export.trace import experts
+
+SAMPLE = 256  # tokens that an error is measured on
+COLUMNS = 256  # of its outputs
+SENSED = 512  # tokens that kinds of matrices are measured on, about
+HALVES = 8  # matrices of a kind from which on early and late ones are told apart
+TOLD = 3  # matrices of a kind that tell what a rung leaves of its error
+TURNED = 128  # inputs that are turned together, at most
+TURNING = 0.8  # cost of a float32 weight of what turns them
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A step of a ladder.
+
+    Attributes:
+        kernel: None for float32.
+        cost: of a weight: the time of a prompt and its bytes, as a share of the first rung's.
+    """
+
+    kernel: Kernel | None
+    cost: float
+
+    def cost_of(self, product: Product) -> float:
+        """Of a product's weights, and of the matrix that turns its inputs."""
+        rows, columns = product.shape
+        kernel = self.kernel and fitting(self.kernel, product)
+        return rows * (columns * self.cost + (kernel.turned * TURNING if kernel else 0.0))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The kernels of a precision.
+
+    Attributes:
+        ladder: of the decoder's matrices, the cheapest first.
+        head: of `lm_head`, and of the embedding that shares its matrix.
+        experts: of the experts of a mixture.
+        tokens: of calibration, about.
+    """
+
+    ladder: tuple[Rung, ...]
+    head: Kernel
+    experts: Kernel
+    tokens: int
+
+
+# What a kernel costs: see bench/README.md. In blocks of at most 64 (8 bits) or 32 (4 bits) it adds
+# up one row as it does several, so that a row says what it says alone. Experts have scales for
+# blocks: their kernel quantises its inputs as well then, which is what makes it fast.
+RECIPES = {
+    "int8": Recipe(
+        ladder=(
+            Rung(W8A8, 1.0),
+            Rung(Kernel(8, turned=TURNED), 1.0),
+            Rung(Kernel(8, 32), 1.75),
+            Rung(None, 100.0),
+        ),
+        head=Kernel(8, 64),
+        experts=Kernel(8, 128),
+        tokens=2048,
+    ),
+    "int4": Recipe(
+        ladder=(
+            Rung(Kernel(4, 32, zero_points=True), 1.0),
+            Rung(Kernel(4, 32, turned=TURNED, zero_points=True), 1.0),
+            Rung(Kernel(8, 32), 1.8),
+            Rung(None, 100.0),
+        ),
+        head=Kernel(8, 64),
+        experts=Kernel(4, 128),
+        tokens=8192,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Made:
+    """What became of a matrix.
+
+    Attributes:
+        kernel: how it is stored.
+        error: of its output on the calibration text, relative.
+        wide: whether it went up the ladder.
+    """
+
+    name: str
+    kernel: str
+    error: float
+    wide: bool
+
+
+@dataclass
+class Matrix:
+    """A matrix while it is decided about.
+
+    Attributes:
+        rung: its place on the ladder.
+        may_climb: whether it is on the ladder at all.
+    """
+
+    product: Product
+    may_climb: bool
+    rung: int = 0
+
+
+@dataclass(frozen=True)
+class Step:
+    """A kind of matrices that may go up to a rung: KL divergence saved, and what it costs."""
+
+    kind: str
+    rung: int
+    saves: float
+    costs: float
+
+
+def chosen(steps: Sequence[Step], wanted: float) -> Step:
+    """The step that saves most for what it costs, or a cheaper one that saves all that is wanted.
+
+    A dearer one that saves it all, such as float32, does not go before several cheap ones.
+    """
+    best = max(steps, key=lambda one: one.saves / one.costs)
+    enough = [one for one in steps if one.saves >= wanted and one.costs < best.costs]
+    return min(enough, key=lambda one: one.costs, default=best)
+
+
+class Plan:
+    """What becomes of the matrices of a graph in float32. See `planned`.
+
+    Attributes:
+        smoothed: names of matrices whose inputs were divided.
+        reached: which experts the calibration text came to.
+        sensed: KL divergence that each kind of matrix costs at the bottom, alone.
+    """
+
+    def __init__(
+        self,
+        model: ir.Model,
+        recipe: Recipe,
+        inputs: Mapping[ir.Value, calibrate.Input],
+        kept: Callable[[NDArray[Any]], NDArray[Any]],
+    ) -> None:
+        self._model, self._recipe, self._inputs, self._kept = model, recipe, inputs, kept
+        self._experts = _experts(model.graph)
+        self._mixed: dict[str, list[experts.Stored]] = {}
+        self._found = products(model.graph)
+        self._choices: dict[tuple[str, Kernel], Choice] = {}
+        self._matrices: dict[str, Matrix] = {}
+        self.smoothed: list[str] = []
+        self.reached: list[experts.Reached] = []
+        self.sensed: dict[str, float] = {}
+        self._left: dict[tuple[str, int], float] = {}
+
+    # --- what is measured ------------------------------------------------------------------------
+
+    def prepare(self, rows: Sequence[NDArray[np.int64]], shown: Callable[[int, int], None]) -> None:
+        """Smooth what gains by it, and make codes of each matrix at the bottom of its ladder."""
+        if self._experts is not None:
+            self._mixed, self.reached = self._experts.plan(
+                self._model, self._recipe.experts, rows, shown
+            )
+        for place, (value, seen) in enumerate(self._inputs.items()):
+            shown(place, 2 * len(self._inputs))
+            readers = [one for one in self._found if one.node.inputs[0] is value]
+            self._smooth(value, readers, seen)
+        for product in products(self._model.graph):
+            shown(len(self._found) + len(self._matrices), 2 * len(self._found))
+            matrix = Matrix(product, not (product.is_head or _is_turned(product)))
+            if (kernel := self._kernel(matrix)) is not None:
+                self._choice(product, kernel)
+            self._matrices[product.name] = matrix
+
+    def _smooth(self, value: ir.Value, readers: Sequence[Product], seen: calibrate.Input) -> None:
+        place = smooth.place_of(value, readers) if not any(map(_is_turned, readers)) else None
+        first = self._recipe.ladder[0].kernel
+        if place is None or first is None:
+            return
+        scales = smooth.best_scales(seen.sample, [one.weight for one in readers], first)
+        if scales is not None:
+            smooth.fold(self._model.graph, place, scales, readers)
+            seen.divide(scales)
+            self.smoothed += [product.name for product in readers]
+
+    def _error(self, product: Product, kernel: Kernel | None) -> float:
+        """Of a product's output: some tokens of it and some of its columns tell as much as all."""
+        if kernel is None:
+            return 0.0
+        x = self._inputs[product.node.inputs[0]].sample
+        columns = slice(None, None, max(1, product.shape[1] // COLUMNS))
+        choice = self._choice(product, kernel).of_columns(columns)
+        weight = np.ascontiguousarray(product.weight[:, columns])
+        return calibrate.output_error(x[:: max(1, len(x) // SAMPLE)], weight, choice)
+
+    def sense(self, rows: Sequence[NDArray[np.int64]], shown: Callable[[int, int], None]) -> None:
+        """Measure what each kind of matrix costs at the model's output, alone."""
+        every = max(1, round(sum(map(len, rows)) / SENSED))
+        rows = rows[::every]
+        kinds = self._kinds()
+        with calibrate.place(self._model) as directory:
+            said = calibrate.logits(self._model, rows, directory)
+            exact = [self._kept(_log_probabilities(one)) for one in said]
+            for place, (name, members) in enumerate(kinds.items()):
+                shown(place, len(kinds))
+                some = {one.product.name for one in members}
+                made = self._quantised(lambda one, some=some: one.name in some)
+                self.sensed[name] = _divergence(exact, calibrate.logits(made, rows, directory))
+
+    def _kinds(self) -> dict[str, list[Matrix]]:
+        """Matrices of the same shape that read the same kind of node, early and late ones apart."""
+        found: dict[str, list[Matrix]] = {}
+        for one in self._matrices.values():
+            if _is_turned(one.product):
+                continue
+            node = one.product.node.inputs[0].producer()
+            kind = "input" if node is None else node.op_type
+            rows, columns = one.product.shape
+            found.setdefault(f"{kind} {rows} x {columns}", []).append(one)
+        kinds = {}
+        for name, members in found.items():
+            if len(members) < HALVES:
+                kinds[name] = members
+                continue
+            half = len(members) // 2
+            kinds[f"{name}, early"], kinds[f"{name}, late"] = members[:half], members[half:]
+        return kinds
+
+    # --- what is decided -------------------------------------------------------------------------
+
+    def aim(self, measured: float, kl: float) -> bool:
+        """Send kinds up until the whole, which costs `measured`, may cost as little as `kl`.
+
+        What goes up is taken to cost nothing any more: it may save more than its errors say, and
+        where it does not, the next measurement shows it.
+
+        Returns:
+            Whether any went up.
+        """
+        kinds = self._kinds()
+        now = {name: self._expected(name, one, one[0].rung) for name, one in kinds.items()}
+        share = measured / max(sum(now.values()), 1e-12)
+        hoped, moved = dict(now), False
+        while share * sum(hoped.values()) > kl or not moved:
+            steps = list(self._steps(kinds, now))
+            if not steps:
+                return moved
+            step = chosen(steps, sum(now.values()) - kl / share)
+            now[step.kind] -= step.saves
+            hoped[step.kind] = 0.0
+            for one in kinds[step.kind]:
+                one.rung, moved = step.rung, True
+        return moved
+
+    def _steps(
+        self, kinds: Mapping[str, Sequence[Matrix]], now: Mapping[str, float]
+    ) -> Iterator[Step]:
+        """Every step up that is likely to save anything."""
+        ladder = self._recipe.ladder
+        for name, members in kinds.items():
+            first = members[0]
+            if not first.may_climb:
+                continue
+            costs = [sum(rung.cost_of(one.product) for one in members) for rung in ladder]
+            for rung in range(first.rung + 1, len(ladder)):
+                saves = now[name] - self._expected(name, members, rung)
+                if saves > 0:
+                    yield Step(name, rung, saves, costs[rung] - costs[first.rung])
+
+    def _expected(self, kind: str, members: Sequence[Matrix], rung: int) -> float:
+        """What a kind is expected to cost there: its errors' squares say what is left of it."""
+        if (kind, rung) not in self._left:
+            kernels = (self._recipe.ladder[place].kernel for place in (0, rung))
+            first, there = (
+                sum(self._error(one.product, kernel and fitting(kernel, one.product)) ** 2
+                    for one in members[:: max(1, len(members) // TOLD)])
+                for kernel in kernels
+            )  # fmt: skip
+            self._left[kind, rung] = there / first if first else 0.0
+        return self.sensed[kind] * self._left[kind, rung]
+
+    # --- what is made ----------------------------------------------------------------------------
+
+    def make(self, shown: Callable[[int, int], None]) -> tuple[ir.Model, list[Made]]:
+        """The graph as it is decided, and what became of each matrix."""
+        for place, matrix in enumerate(self._matrices.values()):
+            shown(place, len(self._matrices))
+            kernel = self._kernel(matrix)
+            if kernel is not None:
+                self._choice(matrix.product, kernel)
+        model = self._quantised(lambda _: True)
+        experts = self._experts.quantize(model, self._mixed) if self._experts is not None else ()
+        made = [self._made(one) for one in self._matrices.values()]
+        made += [
+            Made(name, str(one.kernel), round(one.error, 6), wide=False) for name, one in experts
+        ]
+        return model, made
+
+    def _made(self, one: Matrix) -> Made:
+        kernel = self._kernel(one)
+        name = "float32" if kernel is None else str(kernel)
+        error = round(self._error(one.product, kernel), 6)
+        return Made(one.product.name, name, error, one.rung > 0)
+
+    def _quantised(self, wanted: Callable[[Product], bool]) -> ir.Model:
+        """A copy of the graph with some of its products as they are decided."""
+        model = self._model.clone()
+
+        def choice(product: Product) -> Choice | None:
+            matrix = self._matrices[product.name]
+            kernel = self._kernel(matrix)
+            if kernel is None or not wanted(product):
+                return None
+            return self._choice(matrix.product, kernel)
+
+        quantize(model, choice)
+        return model
+
+    def _kernel(self, matrix: Matrix) -> Kernel | None:
+        product, recipe = matrix.product, self._recipe
+        if _is_turned(product):  # small, and everything passes it
+            return None
+        kernel = recipe.head if product.is_head else recipe.ladder[matrix.rung].kernel
+        return None if kernel is None else fitting(kernel, product)
+
+    def _choice(self, product: Product, kernel: Kernel) -> Choice:
+        """Scales and codes of a matrix, made once for a kernel."""
+        if (product.name, kernel) not in self._choices:
+            made = _choice(product, kernel, self._inputs[product.node.inputs[0]])
+            if made.codes is not None:
+                made = replace(made, codes=self._kept(made.codes))
+            self._choices[product.name, kernel] = made
+        return self._choices[product.name, kernel]
+
+
+@contextmanager
+def planned(
+    model: ir.Model,
+    precision: str,
+    rows: Sequence[NDArray[np.int64]],
+    shown: Callable[[int, int], None],
+) -> Iterator[Plan]:
+    """The plan for a trimmed graph in float32, which is smoothed in place.
+
+    Activations and weights are in files, and read a matrix at a time: nothing here is as large as
+    the weights.
+
+    Args:
+        model: the graph; its weights are in a file.
+        precision: "int8" or "int4".
+        rows: calibration ids.
+        shown: called with the number of matrices done and their total, as they are.
+    """
+    with (
+        calibrate.inputs(model, products(model.graph), rows) as inputs,
+        calibrate.place(model) as directory,
+        calibrate.shelf(directory) as kept,
+    ):
+        plan = Plan(model, RECIPES[precision], inputs, kept)
+        plan.prepare(rows, shown)
+        trim()
+        yield plan
+
+
+def _experts(graph: ir.Graph) -> ModuleType | None:
+    """What knows of mixtures, and of torch, which other graphs are quantised without."""
+    if all(node.op_type not in ("MoE", "Loop") for node in graph):
+        return None
+    from fastgen.export.trace import experts
+
+    return experts
+
+
+def _is_turned(product: Product) -> bool:
+    """Whether its matrix is what a rotation leaves in the graph."""
+    return product.name.startswith(rotate.PRODUCT)
+
+
+def fitting(kernel: Kernel, product: Product) -> Kernel:
+    """`kernel`, or with smaller blocks where its own would fill the matrix up by over an eighth.
+
+    What is turned together are as many inputs as divide them all, and are a power of two.
+    """
+    block, size = kernel.block, product.shape[0]
+    while block > 32 and -size % block > size / 8:
+        block //= 2
+    turned = min(kernel.turned, size & -size)
+    return replace(kernel, block=block, turned=turned if turned > 1 else 0)
+
+
+def _choice(product: Product, kernel: Kernel, seen: calibrate.Input) -> Choice:
+    """Scales and GPTQ's codes; of a head, whose matrix may be the embedding's, the nearest."""
+    if product.is_head:
+        return Choice(kernel)
+    weight, moments = product.weight, seen.moments
+    if (turned := kernel.turned) > 0:
+        weight = turned_matrix(turned, False, weight)
+        moments = rotate.turned(rotate.turned(moments, turned).T, turned)
+    weight = np.ascontiguousarray(weight)
+    if kernel.block == 0:
+        scales = channel_scales(weight)
+        on_grid = gptq(weight, kernel, scales[:, None], moments)
+        return Choice(kernel, scales, channel_codes(on_grid, scales)[0])
+    if kernel.zero_points:
+        scales, zeros = search_zero_points(weight, kernel, np.diag(moments))
+    else:
+        scales, zeros = block_scales(weight, kernel), None
+    on_grid = gptq(weight, kernel, scales, moments, zeros)
+    return Choice(kernel, scales, block_codes(on_grid, kernel, scales, zeros), zeros)
+
+
+def _log_probabilities(logits: Floats) -> Floats:
+    """Logits [tokens, vocab] in their place, some at a time: a vocabulary may be large."""
+    for part in chunks(logits):
+        part[:] = log_softmax(part)
+    return logits
+
+
+def _divergence(exact: Iterable[Floats], other: Iterable[Floats]) -> float:
+    """Mean Kullback-Leibler divergence, in nats: log-probabilities [tokens, vocab] and logits."""
+    total, count = 0.0, 0
+    for one, two in zip(exact, other, strict=True):
+        pairs = zip(chunks(one), chunks(two), strict=True)
+        total += sum(divergence(part, log_softmax(more)) for part, more in pairs)
+        count += len(one)
+    return max(0.0, total / count)

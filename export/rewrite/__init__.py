@@ -1,0 +1,5 @@
+"""Rewriting rules on a graph: the same numbers from fewer nodes and less memory.
+
+trim    the rules                       window  layers with a window are shown what they see
+node    the attention node              onnx_file  a graph as a file, with its weights
+"""

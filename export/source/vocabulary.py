@@ -1,0 +1,66 @@
+"""A directory's tokenizer as transformers reads it, without transformers: its tokenizer.json."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from fastgen.store import jsonfile
+
+FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")  # of added tokens
+
+
+def write(place: Path, to: Path) -> None:
+    """Write the tokenizer's files of a directory to another."""
+    for name in FILES:
+        path = place / name
+        if name == "tokenizer.json":
+            jsonfile.write(to / name, _file(place))
+        elif path.is_file():
+            shutil.copyfile(path, to / name)
+    if not (to / "tokenizer_config.json").exists():
+        jsonfile.write(to / "tokenizer_config.json", {})
+
+
+def _file(place: Path) -> dict[str, Any]:
+    """A folder's tokenizer.json with what stands in its tokenizer_config.json alone.
+
+    As transformers reads them: tokens that were added and their flags, and whether words at the
+    beginning get a space before them.
+    """
+    found: dict[str, Any] = json.loads((place / "tokenizer.json").read_text("utf-8"))
+    path = place / "tokenizer_config.json"
+    config = jsonfile.read(path) if path.is_file() else {}
+    added = {one["id"]: one for one in found.get("added_tokens") or []}
+    for index, said in (config.get("added_tokens_decoder") or {}).items():
+        flags = {name: said[name] for name in FLAGS if name in said}
+        bare = {**dict.fromkeys(FLAGS, False), "normalized": not said.get("special", False)}
+        added[int(index)] = {"id": int(index), **bare, **added.get(int(index), {}), **flags}
+    found["added_tokens"] = [added[index] for index in sorted(added)]
+    outer = found.get("pre_tokenizer") or {}
+    for part in (outer, *outer.get("pretokenizers", ())):
+        if part.get("type") == "ByteLevel" and config.get("add_prefix_space") is not None:
+            part["add_prefix_space"] = bool(config["add_prefix_space"])
+    return found
+
+
+def read(place: Path) -> tuple[tokenizers.Tokenizer | None, str]:
+    """The tokenizer of a directory, or why there is none."""
+    path = place / "tokenizer.json"
+    if not path.is_file():
+        return None, "the folder has no tokenizer.json"
+    try:
+        found = tokenizers.Tokenizer.from_str(json.dumps(_file(place)))
+    except Exception as error:  # tokenizers raises Exception itself
+        return None, f"its tokenizer.json cannot be read: {error}"
+    found.no_truncation()
+    found.no_padding()
+    return found, ""

@@ -1,0 +1,12 @@
+"""The loop: prompts are read into a cache, rows step and leave.
+
+model          new ids and a cache -> logits       cache         keys and values, in place
+kv_int8        keys and values in 8 bits           prompt_reader in 32, where prompts are read
+prefill        prompts -> the cache, by chunks     prefill_int8  by a second session, for 4 bits
+prefix_cache   what is kept of prompts for later   request       the rows of one call
+batch          THE LOOP: rows join, step, leave    beam          beam search over the same stages
+speculative    several tokens a step               guidance      logits without the prompt
+call           one call, checked and ready to run  schedule      many people's calls, side by side
+score          how likely given tokens are         memory_estimate  what a call would take
+output         what comes out
+"""

@@ -1,0 +1,463 @@
+"""THE LOOP: rows join by prefill, step together, and leave when they have ended.
+
+One prompt, a ragged batch, several sequences of one prompt, a stream and a service's requests
+are all rows here. `step` is: logits, processors, pick, stop.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastgen.engine.model import Model
+from fastgen.engine.prefill import CALL, CHUNK, Prefill
+from fastgen.engine.request import Request, Row, by_request, context
+from fastgen.sampling import pick, stop
+
+CERTAIN = 64  # tokens of a row, at most, that are taken in a step because they must follow
+
+
+@dataclass(frozen=True)
+class Event:
+    """One new token of one row."""
+
+    row: Row
+    token: int
+    logprob: float
+    top_logprobs: tuple[tuple[int, float], ...] | None
+
+
+@dataclass(eq=False)
+class Joining:
+    """Rows whose prompts are being read.
+
+    Attributes:
+        prefill: the prompts.
+        rows: the rows of each of them.
+        before: what else their requests have read, first, a chunk at a time.
+    """
+
+    prefill: Prefill
+    rows: list[list[Row]]
+    before: list[Prefill]
+
+    def read(self) -> None:
+        """Read a chunk."""
+        if self.before:
+            self.before[0].read()
+            self.before = [one for one in self.before if not one.done]
+        else:
+            self.prefill.read()
+
+    @property
+    def slots(self) -> range:
+        return range(self.prefill.first, self.prefill.first + len(self.rows))
+
+    @property
+    def left(self) -> int:
+        """How many tokens are still to be read."""
+        return sum(one.left for one in (*self.before, self.prefill))
+
+    @property
+    def wanted(self) -> bool:
+        """Whether a row has not ended meanwhile."""
+        return any(not row.finish_reason for rows in self.rows for row in rows)
+
+
+class Batch:
+    """The rows that run, in the first slots of one cache, and behind them those that join.
+
+    Args:
+        model: what computes the logits.
+        chunk: tokens that are read at a time, of prompts and of what is certain or guessed; None
+            where nobody waits.
+
+    Attributes:
+        most: tokens that a step may read, unless there are more rows.
+    """
+
+    def __init__(self, model: Model, chunk: int | None = None) -> None:
+        self.model, self.chunk = model, chunk
+        self.most = chunk or sys.maxsize
+        self.rows: list[Row] = []
+        self.joining: list[Joining] = []
+        self.cache = model.borrow_cache(rows=0, capacity=0)
+
+    def add(self, request: Request) -> None:
+        """Let the rows of `request` join at once: its prompts are prefilled, once each."""
+        joining = self.begin([request])
+        while joining in self.joining:
+            self.read(joining)
+
+    def begin(self, requests: Sequence[Request]) -> Joining:
+        """Let the rows of `requests` join when their prompts have been read, by calls of `read`.
+
+        Args:
+            requests: with one prefix cache, or none; their prompts are read together.
+        """
+        copies = [len(one.rows) // len(one.prompts) for one in requests]
+        waiting = [
+            (prompt, request.rows[place * count : (place + 1) * count])
+            for request, count in zip(requests, copies, strict=True)
+            for place, prompt in enumerate(request.prompts)
+        ]
+        # Shortest first: in a chunk, the rows that have more to come are then neighbours.
+        waiting.sort(key=lambda one: len(one[0]))
+        first = self.end
+        longest = max(request.max_length for request in requests)
+        rows = sum(len(request.rows) for request in requests)
+        self.cache.reserve(first + rows, longest + CHUNK)
+        prompts = [prompt for prompt, _ in waiting]
+        known = requests[0].prefix_cache
+        prefill = Prefill(self.model, self.cache, prompts, first, known, self.chunk)
+        steered = [one.unconditional for one in requests if one.unconditional]
+        before = filter(None, [one.begin(self.chunk) for one in steered])
+        self.joining.append(Joining(prefill, [rows for _, rows in waiting], [*before]))
+        return self.joining[-1]
+
+    def read(self, joining: Joining) -> None:
+        """Read a chunk of these prompts; after the last one, their rows run."""
+        joining.read()
+        if joining.prefill.done:
+            self._join(joining)
+
+    @property
+    def end(self) -> int:
+        """The first slot behind all that are used."""
+        return max([len(self.rows), *(one.slots.stop for one in self.joining)])
+
+    def _join(self, joining: Joining) -> None:
+        """Move what was read behind the rows that run, once for each row of a prompt."""
+        self.joining.remove(joining)
+        end = max(self.end, joining.slots.stop)
+        sources = np.repeat(np.asarray(joining.slots), [len(rows) for rows in joining.rows])
+        start, stop = len(self.rows), len(self.rows) + len(sources)
+        parents = np.arange(max(end, stop))
+        parents[start:stop] = sources
+        for other in self.joining:
+            if other.slots.start < stop:  # it makes way
+                parents, held = np.append(parents, other.slots), len(parents)
+                other.prefill.first = held
+        parents = parents[: max([stop, *(one.slots.stop for one in self.joining)])]
+        self.cache.reserve(len(parents), 0)
+        self.cache.take(parents)
+        for place, rows in enumerate(joining.rows):
+            for row in rows:
+                row.logits = joining.prefill.logits[place]
+                self.rows.append(row)
+        self.leave()
+        self._empty()  # the slots that they were read into
+
+    def close(self) -> None:
+        """Give the cache's memory back to the model: nothing runs any more."""
+        self.model.give_back(self.cache)
+
+    def step(self) -> list[Event]:
+        """Advance every row by one token.
+
+        What goes wrong while a token is chosen ends the rows of its request, whose `error` it
+        becomes; no other row notices.
+        """
+        logits = self._logits()
+        events: list[Event] = []
+        for places in self._alike():
+            # Without a copy where all rows are alike, as they are outside of a service.
+            mine = logits if len(places) == len(self.rows) else logits[places]
+            events += _advance([self.rows[i] for i in places], mine)
+        return events + self._end_step()
+
+    def _end_step(self) -> list[Event]:
+        """Take what is certain, look at the clock, and let rows that have ended leave."""
+        events = take_certain(self.rows, self.most)
+        for request, _ in by_request(self.rows):
+            if request.deadline.passed():
+                request.end("time")
+        self.cache.forget(0, len(self.rows))
+        self.leave()
+        return events
+
+    def _alike(self) -> list[list[int]]:
+        """Places of the rows that share their processors and their kind of pick."""
+        groups: dict[tuple[int, bool, bool], list[int]] = {}
+        for place, row in enumerate(self.rows):
+            request = row.request
+            key = (id(request.chain), request.params.do_sample, request.of_model)
+            groups.setdefault(key, []).append(place)
+        return list(groups.values())
+
+    def _logits(self) -> NDArray[np.float32]:
+        """float32 [rows, vocab] for the next token: of the prefill, or of a step."""
+        running = [row for row in self.rows if row.logits is None]
+        joined = [row for row in self.rows if row.logits is not None]  # always the last slots
+        parts: list[NDArray[np.float32]] = []
+        if running:
+            held = self.cache.lengths.tolist()
+            new = [row.unread(held[slot]) for slot, row in enumerate(running)]
+            parts.append(self.model.forward(new, self.cache)[:, 0])
+        for row in joined:
+            assert row.logits is not None
+            parts.append(row.logits[None])
+            row.logits = None
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def leave(self) -> None:
+        """Free the slots of rows that have ended; the rest move up, as few as possible."""
+        stay = [row for row in self.rows if not row.finish_reason or _lingering(row)]
+        joining = [one for one in self.joining if one.wanted]
+        if len(stay) < len(self.rows) or len(joining) < len(self.joining):
+            self.joining = joining
+            self._move_up(stay)
+            self._empty()
+
+    def _move_up(self, stay: list[Row]) -> None:
+        if len(stay) == len(self.rows):
+            return
+        slots = {id(row): slot for slot, row in enumerate(self.rows)}
+        rows = self.rows[: len(stay)]
+        holes = [i for i, row in enumerate(rows) if row not in stay]
+        late = [row for row in stay if slots[id(row)] >= len(stay)]
+        if any(row.logits is not None for row in late):
+            rows = stay  # they have not taken a step yet: they stay the last
+        else:
+            for hole, row in zip(holes, late, strict=True):
+                rows[hole] = row
+        self.rows, parents = rows, [slots[id(row)] for row in rows]
+        # What is being read further behind stays where it is.
+        self.cache.take([*parents, *range(len(rows), self.end)])
+
+    def _empty(self) -> None:
+        """Let slots that nobody uses hold nothing."""
+        used = {*range(len(self.rows)), *(slot for one in self.joining for slot in one.slots)}
+        for slot in np.flatnonzero(self.cache.lengths).tolist():
+            if slot not in used:
+                self.cache.begin(slot)
+
+
+def _advance(rows: Sequence[Row], logits: NDArray[np.float32]) -> list[Event]:
+    """A token for each of `rows`, which are alike; what goes wrong ends the request it is of."""
+    groups = by_request(rows)
+    try:
+        scores = _processed(rows, logits)
+    except Exception as error:  # whatever a caller's function raises
+        for request, _ in groups:
+            request.fail(error)
+        return []
+    if len(groups) > 1 and all(_plain(request) for request, _ in groups):
+        tokens = scores.argmax(axis=1)
+        if np.isfinite(scores[np.arange(len(rows)), tokens]).all():
+            return take_in(rows, logits, scores, tokens)
+    events: list[Event] = []
+    for request, places in groups:
+        mine, part = [rows[i] for i in places], _view(places)
+        try:
+            tokens = _picked(mine, scores[part])
+            events += take_in(mine, logits[part], scores[part], tokens)
+        except Exception as error:
+            request.fail(error)
+    return events
+
+
+def _plain(request: Request) -> bool:
+    """Whether its rows take the likeliest token, and nothing that can go wrong looks at it."""
+    looked_at = request.keeps or request.criteria or request.constraint
+    return not (looked_at or request.params.do_sample)
+
+
+def _view(places: list[int]) -> slice | list[int]:
+    """The same places as a slice if they are neighbours: then nothing is copied."""
+    alike = places == list(range(places[0], places[0] + len(places)))
+    return slice(places[0], places[0] + len(places)) if alike else places
+
+
+def choose(
+    rows: Sequence[Row], logits: NDArray[np.float32]
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Processed scores [rows, vocab] and the next token [rows] of rows that are alike.
+
+    `logits` may be overwritten, but where the request keeps or shows them.
+
+    Raises:
+        ValueError: the scores hold nan, or rule out what would be drawn.
+    """
+    scores = _processed(rows, logits)
+    return scores, _picked(rows, scores)
+
+
+def _processed(rows: Sequence[Row], logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    request = rows[0].request
+    if request.chain is None:
+        return logits
+    spare = not (request.keeps_logits or request.of_model)
+    return np.asarray(request.chain(context(rows), logits, spare=spare))
+
+
+def _picked(rows: Sequence[Row], scores: NDArray[np.float32]) -> NDArray[np.int64]:
+    chain = rows[0].request.chain
+    if not rows[0].request.params.do_sample:
+        tokens = pick.greedy(scores)
+        if any(row.request.constraint for row in rows):
+            _refuse_nothing(rows, scores, tokens)
+        return tokens
+    draws: list[pick.Words] = [np.empty(0, np.uint64)] * len(rows)
+    for request, places in by_request(rows):
+        mine = request.uniform([rows[i] for i in places], scores.shape[1])
+        for i, draw in zip(places, mine, strict=True):
+            draws[i] = draw
+    try:
+        return pick.sample(scores, draws)
+    except pick.NothingLeft as error:
+        if chain is None:
+            raise
+        raise pick.NothingLeft(chain.ruling_out(context(rows), scores.shape[1])) from error
+
+
+def _refuse_nothing(
+    rows: Sequence[Row], scores: NDArray[np.float32], tokens: NDArray[np.int64]
+) -> None:
+    """Raise a ValueError if every token is ruled out, and so the likeliest is none."""
+    request = rows[0].request
+    if (scores[np.arange(len(tokens)), tokens] == -np.inf).any() and request.chain:
+        raise pick.NothingLeft(request.chain.ruling_out(context(rows), scores.shape[1]))
+
+
+def take_in(
+    rows: Sequence[Row],
+    logits: NDArray[np.float32],
+    scores: NDArray[np.float32],
+    tokens: NDArray[np.int64],
+) -> list[Event]:
+    """Append one token to each of `rows`, keep what the request asks for, and see who has ended."""
+    logprobs = _logprobs(rows, logits if rows[0].request.of_model else scores, tokens)
+    groups = by_request(rows)
+    for request, places in groups:
+        if request.keeps:
+            request.keep([rows[i] for i in places], logits[places], scores[places])
+    events = []
+    for row, token, logprob in zip(rows, tokens.tolist(), logprobs, strict=True):
+        row.push(token)
+        top = row.request.top_logprobs[row.index]
+        events.append(Event(row, token, logprob, top[-1] if top else None))
+        row.end(_reason(row))
+    for request, places in groups:
+        if request.criteria:
+            _ask([rows[i] for i in places])
+    return events
+
+
+def take_certain(rows: Sequence[Row], most: int) -> list[Event]:
+    """Give rows the tokens that must follow by their constraints, as far as that pays.
+
+    The next step reads them together with the one before, and all rows as many as the longest.
+    Rows that end by them are not read any more. What is not taken here is picked, the same, later.
+
+    Args:
+        most: tokens that the next step may read, padding included.
+    """
+    events: list[Event] = []
+    ahead: list[tuple[Row, list[int]]] = []
+    for row in rows:
+        if row.finish_reason is None:
+            tokens = _certain(row)
+            if tokens and _ends_by(row, tokens):
+                events += _take(row, tokens)
+            else:
+                ahead.append((row, tokens))
+    if any(tokens for _, tokens in ahead):
+        counts = [1 + len(tokens) for _, tokens in ahead]
+        width = _paying([min(count, max(1, most // len(ahead))) for count in counts])
+        for row, tokens in ahead:
+            events += _take(row, tokens[: width - 1])
+    return events
+
+
+def _certain(row: Row) -> list[int]:
+    """The next tokens that must follow; if that cannot be told, it is its request's error."""
+    request = row.request
+    if request.constraint is None or not request.forces:
+        return []
+    try:
+        most = min(CERTAIN, request.max_length - row.length)
+        return request.constraint.certain(row.generated, most)
+    except ValueError as error:
+        request.fail(error)
+        return []
+
+
+def _ends_by(row: Row, tokens: Sequence[int]) -> bool:
+    """Whether `row` ends with these tokens."""
+    request = row.request
+    if tokens[-1] in request.eos or row.length + len(tokens) >= request.max_length:
+        return True
+    return (
+        request.constraint is not None
+        and not request.constraint.ends
+        and (request.constraint.complete(row.after(tokens).generated))
+    )
+
+
+def _take(row: Row, tokens: Sequence[int]) -> list[Event]:
+    """Append tokens that are certain to `row`, until it ends."""
+    events = []
+    for token in tokens:
+        if row.finish_reason is None:
+            row.push(token)
+            events.append(Event(row, token, 0.0 if row.request.logprobs else float("nan"), None))
+            row.end(_reason(row))
+    return events
+
+
+def _paying(counts: Sequence[int]) -> int:
+    """The tokens that rows may be read at once, of the `counts` that they have: what saves most.
+
+    A call costs its reading of the weights and all places, those of padding too; it saves the
+    calls that its tokens would be otherwise, some for each row.
+    """
+    rows = len(counts)
+
+    def saved(width: int) -> float:
+        tokens = sum(min(count, width) for count in counts)
+        return tokens * (CALL + rows) / rows - (CALL + rows * width)
+
+    return max(sorted({1, *counts}), key=saved)
+
+
+def _reason(row: Row) -> str | None:
+    """Why `row`, which has a new token, has ended; None if it has not."""
+    request = row.request
+    if int(row.ids[row.length - 1]) in request.eos:
+        return "eos"
+    if request.stop_text is not None and request.stop_text(row.history):
+        return "stop_string"
+    full, form = row.length >= request.max_length, request.constraint
+    if form is not None and (full or not form.ends) and form.complete(row.generated):
+        return "grammar"
+    return "length" if full else None
+
+
+def _ask(rows: Sequence[Row]) -> None:
+    """End rows of one request, equally long, by its callers' criteria, which see all its rows."""
+    request, length = rows[0].request, rows[0].length
+    steps = length - request.prompt_length
+    scores = tuple(request.scores[:steps]) if request.keeps_scores else None
+    ended = stop.asked(request.criteria, request.padded_to(length), scores)
+    for row in rows:
+        row.end("criterion" if ended[row.index] else None)
+
+
+def _lingering(row: Row) -> bool:
+    """Whether a row that has ended goes on, until all of its request are as long."""
+    request = row.request
+    until = request.width if request.done else request.max_length
+    return request.lingers and row.length < until
+
+
+def _logprobs(
+    rows: Sequence[Row], scores: NDArray[np.float32], tokens: NDArray[np.int64]
+) -> list[float]:
+    if not any(row.request.logprobs for row in rows):
+        return [float("nan")] * len(rows)
+    return [float(value) for value in pick.logprob_of(scores, tokens)]

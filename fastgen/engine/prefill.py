@@ -1,0 +1,195 @@
+"""Prompts on their way into the cache: a chunk at a time, several rows together, known ones first.
+
+Whoever has rows that run meanwhile takes one chunk, steps, and takes the next one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastgen.engine.cache import Cache
+from fastgen.engine.model import Model
+from fastgen.engine.prefix_cache import PrefixCache
+from fastgen.engine.prompt_reader import Desk
+
+CHUNK = 256  # tokens of one row that are read at a time
+TOGETHER = 512  # tokens of several rows that are read at a time
+CALL = 20  # tokens that take as long as a call without any: reading the weights, mostly
+
+States = dict[int, list[NDArray[np.float32]]]  # of a row, by how many tokens were read
+
+
+class Prefill:
+    """Prompts that are being read into the slots from `first` on, which become empty for it.
+
+    Args:
+        prompts: int64 [length] each, shortest first.
+        prefix_cache: where their keys and values are kept, if anywhere.
+        chunk: tokens that are read at a time, of all rows together; a multiple of `prefix.BLOCK`.
+            Chunks end at its multiples, for every row. None where nobody waits: CHUNK of a row,
+            TOGETHER of several.
+
+    Attributes:
+        first: the slot of the first prompt; whoever moves the slots says so here.
+        logits: float32 [prompts, vocab]: those after the last token of each that has been read.
+        done: whether all have been.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        cache: Cache,
+        prompts: Sequence[NDArray[np.int64]],
+        first: int,
+        prefix_cache: PrefixCache | None = None,
+        chunk: int | None = None,
+    ) -> None:
+        self.model, self.cache, self.prompts, self.first = model, cache, prompts, first
+        self.prefix_cache, self.chunk = prefix_cache, chunk or CHUNK
+        self._most = chunk or TOGETHER
+        self.logits = np.empty((len(prompts), model.info.vocab_size), np.float32)
+        self.done = False
+        for slot in range(first, first + len(prompts)):
+            cache.begin(slot)
+        self._chunks = self._read_all()
+
+    @property
+    def left(self) -> int:
+        """How many tokens are still to be read."""
+        held = self.cache.lengths[self.first : self.first + len(self.prompts)]
+        return sum(map(len, self.prompts)) - int(held.sum())
+
+    def read(self) -> None:
+        """Read one chunk."""
+        next(self._chunks, None)
+
+    def _read_all(self) -> Iterator[None]:
+        lengths = [len(prompt) for prompt in self.prompts]
+        short = sum(not self.model.reads_apart(length) for length in lengths)
+        groups = together(lengths[:short], self.chunk, self._most)
+        rest = together(lengths[short:], self.chunk, self._most)
+        groups += [(short + a, short + b) for a, b in rest]
+        for start, end in groups:
+            if start:
+                yield
+            yield from self._read_group(start, end)
+        self.done = True
+
+    def _read_group(self, start: int, end: int) -> Iterator[None]:
+        """Read prompts `start` to `end`, but what the prefix cache knows of them."""
+        prompts, known = self.prompts[start:end], self.prefix_cache
+        apart = self.model.reads_apart(len(prompts[0]))
+        texts = [prompt[:-1] for prompt in prompts] if apart else prompts
+        if known is not None:
+            model = self.model.fingerprint
+            known.fetch(model, texts, self.cache, self.first + start, self.chunk)
+        desk = Desk(self.model, self.cache, len(prompts), len(prompts[-1]) + self.chunk)
+        desk.lay(self.first + start, len(prompts))
+        states: list[States] | None = None if known is None else [{} for _ in prompts]
+        yield from self._read_rows(desk, start, texts, apart, states)
+        if apart:
+            ends = [prompt[-1:] for prompt in prompts]
+            self.logits[start:end] = desk.forward(ends, self.first + start, 0)[:, 0]
+        desk.close()
+        if known is not None and states is not None:
+            for place, (text, mine) in enumerate(zip(texts, states, strict=True), start):
+                known.keep(model, text, self.cache, self.first + place, self.chunk, mine)
+
+    def _read_rows(
+        self,
+        desk: Desk,
+        start: int,
+        texts: Sequence[NDArray[np.int64]],
+        apart: bool,
+        states: list[States] | None,
+    ) -> Iterator[None]:
+        """Read what the slots do not hold yet, row by row shorter ones leaving.
+
+        Args:
+            texts: the prompts from `start` on; without their last tokens if they are read apart.
+            states: gets each row's states where a chunk ended; None where nobody wants them.
+        """
+        at, end = start, start + len(texts)
+        while True:  # `at` is the first row that is not complete
+            first = self.first + at
+            prompts = texts[at - start :]
+            held = self.cache.lengths[first : first + len(prompts)].copy()
+            stop = (held.min() // self.chunk + 1) * self.chunk
+            new = [prompt[done:stop] for prompt, done in zip(prompts, held, strict=True)]
+            ended = sum(len(prompt) <= stop for prompt in prompts)
+            # Only a chunk in which a prompt ends needs logits, and none that is read apart.
+            wanted = ended and not apart
+            positions = None if wanted else np.zeros((len(new), 0), np.int64)
+            logits = desk.forward(new, first, at - start, positions, apart)
+            if wanted:
+                self.logits[at : at + ended] = logits[:ended, 0]
+            if states is None:  # no prefix cache wants what was read first
+                desk.forget(first, at - start, len(new))
+            for row in range(at, end) if states is not None else ():
+                assert states is not None
+                if self.cache.lengths[self.first + row] == stop:
+                    states[row - start][stop] = self.cache.state(self.first + row)[1]
+            at += ended
+            if at == end:
+                return
+            yield
+
+
+def prefill(
+    model: Model,
+    cache: Cache,
+    prompts: Sequence[NDArray[np.int64]],
+    first: int,
+    prefix_cache: PrefixCache | None = None,
+) -> NDArray[np.float32]:
+    """Read `prompts`, shortest first, into the slots from `first` on, with nobody waiting.
+
+    Returns:
+        float32 [prompts, vocab]: the logits after the last token of each.
+    """
+    reading = Prefill(model, cache, prompts, first, prefix_cache)
+    while not reading.done:
+        reading.read()
+    return reading.logits
+
+
+def together(lengths: Sequence[int], chunk: int, most: int) -> list[tuple[int, int]]:
+    """Which neighbours of rows are read together: (first, last + 1) of each group.
+
+    Rows are padded to the longest of their group, and every call has a cost of its own; the
+    groups are those of the least sum.
+
+    Args:
+        lengths: of the prompts, in ascending order.
+        chunk: tokens of a row that go into a call.
+        most: tokens of several rows that go into a call, padding included.
+    """
+    least = [0.0] + [float("inf")] * len(lengths)  # cost of the first rows, by their number
+    starts = [0] * (len(lengths) + 1)
+    for end in range(1, len(lengths) + 1):
+        width = min(chunk, lengths[end - 1])
+        for start in range(end - 1, -1, -1):
+            if start < end - 1 and (end - start) * width > most:
+                break
+            cost = least[start] + _cost(lengths[start:end], chunk)
+            if cost < least[end]:
+                least[end], starts[end] = cost, start
+    groups = []
+    end = len(lengths)
+    while end:
+        groups.append((starts[end], end))
+        end = starts[end]
+    return groups[::-1]
+
+
+def _cost(lengths: Sequence[int], chunk: int) -> float:
+    """Of reading rows together: tokens, padding included, and CALL for each call."""
+    cost, at = 0.0, 0
+    while at < lengths[-1]:
+        going = sum(length > at for length in lengths)
+        cost += CALL + going * min(chunk, lengths[-1] - at)
+        at += chunk
+    return cost

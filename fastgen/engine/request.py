@@ -1,0 +1,362 @@
+"""What one call asks for: its rows, and what they share (knobs, processors, chance, limits)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastgen.engine.guidance import Unconditional
+from fastgen.engine.prefix_cache import PrefixCache
+from fastgen.inputs.params import Params
+from fastgen.sampling import pick
+from fastgen.sampling.constraint import Constraint
+from fastgen.sampling.processors import Chain, Context
+from fastgen.sampling.stop import Criterion, Deadline, StopText
+
+
+@dataclass(eq=False)
+class Row:
+    """One sequence while it grows.
+
+    Attributes:
+        index: its place among the rows of the call, which is its place in the result.
+        prompt: int64, the tokens that the model sees, without padding.
+        ids: int64 [max_length], the prompt as given (padding included), then what was generated.
+        length: how much of `ids` there is.
+        width: of a row that has ended, how much there was then (it may go on: see
+            `Request.lingers`).
+        logits: float32 [vocab] for the next token, when they are known already.
+        finish_reason: set once it has ended (see `output.Token`).
+        score: of beam search: its log-probability over its length penalty.
+        beams: of beam search: int32 [new], the beam of the call that each token continued.
+    """
+
+    request: Request
+    index: int
+    prompt: NDArray[np.int64]
+    ids: NDArray[np.int64]
+    length: int
+    pad: int
+    width: int = 0
+    logits: NDArray[np.float32] | None = None
+    finish_reason: str | None = None
+    score: float = float("nan")
+    beams: NDArray[np.int32] | None = None
+
+    @property
+    def history(self) -> NDArray[np.int64]:
+        """int64 [length]: the ids so far."""
+        return self.ids[: self.length]
+
+    @property
+    def generated(self) -> NDArray[np.int64]:
+        """int64 [new]: what was generated so far."""
+        return self.ids[self.request.prompt_length : self.length]
+
+    @property
+    def seen(self) -> NDArray[np.int64]:
+        """int64: what the model has seen or will see, the padding left out."""
+        return np.concatenate([self.prompt, self.generated])
+
+    def after(self, guess: Sequence[int] | NDArray[np.int64]) -> Row:
+        """This row as it would be if `guess` came next; for looking ahead."""
+        ids = np.concatenate([self.history, np.asarray(guess, np.int64)])
+        return Row(self.request, self.index, self.prompt, ids, len(ids), self.pad)
+
+    def unread(self, held: int) -> NDArray[np.int64]:
+        """int64 [new]: what the model has not seen of it, if it has seen `held` tokens."""
+        seen = len(self.prompt) + self.length - self.request.prompt_length
+        return self.ids[self.length - (seen - held) : self.length]
+
+    def push(self, token: int) -> None:
+        self.ids[self.length] = token
+        self.length += 1
+
+    def end(self, reason: str | None) -> None:
+        """End it here, if there is a reason and it has not ended before."""
+        if reason is not None and self.finish_reason is None:
+            self.finish_reason, self.width = reason, self.length
+
+
+@dataclass(eq=False)
+class Request:
+    """The rows of one call and what they share.
+
+    Attributes:
+        prompt_length: width of the prompt, padding included.
+        max_length: length, padding included, at which rows end.
+        chain: the processors; None where there is nothing to do. Requests with equal knobs may
+            share one, and rows that share one are processed together.
+        constraint: what the text of each row has to be, if anything.
+        forces: whether tokens that are certain by `constraint` are taken without a step.
+        unconditional: what classifier-free guidance steers away from, if it does.
+        prefix_cache: where keys and values of the prompts are kept across calls, if anywhere.
+        torch: the module, where the caller works with tensors and its generator is ours.
+        streams: the source of chance: one for all rows, or one for each; empty when greedy.
+        scores, logits: a step: float32 [rows, vocab], if asked for.
+        top_logprobs: a row: a step: the likeliest tokens, if asked for.
+        error: what ended its rows, if something went wrong while a token was chosen.
+    """
+
+    params: Params
+    prompts: Sequence[NDArray[np.int64]]
+    padded: NDArray[np.int64]
+    pads: NDArray[np.int64]
+    max_length: int
+    chain: Chain | None = None
+    criteria: Sequence[Criterion] = ()
+    stop_text: StopText | None = None
+    constraint: Constraint | None = None
+    forces: bool = False
+    unconditional: Unconditional | None = None
+    logprobs: bool = False  # whether tokens carry their log-probability
+    of_model: bool = False  # whether that is the model's own, and not of the processed scores
+    prefix_cache: PrefixCache | None = None
+    torch: Any | None = None
+    streams: list[pick.Stream] = field(default_factory=list)
+    scores: list[NDArray[np.float32]] = field(default_factory=list)
+    logits: list[NDArray[np.float32]] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        params = self.params
+        self.error: Exception | None = None
+        self.abandoned = False
+        self.deadline = Deadline(params.max_time)
+        self.eos = frozenset(params.eos_token_id or ())
+        for place, prompt in enumerate(self.prompts):
+            for copy in range(self.copies):
+                ids = np.zeros(self.max_length, np.int64)
+                ids[: self.prompt_length] = self.padded[place]
+                pad = int(self.pads[place])
+                row = Row(self, place * self.copies + copy, prompt, ids, self.prompt_length, pad)
+                self.rows.append(row)
+        self.top_logprobs: list[list[tuple[tuple[int, float], ...]]] = [[] for _ in self.rows]
+        if params.do_sample:
+            alone = self.rows if params.num_beams == 1 else self.prompts  # beams draw together
+            self.streams = streams(params.seed, len(alone), self.torch)
+
+    @property
+    def copies(self) -> int:
+        """Rows of each prompt."""
+        return self.params.num_return_sequences
+
+    @property
+    def prompt_length(self) -> int:
+        return int(self.padded.shape[1])
+
+    @property
+    def pad_token_id(self) -> int:
+        """What fills rows that end early: the pad token, or the first end-of-text token.
+
+        transformers' beam search takes a pad token of 0 for none, and without an end of text
+        it fills with -1 (`pad_token_id or eos_token_id[0] if eos_token_id is not None else -1`).
+        """
+        pad, eos = self.params.pad_token_id, self.params.eos_token_id
+        if self.params.num_beams > 1 and self.params.num_beam_groups == 1:
+            return (pad or eos[0]) if eos else -1
+        if pad is not None:
+            return pad
+        return eos[0] if eos else 0
+
+    @property
+    def lingers(self) -> bool:
+        """Whether rows that have ended go on until all have: transformers, without an eos."""
+        if self.abandoned or self.constraint is not None:
+            return False
+        return not self.eos and not any(hasattr(one, "eos_token_id") for one in self.criteria)
+
+    @property
+    def done(self) -> bool:
+        return all(row.finish_reason for row in self.rows)
+
+    def end(self, reason: str) -> None:
+        """End the rows that have not ended."""
+        for row in self.rows:
+            row.end(reason)
+
+    def fail(self, error: Exception) -> None:
+        """End its rows by an error, which whoever waits for them gets to see."""
+        self.error = error
+        self.abandon("error")
+
+    def abandon(self, reason: str) -> None:
+        """End the rows that have not ended, and let none linger."""
+        self.abandoned = True
+        self.end(reason)
+
+    @property
+    def width(self) -> int:
+        """How long the longest row is, or was when it ended."""
+        return max(row.width or row.length for row in self.rows)
+
+    def uniform(self, rows: Sequence[Row], size: int) -> list[pick.Words]:
+        """The draws [size] of each of `rows` (of this request) for its next token."""
+        lengths = [row.length for row in self.rows if not row.finish_reason or self.lingers]
+        if len(self.streams) == 1:
+            self.streams[0].forget(min(lengths) - self.prompt_length)
+        else:
+            for row in rows:
+                self.streams[row.index].forget(row.length - self.prompt_length)
+        return [self.draws(row.length - self.prompt_length, row.index, size) for row in rows]
+
+    def draws(self, step: int, index: int, size: int) -> pick.Words:
+        """The draws [size] of a row (of a prompt, if it has beams) at `step`, counted from 0."""
+        if self.params.num_beams > 1:  # all beams are at one step
+            self.streams[0 if len(self.streams) == 1 else index].forget(step)
+        if len(self.streams) == 1:
+            return self.streams[0].row(step, index, size)
+        return self.streams[index].row(step, 0, size)
+
+    def split_chain(self, names: Sequence[str] | None) -> tuple[Chain, Chain]:
+        """The processors in two parts: up to the last of those in `names`, and the rest.
+
+        The second part is empty if `names` is None.
+        """
+        steps = self.chain.steps if self.chain else ()
+        if names is None:
+            return Chain(steps), Chain()
+        border = max(
+            (place + 1 for place, (name, _) in enumerate(steps) if name in names), default=0
+        )
+        return Chain(steps[:border]), Chain(steps[border:])
+
+    @property
+    def keeps(self) -> bool:
+        """Whether anything of a step is recorded besides its tokens."""
+        return self.keeps_logits or self.keeps_scores or self.params.top_logprobs > 0
+
+    @property
+    def keeps_logits(self) -> bool:
+        """Whether the model's logits are kept: asked for, and there is a record to show them."""
+        return self.params.output_logits and self.params.return_dict_in_generate
+
+    @property
+    def keeps_scores(self) -> bool:
+        """Whether processed scores are kept, for the record and for stopping criteria."""
+        return self.params.output_scores and self.params.return_dict_in_generate
+
+    def keep(
+        self, rows: Sequence[Row], logits: NDArray[np.float32], scores: NDArray[np.float32]
+    ) -> None:
+        """Record what `output_logits`, `output_scores` and `top_logprobs` ask for.
+
+        Args:
+            rows: rows of this request, before they get their next token.
+            logits: float32 [rows, vocab], as the model gave them.
+            scores: the same after the processors.
+        """
+        asked = ((self.keeps_logits, self.logits, logits),
+                 (self.keeps_scores, self.scores, scores))  # fmt: skip
+        for wanted, steps, values in asked:
+            if wanted:
+                for row, line in zip(rows, values, strict=True):
+                    self._step(steps, row, values.shape[1])[row.index] = line
+        if self.params.top_logprobs:
+            seen = logits if self.of_model else scores
+            best = pick.top_logprobs(seen, self.params.top_logprobs)
+            for row, pairs in zip(rows, best, strict=True):
+                self.top_logprobs[row.index].append(tuple(pairs))
+
+    def _step(self, steps: list[NDArray[np.float32]], row: Row, vocab: int) -> NDArray[np.float32]:
+        """Where the next step of `row` is kept: [rows, vocab]; ended rows stay certain padding."""
+        if row.length - self.prompt_length == len(steps):
+            steps.append(self._blank(vocab))
+        return steps[row.length - self.prompt_length]
+
+    def _blank(self, vocab: int) -> NDArray[np.float32]:
+        """float32 [rows, vocab]: scores that make padding certain, as it is for ended rows."""
+        out = np.full((len(self.rows), vocab), -np.inf, np.float32)
+        out[:, self.pad_token_id] = 0
+        return out
+
+    def sequences(self) -> NDArray[np.int64]:
+        """int64 [rows, length]: prompts and what followed, padded on the right."""
+        return self.padded_to(self.width)
+
+    def padded_to(self, length: int) -> NDArray[np.int64]:
+        """int64 [rows, length]: the rows so far, cut there or padded on the right."""
+        out = np.full((len(self.rows), length), self.pad_token_id, np.int64)
+        for row in self.rows:
+            ids = row.history[:length]
+            out[row.index, : len(ids)] = ids
+        return out
+
+    def sequences_scores(self) -> NDArray[np.float32]:
+        """float32 [rows]: the scores of beam search."""
+        return np.array([row.score for row in self.rows], np.float32)
+
+    def beam_indices(self) -> NDArray[np.int32]:
+        """int32 [rows, new]: the beam that each token continued, -1 after the last."""
+        out = np.full((len(self.rows), self.width - self.prompt_length), -1, np.int32)
+        for row in self.rows:
+            if row.beams is not None:
+                out[row.index, : len(row.beams)] = row.beams
+        return out
+
+
+def streams(
+    seed: int | Sequence[int] | None, rows: int, torch: Any | None = None
+) -> list[pick.Stream]:
+    """One stream that `rows` share, or one for each where each has a seed.
+
+    Args:
+        torch: the module, if its default generator is to be drawn from where there is no seed.
+
+    Raises:
+        ValueError: another number of seeds than of rows.
+    """
+    if seed is None and torch is not None:
+        return [pick.TorchStream(torch, rows)]
+    if seed is None or isinstance(seed, int):
+        return [pick.Stream(seed, rows)]
+    if len(seed) != rows:
+        raise ValueError(f"seed has {len(seed)} values for {rows} rows: give one, or one a row")
+    return [pick.Stream(one) for one in seed]
+
+
+def by_request(rows: Sequence[Row]) -> list[tuple[Request, list[int]]]:
+    """The requests behind `rows`, each with the places of its rows."""
+    groups: dict[int, tuple[Request, list[int]]] = {}
+    for place, row in enumerate(rows):
+        groups.setdefault(id(row.request), (row.request, []))[1].append(place)
+    return list(groups.values())
+
+
+def context(rows: Sequence[Row]) -> Context:
+    """What processors see of `rows`."""
+    return Context(
+        ids=[row.history for row in rows],
+        prompt_lengths=np.array([row.request.prompt_length for row in rows]),
+        pads=np.array([row.pad for row in rows]),
+        batch_ids=np.array([row.index // row.request.copies for row in rows]),
+        beams=np.array([row.index for row in rows]),
+        max_lengths=np.array([row.request.max_length for row in rows]),
+    )
+
+
+def context_of_beams(
+    request: Request,
+    ids: Sequence[NDArray[np.int64]],
+    prompts: NDArray[np.int64],
+    beams: NDArray[np.int64],
+) -> Context:
+    """What processors see of beams.
+
+    Args:
+        ids: int64 [length] of each beam.
+        prompts: int64 [beams], which prompt of the call each belongs to.
+        beams: int64 [beams], which beam of the call each is.
+    """
+    return Context(
+        ids=ids,
+        prompt_lengths=np.full(len(ids), request.prompt_length),
+        pads=request.pads[prompts],
+        batch_ids=prompts,
+        max_lengths=np.full(len(ids), request.max_length),
+        beams=beams,
+    )

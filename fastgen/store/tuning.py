@@ -1,0 +1,105 @@
+"""How a model runs best on this machine: what `fastgen tune` measured and left beside the model.
+
+Without it, a model runs on all physical cores, which spin while they wait for each other.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import platform
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import onnxruntime
+
+from fastgen.store import files, jsonfile
+from fastgen.store.jsonfile import is_count, is_object, take
+from fastgen.system.cpu import cpu_name, physical_cores, usable_cpus
+
+FILE = "tuned.json"
+MOST_THREADS = 2**16  # of any machine
+READ_AS = ("same", "int8")  # how prompts can be read: with the weights of all else, or with int8
+
+# Kernels that onnxruntime has besides its default, by the processors that have them: session
+# entries that are tried, and the only ones that are taken from a file.
+KERNELS: dict[str, list[dict[str, str]]] = {
+    "aarch64": [{"mlas.enable_gemm_fastmath_arm64_bfloat16": "1"}],
+    "arm64": [{"mlas.enable_gemm_fastmath_arm64_bfloat16": "1"}],
+}
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Settings of a session.
+
+    Attributes:
+        threads: of a step.
+        spinning: whether threads spin while they wait for more of a step, or sleep.
+        entries: session configuration entries of onnxruntime that choose kernels.
+        prompts: how they are read, "same" or "int8"; see `fastgen.load`.
+    """
+
+    threads: int = field(default_factory=physical_cores)
+    spinning: bool = True
+    entries: dict[str, str] = field(default_factory=dict)
+    prompts: str = "same"
+
+    def __str__(self) -> str:
+        kernels = [f"{name}={value}" for name, value in self.entries.items()]
+        waiting = [] if self.spinning else ["sleeping"]
+        prompts = [] if self.prompts == "same" else [f"prompts in {self.prompts}"]
+        plural = "s" if self.threads > 1 else ""
+        return ", ".join([f"{self.threads} thread{plural}", *waiting, *kernels, *prompts])
+
+
+def here() -> dict[str, str | int]:
+    """What a measurement holds for: this processor, as many CPUs, this onnxruntime."""
+    return {
+        "cpu": cpu_name(),
+        "machine": platform.machine(),
+        "cpus": len(usable_cpus()),
+        "onnxruntime": onnxruntime.__version__,
+    }
+
+
+def read(directory: Path) -> Tuning | None:
+    """What was measured for this machine; None if nothing was, or it is another machine's.
+
+    Raises:
+        ModelError: the file holds what no measurement here leaves; it says what to do.
+    """
+    path = directory / FILE
+    if not path.is_file():
+        return None
+    advice = f"delete it, or run `fastgen tune {directory}` again"
+    found = jsonfile.read(path, advice)
+    measured = take(found, path, "here", is_object, "an object", advice)
+    settings = take(found, path, "tuning", is_object, "an object", advice)
+    settings = {"prompts": "same"} | settings  # which older versions did not write
+    setting = functools.partial(take, settings, path, advice=advice)
+    mine = measured == here()
+    most = len(usable_cpus()) if mine else MOST_THREADS
+    tuning = Tuning(
+        threads=setting("threads", lambda v: is_count(v, most), f"a number from 1 to {most}"),
+        spinning=setting("spinning", lambda v: isinstance(v, bool), "true or false"),
+        entries=setting(
+            "entries",
+            lambda v: v in [{}, *kernels()] if mine else is_object(v),
+            "entries that `fastgen tune` tries on this machine",
+        ),
+        prompts=setting("prompts", lambda v: v in READ_AS, " or ".join(READ_AS)),
+    )
+    return tuning if mine else None
+
+
+def kernels() -> list[dict[str, str]]:
+    """The session entries that may be faster than none on this processor."""
+    return KERNELS.get(platform.machine().lower(), [])
+
+
+def write(directory: Path, tuning: Tuning) -> None:
+    """Leave `tuning` beside the model, at once and whole."""
+    content = {"here": here(), "tuning": asdict(tuning)}
+    with files.written("the tuning's file", directory / FILE) as made:
+        made.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,263 @@
+"""How fast models are on this machine: reading prompts, one row, many rows, beams, threads.
+
+A case is a call of `generate` whose length is forced. In every round each model is loaded, does
+every case once and is dropped, and medians of the rounds count: a busy minute hits all of them, and
+memory never holds more than one.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from fastgen.engine import memory_estimate
+from fastgen.engine.call import Objects, prepare
+from fastgen.engine.model import Model
+from fastgen.inputs.params import Params
+from fastgen.store.model_info import ModelInfo
+from fastgen.store.tuning import Tuning, read
+from fastgen.system.cpu import cpu_name, memory_bytes, physical_cores, usable_cpus
+from fastgen.text.tokenizer import Tokenizer
+
+WARM = 3  # new tokens of the call before a case, which is not timed
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call that is timed.
+
+    Attributes:
+        kind: "read" for a prompt up to its first token; "rows" and "beams" for the steps after it.
+        prompt: tokens of each row's prompt.
+        new: tokens that follow.
+        rows: rows that are generated together.
+        beams: width of the search; 1 for none.
+    """
+
+    kind: str
+    prompt: int
+    new: int
+    rows: int = 1
+    beams: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """What is counted: tokens of the prompt, or those of all rows after the first."""
+        return self.prompt if self.kind == "read" else self.rows * (self.new - 1)
+
+    @property
+    def steps(self) -> int:
+        """Among which the seconds are divided: to the first token it is one."""
+        return 1 if self.kind == "read" else self.new - 1
+
+
+@dataclass
+class Result:
+    """A case of one model with a number of threads, and the seconds of each round."""
+
+    model: str
+    case: Case
+    threads: int
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second, by the median."""
+        return self.case.tokens / statistics.median(self.seconds)
+
+    @property
+    def milliseconds(self) -> float:
+        """Of a step, or until the first token."""
+        return 1e3 * statistics.median(self.seconds) / self.case.steps
+
+    @property
+    def spread(self) -> float:
+        """Half of what lies between the slowest round and the fastest, as a share of the median."""
+        return (max(self.seconds) - min(self.seconds)) / 2 / statistics.median(self.seconds)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return asdict(self) | {
+            "tokens_per_second": self.rate,
+            "milliseconds": self.milliseconds,
+            "spread": self.spread,
+        }
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is to be timed; None for what is usual, as far as it fits."""
+
+    prompts: Sequence[int] | None = None
+    rows: Sequence[int] | None = None
+    beams: Sequence[int] | None = None
+    threads: Sequence[int] | None = None
+    new: int = 32
+
+
+PROMPTS, ROWS, BEAMS = (64, 512), (1, 8, 32), (4,)
+
+
+def thread_counts() -> list[int]:
+    """1, 2, 4 and so on, up to the physical cores."""
+    cores = physical_cores()
+    return sorted({*(2**n for n in range(cores.bit_length())), cores})
+
+
+def cases(infos: Mapping[str, ModelInfo], asked: Asked) -> tuple[list[Case], list[str]]:
+    """What is timed of every model, and what is left out since it does not fit one of them.
+
+    Raises:
+        ValueError: what was asked for does not fit a model's positions, or the memory.
+    """
+    prompts = _lengths(infos, asked)
+    out = [Case("read", prompt, 1) for prompt in prompts]
+    out += [Case("rows", prompts[0], asked.new, rows=n) for n in asked.rows or ROWS]
+    out += [Case("beams", prompts[0], asked.new, beams=n) for n in asked.beams or BEAMS]
+    given = {"read": True, "rows": bool(asked.rows), "beams": bool(asked.beams)}
+    notes: list[str] = []
+    for case in list(out):
+        try:
+            for info in infos.values():
+                _check_room(info, case)
+        except ValueError as error:
+            if given[case.kind] or case.rows * case.beams == 1:
+                raise
+            out.remove(case)
+            notes.append(f"left out: {title(case)}: {error}")
+    return out, notes
+
+
+def _lengths(infos: Mapping[str, ModelInfo], asked: Asked) -> list[int]:
+    """The prompts' lengths: those that were asked for, or the usual ones cut to what fits."""
+    limits = {name: one.max_length for name, one in infos.items() if one.max_length is not None}
+    if not limits:
+        return list(asked.prompts or PROMPTS)
+    name = min(limits, key=lambda one: limits[one])
+    room = limits[name] - asked.new
+    if room < 1:
+        raise ValueError(f"{name} takes {limits[name]} positions, --new {asked.new} leaves none")
+    for prompt in asked.prompts or ():
+        if prompt > room:
+            raise ValueError(
+                f"{name} takes {limits[name]} positions, which --prompt {prompt} and --new "
+                f"{asked.new} exceed"
+            )
+    return list(asked.prompts or dict.fromkeys(min(prompt, room) for prompt in PROMPTS))
+
+
+def _check_room(info: ModelInfo, case: Case) -> None:
+    params = Params(num_beams=case.beams)
+    parts = memory_estimate.of_call(info, params, case.rows, case.prompt, case.prompt + case.new)
+    memory_estimate.check(parts, "fewer rows or beams, or a shorter prompt, need less")
+
+
+def title(case: Case) -> str:
+    """A case in words: "reading 64 tokens", "8 rows", "4 beams"."""
+    if case.kind == "read":
+        return f"reading {case.prompt:,} tokens"
+    return f"{case.beams} beams" if case.kind == "beams" else rows(case.rows)
+
+
+def rows(count: int) -> str:
+    """ "1 row", "8 rows"."""
+    return f"{count:,} row{'s' * (count > 1)}"
+
+
+def planned(
+    models: Mapping[str, Path], timed: Sequence[Case], threads: Sequence[int] | None
+) -> list[list[Result]]:
+    """What is measured, still empty: those of one load together.
+
+    All cases run with the most of the threads that are asked for, else with those that the model
+    was tuned to. With other numbers of threads, the longest prompt and the fewest rows.
+
+    Args:
+        models: the directory of each, by the name that it is shown with.
+        threads: to compare; None for `thread_counts`.
+    """
+    usual = {name: (read(place) or Tuning()).threads for name, place in models.items()}
+    most = max(threads) if threads else None
+    loads = [[Result(name, case, most or usual[name]) for case in timed] for name in models]
+    longest = max((one for one in timed if one.kind == "read"), key=lambda one: one.prompt)
+    fewest = min((one for one in timed if one.kind == "rows"), key=lambda one: one.rows)
+    for count in threads or thread_counts():
+        for name in models:
+            if count != (most or usual[name]):
+                loads.append([Result(name, case, count) for case in (longest, fewest)])
+    return loads
+
+
+def measure(
+    models: Mapping[str, Path],
+    loads: Sequence[Sequence[Result]],
+    rounds: int,
+    shown: Callable[[], None] = lambda: None,
+) -> None:
+    """Fill in what `planned` gave, round after round.
+
+    Args:
+        shown: called after each timing.
+
+    Raises:
+        ModelError: a directory cannot be used.
+        ValueError: a number of threads, or beams that a vocabulary does not have.
+    """
+    for _ in range(rounds):
+        for load in loads:
+            model = Model(models[load[0].model], load[0].threads)
+            for result in load:
+                run(model, replace(result.case, new=min(result.case.new, WARM)))
+                result.seconds.append(run(model, result.case))
+                shown()
+
+
+def run(model: Model, case: Case) -> float:
+    """Seconds of a case: up to the first token, or of the steps after it."""
+    ids = np.random.default_rng(0).integers(0, model.info.vocab_size, (case.rows, case.prompt))
+    knobs = {"max_new_tokens": case.new, "num_beams": case.beams, "eos_token_id": None}
+    mask = np.ones_like(ids)
+    start = time.perf_counter()
+    call = prepare(model, {}, _no_tokenizer, ids, Objects(attention_mask=mask), knobs)
+    # A search tells its tokens when it has found them all; before, each step gives nothing.
+    ends = [time.perf_counter() for events in call.steps() if not (events and case.beams > 1)]
+    if case.kind == "read":
+        return ends[-1] - start
+    # The first token of plain rows comes of the prompt alone; beams go on to the next one at once.
+    return ends[-1] - ends[-case.new - (case.beams > 1)]
+
+
+def _no_tokenizer() -> Tokenizer:
+    raise AssertionError("no text is asked for")
+
+
+def machine() -> dict[str, Any]:
+    """What a measurement holds for: the processor and the versions of what runs."""
+    import fastgen
+
+    return {
+        "processor": cpu_name(),
+        "cores": physical_cores(),
+        "cpus": len(usable_cpus()),
+        "memory_bytes": memory_bytes(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "fastgen": fastgen.__version__,
+        "onnxruntime": onnxruntime.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def labels(given: Sequence[str]) -> list[str]:
+    """What models are shown as: the last part of a path or a hub id, or all where two are alike."""
+    last = [Path(os.path.abspath(one)).name for one in given]
+    return [name if last.count(name) == 1 else one for name, one in zip(last, given, strict=True)]

@@ -1,0 +1,251 @@
+"""What `measure` found, for people: bars in the terminal, and a PNG."""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastgen.system import extras
+from fastgen.timing.measure import Case, Result, title
+
+NUMBERS = 29  # columns: tokens a second, the time, the spread
+LEAST_BAR = 8  # where there are fewer columns, there are no bars
+SHORTEST = 8  # columns of a model's name
+MOST_FLAT = 3  # models whose numbers stand beside each other above their bars
+EIGHTHS = " ▏▎▍▌▋▊▉█"  # of a column, in blocks
+PLAIN = " #"  # for streams that cannot show them
+
+
+def drawable() -> Any:
+    """matplotlib's `Figure`, if it is there.
+
+    Raises:
+        ValueError: it is not; it says what to install.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError(f"a PNG needs matplotlib: {extras.install('bench')}") from error
+    return Figure
+
+
+def of_machine(machine: Mapping[str, Any]) -> str:
+    """The machine in a line."""
+    memory = machine["memory_bytes"]
+    cores = f"{machine['cores']} core{'s' * (machine['cores'] > 1)}"
+    parts = [machine["processor"], cores, *([f"{memory / 1e9:,.1f} GB"] if memory else [])]
+    versions = [f"{name} {machine[name]}" for name in ("fastgen", "onnxruntime", "numpy")]
+    return ", ".join([*parts, *versions, f"Python {machine['python']}"])
+
+
+# --- what belongs together -----------------------------------------------------------------------
+
+
+def of_kind(found: Sequence[Result]) -> dict[str, dict[Case, list[Result]]]:
+    """By kind and case, of each model its first result; the others are about threads."""
+    out: dict[str, dict[Case, list[Result]]] = {}
+    seen = set()
+    for one in found:
+        if (one.model, one.case) not in seen:
+            seen.add((one.model, one.case))
+            out.setdefault(one.case.kind, {}).setdefault(one.case, []).append(one)
+    return out
+
+
+def of_threads(found: Sequence[Result]) -> dict[Case, dict[int, list[Result]]]:
+    """The cases that ran with several numbers of threads: the results of each number."""
+    ran = collections.Counter((one.model, one.case) for one in found)
+    cases = dict.fromkeys(case for (_, case), times in ran.items() if times > 1)
+    return {
+        case: {
+            count: [one for one in found if (one.case, one.threads) == (case, count)]
+            for count in sorted({one.threads for one in found if one.case == case})
+        }
+        for case in cases
+    }
+
+
+def models(found: Sequence[Result]) -> list[str]:
+    return list(dict.fromkeys(one.model for one in found))
+
+
+# --- in the terminal -----------------------------------------------------------------------------
+
+
+def lines(found: Sequence[Result], width: int, encoding: str) -> Iterator[str]:
+    """A table with bars, which are scaled within each of its parts.
+
+    Args:
+        found: what was measured.
+        width: of the terminal, in columns.
+        encoding: of the stream that shows it: bars are blocks, or `#` where it has none.
+    """
+    kinds = of_kind(found)
+    rest = [case for kind in ("rows", "beams") for case in kinds.get(kind, ())]
+    parts = {
+        "reading a prompt": {
+            f"{case.prompt:,} tokens": ones for case, ones in kinds["read"].items()
+        },
+        f"new tokens, after {rest[0].prompt:,}": {
+            title(case): kinds[case.kind][case] for case in rest
+        },
+    }
+    for case, by_count in of_threads(found).items():
+        parts[f"{title(case)}, by threads"] = {
+            f"{count} thread{'s' * (count > 1)}": ones for count, ones in by_count.items()
+        }
+    labels = max(len(label) for part in parts.values() for label in part)
+    several = len(models(found)) > 1
+    names = max(map(len, models(found))) if several else 0
+    names = min(names, max(SHORTEST, width - labels - NUMBERS - LEAST_BAR - 6))
+    left = max(2 + labels + 2 + names, *map(len, parts))
+    draw, room = _bar(encoding), width - left - NUMBERS - 2
+    for heading, part in parts.items():
+        every = [one for ones in part.values() for one in ones]
+        unit = "first token" if every[0].case.kind == "read" else "a step"
+        yield f"{heading:<{left}}{'tokens/s':>10}{unit:>13}{'+-':>6}"
+        most = max(one.rate for one in every)
+        for label, ones in part.items():
+            for place, one in enumerate(ones):
+                name = f"{'' if place else label:<{labels}}"
+                name += f"  {_cut(one.model, names)}" if several else ""
+                bar = draw(one.rate / most * room) if room >= LEAST_BAR else ""
+                numbers = f"{_number(one.rate):>10}{_time(one.milliseconds):>13}{_spread(one):>6}"
+                yield f"{f'  {name}':<{left}}{numbers}  {bar}".rstrip()
+        yield ""
+
+
+def _number(rate: float) -> str:
+    """With three digits at least."""
+    digits = max(0, 2 - math.floor(math.log10(rate))) if 0 < rate < 100 else 0
+    return f"{rate:,.{digits}f}"
+
+
+def _time(milliseconds: float) -> str:
+    if milliseconds >= 1000:
+        return f"{_number(milliseconds / 1000)} s"
+    return f"{_number(milliseconds)} ms"
+
+
+def _spread(result: Result) -> str:
+    return f"{result.spread:.0%}" if len(result.seconds) > 1 else ""
+
+
+def _cut(text: str, width: int) -> str:
+    """A text in so many columns; its end tells more than its beginning."""
+    return text if len(text) <= width else "~" + text[len(text) - width + 1 :]
+
+
+def _bar(encoding: str) -> Callable[[float], str]:
+    """What draws a bar of so many columns."""
+    try:
+        EIGHTHS.encode(encoding)
+        marks = EIGHTHS
+    except (LookupError, UnicodeEncodeError):
+        marks = PLAIN
+    parts = len(marks) - 1
+
+    def draw(columns: float) -> str:
+        whole, rest = divmod(max(1, round(columns * parts)), parts)
+        return marks[-1] * whole + (marks[rest] if rest else "")
+
+    return draw
+
+
+# --- as a picture --------------------------------------------------------------------------------
+
+
+def png(found: Sequence[Result], machine: Mapping[str, Any], rounds: int, path: Path) -> None:
+    """Draw panels of prompts, rows and beams, and below them threads; a colour for each model.
+
+    Raises:
+        ValueError: matplotlib is not there.
+    """
+    colours = {model: f"C{place % 10}" for place, model in enumerate(models(found))}
+    kinds, threads = of_kind(found), of_threads(found)
+    size = 10 + max(1, len(colours) - MOST_FLAT), 7.5 if threads else 4.2
+    figure = drawable()(figsize=size, layout="constrained")
+    grid = figure.add_gridspec(2 if threads else 1, 1)
+    for axis, cases in zip(_row(grid[0], kinds), kinds.values(), strict=True):
+        _bars(axis, cases, colours)
+    curves = _row(grid[1], threads) if threads else []
+    for axis, (case, by_count) in zip(curves, threads.items(), strict=True):
+        _curves(axis, case, by_count, colours)
+    for axis in figure.axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.yaxis.set_major_formatter("{x:,.0f}")
+        axis.tick_params(labelsize=8)
+    if len(colours) > 1:
+        handles, names = figure.axes[0].get_legend_handles_labels()
+        columns = min(4, len(colours))
+        figure.legend(
+            handles, names, loc="outside lower center", ncols=columns, frameon=False, fontsize=9
+        )
+    whose = f"{next(iter(colours))}\n" if len(colours) == 1 else ""
+    many = f"medians of {rounds} rounds" if rounds > 1 else "one round"
+    figure.suptitle(f"{whose}{of_machine(machine)}; {many}", fontsize=9)
+    figure.savefig(path, dpi=130, format="png")
+
+
+def _row(place: Any, panels: Mapping[Any, Mapping[Any, Any]]) -> list[Any]:
+    """Axes beside each other at a place of a figure's grid, each as wide as what it shows."""
+    shares = [1 + len(one) for one in panels.values()]
+    ends = itertools.accumulate(shares)
+    grid = place.subgridspec(1, sum(shares))
+    return [
+        place.get_gridspec().figure.add_subplot(grid[0, end - share : end])
+        for share, end in zip(shares, ends, strict=True)
+    ]
+
+
+def _bars(axis: Any, cases: Mapping[Case, Sequence[Result]], colours: Mapping[str, str]) -> None:
+    """A group of bars for each case of one kind, in it a bar for each model."""
+    first, width = next(iter(cases)), 0.8 / len(colours)
+    upright = len(colours) > MOST_FLAT
+    for place, (model, colour) in enumerate(colours.items()):
+        ones = [next(one for one in found if one.model == model) for found in cases.values()]
+        at = [x + width * (place - (len(colours) - 1) / 2) for x in range(len(ones))]
+        rates = [one.rate for one in ones]
+        drawn = axis.bar(at, rates, 0.92 * width, color=colour, label=model)
+        texts = [_number(one.rate) for one in ones]
+        if first.kind == "read":
+            between = "  " if upright else "\n"
+            texts = [t + between + _time(o.milliseconds) for t, o in zip(texts, ones, strict=True)]
+        axis.bar_label(drawn, texts, fontsize=7, padding=3, rotation=90 if upright else 0)
+    texts_take = (0.5 if first.kind == "read" else 0.2) if upright else 0.12
+    axis.set_ylim(0, (1 + texts_take) * max(one.rate for found in cases.values() for one in found))
+    about = {
+        "read": ("Reading a prompt", "tokens of the prompt; ms until the first new one"),
+        "rows": (f"New tokens after a prompt of {first.prompt:,}", "rows generated together"),
+        "beams": ("Beam search", "beams"),
+    }[first.kind]
+    counts = {"read": [case.prompt for case in cases], "rows": [case.rows for case in cases],
+              "beams": [case.beams for case in cases]}[first.kind]  # fmt: skip
+    axis.set_xticks(range(len(counts)), [f"{count:,}" for count in counts])
+    axis.set_xlim(-0.6, len(counts) - 0.4)
+    axis.set_title(about[0], fontsize=9)
+    axis.set_xlabel(about[1], fontsize=9)
+    axis.set_ylabel("tokens/s of all rows" if first.kind == "rows" else "tokens/s", fontsize=9)
+
+
+def _curves(
+    axis: Any, case: Case, by_count: Mapping[int, Sequence[Result]], colours: Mapping[str, str]
+) -> None:
+    """Tokens a second by threads, a line for each model."""
+    for model, colour in colours.items():
+        ones = [one for found in by_count.values() for one in found if one.model == model]
+        counts, rates = [one.threads for one in ones], [one.rate for one in ones]
+        axis.plot(counts, rates, "o-", color=colour, label=model)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(list(by_count), [str(count) for count in by_count])
+    axis.minorticks_off()
+    axis.set_xlim(min(by_count) / 1.3, max(by_count) * 1.3)
+    axis.set_ylim(0, 1.1 * max(one.rate for found in by_count.values() for one in found))
+    name = title(case)
+    axis.set_title(f"{name[0].upper()}{name[1:]}, by threads", fontsize=9)
+    axis.set_xlabel("threads", fontsize=9)
+    axis.set_ylabel("tokens/s", fontsize=9)

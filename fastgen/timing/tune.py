@@ -1,0 +1,174 @@
+"""Measure on this machine: which model, how many threads, which kernels.
+
+Every candidate is loaded, warmed up, timed and dropped, in turn and in several rounds; medians
+count. So a busy minute hits all of them, and memory never holds more than one.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastgen.engine.model import Model
+from fastgen.engine.prefill import prefill as read
+from fastgen.errors import ModelError
+from fastgen.sampling.softmax import log_softmax
+from fastgen.store import jsonfile
+from fastgen.store.jsonfile import is_number, is_object, take
+from fastgen.store.model_info import ModelInfo
+from fastgen.store.report import REPORT
+from fastgen.store.tuning import Tuning, kernels
+from fastgen.system.cpu import physical_cores, usable_cpus
+
+NEAR = 0.03  # of two that are as near as this, the one with fewer threads, or that sleeps, wins
+CLOSE = 1e-3  # KL divergence in nats that kernels may add
+ROUNDED = 0.02  # and prompts in int8, which round activations otherwise: who asks for them knows
+WARM = 2  # steps that are not timed
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is timed: so many rows, a prompt, and tokens after it."""
+
+    rows: int = 1
+    prompt: int = 64
+    new: int = 32
+
+
+@dataclass
+class Candidate:
+    """A model with settings, and what was measured of it.
+
+    Attributes:
+        decode: seconds of a step, by round.
+        prefill: seconds to the first token, by round.
+        divergence: KL from what the model's default settings say, in nats.
+    """
+
+    directory: Path
+    tuning: Tuning
+    decode: list[float] = field(default_factory=list)
+    prefill: list[float] = field(default_factory=list)
+    divergence: float = 0.0
+
+    def seconds(self, new: int) -> float:
+        """Of a whole call: the prompt and `new` tokens."""
+        return statistics.median(self.prefill) + new * statistics.median(self.decode)
+
+
+def candidates(directory: Path, prompts: str = "same") -> list[Candidate]:
+    """The settings that are tried with a model.
+
+    Args:
+        prompts: how they may be read besides, where the model can (see `fastgen.load`).
+    """
+    threads = {1, physical_cores(), len(usable_cpus())}
+    count = physical_cores() // 2
+    while count > 1:  # wide machines run out of memory bandwidth before they run out of cores
+        threads.add(count)
+        count //= 2
+    plain = [Tuning(threads=n) for n in sorted(threads)]
+    sleeping = [Tuning(threads=n, spinning=False) for n in sorted(threads) if n > 1]
+    others = [Tuning(threads=physical_cores(), entries=entries) for entries in kernels()]
+    if prompts != "same" and ModelInfo.read(directory).can_read_prompts:
+        others += [replace(tuning, prompts=prompts) for tuning in plain]
+    return [Candidate(directory, tuning) for tuning in plain + sleeping + others]
+
+
+def measure(
+    found: Sequence[Candidate],
+    work: Workload,
+    rounds: int,
+    shown: Callable[[], None],
+) -> None:
+    """Time every candidate in each round, in place.
+
+    Args:
+        found: the candidates of all models.
+        work: what is timed.
+        rounds: how often; the first of each process warms the file cache too.
+        shown: called after each timing.
+    """
+    said: dict[Path, NDArray[np.float32]] = {}  # by default settings, which come first
+    for _ in range(rounds):
+        for one in found:
+            model = Model(one.directory, tuning=one.tuning)
+            prefill, decode, logits = _timed(model, work)
+            one.prefill.append(prefill)
+            one.decode.append(decode)
+            expected = log_softmax(said.setdefault(one.directory, logits))
+            difference = np.exp(expected) * (expected - log_softmax(logits))
+            one.divergence = max(one.divergence, float(difference.sum(axis=-1).mean()))
+            shown()
+
+
+def _timed(model: Model, work: Workload) -> tuple[float, float, NDArray[np.float32]]:
+    """Seconds of the prompt and of a step, and float32 [rows, vocab] after the prompt."""
+    new = work.new + WARM
+    limit = model.info.max_length or work.prompt + new
+    length = max(1, min(work.prompt, limit - new))
+    if length + new > limit:
+        raise ValueError(f"{model.directory} takes {limit} positions: tune with fewer new tokens")
+    ids = np.random.default_rng(0).integers(0, model.info.vocab_size, (work.rows, length))
+    for _ in range(2):
+        cache = model.new_cache(work.rows, length + new)
+        start = time.perf_counter()
+        logits = read(model, cache, list(ids), 0)
+        prefill = time.perf_counter() - start
+    for step in range(new):
+        if step == WARM:
+            start = time.perf_counter()
+        model.forward(list(ids[:, -1:]), cache)
+    return prefill, (time.perf_counter() - start) / work.new, logits
+
+
+def best(found: Sequence[Candidate], new: int) -> Candidate:
+    """The fastest, or one that is nearly as fast and takes less of the machine."""
+    allowed = [
+        one
+        for one in found
+        if one.divergence <= (CLOSE if one.tuning.prompts == "same" else ROUNDED)
+    ]
+    fastest = min(one.seconds(new) for one in allowed)
+    near = [one for one in allowed if one.seconds(new) <= (1 + NEAR) * fastest]
+    return min(near, key=lambda one: (one.tuning.threads, one.tuning.spinning, one.seconds(new)))
+
+
+def within(directory: Path, max_kl: float, min_top1: float) -> bool:
+    """Whether a model's own report keeps the accuracy budget. fp32 was proved equal."""
+    kl, top1 = accuracy(directory)
+    return kl <= max_kl and top1 >= min_top1
+
+
+def accuracy(directory: Path) -> tuple[float, float]:
+    """KL divergence in nats from the original, and the share of equal likeliest tokens.
+
+    Raises:
+        ModelError: the directory has no report, or one that does not say this.
+    """
+    path = directory / REPORT
+    if not path.is_file():
+        raise ModelError(f"{directory} has no {REPORT}: export the model again")
+    report = jsonfile.read(path)
+    where = "quality" if report.get("quality") else "logits"
+    found = take(report, path, where, is_object, "an object")
+    kl, top1 = (take(found, path, name, is_number, "a number") for name in ("kl", "top1"))
+    return float(kl), float(top1)
+
+
+def table(found: Sequence[Candidate], chosen: Sequence[Candidate], new: int) -> Iterator[str]:
+    """Lines that say what was measured, `*` for what is chosen for each model."""
+    yield f"{'':2}{'model':<28}{'settings':<28}{'ms a token':>11}{'prompt ms':>11}{'KL':>9}"
+    for one in found:
+        kl, _ = accuracy(one.directory)
+        yield (
+            f"{'*' if one in chosen else '':2}{one.directory.name:<28}{one.tuning!s:<28}"
+            f"{1e3 * statistics.median(one.decode):>11.2f}"
+            f"{1e3 * statistics.median(one.prefill):>11.1f}{kl + one.divergence:>9.1e}"
+        )

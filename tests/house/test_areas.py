@@ -1,0 +1,338 @@
+"""The areas of the house: what each holds, and what it may import.
+
+`AREAS` is the plan. docs/architecture.md shows it; `python tests/house/test_areas.py` draws that
+picture again after a change.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MAP = ROOT / "docs" / "architecture.md"
+
+# From the top to the bottom. Of each area: what it may import, and its modules, a line a floor: a
+# module imports those of lower floors, and none beside it.
+AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "__main__": (
+        "commands system",
+        (),
+    ),
+    "commands": (
+        "jobs/ray jobs serve serve/tools timing conversation export fastgen engine sampling "
+        "store inputs system",
+        (
+            "batch chat generate score serve tune",
+            "bench export info models rows",
+            "knobs say",
+        ),
+    ),
+    "jobs/ray": (
+        "jobs serve generator engine store inputs system errors",
+        (
+            "spread",
+            "cluster replicas",
+            "files node",
+        ),
+    ),
+    "jobs": (
+        "serve generator engine text store inputs system",
+        (
+            "generation scoring",
+            "ask job",
+            "openai source",
+            "journal parquet row",
+        ),
+    ),
+    "serve": (
+        "serve/tools fastgen generator engine sampling text inputs system",
+        (
+            "routes",
+            "chats completions knobs",
+            "service",
+            "door wire",
+            "limits metrics server",
+            "answers dialects document engine reasoning refused rendered",
+        ),
+    ),
+    "serve/tools": (
+        "generator sampling text inputs",
+        (
+            "shown",
+            "granite",
+            "deepseek glm llama mistral plain qwen_xml smollm3",
+            "command_r gemma harmony hermes kimi",
+            "choice format",
+            "form",
+            "typed",
+            "json_text whole",
+            "reader",
+        ),
+    ),
+    "timing": (
+        "fastgen engine sampling text store inputs system errors",
+        (
+            "plot",
+            "measure tune",
+        ),
+    ),
+    "conversation": (
+        "generator engine text store inputs system",
+        (),
+    ),
+    "export": (
+        "export/build export/torch_model export/onnx_folder export/prove export/trace "
+        "export/quantize export/source export/rewrite fastgen generator engine store system "
+        "errors",
+        (
+            "pipeline",
+            "demo requirements",
+            "bundle manual progress",
+        ),
+    ),
+    "export/build": (
+        "export/torch_model export/prove export/quantize export/source export/rewrite fastgen "
+        "generator engine sampling store errors",
+        (
+            "proved",
+            "origin",
+            "families",
+            "graph rotary",
+            "decoder weights",
+        ),
+    ),
+    "export/torch_model": (
+        "export/prove export/trace export/source fastgen text store system errors",
+        (
+            "original",
+            "source",
+            "adapter text",
+        ),
+    ),
+    "export/onnx_folder": (
+        "export/prove export/source export/rewrite fastgen store errors",
+        (
+            "origin",
+            "rewrite",
+            "rotary",
+            "shapes",
+            "attention plain prepare",
+            "folder signature",
+        ),
+    ),
+    "export/prove": (
+        "export/trace export/quantize export/source generator engine sampling text store",
+        (
+            "check",
+            "corpus profile quality",
+        ),
+    ),
+    "export/trace": (
+        "export/quantize export/rewrite errors",
+        (
+            "graph",
+            "refuse",
+            "hooks",
+            "repeat sparse states",
+            "attention experts rope stored",
+        ),
+    ),
+    "export/quantize": (
+        "export/rewrite sampling store system",
+        (
+            "recipe",
+            "kv_int8 smooth",
+            "calibrate gptq prefill_int8",
+            "kernels",
+            "rotate",
+            "parts",
+        ),
+    ),
+    "export/source": (
+        "store errors",
+        ("checkpoint origin vocabulary",),
+    ),
+    "export/rewrite": (
+        "store",
+        (
+            "window",
+            "node onnx_file trim",
+        ),
+    ),
+    "fastgen": (
+        "generator engine text inputs errors",
+        (),
+    ),
+    "generator": (
+        "engine sampling text store inputs",
+        (),
+    ),
+    "params": (
+        "inputs",
+        (),
+    ),
+    "engine": (
+        "sampling text store inputs system errors",
+        (
+            "schedule",
+            "call",
+            "beam speculative",
+            "batch",
+            "request score",
+            "guidance memory_estimate",
+            "prefill",
+            "prompt_reader",
+            "model prefix_cache",
+            "cache kv_int8 output prefill_int8",
+        ),
+    ),
+    "sampling": (
+        "text inputs system",
+        (
+            "constraint",
+            "pick processors trial",
+            "schema softmax stop trial_process watermark",
+        ),
+    ),
+    "text": (
+        "store system errors",
+        (
+            "chat_template token_healing",
+            "message_forms sandbox tokenizer",
+        ),
+    ),
+    "store": (
+        "system errors",
+        (
+            "hub",
+            "model_info report tuning",
+            "files graph_io jsonfile onnx_folders swap",
+        ),
+    ),
+    "inputs": (
+        "",
+        (
+            "params prompt",
+            "validators",
+            "tensors",
+        ),
+    ),
+    "system": (
+        "",
+        ("cpu extras interrupt memory",),
+    ),
+    "errors": (
+        "",
+        (),
+    ),
+}
+
+# An import to an area above: late, in a function, and only here.
+LATE = {("store", "export"), ("jobs", "jobs/ray"), ("export/quantize", "export/trace")}
+
+
+@functools.cache
+def modules() -> dict[str, Path]:
+    """Every module of fastgen by its dotted name."""
+    paths = [p for folder in ("fastgen", "export") for p in (ROOT / folder).rglob("*.py")]
+    inside = [p for p in paths if p.relative_to(ROOT).parts[:2] != ("fastgen", "export")]
+    return {_dotted(path.relative_to(ROOT)): path for path in inside}
+
+
+def _dotted(path: Path) -> str:
+    parts = [*(("fastgen",) if path.parts[0] == "export" else ()), *path.with_suffix("").parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def area_of(module: str) -> str:
+    """The longest name of an area that a module is in; "fastgen" itself is the face."""
+    parts = module.split(".")[1:]
+    names = ("/".join(parts[:n]) for n in range(len(parts), 0, -1))
+    return next((name for name in names if name in AREAS), "fastgen")
+
+
+@functools.cache
+def imports_of(module: str, late: bool = True) -> frozenset[str]:
+    """The modules of fastgen that one imports: anywhere in it, or as it is imported itself."""
+    tree = ast.parse(modules()[module].read_text(encoding="utf-8"))
+    inner = {id(node) for outer in ast.walk(tree) if _is_late(outer) for node in ast.walk(outer)}
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            assert not [a.name for a in node.names if a.name.startswith("fastgen.")], module
+            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and (late or id(node) not in inner):
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in modules() else node.module or "" for name in names}
+    return frozenset(found & modules().keys() - {module})
+
+
+def _is_late(node: ast.AST) -> bool:
+    """A function, or what is for the checker of types only."""
+    if isinstance(node, ast.If):
+        return isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+    return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+
+
+def arrows(late: bool = True) -> set[tuple[str, str]]:
+    """(area, area that it imports)."""
+    pairs = {(area_of(m), area_of(one)) for m in modules() for one in imports_of(m, late)}
+    return {(above, below) for above, below in pairs if above != below}
+
+
+@pytest.mark.parametrize("area", AREAS)
+def test_an_area_imports_what_the_plan_says(area):
+    found = {below for above, below in arrows() if above == area}
+    late = {below for above, below in LATE if above == area}
+    assert found - late == set(AREAS[area][0].split())
+
+
+def test_areas_import_downwards():
+    """But for what is late: a command exports a model, and the export runs what it made."""
+    height = {name: -number for number, name in enumerate(AREAS)}
+    upwards = {(a, b) for a, b in arrows() if height[b] >= height[a]}
+    assert upwards == LATE
+    assert not arrows(late=False) & LATE
+
+
+@pytest.mark.parametrize("area", AREAS)
+def test_modules_of_an_area_import_downwards_too(area):
+    floors = [line.split() for line in AREAS[area][1]]
+    own = {m.rpartition(".")[2]: m for m in modules() if area_of(m) == area}
+    own.pop(area.rpartition("/")[2], None)  # its __init__, or the module that is the area
+    assert sorted(name for names in floors for name in names) == sorted(own)
+    height = {name: -number for number, names in enumerate(floors) for name in names}
+    upwards = {
+        (name, other)
+        for name, module in own.items()
+        for other, there in own.items()
+        if there in imports_of(module) and height[other] >= height[name]
+    }
+    assert upwards == set()
+
+
+def drawn() -> str:
+    """The plan as the docs show it."""
+    lines = ["| area | modules, from the top to the bottom | imports |", "|---|---|---|"]
+    for name, (below, floors) in AREAS.items():
+        inside = " / ".join(" ".join(f"`{one}`" for one in line.split()) for line in floors)
+        lines.append(f"| **{name}** | {inside} | {', '.join(below.split())} |")
+    return "\n".join(lines) + "\n"
+
+
+def _with_picture(text: str) -> str:
+    return re.sub(r"(?<=<!-- areas -->\n).*?(?=<!-- end -->)", lambda _: drawn(), text, flags=re.S)
+
+
+def test_the_docs_show_the_plan_as_it_is():
+    text = MAP.read_text(encoding="utf-8")
+    assert text == _with_picture(text) and drawn() in text
+
+
+if __name__ == "__main__":
+    MAP.write_text(_with_picture(MAP.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,196 @@
+"""The benchmark beside other engines: cases, the protocol of its workers, and its tables."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+BENCH = Path(__file__).parents[2] / "bench"
+sys.path.append(str(BENCH))
+
+import shapes  # noqa: E402
+from peers import cases, report, worker  # noqa: E402
+from peers.engines import BASE, NAMES, OURS, Engine, adapter, left_padded  # noqa: E402
+from peers.home import Home, Unavailable  # noqa: E402
+
+
+class Counting(Engine):
+    """A fake engine: a token is the one before it plus one."""
+
+    title = "counting"
+    precisions: ClassVar = {"fp32": "exact"}
+
+    def load(self, directory: Path, precision: str, threads: int) -> None:
+        self.loaded = (directory, precision, threads)
+
+    def generate(self, prompts: list[list[int]], new: int, beams: int) -> list[list[int]]:
+        if beams > 1:
+            raise NotImplementedError("no beams")
+        self.first = time.perf_counter()
+        return [[prompt[-1] + i + 1 for i in range(new)] for prompt in prompts]
+
+
+def asked(*requests: dict[str, Any]) -> list[dict[str, Any]]:
+    answers = io.StringIO()
+    worker.serve(Counting(), map(json.dumps, requests), answers)
+    return [json.loads(line) for line in answers.getvalue().splitlines()]
+
+
+def test_a_worker_answers_every_request_with_one_line() -> None:
+    load = {"do": "load", "directory": "somewhere", "precision": "fp32", "threads": 2}
+    go = {"do": "generate", "prompts": [[5, 6], [9]], "new": 3, "beams": 1}
+    loaded, generated, held = asked(load, go, {"do": "memory"})
+    assert loaded == {}
+    assert generated["ids"] == [[7, 8, 9], [10, 11, 12]]
+    assert generated["seconds"] >= generated["first"] > 0 and generated["spun"] >= 0
+    assert held["peak"] > 0
+
+
+def test_a_worker_goes_on_after_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    go = {"do": "generate", "prompts": [[5]], "new": 1}
+    answers = asked(go | {"beams": 4}, {"do": "dance"}, go | {"beams": 1})
+    assert answers[0] == {"error": "NotImplementedError: no beams"}
+    assert "dance" in answers[1]["error"]
+    assert answers[2]["ids"] == [[6]]
+    assert "no beams" in capsys.readouterr().err
+
+
+def test_prompts_are_the_same_for_all_and_new_each_round() -> None:
+    case = cases.CASES["ragged-8"]
+    first = cases.prompts(case, 1000, 1)
+    assert first == cases.prompts(case, 1000, 1) != cases.prompts(case, 1000, 2)
+    assert tuple(map(len, first)) == case.lengths and case.ragged
+    assert all(cases.UNUSED <= i < 1000 - cases.UNUSED for row in first for i in row)
+
+
+def test_cases_are_chosen_by_pattern() -> None:
+    assert cases.chosen(["*"]) == [*cases.CASES, cases.COLD]
+    assert cases.chosen(["cold", "greedy-*"]) == ["greedy-16", "greedy-256", "cold"]
+    assert len(cases.chosen(["beams-*"])) == 20
+    assert cases.chosen(["long-*"]) == [name for name in cases.CASES if name not in cases.USUAL]
+    with pytest.raises(ValueError, match="no case matches 'nothing'"):
+        cases.chosen(["nothing"])
+
+
+def test_every_engine_has_its_files() -> None:
+    for name in NAMES:
+        engine = adapter(name)
+        needed = {engine.environment or name, *map(engine.converter, shapes.SHAPES)} - {None}
+        for requirements in needed:
+            text = (BENCH / "peers" / "requirements" / f"{requirements}.txt").read_text()
+            pins = [line for line in text.splitlines() if line and not line.startswith("#")]
+            assert pins and all("==" in pin and "/" not in pin for pin in pins), requirements
+        assert engine.precisions.keys() <= report.CLASSES.keys()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such lock there")
+def test_a_home_is_for_one_run_at_a_time(tmp_path: Path) -> None:
+    first = Home(tmp_path)
+    with pytest.raises(BlockingIOError, match="another run uses"):
+        Home(tmp_path)
+    assert first.lock is not None
+    first.lock.close()
+    Home(tmp_path).lock.close()
+
+
+def test_what_is_made_is_kept_until_its_source_changes(tmp_path: Path) -> None:
+    home, made = Home(tmp_path), []
+
+    def make(path: Path) -> None:
+        path.mkdir()
+        made.append(path)
+
+    for source in ("one", "one", "two"):
+        assert home.kept(tmp_path / "thing", source, make) == tmp_path / "thing"
+    assert len(made) == 2
+
+    def fail(path: Path) -> None:
+        raise Unavailable("no network")
+
+    for _ in range(2):
+        with pytest.raises(Unavailable, match="no network"):
+            home.kept(tmp_path / "other", "one", fail)
+    assert not (tmp_path / "other").exists()
+    home.lock.close()
+
+
+def test_ragged_prompts_are_padded_on_the_left() -> None:
+    assert left_padded([[1, 2], [3]]) == ([[1, 2], [0, 3]], [[1, 1], [0, 1]])
+
+
+LINES: list[dict[str, Any]] = [
+    {"kind": "machine", "text": "a machine", "commit": "abc", "rounds": 3},
+    *(
+        {"kind": "time", "shape": "tiny", "engine": engine, "precision": precision,
+         "case": "greedy-16", "round": turn, "seconds": seconds * drift, "tokens": 64,
+         "equal": equal, "spun": 0.0}
+        for engine, precision, seconds, equal in [
+            (BASE, "fp32", 6.4, 1.0), ("ours", "fp32", 1.6, 1.0), ("ct2", "fp32", 3.2, 0.5),
+            ("ours", "int8", 0.8, 0.9),
+        ]
+        for turn, drift in enumerate([1.0, 2.0, 1.0], 1)
+    ),
+    *(
+        {"kind": "time", "shape": "tiny", "engine": engine, "precision": "int8", "case": "chat",
+         "round": turn, "seconds": 2.0 + turn, "first": first, "tokens": 128, "equal": None,
+         "spun": 0.0}
+        for engine, first in [("ours", 0.46), ("ours_int8_keys", 0.73), ("ct2", None)]
+        for turn in (1, 2, 3)
+    ),
+    {"kind": "check", "shape": "tiny", "engine": "ours", "precision": "int8", "equal": 0.5,
+     "equal_first": 0.875},
+    {"kind": "absent", "shape": "tiny", "engine": "llama", "precision": "int4", "case": "*",
+     "reason": "cannot be installed"},
+    {"kind": "cold", "shape": "tiny", "engine": "ours", "precision": "int8", "round": 1,
+     "seconds": 0.25, "resident": 145.2, "peak": 200.4},
+    {"kind": "installed", "engine": "ours", "megabytes": 180.0},
+]  # fmt: skip
+
+
+def test_tables_show_medians_ratios_and_reasons() -> None:
+    text = report.markdown(LINES)
+    assert "a machine; commit abc" in text
+    assert "| transformers float32 | 100.0 |" in text
+    assert "| fastgen fp32 | **25.0** (4.00) |" in text
+    assert "| CTranslate2 float32 | 50.0 (2.00) |" in text
+    assert "| fastgen int8 | **12.5** (8.00) |" in text
+    assert "|  | fastgen fp32 | fastgen int8 | fastgen int8, 8-bit keys |" in text
+    assert "| 16 -> 64 | 2.00 (CTranslate2) | - | - |" in text
+    assert "| chat turn, 512 -> 128 | - | 1.00 (CTranslate2) | 1.00 (CTranslate2) |" in text
+    assert "| fastgen int8 | 0.25 | 145 | 200 | 180 |" in text
+    assert "that are transformers': fastgen int8 88%" in text
+    assert "- llama.cpp Q4_0: cannot be installed" in text
+    assert "- CTranslate2 float32, greedy-16: 50.0% of transformers' tokens" in text
+
+
+def test_tables_tell_the_wait_for_the_first_token_from_the_pace_after_it() -> None:
+    text = report.markdown(LINES)
+    assert "|  | 512 -> 128: first, s | then ms a token |" in text
+    assert "| fastgen int8 | 0.46 | 27.9 |" in text  # 4 s but 0.46, over 127 tokens
+    assert "| fastgen int8, 8-bit keys | 0.73 | 25.7 |" in text
+    assert "| CTranslate2 int8 | - | - |" in text
+
+
+def test_only_fastgen_reads_the_longest_prompts() -> None:
+    longest = cases.LONG[-1]
+    able = {name for name in NAMES if not adapter(name).refuses(longest)}
+    assert able == set(OURS)
+    assert not any(adapter(name).refuses(cases.LONG[0]) for name in NAMES)
+    assert "beam" in adapter("llama").refuses(cases.CASES["beams-2-new-4"])
+
+
+def test_tables_of_a_partial_run_need_no_transformers() -> None:
+    lines = [line for line in LINES if line.get("engine") != BASE]
+    assert "| fastgen fp32 | **25.0** |" in report.markdown(lines)
+
+
+def test_the_picture_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install matplotlib"):
+        report.picture(LINES, tmp_path / "picture.png")
