@@ -58,9 +58,14 @@ SECONDS = 240  # that one type may take
 
 # What can become of a type, the best first.
 EXACT, CAUGHT, REFUSED, WRONG, FAILED, LATE, UNBUILT = (
-    "exact", "caught by the check", "refused", "WRONG", "crash", "too slow",
+    "exact",
+    "caught by the check",
+    "refused",
+    "WRONG",
+    "crash",
+    "too slow",
     "not run: no tiny model of it that takes text",
-)  # fmt: skip
+)
 
 
 @dataclass
@@ -163,8 +168,10 @@ def independent(directory: Path, rows: list[list[int]], share: float) -> bool:
         for step, (one, other) in enumerate(zip(together.logits, alone.logits, strict=True)):
             if np.abs(one[number] - other[0]).max() > share * np.abs(other).max():
                 return False
-            said = [text[len(text) - NEW + step] for text in
-                    (together.sequences[number], alone.sequences[0])]  # fmt: skip
+            said = [
+                text[len(text) - NEW + step]
+                for text in (together.sequences[number], alone.sequences[0])
+            ]
             if said[0] != said[1]:  # two that were near: from here on it is another text
                 break
     return True
@@ -377,8 +384,11 @@ def main() -> None:
     for found in run(left, options.quantised, options.jobs, options.seconds):
         done.append(found)
         difference = "" if found.difference is None else f"{found.difference:.0e}"
-        print(f"{found.kind:28} {found.outcome:12} {difference:6} {found.seconds:5.1f} s  "
-              f"{found.reason[:150]} {'; '.join(found.notes)}", flush=True)  # fmt: skip
+        print(
+            f"{found.kind:28} {found.outcome:12} {difference:6} {found.seconds:5.1f} s  "
+            f"{found.reason[:150]} {'; '.join(found.notes)}",
+            flush=True,
+        )
         if options.json:  # what is found by now
             options.json.write_text(json.dumps([asdict(one) for one in done], indent=1))
     done.sort(key=lambda one: one.kind)

@@ -249,9 +249,11 @@ def take(directory: str, precision: str) -> None:
         out = Path(place) / "out"
         start = time.perf_counter()
         done = subprocess.run(
-            [sys.executable, "-c", TAKE, directory, out, precision], stdout=subprocess.PIPE,
-            text=True, check=True,
-        )  # fmt: skip
+            [sys.executable, "-c", TAKE, directory, out, precision],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
         spent = time.perf_counter() - start
     found = json.loads(done.stdout.splitlines()[-1])
     memory, floats = found["peaks"]["anonymous"], found["peaks"]["float32_weights"]

@@ -79,8 +79,14 @@ def main() -> None:
         seconds, expected = in_one_process(args, source, home / "one.jsonl")
         tell("one process, 2 threads", seconds, args.rows, 0)
         # A CPU more than there are, on paper, for those who read and write the files.
-        ray.init("local", num_cpus=3, include_dashboard=False, log_to_driver=False,
-                 object_store_memory=200 << 20, logging_level="ERROR")  # fmt: skip
+        ray.init(
+            "local",
+            num_cpus=3,
+            include_dashboard=False,
+            log_to_driver=False,
+            object_store_memory=200 << 20,
+            logging_level="ERROR",
+        )
         try:
             for name, kill in (("two actors of 1 thread", False), ("one of them killed", True)):
                 seconds, again, lines = on_ray(args, source, home / f"ray{kill:d}.jsonl", kill)

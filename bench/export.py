@@ -61,8 +61,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         home = Home(args.home or Path(temporary))
         print(f"{shapes.machine(2)}\n")
-        print("| shape | precision | by | seconds | MB anonymous | of float32 | MB resident |"
-              " MB of disk | MB written |\n|---|---|---|---|---|---|---|---|---|")  # fmt: skip
+        print(
+            "| shape | precision | by | seconds | MB anonymous | of float32 | MB resident |"
+            " MB of disk | MB written |\n|---|---|---|---|---|---|---|---|---|"
+        )
         for shape in args.shapes:
             source = home.source(shape)
             floats = 4 * weights(source)

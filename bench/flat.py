@@ -57,9 +57,11 @@ def knobs(random: np.random.Generator, vocab: int, longest: int) -> dict[str, An
         for _ in range(int(random.choice([1, 1, 2, 4, 8])))
     ]
     more: dict[str, Any] = [
-        {}, {"do_sample": True, "seed": int(random.integers(1000))},
-        {"num_beams": int(random.integers(2, 5))}, {"prompt_lookup_num_tokens": 4},
-    ][int(random.integers(4))]  # fmt: skip
+        {},
+        {"do_sample": True, "seed": int(random.integers(1000))},
+        {"num_beams": int(random.integers(2, 5))},
+        {"prompt_lookup_num_tokens": 4},
+    ][int(random.integers(4))]
     return {"input_ids": rows, "max_new_tokens": int(random.integers(1, 24)), **more}
 
 

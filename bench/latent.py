@@ -61,8 +61,11 @@ def main() -> None:
                         context.round(keep=turn > 0)
                 for name, one in contexts.items():
                     step, chunk = (1e3 * statistics.median(t) for t in (one.steps, one.chunks))
-                    print(f"| {rows} | {past} | {name} | {one.megabytes:.1f} | {step:.2f} "
-                          f"| {chunk:.1f} |", flush=True)  # fmt: skip
+                    print(
+                        f"| {rows} | {past} | {name} | {one.megabytes:.1f} | {step:.2f} "
+                        f"| {chunk:.1f} |",
+                        flush=True,
+                    )
 
 
 if __name__ == "__main__":

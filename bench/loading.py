@@ -64,8 +64,9 @@ def main() -> None:
                 for name, (place, how) in places.items():
                     out = subprocess.run(
                         [sys.executable, "-c", CHILD, place, how],
-                        check=True, stdout=subprocess.PIPE,
-                    ).stdout  # fmt: skip
+                        check=True,
+                        stdout=subprocess.PIPE,
+                    ).stdout
                     if turn:
                         found[name].append(json.loads(out))
             for name, (place, _) in places.items():
@@ -86,8 +87,10 @@ def save(directory: Path, place: Path, packed: bool) -> None:
     shutil.copytree(directory, place, ignore=shutil.ignore_patterns("model.onnx*"))
     options = session_options(Tuning(threads=2))
     options.optimized_model_filepath = str(place / GRAPH)
-    entries = {"optimized_model_external_initializers_file_name": f"{GRAPH}.data",
-               "optimized_model_external_initializers_min_size_in_bytes": "1024"}  # fmt: skip
+    entries = {
+        "optimized_model_external_initializers_file_name": f"{GRAPH}.data",
+        "optimized_model_external_initializers_min_size_in_bytes": "1024",
+    }
     for name, value in entries.items():
         options.add_session_config_entry(f"session.{name}", value)
     if packed:

@@ -92,14 +92,20 @@ def loads(args: argparse.Namespace, paths: dict[str, Path]) -> Iterator[str]:
     yield "|---|---|---|---|---|---|"
     for name, (kind, prompts) in KINDS.items():
         program = LOADED.format(
-            here=str(Path(__file__).parent), path=str(paths[kind]), threads=args.threads,
-            prompts=prompts, prompt=max(args.prompt),
-        )  # fmt: skip
+            here=str(Path(__file__).parent),
+            path=str(paths[kind]),
+            threads=args.threads,
+            prompts=prompts,
+            prompt=max(args.prompt),
+        )
         runs = [
-            json.loads(subprocess.run([sys.executable, "-c", program], check=True,
-                                      capture_output=True, text=True).stdout)
+            json.loads(
+                subprocess.run(
+                    [sys.executable, "-c", program], check=True, capture_output=True, text=True
+                ).stdout
+            )
             for _ in range(3)
-        ]  # fmt: skip
+        ]
         seconds, loaded, most, after = (statistics.median(one) for one in zip(*runs, strict=True))
         size = sum(one.stat().st_size for one in paths[kind].iterdir()) / 1e6
         yield f"| {name} | {seconds:.2f} | {loaded:.0f} | {most:.0f} | {after:.0f} | {size:.1f} |"

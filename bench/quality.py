@@ -74,8 +74,15 @@ def line(
 
     with tempfile.TemporaryDirectory() as temporary:
         out = keep or Path(temporary) / "model"
-        export(model, out, tokenizer=tokenizer, precision=precision, allow_mismatch=True,
-               force=True, progress=None)  # fmt: skip
+        export(
+            model,
+            out,
+            tokenizer=tokenizer,
+            precision=precision,
+            allow_mismatch=True,
+            force=True,
+            progress=None,
+        )
         found = quality.measure(Original(source.of_object(model, None)).logits, Model(out), text)
         report = json.loads((out / "report.json").read_text())
     return (

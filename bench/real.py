@@ -165,8 +165,13 @@ def from_gguf(file: Path, out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", metavar="MODEL", help=", ".join(MODELS))
-    parser.add_argument("--gguf", nargs=2, type=Path, metavar=("FILE", "OUT"),
-                        help="save a GGUF file as a transformers model")  # fmt: skip
+    parser.add_argument(
+        "--gguf",
+        nargs=2,
+        type=Path,
+        metavar=("FILE", "OUT"),
+        help="save a GGUF file as a transformers model",
+    )
     args = parser.parse_args()
     if args.gguf:
         from_gguf(*args.gguf)

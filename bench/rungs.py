@@ -91,9 +91,13 @@ class Lab:
             yield self.line("all", name, plan, rung, lambda _: True)
 
     def line(
-        self, kind: str, name: str, plan: Any, rung: int = 0,
+        self,
+        kind: str,
+        name: str,
+        plan: Any,
+        rung: int = 0,
         goes: Callable[[str], bool] = lambda _: False,
-    ) -> str:  # fmt: skip
+    ) -> str:
         import fastgen
         from fastgen.export import bundle
         from fastgen.export.prove import quality

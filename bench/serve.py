@@ -61,9 +61,15 @@ async def follow(
 ) -> None:
     """One request to its end; `told` is called at each event with tokens."""
     body = json.dumps(
-        {"prompt": prompt, "max_tokens": new, "stream": True, "temperature": 0,
-         "ignore_eos": True, "stream_options": {"include_usage": True}}
-    ).encode()  # fmt: skip
+        {
+            "prompt": prompt,
+            "max_tokens": new,
+            "stream": True,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream_options": {"include_usage": True},
+        }
+    ).encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
     head = (
         "POST /v1/completions HTTP/1.1\r\nHost: it\r\nConnection: close\r\n"
@@ -128,9 +134,11 @@ async def stalled(
     over[0] = True
     await asyncio.gather(*streams)
     return {
-        "usual": statistics.median(before), "longest": max(meanwhile), "first": first["short"],
+        "usual": statistics.median(before),
+        "longest": max(meanwhile),
+        "first": first["short"],
         "first_of_long": first["long"],
-    }  # fmt: skip
+    }
 
 
 @contextlib.contextmanager
@@ -273,8 +281,12 @@ def main() -> None:
     parser.add_argument("--alone", type=int, default=12, help="requests one after another")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--home", type=Path, default=os.environ.get("FASTGEN_BENCH_HOME"),
-                        help="keeps environments and models; else temporary")  # fmt: skip
+    parser.add_argument(
+        "--home",
+        type=Path,
+        default=os.environ.get("FASTGEN_BENCH_HOME"),
+        help="keeps environments and models; else temporary",
+    )
     args = parser.parse_args()
     print(f"{shapes.machine(args.threads)}\n", flush=True)
     with contextlib.ExitStack() as kept:

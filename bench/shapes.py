@@ -83,9 +83,12 @@ def exported(
                 paths[name] = path = home / f"{shape}-{name}"
                 if not path.exists():
                     export(
-                        build(shape), path, precision=precision, cache_precision=cache,
+                        build(shape),
+                        path,
+                        precision=precision,
+                        cache_precision=cache,
                         allow_mismatch=True,
-                    )  # fmt: skip
+                    )
         yield paths
 
 

@@ -140,8 +140,9 @@ def _few_layers(
     kept = {kinds.index(kind) for kind in kinds}
     if any("hybrid" in kind for kind in kinds):  # which may share their weights
         kept |= {i for i in range(count) if kinds[:i].count(kinds[i]) == 1}
-    cycle = max((len(v) for n, v in lists.items() if n.endswith("_types") and n not in each),
-                default=0)  # fmt: skip
+    cycle = max(
+        (len(v) for n, v in lists.items() if n.endswith("_types") and n not in each), default=0
+    )
     parts = [n for n, v in old.items() if re.search("^n_.*_layers$", n) and type(v) is int]
     if sum(old[n] for n in parts) == count:  # one after the other
         new |= dict.fromkeys(parts, 1)

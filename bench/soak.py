@@ -125,9 +125,13 @@ class Client:
 
     async def _once(self, wish: Wish) -> bool:
         streamed = wish.kind != "whole"
-        body = wish.wrong[0] if wish.wrong else json.dumps(
-            {"prompt": wish.prompt, "stream": streamed, "top_k": 0, **wish.knobs}
-        ).encode()  # fmt: skip
+        body = (
+            wish.wrong[0]
+            if wish.wrong
+            else json.dumps(
+                {"prompt": wish.prompt, "stream": streamed, "top_k": 0, **wish.knobs}
+            ).encode()
+        )
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port, limit=1 << 24)
         try:
             head = (

@@ -177,9 +177,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--recipe", choices=RECIPES, default="demo", help="default: %(default)s")
     parser.add_argument(
-        "--manual", type=Path, default=manual.INSTALLED, metavar="DIR",
+        "--manual",
+        type=Path,
+        default=manual.INSTALLED,
+        metavar="DIR",
         help="the pages of python3-doc in reST; default: where the package puts them",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--grow", type=Path, metavar="DIR", help="what the recipe 'demo' made, for 'manual'"
     )
@@ -197,9 +200,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def build(
-    out: Path, recipe: Recipe, threads: int = 1, pages: Path = manual.INSTALLED,
+    out: Path,
+    recipe: Recipe,
+    threads: int = 1,
+    pages: Path = manual.INSTALLED,
     small: Path | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Make the demo model of `recipe` in the directory `out`, showing progress on stdout."""
     torch.set_num_threads(1)
     documents = corpus()
@@ -560,9 +566,13 @@ def grow(small: PreTrainedModel, model: PreTrainedModel, times: int) -> None:
 
 
 def train(
-    model: PreTrainedModel, ids: torch.Tensor, held_out: torch.Tensor, recipe: Recipe,
-    threads: int = 1, state: Path | None = None,
-) -> tuple[int, Recipe]:  # fmt: skip
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    held_out: torch.Tensor,
+    recipe: Recipe,
+    threads: int = 1,
+    state: Path | None = None,
+) -> tuple[int, Recipe]:
     """Train `model` in place and leave it with the best held-out loss.
 
     Args:
@@ -621,13 +631,18 @@ def train(
                 written = checkpoint.with_suffix(".new")
                 torch.save(
                     {
-                        "weights": model.state_dict(), "optimizer": optimizer.state_dict(),
-                        "windows": generator.get_state(), "dropout": torch.get_rng_state(),
-                        "best": (best_loss, best_step, best_weights), "step": step,
-                        "finishing": finishing, "steps": recipe.steps, "fall": recipe.fall,
+                        "weights": model.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                        "windows": generator.get_state(),
+                        "dropout": torch.get_rng_state(),
+                        "best": (best_loss, best_step, best_weights),
+                        "step": step,
+                        "finishing": finishing,
+                        "steps": recipe.steps,
+                        "fall": recipe.fall,
                     },
                     written,
-                )  # fmt: skip
+                )
                 os.replace(written, checkpoint)
     model.load_state_dict(best_weights)
     return best_step, recipe

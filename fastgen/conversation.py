@@ -206,10 +206,14 @@ class Conversation:
         """
         path.open("rb").close()
         found = jsonfile.take(
-            jsonfile.read(path, ADVICE), path, "messages", _is_conversation,
+            jsonfile.read(path, ADVICE),
+            path,
+            "messages",
+            _is_conversation,
             "a list of messages, each a role (system: the first one only, user or assistant) and a "
-            "content, a text", ADVICE,
-        )  # fmt: skip
+            "content, a text",
+            ADVICE,
+        )
         system = [one["content"] for one in found if one["role"] == "system"]
         self._ids([*found, _message("user", "Hi")])
         self.system = system[0] if system else None
@@ -276,8 +280,10 @@ class Conversation:
         self._wait()
         now = [*self._system(self.system), *self.turns[self.dropped :]]
         one, other = (self._ids([*now, _message("user", text)]) for text in ("a", "b"))
-        same = next((i for i, pair in enumerate(zip(one, other, strict=False)) if len({*pair}) > 1),
-                    min(len(one), len(other)))  # fmt: skip
+        same = next(
+            (i for i, pair in enumerate(zip(one, other, strict=False)) if len({*pair}) > 1),
+            min(len(one), len(other)),
+        )
         limit = self.model.model.info.max_length
         if same >= BLOCK and (limit is None or same <= limit):
             self._ahead = self._reader.submit(self._read, one[:same])

@@ -82,9 +82,13 @@ def convert_once() -> Iterator[Convert]:
 
 # What a configuration and a model say of where they come from.
 NOTES = {
-    "_name_or_path", "name_or_path", "architectures", "dtype", "transformers_version",
+    "_name_or_path",
+    "name_or_path",
+    "architectures",
+    "dtype",
+    "transformers_version",
     "_use_kernels",
-}  # fmt: skip
+}
 
 
 def _about(model: PreTrainedModel) -> list[Any]:

@@ -112,17 +112,28 @@ class World:
 
     def environment(self, **changes: str) -> dict[str, str]:
         keep = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "FASTGEN_"))}
-        return keep | {
-            "HF_ENDPOINT": self.hub.address, "HF_HOME": str(self.home / "hf"),
-            "FASTGEN_CACHE": str(self.cache), "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-        } | changes  # fmt: skip
+        return (
+            keep
+            | {
+                "HF_ENDPOINT": self.hub.address,
+                "HF_HOME": str(self.home / "hf"),
+                "FASTGEN_CACHE": str(self.cache),
+                "NO_PROXY": "127.0.0.1",
+                "no_proxy": "127.0.0.1",
+                "HF_HUB_DISABLE_TELEMETRY": "1",
+            }
+            | changes
+        )
 
     def start(self, program: str, *args: str, **changes: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-c", program, *args], env=self.environment(**changes),
-            cwd=self.home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            [sys.executable, "-c", program, *args],
+            env=self.environment(**changes),
+            cwd=self.home,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
     def run(self, program: str, *args: str, **changes: str) -> tuple[int, str, str]:
         process = self.start(program, *args, **changes)

@@ -98,9 +98,14 @@ class Writer:
         self.size = self.config.head_dim
 
     def __call__(
-        self, kind: str, *inputs: str, outputs: int = 1, domain: str = "", out: str | None = None,
+        self,
+        kind: str,
+        *inputs: str,
+        outputs: int = 1,
+        domain: str = "",
+        out: str | None = None,
         **attributes: Any,
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         """A node; its output's name, or several."""
         number = next(self.count)
         names = [out] if out else [f"/{kind}_{number}_{i}" for i in range(outputs)]
@@ -139,16 +144,24 @@ class Writer:
             whole = (np.rint(blocks / scale[..., None]) + middle).astype(np.uint8)
             packed = whole[..., 0::2] | whole[..., 1::2] << 4 if bits == 4 else whole
             return self(
-                "MatMulNBits", x, self.of(packed, f"{name}.{self.style.linear}"),
-                self.of(scale, f"{name}.scales"), domain=MICROSOFT, K=inside, N=out, bits=bits,
-                block_size=BLOCK, accuracy_level=4,
-            )  # fmt: skip
+                "MatMulNBits",
+                x,
+                self.of(packed, f"{name}.{self.style.linear}"),
+                self.of(scale, f"{name}.scales"),
+                domain=MICROSOFT,
+                K=inside,
+                N=out,
+                bits=bits,
+                block_size=BLOCK,
+                accuracy_level=4,
+            )
         if self.style.linear == "dynamic":
             scale = np.abs(matrix).max() / 127
             whole = np.rint(matrix.T / scale).astype(np.int8)
             some, factor, zero = self("DynamicQuantizeLinear", x, outputs=3)
-            product = self("MatMulInteger", some, self.of(whole, f"{name}.int8"), zero,
-                           self.of(np.int8(0)))  # fmt: skip
+            product = self(
+                "MatMulInteger", some, self.of(whole, f"{name}.int8"), zero, self.of(np.int8(0))
+            )
             factor = self("Mul", factor, self.of(scale))
             return self("Mul", self("Cast", product, to=TensorProto.FLOAT), factor)
         return self("MatMul", x, self.of(matrix.T.copy(), name))
@@ -156,11 +169,21 @@ class Writer:
     def norm(self, x: str, name: str) -> str:
         weight = self.of(self.weights[f"{name}.weight"], name)
         if self.style.attention == "grouped":
-            return self("SimplifiedLayerNormalization", x, weight, axis=-1,
-                        epsilon=self.config.rms_norm_eps, stash_type=1)  # fmt: skip
+            return self(
+                "SimplifiedLayerNormalization",
+                x,
+                weight,
+                axis=-1,
+                epsilon=self.config.rms_norm_eps,
+                stash_type=1,
+            )
         x = self("Cast", x, to=TensorProto.FLOAT)
-        mean = self("ReduceMean", self("Pow", x, self.of(np.float32(2), "scale.single")),
-                    self.ints(-1), keepdims=1)  # fmt: skip
+        mean = self(
+            "ReduceMean",
+            self("Pow", x, self.of(np.float32(2), "scale.single")),
+            self.ints(-1),
+            keepdims=1,
+        )
         with self.single():
             root = self("Sqrt", self("Add", mean, self.of(np.float32(self.config.rms_norm_eps))))
             x = self("Mul", x, self("Div", self.of(np.float32(1)), root))
@@ -204,17 +227,23 @@ class Writer:
                 "GroupQueryAttention",
                 [query, *others, *past, self.seqlens, self.total, *([] if apart else [cos, sin])],
                 [out, *(f"present.{layer}.{kind}" for kind in ("key", "value"))],
-                f"/attention_{layer}", domain=MICROSOFT, num_heads=self.heads,
-                kv_num_heads=self.kv, do_rotary=int(not apart), scale=self.size**-0.5, **told,
+                f"/attention_{layer}",
+                domain=MICROSOFT,
+                num_heads=self.heads,
+                kv_num_heads=self.kv,
+                do_rotary=int(not apart),
+                scale=self.size**-0.5,
+                **told,
             )
-        )  # fmt: skip
+        )
         return out
 
     def split(self, x: str, heads: int) -> str:
         """[rows, heads, new, size]"""
         parts = [self.rows, self.new, self.ints(heads), self.ints(self.size)]
-        return self("Transpose", self("Reshape", x, self("Concat", *parts, axis=0)),
-                    perm=[0, 2, 1, 3])  # fmt: skip
+        return self(
+            "Transpose", self("Reshape", x, self("Concat", *parts, axis=0)), perm=[0, 2, 1, 3]
+        )
 
     def turned(self, x: str) -> str:
         half, end = self.ints(self.size // 2), self.ints(1 << 31)
@@ -227,8 +256,9 @@ class Writer:
         """Keys and values for all heads."""
         total = self.size_of(x, 2)
         each = self.heads // self.kv
-        five = self("Concat", self.rows, self.ints(self.kv, each), total, self.ints(self.size),
-                    axis=0)  # fmt: skip
+        five = self(
+            "Concat", self.rows, self.ints(self.kv, each), total, self.ints(self.size), axis=0
+        )
         x = self("Expand", self("Unsqueeze", x, self.ints(2)), five)
         four = self("Concat", self.rows, self.ints(self.heads), total, self.ints(self.size), axis=0)
         return self("Reshape", x, four)
@@ -279,9 +309,10 @@ class Writer:
         one, zero = self.of(np.int64(1)), self.of(np.int64(0))
         places = self("Range", start, end, one)
         asked = (
-            "position_ids" if self.style.positions == "input"
+            "position_ids"
+            if self.style.positions == "input"
             else self("Unsqueeze", places, self.ints(0))
-        )  # fmt: skip
+        )
         with self.single():
             theta = self.config.rope_parameters["rope_theta"]
             speeds = theta ** -(np.arange(0, self.size, 2) / self.size)

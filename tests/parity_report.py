@@ -129,8 +129,14 @@ def likely_tokens(model: Any) -> list[int]:
     """Tokens that this model often comes to: as eos ids, they end some rows and not others."""
     ids, mask = left_padded(RAGGED)
     torch.manual_seed(0)
-    found = model.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=True,
-                           num_return_sequences=4, eos_token_id=None)  # fmt: skip
+    found = model.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=NEW,
+        do_sample=True,
+        num_return_sequences=4,
+        eos_token_id=None,
+    )
     tokens, counts = found[:, ids.shape[1] + 2 :].unique(return_counts=True)
     return [int(token) for token in tokens[counts.argsort(descending=True)]]
 

@@ -41,9 +41,12 @@ def metaspace() -> Tokenizer:
     vocab = list(zip(pieces, scores, strict=True))
     made = Tokenizer(models.Unigram(vocab, unk_id=0, byte_fallback=True))
     made.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
-    made.decoder = decoders.Sequence([
-        decoders.ByteFallback(), decoders.Metaspace(replacement="▁", prepend_scheme="always"),
-    ])  # fmt: skip
+    made.decoder = decoders.Sequence(
+        [
+            decoders.ByteFallback(),
+            decoders.Metaspace(replacement="▁", prepend_scheme="always"),
+        ]
+    )
     made.add_special_tokens(["<unk>", "<s>", "</s>"])
     return made
 
@@ -63,13 +66,20 @@ def llama() -> Tokenizer:
             unk_token="<unk>",
         )
     )
-    made.normalizer = normalizers.Sequence([
-        normalizers.Prepend("▁"), normalizers.Replace(" ", "▁"),
-    ])  # fmt: skip
-    made.decoder = decoders.Sequence([
-        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
-        decoders.Strip(" ", 1, 0),
-    ])  # fmt: skip
+    made.normalizer = normalizers.Sequence(
+        [
+            normalizers.Prepend("▁"),
+            normalizers.Replace(" ", "▁"),
+        ]
+    )
+    made.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
     made.add_special_tokens(["<unk>", "<s>", "</s>"])
     return made
 
@@ -88,9 +98,13 @@ def gemma() -> Tokenizer:
     """As Gemma's: no space in front, spaces spelt out, bytes for what is missing."""
     made = llama()
     made.normalizer = normalizers.Replace(" ", "▁")
-    made.decoder = decoders.Sequence([
-        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
-    ])  # fmt: skip
+    made.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+        ]
+    )
     return made
 
 

@@ -43,17 +43,27 @@ from folders.made import DEMO  # noqa: E402
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python bench/folders", description=__doc__,
+        prog="python bench/folders",
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("--home", type=Path, default=os.environ.get("FASTGEN_BENCH_HOME"),
-                        help="keeps environments and folders; else temporary")  # fmt: skip
+    )
+    parser.add_argument(
+        "--home",
+        type=Path,
+        default=os.environ.get("FASTGEN_BENCH_HOME"),
+        help="keeps environments and folders; else temporary",
+    )
     parser.add_argument("--only", nargs="+", default=["*"], metavar="TOOL/TYPE", help="a pattern")
     parser.add_argument("--json", type=Path, help="what was found; what is in it is not done again")
     parser.add_argument("--markdown", type=Path, help="write the table")
     parser.add_argument("--speed", action="store_true", help="time folders instead")
-    parser.add_argument("--shapes", nargs="+", choices=[DEMO, *SHAPES],
-                        default=["smollm-135m", "distilgpt2"], help="of --speed")  # fmt: skip
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        choices=[DEMO, *SHAPES],
+        default=["smollm-135m", "distilgpt2"],
+        help="of --speed",
+    )
     parser.add_argument("--cases", nargs="+", choices=CASES, default=speed.WANTED, metavar="CASE")
     parser.add_argument("--rounds", type=int, default=5, help="of --speed, after one that warms up")
     parser.add_argument("--threads", type=int, default=2)
@@ -97,8 +107,14 @@ def run(home: Home, patterns: Sequence[str], done: set[tuple[str, str]]) -> Iter
                         yield pool.submit(compare.examine, folder).result()
                     except BrokenProcessPool:
                         pool = ProcessPoolExecutor(1, spawn, compare.quiet)
-                        yield Found(tool.name, tool.version, kind, folder.what, compare.FAILED,
-                                    reason="its process ended")  # fmt: skip
+                        yield Found(
+                            tool.name,
+                            tool.version,
+                            kind,
+                            folder.what,
+                            compare.FAILED,
+                            reason="its process ended",
+                        )
     pool.shutdown()
 
 
@@ -115,8 +131,18 @@ def number(value: float | None) -> str:
 def table(all_found: Sequence[Found]) -> str:
     """The results as Markdown."""
     counts = Counter(one.outcome for one in all_found)
-    order = [one for one in (compare.EXACT, compare.EQUAL, compare.REFUSED, compare.UNMADE,
-                             compare.WRONG, compare.FAILED) if one in counts]  # fmt: skip
+    order = [
+        one
+        for one in (
+            compare.EXACT,
+            compare.EQUAL,
+            compare.REFUSED,
+            compare.UNMADE,
+            compare.WRONG,
+            compare.FAILED,
+        )
+        if one in counts
+    ]
     from onnxruntime import __version__ as runtime
     from transformers import __version__ as transformers
 

@@ -31,8 +31,13 @@ from folders.made import DEMO, Folder
 
 # The best first. "Equal" is: exact, and not transformers' model; or not in single precision.
 EXACT, EQUAL, REFUSED, UNMADE, WRONG, FAILED = (
-    "exact", "equals the folder", "refused", "not made", "WRONG", "crash",
-)  # fmt: skip
+    "exact",
+    "equals the folder",
+    "refused",
+    "not made",
+    "WRONG",
+    "crash",
+)
 CLOSE = 1e-5  # of the largest logit
 # Where activations are quantised by their largest one, its last bit decides which codes all others
 # have: then most rows must be close, and none farther than this.

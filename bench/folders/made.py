@@ -141,9 +141,13 @@ class Maker:
         if does not in self.processes:
             with self.home.log(f"make-{does}").open("a") as log:
                 self.processes[does] = subprocess.Popen(
-                    [str(python), str(MAKE), does], env=os.environ | OFFLINE, text=True,
-                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
-                )  # fmt: skip
+                    [str(python), str(MAKE), does],
+                    env=os.environ | OFFLINE,
+                    text=True,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                )
         process = self.processes[does]
         assert process.stdin and process.stdout
         request = {"kind": kind, "source": str(source), "target": str(target), "whats": [*whats]}

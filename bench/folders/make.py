@@ -92,9 +92,13 @@ def merged(model: Path, target: Path) -> None:
     torch.onnx.export = functools.partial(torch.onnx.export, dynamo=False)
     legacy = target.name != "one"
     main_export(
-        str(model), str(target), task="text-generation-with-past", legacy=legacy,
-        do_validation=False, no_post_process=target.name == "two",
-    )  # fmt: skip
+        str(model),
+        str(target),
+        task="text-generation-with-past",
+        legacy=legacy,
+        do_validation=False,
+        no_post_process=target.name == "two",
+    )
     for path in model.glob("tokenizer*"):  # which its transformers may be too old to read
         shutil.copy(path, target)
 

@@ -124,11 +124,13 @@ def _pair(maker: Maker, shape: str, source: Path, what: str, threads: int) -> Pa
     runs = maker.python if engine == tool.environment else home.python(engine)
     log = home.log(f"speed-run-{name}-{what}")
     return Pair(
-        shape, tool, what,
+        shape,
+        tool,
+        what,
         Worker(engine, what, folder, runs, threads, log),
         Worker("ours", what, ours, home.python("ours"), threads, log.with_suffix(".ours.log")),
         casts,
-    )  # fmt: skip
+    )
 
 
 def _time(pair: Pair, case: Case, vocabulary: int, rounds: int) -> None:
@@ -159,8 +161,9 @@ def table(pairs: Sequence[Pair], cases: Sequence[str]) -> str:
                 cells.append(f"theirs fails: {pair.failed[name][:80]}".replace("|", "\\|"))
                 continue
             times = pair.seconds[name]
-            one, other = (1e3 * statistics.median(both) / CASES[name].new
-                          for both in zip(*times, strict=True))  # fmt: skip
+            one, other = (
+                1e3 * statistics.median(both) / CASES[name].new for both in zip(*times, strict=True)
+            )
             faster = statistics.median(a / b for a, b in times)
             cells.append(f"{one:.1f} -> {other:.1f} ({faster:.2f})")
         lines.append(f"| {' | '.join([*cells, str(pair.casts)])} |")

@@ -84,18 +84,37 @@ def arguments() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--engines", nargs="+", choices=NAMES, default=NAMES, metavar="ENGINE",
-                        help=f"of {', '.join(NAMES)}")  # fmt: skip
+    parser.add_argument(
+        "--engines",
+        nargs="+",
+        choices=NAMES,
+        default=NAMES,
+        metavar="ENGINE",
+        help=f"of {', '.join(NAMES)}",
+    )
     parser.add_argument("--shapes", nargs="+", choices=shapes.SHAPES, default=list(SHAPES))
-    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS,
-                        help="all; int8 and int4 of the shape of half a billion")  # fmt: skip
+    parser.add_argument(
+        "--precisions",
+        nargs="+",
+        choices=PRECISIONS,
+        help="all; int8 and int4 of the shape of half a billion",
+    )
     known = ", ".join([*cases.CASES, cases.COLD])
-    parser.add_argument("--cases", nargs="+", default=cases.USUAL, metavar="PATTERN",
-                        help=f"of {known}; all but long-*, which are slow")  # fmt: skip
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        default=cases.USUAL,
+        metavar="PATTERN",
+        help=f"of {known}; all but long-*, which are slow",
+    )
     parser.add_argument("--rounds", type=int, default=5, help="after one that warms up")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--home", type=Path, default=os.environ.get("FASTGEN_BENCH_HOME"),
-                        help="keeps environments and models; else temporary")  # fmt: skip
+    parser.add_argument(
+        "--home",
+        type=Path,
+        default=os.environ.get("FASTGEN_BENCH_HOME"),
+        help="keeps environments and models; else temporary",
+    )
     parser.add_argument("--make", action="store_true", help="measure nothing: convert models")
     parser.add_argument("--json", type=Path, help="write what was measured, as JSON lines")
     parser.add_argument("--picture", type=Path, help="draw a PNG; needs matplotlib")
@@ -175,9 +194,13 @@ def check(shape: str, workers: list[Worker], lines: Lines) -> None:
         shares = expected and (agreement(ids, expected[0]), agreement(first, expected[1]))
         same, same_first = shares or (None, None)
         lines.add(
-            "check", shape=shape, engine=worker.name, precision=worker.precision,
-            equal=same, equal_first=same_first,
-        )  # fmt: skip
+            "check",
+            shape=shape,
+            engine=worker.name,
+            precision=worker.precision,
+            equal=same,
+            equal_first=same_first,
+        )
         found = f"{same:.0%} of a text, {same_first:.0%} of first tokens" if shares else "loaded"
         progress(f"{shape} {worker.name} {worker.precision}: {found}")
 
@@ -210,11 +233,18 @@ def run(shape: str, case: cases.Case, workers: list[Worker], rounds: int, lines:
                 expected = answer["ids"]
             if turn:
                 lines.add(
-                    "time", shape=shape, engine=worker.name, precision=worker.precision,
-                    case=case.name, round=turn, seconds=answer["seconds"],
-                    first=answer["first"], tokens=case.new * len(case.lengths),
-                    equal=agreement(answer["ids"], expected), spun=answer["spun"],
-                )  # fmt: skip
+                    "time",
+                    shape=shape,
+                    engine=worker.name,
+                    precision=worker.precision,
+                    case=case.name,
+                    round=turn,
+                    seconds=answer["seconds"],
+                    first=answer["first"],
+                    tokens=case.new * len(case.lengths),
+                    equal=agreement(answer["ids"], expected),
+                    spun=answer["spun"],
+                )
 
 
 def cold(shape: str, workers: list[Worker], lines: Lines) -> None:
@@ -240,9 +270,14 @@ def cold(shape: str, workers: list[Worker], lines: Lines) -> None:
             finally:
                 worker.stop()
             lines.add(
-                "cold", shape=shape, engine=worker.name, precision=worker.precision, round=turn,
-                seconds=seconds, **held,
-            )  # fmt: skip
+                "cold",
+                shape=shape,
+                engine=worker.name,
+                precision=worker.precision,
+                round=turn,
+                seconds=seconds,
+                **held,
+            )
 
 
 def agreement(ids: list[list[int]], expected: list[list[int]] | None) -> float | None:

@@ -144,8 +144,9 @@ def grid(
     show: Callable[[Case, float], str],
 ) -> str:
     """A table with a row for each engine and precision, and a column for each case."""
-    fastest = {(case.name, p): results.best(case.name, p, results.keys) for case in cases
-               for p in CLASSES}  # fmt: skip
+    fastest = {
+        (case.name, p): results.best(case.name, p, results.keys) for case in cases for p in CLASSES
+    }
     rows = []
     for who in results.keys:
         cells = []
@@ -261,8 +262,10 @@ def picture(lines: Sequence[Line], path: Path) -> None:
             axis.set_xlabel("prompt tokens/s" if CASES[case].new == 1 else "tokens/s", fontsize=9)
     figure.legend(
         handles=[Patch(color=COLOURS[p], label=CLASSES[p]) for p in CLASSES],
-        loc="outside lower center", ncols=len(CLASSES), frameon=False,
-    )  # fmt: skip
+        loc="outside lower center",
+        ncols=len(CLASSES),
+        frameon=False,
+    )
     figure.savefig(path, dpi=110)
 
 

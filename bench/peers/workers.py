@@ -63,8 +63,12 @@ class Worker:
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
                 [str(self.python), str(WORKER), "serve", self.name],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=env,
-            )  # fmt: skip
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=env,
+            )
         self._ask(
             do="load",
             directory=str(self.directory),

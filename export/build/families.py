@@ -343,16 +343,22 @@ def _llama(
         layers.append(
             Layer(
                 attention=_attention(
-                    f"{place}.self_attn", heads, width, bias, out_bias=out_bias, scale=scale,
+                    f"{place}.self_attn",
+                    heads,
+                    width,
+                    bias,
+                    out_bias=out_bias,
+                    scale=scale,
                     rotary=rotary if rotates(number) else None,
-                    window=None if windows is None else windows[number], **more,
+                    window=None if windows is None else windows[number],
+                    **more,
                 ),
                 feed=_gated(f"{place}.mlp", said, width, act, feed_bias),
                 before_attention=_rms(f"{place}.input_layernorm", eps),
                 before_feed=_rms(f"{place}.post_attention_layernorm", eps),
                 times=residual,
             )
-        )  # fmt: skip
+        )
     made_head = _head(said, tied, **(head or {}))
     return _alike(said, layers, _rms("model.norm", eps), made_head, (limit[0], limit[1]), times)
 
@@ -400,10 +406,14 @@ def smollm3(said: Said) -> Decoder:
     slides = said.flag("use_sliding_window") and said.get("sliding_window") is not None
     kinds = ["sliding_attention" if slides and not one else "full_attention" for one in turned]
     return _llama(
-        said, theta=2_000_000.0, windows=said.windows(kinds, said.get("sliding_window")), tied=True,
-        bias=said.flag("attention_bias"), feed_bias=said.flag("mlp_bias"),
+        said,
+        theta=2_000_000.0,
+        windows=said.windows(kinds, said.get("sliding_window")),
+        tied=True,
+        bias=said.flag("attention_bias"),
+        feed_bias=said.flag("mlp_bias"),
         rotates=lambda number: bool(turned[number]),
-    )  # fmt: skip
+    )
 
 
 def ernie4_5(said: Said) -> Decoder:
@@ -418,11 +428,14 @@ def granite(said: Said) -> Decoder:
     scaling = said.real("logits_scaling", 1.0)
     times = said.real("embedding_multiplier", 1.0)
     return _llama(
-        said, bias=said.flag("attention_bias"), feed_bias=said.flag("mlp_bias"),
-        scale=said.real("attention_multiplier", 1.0), times=None if times == 1 else times,
+        said,
+        bias=said.flag("attention_bias"),
+        feed_bias=said.flag("mlp_bias"),
+        scale=said.real("attention_multiplier", 1.0),
+        times=None if times == 1 else times,
         residual=said.real("residual_multiplier", 1.0),
         head={"divide": None if scaling == 1 else scaling},
-    )  # fmt: skip
+    )
 
 
 def hunyuan(said: Said) -> Decoder:
@@ -432,9 +445,13 @@ def hunyuan(said: Said) -> Decoder:
         return parameters
 
     return _llama(
-        said, bias=said.flag("attention_bias"), eps=1e-5, adjust=adjust,
-        names=("query_layernorm", "key_layernorm"), norm_place="turned",
-    )  # fmt: skip
+        said,
+        bias=said.flag("attention_bias"),
+        eps=1e-5,
+        adjust=adjust,
+        names=("query_layernorm", "key_layernorm"),
+        norm_place="turned",
+    )
 
 
 def phi3(said: Said) -> Decoder:
@@ -459,14 +476,22 @@ def phi3(said: Said) -> Decoder:
         layers.append(
             Layer(
                 attention=Attention(
-                    count, kv_heads, size, size**-0.5, query, key, value,
-                    _linear(f"{place}.self_attn.o_proj", width), rotary, window,
+                    count,
+                    kv_heads,
+                    size,
+                    size**-0.5,
+                    query,
+                    key,
+                    value,
+                    _linear(f"{place}.self_attn.o_proj", width),
+                    rotary,
+                    window,
                 ),
                 feed=_gate_up(f"{place}.mlp", said, width, act),
                 before_attention=_rms(f"{place}.input_layernorm", eps),
                 before_feed=_rms(f"{place}.post_attention_layernorm", eps),
             )
-        )  # fmt: skip
+        )
     return _alike(said, layers, _rms("model.norm", eps), _head(said, False), (limit[0], limit[1]))
 
 
@@ -499,13 +524,20 @@ def _gemma(
         before = "pre_feedforward_layernorm" if posts else "post_attention_layernorm"
         layer = Layer(
             attention=_attention(
-                f"{place}.self_attn", heads, width, bias, scale=scale, rotary=rotaries[number],
-                window=windows[number], softcap=softcap, **more,
+                f"{place}.self_attn",
+                heads,
+                width,
+                bias,
+                scale=scale,
+                rotary=rotaries[number],
+                window=windows[number],
+                softcap=softcap,
+                **more,
             ),
             feed=_gated(f"{place}.mlp", said, width, act),
             before_attention=_rms(f"{place}.input_layernorm", eps, True),
             before_feed=_rms(f"{place}.{before}", eps, True),
-        )  # fmt: skip
+        )
         if posts:
             layer = replace(
                 layer,
@@ -538,11 +570,16 @@ def gemma2(said: Said) -> Decoder:
     usual = [("full_attention", "sliding_attention")[(at + 1) % 2] for at in range(count)]
     rotary, *limit = said.rope(said.heads()[2])
     return _gemma(
-        said, said.get("hidden_activation", "gelu_pytorch_tanh"), [rotary] * count,
-        said.windows(usual, said.get("sliding_window")), (limit[0], limit[1]), posts=True,
+        said,
+        said.get("hidden_activation", "gelu_pytorch_tanh"),
+        [rotary] * count,
+        said.windows(usual, said.get("sliding_window")),
+        (limit[0], limit[1]),
+        posts=True,
         scale=said.real("query_pre_attn_scalar", 256) ** -0.5,
-        softcap=said.get("attn_logit_softcapping") or 0.0, cap=said.get("final_logit_softcapping"),
-    )  # fmt: skip
+        softcap=said.get("attn_logit_softcapping") or 0.0,
+        cap=said.get("final_logit_softcapping"),
+    )
 
 
 def gemma3(said: Said) -> Decoder:
@@ -555,8 +592,10 @@ def gemma3(said: Said) -> Decoder:
     given = said.get("rope_parameters") or {}
     if {*given} - {"sliding_attention", "full_attention"}:
         raise UnsupportedModel("its rotations are not told apart by the layers' types")
-    old = {"sliding_attention": ("rope_local_base_freq", 10_000.0),
-           "full_attention": ("rope_theta", 1_000_000.0)}  # fmt: skip
+    old = {
+        "sliding_attention": ("rope_local_base_freq", 10_000.0),
+        "full_attention": ("rope_theta", 1_000_000.0),
+    }
     scaling = said.get("rope_scaling")
     rotaries, limits = {}, []
     for kind, (name, theta) in old.items():
@@ -571,12 +610,17 @@ def gemma3(said: Said) -> Decoder:
         rotaries[kind] = made.rotary
         limits += [made.limit] if made.limit is not None else []
     return _gemma(
-        said, said.get("hidden_activation", "gelu_pytorch_tanh"),
-        [rotaries[kind] for kind in kinds], windows,
-        (min([positions, *limits]), bool(limits)), posts=True, norms=True,
+        said,
+        said.get("hidden_activation", "gelu_pytorch_tanh"),
+        [rotaries[kind] for kind in kinds],
+        windows,
+        (min([positions, *limits]), bool(limits)),
+        posts=True,
+        norms=True,
         scale=said.real("query_pre_attn_scalar", 256) ** -0.5,
-        softcap=said.get("attn_logit_softcapping") or 0.0, cap=said.get("final_logit_softcapping"),
-    )  # fmt: skip
+        softcap=said.get("attn_logit_softcapping") or 0.0,
+        cap=said.get("final_logit_softcapping"),
+    )
 
 
 def gpt2(said: Said) -> Decoder:
@@ -603,7 +647,13 @@ def gpt2(said: Said) -> Decoder:
         layers.append(
             Layer(
                 attention=Attention(
-                    heads, heads, size, scale, query, key, value,
+                    heads,
+                    heads,
+                    size,
+                    scale,
+                    query,
+                    key,
+                    value,
                     flat(f"{place}.attn.c_proj", width),
                 ),
                 feed=FeedForward(
@@ -612,7 +662,7 @@ def gpt2(said: Said) -> Decoder:
                 before_attention=_layer_norm(f"{place}.ln_1", eps),
                 before_feed=_layer_norm(f"{place}.ln_2", eps),
             )
-        )  # fmt: skip
+        )
     limit = said.number("n_positions", 1024)
     return Decoder(
         vocabulary=said.number("vocab_size"),
@@ -638,25 +688,39 @@ def gpt_neox(said: Said) -> Decoder:
     for number in said.layers():
         place = f"gpt_neox.layers.{number}"
         query, key, value = (
-            _part(f"{place}.attention.query_key_value", at * size, (at + 1) * size, 3 * size,
-                  width, bias)
+            _part(
+                f"{place}.attention.query_key_value",
+                at * size,
+                (at + 1) * size,
+                3 * size,
+                width,
+                bias,
+            )
             for at in range(3)
-        )  # fmt: skip
+        )
         layers.append(
             Layer(
                 attention=Attention(
-                    heads, heads, size, size**-0.5, query, key, value,
-                    _linear(f"{place}.attention.dense", width, bias), rotary,
+                    heads,
+                    heads,
+                    size,
+                    size**-0.5,
+                    query,
+                    key,
+                    value,
+                    _linear(f"{place}.attention.dense", width, bias),
+                    rotary,
                 ),
                 feed=FeedForward(
                     _linear(f"{place}.mlp.dense_h_to_4h", inner, True),
-                    _linear(f"{place}.mlp.dense_4h_to_h", width, True), act,
+                    _linear(f"{place}.mlp.dense_4h_to_h", width, True),
+                    act,
                 ),
                 before_attention=_layer_norm(f"{place}.input_layernorm", eps),
                 before_feed=_layer_norm(f"{place}.post_attention_layernorm", eps),
                 parallel="attention feed stream" if parallel else "",
             )
-        )  # fmt: skip
+        )
     return Decoder(
         vocabulary=said.number("vocab_size"),
         width=width,
@@ -694,24 +758,30 @@ def opt(said: Said) -> Decoder:
                 feed=FeedForward(
                     _linear(f"{place}.fc1", inner, bias), _linear(f"{place}.fc2", width, bias), act
                 ),
-                before_attention=before[0], before_feed=before[1], after_attention=after[0],
-                after_feed=after[1], norms_stream=True,
+                before_attention=before[0],
+                before_feed=before[1],
+                after_attention=after[0],
+                after_feed=after[1],
+                norms_stream=True,
             )
-        )  # fmt: skip
+        )
     apart = outer != width
     return Decoder(
         vocabulary=said.number("vocab_size"),
         width=width,
         embedding=Embedding(
-            f"{base}embed_tokens.weight", outer, positions=f"{base}embed_positions.weight",
-            offset=2, project=_linear(f"{base}project_in", width) if apart else None,
+            f"{base}embed_tokens.weight",
+            outer,
+            positions=f"{base}embed_positions.weight",
+            offset=2,
+            project=_linear(f"{base}project_in", width) if apart else None,
         ),
         layers=layers,
         norm=_layer_norm(f"{base}final_layer_norm", 1e-5) if first and not removed else None,
         head=_head(said, True, project=_linear(f"{base}project_out", outer) if apart else None),
         limit=said.number("max_position_embeddings"),
         hard=True,
-    )  # fmt: skip
+    )
 
 
 OPT_NORMS = ("self_attn_layer_norm", "final_layer_norm")
@@ -750,15 +820,21 @@ def _biased(
         layers.append(
             Layer(
                 attention=_attention(
-                    f"{place}.self_attn", heads, width, bias, out=out, out_bias=out_bias,
-                    rotary=rotary, window=window,
+                    f"{place}.self_attn",
+                    heads,
+                    width,
+                    bias,
+                    out=out,
+                    out_bias=out_bias,
+                    rotary=rotary,
+                    window=window,
                 ),
                 feed=feeds(f"{place}.mlp", width),
                 before_attention=norm(f"{place}.input_layernorm"),
                 before_feed=None if parallel else norm(f"{place}.post_attention_layernorm"),
                 parallel=parallel,
             )
-        )  # fmt: skip
+        )
     made_head = _head(said, tied, **(head or {}))
     return _alike(said, layers, norm(last), made_head, (limit[0], limit[1]))
 
@@ -772,10 +848,15 @@ def phi(said: Said) -> Decoder:
         lambda place, width: FeedForward(
             _linear(f"{place}.fc1", inner, True), _linear(f"{place}.fc2", width, True), act
         ),
-        eps=said.real("layer_norm_eps", 1e-5), bias=True, out="dense", out_bias=True, part=0.5,
-        last="model.final_layernorm", parallel="attention feed stream",
+        eps=said.real("layer_norm_eps", 1e-5),
+        bias=True,
+        out="dense",
+        out_bias=True,
+        part=0.5,
+        last="model.final_layernorm",
+        parallel="attention feed stream",
         head={"bias": "lm_head.bias"},
-    )  # fmt: skip
+    )
 
 
 def starcoder2(said: Said) -> Decoder:
@@ -787,9 +868,12 @@ def starcoder2(said: Said) -> Decoder:
         lambda place, width: FeedForward(
             _linear(f"{place}.c_fc", inner, bias), _linear(f"{place}.c_proj", width, bias), act
         ),
-        eps=said.real("norm_epsilon", 1e-5), bias=bias, out_bias=bias, tied=True,
+        eps=said.real("norm_epsilon", 1e-5),
+        bias=bias,
+        out_bias=bias,
+        tied=True,
         window=_window(said.get("sliding_window")),
-    )  # fmt: skip
+    )
 
 
 def stablelm(said: Said) -> Decoder:
@@ -797,10 +881,14 @@ def stablelm(said: Said) -> Decoder:
         raise UnsupportedModel("its queries and keys are normed head by head")
     act, parallel = said.get("hidden_act", "silu"), said.flag("use_parallel_residual")
     return _biased(
-        said, lambda place, width: _gated(place, said, width, act),
-        eps=said.real("layer_norm_eps", 1e-5), bias=said.flag("use_qkv_bias"), out_bias=False,
-        part=0.25, parallel="stream attention feed" if parallel else "",
-    )  # fmt: skip
+        said,
+        lambda place, width: _gated(place, said, width, act),
+        eps=said.real("layer_norm_eps", 1e-5),
+        bias=said.flag("use_qkv_bias"),
+        out_bias=False,
+        part=0.25,
+        parallel="stream attention feed" if parallel else "",
+    )
 
 
 def cohere(said: Said) -> Decoder:
@@ -808,11 +896,18 @@ def cohere(said: Said) -> Decoder:
         raise UnsupportedModel("its queries and keys are normed head by head")
     act, bias = said.get("hidden_act", "silu"), said.flag("attention_bias")
     return _biased(
-        said, lambda place, width: _gated(place, said, width, act),
-        eps=said.real("layer_norm_eps", 1e-5), bias=bias, out_bias=bias, tied=True,
-        parallel="stream attention feed", kind="centred", theta=500_000.0, interleaved=True,
+        said,
+        lambda place, width: _gated(place, said, width, act),
+        eps=said.real("layer_norm_eps", 1e-5),
+        bias=bias,
+        out_bias=bias,
+        tied=True,
+        parallel="stream attention feed",
+        kind="centred",
+        theta=500_000.0,
+        interleaved=True,
         head={"times": said.real("logit_scale", 0.0625)},
-    )  # fmt: skip
+    )
 
 
 def olmo2(said: Said) -> Decoder:
@@ -827,15 +922,20 @@ def exaone4(said: Said) -> Decoder:
     if not said.get("layer_types") and window is not None and type(every) is not int:
         raise UnsupportedModel(f"its config.json has sliding_window_pattern = {every!r}")
     usual = [
-        "sliding_attention" if window is not None and every and (at + 1) % every
+        "sliding_attention"
+        if window is not None and every and (at + 1) % every
         else "full_attention"
         for at in said.layers()
-    ]  # fmt: skip
+    ]
     kinds = said.get("layer_types") or usual
     return _normed_after(
-        said, said.real("rms_norm_eps", 1e-5), False, "heads", said.windows(usual, window),
+        said,
+        said.real("rms_norm_eps", 1e-5),
+        False,
+        "heads",
+        said.windows(usual, window),
         lambda number: window is None or kinds[number] == "sliding_attention",
-    )  # fmt: skip
+    )
 
 
 def _normed_after(
@@ -855,17 +955,21 @@ def _normed_after(
         layers.append(
             Layer(
                 attention=_attention(
-                    f"{place}.self_attn", heads, width, bias,
+                    f"{place}.self_attn",
+                    heads,
+                    width,
+                    bias,
                     rotary=rotary if rotates(number) else None,
                     window=None if windows is None else windows[number],
                     query_norm=_rms(f"{place}.self_attn.q_norm", eps),
-                    key_norm=_rms(f"{place}.self_attn.k_norm", eps), norm_place=place_of_norms,
+                    key_norm=_rms(f"{place}.self_attn.k_norm", eps),
+                    norm_place=place_of_norms,
                 ),
                 feed=_gated(f"{place}.mlp", said, width, act),
                 after_attention=_rms(f"{place}.post_attention_layernorm", eps),
                 after_feed=_rms(f"{place}.post_feedforward_layernorm", eps),
             )
-        )  # fmt: skip
+        )
     return _alike(said, layers, _rms("model.norm", eps), _head(said, False), (limit[0], limit[1]))
 
 

@@ -335,9 +335,11 @@ class _Writer:
             x = self.linear(x, head.project)
             width = head.project.width
         index = self.node(
-            "Unsqueeze", [self.inputs["logits_positions"], self.ints(-1)], ["rows", "keep", 1],
+            "Unsqueeze",
+            [self.inputs["logits_positions"], self.ints(-1)],
+            ["rows", "keep", 1],
             dtype=INT64,
-        )  # fmt: skip
+        )
         index = self.node(
             "Expand", [index, self.ints(1, 1, width)], ["rows", "keep", width], dtype=INT64
         )
@@ -447,9 +449,11 @@ class _Writer:
             places = ["rows", "new"]
             if "positions" not in self.shapes:
                 positions = self.node(
-                    "Unsqueeze", [self.inputs["position_ids"], self.ints(2)], [*places, 1],
+                    "Unsqueeze",
+                    [self.inputs["position_ids"], self.ints(2)],
+                    [*places, 1],
                     dtype=INT64,
-                )  # fmt: skip
+                )
                 self.shapes["positions"] = self.node(
                     "Cast", [positions], [*places, 1], {"to": int(FLOAT)}
                 )

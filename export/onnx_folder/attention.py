@@ -81,9 +81,10 @@ def refuse_unknown(graph: ir.Graph, signature: Signature) -> None:
             node = writer(graph, signature, layer, kind)
             if not is_grouped(node) and node.op_type not in ("Concat", "Cast", "Identity"):
                 raise refused(
-                    layer, f"its attention is {node.op_type} ({node.name}): only "
-                    "GroupQueryAttention and joined keys (Concat) can be rewritten"
-                )  # fmt: skip
+                    layer,
+                    f"its attention is {node.op_type} ({node.name}): only "
+                    "GroupQueryAttention and joined keys (Concat) can be rewritten",
+                )
     for node in graph:
         if node.op_type in ("MultiHeadAttention", "Attention"):
             raise UnsupportedModel(
@@ -146,8 +147,11 @@ def regroup(graph: ir.Graph, node: ir.Node, layer: int, signature: Signature, fe
     inputs[SEQLENS], inputs[TOTAL] = feed.seqlens_k, feed.total_sequence_length
     inputs[QUERIES], inputs[POSITIONS] = feed.query_seqlens, None
     theirs = {name: attribute.value for name, attribute in node.attributes.items()}
-    _replace(graph, node, insert(node, "GroupQueryAttention", inputs, theirs,
-                                 domain=MICROSOFT, outputs=3))  # fmt: skip
+    _replace(
+        graph,
+        node,
+        insert(node, "GroupQueryAttention", inputs, theirs, domain=MICROSOFT, outputs=3),
+    )
 
 
 def _replace(graph: ir.Graph, node: ir.Node, outputs: Sequence[ir.Value]) -> None:
@@ -197,9 +201,10 @@ def _product(layer: int, value: ir.Value) -> ir.Node:
                 pending += use.node.outputs
             elif use.node.op_type != "Shape":
                 raise refused(
-                    layer, f"{value.name} goes to {use.node.op_type} ({use.node.name}), which is "
-                    "not known as a part of attention"
-                )  # fmt: skip
+                    layer,
+                    f"{value.name} goes to {use.node.op_type} ({use.node.name}), which is "
+                    "not known as a part of attention",
+                )
     if len(set(found)) != 1:
         raise refused(layer, f"{value.name} goes to {len(set(found))} products, expected 1")
     return found[0]
@@ -257,9 +262,10 @@ def meaning(one: Joined, seen: Mapping[str, Any], longer: Mapping[str, Any]) -> 
     heads = query.shape[1]
     if size % HEAD_STEP or held.shape[3] != size:
         raise refused(
-            layer, f"its keys have {size} numbers a head, its values {held.shape[3]}: expected one "
-            f"multiple of {HEAD_STEP}"
-        )  # fmt: skip
+            layer,
+            f"its keys have {size} numbers a head, its values {held.shape[3]}: expected one "
+            f"multiple of {HEAD_STEP}",
+        )
     if heads % kv_heads:
         raise refused(layer, f"{heads} heads of queries for {kv_heads} of keys")
     spread = np.repeat(keys, heads // kv_heads, axis=1).swapaxes(2, 3)
@@ -311,8 +317,9 @@ def _cap(one: Joined, found: Any) -> float:
     """The factor behind a Tanh between the scores and their softmax; 0 where there is none."""
     node, after, cap = one.scores, False, 1.0
     while node is not one.softmax:
-        node = next(use.node for use in node.outputs[0].uses()
-                    if use.node.op_type not in ("Shape", "IsNaN"))  # fmt: skip
+        node = next(
+            use.node for use in node.outputs[0].uses() if use.node.op_type not in ("Shape", "IsNaN")
+        )
         if node.op_type == "Tanh":
             after = True
         elif after and node.op_type in ("Mul", "Div"):

@@ -143,9 +143,12 @@ def _searched(genai: dict[str, Any]) -> dict[str, Any]:
             if search.get(name) is not None:
                 found[name] = search[name]
     for name, neutral in (
-        ("repetition_penalty", 1.0), ("no_repeat_ngram_size", 0), ("num_beams", 1),
-        ("length_penalty", 1.0), ("min_length", 0),
-    ):  # fmt: skip
+        ("repetition_penalty", 1.0),
+        ("no_repeat_ngram_size", 0),
+        ("num_beams", 1),
+        ("length_penalty", 1.0),
+        ("min_length", 0),
+    ):
         if search.get(name, neutral) not in (neutral, None):
             found[name] = search[name]
     return found

@@ -153,9 +153,14 @@ def _gathered(model: ir.Model, stack: ExitStack) -> tuple[bytes, str]:
             link_or_copy(files[path], Path(place) / name)
     for value, tensor in held:
         value.const_value = ir.ExternalTensor(
-            names[tensor.path], tensor.offset, tensor.length, tensor.dtype,
-            shape=tensor.shape, name=tensor.name or str(value.name), base_dir=place,
-        )  # fmt: skip
+            names[tensor.path],
+            tensor.offset,
+            tensor.length,
+            tensor.dtype,
+            shape=tensor.shape,
+            name=tensor.name or str(value.name),
+            base_dir=place,
+        )
     return ir.to_proto(model).SerializeToString(), place
 
 
@@ -194,10 +199,12 @@ def observe(
         taken = {value.name for value in session.get_inputs()}
         for fed in feeds:
             arrays = session.run(names, {name: fed[name] for name in fed if name in taken})
-            found.append({
-                name: array if array.size <= most else array.shape
-                for name, array in zip(names, arrays, strict=True)
-            })  # fmt: skip
+            found.append(
+                {
+                    name: array if array.size <= most else array.shape
+                    for name, array in zip(names, arrays, strict=True)
+                }
+            )
     except Exception as error:  # onnxruntime raises classes of its own, derived from Exception
         said = str(error).strip().splitlines()[-1]
         raise UnsupportedModel(f"its graph does not run: {said}") from error

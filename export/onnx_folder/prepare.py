@@ -69,9 +69,13 @@ def _find_weights(model: ir.Model) -> None:
             if named.is_absolute() or ".." in named.parts:
                 raise UnsupportedModel(f"its weights lie outside its folder: {named}")
             value.const_value = ir.ExternalTensor(
-                os.path.realpath(tensor.path), tensor.offset, tensor.length, tensor.dtype,
-                shape=tensor.shape, name=tensor.name or str(value.name),
-            )  # fmt: skip
+                os.path.realpath(tensor.path),
+                tensor.offset,
+                tensor.length,
+                tensor.dtype,
+                shape=tensor.shape,
+                name=tensor.name or str(value.name),
+            )
 
 
 def _take_branches(model: ir.Model) -> None:

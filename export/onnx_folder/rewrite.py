@@ -128,9 +128,10 @@ def _new_inputs(graph: ir.Graph) -> Feed:
         for name, dims in kinds.items()
     }
     made["logits_positions"] = ir.Value(
-        name="logits_positions", shape=ir.Shape(["rows", "keep"]),
+        name="logits_positions",
+        shape=ir.Shape(["rows", "keep"]),
         type=ir.TensorType(ir.DataType.INT64),
-    )  # fmt: skip
+    )
     if all(value.name != POSITIONS for value in graph.inputs):
         made[POSITIONS] = ir.Value(
             name=POSITIONS, shape=ir.Shape(["rows", "new"]), type=ir.TensorType(ir.DataType.INT64)
@@ -384,9 +385,13 @@ def _sign(model: ir.Model, signature: Signature) -> list[tuple[int, int]]:
     """
     graph = model.graph
     ours = [
-        "input_ids", POSITIONS, "query_seqlens", "seqlens_k", "total_sequence_length",
+        "input_ids",
+        POSITIONS,
+        "query_seqlens",
+        "seqlens_k",
+        "total_sequence_length",
         "logits_positions",
-    ]  # fmt: skip
+    ]
     by_name = {str(value.name): value for value in graph.inputs}
     for name in (MASK, *KEEP):
         if name in by_name and by_name[name].uses():

@@ -101,8 +101,9 @@ def _derived(graph: ir.Graph) -> set[ir.Value]:
     found: set[ir.Value] = set()
     for node in graph:
         sources = [value for value in node.inputs if value is not None]
-        inner = any(attribute.type == ir.AttributeType.GRAPH
-                    for attribute in node.attributes.values())  # fmt: skip
+        inner = any(
+            attribute.type == ir.AttributeType.GRAPH for attribute in node.attributes.values()
+        )
         if node.op_type in ("Shape", "Size") or (
             not inner
             and sources
@@ -130,8 +131,10 @@ def _fold_reshape(graph: ir.Graph, node: ir.Node, seen: Seen, derived: set[ir.Va
     wanted = [shape_of(run[node.outputs[0].name]) for run in seen]
     target = []
     for place, (a, b) in enumerate(zip(*wanted, strict=True)):
-        stays = all(place < len(one) and one[place] == w[place]
-                    for one, w in zip(given, wanted, strict=True))  # fmt: skip
+        stays = all(
+            place < len(one) and one[place] == w[place]
+            for one, w in zip(given, wanted, strict=True)
+        )
         target.append(a if a == b and a != 0 else 0 if stays else -1)
     if target.count(-1) > 1:
         return 0

@@ -21,9 +21,14 @@ LOGITS = "logits"
 KEEP = ("num_logits_to_keep", "logits_to_keep")
 
 PICTURES = (
-    "pixel_values", "inputs_embeds", "image_features", "audio_features", "input_features",
-    "pixel_attention_mask", "image_attention_mask",
-)  # fmt: skip
+    "pixel_values",
+    "inputs_embeds",
+    "image_features",
+    "audio_features",
+    "input_features",
+    "pixel_attention_mask",
+    "image_attention_mask",
+)
 ENCODED = ("encoder_hidden_states", "encoder_attention_mask", "decoder_input_ids")
 STATES = re.compile(r"(conv|ssm|recurrent|state)", re.IGNORECASE)
 PAST = re.compile(r"^past(?:_key_values)?[._](\d+)[._](?:self[._])?(key|value|k|v)$")

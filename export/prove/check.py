@@ -39,10 +39,10 @@ TEXTS = (
     "The quick brown fox jumps over the lazy dog.",
     "In the beginning there was a language model, and it was slow. People waited for every word, "
     "and while they waited they wrote benchmarks.\n\n1. Measure before you believe.\n",
-    "def generate(ids, max_new_tokens=20):\n    \"\"\"Return the ids and what follows them.\"\"\"\n"
+    'def generate(ids, max_new_tokens=20):\n    """Return the ids and what follows them."""\n'
     "    for _ in range(max_new_tokens):\n        ids = ids + [pick(model(ids))]\n    return ids\n"
     "\nUnicode: na\u00efve caf\u00e9, \u4f60\u597d, \U0001f642. Numbers: 3.14159, 2,718, 1e-5.",
-)  # fmt: skip
+)
 
 
 class Mismatch(ValueError):
@@ -100,8 +100,10 @@ def probes(
     config = model.config.get_text_config(decoder=True)
     limit = getattr(config, "max_position_embeddings", None) or 1 << 20
     # Ids that it both reads and says: some read more (of images), some say more (padding).
-    vocab = min(table().weight.shape[0] for table in
-                (model.get_input_embeddings, model.get_output_embeddings))  # fmt: skip
+    vocab = min(
+        table().weight.shape[0]
+        for table in (model.get_input_embeddings, model.get_output_embeddings)
+    )
     texts = [] if tokenizer is None else [tokenizer(text)["input_ids"] for text in TEXTS]
     windows = [layer.window for layer in layers if layer.window is not None]
     return ragged(texts, vocab, limit, windows)
@@ -229,8 +231,10 @@ def compared(
     parts: Iterable[tuple[int, slice, NDArray[np.float32]]],
 ) -> Agreement:
     """Compare logits [length, vocab] of rows with those of parts of them."""
-    scale = max((float(np.abs(part).max()) for row in reference for part in chunks(row)),
-                default=0.0) or 1.0  # fmt: skip
+    scale = (
+        max((float(np.abs(part).max()) for row in reference for part in chunks(row)), default=0.0)
+        or 1.0
+    )
     positions = parted = ties = 0
     largest = mean = lost = 0.0
     for i, part, logits in parts:

@@ -245,9 +245,14 @@ def _spill(model: ir.Model, directory: Path, data: Path) -> None:
             start = file.tell()
             file.write(memoryview(np.ascontiguousarray(tensor.numpy())).cast("B"))
             value.const_value = ir.ExternalTensor(
-                data.relative_to(directory), start, file.tell() - start, tensor.dtype,
-                name=str(value.name), shape=tensor.shape, base_dir=directory,
-            )  # fmt: skip
+                data.relative_to(directory),
+                start,
+                file.tell() - start,
+                tensor.dtype,
+                name=str(value.name),
+                shape=tensor.shape,
+                base_dir=directory,
+            )
 
 
 def feeds(

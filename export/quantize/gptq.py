@@ -138,9 +138,14 @@ def gptq(
         block = start // (kernel.block or size)
         grid = [np.ascontiguousarray(one[:, block]) for one in (scales, low, high)]
         part = partial(
-            _round, weight[start:end], wanted, rounded[start:end], errors[start:end],
-            shares[:, start:], *grid,
-        )  # fmt: skip
+            _round,
+            weight[start:end],
+            wanted,
+            rounded[start:end],
+            errors[start:end],
+            shares[:, start:],
+            *grid,
+        )
         parts.each(count, end - start, part)
     return rounded
 

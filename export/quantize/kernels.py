@@ -444,9 +444,12 @@ def _replace_nbits(graph: ir.Graph, product: Product, choice: Choice) -> None:
     zeros = [] if choice.zeros is None else [_zero_points(graph, product.name, choice.zeros)]
     attributes = {"K": size, "N": out, "bits": kernel.bits, "block_size": kernel.block}
     (result,) = insert(
-        node, "MatMulNBits", [node.inputs[0], codes, scale, *zeros],
-        attributes | {"accuracy_level": 4}, domain=MICROSOFT,
-    )  # fmt: skip
+        node,
+        "MatMulNBits",
+        [node.inputs[0], codes, scale, *zeros],
+        attributes | {"accuracy_level": 4},
+        domain=MICROSOFT,
+    )
     weight = node.inputs[1]
     take_place(node, result)
     if product.transposed:

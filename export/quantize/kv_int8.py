@@ -140,9 +140,12 @@ def _branch(
     changed = [inputs.get(place, value) for place, value in enumerate(node.inputs)]
     kept = {key: attribute.value for key, attribute in node.attributes.items()}
     attends = ir.node(
-        node.op_type, changed, kept | (attributes or {}), domain=node.domain,
+        node.op_type,
+        changed,
+        kept | (attributes or {}),
+        domain=node.domain,
         num_outputs=len(node.outputs),
-    )  # fmt: skip
+    )
     passes = [ir.node("Identity", [value]) for value in passed]
     nodes = [attends, *passes]
     outputs = [value for one in nodes for value in one.outputs]

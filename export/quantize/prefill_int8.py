@@ -102,9 +102,13 @@ class _Unpacking:
 
     def model(self) -> ir.Model:
         graph = ir.Graph(
-            [], self._outputs, nodes=self._tape.nodes, initializers=list(self._held.values()),
-            name="unpack", opset_imports={"": self._opset},
-        )  # fmt: skip
+            [],
+            self._outputs,
+            nodes=self._tape.nodes,
+            initializers=list(self._held.values()),
+            name="unpack",
+            opset_imports={"": self._opset},
+        )
         return ir.Model(graph, ir_version=10)
 
     def _unpack(self, node: ir.Node) -> tuple[ir.Value, ir.Value]:
@@ -114,8 +118,11 @@ class _Unpacking:
         floats = {"to": int(ir.DataType.FLOAT)}
         scales = self._constant(str(node.inputs[2].name), node.inputs[2].const_value)
         last, flat = (self._number(f"axis_{v}", [v], np.int64) for v in (2, 1))
-        values = op("Cast", [self._constant(name, _nibbles(node, 1, [out, count, block]))],
-                    attributes=floats)  # fmt: skip
+        values = op(
+            "Cast",
+            [self._constant(name, _nibbles(node, 1, [out, count, block]))],
+            attributes=floats,
+        )
         values = op("Sub", [values, self._zero_points(node, out, count)])
         values = op("Mul", [values, op("Unsqueeze", [scales, last])])
         values = op("Reshape", [values, self._number(f"rows_{out}", [out, -1], np.int64)])
@@ -178,6 +185,11 @@ def _nibbles(node: ir.Node, place: int, shape: Sequence[int]) -> ir.TensorProtoc
         codes = np.stack([raw & 15, raw >> 4], axis=-1).reshape(shape)
         return ir.tensor(codes, dtype=ir.DataType.UINT4, name=str(value.name))
     return ir.ExternalTensor(
-        packed.location, packed.offset, packed.length, ir.DataType.UINT4, name=str(value.name),
-        shape=ir.Shape(shape), base_dir=packed.base_dir,
-    )  # fmt: skip
+        packed.location,
+        packed.offset,
+        packed.length,
+        ir.DataType.UINT4,
+        name=str(value.name),
+        shape=ir.Shape(shape),
+        base_dir=packed.base_dir,
+    )

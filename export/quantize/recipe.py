@@ -312,10 +312,12 @@ class Plan:
         if (kind, rung) not in self._left:
             kernels = (self._recipe.ladder[place].kernel for place in (0, rung))
             first, there = (
-                sum(self._error(one.product, kernel and fitting(kernel, one.product)) ** 2
-                    for one in members[:: max(1, len(members) // TOLD)])
+                sum(
+                    self._error(one.product, kernel and fitting(kernel, one.product)) ** 2
+                    for one in members[:: max(1, len(members) // TOLD)]
+                )
                 for kernel in kernels
-            )  # fmt: skip
+            )
             self._left[kind, rung] = there / first if first else 0.0
         return self.sensed[kind] * self._left[kind, rung]
 

@@ -472,10 +472,12 @@ def _products_of(value: ir.Value) -> list[ir.Node] | None:
     """The products that read `value` and a matrix; None if anything else reads it."""
     nodes = [use.node for use in value.uses() if use.node.op_type != "Shape"]
     plain = all(
-        node.op_type == "MatMul" and node.inputs[0] is value and is_constant(node.inputs[1])
+        node.op_type == "MatMul"
+        and node.inputs[0] is value
+        and is_constant(node.inputs[1])
         and rank(node.inputs[1]) == 2
         for node in nodes
-    )  # fmt: skip
+    )
     return nodes if plain and nodes and not value.is_graph_output() else None
 
 

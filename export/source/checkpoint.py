@@ -17,9 +17,11 @@ ADVICE = "download the model again"
 INDEX = ".index.json"
 # Where weights are, the first that is there: what the libraries read.
 WEIGHTS = (
-    "model.safetensors", "model.safetensors" + INDEX, "pytorch_model.bin",
+    "model.safetensors",
+    "model.safetensors" + INDEX,
+    "pytorch_model.bin",
     "pytorch_model.bin" + INDEX,
-)  # fmt: skip
+)
 ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 SAID = re.compile(
     r"(config|generation_config|adapter_config|special_tokens_map|added_tokens)\.json"

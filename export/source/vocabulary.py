@@ -12,9 +12,13 @@ import tokenizers
 from fastgen.store import jsonfile
 
 FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")  # of added tokens
 
 

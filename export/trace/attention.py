@@ -380,14 +380,30 @@ def _emit(
     out, present_key, present_value = torch.onnx.ops.symbolic_multi_out(
         "com.microsoft::GroupQueryAttention",
         # cos, sin, position_ids | attention_bias, sink | k_scale, v_scale, q_norm, k_norm
-        [flat(query), flat(key), flat(value), past_key, past_value, feed.seqlens_k,
-         feed.total_sequence_length, None, None, None, added, head_sink, None, None, None, None,
-         feed.query_seqlens],
+        [
+            flat(query),
+            flat(key),
+            flat(value),
+            past_key,
+            past_value,
+            feed.seqlens_k,
+            feed.total_sequence_length,
+            None,
+            None,
+            None,
+            added,
+            head_sink,
+            None,
+            None,
+            None,
+            None,
+            feed.query_seqlens,
+        ],
         attributes(layer.num_heads, layer.kv_heads, layer.scale, layer.window, layer.softcap),
         dtypes=[torch.float32] * 3,
         shapes=[[rows, new, width], past_key.shape, past_value.shape],
         version=1,
-    )  # fmt: skip
+    )
     _current.present.append((present_key, present_value))
     out = out.reshape(rows, new, layer.num_heads, layer.head_dim)
     return out if value.shape[-1] == layer.head_dim else out[..., : value.shape[-1]]

@@ -89,9 +89,11 @@ class Gate:
     def attributes(self) -> dict[str, Any]:
         limit = {} if self.limit is None else {"swiglu_limit": self.limit}
         return {
-            "activation_type": "swiglu", "swiglu_fusion": 1,
-            "activation_alpha": self.alpha, "activation_beta": self.beta,
-        } | limit  # fmt: skip
+            "activation_type": "swiglu",
+            "swiglu_fusion": 1,
+            "activation_alpha": self.alpha,
+            "activation_beta": self.beta,
+        } | limit
 
 
 # A model, as it is exported
@@ -159,10 +161,17 @@ def _interfaced(
     first, second = (getattr(module, name) for name in names)
     biases = [getattr(module, f"{name}_bias") if module.has_bias else None for name in names]
     return _emit(
-        hidden_states, index, weights, [first, None], second, biases, activation,
-        count=second.shape[0], transposed=(module.is_transposed, module.is_transposed),
+        hidden_states,
+        index,
+        weights,
+        [first, None],
+        second,
+        biases,
+        activation,
+        count=second.shape[0],
+        transposed=(module.is_transposed, module.is_transposed),
         mixed=not module.is_concatenated,
-    )  # fmt: skip
+    )
 
 
 def _flat(
@@ -175,9 +184,16 @@ def _flat(
     """Gate, linear half and last matrix, each [experts * out, hidden]."""
     mlp = module.mlp
     return _emit(
-        hidden_states, index, weights, [mlp.w1, mlp.v1], mlp.w2, [None, None], activation,
-        count=module.num_experts, transposed=(False, True),
-    )  # fmt: skip
+        hidden_states,
+        index,
+        weights,
+        [mlp.w1, mlp.v1],
+        mlp.w2,
+        [None, None],
+        activation,
+        count=module.num_experts,
+        transposed=(False, True),
+    )
 
 
 def _some_idle(
@@ -190,9 +206,16 @@ def _some_idle(
     """Experts, and numbers beyond theirs that stand for the token itself."""
     mine = weights * (index < module.num_routed_experts)
     out = _emit(
-        hidden_states, index, mine, [module.gate_up_proj, None], module.down_proj, [None, None],
-        activation, count=module.num_routed_experts, others=module.zero_expert_num,
-    )  # fmt: skip
+        hidden_states,
+        index,
+        mine,
+        [module.gate_up_proj, None],
+        module.down_proj,
+        [None, None],
+        activation,
+        count=module.num_routed_experts,
+        others=module.zero_expert_num,
+    )
     return out + hidden_states * (weights - mine).sum(-1, keepdim=True)
 
 
@@ -273,14 +296,17 @@ def _emit(
     out = torch.onnx.ops.symbolic(
         f"{DOMAIN}::Experts",
         [tokens, logits, first[0], first[1], biases[0], second, biases[1]],
-        activation | {
-            "k": index.shape[-1], "mixed": int(mixed), "first_transposed": int(transposed[0]),
+        activation
+        | {
+            "k": index.shape[-1],
+            "mixed": int(mixed),
+            "first_transposed": int(transposed[0]),
             "second_transposed": int(transposed[1]),
         },
         dtype=torch.float32,
         shape=tokens.shape,
         version=1,
-    )  # fmt: skip
+    )
     return (out * weights.sum(-1, keepdim=True)).reshape(hidden_states.shape)
 
 

@@ -42,9 +42,13 @@ from fastgen.export.trace.states import Place, StatefulCache, States
 
 OPSET = 23
 INPUTS = (
-    "input_ids", "position_ids", "query_seqlens", "seqlens_k", "total_sequence_length",
+    "input_ids",
+    "position_ids",
+    "query_seqlens",
+    "seqlens_k",
+    "total_sequence_length",
     "logits_positions",
-)  # fmt: skip
+)
 
 
 def past_names(layers: int) -> list[str]:
@@ -279,9 +283,13 @@ def _traced(
         if some:
             inputs[name], shapes[name] = some, [shape] * len(some)
     with (
-        _quiet(), _pairs_of_slices(), _uncollected(), torch.no_grad(), using_attention(model),
+        _quiet(),
+        _pairs_of_slices(),
+        _uncollected(),
+        torch.no_grad(),
+        using_attention(model),
         stored.standing_in(model, known_again) as stand_ins,
-    ):  # fmt: skip
+    ):
         try:
             program = torch.onnx.export(
                 Decoder(model, kept),

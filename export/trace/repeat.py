@@ -79,13 +79,18 @@ def find(model: PreTrainedModel, kept: Sequence[Layer]) -> Layers | None:
 def _looks(module: torch.nn.Module) -> list[Any]:
     """All by which two layers could compute something else, but for the numbers of weights."""
     return [
-        (name, type(part),
-         {k: _plain(v) for k, v in vars(part).items() if k not in OWN | APART},
-         [(k, p is not None and (type(p), p.shape, p.dtype, p.is_contiguous()))
-          for k, p in part._parameters.items()],
-         {k: _plain(buffer) for k, buffer in part._buffers.items()})
+        (
+            name,
+            type(part),
+            {k: _plain(v) for k, v in vars(part).items() if k not in OWN | APART},
+            [
+                (k, p is not None and (type(p), p.shape, p.dtype, p.is_contiguous()))
+                for k, p in part._parameters.items()
+            ],
+            {k: _plain(buffer) for k, buffer in part._buffers.items()},
+        )
         for name, part in module.named_modules()
-    ]  # fmt: skip
+    ]
 
 
 def _plain(value: Any) -> Any:
@@ -273,9 +278,12 @@ class _Unrolling:
                 else:  # the first layer's: in the third it is the second's, and so on
                     there[value] = latest[following[value]]
             copy = ir.Node(
-                node.domain, node.op_type, [there[value] for value in node.inputs],
-                list(node.attributes.values()), num_outputs=len(node.outputs),
-            )  # fmt: skip
+                node.domain,
+                node.op_type,
+                [there[value] for value in node.inputs],
+                list(node.attributes.values()),
+                num_outputs=len(node.outputs),
+            )
             for value, output in zip(node.outputs, copy.outputs, strict=True):
                 output.name = self._name(value, number)
                 output.shape, output.type = value.shape, value.type

@@ -159,13 +159,15 @@ def _scan(
         "com.microsoft::LinearAttention",
         [*inputs, past, decay.reshape(rows, new, -1), beta],
         {
-            "q_num_heads": query.shape[2], "kv_num_heads": heads, "update_rule": rule,
+            "q_num_heads": query.shape[2],
+            "kv_num_heads": heads,
+            "update_rule": rule,
             "scale": scale,
         },
         dtypes=[torch.float32] * 2,
         shapes=[[rows, new, heads * size], past.shape],
         version=1,
-    )  # fmt: skip
+    )
     return out.reshape(rows, new, heads, size), present
 
 

@@ -29,10 +29,19 @@ from fastgen.commands.say import clear_errors
 @spread_flags
 @knob_flags
 def batch(
-    source: str, out: str, kind: str | None, keep: tuple[str, ...], restart: bool, quiet: bool,
-    model: str | None, threads: int | None, prompts: str | None, ids: bool, max_rows: int | None,
+    source: str,
+    out: str,
+    kind: str | None,
+    keep: tuple[str, ...],
+    restart: bool,
+    quiet: bool,
+    model: str | None,
+    threads: int | None,
+    prompts: str | None,
+    ids: bool,
+    max_rows: int | None,
     **others: Any,
-) -> None:  # fmt: skip
+) -> None:
     """Continue every prompt of IN, and write an object a row to OUT, in IN's order.
 
     IN has JSON lines: {"prompt": ...}, {"messages": [...]} or {"input_ids": [...]} with knobs of

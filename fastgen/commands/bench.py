@@ -67,10 +67,16 @@ NUMBERS = Numbers()
     help="write all that was measured into this file",
 )
 def bench(
-    models: tuple[str, ...], prompt: tuple[int, ...] | None, rows: tuple[int, ...] | None,
-    beams: tuple[int, ...] | None, new: int, threads: tuple[int, ...] | None, rounds: int,
-    png: Path | None, as_json: Path | None,
-) -> None:  # fmt: skip
+    models: tuple[str, ...],
+    prompt: tuple[int, ...] | None,
+    rows: tuple[int, ...] | None,
+    beams: tuple[int, ...] | None,
+    new: int,
+    threads: tuple[int, ...] | None,
+    rounds: int,
+    png: Path | None,
+    as_json: Path | None,
+) -> None:
     """Time models on this machine.
 
     Each DIR is a model directory or a hub id; without one it is the embedded demo model.
@@ -122,12 +128,16 @@ def _record(
     """All that was measured, as JSON."""
     models = {
         name: {
-            "name": info.name, "model_type": info.model_type, "precision": info.precision,
-            "cache_precision": info.cache_precision, "parameters": info.parameters,
-            "bytes": sum(info.files.values()), "max_length": info.max_length,
+            "name": info.name,
+            "model_type": info.model_type,
+            "precision": info.precision,
+            "cache_precision": info.cache_precision,
+            "parameters": info.parameters,
+            "bytes": sum(info.files.values()),
+            "max_length": info.max_length,
         }
         for name, info in infos.items()
-    }  # fmt: skip
+    }
     record = {
         "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": machine,

@@ -39,10 +39,13 @@ from fastgen.system.interrupt import ended_at_once
     "--min-top1", type=float, help="share of equal likeliest tokens that is asked, if any"
 )
 @click.option(
-    "--text", "texts", multiple=True, type=click.Path(path_type=Path),
+    "--text",
+    "texts",
+    multiple=True,
+    type=click.Path(path_type=Path),
     help="a file of your own text to calibrate and judge on: plain, or JSON lines with text, ids "
     "or messages; may be given several times",
-)  # fmt: skip
+)
 @click.option("--calibration", type=click.Path(path_type=Path), hidden=True)
 @click.option(
     "--quick", is_flag=True, help="leave out the comparison on text (not the proof in float32)"
@@ -57,11 +60,22 @@ from fastgen.system.interrupt import ended_at_once
 @click.option("--revision", help="branch, tag or commit of a hub repository")
 @click.option("--adapter", help="merge this adapter (PEFT) first: a directory or a hub id")
 def export(
-    model: str, out: Path | None, precision: str | None, cache_precision: str, force: bool,
-    allow_mismatch: bool, max_kl: float | None, min_top1: float | None, texts: tuple[Path, ...],
-    calibration: Path | None, quick: bool, build: bool | None, prove: bool, revision: str | None,
+    model: str,
+    out: Path | None,
+    precision: str | None,
+    cache_precision: str,
+    force: bool,
+    allow_mismatch: bool,
+    max_kl: float | None,
+    min_top1: float | None,
+    texts: tuple[Path, ...],
+    calibration: Path | None,
+    quick: bool,
+    build: bool | None,
+    prove: bool,
+    revision: str | None,
     adapter: str | None,
-) -> None:  # fmt: skip
+) -> None:
     """Export MODEL, a transformers model or an ONNX folder, to the model directory OUT.
 
     MODEL is a directory or a hub id. It may be an adapter (PEFT), which is merged into the model

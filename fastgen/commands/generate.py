@@ -32,15 +32,22 @@ from fastgen.store import jsonfile
 )
 @run_options
 @click.option(
-    "--prefix-cache", type=click.Path(path_type=Path),
+    "--prefix-cache",
+    type=click.Path(path_type=Path),
     help="keep prompts' keys and values in this file: a later prompt that starts alike is faster, "
     "and its text the same (with int8 keys and values a token may change)",
-)  # fmt: skip
+)
 @knob_flags
 def generate(
-    prompt: str | None, model: str | None, file: Path | None, as_json: bool, threads: int | None,
-    prompts: str | None, prefix_cache: Path | None, **knobs: Any,
-) -> None:  # fmt: skip
+    prompt: str | None,
+    model: str | None,
+    file: Path | None,
+    as_json: bool,
+    threads: int | None,
+    prompts: str | None,
+    prefix_cache: Path | None,
+    **knobs: Any,
+) -> None:
     """Continue PROMPT; without one it is read from --file or standard input."""
     with clear_errors():
         text = _prompt(prompt, file)

@@ -19,10 +19,11 @@ threads_option = click.option(
     "--threads", type=int, help="threads of a step [default: physical cores]"
 )
 prompts_option = click.option(
-    "--prompts", metavar="same|int8",
+    "--prompts",
+    metavar="same|int8",
     help="int8: a model in int4 reads long prompts as fast as one in int8, for a byte of memory a "
     "weight [default: as tuned, or same]",
-)  # fmt: skip
+)
 
 
 def run_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -23,43 +23,80 @@ SOME_BAD = 1  # the exit code when all is done, and some rows came to nothing
 
 def job_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give `command` the flags of a job."""
-    for option in reversed((
-        click.argument("source", metavar="IN"),
-        click.argument("out", metavar="OUT"),
-        click.option("--format", "kind", type=click.Choice(["jsonl", "text", "parquet"]),
-                     help="of IN [default: by its ending]"),
-        click.option("--keep", multiple=True, metavar="NAME",
-                     help="a field of IN that OUT has too; '*' for all that mean nothing here"),
-        click.option("--restart", is_flag=True,
-                     help="begin anew: replace OUT, and what an earlier job left beside it"),
-        click.option("--quiet", is_flag=True, help="no bar, and no count at the end"),
-    )):  # fmt: skip
+    for option in reversed(
+        (
+            click.argument("source", metavar="IN"),
+            click.argument("out", metavar="OUT"),
+            click.option(
+                "--format",
+                "kind",
+                type=click.Choice(["jsonl", "text", "parquet"]),
+                help="of IN [default: by its ending]",
+            ),
+            click.option(
+                "--keep",
+                multiple=True,
+                metavar="NAME",
+                help="a field of IN that OUT has too; '*' for all that mean nothing here",
+            ),
+            click.option(
+                "--restart",
+                is_flag=True,
+                help="begin anew: replace OUT, and what an earlier job left beside it",
+            ),
+            click.option("--quiet", is_flag=True, help="no bar, and no count at the end"),
+        )
+    ):
         command = option(command)
     return command
 
 
 def spread_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give `command` the flags of a cluster."""
-    for option in reversed((
-        click.option("--ray", "address", metavar="ADDRESS",
-                     help="run on a cluster: local, auto or ray://HOST:PORT"),
-        click.option("--actors", type=click.IntRange(1),
-                     help="engines on the cluster [default: one on each node]"),
-        click.option("--cpus", type=click.FloatRange(0, min_open=True),
-                     help="CPUs, which are threads, of each [default: a node's but one]"),
-        click.option("--at-once", type=click.IntRange(1),
-                     help="rows that an engine on the cluster takes at a time [default: 256]"),
-        click.option("--ordered", is_flag=True,
-                     help="keep the order on a cluster too (elsewhere it always is)"),
-    )):  # fmt: skip
+    for option in reversed(
+        (
+            click.option(
+                "--ray",
+                "address",
+                metavar="ADDRESS",
+                help="run on a cluster: local, auto or ray://HOST:PORT",
+            ),
+            click.option(
+                "--actors",
+                type=click.IntRange(1),
+                help="engines on the cluster [default: one on each node]",
+            ),
+            click.option(
+                "--cpus",
+                type=click.FloatRange(0, min_open=True),
+                help="CPUs, which are threads, of each [default: a node's but one]",
+            ),
+            click.option(
+                "--at-once",
+                type=click.IntRange(1),
+                help="rows that an engine on the cluster takes at a time [default: 256]",
+            ),
+            click.option(
+                "--ordered",
+                is_flag=True,
+                help="keep the order on a cluster too (elsewhere it always is)",
+            ),
+        )
+    ):
         command = option(command)
     return command
 
 
 def on_a_cluster(
-    engine: str, arguments: dict[str, Any], source: str, out: str, kind: str | None, restart: bool,
-    quiet: bool, flags: dict[str, Any],
-) -> None:  # fmt: skip
+    engine: str,
+    arguments: dict[str, Any],
+    source: str,
+    out: str,
+    kind: str | None,
+    restart: bool,
+    quiet: bool,
+    flags: dict[str, Any],
+) -> None:
     """Run a job on Ray, and say how it went; the exit code is 1 if a row came to nothing."""
     try:
         from fastgen.jobs.ray import cluster, spread
@@ -101,8 +138,10 @@ def do(job: Job, work: Work, quiet: bool) -> None:
     if not quiet:
         seconds = max(time.monotonic() - start, 1e-9)
         before = f" ({job.skipped:,} of them before)" if job.skipped else ""
-        say(f"fastgen: {job.skipped + rows:,} rows{before}, {bad:,} bad; {tokens:,} tokens in "
-            f"{seconds:.1f} s, {tokens / seconds:,.0f} a second")  # fmt: skip
+        say(
+            f"fastgen: {job.skipped + rows:,} rows{before}, {bad:,} bad; {tokens:,} tokens in "
+            f"{seconds:.1f} s, {tokens / seconds:,.0f} a second"
+        )
     if first is not None:
         say(f"fastgen: the first bad row: {first.row.number}: {first.bad}")
     if bad:

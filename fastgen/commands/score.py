@@ -18,9 +18,18 @@ from fastgen.commands.say import clear_errors
 @click.option("--tokens", "each", is_flag=True, help="the log-probability of every token too")
 @spread_flags
 def score(
-    source: str, out: str, kind: str | None, keep: tuple[str, ...], restart: bool, quiet: bool,
-    model: str | None, threads: int | None, prompts: str | None, each: bool, **flags: Any,
-) -> None:  # fmt: skip
+    source: str,
+    out: str,
+    kind: str | None,
+    keep: tuple[str, ...],
+    restart: bool,
+    quiet: bool,
+    model: str | None,
+    threads: int | None,
+    prompts: str | None,
+    each: bool,
+    **flags: Any,
+) -> None:
     """Say how likely every text of IN is, an object a row in OUT, in IN's order.
 
     IN has JSON lines, {"text": ...} or {"ids": [...]}, with a "prefix" that comes before, if there

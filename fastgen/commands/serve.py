@@ -27,9 +27,10 @@ def limit_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """A flag for each limit of a request."""
     for one in reversed(fields(Limits)):
         flag = click.option(
-            f"--max-{one.name.replace('_', '-')}", type=click.IntRange(1),
+            f"--max-{one.name.replace('_', '-')}",
+            type=click.IntRange(1),
             help=f"{one.metadata['help']}, at most [default: {one.default:,}]",
-        )  # fmt: skip
+        )
         command = flag(command)
     return command
 
@@ -37,45 +38,96 @@ def limit_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.command()
 @click.argument("model", required=False)
 @click.option("--host", default="127.0.0.1", show_default=True, help="address to listen at")
-@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535),
-              help="port to listen at; 0 for any that is free")  # fmt: skip
-@click.option("--api-key", envvar="FASTGEN_API_KEY", help="that clients must send [env: "
-              "FASTGEN_API_KEY]")  # fmt: skip
+@click.option(
+    "--port",
+    default=8000,
+    show_default=True,
+    type=click.IntRange(0, 65535),
+    help="port to listen at; 0 for any that is free",
+)
+@click.option(
+    "--api-key", envvar="FASTGEN_API_KEY", help="that clients must send [env: FASTGEN_API_KEY]"
+)
 @run_options
 @click.option("--name", help="what clients see the model called [default: its own name]")
 @click.option(
     "--rows", type=click.IntRange(1), help="rows that run together, at most [default: 64]"
 )
 @click.option("--memory", type=float, help=f"GB that calls may come to hold [default: {MEMORY}]")
-@click.option("--queue", type=click.IntRange(1),
-              help="requests that may wait; more are told 429 [default: 256]")  # fmt: skip
-@click.option("--grace", default=30.0, show_default=True,
-              help="seconds that what runs has to finish, once told to stop")  # fmt: skip
-@click.option("--grammar-seconds", default=trial.SECONDS, show_default=True, type=float,
-              help="of the processor, that a new schema or grammar may take")  # fmt: skip
-@click.option("--grammar-memory", default=trial.MEGABYTES, show_default=True,
-              type=click.IntRange(1), help="MB that it may take")  # fmt: skip
-@click.option("--reasoning-format", "reasoning", default="auto", show_default=True,
-              type=click.Choice(FORMATS), help="auto: reasoning is reasoning_content; none: it "
-              "stays in the content, with its marks")  # fmt: skip
-@click.option("--plain-tools", is_flag=True,
-              help="tell a model whose template knows no tools of them in words")  # fmt: skip
-@click.option("--free-calls", is_flag=True,
-              help="do not hold calls that nothing forces to their tools' schemas")  # fmt: skip
+@click.option(
+    "--queue",
+    type=click.IntRange(1),
+    help="requests that may wait; more are told 429 [default: 256]",
+)
+@click.option(
+    "--grace",
+    default=30.0,
+    show_default=True,
+    help="seconds that what runs has to finish, once told to stop",
+)
+@click.option(
+    "--grammar-seconds",
+    default=trial.SECONDS,
+    show_default=True,
+    type=float,
+    help="of the processor, that a new schema or grammar may take",
+)
+@click.option(
+    "--grammar-memory",
+    default=trial.MEGABYTES,
+    show_default=True,
+    type=click.IntRange(1),
+    help="MB that it may take",
+)
+@click.option(
+    "--reasoning-format",
+    "reasoning",
+    default="auto",
+    show_default=True,
+    type=click.Choice(FORMATS),
+    help="auto: reasoning is reasoning_content; none: it stays in the content, with its marks",
+)
+@click.option(
+    "--plain-tools",
+    is_flag=True,
+    help="tell a model whose template knows no tools of them in words",
+)
+@click.option(
+    "--free-calls",
+    is_flag=True,
+    help="do not hold calls that nothing forces to their tools' schemas",
+)
 @click.option("--cors", help="an origin whose pages may call from a browser, * for all")
-@click.option("--allowed-host", "allowed_hosts", multiple=True,
-              help="a name, without a port, that the service may be asked by besides (several "
-              "times). Without a key and at a loopback address only localhost, 127.0.0.1, [::1] "
-              "and --host are; with one of these, nothing else anywhere")  # fmt: skip
+@click.option(
+    "--allowed-host",
+    "allowed_hosts",
+    multiple=True,
+    help="a name, without a port, that the service may be asked by besides (several "
+    "times). Without a key and at a loopback address only localhost, 127.0.0.1, [::1] "
+    "and --host are; with one of these, nothing else anywhere",
+)
 @limit_options
 def serve(
-    model: str | None, host: str, port: int, api_key: str | None, threads: int | None,
+    model: str | None,
+    host: str,
+    port: int,
+    api_key: str | None,
+    threads: int | None,
     prompts: str | None,
-    name: str | None, rows: int | None, memory: float | None, queue: int | None, grace: float,
-    grammar_seconds: float, grammar_memory: int,
-    reasoning: str, plain_tools: bool, free_calls: bool,
-    cors: str | None, allowed_hosts: tuple[str, ...], **most: int | None,
-) -> None:  # fmt: skip
+    name: str | None,
+    rows: int | None,
+    memory: float | None,
+    queue: int | None,
+    grace: float,
+    grammar_seconds: float,
+    grammar_memory: int,
+    reasoning: str,
+    plain_tools: bool,
+    free_calls: bool,
+    cors: str | None,
+    allowed_hosts: tuple[str, ...],
+    **most: int | None,
+) -> None:
     """Serve MODEL, a directory or a hub id (default: the embedded demo model), over HTTP.
 
     The API is OpenAI's: /v1/completions, /v1/chat/completions, /v1/models; every knob is a field
@@ -112,8 +164,16 @@ def serve(
         with _listening(host, port) as place:
             hosts = _hosts(place, host, allowed_hosts, api_key is not None)
             loaded = load(model, threads, prompts, "MODEL")
-            made = app(loaded, name=name, api_key=api_key, cors=cors, grace=grace, hosts=hosts,
-                       limits=limits, **given)  # fmt: skip
+            made = app(
+                loaded,
+                name=name,
+                api_key=api_key,
+                cors=cors,
+                grace=grace,
+                hosts=hosts,
+                limits=limits,
+                **given,
+            )
             server = Server(made, grace, ready=lambda: say(f"fastgen: serving at {_url(place)}"))
             with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
                 runner.run(server.serve(sockets=[place]))

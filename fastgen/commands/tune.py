@@ -26,9 +26,15 @@ MOST = 10**9  # rows, tokens and rounds that `tune` takes for a wish, not a slip
 @click.option("--max-kl", default=0.02, show_default=True, help="KL divergence allowed")
 @click.option("--min-top1", default=0.9, show_default=True, help="equal likeliest tokens asked")
 def tune(
-    models: tuple[str, ...], rows: int, prompt: int, new: int, rounds: int, max_kl: float,
-    min_top1: float, prompts: str | None,
-) -> None:  # fmt: skip
+    models: tuple[str, ...],
+    rows: int,
+    prompt: int,
+    new: int,
+    rounds: int,
+    max_kl: float,
+    min_top1: float,
+    prompts: str | None,
+) -> None:
     """Measure what is fastest on this machine: threads, kernels, and which of MODELS.
 
     Each is a directory or a hub id. What is best for a model directory is saved in it (of a hub's,

@@ -217,8 +217,11 @@ class Beams:
         parents, new = candidates.parents[chosen], self.new
         moves = self._deal(parents)
         if (parents != np.arange(self.size)).any():
-            for tracks in (self.ids[:, self.length - new : self.length], self._beams[:, :new],
-                           self._logprobs[:, :new]):  # fmt: skip
+            for tracks in (
+                self.ids[:, self.length - new : self.length],
+                self._beams[:, :new],
+                self._logprobs[:, :new],
+            ):
                 tracks[:] = tracks[parents]
         self.ids[:, self.length] = candidates.tokens[chosen]
         self._beams[:, new] = self.first + parents

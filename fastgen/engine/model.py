@@ -235,8 +235,11 @@ class Model:
         for window in self.windows:
             call.show(window, first_shown(int(held.min()), window, self.grain))
         if min(counts) < width:  # a padded position is never read; it only has to be a legal one
-            np.minimum(call.position_ids, held[:, None] + call.query_seqlens[:, None] - 1,
-                       out=call.position_ids)  # fmt: skip
+            np.minimum(
+                call.position_ids,
+                held[:, None] + call.query_seqlens[:, None] - 1,
+                out=call.position_ids,
+            )
         held += call.query_seqlens
         call.seqlens_k[:] = held - 1
         call.total_sequence_length[...] = max(int(held.max()), width)
@@ -274,9 +277,13 @@ class _Call:
     """One shape of call, bound once: a step writes into these arrays and runs."""
 
     INPUTS = (
-        "input_ids", "position_ids", "query_seqlens", "seqlens_k", "total_sequence_length",
+        "input_ids",
+        "position_ids",
+        "query_seqlens",
+        "seqlens_k",
+        "total_sequence_length",
         "logits_positions",
-    )  # fmt: skip
+    )
 
     def __init__(
         self,

@@ -137,9 +137,14 @@ class Reader:
     """
 
     def __init__(
-        self, model: CausalLM, knobs: Mapping[str, Any], keep: Collection[str] = (), seed: int = 0,
-        ids: bool = False, created: int | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        model: CausalLM,
+        knobs: Mapping[str, Any],
+        keep: Collection[str] = (),
+        seed: int = 0,
+        ids: bool = False,
+        created: int | None = None,
+    ) -> None:
         self.model, self.knobs, self.seed, self.ids = model, dict(knobs), seed, ids
         self.created = int(time.time()) if created is None else created
         self.keep, self.keeps_all = {*ALWAYS, *keep}, ALL in keep

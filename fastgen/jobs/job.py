@@ -48,9 +48,15 @@ class Job:
     """
 
     def __init__(
-        self, source: Source, out: str, settings: Mapping[str, Any], *, seed: int | None = None,
-        restart: bool = False, columns: Collection[str] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        source: Source,
+        out: str,
+        settings: Mapping[str, Any],
+        *,
+        seed: int | None = None,
+        restart: bool = False,
+        columns: Collection[str] | None = None,
+    ) -> None:
         self.source, self.columns = source, columns
         self.out = None if out == "-" else _target(out, source)
         settings = dict(settings) | ({} if seed is None else {"seed": seed})

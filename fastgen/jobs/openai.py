@@ -68,9 +68,7 @@ class Offline(Service):
         created: when the answers were made, as they say (Unix seconds).
     """
 
-    def __init__(
-        self, model: CausalLM, knobs: Mapping[str, Any], seed: int, created: int
-    ) -> None:  # fmt: skip
+    def __init__(self, model: CausalLM, knobs: Mapping[str, Any], seed: int, created: int) -> None:
         super().__init__(model, chunk=CHUNK)
         self.knobs, self.seed, self.created = dict(knobs), seed, created
         self._runner = asyncio.Runner()
@@ -86,9 +84,18 @@ class Offline(Service):
         """A request whose calls the job makes and runs."""
         texts = self.texts(len(prompts), wish, kept)
         return Held(
-            self.engine, [], asyncio.Queue(), texts, wish.copies, sum(map(len, prompts)),
-            prompts=prompts, wish=wish, usual=usual, kept=kept, same=wish.same,
-        )  # fmt: skip
+            self.engine,
+            [],
+            asyncio.Queue(),
+            texts,
+            wish.copies,
+            sum(map(len, prompts)),
+            prompts=prompts,
+            wish=wish,
+            usual=usual,
+            kept=kept,
+            same=wish.same,
+        )
 
     async def _through(self, jobs: Sequence[tuple[Job, Writer | None]]) -> list[tuple[int, Token]]:
         """What becomes of them here and now: a job has no clients who wait."""

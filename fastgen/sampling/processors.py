@@ -135,10 +135,17 @@ def build(
 Steps = list[tuple[str, Processor]]
 
 # Processors that forbid tokens and leave the scores of all others alone.
-BANS = frozenset({
-    "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "min_new_tokens",
-    "min_length", "suppress_tokens", "begin_suppress_tokens",
-})  # fmt: skip
+BANS = frozenset(
+    {
+        "no_repeat_ngram_size",
+        "encoder_no_repeat_ngram_size",
+        "bad_words_ids",
+        "min_new_tokens",
+        "min_length",
+        "suppress_tokens",
+        "begin_suppress_tokens",
+    }
+)
 
 # Those that forbid tokens, and may do other things besides.
 RULE_OUT = BANS | {

@@ -285,8 +285,11 @@ def _inwards(bound: int | float, inwards: int, whole: bool) -> int | float:
         near = Context(prec=digits, rounding=rounding).create_decimal(exact)
         if abs(near) < EXACT:
             places = Decimal(1).scaleb(-PLACES)
-            fine = near if _is_read_exactly(near) else near.quantize(
-                places, rounding, Context(prec=99))  # fmt: skip
+            fine = (
+                near
+                if _is_read_exactly(near)
+                else near.quantize(places, rounding, Context(prec=99))
+            )
             return float(fine)
         if float(near) == near and abs(near) <= LARGEST:
             return int(near)
@@ -296,8 +299,9 @@ def _inwards(bound: int | float, inwards: int, whole: bool) -> int | float:
 def _check_multiples(nodes: list[dict[str, Any]]) -> None:
     """Raise a ValueError where `multipleOf` that meet have too large a common multiple."""
     beside = ("$ref", "anyOf", "oneOf")
-    meet = any("allOf" in node or (len(node) > 1 and any(n in node for n in beside))
-               for node in nodes)  # fmt: skip
+    meet = any(
+        "allOf" in node or (len(node) > 1 and any(n in node for n in beside)) for node in nodes
+    )
     found = {node["multipleOf"] for node in nodes if _is_number(node.get("multipleOf"))}
     if len(found) < 2 or not meet:
         return
@@ -321,8 +325,11 @@ def _refuse_wrapper(root: dict[str, Any]) -> None:
     """Raise a ValueError for what OpenAI's clients put around a schema."""
     inner = root.get("json_schema", root) if root.get("type") == "json_schema" else root
     wraps = isinstance(inner, dict) and {"schema"} <= inner.keys() <= {
-        "name", "description", "strict", "schema",
-    }  # fmt: skip
+        "name",
+        "description",
+        "strict",
+        "schema",
+    }
     if wraps and isinstance(inner["schema"], dict):
         raise ValueError(
             "this is OpenAI's wrapper of a schema, which goes into response_format: pass what "

@@ -228,9 +228,10 @@ def _limit(
     """Let reasoning end after so many tokens."""
     if marks is None:
         raise Refused(
-            400, "max_reasoning_tokens: the chat template shows no reasoning that could be ended",
+            400,
+            "max_reasoning_tokens: the chat template shows no reasoning that could be ended",
             param="max_reasoning_tokens",
-        )  # fmt: skip
+        )
     budget = reasoning.Budget(service.model.tokenizer, marks, most, prompt, begun)
     wished.knobs["logits_processor"] = [budget]
 
@@ -255,9 +256,10 @@ def _format(wanted: Any) -> dict[str, Any]:
     given = wanted.json_schema or {}
     if not isinstance(given.get("schema"), dict):
         raise Refused(
-            400, 'response_format of json_schema needs {"json_schema": {"schema": {...}}}',
+            400,
+            'response_format of json_schema needs {"json_schema": {"schema": {...}}}',
             param="response_format",
-        )  # fmt: skip
+        )
     if not given.get("strict"):
         return {"json_schema": given["schema"]}
     try:
@@ -306,8 +308,11 @@ async def _held_to(
             await service.compiled({"grammar": grammar})
     except (ValueError, Refused) as error:
         if choice.forced or (isinstance(error, Refused) and error.status != 400):
-            raise error if isinstance(error, Refused) else Refused(
-                400, f"tools: {error}", param="tools") from error  # fmt: skip
+            raise (
+                error
+                if isinstance(error, Refused)
+                else Refused(400, f"tools: {error}", param="tools")
+            ) from error
         wished.knobs.update(wanted)
         return [f"calls are not held to the tools' schemas: {error}"]
     wished.knobs["grammar"] = grammar

@@ -67,10 +67,14 @@ class Answer:
             text = self.run.texts[place]
             choices.append(
                 self._choice(
-                    index, said + "".join(parts[place]), [*before, *text.tokens], text.reason,
-                    made[place], [*starts(before), *(len(said) + at for at in text.starts)],
+                    index,
+                    said + "".join(parts[place]),
+                    [*before, *text.tokens],
+                    text.reason,
+                    made[place],
+                    [*starts(before), *(len(said) + at for at in text.starts)],
                 )
-            )  # fmt: skip
+            )
         if not self.run.streams:  # nothing but the prompts was wanted
             choices = [
                 self._choice(index, said, before, "length", [], starts(before))
@@ -94,9 +98,14 @@ class Answer:
         return self.echoes[place // self.wish.copies] if self.echoes else ("", [])
 
     def _choice(
-        self, index: int, text: str, tokens: Sequence[Token], reason: str | None,
-        made: Sequence[Token], begin: Sequence[int],
-    ) -> dict[str, Any]:  # fmt: skip
+        self,
+        index: int,
+        text: str,
+        tokens: Sequence[Token],
+        reason: str | None,
+        made: Sequence[Token],
+        begin: Sequence[int],
+    ) -> dict[str, Any]:
         choice: dict[str, Any] = {"index": index, "text": text, "logprobs": None,
                                   "finish_reason": reason}  # fmt: skip
         if self.wish.alternatives is not None and self.service.model.has_tokenizer:

@@ -19,8 +19,13 @@ LOG = logging.getLogger(__name__)
 
 # For what happens elsewhere, or says who asks.
 INERT = (
-    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
-)  # fmt: skip
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+)
 # About how fast, where or in which order: no token changes.
 LET_GO = (
     "prediction", "prompt_cache_retention", "priority", "request_id", "cache_salt",
@@ -75,11 +80,12 @@ def shared() -> dict[str, Any]:
         "min_tokens": (int | None, Field(None, ge=0, description="as min_new_tokens")),
         "ignore_eos": (bool | None, Field(None, description="go on after the end of text")),
         "stop_token_ids": (
-            list[int] | None, Field(None, description="tokens that end the text besides its end"),
+            list[int] | None,
+            Field(None, description="tokens that end the text besides its end"),
         ),
         **{name: (Any, Field(None, description=let_go)) for name in (*INERT, *LET_GO)},
         **only(ONLY),
-    }  # fmt: skip
+    }
 
 
 def only(accepted: Mapping[str, Any]) -> dict[str, Any]:

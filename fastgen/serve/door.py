@@ -136,9 +136,11 @@ class Guard:
             await self.app(scope, receive, send)
             return
         error = Refused(
-            401, "this service asks for its API key: Authorization: Bearer KEY",
-            code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"},
-        )  # fmt: skip
+            401,
+            "this service asks for its API key: Authorization: Bearer KEY",
+            code="invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
         await refuse(error, scope, receive, send)
 
     def _has_key(self, headers: Headers) -> bool:

@@ -42,9 +42,12 @@ class _Known:
         for name, what, value in (
             ("fastgen_prefix_cache_hits", "prompts that were found in part", cache.hits),
             ("fastgen_prefix_cache_misses", "prompts that were not", cache.misses),
-            ("fastgen_prefix_cache_tokens_reused", "tokens that were not read again",
-             cache.tokens_reused),
-        ):  # fmt: skip
+            (
+                "fastgen_prefix_cache_tokens_reused",
+                "tokens that were not read again",
+                cache.tokens_reused,
+            ),
+        ):
             yield CounterMetricFamily(name, what, value=value)
 
 

@@ -9,9 +9,14 @@ class Refused(Exception):
     """A request that is not answered, with OpenAI's words for why."""
 
     def __init__(
-        self, status: int, message: str, *, param: str | None = None, code: str | None = None,
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
         headers: Mapping[str, str] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(message)
         self.status, self.headers = status, dict(headers or {})
         kind = "invalid_request_error" if status < 500 and status != 429 else "server_error"

@@ -159,8 +159,9 @@ def _invalid(error: ValidationError) -> Refused:
 def _routes(made: FastAPI, service: Service) -> None:
     model, limits = service.model, service.limits
     answers: dict[int | str, dict[str, Any]] = {
-        200: {"content": {"text/event-stream": EVENTS}}, **errors(*OF_RUNNING)
-    }  # fmt: skip
+        200: {"content": {"text/event-stream": EVENTS}},
+        **errors(*OF_RUNNING),
+    }
     reads, shows = errors(*OF_READING), errors(401, 403)
 
     @made.post("/v1/completions", responses=answers, openapi_extra=takes(Completion))
@@ -182,8 +183,12 @@ def _routes(made: FastAPI, service: Service) -> None:
     @made.get("/v1/models/{name:path}", responses=errors(401, 403, 404))
     async def one_model(name: str) -> dict[str, Any]:
         if name != service.name:
-            raise Refused(404, f"there is no model {name!r}, only {service.name!r}", param="model",
-                          code="model_not_found")  # fmt: skip
+            raise Refused(
+                404,
+                f"there is no model {name!r}, only {service.name!r}",
+                param="model",
+                code="model_not_found",
+            )
         return _model(service)
 
     @made.post("/tokenize", responses=reads, openapi_extra=takes(Tokenize))

@@ -123,9 +123,11 @@ def refusal(error: Exception) -> Refused:
         return Refused(503, "the service is being stopped", code="stopping")
     if isinstance(error, Full):
         return Refused(
-            429, "as many requests wait as may: try again later", code="queue_full",
+            429,
+            "as many requests wait as may: try again later",
+            code="queue_full",
             headers={"Retry-After": str(RETRY)},
-        )  # fmt: skip
+        )
     if isinstance(error, ValueError):
         return _wrong(str(error), {})
     return failure(error)
@@ -310,9 +312,13 @@ class Service:
             variables = dict.fromkeys(self.shown.variables, functions) | variables
         try:
             text = await asyncio.to_thread(
-                chat_template.prompt, self.model.directory, self.model.tokenizer.config, messages,
-                functions, **variables,
-            )  # fmt: skip
+                chat_template.prompt,
+                self.model.directory,
+                self.model.tokenizer.config,
+                messages,
+                functions,
+                **variables,
+            )
         except (ValueError, TypeError) as error:
             raise Refused(400, str(error), param="messages") from error
         return await self.ids(text, special=False), text

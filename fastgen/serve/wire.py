@@ -283,8 +283,9 @@ def _sampling(knobs: dict[str, Any], defaults: Mapping[str, Any]) -> None:
     """Make of a silent request one that samples, and of a temperature of 0 one that does not."""
     if knobs.get("temperature") == 0 and not isinstance(knobs["temperature"], bool):
         if knobs.get("do_sample"):
-            raise Refused(400, "temperature=0 and do_sample=true exclude each other",
-                          param="temperature")  # fmt: skip
+            raise Refused(
+                400, "temperature=0 and do_sample=true exclude each other", param="temperature"
+            )
         del knobs["temperature"]
         knobs["do_sample"] = False
     if "do_sample" not in knobs and _beams(knobs, defaults) in (None, 1):

@@ -256,10 +256,13 @@ def snapshot(
     try:
         return Path(
             huggingface_hub.snapshot_download(
-                repository, revision=revision, allow_patterns=only, ignore_patterns=ignore,
+                repository,
+                revision=revision,
+                allow_patterns=only,
+                ignore_patterns=ignore,
                 local_files_only=here,
             )
-        )  # fmt: skip
+        )
     except Exception as error:  # of huggingface_hub, of the system, or of whatever speaks HTTP
         raise _unknown(repository, error, revision) from error
 

@@ -161,10 +161,9 @@ def _written(message: Message, form: Form) -> Message:
     texts = ["".join(texts)] if form.joined else texts
     return out | {
         "content": [
-            {**part, "type": "text", "text": text}
-            for part, text in zip(parts, texts, strict=True)
+            {**part, "type": "text", "text": text} for part, text in zip(parts, texts, strict=True)
         ]
-    }  # fmt: skip
+    }
 
 
 def _forms(messages: Sequence[Message]) -> Iterator[Form]:

@@ -267,8 +267,11 @@ class Sandbox(ImmutableSandboxedEnvironment):  # type: ignore[misc,unused-ignore
             name: _metered(name, function) for name, function in known.items()
         }
         self.filters |= {
-            "the loop": _loop, "the value": _value, "the text": _text, "the output": _output,
-        }  # fmt: skip
+            "the loop": _loop,
+            "the value": _value,
+            "the text": _text,
+            "the output": _output,
+        }
 
     def compiled(self, source: str) -> Any:
         """A template; `render` it with a `Meter` by the name of METER."""

@@ -223,8 +223,11 @@ def _bars(axis: Any, cases: Mapping[Case, Sequence[Result]], colours: Mapping[st
         "rows": (f"New tokens after a prompt of {first.prompt:,}", "rows generated together"),
         "beams": ("Beam search", "beams"),
     }[first.kind]
-    counts = {"read": [case.prompt for case in cases], "rows": [case.rows for case in cases],
-              "beams": [case.beams for case in cases]}[first.kind]  # fmt: skip
+    counts = {
+        "read": [case.prompt for case in cases],
+        "rows": [case.rows for case in cases],
+        "beams": [case.beams for case in cases],
+    }[first.kind]
     axis.set_xticks(range(len(counts)), [f"{count:,}" for count in counts])
     axis.set_xlim(-0.6, len(counts) - 0.4)
     axis.set_title(about[0], fontsize=9)

@@ -133,10 +133,17 @@ def test_knobs_are_flags_and_can_be_set(long):
     code, out, err = run(long, *FLAGS, *flags, stdin=typed)
     assert (code, out) == (0, lines(expected))
     assert err.splitlines() == [
-        "max_new_tokens 6", "eos_token_id null", "do_sample true", "seed 5", "temperature 1.5",
+        "max_new_tokens 6",
+        "eos_token_id null",
+        "do_sample true",
+        "seed 5",
+        "temperature 1.5",
         "sampled at temperature 1.5, top_k 50, top_p 0.9",
-        "max_new_tokens 6", "eos_token_id null", "num_beams 2", "not sampled",
-    ]  # fmt: skip
+        "max_new_tokens 6",
+        "eos_token_id null",
+        "num_beams 2",
+        "not sampled",
+    ]
 
 
 def test_a_set_knob_can_be_switched_off(long):
@@ -297,11 +304,24 @@ def test_help_lists_every_command(long):
 
 def test_ctrl_c_ends_it_where_nobody_types(long):
     process = subprocess.Popen(
-        [sys.executable, "-m", "fastgen", "chat", long, "--max-new-tokens", "30000",
-         "--eos-token-id", "null", "--suppress-tokens", "[0,1,2,97,98]"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [
+            sys.executable,
+            "-m",
+            "fastgen",
+            "chat",
+            long,
+            "--max-new-tokens",
+            "30000",
+            "--eos-token-id",
+            "null",
+            "--suppress-tokens",
+            "[0,1,2,97,98]",
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
+    )
     process.stdin.write(b"Hi\n")
     process.stdin.flush()
     assert len(process.stdout.read(20)) == 20
@@ -316,8 +336,9 @@ def test_ctrl_c_ends_it_where_nobody_types(long):
 def test_a_conversation_is_saved_and_goes_on(long, tmp_path):
     expected = replies(long, "Hi \U0001f642", "Go on", "More", system="x")
     file = tmp_path / "talk.json"
-    code, out, err = run(long, *FLAGS, "--system", "x",
-                         stdin=f"Hi \U0001f642\nGo on\n/save {file}\n")  # fmt: skip
+    code, out, err = run(
+        long, *FLAGS, "--system", "x", stdin=f"Hi \U0001f642\nGo on\n/save {file}\n"
+    )
     assert (code, out, err) == (0, lines(expected[:2]), "")
     assert [path.name for path in tmp_path.iterdir()] == ["talk.json"]
     found = json.loads(file.read_text())["messages"]
@@ -545,13 +566,16 @@ class Terminal:
         self.ours, theirs = pty.openpty()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "fastgen", "chat", *map(str, args)],
-            stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            start_new_session=True,
             env=os.environ | {"TERM": "dumb"},
             preexec_fn=lambda: (
                 fcntl.ioctl(0, termios.TIOCSCTTY, 0),
                 signal.signal(signal.SIGINT, signal.default_int_handler),
             ),
-        )  # fmt: skip
+        )
         os.close(theirs)
 
     def until(self, words: str, seconds: float = 60) -> str:

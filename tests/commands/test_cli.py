@@ -51,8 +51,12 @@ def expected(model) -> str:
 @pytest.mark.parametrize("how", ["argument", "file", "stdin", "dash"])
 def test_a_prompt_comes_from_an_argument_a_file_or_stdin(directory, expected, how, tmp_path):
     (tmp_path / "prompt.txt").write_text(PROMPT)
-    given = {"argument": [PROMPT], "file": ["--file", tmp_path / "prompt.txt"],
-             "stdin": [], "dash": ["-"]}[how]  # fmt: skip
+    given = {
+        "argument": [PROMPT],
+        "file": ["--file", tmp_path / "prompt.txt"],
+        "stdin": [],
+        "dash": ["-"],
+    }[how]
     stdin = f"{PROMPT}\n".encode() if how in ("stdin", "dash") else b""
     found = run("generate", *given, "-m", directory, "--max-new-tokens", "8", stdin=stdin)
     assert found == (0, expected, "")
@@ -63,9 +67,16 @@ def test_every_knob_is_a_flag(model, directory):
              "--no-repeat-ngram-size", "3", "--eos-token-id", "[2, 3]", "--stop-strings", "zzz",
              "--max-new-tokens", "12"]  # fmt: skip
     text = model.complete(
-        PROMPT, do_sample=True, top_p=0.9, temperature=1.3, seed=7, no_repeat_ngram_size=3,
-        eos_token_id=[2, 3], stop_strings=["zzz"], max_new_tokens=12,
-    )  # fmt: skip
+        PROMPT,
+        do_sample=True,
+        top_p=0.9,
+        temperature=1.3,
+        seed=7,
+        no_repeat_ngram_size=3,
+        eos_token_id=[2, 3],
+        stop_strings=["zzz"],
+        max_new_tokens=12,
+    )
     assert run("generate", PROMPT, "-m", directory, *flags) == (0, PROMPT + text + "\n", "")
     _, out, _ = run("generate", "--help")
     for name in ("--num-beams", "--do-sample / --no-do-sample", "--frequency-penalty"):
@@ -95,15 +106,31 @@ def test_several_sequences_are_lines(model, directory, flags):
 
 
 def test_json_is_one_object_a_sequence(model, directory):
-    code, out, err = run("generate", PROMPT, "-m", directory, "--json", "--max-new-tokens", "4",
-                         "--do-sample", "--num-return-sequences", "2", "--seed", "3",
-                         "--top-logprobs", "2")  # fmt: skip
+    code, out, err = run(
+        "generate",
+        PROMPT,
+        "-m",
+        directory,
+        "--json",
+        "--max-new-tokens",
+        "4",
+        "--do-sample",
+        "--num-return-sequences",
+        "2",
+        "--seed",
+        "3",
+        "--top-logprobs",
+        "2",
+    )
     assert (code, err) == (0, "")
     records = [json.loads(line) for line in out.splitlines()]
     wanted = model.generate(
-        [model.tokenizer.encode(PROMPT)], do_sample=True, num_return_sequences=2, seed=3,
+        [model.tokenizer.encode(PROMPT)],
+        do_sample=True,
+        num_return_sequences=2,
+        seed=3,
         max_new_tokens=4,
-    )  # fmt: skip
+    )
     assert [record["ids"] for record in records] == [row[-4:] for row in wanted]
     for record in records:
         assert record["prompt"] == PROMPT and record["finish_reason"] == "length"
@@ -113,8 +140,20 @@ def test_json_is_one_object_a_sequence(model, directory):
 
 def test_json_has_no_infinity_and_no_nan(directory):
     """What is not a number is null: a token that processors rule out has no log-probability."""
-    code, out, err = run("generate", PROMPT, "-m", directory, "--json", "--max-new-tokens", "2",
-                         "--top-logprobs", "3", "--do-sample", "--top-k", "1")  # fmt: skip
+    code, out, err = run(
+        "generate",
+        PROMPT,
+        "-m",
+        directory,
+        "--json",
+        "--max-new-tokens",
+        "2",
+        "--top-logprobs",
+        "3",
+        "--do-sample",
+        "--top-k",
+        "1",
+    )
     assert (code, err) == (0, "")
 
     def refuse(name: str) -> None:
@@ -190,8 +229,9 @@ def test_ctrl_c_while_generating_ends_it_quietly(endless):
 def test_who_starts_it_with_ctrl_c_ignored_is_obeyed(directory, expected):
     """As nohup does, and a shell that runs it in the background."""
     reading, writing = os.pipe()
-    process = started("generate", "-m", directory, "--max-new-tokens", "8",
-                      stdin=reading, ctrl_c=signal.SIG_IGN)  # fmt: skip
+    process = started(
+        "generate", "-m", directory, "--max-new-tokens", "8", stdin=reading, ctrl_c=signal.SIG_IGN
+    )
     os.close(reading)
     for _ in range(20):  # while it imports, and while it waits for the prompt
         process.send_signal(signal.SIGINT)
@@ -230,8 +270,10 @@ def test_ctrl_c_while_libraries_are_imported_ends_it_quietly(
 def test_streams_that_are_closed_or_full(closed, code, expected, directory, tmp_path):
     """What is opened later never takes the number of a standard stream."""
     cache = tmp_path / "cache"
-    line = (f"'{sys.executable}' -m fastgen generate '{PROMPT}' -m '{directory}' "
-            f"--max-new-tokens 8 --prefix-cache '{cache}' {closed}")  # fmt: skip
+    line = (
+        f"'{sys.executable}' -m fastgen generate '{PROMPT}' -m '{directory}' "
+        f"--max-new-tokens 8 --prefix-cache '{cache}' {closed}"
+    )
     done = subprocess.run(["bash", "-c", line], capture_output=True, timeout=60)
     assert done.returncode == code
     assert done.stdout.decode() == ("" if ">" in closed.replace("2>", "") else expected)

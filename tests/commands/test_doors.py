@@ -86,8 +86,9 @@ def test_sampled_beams_that_have_all_ended_go_on_as_there(both, seed):
         expected = theirs.generate(
             ids, stopping_criteria=criteria, tokenizer=tiny.tokenizer(), **knobs
         )
-        assert torch.equal(ours.generate(ids, stopping_criteria=criteria, seed=seed, **knobs),
-                           expected)  # fmt: skip
+        assert torch.equal(
+            ours.generate(ids, stopping_criteria=criteria, seed=seed, **knobs), expected
+        )
 
 
 @pytest.mark.parametrize("top", [3e9, -3e9, -4e12, 1e30, 3.4e38])
@@ -149,9 +150,12 @@ def test_an_error_at_a_token_that_is_taken_counts(ours, always_guess):
         return scores * (NAN if ids.shape[1] > 22 else 1)
 
     for how in GUESSING:
-        refused(lambda how=how: ours.generate(
-            [row], logits_processor=[late], max_new_tokens=20, **guessing(ours, how)
-        ), "the scores hold nan")  # fmt: skip
+        refused(
+            lambda how=how: ours.generate(
+                [row], logits_processor=[late], max_new_tokens=20, **guessing(ours, how)
+            ),
+            "the scores hold nan",
+        )
 
 
 def test_rows_that_go_on_after_their_end_do_so_with_guesses(ours, always_guess):
@@ -214,8 +218,16 @@ def test_criteria_see_the_scores_of_all_steps_or_none(both, beams, kept):
             mine.append((list(ids.shape), scores if scores is None else torch.stack(scores)))
             return torch.zeros(len(ids), dtype=torch.bool)
 
-        model.generate(ids, attention_mask=mask, num_beams=beams, stopping_criteria=[look],
-                       eos_token_id=None, pad_token_id=0, **GREEDY, **kept)  # fmt: skip
+        model.generate(
+            ids,
+            attention_mask=mask,
+            num_beams=beams,
+            stopping_criteria=[look],
+            eos_token_id=None,
+            pad_token_id=0,
+            **GREEDY,
+            **kept,
+        )
     assert len(seen[0]) == len(seen[1]) == 8
     for (shape, scores), (other_shape, others) in zip(*seen, strict=True):
         assert shape == other_shape and (scores is None) == (others is None)
@@ -246,9 +258,12 @@ def test_allowed_tokens_are_asked_with_a_copy_and_taken_at_their_word(ours):
         ([2**63], "integers|tokens of 0"),
         ([], "returned no token"),
     ):
-        refused(lambda answer=answer: ours.generate(
-            [5, 6], prefix_allowed_tokens_fn=lambda batch_id, ids: answer, **GREEDY
-        ), words)  # fmt: skip
+        refused(
+            lambda answer=answer: ours.generate(
+                [5, 6], prefix_allowed_tokens_fn=lambda batch_id, ids: answer, **GREEDY
+            ),
+            words,
+        )
 
 
 def test_outputs_are_mappings(both):
@@ -374,8 +389,10 @@ def test_what_ruled_every_token_out_is_named(ours):
     words = "every one is ruled out by bad_words_ids, min_new_tokens, suppress_tokens$"
     refused(lambda: ours.generate([5, 6], **knobs), words)
     ban = [lambda ids, scores: np.full_like(scores, -np.inf)]
-    refused(lambda: ours.generate([5, 6], logits_processor=ban, **SAMPLE),
-            "ruled out by logits_processor <lambda>$")  # fmt: skip
+    refused(
+        lambda: ours.generate([5, 6], logits_processor=ban, **SAMPLE),
+        "ruled out by logits_processor <lambda>$",
+    )
 
 
 # -- nan ------------------------------------------------------------------------------------------
@@ -409,8 +426,10 @@ def test_nan_weights_are_an_error(tmp_path, large):
     del weights
     broken = fastgen.CausalLM(tmp_path / "out")
     for search in SEARCHES:
-        refused(lambda search=search: broken.generate([5, 6, 7], max_new_tokens=4, **search),
-                "the scores hold nan")  # fmt: skip
+        refused(
+            lambda search=search: broken.generate([5, 6, 7], max_new_tokens=4, **search),
+            "the scores hold nan",
+        )
     refused(lambda: broken.score([5, 6, 7]), "nan")
 
 
@@ -548,11 +567,16 @@ def test_negative_prompts(ours):
         lambda: ours.generate([5], negative_prompt_ids=[6] * 200, **scale), "negative_prompt_ids"
     )
     refused(lambda: ours.generate([5], negative_prompt_ids=[6], **GREEDY), "needs a guidance_scale")
-    refused(lambda: ours.generate([5], negative_prompt_attention_mask=[1], **scale),
-            "needs negative_prompt_ids")  # fmt: skip
+    refused(
+        lambda: ours.generate([5], negative_prompt_attention_mask=[1], **scale),
+        "needs negative_prompt_ids",
+    )
     masked = np.ma.masked_array([5, 6], [0, 1])
-    for call in (lambda: ours.generate(masked, **GREEDY), lambda: ours.score(masked),
-                 lambda: ours.generate([5], negative_prompt_ids=masked, **scale)):  # fmt: skip
+    for call in (
+        lambda: ours.generate(masked, **GREEDY),
+        lambda: ours.score(masked),
+        lambda: ours.generate([5], negative_prompt_ids=masked, **scale),
+    ):
         refused(call, "is a masked array")
     assert ours.generate([5], negative_prompt_ids=[6], **GREEDY, guidance_scale=1)
 
@@ -560,8 +584,10 @@ def test_negative_prompts(ours):
 def test_a_negative_prompt_beyond_learned_positions(pair):
     _, model = pair("gpt2")
     knobs = {"guidance_scale": 1.5, **GREEDY}
-    refused(lambda: model.generate([5], negative_prompt_ids=[6] * 125, **knobs),
-            "negative_prompt_ids has 125 tokens, which with 8 new ones exceed the 128")  # fmt: skip
+    refused(
+        lambda: model.generate([5], negative_prompt_ids=[6] * 125, **knobs),
+        "negative_prompt_ids has 125 tokens, which with 8 new ones exceed the 128",
+    )
     model.generate([5], negative_prompt_ids=[6] * 120, **knobs)
 
 
@@ -712,6 +738,9 @@ def test_uint64_ids_are_what_they_say(ours):
 
 
 def test_half_a_character_in_a_text(ours):
-    for call in (lambda: ours.complete("a\ud800", max_new_tokens=3), lambda: ours.score(["\udfff"]),
-                 lambda: list(ours.stream("\ud800", max_new_tokens=3))):  # fmt: skip
+    for call in (
+        lambda: ours.complete("a\ud800", max_new_tokens=3),
+        lambda: ours.score(["\udfff"]),
+        lambda: list(ours.stream("\ud800", max_new_tokens=3)),
+    ):
         refused(call, "holds .* no character of Unicode")

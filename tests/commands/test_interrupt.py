@@ -88,8 +88,10 @@ def test_nothing_is_left_behind(what, number, tmp_path):
     place = tmp_path / "not there yet" if what == "an export" else tmp_path
     with subprocess.Popen(
         [sys.executable, "-c", program, str(place / "out")],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    ) as process:  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == "ready\n"

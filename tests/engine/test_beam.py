@@ -42,8 +42,11 @@ def compare(pair: Any, rows: list[list[int]], seed: int | None = None, **knobs: 
     found = ours.generate(ids, attention_mask=mask, seed=seed, **given)
     same = torch.equal(expected.sequences, found.sequences)
     if not same and seed is None:
-        gap = closest(theirs, ids, {"do_sample": False, "max_new_tokens": 12, **DICT, **knobs,
-                                    "attention_mask": mask})  # fmt: skip
+        gap = closest(
+            theirs,
+            ids,
+            {"do_sample": False, "max_new_tokens": 12, **DICT, **knobs, "attention_mask": mask},
+        )
         if gap < TIE:
             ties.append((rows, knobs, gap))
             return expected
@@ -80,8 +83,15 @@ def ends(pair):
     def find(kind: str, rows: list[list[int]], count: int) -> list[int]:
         theirs, _ = pair(kind)
         ids, mask = left_padded(rows)
-        found = theirs.generate(ids, attention_mask=mask, num_beams=4, num_return_sequences=4,
-                                max_new_tokens=12, do_sample=False, eos_token_id=None)  # fmt: skip
+        found = theirs.generate(
+            ids,
+            attention_mask=mask,
+            num_beams=4,
+            num_return_sequences=4,
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=None,
+        )
         tokens, counts = found[:, ids.shape[1] + 2 :].unique(return_counts=True)
         order = counts.argsort(descending=True)
         return tokens[order].tolist()[1 : 1 + count]  # the second: not all end at once
@@ -101,10 +111,15 @@ def test_beams_are_those_of_transformers(pair, ends, kind, num_beams, early_stop
         for place, (length_penalty, eos_token_id) in list(enumerate(settings))[first::2]:
             returned = num_beams if place % 4 else 1
             out = compare(
-                pair(kind), rows, num_beams=num_beams, early_stopping=early_stopping,
-                length_penalty=length_penalty, eos_token_id=eos_token_id,
-                num_return_sequences=returned, pad_token_id=0,
-            )  # fmt: skip
+                pair(kind),
+                rows,
+                num_beams=num_beams,
+                early_stopping=early_stopping,
+                length_penalty=length_penalty,
+                eos_token_id=eos_token_id,
+                num_return_sequences=returned,
+                pad_token_id=0,
+            )
             lengths = (out.beam_indices >= 0).sum(dim=1)
             ended += int((lengths < 12).sum())
             late += int((lengths == 12).sum())
@@ -150,9 +165,11 @@ def test_scores_and_logits_of_a_step_are_those_of_transformers(pair, kind):
         for mine, other in zip(found[name], expected[name], strict=True):
             np.testing.assert_allclose(mine, other, rtol=1e-4, atol=2e-5)
     gathered = theirs.compute_transition_scores(
-        torch.tensor(found.sequences), tuple(map(torch.tensor, found.scores)),
-        torch.tensor(found.beam_indices), normalize_logits=False,
-    )  # fmt: skip
+        torch.tensor(found.sequences),
+        tuple(map(torch.tensor, found.scores)),
+        torch.tensor(found.beam_indices),
+        normalize_logits=False,
+    )
     np.testing.assert_allclose(gathered.sum(dim=1) / 8, found.sequences_scores, atol=1e-5)
 
 
@@ -173,8 +190,16 @@ def test_beam_sampling_repeats_a_seed_of_torch(pair, ends, kind, knobs):
     rows = ragged(4, (4, 9, 6))
     for seed, count in itertools.product(range(6), (0, 1, 2)):
         eos = ends(kind, rows, count) or None
-        compare(pair(kind), rows, seed, do_sample=True, eos_token_id=eos, pad_token_id=0,
-                num_return_sequences=2, **knobs)  # fmt: skip
+        compare(
+            pair(kind),
+            rows,
+            seed,
+            do_sample=True,
+            eos_token_id=eos,
+            pad_token_id=0,
+            num_return_sequences=2,
+            **knobs,
+        )
 
 
 def test_a_seed_for_each_prompt_is_the_prompt_alone(pair, ends):
@@ -212,11 +237,13 @@ def test_callers_criteria_act_on_candidates(pair):
     knobs = {"num_beams": 3, "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, **DICT}
     for stop in ({20, 42}, {3}, {48, 44, 7, 3}, set(range(99))):
         expected = theirs.generate(
-            ids, attention_mask=mask, **knobs,
+            ids,
+            attention_mask=mask,
+            **knobs,
             stopping_criteria=StoppingCriteriaList(
                 [lambda ids, scores, stop=stop: torch.isin(ids[:, -1], torch.tensor([*stop]))]
             ),
-        )  # fmt: skip
+        )
         seen = []
 
         def criterion(ids: Any, scores: Any, stop: set[int] = stop, seen: Any = seen) -> Any:
@@ -283,15 +310,20 @@ def test_callers_processors_see_beams_as_in_transformers(pair):
 
     allowed = [[3, 9, 20, 44], list(range(40, 99))]
     expected = theirs.generate(
-        ids, attention_mask=mask, logits_processor=[processor], **knobs,
+        ids,
+        attention_mask=mask,
+        logits_processor=[processor],
+        **knobs,
         prefix_allowed_tokens_fn=lambda batch_id, ids: allowed[batch_id],
-    )  # fmt: skip
+    )
     theirs_saw = shapes[:]
     shapes.clear()
     found = ours.generate(
-        rows, logits_processor=[processor], **knobs,
+        rows,
+        logits_processor=[processor],
+        **knobs,
         prefix_allowed_tokens_fn=lambda batch_id, ids: allowed[batch_id],
-    )  # fmt: skip
+    )
     assert found == expected.tolist()
     assert shapes == theirs_saw
 
@@ -370,10 +402,19 @@ def test_beams_cannot_be_streamed_to_a_streamer(pair):
 
 
 def slow_groups(
-    theirs: Any, prompt: list[int], *, beams: int, groups: int, diversity: float, eos: list[int],
-    new: int, length_penalty: float, early: Any, wanted: int,
+    theirs: Any,
+    prompt: list[int],
+    *,
+    beams: int,
+    groups: int,
+    diversity: float,
+    eos: list[int],
+    new: int,
+    length_penalty: float,
+    early: Any,
+    wanted: int,
     banned: list[int] | None = None,
-) -> tuple[list[list[int]], list[float], list[list[int]]]:  # fmt: skip
+) -> tuple[list[list[int]], list[float], list[list[int]]]:
     """Sequences (after the prompt), scores and beam indices of one prompt, with plain loops."""
     size = beams // groups
     running = [[(0.0 if b == 0 else -1e9, [], []) for b in range(size)] for _ in range(groups)]
@@ -445,23 +486,43 @@ def slow_groups(
 def test_diverse_beams_are_those_of_the_slow_loops(pair, ends, kind, beams, groups, early):
     theirs, ours = pair(kind)
     rows = ragged(11, (4, 9, 6))
-    for length_penalty, diversity, count in [(1.0, 0.7, 0), (0.0, 2.0, 1), (-0.5, 0.3, 2),
-                                             (2.0, 5.0, 2)]:  # fmt: skip
+    for length_penalty, diversity, count in [
+        (1.0, 0.7, 0),
+        (0.0, 2.0, 1),
+        (-0.5, 0.3, 2),
+        (2.0, 5.0, 2),
+    ]:
         eos = ends(kind, rows, count)
         found = ours.generate(
-            rows, num_beams=beams, num_beam_groups=groups, diversity_penalty=diversity,
-            length_penalty=length_penalty, early_stopping=early, eos_token_id=eos or None,
-            pad_token_id=0, max_new_tokens=10, num_return_sequences=beams,
-            no_repeat_ngram_size=1 if count == 2 else 0, **DICT,
-        )  # fmt: skip
+            rows,
+            num_beams=beams,
+            num_beam_groups=groups,
+            diversity_penalty=diversity,
+            length_penalty=length_penalty,
+            early_stopping=early,
+            eos_token_id=eos or None,
+            pad_token_id=0,
+            max_new_tokens=10,
+            num_return_sequences=beams,
+            no_repeat_ngram_size=1 if count == 2 else 0,
+            **DICT,
+        )
         for place, row in enumerate(rows):
             padding = [0] if len(row) < 9 else []  # is there already, in transformers' eyes
             with torch.no_grad():
                 tokens, scores, lines = slow_groups(
-                    theirs, row, beams=beams, groups=groups, diversity=diversity, eos=eos, new=10,
-                    length_penalty=length_penalty, early=early, wanted=beams,
+                    theirs,
+                    row,
+                    beams=beams,
+                    groups=groups,
+                    diversity=diversity,
+                    eos=eos,
+                    new=10,
+                    length_penalty=length_penalty,
+                    early=early,
+                    wanted=beams,
                     banned=padding if count == 2 else None,
-                )  # fmt: skip
+                )
             mine = slice(place * beams, (place + 1) * beams)
             np.testing.assert_allclose(found.sequences_scores[mine], scores, atol=1e-4)
             for out, indices, expected, line in zip(

@@ -47,9 +47,13 @@ def exported(pair, tmp_path_factory):
             path = tmp_path_factory.mktemp("int8") / kind
             # For ids only, it is calibrated on what it writes: a random model has no likely text.
             export(
-                reference, path, precision="fp32", cache_precision="int8", tolerance=LOOSE,
+                reference,
+                path,
+                precision="fp32",
+                cache_precision="int8",
+                tolerance=LOOSE,
                 progress=None,
-            )  # fmt: skip
+            )
             made[kind] = plain, fastgen.load(path)
         return made[kind]
 
@@ -379,9 +383,12 @@ def test_the_report_says_what_the_cache_costs(both):
     assert quality == report["quality"]
     assert 0 < quality["kl"] < 0.02 and quality["top1"] > 0.9 and quality["tokens"] > 200
     assert [step["step"] for step in report["steps"]][5:] == [
-        "quantise keys and values", "int8 cache logits compared",
-        "int8 cache greedy text compared", "int8 cache text compared", "time by operator",
-    ]  # fmt: skip
+        "quantise keys and values",
+        "int8 cache logits compared",
+        "int8 cache greedy text compared",
+        "int8 cache text compared",
+        "time by operator",
+    ]
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
@@ -389,9 +396,13 @@ def test_with_quantised_weights(exported, pair, precision, tmp_path):
     reference, _ = pair("llama")
     loose = dataclasses.replace(LOOSE, kl=0.3, top1=0.5)
     path = export(
-        reference, tmp_path / "out", precision=precision, cache_precision="int8",
-        tolerance=loose, progress=None,
-    )  # fmt: skip
+        reference,
+        tmp_path / "out",
+        precision=precision,
+        cache_precision="int8",
+        tolerance=loose,
+        progress=None,
+    )
     report = json.loads((path / "report.json").read_text())
     assert report["precision"] == precision and report["cache_precision"] == "int8"
     assert report["quality"] != report["cache"]["quality"]
@@ -411,9 +422,13 @@ def test_a_cache_beyond_the_tolerance_is_refused(pair, tmp_path):
     strict = dataclasses.replace(LOOSE, kl=1e-12)
     with pytest.raises(Mismatch, match="KL divergence"):
         export(
-            pair("gpt2")[0], tmp_path / "out", precision="fp32", cache_precision="int8",
-            tolerance=strict, progress=None,
-        )  # fmt: skip
+            pair("gpt2")[0],
+            tmp_path / "out",
+            precision="fp32",
+            cache_precision="int8",
+            tolerance=strict,
+            progress=None,
+        )
     assert not list(tmp_path.iterdir())
 
 

@@ -67,15 +67,26 @@ print(scores.exp().max() <= 1)
 
 
 def test_a_script_for_transformers_prints_the_same(there):
-    theirs = output_of(SCRIPT.format(
-        the_import="from transformers import AutoModelForCausalLM", more="", seeded="",
-        the_class="AutoModelForCausalLM", seed="", precision="",
-    ))  # fmt: skip
-    ours = output_of(SCRIPT.format(
-        the_import="from fastgen import CausalLM", the_class="CausalLM", seed="", more="",
-        precision=", precision='fp32'",
-        seeded=", seed=0",
-    ))  # fmt: skip
+    theirs = output_of(
+        SCRIPT.format(
+            the_import="from transformers import AutoModelForCausalLM",
+            more="",
+            seeded="",
+            the_class="AutoModelForCausalLM",
+            seed="",
+            precision="",
+        )
+    )
+    ours = output_of(
+        SCRIPT.format(
+            the_import="from fastgen import CausalLM",
+            the_class="CausalLM",
+            seed="",
+            more="",
+            precision=", precision='fp32'",
+            seeded=", seed=0",
+        )
+    )
     assert ours == theirs
     assert len(theirs.splitlines()) > 12
 

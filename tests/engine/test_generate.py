@@ -66,9 +66,13 @@ def byte_fallback() -> Tokenizer:
         [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
     )
     backend.decoder = decoders.Sequence(
-        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
-         decoders.Strip(" ", 1, 0)]
-    )  # fmt: skip
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
     return backend
 
 
@@ -158,8 +162,9 @@ def test_stop_strings_end_rows_as_there(pair, kind, eos):
         assert torch.equal(found, expected), more
         mine = ours.generate(ids, attention_mask=mask, tokenizer=tiny.tokenizer(), **knobs)
         assert torch.equal(mine, expected), more
-    out = ours.generate(rows, return_dict_in_generate=True, **GREEDY, eos_token_id=eos,
-                        stop_strings=texts)  # fmt: skip
+    out = ours.generate(
+        rows, return_dict_in_generate=True, **GREEDY, eos_token_id=eos, stop_strings=texts
+    )
     assert "stop_string" in out.finish_reasons
 
 
@@ -194,8 +199,9 @@ def test_stopping_criteria_of_transformers_work_as_they_are(pair, eos, more):
     expected = theirs.generate(ids, attention_mask=mask, stopping_criteria=criteria(), **knobs)
     for given in (ids, ids.numpy(), rows):
         given_mask = None if given is rows else mask
-        found = ours.generate(given, attention_mask=given_mask, stopping_criteria=criteria(),
-                              seed=5, **knobs)  # fmt: skip
+        found = ours.generate(
+            given, attention_mask=given_mask, stopping_criteria=criteria(), seed=5, **knobs
+        )
         assert np.array_equal(found, expected)
 
 
@@ -235,13 +241,24 @@ def test_a_criterion_with_an_eos_pads_as_there(pair):
 
 def test_max_time_ends_the_call(pair):
     _, ours = pair("llama")
-    out = ours.generate([[5, 6, 7], [8, 9, 3]], max_new_tokens=100, max_time=0.0,
-                        eos_token_id=None, return_dict_in_generate=True)  # fmt: skip
+    out = ours.generate(
+        [[5, 6, 7], [8, 9, 3]],
+        max_new_tokens=100,
+        max_time=0.0,
+        eos_token_id=None,
+        return_dict_in_generate=True,
+    )
     assert np.shape(out.sequences) == (2, 4) and out.finish_reasons == ["time", "time"]
     begin = time.monotonic()
     slow = [lambda ids, scores: bool(time.sleep(0.02))]
-    out = ours.generate([5, 6, 7], max_new_tokens=100, max_time=0.3, eos_token_id=None,
-                        stopping_criteria=slow, return_dict_in_generate=True)  # fmt: skip
+    out = ours.generate(
+        [5, 6, 7],
+        max_new_tokens=100,
+        max_time=0.3,
+        eos_token_id=None,
+        stopping_criteria=slow,
+        return_dict_in_generate=True,
+    )
     assert out.finish_reasons == ["time"]
     assert time.monotonic() - begin > 0.25 and 4 < len(out.sequences[0]) < 60
 
@@ -268,8 +285,9 @@ def test_logits_processors_of_transformers_work_as_they_are(pair, more):
     expected = theirs.generate(ids, logits_processor=LogitsProcessorList([Favour(11)]), **knobs)
     assert (expected == 11).any()
     for given in (ids, rows):
-        found = ours.generate(given, logits_processor=LogitsProcessorList([Favour(11)]), seed=2,
-                              **knobs)  # fmt: skip
+        found = ours.generate(
+            given, logits_processor=LogitsProcessorList([Favour(11)]), seed=2, **knobs
+        )
         assert np.array_equal(found, expected)
 
 
@@ -289,8 +307,9 @@ def test_functions_get_what_the_ids_are(pair):
     expected = theirs.generate(ids, prefix_allowed_tokens_fn=allowed, **GREEDY)
     for given, kind in ((ids, torch.Tensor), (ids.numpy(), np.ndarray), (ids.tolist(), np.ndarray)):
         kinds.clear()
-        found = ours.generate(given, prefix_allowed_tokens_fn=allowed, logits_processor=[processor],
-                              **GREEDY)  # fmt: skip
+        found = ours.generate(
+            given, prefix_allowed_tokens_fn=allowed, logits_processor=[processor], **GREEDY
+        )
         assert set(kinds) == {kind}
         assert np.array_equal(found, expected)
 
@@ -470,8 +489,9 @@ def test_settings_merge_as_in_transformers(pair, seed):
     def some(share: float, off: float = 0.0) -> dict[str, Any]:
         drawn = {k: v[int(random.integers(len(v)))] for k, v in CHOICES.items()}
         kept = {k: v for k, v in drawn.items() if random.random() < share}
-        return {k: None if random.random() < off and k != "max_length" else v
-                for k, v in kept.items()}  # fmt: skip
+        return {
+            k: None if random.random() < off and k != "max_length" else v for k, v in kept.items()
+        }
 
     model_defaults = GenerationConfig(**some(0.3))
     config = GenerationConfig(**some(0.3)) if random.random() < 0.7 else None
@@ -599,9 +619,12 @@ def test_a_healed_prompt_begins_with_what_was_asked():
     for end in range(8, len(text)):
         cut = model.tokenizer.decode(model.tokenizer.encode(text[:end].strip()))
         out = model.generate(
-            model.tokenizer.encode(text[:end]), token_healing=True, max_new_tokens=1,
-            repetition_penalty=9.0, eos_token_id=None,
-        )  # fmt: skip
+            model.tokenizer.encode(text[:end]),
+            token_healing=True,
+            max_new_tokens=1,
+            repetition_penalty=9.0,
+            eos_token_id=None,
+        )
         assert model.tokenizer.decode(out[0]).startswith(cut), text[:end]
 
 

@@ -79,8 +79,9 @@ def test_streamed_text_is_completed_text(pair):
 def test_first_of_several_sequences_is_a_prompt_prefilled_once(pair, kind):
     _, model = pair(kind)
     rows = ragged(8, (4, 9))
-    out = model.generate(rows, num_return_sequences=3, seed=[1, 2, 3, 4, 5, 6], max_new_tokens=9,
-                         **SAMPLING)  # fmt: skip
+    out = model.generate(
+        rows, num_return_sequences=3, seed=[1, 2, 3, 4, 5, 6], max_new_tokens=9, **SAMPLING
+    )
     for place, seed in enumerate([1, 2, 3, 4, 5, 6]):
         row = rows[place // 3]
         alone = model.generate(row, seed=seed, max_new_tokens=9, **SAMPLING)[0]
@@ -232,9 +233,13 @@ def test_a_processor_may_keep_what_it_sees(pair):
         return scores
 
     out = model.generate(
-        [5, 6, 7], max_new_tokens=5, suppress_tokens=[4], logits_processor=[look],
-        output_scores=True, return_dict_in_generate=True,
-    )  # fmt: skip
+        [5, 6, 7],
+        max_new_tokens=5,
+        suppress_tokens=[4],
+        logits_processor=[look],
+        output_scores=True,
+        return_dict_in_generate=True,
+    )
     assert len(seen) == len(out.scores) > 1
     assert all(np.array_equal(*pair) for pair in zip(seen, out.scores, strict=True))
 

@@ -60,10 +60,18 @@ def test_an_index_leaves_nothing_out_up_to_its_number_of_tokens_and_beyond_it_no
     tmp_path,
 ):
     model = tiny.build(
-        "deepseek_v32", q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8,
-        v_head_dim=16, index_topk=48, index_n_heads=2, index_head_dim=16,
-        num_key_value_heads=4, mlp_layer_types=["dense", "dense"],
-    )  # fmt: skip
+        "deepseek_v32",
+        q_lora_rank=24,
+        kv_lora_rank=16,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=8,
+        v_head_dim=16,
+        index_topk=48,
+        index_n_heads=2,
+        index_head_dim=16,
+        num_key_value_heads=4,
+        mlp_layer_types=["dense", "dense"],
+    )
     row = list(range(3, 47))
     with torch.no_grad():
         whole = model(torch.tensor([row * 2])).logits[0]

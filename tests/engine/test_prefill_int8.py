@@ -44,10 +44,15 @@ def made(tmp_path_factory):
     def make(cache: str = "fp32") -> Path:
         if cache not in found:
             found[cache] = export(
-                tiny.build("llama", **SHAPE), home / cache, tokenizer=tiny.tokenizer(),
-                precision="int4", cache_precision=cache, quick=True, allow_mismatch=True,
+                tiny.build("llama", **SHAPE),
+                home / cache,
+                tokenizer=tiny.tokenizer(),
+                precision="int4",
+                cache_precision=cache,
+                quick=True,
+                allow_mismatch=True,
                 progress=None,
-            )  # fmt: skip
+            )
         return found[cache]
 
     return make
@@ -82,16 +87,20 @@ def grid(node: ir.Node) -> np.ndarray:
     kernel = Kernel(4, node.attributes["block_size"].as_int())
     codes, scales, packed = map(constant, node.inputs[1:4])
     zeros = np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1)
-    return codes_values(codes, kernel, scales, node.attributes["K"].as_int(),
-                        zeros[:, : scales.shape[1]])  # fmt: skip
+    return codes_values(
+        codes, kernel, scales, node.attributes["K"].as_int(), zeros[:, : scales.shape[1]]
+    )
 
 
 def test_the_matrices_are_those_of_4_bits_to_the_nearest_of_8(made):
     session = onnxruntime.InferenceSession(str(made() / "unpack.onnx"))
     names = [value.name for value in session.get_outputs()]
     found = dict(zip(names, session.run(names, {}), strict=True))
-    layers = [n for n in nodes_in_4_bits(ir.load(made() / "model.onnx"))
-              if f"{n.inputs[1].name}.int8" in found]  # fmt: skip
+    layers = [
+        n
+        for n in nodes_in_4_bits(ir.load(made() / "model.onnx"))
+        if f"{n.inputs[1].name}.int8" in found
+    ]
     assert len(layers) == len(names) / 2 == 2 * 4 - 3  # without most of the last layer
     blocks = []
     for node in layers:
@@ -110,8 +119,14 @@ def test_no_weight_is_stored_again(made):
     assert {"prompts.onnx", "unpack.onnx"} <= set(told)
     for name in ("prompts.onnx", "unpack.onnx"):
         found = ir.load(made() / name).graph.initializers.values()
-        assert sum(v.const_value.nbytes for v in found
-                   if not isinstance(v.const_value, ir.ExternalTensor)) < 2_000  # fmt: skip
+        assert (
+            sum(
+                v.const_value.nbytes
+                for v in found
+                if not isinstance(v.const_value, ir.ExternalTensor)
+            )
+            < 2_000
+        )
     assert not list(made().glob("*.onnx.data.*")) and len(list(made().glob("*.data"))) == 1
 
 
@@ -157,8 +172,9 @@ def test_a_row_does_not_feel_its_neighbours(two):
         alone, mine = read(two[1], row)
         assert near(together[slot], alone[0])
         if len(row) - 1 >= reading.APART:  # else it is not read apart when it is alone
-            for part, whole in zip(mine.read(0, 0, len(row) - 1), cache.read(slot, 0, len(row) - 1),
-                                   strict=True):  # fmt: skip
+            for part, whole in zip(
+                mine.read(0, 0, len(row) - 1), cache.read(slot, 0, len(row) - 1), strict=True
+            ):
                 assert near(part, whole, 1e-5)
 
 

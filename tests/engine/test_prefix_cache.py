@@ -53,9 +53,13 @@ def long(request, tmp_path_factory) -> fastgen.CausalLM:
     model = tiny.build("llama", max_position_embeddings=700, tie_word_embeddings=True)
     path = tmp_path_factory.mktemp("long") / request.param
     export(
-        model, path, tokenizer=tiny.tokenizer(), precision=request.param, progress=None,
+        model,
+        path,
+        tokenizer=tiny.tokenizer(),
+        precision=request.param,
+        progress=None,
         tolerance=Tolerance(max_difference=1.0, kl=1.0, top1=0.0, greedy=False),
-    )  # fmt: skip
+    )
     return fastgen.load(path)
 
 

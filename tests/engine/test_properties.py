@@ -162,11 +162,21 @@ def same(found: Any, expected: Any) -> None:
 GUESSES: dict[str, st.SearchStrategy[Any]] = {
     name: KNOBS[name]
     for name in (
-        "do_sample", "num_return_sequences", "max_new_tokens", "min_new_tokens", "temperature",
-        "top_k", "top_p", "repetition_penalty", "no_repeat_ngram_size", "bad_words_ids",
-        "stop_strings", "eos_token_id", "forced_eos_token_id",
+        "do_sample",
+        "num_return_sequences",
+        "max_new_tokens",
+        "min_new_tokens",
+        "temperature",
+        "top_k",
+        "top_p",
+        "repetition_penalty",
+        "no_repeat_ngram_size",
+        "bad_words_ids",
+        "stop_strings",
+        "eos_token_id",
+        "forced_eos_token_id",
     )
-}  # fmt: skip
+}
 
 
 @law
@@ -201,16 +211,47 @@ NUMBERS = st.one_of(
     st.floats(),
     st.sampled_from([0.0, -0.0, 1e-320, 1e-9, 1e9, 1e38, 1e39, 1e308]),
     st.sampled_from([math.nan, math.inf, -math.inf]),
-)  # fmt: skip
-ODD = st.sampled_from([
-    None, True, False, "", "x", "5", "\ud800", b"ab", (), [], {}, set(), {5}, {5: 6}, {"a": 1},
-    object(),
-    np.array(5), np.array([1, 2]), np.array([[1.5]]), np.array(["a"]), np.float32(0.5), np.int64(3),
-    np.array([1, 2], "m8[s]"), np.ma.masked_array([1, 2], [0, 1]), torch.tensor(3),
-    torch.tensor([3.5]), torch.tensor([1, 2]).to(torch.bfloat16), torch.ones(2).to_sparse(),
-    torch.ones(2, device="meta"), range(3), iter([1]), int, lambda *values: values[-1],
-    lambda *values: None, 1j, np.complex64(1),
-])  # fmt: skip
+)
+ODD = st.sampled_from(
+    [
+        None,
+        True,
+        False,
+        "",
+        "x",
+        "5",
+        "\ud800",
+        b"ab",
+        (),
+        [],
+        {},
+        set(),
+        {5},
+        {5: 6},
+        {"a": 1},
+        object(),
+        np.array(5),
+        np.array([1, 2]),
+        np.array([[1.5]]),
+        np.array(["a"]),
+        np.float32(0.5),
+        np.int64(3),
+        np.array([1, 2], "m8[s]"),
+        np.ma.masked_array([1, 2], [0, 1]),
+        torch.tensor(3),
+        torch.tensor([3.5]),
+        torch.tensor([1, 2]).to(torch.bfloat16),
+        torch.ones(2).to_sparse(),
+        torch.ones(2, device="meta"),
+        range(3),
+        iter([1]),
+        int,
+        lambda *values: values[-1],
+        lambda *values: None,
+        1j,
+        np.complex64(1),
+    ]
+)
 JUNK = st.recursive(
     NUMBERS | ODD,
     lambda inner: (
@@ -268,9 +309,11 @@ def test_stream_takes_anything(ours, ids, knobs):
 @law
 @given(
     ids=IDS | JUNK | st.text(max_size=30) | st.lists(st.text(max_size=9), max_size=3),
-    more=knobs_of({"prefix": IDS | JUNK | st.text(max_size=9), "attention_mask": JUNK,
-                   "prefix_cache": JUNK}, most=2),
-)  # fmt: skip
+    more=knobs_of(
+        {"prefix": IDS | JUNK | st.text(max_size=9), "attention_mask": JUNK, "prefix_cache": JUNK},
+        most=2,
+    ),
+)
 def test_score_takes_anything(ours, ids, more):
     with lawful(ours):
         found = ours.score(ids, **more)
@@ -282,14 +325,16 @@ def test_score_takes_anything(ours, ids, more):
 
 TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=12)
 VALUES = st.one_of(
-    st.integers(-3, 120).map(str), st.floats().map(str), st.sampled_from([str(n) for n in LARGE]),
+    st.integers(-3, 120).map(str),
+    st.floats().map(str),
+    st.sampled_from([str(n) for n in LARGE]),
     TEXTS,
     st.recursive(
         st.none() | st.booleans() | st.integers(-3, 120) | st.floats() | TEXTS,
         lambda one: st.lists(one, max_size=3) | st.dictionaries(TEXTS, one, max_size=2),
         max_leaves=5,
     ).map(json.dumps),
-)  # fmt: skip
+)
 # A value that its knob takes, as it would be typed; of tuples JSON has no keys.
 GOOD = {name: strategy for name, strategy in KNOBS.items() if name != "sequence_bias"}
 FLAGS = ["--" + name.replace("_", "-") for name in NAMES if name not in ("num_beams",)]

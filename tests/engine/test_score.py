@@ -98,8 +98,10 @@ def test_whatever_comes_in(pair):
     close(found[0][1:], expected[1:])
     assert len(found[1]) == len(ids) + 2
     assert len(ours.score([0, 5, 0])) == 3  # the pad token, but no padding
-    close(ours.score([" jumps", " is"], prefix=text)[0],
-          ours.score(ids + ours.tokenizer.encode(" jumps"))[len(ids):])  # fmt: skip
+    close(
+        ours.score([" jumps", " is"], prefix=text)[0],
+        ours.score(ids + ours.tokenizer.encode(" jumps"))[len(ids) :],
+    )
 
 
 def test_perplexity_counts_every_predicted_token(pair):

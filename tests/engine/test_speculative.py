@@ -114,9 +114,11 @@ def test_candidates_are_those_of_transformers(seed):
     eos = int(random.integers(0, 6))
     num, size = int(random.integers(1, 8)), int(random.integers(1, 4))
     theirs = PromptLookupCandidateGenerator(
-        eos_token_id=torch.tensor([eos]), num_output_tokens=num, max_matching_ngram_size=size,
+        eos_token_id=torch.tensor([eos]),
+        num_output_tokens=num,
+        max_matching_ngram_size=size,
         max_length=1000,
-    )  # fmt: skip
+    )
     expected, _ = theirs.get_candidates(torch.from_numpy(ids)[None])
     found = continuation(ids, num, size, frozenset({eos}))
     if expected.shape[1] > len(ids):  # where a match starts with an eos, ours tries the next one
@@ -156,8 +158,11 @@ def test_a_models_own_default_that_a_search_has_no_use_for_is_left_out():
     assert resolve(own, None, {}).prompt_lookup_num_tokens == 3
     assert resolve(own, None, {"guidance_scale": 2.0}).prompt_lookup_num_tokens is None
     assert resolve(own, None, {"regex": "a"}).forced_eos_token_id is None
-    for given in ({"penalty_alpha": 0.6}, {"diversity_penalty": 0.5},
-                  {"forced_eos_token_id": 2, "regex": "a"}):  # fmt: skip
+    for given in (
+        {"penalty_alpha": 0.6},
+        {"diversity_penalty": 0.5},
+        {"forced_eos_token_id": 2, "regex": "a"},
+    ):
         with pytest.raises(ValueError, match=next(iter(given))):
             resolve(own, None, {"num_beams": 2, **given})
     assert resolve({}, None, {"top_k": 50.0, "pad_token_id": -1}).top_k == 50

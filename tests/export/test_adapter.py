@@ -35,9 +35,12 @@ def place(tmp_path_factory) -> Path:
     tiny.tokenizer().save_pretrained(place / "base")
     model = AutoModelForCausalLM.from_pretrained(place / "base")
     config = peft.LoraConfig(
-        r=4, lora_alpha=16, target_modules=["q_proj", "down_proj"], init_lora_weights=False,
+        r=4,
+        lora_alpha=16,
+        target_modules=["q_proj", "down_proj"],
+        init_lora_weights=False,
         task_type="CAUSAL_LM",
-    )  # fmt: skip
+    )
     torch.manual_seed(1)
     peft.get_peft_model(model, config).save_pretrained(place / "adapter")
     return place

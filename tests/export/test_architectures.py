@@ -95,8 +95,10 @@ def test_one_that_dies_or_takes_too_long_does_not_stop_the_others(monkeypatch):
     monkeypatch.setattr(architectures, "examine", examine)
     found = {one.kind: one for one in architectures.run(["dies", "hangs", "fine"], False, 2, 3)}
     assert {kind: one.outcome for kind, one in found.items()} == {
-        "dies": architectures.FAILED, "hangs": architectures.LATE, "fine": architectures.EXACT,
-    }  # fmt: skip
+        "dies": architectures.FAILED,
+        "hangs": architectures.LATE,
+        "fine": architectures.EXACT,
+    }
     assert found["dies"].reason == "its process ended with 3"
 
 

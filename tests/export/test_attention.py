@@ -97,15 +97,24 @@ def alone(model: PreTrainedModel, row: list[int], **settings: Any) -> Any:
     settings = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, **settings}
     ids = torch.tensor([row])
     return model.generate(
-        ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **settings,
-        return_dict_in_generate=True, output_logits=True,
-    )  # fmt: skip
+        ids,
+        attention_mask=torch.ones_like(ids),
+        pad_token_id=0,
+        **settings,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
 
 
 def difference(theirs: PreTrainedModel, ours: CausalLM, rows: list[list[int]]) -> float:
     """Of a logit, as a share of the largest; the greedy tokens must be the same."""
-    found = ours.generate(rows, max_new_tokens=NEW, eos_token_id=None,
-                          return_dict_in_generate=True, output_logits=True)  # fmt: skip
+    found = ours.generate(
+        rows,
+        max_new_tokens=NEW,
+        eos_token_id=None,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
     worst = 0.0
     for i, row in enumerate(rows):
         expected = alone(theirs, row)
@@ -123,9 +132,15 @@ def exported(tmp_path_factory):
     @functools.cache
     def make(case: str, precision: str = "fp32", cache: str = "fp32") -> Any:
         model, out = build(case), tmp_path_factory.mktemp("attention") / "model"
-        export(model, out, tokenizer=tiny.tokenizer(), precision=precision,
-               cache_precision=cache, progress=None,
-               allow_mismatch=precision != "fp32")  # fmt: skip  # noise has many near ties
+        export(
+            model,
+            out,
+            tokenizer=tiny.tokenizer(),
+            precision=precision,
+            cache_precision=cache,
+            progress=None,
+            allow_mismatch=precision != "fp32",
+        )  # noise has many near ties
         return model, CausalLM(out)
 
     return make
@@ -271,8 +286,10 @@ def test_a_model_is_left_as_it_was():
         before = [dict(vars(module)) for module in model.modules()]
         own = (model.config._attn_implementation, torch.nn.functional.scaled_dot_product_attention)
         graph.kept_by(model)
-        assert own == (model.config._attn_implementation,
-                       torch.nn.functional.scaled_dot_product_attention)  # fmt: skip
+        assert own == (
+            model.config._attn_implementation,
+            torch.nn.functional.scaled_dot_product_attention,
+        )
         after = [dict(vars(module)) for module in model.modules()]
         assert [set(one) for one in before] == [set(one) for one in after]
         with hooks.positions(model, torch.zeros(1, 1, dtype=torch.long)):

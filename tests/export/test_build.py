@@ -292,8 +292,16 @@ def test_what_it_does_not_know_is_refused(copy: Path, changes: dict[str, Any], w
 
 
 def test_what_says_nothing_is_not_refused(copy: Path, saved: Path) -> None:
-    edit(copy, attn_gate=None, attention_dropout=0.5, unk_token_id=3, _name_or_path="/x/y",
-         torch_dtype="bfloat16", rope_interleaved=False, is_llama_config=True)  # fmt: skip
+    edit(
+        copy,
+        attn_gate=None,
+        attention_dropout=0.5,
+        unk_token_id=3,
+        _name_or_path="/x/y",
+        torch_dtype="bfloat16",
+        rope_interleaved=False,
+        is_llama_config=True,
+    )
     assert bench.prints(write(copy)) == bench.prints(write(saved))
 
 
@@ -305,8 +313,10 @@ def test_an_older_configuration_says_the_same(copy: Path, saved: Path) -> None:
         json.dumps(config | {"rope_theta": theta, "rope_scaling": scaling})
     )
     older = bench.prints(write(copy))
-    edit(saved_copy := shutil.copytree(saved, copy.with_name("newer")),
-         rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": theta})  # fmt: skip
+    edit(
+        saved_copy := shutil.copytree(saved, copy.with_name("newer")),
+        rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": theta},
+    )
     assert older == bench.prints(write(saved_copy)) != bench.prints(write(saved))
 
 
@@ -460,9 +470,13 @@ def expected(llama: PreTrainedModel) -> list[list[int]]:
     for row in PROMPTS:
         ids = torch.tensor([row])
         out = llama.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False,
-            eos_token_id=None, pad_token_id=0,
-        )  # fmt: skip
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=8,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
         rows.append(out[0, -8:].tolist())
     return rows
 

@@ -62,8 +62,15 @@ def configured(directory: Path, **changes: Any) -> Path:
     return directory
 
 
-READ = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
-        "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")  # fmt: skip
+READ = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+)
 
 
 @pytest.mark.parametrize("name", READ)
@@ -139,9 +146,15 @@ def onnx_folder(tmp_path) -> Path:
 
 @pytest.mark.parametrize(
     "name",
-    ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-     "onnx/model.onnx", "onnx/model.onnx.data"],
-)  # fmt: skip
+    [
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "onnx/model.onnx",
+        "onnx/model.onnx.data",
+    ],
+)
 def test_a_pointer_in_an_onnx_folder(onnx_folder, name, tmp_path):
     assert [path.name for path in folder.choose(onnx_folder, None).files] == ["model.onnx.data"]
     (onnx_folder / name).write_bytes(POINTER)
@@ -177,9 +190,15 @@ def test_what_an_index_says_is_looked_at(sharded):
     one = sorted(set(said["weight_map"].values()))[1]
     (sharded / one).rename(sharded / "elsewhere")
     refused(sharded, f"lacks {one}, which model.safetensors.index.json names")
-    for wrong in ({}, [], {"weight_map": []}, {"weight_map": {}}, {"weight_map": {"a": 5}},
-                  {"weight_map": {"a": "../whole/model.safetensors"}},
-                  {"weight_map": {"a": "/etc/passwd"}}):  # fmt: skip
+    for wrong in (
+        {},
+        [],
+        {"weight_map": []},
+        {"weight_map": {}},
+        {"weight_map": {"a": 5}},
+        {"weight_map": {"a": "../whole/model.safetensors"}},
+        {"weight_map": {"a": "/etc/passwd"}},
+    ):
         index.write_text(json.dumps(wrong))
         refused(sharded, "model.safetensors.index.json is damaged .*: download the model again")
 
@@ -226,9 +245,16 @@ def test_embeddings_of_another_size_than_the_configuration_has(whole):
 
 
 ODD = st.one_of(
-    st.none(), st.booleans(), st.integers(-3, 3), st.just(10**6), st.just(0.5), st.just("nonsense"),
-    st.just([]), st.just({}), st.just(["nonsense"]),
-)  # fmt: skip
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 3),
+    st.just(10**6),
+    st.just(0.5),
+    st.just("nonsense"),
+    st.just([]),
+    st.just({}),
+    st.just(["nonsense"]),
+)
 FIELDS = ("hidden_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers", "dtype",
           "vocab_size", "hidden_act", "rope_parameters", "rope_scaling", "layer_types", "head_dim",
           "model_type", "architectures", "eos_token_id", "pad_token_id", "rms_norm_eps", "id2label",

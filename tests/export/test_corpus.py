@@ -143,8 +143,10 @@ def test_the_models_own_text_is_what_it_says_and_differs_by_side(pair):
         r.tolist() for r in corpus.own_text(model, 60, 5, None, 32)
     ]
     random = np.random.default_rng(0).integers(0, model.model.info.vocab_size, (4, 32))
-    told = [np.nanmean(np.concatenate(model.score([r.tolist() for r in rows])))
-            for rows in (corpus.own_text(model, 128, 1, None, 32), random)]  # fmt: skip
+    told = [
+        np.nanmean(np.concatenate(model.score([r.tolist() for r in rows])))
+        for rows in (corpus.own_text(model, 128, 1, None, 32), random)
+    ]
     assert told[0] > told[1]
 
 
@@ -252,8 +254,9 @@ def test_the_report_says_what_was_read_and_the_old_name_still_works(tmp_path):
     rows = np.random.default_rng(0).integers(0, tiny.VOCAB, (8, 40)).tolist()
     path.write_text("\n".join(json.dumps({"ids": row}) for row in rows))
     with pytest.warns(DeprecationWarning, match="calibration is now named text"):
-        made = export(tiny.build("gpt2"), tmp_path / "out", calibration=path, max_kl=1,
-                      progress=None)  # fmt: skip
+        made = export(
+            tiny.build("gpt2"), tmp_path / "out", calibration=path, max_kl=1, progress=None
+        )
     report = json.loads((made / "report.json").read_text())
     assert report["text"] == {"ids.jsonl": {"calibration": 160, "evaluation": 160}}
     assert report["tolerance"]["top1"] is None and report["tolerance"]["kl"] == 1

@@ -53,11 +53,11 @@ def test_a_page_is_text_as_pydoc_shows_it(tmp_path, monkeypatch):
     monkeypatch.setattr(manual, "SHORT_CLASS", 10)
     page, shop = manual.pages(tmp_path)
     assert page == (
-        'The shop module\n\nBuying things\n\nThe shop module sells, see sell() and elsewhere. '
+        "The shop module\n\nBuying things\n\nThe shop module sells, see sell() and elsewhere. "
         'Use "shop":\n\n   >>> import shop\n\nsell(thing, *, price=1)\n\n'
         '   Sell *thing*; ValueError if thing.price is "None".\n\n'
         "   Changed in version 3.8\n      It was free (bpo-12).\n\nThe end."
-    )  # fmt: skip
+    )
     assert shop == (
         "class shop.Shop(name, place)\n\nWhere to Shop.buy().\n\nNote:\n\n   Mind the step."
     )
@@ -77,9 +77,20 @@ def test_what_repeats_a_held_out_document_is_left_out():
 def text() -> tuple[list[str], demo.Recipe]:
     numbers = [" ".join(str(n * k % 97) for k in range(40)) for n in range(60)]
     recipe = replace(
-        demo.RECIPES["manual"], vocab_size=300, context=16, hidden_size=32, intermediate_size=32,
-        layers=1, heads=2, times=1, rows=4, steps=100, warm_up=2, fall=3, evaluate_every=2,
-    )  # fmt: skip
+        demo.RECIPES["manual"],
+        vocab_size=300,
+        context=16,
+        hidden_size=32,
+        intermediate_size=32,
+        layers=1,
+        heads=2,
+        times=1,
+        rows=4,
+        steps=100,
+        warm_up=2,
+        fall=3,
+        evaluate_every=2,
+    )
     return numbers, recipe
 
 
@@ -101,9 +112,10 @@ def test_a_training_that_was_stopped_goes_on_as_if_it_was_not(text, tmp_path, mo
     for steps in (5, 3, 2):  # until it is killed: what was done after a look is done again
         left = itertools.chain(steps * [1], [None])
         monkeypatch.setattr(
-            demo, "windows",
+            demo,
+            "windows",
             lambda *given, left=left: (each if next(left) else None for each in real(*given)),
-        )  # fmt: skip
+        )
         with pytest.raises(AttributeError):
             trained(text, tmp_path)
         if steps == 3:  # after the look at step 6

@@ -125,9 +125,13 @@ def test_a_loop_of_experts_in_codes(tmp_path):
     """8 bits a code in both precisions: one layer of a loop with a gate, without doubt routed."""
     model = tiny.build("mixtral", **MIXTURES["mixtral"], hidden_act="gelu", num_hidden_layers=1)
     path = export(
-        model, tmp_path / "out", tokenizer=tiny.tokenizer(), precision="int8", progress=None,
+        model,
+        tmp_path / "out",
+        tokenizer=tiny.tokenizer(),
+        precision="int8",
+        progress=None,
         tolerance=LOOSE,
-    )  # fmt: skip
+    )
     report = json.loads((path / "report.json").read_text())
     made = [one for one in report["matrices"] if "experts" in one["name"]]
     assert [one["kernel"] for one in made] == ["int8 per channel"] * 2
@@ -217,9 +221,12 @@ def run(kind: str, logits, constants: dict[str, np.ndarray], order: list[str], *
         for name, array in (("x", X), ("p", logits))
     ]
     made = helper.make_graph(
-        [node], "g", inputs, [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [node],
+        "g",
+        inputs,
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
         [numpy_helper.from_array(array, name) for name, array in constants.items()],
-    )  # fmt: skip
+    )
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(made, opset_imports=opsets, ir_version=10)
     session = onnxruntime.InferenceSession(model.SerializeToString())
@@ -251,8 +258,9 @@ def test_codes_are_computed_as_they_are_understood(kernel, level, activations):
         whole = Kernel(kernel.bits, kernel.block or matrices.shape[2])
         scales = np.stack([block_scales(one.T, whole) for one in matrices])
         codes = [block_codes(m.T, whole, s) for m, s in zip(matrices, scales, strict=True)]
-        values = [codes_values(c, whole, s, matrices.shape[2])
-                  for c, s in zip(codes, scales, strict=True)]  # fmt: skip
+        values = [
+            codes_values(c, whole, s, matrices.shape[2]) for c, s in zip(codes, scales, strict=True)
+        ]
         exact.append(np.stack(values).swapaxes(1, 2))
         arrays[name] = np.stack(codes).reshape(*matrices.shape[:2], -1)
         arrays[f"{name}.scales"] = scales if kernel.block else scales[..., 0]
@@ -283,8 +291,12 @@ def outliers(model) -> list[torch.nn.Parameter]:
         norms.append(norm)
         norm[:4] *= 60
         mlp.experts.gate_up_proj[..., :4] /= 60
-        for linear in (mlp.gate, mlp.shared_expert_gate, mlp.shared_expert.gate_proj,
-                       mlp.shared_expert.up_proj):  # fmt: skip
+        for linear in (
+            mlp.gate,
+            mlp.shared_expert_gate,
+            mlp.shared_expert.gate_proj,
+            mlp.shared_expert.up_proj,
+        ):
             linear.weight[:, :4] /= 60
     return norms
 
@@ -302,9 +314,13 @@ def quantized(request, tmp_path_factory):
                 layer.mlp.router.bias[-1] = -1e3
     path = tmp_path_factory.mktemp("experts") / request.param
     export(
-        model, path, tokenizer=tiny.tokenizer(), precision=request.param, progress=None,
+        model,
+        path,
+        tokenizer=tiny.tokenizer(),
+        precision=request.param,
+        progress=None,
         tolerance=LOOSE,
-    )  # fmt: skip
+    )
     return request.param, model, fastgen.load(path)
 
 

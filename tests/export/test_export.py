@@ -256,9 +256,13 @@ def sentencepiece_model(path: Path, **settings: Any) -> sentencepiece.SentencePi
     path.parent.mkdir(parents=True, exist_ok=True)
     written = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([*check.TEXTS, tiny.TEXT]), model_writer=written, minloglevel=2,
-        hard_vocab_limit=False, vocab_size=VOCAB, **settings,
-    )  # fmt: skip
+        sentence_iterator=iter([*check.TEXTS, tiny.TEXT]),
+        model_writer=written,
+        minloglevel=2,
+        hard_vocab_limit=False,
+        vocab_size=VOCAB,
+        **settings,
+    )
     path.write_bytes(written.getvalue())
     return sentencepiece.SentencePieceProcessor(model_proto=written.getvalue())
 
@@ -426,9 +430,14 @@ def test_what_the_configuration_tells_is_refused_before_weights_are_read(config,
 # --- what is shown, compared and left behind ---------------------------------------------------
 
 STEPS = [
-    "load", "original logits", "convert", "ONNX logits compared", "ONNX greedy text compared",
-    "time by operator", "bundle",
-]  # fmt: skip
+    "load",
+    "original logits",
+    "convert",
+    "ONNX logits compared",
+    "ONNX greedy text compared",
+    "time by operator",
+    "bundle",
+]
 
 
 class Terminal(io.StringIO):

@@ -34,9 +34,7 @@ BOUNDS = {
     "transformers.js q4f16": 0.1, "optimum quantized": 0.5,
 }  # fmt: skip
 # Where the arithmetic is float32's, and nothing is left out: transformers' own tokens.
-EXACT = (
-    "genai", "transformers.js", "optimum", "optimum without positions", "merged", "with past"
-)  # fmt: skip
+EXACT = ("genai", "transformers.js", "optimum", "optimum without positions", "merged", "with past")
 GRAPHS = {"merged": "decoder_model_merged.onnx", "with past": "decoder_with_past_model.onnx"}
 
 
@@ -164,9 +162,15 @@ def test_what_genai_says_is_what_counts_where_there_is_no_config(llama, tmp_path
     info = ours.model.info
     assert (info.max_length, info.precision, info.model_type) == (96, "int4", "llama")
     assert ours.generation_config.to_dict() == {
-        "bos_token_id": 1, "eos_token_id": [2, 5], "pad_token_id": 0, "do_sample": True,
-        "temperature": 0.5, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.2,
-    }  # fmt: skip
+        "bos_token_id": 1,
+        "eos_token_id": [2, 5],
+        "pad_token_id": 0,
+        "do_sample": True,
+        "temperature": 0.5,
+        "top_k": 50,
+        "top_p": 1.0,
+        "repetition_penalty": 1.2,
+    }
     allowed = {"suppress_tokens": [i for i in range(99) if i != 5], "max_new_tokens": 3}
     assert ours.generate([7, 8], **allowed) == [[7, 8, 5]]  # which is an end of text
     odd = {"model": {"decoder": [1], "context_length": "9"}, "search": 5}
@@ -370,8 +374,10 @@ def test_weights_behind_links_and_in_places_of_their_own(llama, tmp_path):
     """What is made has all of it, and needs none of these."""
     place = write(llama, STYLES["optimum"], tmp_path / "model", external="several")
     (place / "onnx" / "weights").mkdir()
-    for name, to in (("model.onnx_data", tmp_path / "elsewhere"),
-                     ("model.onnx_data_1", place / "onnx" / "weights" / "more")):  # fmt: skip
+    for name, to in (
+        ("model.onnx_data", tmp_path / "elsewhere"),
+        ("model.onnx_data_1", place / "onnx" / "weights" / "more"),
+    ):
         (place / "onnx" / name).rename(to)
     (place / "onnx" / "model.onnx_data").symlink_to(tmp_path / "elsewhere")
 
@@ -439,9 +445,10 @@ def test_a_rewriting_that_is_wrong_is_found_out(llama, tmp_path, monkeypatch):
 
     real = attention.meaning
     monkeypatch.setattr(
-        attention, "meaning",
+        attention,
+        "meaning",
         lambda *given: replace(found := real(*given), scale=1.1 * found.scale),
-    )  # fmt: skip
+    )
     place = write(llama, STYLES["optimum"], tmp_path / "model")
     refused(place, "disagrees with the original: a logit differs", Mismatch)
 
@@ -463,8 +470,7 @@ def hub(precisions, llama, tmp_path_factory) -> Iterator[Hub]:
     root = tmp_path_factory.mktemp("hub")
     shutil.copytree(precisions, root / "org" / "folder")
     (root / "org" / "folder" / "README.md").write_text("about")
-    both = write(llama, STYLES["merged"], root / "org" / "both",
-                 "onnx/decoder_model_merged.onnx")  # fmt: skip
+    both = write(llama, STYLES["merged"], root / "org" / "both", "onnx/decoder_model_merged.onnx")
     llama.save_pretrained(both)
     genai = write(llama, STYLES["genai int4"], root / "org" / "genai", "cpu/int4/model.onnx", "one")
     foreign_graphs.genai(genai, llama)
@@ -484,9 +490,13 @@ def test_from_a_hub_id_to_text_without_torch_in_two_commands(world, opened):
     said = world.run(without() + MAIN, "export", "org/folder", "out", "--precision", "fp32")
     assert said[0] == 0, said
     assert fetched(world.hub) == {
-        "config.json", "tokenizer.json", "tokenizer_config.json",
-        "onnx/model.onnx", "onnx/model.onnx_data", "onnx/model.onnx_data_1",
-    }  # fmt: skip
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "onnx/model.onnx",
+        "onnx/model.onnx_data",
+        "onnx/model.onnx_data_1",
+    }
     assert "Fetching" in said[2]  # huggingface_hub's own progress bars
     ask = ("generate", "The quick", "--max-new-tokens", "4", "--model")
     code, out, err = world.run(without("onnx", "onnx_ir") + MAIN, *ask, "out")
@@ -514,8 +524,9 @@ def test_a_hub_id_is_opened_on_first_use_and_only_its_precision_is_fetched(world
     code, first, err = world.run(without() + MAIN, *ask)
     assert code == 0, err
     assert {name for name in fetched(world.hub) if "onnx" in name} == {
-        "onnx/model_q4.onnx", "onnx/model_q4.onnx_data",
-    }  # fmt: skip
+        "onnx/model_q4.onnx",
+        "onnx/model_q4.onnx_data",
+    }
     (made,) = (p for p in world.cache.iterdir() if p.is_dir())
     assert json.loads((made / "fastgen.json").read_text())["name"] == "org/folder"
     for path in made.iterdir():

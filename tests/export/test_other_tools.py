@@ -72,9 +72,15 @@ def test_no_cast_is_left_between_a_cache_of_half_precision_and_attention(
     graph = onnx_ir.load(tmp_path / "out" / "model.onnx").graph
     theirs = onnx_ir.load(folder.path / "onnx" / "model_q4f16.onnx").graph
     beside = [
-        {near.op_type for value in (*node.inputs, *node.outputs) if value is not None
-         for near in (value.producer(), *(use.node for use in value.uses())) if near is not None}
-        for node in graph if node.op_type == "GroupQueryAttention"
-    ]  # fmt: skip
+        {
+            near.op_type
+            for value in (*node.inputs, *node.outputs)
+            if value is not None
+            for near in (value.producer(), *(use.node for use in value.uses()))
+            if near is not None
+        }
+        for node in graph
+        if node.op_type == "GroupQueryAttention"
+    ]
     assert sum(node.op_type == "Cast" for node in theirs) > 2
     assert len(beside) == 2 and not any("Cast" in near for near in beside)

@@ -37,8 +37,9 @@ def test_greedy_tokens_and_logits_are_those_of_transformers(pair, kind):
 def test_window_layers_are_exported_as_such(pair, kind):
     theirs, ours = pair(kind)
     row = ragged(2, (60,))
-    expected = theirs.generate(torch.tensor(row), max_new_tokens=NEW, do_sample=False,
-                               eos_token_id=None, pad_token_id=0)  # fmt: skip
+    expected = theirs.generate(
+        torch.tensor(row), max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
     assert ours.generate(row, max_new_tokens=NEW, eos_token_id=None) == expected.tolist()
 
 

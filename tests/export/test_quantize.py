@@ -45,9 +45,13 @@ def quantized(request, tmp_path_factory):
     model = tiny.build("llama", tie_word_embeddings=True)
     path = tmp_path_factory.mktemp("quantized") / request.param
     export(
-        model, path, tokenizer=tiny.tokenizer(), precision=request.param, progress=None,
+        model,
+        path,
+        tokenizer=tiny.tokenizer(),
+        precision=request.param,
+        progress=None,
         tolerance=Tolerance(max_difference=1.0, kl=0.2, top1=0.5, greedy=False),
-    )  # fmt: skip
+    )
     return request.param, model, fastgen.load(path)
 
 
@@ -306,9 +310,12 @@ def _said(x: np.ndarray, weight: np.ndarray, choice: Choice, path: Path) -> np.n
     node.outputs[0].name, node.outputs[0].dtype = "y", ir.DataType.FLOAT
     node.outputs[0].shape = ir.Shape([1, len(x), weight.shape[1]])
     graph = ir.Graph(
-        [read], node.outputs, nodes=[node], initializers=[held],
+        [read],
+        node.outputs,
+        nodes=[node],
+        initializers=[held],
         opset_imports={"": 23, "com.microsoft": 1},
-    )  # fmt: skip
+    )
     model = ir.Model(graph, ir_version=10)
     quantize(model, lambda product: choice)
     ir.save(model, path)

@@ -117,9 +117,15 @@ def test_a_model_whose_buffers_lost_bits_does_not_keep_its_types():
 def test_an_export_is_within_its_bound(precision, tmp_path):
     """At most 1.3 times the float32 weights that no file holds, beside what was there before."""
     config = AutoConfig.for_model(
-        "llama", vocab_size=16000, hidden_size=768, intermediate_size=3072, num_hidden_layers=3,
-        num_attention_heads=12, num_key_value_heads=4, max_position_embeddings=256,
-    )  # fmt: skip
+        "llama",
+        vocab_size=16000,
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=3,
+        num_attention_heads=12,
+        num_key_value_heads=4,
+        max_position_embeddings=256,
+    )
     source = tmp_path / "source"
     AutoModelForCausalLM.from_config(config).save_pretrained(source)
     gc.collect()

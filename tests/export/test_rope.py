@@ -64,9 +64,12 @@ def test_with_the_long_factors_alone_all_positions_are_there(tmp_path):
 def test_a_rotation_that_changes_by_itself_becomes_a_table():
     settings = LONG | {"short_mscale": 1.1, "long_mscale": 1.3}
     model = tiny.build(
-        "phimoe", num_local_experts=2, rope_parameters=settings, head_dim=16,
+        "phimoe",
+        num_local_experts=2,
+        rope_parameters=settings,
+        head_dim=16,
         original_max_position_embeddings=FIRST,
-    )  # fmt: skip
+    )
     ids = torch.arange(3, 3 + FIRST)[None]
     with torch.no_grad():
         expected = model(ids).logits

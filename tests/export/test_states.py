@@ -126,8 +126,10 @@ def test_rows_that_join_late_and_leave_early_change_nothing(stateful, kind):
     _, ours = stateful(kind)
     rows = ragged(9, (5, 12, 3, 20))
     ends = [4 + 3 * place for place in range(4)]
-    expected = [ours.generate(row, max_new_tokens=n, eos_token_id=None)[0]
-                for row, n in zip(rows, ends, strict=True)]  # fmt: skip
+    expected = [
+        ours.generate(row, max_new_tokens=n, eos_token_id=None)[0]
+        for row, n in zip(rows, ends, strict=True)
+    ]
     running = batch.Batch(ours.model)
     requests = []
     for row, n in zip(rows, ends, strict=True):
@@ -232,8 +234,14 @@ def test_states_move_with_their_rows():
 
 @pytest.mark.parametrize(("kind", "precision"), [("mamba2", "int8"), ("lfm2", "int4")])
 def test_quantised_rows_are_independent(kind, precision, tmp_path):
-    out = export(tiny.build(kind, **KINDS[kind]), tmp_path / "out", precision=precision,
-                 tokenizer=tiny.tokenizer(), allow_mismatch=True, progress=None)  # fmt: skip
+    out = export(
+        tiny.build(kind, **KINDS[kind]),
+        tmp_path / "out",
+        precision=precision,
+        tokenizer=tiny.tokenizer(),
+        allow_mismatch=True,
+        progress=None,
+    )
     ours = fastgen.load(out)
     rows = ragged(3, (3, 12, 7))
     together = ours.generate(rows, **GREEDY)

@@ -22,10 +22,16 @@ from fastgen.text.tokenizer import TextStream, Tokenizer, pieces
 KINDS = {
     kind.__name__: Tokenizer.of(kind())
     for kind in (
-        made.byte_level, made.prefixed, made.metaspace, made.llama, made.gemma, made.wordpiece,
-        made.suffixed, made.undecoded,
+        made.byte_level,
+        made.prefixed,
+        made.metaspace,
+        made.llama,
+        made.gemma,
+        made.wordpiece,
+        made.suffixed,
+        made.undecoded,
     )
-}  # fmt: skip
+}
 SCRIPTS = {
     "emoji": (0x1F600, 0x1F64F), "chinese": (0x4E00, 0x9FFF), "hangul": (0xAC00, 0xD7A3),
     "cyrillic": (0x410, 0x44F), "latin": (0x61, 0x7A),

@@ -117,8 +117,14 @@ def test_only_layers_with_a_window_count_otherwise(pair):
 
 @pytest.mark.parametrize("kind", ["mistral", "gemma3_text"])
 def test_keys_in_8_bits_have_windows_too(kind, tmp_path, shown):
-    export(tiny.build(kind), tmp_path / kind, precision="fp32", cache_precision="int8",
-           tolerance=LOOSE, progress=None)  # fmt: skip
+    export(
+        tiny.build(kind),
+        tmp_path / kind,
+        precision="fp32",
+        cache_precision="int8",
+        tolerance=LOOSE,
+        progress=None,
+    )
     assert max(shown) > 0  # as it was proved
     model = fastgen.load(tmp_path / kind)
     expected = everything(model, ROWS)

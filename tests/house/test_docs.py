@@ -150,9 +150,12 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 weight.mul_(0.1)
     model.save_pretrained(home / "distilgpt2")
     words = type(tiny.tokenizer())(
-        tokenizer_object=tiny.tokenizer().backend_tokenizer, pad_token="<pad>", bos_token="<s>",
-        eos_token="</s>", model_input_names=["input_ids", "attention_mask"],
-    )  # fmt: skip
+        tokenizer_object=tiny.tokenizer().backend_tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        model_input_names=["input_ids", "attention_mask"],
+    )
     words.save_pretrained(home / "distilgpt2")
     folder = home / "onnx-community" / "Qwen3-0.6B-ONNX"
     for style, name in (("genai int4", "model_q4"), ("optimum", "model")):

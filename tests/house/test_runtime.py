@@ -41,9 +41,11 @@ def copy(tmp_path) -> Path:
 def command(place: Path, *args: str | Path, prompt: str = "") -> tuple[int, str, str]:
     """`fastgen ARGS` in a directory where no checkout is: exit code, output, errors."""
     done = subprocess.run(
-        [sys.executable, "-m", "fastgen", *map(str, args)], cwd=place, input=prompt.encode(),
+        [sys.executable, "-m", "fastgen", *map(str, args)],
+        cwd=place,
+        input=prompt.encode(),
         capture_output=True,
-    )  # fmt: skip
+    )
     return done.returncode, done.stdout.decode(), done.stderr.decode()
 
 
@@ -55,9 +57,16 @@ def test_generate(model):
         once, again = (model.generate([ids], max_new_tokens=6, **knobs) for _ in range(2))
         assert once == again and once[0][: len(ids)] == ids
     found = model.generate(
-        [ids], max_new_tokens=6, repetition_penalty=1.2, no_repeat_ngram_size=2, num_beams=4,
-        do_sample=True, seed=1, num_return_sequences=2, prompt_lookup_num_tokens=None,
-    )  # fmt: skip
+        [ids],
+        max_new_tokens=6,
+        repetition_penalty=1.2,
+        no_repeat_ngram_size=2,
+        num_beams=4,
+        do_sample=True,
+        seed=1,
+        num_return_sequences=2,
+        prompt_lookup_num_tokens=None,
+    )
     assert len(found) == 2
     guessed = model.generate([ids], max_new_tokens=6, prompt_lookup_num_tokens=4)
     assert guessed == rows[:1]

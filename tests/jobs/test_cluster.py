@@ -51,8 +51,14 @@ def cluster() -> Iterator[Any]:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     import ray
 
-    ray.init("local", num_cpus=3, include_dashboard=False, log_to_driver=False,
-             object_store_memory=STORE, logging_level="ERROR")  # fmt: skip
+    ray.init(
+        "local",
+        num_cpus=3,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=STORE,
+        logging_level="ERROR",
+    )
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     yield ray
@@ -67,8 +73,11 @@ def write(path: Path, rows: Sequence[Any]) -> Path:
 
 def read(place: Path) -> list[dict[str, Any]]:
     """The rows of a directory of JSON lines, file by file in the order of their names."""
-    return [json.loads(line) for file in sorted(place.iterdir())
-            for line in file.read_bytes().splitlines()]  # fmt: skip
+    return [
+        json.loads(line)
+        for file in sorted(place.iterdir())
+        for line in file.read_bytes().splitlines()
+    ]
 
 
 def dying(base: type, place: Path, steps: int) -> type:
@@ -151,10 +160,16 @@ def test_generate_maps_a_dataset(cluster, model, tmp_path):
 
     rows = [{"prompt": f"The {n}", "id": n, "mine": float(n)} for n in range(24)]
     made = ray.data.from_items(rows).map_batches(
-        Telling, fn_constructor_kwargs={"model": str(model.directory), "keep": ["mine"],
-                                        "max_new_tokens": 5},
-        concurrency=2, num_cpus=1, batch_size=6,
-    )  # fmt: skip
+        Telling,
+        fn_constructor_kwargs={
+            "model": str(model.directory),
+            "keep": ["mine"],
+            "max_new_tokens": 5,
+        },
+        concurrency=2,
+        num_cpus=1,
+        batch_size=6,
+    )
     found = sorted(made.take_all(), key=lambda row: row["id"])
     assert [row["text"] for row in found] == [
         model.complete(row["prompt"], max_new_tokens=5) for row in rows
@@ -171,8 +186,10 @@ def test_parquet_and_object_stores(cluster, model, tmp_path):
     """Files by their URI, a directory of them, and a model that is fetched from one."""
     (tmp_path / "in").mkdir()
     for part in range(3):
-        rows = [{"prompt": f"The {part} {n}", "max_new_tokens": 3, "id": 10 * part + n}
-                for n in range(10)]  # fmt: skip
+        rows = [
+            {"prompt": f"The {part} {n}", "max_new_tokens": 3, "id": 10 * part + n}
+            for n in range(10)
+        ]
         rows = [{**row, "num_beams": int(row["id"] != 14)} for row in rows]
         parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / f"in/{part}.parquet")
         write(tmp_path / f"in{part}.jsonl", rows)
@@ -227,8 +244,12 @@ def test_the_command_line_starts_a_cluster_of_its_own(model, tmp_path):
     assert [row["row"] for row in read(tmp_path / "out.jsonl")] == list(range(50))
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 2 and "out.jsonl is there: name another" in done.stderr
-    done = subprocess.run([*command[:7], "no/model", *command[8:], "--restart"],
-                          capture_output=True, text=True, timeout=200)  # fmt: skip
+    done = subprocess.run(
+        [*command[:7], "no/model", *command[8:], "--restart"],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert done.returncode == 2 and "no/model" in done.stderr.splitlines()[-1]
     assert len(read(tmp_path / "out.jsonl")) == 50  # what was there still is
     assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "out.jsonl"]
@@ -282,8 +303,9 @@ def test_what_a_row_draws_depends_on_what_it_says_alone(model):
 def test_lines_of_openai_on_a_cluster(model):
     body = {"model": "x", "prompt": "The", "max_tokens": 3, "temperature": 0}
     line = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}
-    engine = OfLines(Generate, {"model": model.directory, "threads": 1, "created": 5}, False, True,
-                     True)  # fmt: skip
+    engine = OfLines(
+        Generate, {"model": model.directory, "threads": 1, "created": 5}, False, True, True
+    )
     batch = {"line": np.array([json.dumps(line).encode()], object), "number": np.array([0]),
              "file": np.array(["x"], object)}  # fmt: skip
     made = engine(batch)
@@ -363,9 +385,10 @@ def test_two_replicas_answer_through_ray_serve(cluster, model):
     from ray import serve
 
     made = deployment(
-        str(model.directory), name="tiny",
+        str(model.directory),
+        name="tiny",
         options={"num_replicas": 2, "ray_actor_options": {"num_cpus": 0.5}},
-    )  # fmt: skip
+    )
     serve.start(http_options={"host": "127.0.0.1", "port": 18764})
     try:
         serve.run(made, name="fastgen", route_prefix="/")

@@ -75,8 +75,9 @@ def read(path: Path) -> list[dict[str, Any]]:
 def batch(model: fastgen.CausalLM, rows: Sequence[Any], *flags: str) -> list[dict[str, Any]]:
     """What `fastgen batch` makes of lines, in the directory that we are in."""
     write(Path("in.jsonl"), rows)
-    code, _, said = run("batch", "in.jsonl", "out.jsonl", "-m", model.directory, "--restart",
-                        *flags)  # fmt: skip
+    code, _, said = run(
+        "batch", "in.jsonl", "out.jsonl", "-m", model.directory, "--restart", *flags
+    )
     found = read(Path("out.jsonl"))
     assert code == any(one.get("error") for one in found), said
     assert sorted(os.listdir()) == ["in.jsonl", "out.jsonl"]
@@ -120,8 +121,12 @@ def test_messages_ids_and_what_is_given_out(model, here):
             {"input_ids": ids, "top_logprobs": 2, **NEW},
             {"prompt": ids, "mine": "x", **NEW},
         ],
-        "--ids", "--keep", "mine", "--keep", "his",
-    )  # fmt: skip
+        "--ids",
+        "--keep",
+        "mine",
+        "--keep",
+        "his",
+    )
     assert found[0]["text"] == model.chat(talk, **NEW)
     assert (found[0]["mine"], found[0]["his"], found[0]["metadata"]) == (2, 3, {"a": 1})
     expected = model.generate([ids], **NEW)[0][3:]
@@ -151,8 +156,9 @@ def test_a_job_has_a_seed_and_each_row_one_made_of_it(model, here):
     assert len({row["text"] for row in one}) > 1
     for place, row in enumerate(one):
         seed = seed_of(5, str(place))
-        assert row["text"] == model.complete("The quick", do_sample=True, max_new_tokens=12,
-                                             seed=seed)  # fmt: skip
+        assert row["text"] == model.complete(
+            "The quick", do_sample=True, max_new_tokens=12, seed=seed
+        )
     assert one != batch(model, rows, "--seed", "6")
     assert batch(model, rows) != batch(model, rows)  # a seed of the job's own
 
@@ -175,8 +181,9 @@ def test_lines_of_openai(model, here):
             line("d", prompt=["The", "The"], max_tokens=20),
             line("e", prompt="The quick", num_beams=3, max_new_tokens=6),
         ],
-        "--seed", "1",
-    )  # fmt: skip
+        "--seed",
+        "1",
+    )
     assert [one["custom_id"] for one in found] == ["a", "b", "c", "c", "d", "e"]
     assert all(set(one) == {"id", "custom_id", "response", "error"} for one in found)
     ids = [one["id"] for one in found] + [one["response"]["request_id"] for one in found]
@@ -249,17 +256,20 @@ def test_standard_input_to_standard_output(model, here):
 def test_parquet_in_and_out(model, here):
     """A null says that the row has no such field; columns become what rows have."""
     parquet.write_table(
-        pyarrow.table({
-            "prompt": ["The quick", None, "value", "The"],
-            "messages": [None, [{"role": "user", "content": "Hi"}], None, None],
-            "max_new_tokens": pyarrow.array([6, 3, None, 2], pyarrow.int32()),
-            "num_beams": [None, None, None, 0],
-            "id": ["a", "b", "c", "d"],
-        }),
+        pyarrow.table(
+            {
+                "prompt": ["The quick", None, "value", "The"],
+                "messages": [None, [{"role": "user", "content": "Hi"}], None, None],
+                "max_new_tokens": pyarrow.array([6, 3, None, 2], pyarrow.int32()),
+                "num_beams": [None, None, None, 0],
+                "id": ["a", "b", "c", "d"],
+            }
+        ),
         "in.parquet",
-    )  # fmt: skip
-    code, _, said = run("batch", "in.parquet", "out.parquet", "-m", model.directory,
-                        "--max-new-tokens", "4")  # fmt: skip
+    )
+    code, _, said = run(
+        "batch", "in.parquet", "out.parquet", "-m", model.directory, "--max-new-tokens", "4"
+    )
     found = parquet.read_table("out.parquet").to_pylist()
     assert code == 1 and "4 rows, 1 bad" in said and "first bad row: 3: num_beams" in said
     assert [one["text"] for one in found] == [
@@ -414,8 +424,13 @@ def many(count: int) -> list[dict[str, Any]]:
         elif n % 10 == 6:
             rows.append(line(f"c{n}", prompt="The quick", max_tokens=new))
         else:
-            rows.append({"prompt": "The quick " * (n % 5 + 1), "do_sample": n % 2 == 0,
-                         "max_new_tokens": new})  # fmt: skip
+            rows.append(
+                {
+                    "prompt": "The quick " * (n % 5 + 1),
+                    "do_sample": n % 2 == 0,
+                    "max_new_tokens": new,
+                }
+            )
     return rows
 
 
@@ -709,8 +724,15 @@ def test_a_bar_is_for_who_looks(model, here):
 def test_scores_are_those_of_the_model(model, here, counted):
     texts = ["The quick brown fox", "import numpy as np", "value"]
     rows: list[Any] = [{"text": text, "id": n} for n, text in enumerate(texts)]
-    rows += [{"ids": [5, 6, 7]}, {"text": " fox", "prefix": "The quick brown"}, {"text": 3}, b"{",
-             {"text": " fox", "prefix": [5, 6]}, {"text": ""}, {"texts": "x"}]  # fmt: skip
+    rows += [
+        {"ids": [5, 6, 7]},
+        {"text": " fox", "prefix": "The quick brown"},
+        {"text": 3},
+        b"{",
+        {"text": " fox", "prefix": [5, 6]},
+        {"text": ""},
+        {"texts": "x"},
+    ]
     write(Path("in.jsonl"), rows)
     command = ("score", "in.jsonl", "out.jsonl", "-m", model.directory, "--tokens")
     code, _, said = run(*command)

@@ -402,8 +402,11 @@ def test_user_processors_run_in_their_place():
         logits_processor=[shift],
     )
     assert [name for name, _ in chain.steps] == [
-        "suppress_tokens", "logits_processor shift", "temperature", "top_k"
-    ]  # fmt: skip
+        "suppress_tokens",
+        "logits_processor shift",
+        "temperature",
+        "top_k",
+    ]
     logits = np.zeros((2, VOCAB), dtype=np.float32)
     out = chain(context([[1, 2], [3, 4]]), logits)
     assert out.dtype == np.float32 and out[0, 0] == 0.5 and (logits == 0).all()

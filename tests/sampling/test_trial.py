@@ -267,9 +267,11 @@ def test_numbers_are_within_their_bounds_or_refused(demo, asked):
             assert "null" in asked["type"]
             continue
         for name, holds in (
-            ("minimum", Decimal.__ge__), ("maximum", Decimal.__le__),
-            ("exclusiveMinimum", Decimal.__gt__), ("exclusiveMaximum", Decimal.__lt__),
-        ):  # fmt: skip
+            ("minimum", Decimal.__ge__),
+            ("maximum", Decimal.__le__),
+            ("exclusiveMinimum", Decimal.__gt__),
+            ("exclusiveMaximum", Decimal.__lt__),
+        ):
             if name in asked:
                 assert holds(Decimal(value), Decimal(repr(asked[name]))), (text, asked)
 
@@ -338,8 +340,9 @@ IDLE: list[dict[str, Any]] = [
 @pytest.mark.parametrize("idle", IDLE, ids=str)
 def test_keywords_that_rule_nothing_out_change_nothing(demo, idle):
     asked = {"type": ["integer", "array"], "items": {"type": "boolean"}, "maxItems": 2}
-    made = demo.call("x", json_schema={"$defs": {"a": asked | idle}, "$ref": "#/$defs/a"},
-                     max_new_tokens=3)  # fmt: skip
+    made = demo.call(
+        "x", json_schema={"$defs": {"a": asked | idle}, "$ref": "#/$defs/a"}, max_new_tokens=3
+    )
     assert made.notes == ()
     if "uniqueItems" in idle:
         with pytest.raises(ValueError, match='Unimplemented keys: \\["uniqueItems"\\]'):

@@ -182,9 +182,14 @@ def test_echo_goes_on_with_the_text(
     client: openai.OpenAI, model: fastgen.CausalLM, stream: bool
 ) -> None:
     answer: Any = client.completions.create(
-        model="docs", prompt=PROMPT, echo=True, logprobs=1, max_tokens=5, temperature=0,
+        model="docs",
+        prompt=PROMPT,
+        echo=True,
+        logprobs=1,
+        max_tokens=5,
+        temperature=0,
         stream=stream,
-    )  # fmt: skip
+    )
     parts = list(answer) if stream else [answer]
     found = [part.choices[0] for part in parts]
     whole = PROMPT + model.complete(PROMPT, max_new_tokens=5)
@@ -233,9 +238,11 @@ def test_a_chat_is_what_the_template_makes_of_its_roles(
     assert {choice.message.role for choice in answer.choices} == {"assistant"}
     parts = [{"type": "text", "text": "What "}, {"type": "text", "text": "is os?"}]
     answer = client.chat.completions.create(
-        model="docs", messages=[MESSAGES[0], {"role": "user", "content": parts}], max_tokens=10,
+        model="docs",
+        messages=[MESSAGES[0], {"role": "user", "content": parts}],
+        max_tokens=10,
         **knobs,
-    )  # fmt: skip
+    )
     assert answer.choices[0].message.content == model.chat(MESSAGES, **sampled)
 
 
@@ -296,9 +303,12 @@ def test_response_format(client: openai.OpenAI) -> None:
     )
     assert cut.choices[0].finish_reason == "length"
     answer = client.chat.completions.create(
-        model="docs", messages=MESSAGES, response_format={"type": "json_object"}, temperature=0,
+        model="docs",
+        messages=MESSAGES,
+        response_format={"type": "json_object"},
+        temperature=0,
         max_tokens=200,
-    )  # fmt: skip
+    )
     if answer.choices[0].finish_reason == "stop":
         assert isinstance(json.loads(answer.choices[0].message.content or ""), dict)
     assert (answer.choices[0].message.content or "").startswith("{")
@@ -413,9 +423,13 @@ def test_log_probabilities_are_the_models_own(
     ):
         assert all(isinstance(value, float) for value in top.values()) and len(top) == 5
         assert mine == top.get(spelt, mine)
-    echo = client.completions.create(
-        prompt=PROMPT + new.text, echo=True, **{**settings, "max_tokens": 0}
-    ).choices[0].logprobs  # fmt: skip
+    echo = (
+        client.completions.create(
+            prompt=PROMPT + new.text, echo=True, **{**settings, "max_tokens": 0}
+        )
+        .choices[0]
+        .logprobs
+    )
     known = list(zip(echo.tokens, echo.token_logprobs, echo.top_logprobs, strict=True))[1:]
     assert [top.get(spelt, mine) for spelt, mine, top in known] == [mine for _, mine, _ in known]
 
@@ -632,8 +646,15 @@ def test_tokenize_and_back(address: str, model: fastgen.CausalLM) -> None:
 
 def test_the_api_is_documented(address: str) -> None:
     _, _, found = asked(address, "/openapi.json")
-    assert {"/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics",
-            "/tokenize", "/detokenize"} <= set(found["paths"])  # fmt: skip
+    assert {
+        "/v1/completions",
+        "/v1/chat/completions",
+        "/v1/models",
+        "/health",
+        "/metrics",
+        "/tokenize",
+        "/detokenize",
+    } <= set(found["paths"])
     described = found["components"]["schemas"]
     for kind in ("Completion", "ChatCompletion"):
         named = set(described[kind]["properties"])

@@ -52,8 +52,9 @@ def batch(model: fastgen.CausalLM, line: Any, place: Path) -> Any:
 
 def texts(answer: Any) -> list[str]:
     assert "choices" in answer, answer
-    return [one["text"] if "text" in one else one["message"]["content"]
-            for one in answer["choices"]]  # fmt: skip
+    return [
+        one["text"] if "text" in one else one["message"]["content"] for one in answer["choices"]
+    ]
 
 
 FIELDS = st.sampled_from(sorted({*wire.ChatCompletion.model_fields, *wire.Completion.model_fields}))

@@ -46,9 +46,13 @@ from fastgen.serve.tools.whole import Whole
 __all__ = ["TEMPLATE", "address", "model"]  # fixtures, and what they take
 
 QUICK: Any = settings(
-    max_examples=6, deadline=None, database=None, derandomize=True,
-    suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate],
-)  # fmt: skip
+    max_examples=6,
+    deadline=None,
+    database=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.explicit, Phase.generate],
+)
 SCORED = {"prompt": [5, 6, 7] * 150, "echo": True, "logprobs": 2, "max_tokens": 0}
 
 
@@ -150,8 +154,10 @@ def test_healing_reads_its_prompt_between_the_steps_of_others(
         status, _, answer = asked(address, COMPLETIONS, {"prompt": [ids, ids[:3]], **knobs})
         assert status == 200 and threads == {"fastgen-engine"}
         monkeypatch.undo()
-        expected = [model.complete(model.tokenizer.decode(one), token_healing=True,
-                                   max_new_tokens=4) for one in (ids, ids[:3])]  # fmt: skip
+        expected = [
+            model.complete(model.tokenizer.decode(one), token_healing=True, max_new_tokens=4)
+            for one in (ids, ids[:3])
+        ]
         assert [choice["text"] for choice in answer["choices"]] == expected
         watched = Watched(monkeypatch, slow=0.05)
         leave(address, {"prompt": [list(reversed(ids[:-1])) + ids[-1:]] * 8, **knobs}, watched)
@@ -177,11 +183,19 @@ def test_limits_are_those_of_the_application(model: fastgen.CausalLM) -> None:
     few = Limits(copies=2, alternatives=1, stops=1, stop_text=3, prompts=1, text=20, values=40)
     with served(model, limits=few) as address:
         for field, most, more in (
-            ("n", 2, 3), ("best_of", 2, 3), ("num_return_sequences", 2, 3), ("logprobs", 1, 2),
-            ("top_logprobs", 1, 2), ("stop", ["a"], ["a", "b"]), ("stop_strings", ["a"], ["a"] * 2),
-            ("stop", "abc", "abcd"), ("stop_strings", "abc", "abcd"), ("prompt", ["a"], ["a"] * 2),
-            ("prompt", "a" * 20, "a" * 21), ("suppress_tokens", [1] * 30, [1] * 50),
-        ):  # fmt: skip
+            ("n", 2, 3),
+            ("best_of", 2, 3),
+            ("num_return_sequences", 2, 3),
+            ("logprobs", 1, 2),
+            ("top_logprobs", 1, 2),
+            ("stop", ["a"], ["a", "b"]),
+            ("stop_strings", ["a"], ["a"] * 2),
+            ("stop", "abc", "abcd"),
+            ("stop_strings", "abc", "abcd"),
+            ("prompt", ["a"], ["a"] * 2),
+            ("prompt", "a" * 20, "a" * 21),
+            ("suppress_tokens", [1] * 30, [1] * 50),
+        ):
             body = {"prompt": "a", "max_tokens": 1}
             assert asked(address, COMPLETIONS, body | {field: most})[0] == 200, field
             status, _, found = asked(address, COMPLETIONS, body | {field: more})
@@ -351,12 +365,17 @@ def test_no_answer_is_a_5xx_or_undeclared(address: str, mode: GenerationMode) ->
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(max_size=4) | st.sampled_from([-850, 2**70, 2**31, 1e308]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner,
-                                                               max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=4)
+    | st.sampled_from([-850, 2**70, 2**31, 1e308]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    ),
     max_leaves=4,
-)  # fmt: skip
+)
 
 
 def test_a_field_of_any_value_is_answered_or_refused(address: str) -> None:

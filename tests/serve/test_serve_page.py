@@ -188,12 +188,20 @@ def test_what_was_changed_is_sent_and_nothing_else(service: str, visit: Open) ->
         page.keyboard.press("Control+Enter")
     ended(page)
     assert sent.value.post_data_json == {
-        "prompt": "class ", "max_tokens": 128, "do_sample": True, **FIRST, "top_p": 0.75,
+        "prompt": "class ",
+        "max_tokens": 128,
+        "do_sample": True,
+        **FIRST,
+        "top_p": 0.75,
         "temperature": 0.7,
-        "stop": ["zq", "qz"], "num_return_sequences": 2, "no_repeat_ngram_size": 3,
-        "logit_bias": {"5": -1.5}, "logprobs": 5, "stream": True,
+        "stop": ["zq", "qz"],
+        "num_return_sequences": 2,
+        "no_repeat_ngram_size": 3,
+        "logit_bias": {"5": -1.5},
+        "logprobs": 5,
+        "stream": True,
         "stream_options": {"include_usage": True},
-    }  # fmt: skip
+    }
     expect(written(page)).to_have_count(2)
     page.get_by_role("button", name="Reset 6 changed").click()
     page.locator("#prompt").focus()
@@ -201,9 +209,14 @@ def test_what_was_changed_is_sent_and_nothing_else(service: str, visit: Open) ->
         page.keyboard.press("Control+Enter")
     ended(page)
     assert sent.value.post_data_json == {
-        "prompt": "class ", "max_tokens": 128, "temperature": 0.7, **FIRST, "logprobs": 5,
-        "stream": True, "stream_options": {"include_usage": True},
-    }  # fmt: skip
+        "prompt": "class ",
+        "max_tokens": 128,
+        "temperature": 0.7,
+        **FIRST,
+        "logprobs": 5,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
 
 
 @pytest.mark.parametrize(
@@ -251,9 +264,13 @@ def test_beams_come_at_the_end(service: str, visit: Open) -> None:
 
 def test_a_tokens_probability_on_hover(service: str, visit: Open) -> None:
     whole = posted(
-        service, "/v1/completions", prompt="The os module", max_tokens=12, do_sample=False,
+        service,
+        "/v1/completions",
+        prompt="The os module",
+        max_tokens=12,
+        do_sample=False,
         logprobs=5,
-    )["choices"][0]["logprobs"]  # fmt: skip
+    )["choices"][0]["logprobs"]
     page = visit(service)
     page.get_by_label("max_new_tokens").fill("12")
     page.get_by_label("do_sample").select_option("off")

@@ -120,9 +120,12 @@ def test_a_forced_call_of_every_format(turncoat: fastgen.CausalLM, name: str) ->
         assert legal(named.message.tool_calls) == ["weather"] and not named.message.content
         assert named.finish_reason == "stop"
         message, found = streamed(
-            client, tool_choice="required", parallel_tool_calls=False, extra_body=body,
+            client,
+            tool_choice="required",
+            parallel_tool_calls=False,
+            extra_body=body,
             max_tokens=room,
-        )  # fmt: skip
+        )
         ((called, arguments),) = message["tool_calls"]
         jsonschema.validate(json.loads(arguments), TOOLS[called])
         assert found[-1].finish_reason == "tool_calls" and not message["content"]
@@ -138,8 +141,16 @@ def test_a_stream_says_what_the_whole_answer_says(client: openai.OpenAI) -> None
 
 
 def test_required_and_allowed_tools(client: openai.OpenAI) -> None:
-    several = [len(legal(ask(client, tool_choice="required", seed=seed, max_tokens=250)
-                         .choices[0].message.tool_calls)) for seed in range(4)]  # fmt: skip
+    several = [
+        len(
+            legal(
+                ask(client, tool_choice="required", seed=seed, max_tokens=250)
+                .choices[0]
+                .message.tool_calls
+            )
+        )
+        for seed in range(4)
+    ]
     assert max(several) > 1
     allowed = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [
         {"type": "function", "function": {"name": "now"}}]}}  # fmt: skip
@@ -337,9 +348,13 @@ def test_effort_leads_to_the_switch_that_the_template_has(models: Any) -> None:
     with served(model) as address, talking_to(address) as client:
         counts = [
             ask(client, tools=None, max_tokens=3, **more).usage.prompt_tokens
-            for more in ({}, {"reasoning_effort": "none"}, {"reasoning_effort": "low"},
-                         {"extra_body": off})
-        ]  # fmt: skip
+            for more in (
+                {},
+                {"reasoning_effort": "none"},
+                {"reasoning_effort": "low"},
+                {"extra_body": off},
+            )
+        ]
     assert counts[0] == counts[2] < counts[1] == counts[3]
 
 

@@ -210,8 +210,15 @@ def test_a_call_that_is_cut_off_is_none_and_those_before_it_stay(name: str) -> N
 
 
 def test_ordinary_json_is_content() -> None:
-    for text in ('{"name": "Ann", "age": 5}', '{"a": [1, {"name": "weather"}]}', "[1, 2]", "{",
-                 '{"name": "weather", "temperature": 5}', "[weather]", "[now]"):  # fmt: skip
+    for text in (
+        '{"name": "Ann", "age": 5}',
+        '{"a": [1, {"name": "weather"}]}',
+        "[1, 2]",
+        "{",
+        '{"name": "weather", "temperature": 5}',
+        "[weather]",
+        "[now]",
+    ):
         for name in ALONE:
             assert said(read(EVERY[name], list(text))) == (text, "", [])
 
@@ -223,8 +230,10 @@ def test_ordinary_json_is_content() -> None:
      ('{"a": True, "b": None}', {"a": True, "b": None}), ('{"a": "it\\\'s"}', {"a": "it's"})],
 )  # fmt: skip
 def test_arguments_as_models_write_them(arguments: str, expected: Any) -> None:
-    for members in (f'"name": "now", "arguments": {arguments}',
-                    f'"parameters": {arguments}, "id": 3, "name": "now"'):  # fmt: skip
+    for members in (
+        f'"name": "now", "arguments": {arguments}',
+        f'"parameters": {arguments}, "id": 3, "name": "now"',
+    ):
         found = read(EVERY["hermes"], list(f"<tool_call>{{{members}}}</tool_call>"))
         assert said(found) == ("", "", [("now", expected)])
     assert said(read(EVERY["hermes"], ['<tool_call>{"name": "now"}</tool_call>']))[2] == [
@@ -350,8 +359,9 @@ def written(grammar: str, letters: Letters, chance: random.Random, hints: Sequen
     """A text of a grammar: any letter that may come, often one that leads to its end."""
     matcher = llguidance.LLMatcher(
         llguidance.LLTokenizer(letters),
-        llguidance.LLMatcher.grammar_from_lark(schema.within(grammar)[0]), log_level=0,
-    )  # fmt: skip
+        llguidance.LLMatcher.grammar_from_lark(schema.within(grammar)[0]),
+        log_level=0,
+    )
     assert not matcher.get_error(), matcher.get_error()
     out: list[int] = []
     plan: Iterator[int] = iter(())
@@ -467,8 +477,9 @@ def test_a_thought_of_a_call_begins_none(name: str, special: bool) -> None:
         ):
             matcher = llguidance.LLMatcher(
                 llguidance.LLTokenizer(letters),
-                llguidance.LLMatcher.grammar_from_lark(schema.within(grammar)[0]), log_level=0,
-            )  # fmt: skip
+                llguidance.LLMatcher.grammar_from_lark(schema.within(grammar)[0]),
+                log_level=0,
+            )
             tokens = _ids(text, letters)
             assert (matcher.try_consume_tokens(tokens) == len(tokens)) == whole, (text, grammar)
 
@@ -500,10 +511,14 @@ def test_choices_of_tools() -> None:
     assert chosen(tools, "required", True).forced
     one = chosen(tools, {"type": "function", "function": {"name": "b"}}, True)
     assert [*one.tools] == ["b"] and one.forced and one.named
-    for listed in ({"mode": "required", "tools": [tool("b")]},
-                   {"mode": "auto", "tools": [{"type": "function", "name": "b"}]}):  # fmt: skip
-        for sent in ({"type": "allowed_tools", "allowed_tools": listed},
-                      {"type": "allowed_tools", **listed}):  # fmt: skip
+    for listed in (
+        {"mode": "required", "tools": [tool("b")]},
+        {"mode": "auto", "tools": [{"type": "function", "name": "b"}]},
+    ):
+        for sent in (
+            {"type": "allowed_tools", "allowed_tools": listed},
+            {"type": "allowed_tools", **listed},
+        ):
             found = chosen(tools, sent, True)
             assert [*found.tools] == ["b"] and found.forced == (listed["mode"] == "required")
 
@@ -513,8 +528,11 @@ def test_strict_parameters_are_closed() -> None:
     (found,) = chosen([tool("a", parameters=loose, strict=True)], None, True).tools.values()
     assert found["required"] == ["x"] and found["additionalProperties"] is False
     with pytest.raises(ValueError, match="tools: the parameters of a: strict"):
-        chosen([tool("a", parameters={"type": "object", "properties": {"x": {}}}, strict=True)],
-               None, True)  # fmt: skip
+        chosen(
+            [tool("a", parameters={"type": "object", "properties": {"x": {}}}, strict=True)],
+            None,
+            True,
+        )
 
 
 @pytest.mark.parametrize(

@@ -89,8 +89,12 @@ def test_knobs(model, knobs, words):
 
 def test_keywords_that_change_nothing_are_taken(model):
     plain = model.generate([5, 6, 7], max_new_tokens=4)
-    for knobs in ({"use_cache": True}, {"decoder_start_token_id": None},
-                  {"cache_implementation": "static"}, {"output_attentions": False}):  # fmt: skip
+    for knobs in (
+        {"use_cache": True},
+        {"decoder_start_token_id": None},
+        {"cache_implementation": "static"},
+        {"output_attentions": False},
+    ):
         assert model.generate([5, 6, 7], max_new_tokens=4, **knobs) == plain
 
 

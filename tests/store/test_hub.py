@@ -69,8 +69,9 @@ def test_a_repository_that_holds_a_fastgen_model_needs_no_torch(world, expected,
 
 
 def test_the_command_line_takes_a_hub_id(world, pair):
-    code, out, err = world.command("generate", "The quick", "-m", "org/ready",
-                                   "--max-new-tokens", "4")  # fmt: skip
+    code, out, err = world.command(
+        "generate", "The quick", "-m", "org/ready", "--max-new-tokens", "4"
+    )
     assert code == 0, err
     assert out == "The quick" + pair("gpt2")[1].complete("The quick", max_new_tokens=4) + "\n"
 
@@ -137,8 +138,9 @@ def test_a_revision_that_is_not_there(world):
 
 
 def test_a_hub_that_cannot_be_reached(world):
-    code, _, err = world.command("generate", "x", "-m", "org/ready",
-                                 HF_ENDPOINT="http://127.0.0.1:9")  # fmt: skip
+    code, _, err = world.command(
+        "generate", "x", "-m", "org/ready", HF_ENDPOINT="http://127.0.0.1:9"
+    )
     assert code == 2
     assert err.splitlines()[-1].endswith("the hub cannot be reached, and it is not in the cache")
 

@@ -8,9 +8,13 @@ from fastgen.errors import ModelError
 from fastgen.store import onnx_folders
 
 SAID = [
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-    "special_tokens_map.json", "chat_template.jinja",
-]  # fmt: skip
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+]
 # As transformers.js has them: a graph a precision, weights of large ones beside.
 MANY = [
     "README.md", ".gitattributes", "tokenizer.model", "vocab.txt", *SAID, "onnx/model.onnx",
@@ -19,9 +23,14 @@ MANY = [
     "onnx/model_q4f16.onnx_data", "onnx/model_quantized.onnx", "onnx/model_bnb4.onnx",
 ]  # fmt: skip
 GENAI = ["genai_config.json", "tokenizer.json", "model.onnx", "model.onnx.data", "LICENSE"]
-MERGED = ["config.json", "model.safetensors", "onnx/decoder_model.onnx",
-          "onnx/decoder_model_merged.onnx", "onnx/decoder_model_merged_quantized.onnx",
-          "onnx/decoder_with_past_model.onnx"]  # fmt: skip
+MERGED = [
+    "config.json",
+    "model.safetensors",
+    "onnx/decoder_model.onnx",
+    "onnx/decoder_model_merged.onnx",
+    "onnx/decoder_model_merged_quantized.onnx",
+    "onnx/decoder_with_past_model.onnx",
+]
 
 
 @pytest.mark.parametrize(

@@ -161,9 +161,11 @@ LOOP = (
 def called(arguments: Any, **more: Any) -> list[dict[str, Any]]:
     function = {"name": "f", "arguments": arguments}
     calls = [{"id": "1", "type": "function", "function": function}]
-    return [{"role": "user", "content": "Add"},
-            {"role": "assistant", "tool_calls": calls, **more},
-            {"role": "tool", "tool_call_id": "1", "content": "3"}]  # fmt: skip
+    return [
+        {"role": "user", "content": "Add"},
+        {"role": "assistant", "tool_calls": calls, **more},
+        {"role": "tool", "tool_call_id": "1", "content": "3"},
+    ]
 
 
 @settings(max_examples=30, deadline=None)

@@ -53,8 +53,9 @@ def test_the_demo_model_is_timed_and_shown():
     code, out, err = run(*SMALL)
     assert code == 0, err
     assert err.splitlines() == [
-        "fastgen: no DIR given, using the embedded demo model", "measuring",
-    ]  # fmt: skip
+        "fastgen: no DIR given, using the embedded demo model",
+        "measuring",
+    ]
     machine, _, table = out.partition("\n\n")
     assert machine.startswith(cpu_name()) and f"fastgen {fastgen.__version__}" in machine
     number = r"[\d,.]+"
@@ -86,11 +87,16 @@ def test_all_that_was_measured_is_written(two, tmp_path, monkeypatch):
     timed = [(one["model"], one["case"]["kind"], one["threads"]) for one in found["results"]]
     for name in found["models"]:
         assert [kind for model, kind, threads in timed if (model, threads) == (name, 2)] == [
-            "read", "read", "rows", "rows", "beams",
-        ]  # fmt: skip
+            "read",
+            "read",
+            "rows",
+            "rows",
+            "beams",
+        ]
         assert [k for model, k, threads in timed if (model, threads) == (name, 1)] == [
-            "read", "rows",
-        ]  # fmt: skip
+            "read",
+            "rows",
+        ]
     for one in found["results"]:
         assert len(one["seconds"]) == 2 and min(one["seconds"]) > 0
         assert one["tokens_per_second"] > 0 and one["milliseconds"] > 0
@@ -108,12 +114,15 @@ RESULTS = [
     Result(name, case, threads, [seconds * factor, 1.1 * seconds * factor])
     for name, factor in (("a-model", 1), ("another-model-with-a-long-name-int8", 2))
     for case, threads, seconds in (
-        (Case("read", 64, 1), 2, 0.05), (Case("read", 512, 1), 2, 0.4),
-        (Case("rows", 64, 9), 2, 0.08), (Case("rows", 64, 9, rows=8), 2, 0.16),
+        (Case("read", 64, 1), 2, 0.05),
+        (Case("read", 512, 1), 2, 0.4),
+        (Case("rows", 64, 9), 2, 0.08),
+        (Case("rows", 64, 9, rows=8), 2, 0.16),
         (Case("beams", 64, 9, beams=4), 2, 4000.0),
-        (Case("read", 512, 1), 1, 0.8), (Case("rows", 64, 9), 1, 0.16),
+        (Case("read", 512, 1), 1, 0.8),
+        (Case("rows", 64, 9), 1, 0.16),
     )
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1", "cp437", "no-such"])
@@ -200,10 +209,12 @@ def test_seconds_are_those_of_the_steps_that_count(monkeypatch):
     monkeypatch.setattr(Model, "forward", slow)
     monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
     for case, seconds in (
-        (Case("read", 20, 1), 100), (Case("read", 300, 1), 200),
-        (Case("rows", 300, 5), 4), (Case("rows", 20, 5, rows=3), 4),
+        (Case("read", 20, 1), 100),
+        (Case("read", 300, 1), 200),
+        (Case("rows", 300, 5), 4),
+        (Case("rows", 20, 5, rows=3), 4),
         (Case("beams", 300, 5, beams=3), 4),
-    ):  # fmt: skip
+    ):
         assert measure.run(model, case) == seconds, case
         result = Result("x", case, 1, [seconds])
         assert result.milliseconds == pytest.approx(1000 if case.kind != "read" else seconds * 1e3)

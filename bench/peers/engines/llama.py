@@ -43,8 +43,10 @@ class Adapter(Engine):
             full.rename(target / "model.gguf")
             return
         settings = llama_cpp.llama_model_quantize_default_params()
-        settings.ftype = {"int8": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0,
-                          "int4": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0}[precision]  # fmt: skip
+        settings.ftype = {
+            "int8": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0,
+            "int4": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0,
+        }[precision]
         model = str(target / "model.gguf").encode()
         failed = llama_cpp.llama_model_quantize(str(full).encode(), model, settings)
         full.unlink()

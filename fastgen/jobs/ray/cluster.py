@@ -106,10 +106,18 @@ class Generate(Engine):
     """
 
     def __init__(
-        self, model: str | os.PathLike[str] | None = None, *, keep: Collection[str] = (),
-        seed: int = 0, ids: bool = False, max_rows: int = MAX_ROWS, threads: int | None = None,
-        prompts: str | None = None, created: int | None = None, **knobs: Any,
-    ) -> None:  # fmt: skip
+        self,
+        model: str | os.PathLike[str] | None = None,
+        *,
+        keep: Collection[str] = (),
+        seed: int = 0,
+        ids: bool = False,
+        max_rows: int = MAX_ROWS,
+        threads: int | None = None,
+        prompts: str | None = None,
+        created: int | None = None,
+        **knobs: Any,
+    ) -> None:
         self.model = CausalLM(node.directory(model), threads or node.threads(), prompts=prompts)
         found = params.resolve(self.model.generation_config.to_dict(), None, knobs)
         reader = Reader(self.model, knobs, keep, seed, ids, created)
@@ -131,9 +139,14 @@ class Score(Engine):
     """
 
     def __init__(
-        self, model: str | os.PathLike[str] | None = None, *, keep: Collection[str] = (),
-        tokens: bool = False, threads: int | None = None, prompts: str | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        model: str | os.PathLike[str] | None = None,
+        *,
+        keep: Collection[str] = (),
+        tokens: bool = False,
+        threads: int | None = None,
+        prompts: str | None = None,
+    ) -> None:
         self.model = CausalLM(node.directory(model), threads or node.threads(), prompts=prompts)
         self.work = Scoring(self.model, keep, tokens)
         self.given = ["logprob", "tokens", "perplexity", *(["logprobs"] if tokens else [])]
@@ -150,9 +163,13 @@ class OfLines:
     """
 
     def __init__(
-        self, engine: type[Engine], arguments: Mapping[str, Any], text: bool, to_lines: bool,
+        self,
+        engine: type[Engine],
+        arguments: Mapping[str, Any],
+        text: bool,
+        to_lines: bool,
         is_alone: bool,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.engine = engine(**arguments)
         self.text, self.to_lines, self.is_alone = text, to_lines, is_alone
 
@@ -231,10 +248,13 @@ def _rows(table: Columns) -> list[Row]:
     names = list(table)
     lists = [_whole(values).tolist() for values in table.values()]
     return [
-        Row(place, as_json(dict(zip(names, row, strict=True))).encode("utf-8", "surrogatepass"),
-            is_numbered=False)
+        Row(
+            place,
+            as_json(dict(zip(names, row, strict=True))).encode("utf-8", "surrogatepass"),
+            is_numbered=False,
+        )
         for place, row in enumerate(zip(*lists, strict=True))
-    ]  # fmt: skip
+    ]
 
 
 def _whole(values: NDArray[Any]) -> NDArray[Any]:

@@ -43,11 +43,13 @@ def _split(file: Any) -> Iterator[bytes]:
 
 def _table(first: int, lines: list[bytes], path: str) -> Any:
     numbers = range(first, first + len(lines))
-    return pyarrow.table({
-        "line": pyarrow.array(lines, pyarrow.binary()),
-        "number": pyarrow.array(numbers, pyarrow.int64()),
-        "file": pyarrow.array([path] * len(lines), pyarrow.string()),
-    })  # fmt: skip
+    return pyarrow.table(
+        {
+            "line": pyarrow.array(lines, pyarrow.binary()),
+            "number": pyarrow.array(numbers, pyarrow.int64()),
+            "file": pyarrow.array([path] * len(lines), pyarrow.string()),
+        }
+    )
 
 
 class ToLines(BlockBasedFileDatasink):  # type: ignore[misc]

@@ -14,9 +14,13 @@ WAITING = 64  # requests that a replica has at a time, running or waiting; more 
 
 
 def deployment(
-    model: str | os.PathLike[str] | None = None, *, threads: int | None = None,
-    prompts: str | None = None, options: dict[str, Any] | None = None, **settings: Any,
-) -> Any:  # fmt: skip
+    model: str | os.PathLike[str] | None = None,
+    *,
+    threads: int | None = None,
+    prompts: str | None = None,
+    options: dict[str, Any] | None = None,
+    **settings: Any,
+) -> Any:
     """A Ray Serve application: `serve.run(deployment("SmolLM2-135M-Instruct-int8"))`.
 
     Each replica is one engine with the CPUs that Ray gives it, and answers as `fastgen serve`

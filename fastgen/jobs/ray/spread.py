@@ -96,11 +96,16 @@ def run(
     made = rows.map_batches(
         OfLines,
         fn_constructor_kwargs={
-            "engine": engine, "arguments": dict(arguments), "text": found == "text",
-            "to_lines": wanted == "jsonl", "is_alone": is_alone,
+            "engine": engine,
+            "arguments": dict(arguments),
+            "text": found == "text",
+            "to_lines": wanted == "jsonl",
+            "is_alone": is_alone,
         },
-        batch_size=spread.rows, compute=ray.data.ActorPoolStrategy(size=actors), num_cpus=cpus,
-    )  # fmt: skip
+        batch_size=spread.rows,
+        compute=ray.data.ActorPoolStrategy(size=actors),
+        num_cpus=cpus,
+    )
     try:
         if place is None:
             return _write(ray.data, made, out, wanted)
@@ -179,9 +184,12 @@ def _write(data: Any, made: Any, place: str, kind: str) -> tuple[int, int]:
         made.write_datasink(sink)
         return sink.rows, sink.bad
     made.write_parquet(place)
-    counts = data.read_parquet(place).select_columns(["error"]).map_batches(
-        _counted, batch_format="pyarrow"
-    ).take_all()  # fmt: skip
+    counts = (
+        data.read_parquet(place)
+        .select_columns(["error"])
+        .map_batches(_counted, batch_format="pyarrow")
+        .take_all()
+    )
     return sum(one["rows"] for one in counts), sum(one["bad"] for one in counts)
 
 

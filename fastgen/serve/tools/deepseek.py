@@ -156,9 +156,11 @@ class Tags(Reader):
                 yield from text.accept('"')
             if not (yield from text.accept(">")):
                 return False
-            if not (yield from parameters.read(
-                key, partial(closed, text, close, [end, begin], False, {}), kind
-            )):  # fmt: skip
+            if not (
+                yield from parameters.read(
+                    key, partial(closed, text, close, [end, begin], False, {}), kind
+                )
+            ):
                 return False
 
 

@@ -433,8 +433,13 @@ def separated(form: Form, parts: Sequence[tuple[str, bool]], comma: str) -> str:
         rule = form.rule(part, "member")
         after = f"{rule} {tail}".strip()
         begins = after if needed else f"({after} | {later})" if later else f"({after})?"
-        follows = f"{comma} {after}" if needed else f"({comma} {after} | {tail})" if tail else (
-            f"({comma} {after})?")  # fmt: skip
+        follows = (
+            f"{comma} {after}"
+            if needed
+            else f"({comma} {after} | {tail})"
+            if tail
+            else (f"({comma} {after})?")
+        )
         tail, later = form.rule(follows, "tail"), form.rule(begins, "begin")
     return later
 

@@ -71,11 +71,13 @@ class Glm(Format):
         return re.search(rf"{BEGIN}\s*{TOOL}\n\s*<arg_key>\s*{KEY}", call) is not None
 
     def body(self, made: Form, wanted: Wanted) -> str:
-        return made.choice([
-            f"{made.literal(name + self.line)} {self._parameters(made, parameters_of(schema))} "
-            f"{made.literal(END)}"
-            for name, schema in wanted.tools.items()
-        ])  # fmt: skip
+        return made.choice(
+            [
+                f"{made.literal(name + self.line)} {self._parameters(made, parameters_of(schema))} "
+                f"{made.literal(END)}"
+                for name, schema in wanted.tools.items()
+            ]
+        )
 
     def _parameters(self, made: Form, root: object) -> str:
         parts = []

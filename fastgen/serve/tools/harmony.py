@@ -102,10 +102,12 @@ class Harmony(Format):
 
     def body(self, made: Form, wanted: Wanted) -> str:
         head = f" {CONSTRAIN}json{MESSAGE}"
-        return made.choice([
-            f"{made.literal(name + head)} {made.json(parameters_of(schema))}"
-            for name, schema in wanted.tools.items()
-        ])  # fmt: skip
+        return made.choice(
+            [
+                f"{made.literal(name + head)} {made.json(parameters_of(schema))}"
+                for name, schema in wanted.tools.items()
+            ]
+        )
 
     def grammar(self, made: Form, wanted: Wanted) -> str:
         """Channels in their order: thoughts and preambles, then a call or a text."""

@@ -66,8 +66,14 @@ class Kimi(Format):
     reasoning = THINK
 
     def shown(self, call: str) -> bool:
-        return re.search(rf"<\|tool_call_begin\|>.*<\|tool_call_argument_begin\|>\s*\{{\s*\"{KEY}",
-                         call, re.DOTALL) is not None  # fmt: skip
+        return (
+            re.search(
+                rf"<\|tool_call_begin\|>.*<\|tool_call_argument_begin\|>\s*\{{\s*\"{KEY}",
+                call,
+                re.DOTALL,
+            )
+            is not None
+        )
 
     def told(self, tools: str) -> bool:
         return "tool_declare<|im_middle|>" in tools

@@ -82,7 +82,9 @@ class Mistral11(Mistral):
         return re.search(pattern, call) is not None
 
     def body(self, made: Form, wanted: Wanted) -> str:
-        return made.choice([
-            f"{made.literal(name + ARGS)} {made.json(parameters_of(schema))}"
-            for name, schema in wanted.tools.items()
-        ])  # fmt: skip
+        return made.choice(
+            [
+                f"{made.literal(name + ARGS)} {made.json(parameters_of(schema))}"
+                for name, schema in wanted.tools.items()
+            ]
+        )

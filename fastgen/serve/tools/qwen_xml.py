@@ -65,9 +65,11 @@ class Functions(Reader):
                 return False
             yield from text.accept("\n")
             ends = [PARAMETER, END_FUNCTION]
-            if not (yield from parameters.read(
-                key, partial(closed, text, END_PARAMETER, ends, True, lost)
-            )):  # fmt: skip
+            if not (
+                yield from parameters.read(
+                    key, partial(closed, text, END_PARAMETER, ends, True, lost)
+                )
+            ):
                 return False
 
 
