@@ -1,0 +1,6 @@
+"""A GGUF file (llama.cpp's format) as the source of an export, without torch.
+
+file           metadata and tensors of a file, checked   tensors      its types -> float32
+architectures  its names -> a transformers configuration and transformers' tensor names
+vocabulary     its tokens, merges and scores -> a tokenizer
+"""

@@ -1,0 +1,108 @@
+"""Tensors of a GGUF file in float32, read in parts: ggml's types, by the library `gguf`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastgen.errors import UnsupportedModel
+from fastgen.export.build.weights import Tensor
+from fastgen.export.gguf.file import Held
+from fastgen.system import extras
+
+
+def library() -> Any:
+    """The library `gguf`.
+
+    Raises:
+        UnsupportedModel: it is not installed.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise UnsupportedModel(f"a GGUF file needs `{extras.install('gguf')}` ({error})") from error
+    return gguf
+
+
+def block_sizes() -> dict[int, tuple[int, int]]:
+    """Of each type that can be read: (numbers, bytes) of a block."""
+    gguf = library()
+    plain = {gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16}
+    known = {*plain, *gguf.quants._type_traits}
+    return {int(kind): gguf.GGML_QUANT_SIZES[kind] for kind in known}
+
+
+def type_name(kind: int) -> str:
+    """ggml's name of a type, such as "Q4_K"."""
+    return str(library().GGMLQuantizationType(kind).name)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor as the file has it. See `Tensor`."""
+
+    held: Held
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.held.shape
+
+    def read(self, rows: slice) -> NDArray[np.float32]:
+        gguf = library()
+        first, last, _ = rows.indices(self.shape[0])
+        data = self.held.data.reshape(self._lines, -1)
+        if len(self.shape) == 1:
+            flat = gguf.dequantize(data, gguf.GGMLQuantizationType(self.held.kind)).reshape(-1)
+            return np.asarray(flat[first:last], np.float32)
+        each = math.prod(self.shape[1:-1])
+        taken = np.ascontiguousarray(data[first * each : last * each])
+        found = gguf.dequantize(taken, gguf.GGMLQuantizationType(self.held.kind))
+        return np.asarray(found, np.float32).reshape(last - first, *self.shape[1:])
+
+    @property
+    def _lines(self) -> int:
+        return math.prod(self.shape[:-1])
+
+
+@dataclass(frozen=True)
+class Unpermuted:
+    """Queries or keys of llama's kind: a file has the two that turn together side by side, and
+    transformers has half a head between them.
+
+    Attributes:
+        heads: of the tensor's rows.
+    """
+
+    inner: Tensor
+    heads: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.inner.shape
+
+    def read(self, rows: slice) -> NDArray[np.float32]:
+        first, last, _ = rows.indices(self.shape[0])
+        size = self.shape[0] // self.heads
+        begin, end = first // size, -(-last // size)
+        whole = self.inner.read(slice(begin * size, end * size))
+        pairs = whole.reshape(end - begin, size // 2, 2, *self.shape[1:])
+        found = pairs.swapaxes(1, 2).reshape(whole.shape)
+        return np.ascontiguousarray(found[first - begin * size : last - begin * size])
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """Weights of a norm to which transformers adds 1, and the file has it added."""
+
+    inner: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.inner.shape
+
+    def read(self, rows: slice) -> NDArray[np.float32]:
+        return self.inner.read(rows) - np.float32(1)

@@ -1,0 +1,294 @@
+"""GGUF files: what they say, what they hold, and what becomes of damaged ones."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import gguf
+import gguf_files
+import numpy as np
+import pytest
+import sentencepiece
+import tiny
+import tokenizers_made
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import Tokenizer
+from transformers import PreTrainedModel
+
+from fastgen.errors import ModelError, UnsupportedModel
+from fastgen.export.gguf import architectures, file, tensors, vocabulary
+
+KINDS = {
+    "cohere": {},
+    "gemma": {},
+    "gemma2": {},
+    "gemma3_text": {"sliding_window_pattern": 6},
+    "gpt2": {},
+    "granite": {},
+    "llama": {},
+    "olmo2": {},
+    "phi3": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {},
+    "smollm3": {"no_rope_layer_interval": 4},
+    "stablelm": {},
+    "starcoder2": {"sliding_window": None},
+}
+TYPES = gguf.GGMLQuantizationType
+MADE = (TYPES.F16, TYPES.BF16, TYPES.Q8_0, TYPES.Q4_0, TYPES.Q4_1, TYPES.Q5_0, TYPES.Q5_1)
+
+
+def opened(path: Path) -> file.File:
+    return file.read(path, tensors.block_sizes())
+
+
+@pytest.fixture(scope="module")
+def llama() -> PreTrainedModel:
+    return tiny.build("llama")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_its_configuration_and_its_tensors_are_those_of_the_model(kind: str, tmp_path: Path):
+    model = tiny.build(kind, **KINDS[kind])
+    found = opened(gguf_files.write(model, tmp_path / "model.gguf"))
+    config = architectures.configuration(found)
+    said = model.config.to_dict()
+    differing = {k: v for k, v in config.items() if k in said and said[k] not in (v, None)}
+    assert differing == {}
+    held = architectures.weights(found, architectures.described(found, config))
+    state = model.state_dict()
+    assert held.keys() <= state.keys()
+    for name, tensor in held.items():
+        expected = state[name].numpy()
+        expected = (
+            expected.T if kind == "gpt2" and expected.ndim == 2 and ".h." in name else expected
+        )
+        assert tensor.shape == expected.shape
+        np.testing.assert_allclose(tensor.read(slice(None)), expected, atol=1e-6)
+        part = slice(3, 9)
+        np.testing.assert_array_equal(tensor.read(part), tensor.read(slice(None))[part])
+
+
+@pytest.mark.parametrize("kind", MADE, ids=lambda kind: kind.name)
+def test_each_type_becomes_what_the_library_makes_of_it(kind, llama, tmp_path):
+    found = opened(gguf_files.write(llama, tmp_path / "model.gguf", kind))
+    read = tensors.Stored(found.tensors["blk.1.ffn_up.weight"])
+    expected = llama.model.layers[1].mlp.up_proj.weight.detach().numpy()
+    largest = {TYPES.Q4_0: 0.08, TYPES.Q4_1: 0.08, TYPES.Q5_0: 0.04, TYPES.Q5_1: 0.04}
+    bound = largest.get(kind, 0.01) * np.abs(expected).max()
+    assert np.abs(read.read(slice(None)) - expected).max() <= bound
+    assert tensors.type_name(found.tensors["blk.1.ffn_up.weight"].kind) == kind.name
+
+
+def test_the_factors_of_llama_3_slow_its_rotation(llama, tmp_path):
+    factors = np.linspace(1, 8, 8, dtype=np.float32)
+    path = gguf_files.write(llama, tmp_path / "a.gguf", extra={"rope_freqs.weight": factors})
+    plain = opened(gguf_files.write(llama, tmp_path / "b.gguf"))
+    config = architectures.configuration(plain)
+    rotaries = [
+        architectures.described(one, config).layers[0].attention.rotary
+        for one in (plain, opened(path))
+    ]
+    np.testing.assert_allclose(rotaries[1].inverse * factors, rotaries[0].inverse, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        (
+            {"attention.clamp_kqv": 3.0},
+            "attention.clamp_kqv = 3.0, which the builder does not know",
+        ),
+        ({"expert_count": 8}, "expert_count = 8"),
+        ({"blk.0.attn_gate.weight": np.ones((2, 2), np.float32)}, "blk.0.attn_gate.weight"),
+        ({"rope_freqs.weight": np.ones(3, np.float32)}, r"rope_freqs.weight has the shape \(3,\)"),
+    ],
+)
+def test_what_is_not_known_is_refused(extra, words, llama, tmp_path):
+    found = opened(gguf_files.write(llama, tmp_path / "model.gguf", extra=extra))
+    with pytest.raises(UnsupportedModel, match=words):
+        config = architectures.configuration(found)
+        architectures.weights(found, architectures.described(found, config))
+
+
+def test_an_architecture_that_is_not_known_is_refused(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "mamba")
+    writer.add_tensor("token_embd.weight", np.ones((4, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UnsupportedModel, match=r"architecture is 'mamba', not one of .*llama"):
+        architectures.configuration(opened(tmp_path / "model.gguf"))
+
+
+# --- files of strangers ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def content(llama, tmp_path_factory) -> bytes:
+    place = tmp_path_factory.mktemp("gguf") / "model.gguf"
+    return gguf_files.write(llama, place, tokenizer=tokenizers_made.byte_level()).read_bytes()
+
+
+def lying(content: bytes, at: int, kind: str, value: int) -> bytes:
+    return content[:at] + struct.pack(f"<{kind}", value) + content[at + struct.calcsize(kind) :]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (lambda c: b"PK" + c[2:], ModelError, "is not a GGUF file"),
+        (lambda c: c[:4], ModelError, "is damaged"),
+        (lambda c: c[:100], ModelError, "it ends at byte 100"),
+        (lambda c: c[:-50], ModelError, "would end at byte"),
+        (lambda c: lying(c, 4, "I", 9), UnsupportedModel, "GGUF of version 9"),
+        (lambda c: lying(c, 4, "I", 3 << 24), UnsupportedModel, "big-endian"),
+        (lambda c: lying(c, 8, "Q", 2**60), ModelError, "tells of 1,152,921,504,606,846,976 tens"),
+        (lambda c: lying(c, 16, "Q", 2**40), ModelError, "values"),
+        (lambda c: lying(c, 24, "Q", 2**62), ModelError, "more are told of"),
+    ],
+)
+def test_a_damaged_file_is_one_clear_error(change, error, words, content, tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(change(content))
+    with pytest.raises(error, match=words):
+        opened(path)
+
+
+@settings(max_examples=300, deadline=None)
+@given(at=st.integers(4, 3000), value=st.binary(min_size=1, max_size=8))
+def test_no_byte_of_the_header_makes_anything_else_than_an_error_of_ours(
+    content: bytes, tmp_path_factory: Any, at: int, value: bytes
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "changed.gguf"
+    path.write_bytes(content[:at] + value + content[at + len(value) :])
+    try:
+        found = opened(path)
+        config = architectures.configuration(found)
+        architectures.weights(found, architectures.described(found, config))
+        vocabulary.read(found)
+    except (ModelError, UnsupportedModel):
+        pass  # that is the law: no other error, and no memory or time without end
+
+
+def test_a_part_of_a_split_model_says_what_to_do(llama, tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "model-00001-of-00002.gguf", "llama")
+    writer.add_uint16("split.count", 2)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(ModelError, match=r"is one of 2 parts of a model: .*--merge"):
+        opened(tmp_path / "model-00001-of-00002.gguf")
+
+
+# --- tokenizers -----------------------------------------------------------------------------------
+
+TEXTS = [
+    "the quick brown fox",
+    '{"name": "Ann", "age": 7}',
+    "  two  spaces ",
+    "a\n\n\tb\r\n",
+    "naïve café 你好 🙂",
+    "12345 + 6.78",
+    "<s>special</s>",
+    "don't I'LL",
+    "",
+]
+
+
+def test_a_byte_level_vocabulary_is_the_original(llama, tmp_path):
+    made = tokenizers_made.byte_level()
+    path = gguf_files.write(llama, tmp_path / "model.gguf", tokenizer=made)
+    read, config, note = vocabulary.read(opened(path))
+    assert note == "" and config["bos_token"] == "<s>" and read is not None
+    for text in TEXTS:
+        assert read.encode(text).ids == made.encode(text).ids
+        assert read.decode(read.encode(text).ids) == made.decode(made.encode(text).ids)
+
+
+@pytest.mark.parametrize(
+    ("pre", "text", "pieces"),
+    [
+        ("gpt-2", "ab  123 d's\n\n x", ["ab", "Ġ", "Ġ123", "Ġd", "'s", "ĊĊ", "Ġx"]),
+        ("smollm", "ab  12 x", ["ab", "ĠĠ", "1", "2", "Ġx"]),
+        ("llama-bpe", "ab  1234 D'S\n\n x", ["ab", "Ġ", "Ġ", "123", "4", "ĠD", "'S", "ĊĊ", "Ġx"]),
+        ("qwen2", "ab  12 x\r\n", ["ab", "Ġ", "Ġ", "1", "2", "Ġx", "čĊ"]),
+        ("tekken", "HelloWorld 12", ["Hello", "World", "Ġ", "1", "2"]),
+        ("gpt-4o", "HelloWorld's 1234", ["Hello", "World's", "Ġ", "123", "4"]),
+        ("deepseek-v3", "ab漢字12 x", ["ab", "æ¼¢åŃĹ", "12", "Ġx"]),
+    ],
+)
+def test_a_pre_tokenizer_splits_as_its_model_does(pre, text, pieces, llama, tmp_path):
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    gguf_files.vocabulary(writer, tokenizers_made.byte_level(), pre)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    read, _, _ = vocabulary.read(opened(path))
+    assert read is not None and read.pre_tokenizer is not None
+    assert [piece for piece, _ in read.pre_tokenizer.pre_tokenize_str(text)] == pieces
+
+
+def test_a_pre_tokenizer_that_is_not_known_leaves_ids_only(tmp_path):
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    gguf_files.vocabulary(writer, tokenizers_made.byte_level(), "of-tomorrow")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    read, _, note = vocabulary.read(opened(path))
+    assert read is None and note == "its pre-tokenizer is 'of-tomorrow', which is not known"
+
+
+def sentence_pieces(prefixed: bool) -> tuple[list[tuple[str, float, int]], Any]:
+    """Pieces (text, score, type), and SentencePiece's own processor of them."""
+    words = ["▁the", "▁quick", "▁", "th", "he", "▁t", "qu", "ick", "ui", "▁q", "br", "own", "▁br"]
+    words += ["ow", "n", "▁brown", "the", "▁a", "12", "▁▁", "ck", "ic"]
+    pieces = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3)]
+    pieces += [(f"<0x{byte:02X}>", 0.0, 6) for byte in range(256)]
+    pieces += [("[tag]", 0.0, 4)]
+    pieces += [(word, -float(number), 1) for number, word in enumerate(words) if len(word) > 1]
+    pieces += [(letter, -1000.0, 1) for letter in "▁abcdefghiklmnopqrstuvw123.é"]
+    proto = sentencepiece_model_pb2.ModelProto()
+    for text, score, kind in pieces:
+        piece = proto.pieces.add()
+        piece.piece, piece.score, piece.type = text, score, kind
+    trainer, normal = proto.trainer_spec, proto.normalizer_spec
+    trainer.model_type, trainer.byte_fallback, trainer.vocab_size = 2, True, len(pieces)
+    trainer.unk_id, trainer.bos_id, trainer.eos_id, trainer.pad_id = 0, 1, 2, -1
+    normal.name, normal.add_dummy_prefix = "identity", prefixed
+    normal.remove_extra_whitespaces, normal.escape_whitespaces = False, True
+    made = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+    return pieces, made
+
+
+@pytest.mark.parametrize("prefixed", [True, False])
+def test_sentence_pieces_are_joined_as_sentencepiece_joins_them(prefixed, tmp_path):
+    pieces, theirs = sentence_pieces(prefixed)
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([text for text, _, _ in pieces])
+    writer.add_token_scores([score for _, score, _ in pieces])
+    writer.add_token_types([kind for _, _, kind in pieces])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_add_space_prefix(prefixed)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    read, _, _ = vocabulary.read(opened(path))
+    assert isinstance(read, Tokenizer)
+    # After a token that was added a space is put again: so does llama.cpp, and so do the
+    # tokenizer.json of such models.
+    tagged = [] if prefixed else ["the [tag] brown"]
+    for text in [*TEXTS[:-3], *tagged, "a▁b", "éé the the"]:
+        assert read.encode(text, add_special_tokens=False).ids == theirs.encode(text), text
+        assert read.encode(text).ids == [1, *theirs.encode(text)]
+        assert read.decode(theirs.encode(text)) == theirs.decode(theirs.encode(text))
