@@ -1,4 +1,4 @@
-"""GGUF's architectures: what their metadata mean, and what their tensors are in a transformers model.
+"""GGUF's architectures: what their metadata mean, and what transformers calls their tensors.
 
 An architecture becomes the config.json that transformers would have of the same model, and from
 there on it is a family of `fastgen.export.build`. A value of the architecture that nobody asks for

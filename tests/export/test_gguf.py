@@ -21,6 +21,8 @@ from transformers import PreTrainedModel
 
 from fastgen.errors import ModelError, UnsupportedModel
 from fastgen.export.gguf import architectures, file, tensors, vocabulary
+from fastgen.export.quantize import grid
+from fastgen.export.quantize.kernels import codes_values
 
 KINDS = {
     "cohere": {},
@@ -292,3 +294,32 @@ def test_sentence_pieces_are_joined_as_sentencepiece_joins_them(prefixed, tmp_pa
         assert read.encode(text, add_special_tokens=False).ids == theirs.encode(text), text
         assert read.encode(text).ids == [1, *theirs.encode(text)]
         assert read.decode(theirs.encode(text)) == theirs.decode(theirs.encode(text))
+
+
+# --- nothing is quantised twice -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [TYPES.Q4_0, TYPES.Q5_0, TYPES.Q8_0], ids=lambda kind: kind.name)
+def test_a_type_without_a_minimum_is_held_exactly(kind):
+    rows = np.random.default_rng(0).standard_normal((96, 64)).astype(np.float32)
+    held = gguf.dequantize(gguf.quantize(rows, kind), kind)
+    found = grid.choice_of(np.ascontiguousarray(held.T))
+    assert found.kernel.bits == (4 if kind == TYPES.Q4_0 else 8)
+    np.testing.assert_array_equal(codes_values(found.codes, found.kernel, found.scales, 64).T, held)
+
+
+def test_rows_of_several_types_are_held_exactly_in_8_bits():
+    rows = np.random.default_rng(1).standard_normal((32, 64)).astype(np.float32)
+    kinds = (TYPES.Q4_0, TYPES.Q5_0, TYPES.Q8_0)
+    held = np.concatenate([gguf.dequantize(gguf.quantize(rows, kind), kind) for kind in kinds])
+    found = grid.choice_of(np.ascontiguousarray(held.T))
+    assert found.kernel == grid.EIGHT
+    np.testing.assert_array_equal(codes_values(found.codes, found.kernel, found.scales, 64).T, held)
+
+
+def test_other_numbers_get_the_nearest_codes_of_8_bits():
+    rows = np.random.default_rng(2).standard_normal((32, 64)).astype(np.float32)
+    rows[5] = 0
+    found = grid.choice_of(np.ascontiguousarray(rows.T))
+    error = np.abs(codes_values(found.codes, found.kernel, found.scales, 64).T - rows)
+    assert found.kernel == grid.EIGHT and error.max() <= np.abs(rows).max() / 254 + 1e-6
