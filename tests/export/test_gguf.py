@@ -132,9 +132,9 @@ def test_an_architecture_that_is_not_known_is_refused(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def content(llama, tmp_path_factory) -> bytes:
+def whole(llama, tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("gguf") / "model.gguf"
-    return gguf_files.write(llama, place, tokenizer=tokenizers_made.byte_level()).read_bytes()
+    return gguf_files.write(llama, place, tokenizer=tokenizers_made.byte_level())
 
 
 def lying(content: bytes, at: int, kind: str, value: int) -> bytes:
@@ -155,9 +155,9 @@ def lying(content: bytes, at: int, kind: str, value: int) -> bytes:
         (lambda c: lying(c, 24, "Q", 2**62), ModelError, "more are told of"),
     ],
 )
-def test_a_damaged_file_is_one_clear_error(change, error, words, content, tmp_path):
+def test_a_damaged_file_is_one_clear_error(change, error, words, whole, tmp_path):
     path = tmp_path / "model.gguf"
-    path.write_bytes(change(content))
+    path.write_bytes(change(whole.read_bytes()))
     with pytest.raises(error, match=words):
         opened(path)
 
@@ -165,9 +165,9 @@ def test_a_damaged_file_is_one_clear_error(change, error, words, content, tmp_pa
 @settings(max_examples=300, deadline=None)
 @given(at=st.integers(4, 3000), value=st.binary(min_size=1, max_size=8))
 def test_no_byte_of_the_header_makes_anything_else_than_an_error_of_ours(
-    content: bytes, tmp_path_factory: Any, at: int, value: bytes
+    whole: Path, tmp_path_factory: Any, at: int, value: bytes
 ) -> None:
-    path = tmp_path_factory.getbasetemp() / "changed.gguf"
+    path, content = tmp_path_factory.getbasetemp() / "changed.gguf", whole.read_bytes()
     path.write_bytes(content[:at] + value + content[at + len(value) :])
     try:
         found = opened(path)
