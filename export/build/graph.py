@@ -31,8 +31,8 @@ from fastgen.export.build.decoder import (
     Rotary,
 )
 from fastgen.export.build.weights import Weights
+from fastgen.export.rewrite.edit import MICROSOFT
 from fastgen.export.rewrite.node import HEAD_STEP, INPUTS, QUERIES, SEQLENS, TOTAL, attributes
-from fastgen.export.rewrite.trim import MICROSOFT
 from fastgen.store.jsonfile import some
 
 OPSET, IR_VERSION = 23, 10

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from fastgen.errors import UnsupportedModel
 from fastgen.export.onnx_folder.signature import Signature
+from fastgen.export.rewrite.edit import MICROSOFT, add_initializer, constant, insert, rank
 from fastgen.export.rewrite.node import (
     BIAS,
     HEAD_STEP,
@@ -29,7 +30,6 @@ from fastgen.export.rewrite.node import (
     TOTAL,
     attributes,
 )
-from fastgen.export.rewrite.trim import MICROSOFT, add_initializer, constant, insert, rank
 
 HIDDEN = -1e4  # a score below it is of a key that is not seen
 

@@ -21,7 +21,7 @@ from fastgen.export.onnx_folder.folder import Choice
 from fastgen.export.onnx_folder.plain import Plain
 from fastgen.export.onnx_folder.signature import POSITIONS
 from fastgen.export.prove import check
-from fastgen.export.rewrite.trim import constant
+from fastgen.export.rewrite.edit import constant
 from fastgen.export.source import vocabulary
 from fastgen.export.source.origin import Tolerance, name_of
 from fastgen.store import jsonfile

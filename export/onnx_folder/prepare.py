@@ -11,7 +11,7 @@ import onnx_ir.passes.common as passes
 
 from fastgen.errors import UnsupportedModel
 from fastgen.export.onnx_folder.signature import BRANCH
-from fastgen.export.rewrite.trim import MICROSOFT, add_initializer, clean_up, constant
+from fastgen.export.rewrite.edit import MICROSOFT, add_initializer, clean_up, constant
 
 OPSET = 23  # what trim's rules write
 OLDEST = 11  # whose operators mean what today's do, but for those that are brought up here

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,17 +19,16 @@ from fastgen.export.onnx_folder import attention, plain, rotary, shapes
 from fastgen.export.onnx_folder.attention import Feed, is_grouped
 from fastgen.export.onnx_folder.prepare import drop_idle, prepare
 from fastgen.export.onnx_folder.signature import KEEP, LOGITS, MASK, POSITIONS, Signature
-from fastgen.export.rewrite.trim import (
+from fastgen.export.rewrite.edit import (
     add_initializer,
-    add_lazily,
     clean_up,
     constant,
     insert,
     is_constant,
-    products_without_reshapes,
     rank,
-    shape_of,
+    transposed,
 )
+from fastgen.export.rewrite.trim import products_without_reshapes
 
 # Sizes of the two runs: no dimension of one name is as large as another's, in both.
 ROWS, NEW, PAST = (2, 3), (4, 7), (6, 11)
@@ -288,7 +286,7 @@ def _gather(graph: ir.Graph, seen: shapes.Seen) -> None:
         before = node.inputs[0]
         if node.op_type == "DynamicQuantizeLinear":
             reader, hidden = node, before
-        elif _picks(node, seen) or (node.op_type in RESHAPING and _rank(hidden) != 3):
+        elif _picks(node, seen) or (node.op_type in RESHAPING and rank(hidden) != 3):
             hidden = before  # of all positions, as [rows, new, size]
         elif node.op_type not in RESHAPING:
             break
@@ -320,10 +318,6 @@ def _head(logits: ir.Value, seen: shapes.Seen) -> ir.Node:
         value = (wide or sized or [None])[0]
     said = "an input" if value is None or value.producer() is None else value.producer().op_type
     raise UnsupportedModel(f"its logits come from {said}, which is not known as an lm_head")
-
-
-def _rank(value: ir.Value) -> int | None:
-    return None if value.shape is None else len(value.shape)
 
 
 def _is_weight(value: ir.Value | None) -> bool:
@@ -364,14 +358,7 @@ def _hold_tables(graph: ir.Graph) -> None:
         read = any(use.node.op_type == "Gather" and use.idx == 0 for use in out.uses())
         if not read or rank(matrix) != 2:
             continue
-        held = matrix.const_value
-        shape = shape_of(matrix)[::-1]
-        made = add_lazily(graph, f"{matrix.name}.T", partial(_turned, held), shape, held.dtype)
-        out.replace_all_uses_with(made)
-
-
-def _turned(held: ir.TensorProtocol) -> NDArray[Any]:
-    return held.numpy().T
+        out.replace_all_uses_with(transposed(graph, matrix))
 
 
 # The contract's names

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from fastgen.export.onnx_folder.shapes import Seen
-from fastgen.export.rewrite.trim import add_initializer, constant, insert, producer, rank, replace
+from fastgen.export.rewrite.edit import add_initializer, constant, insert, producer, rank, replace
 
 Part = tuple[ir.Value, int, int]  # numbers of each head of a value: from one to before another
 

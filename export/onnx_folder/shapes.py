@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from fastgen.export.onnx_folder import plain
 from fastgen.export.onnx_folder.prepare import skip
-from fastgen.export.rewrite.trim import add_initializer, clean_up, constant
+from fastgen.export.rewrite.edit import add_initializer, clean_up, constant
 
 LARGEST = 64  # numbers of a shape, or of what one is made of
 Seen = Sequence[Mapping[str, Any]]  # of two runs: arrays, or shapes of large ones

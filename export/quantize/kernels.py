@@ -21,7 +21,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from fastgen.export.quantize import parts, rotate
-from fastgen.export.rewrite.trim import (
+from fastgen.export.rewrite.edit import (
     CHANGED,
     MICROSOFT,
     add_initializer,

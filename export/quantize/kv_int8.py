@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from fastgen.export.quantize import calibrate
 from fastgen.export.quantize.kernels import Floats
+from fastgen.export.rewrite.edit import add_initializer, replace
 from fastgen.export.rewrite.node import PAST_AND_SCALE, POSITIONS
-from fastgen.export.rewrite.trim import add_initializer, replace
 
 DTYPES = {"fp32": "float32", "int8": "int8"}  # of each cache precision
 TOKENS = 4 * calibrate.TOKENS  # of calibration, at most: text that was not seen saturates

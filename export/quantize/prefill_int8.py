@@ -21,7 +21,7 @@ import onnx_ir.passes.common
 import onnx_ir.tape
 
 from fastgen.export.quantize.kernels import LEVELS, Activations, Kernel, integer_product
-from fastgen.export.rewrite.trim import take_place
+from fastgen.export.rewrite.edit import take_place
 from fastgen.store.model_info import GRAPH, PROMPTS, UNPACK
 
 

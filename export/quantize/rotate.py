@@ -26,7 +26,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from fastgen.export.quantize import parts
-from fastgen.export.rewrite.trim import (
+from fastgen.export.rewrite.edit import (
     add_initializer,
     changed,
     clean_up,

@@ -18,7 +18,7 @@ import onnx_ir as ir
 from fastgen.export.quantize import parts
 from fastgen.export.quantize.calibrate import output_error
 from fastgen.export.quantize.kernels import Choice, Floats, Kernel, Product
-from fastgen.export.rewrite.trim import add_initializer, constant, remake
+from fastgen.export.rewrite.edit import add_initializer, constant, remake
 
 STRENGTHS = (0.3, 0.5, 0.7)  # the paper's alpha; the best on the calibration text is taken
 SAMPLE = 128  # tokens that an error is measured on

@@ -7,18 +7,34 @@ A rule knows operators, never models: where its pattern does not hold, it does n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnx_ir.passes.common
 import onnxruntime
 from numpy.typing import NDArray
 
-MICROSOFT = "com.microsoft"
-CHANGED = ".changed"  # how the name of a constant ends that was made of another
+from fastgen.export.rewrite.edit import (
+    MICROSOFT,
+    add_initializer,
+    add_lazily,
+    clean_up,
+    constant,
+    insert,
+    is_constant,
+    only_use,
+    producer,
+    product_of,
+    rank,
+    replace,
+    routers,
+    same_shape,
+    shape_of,
+    take_place,
+)
+
 LARGEST_TABLE = 1 << 16  # positions for which a table of rotations is worth its memory
 
 
@@ -55,175 +71,6 @@ def rotations_are_tabled(model: ir.Model) -> bool:
         node.op_type == "GroupQueryAttention" and node.attributes.get_int("do_rotary", 0)
         for node in model.graph
     )
-
-
-# Reading a graph
-
-
-def producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
-    """The node behind `value` if it is an `op_type`."""
-    node = value.producer() if value is not None else None
-    return node if node is not None and node.op_type == op_type else None
-
-
-def only_use(value: ir.Value) -> bool:
-    """Whether exactly one node reads `value`, and the graph does not return it."""
-    return len(value.uses()) == 1 and not value.is_graph_output()
-
-
-def constant(value: ir.Value | None) -> NDArray[np.generic] | None:
-    """The array of an initializer; None for what is computed."""
-    if value is None or value.const_value is None or not value.is_initializer():
-        return None
-    return value.const_value.numpy()
-
-
-def is_constant(value: ir.Value | None) -> bool:
-    """Whether it is an initializer, whose array may be large: it is not read."""
-    return value is not None and value.const_value is not None and value.is_initializer()
-
-
-def shape_of(constant: ir.Value) -> list[int]:
-    """Of an initializer: that of its array, whatever the graph says."""
-    return [int(size) for size in constant.const_value.shape]
-
-
-def same_shape(one: ir.Value | None, other: ir.Value | None) -> bool:
-    """Whether both shapes are known and equal, symbolic dimensions by name."""
-    if one is None or other is None or one.shape is None or other.shape is None:
-        return False
-    named = [[d if isinstance(d, int) else d.value for d in v.shape] for v in (one, other)]
-    return named[0] == named[1] and None not in named[0]
-
-
-def rank(value: ir.Value | None) -> int | None:
-    return None if value is None or value.shape is None else len(value.shape)
-
-
-def is_plain(gemm: ir.Node) -> bool:
-    """Whether a Gemm is a product and a sum, and nothing else."""
-    attributes = gemm.attributes
-    return (
-        attributes.get_float("alpha", 1.0) == 1
-        and attributes.get_float("beta", 1.0) == 1
-        and attributes.get_int("transA", 0) == 0
-    )
-
-
-def routers(graph: ir.Graph) -> set[ir.Node]:
-    """Products that choose among experts: the last ones before the k largest are taken.
-
-    What they choose jumps where two are close: they stay by themselves, and in float32.
-    """
-    found: set[ir.Node] = set()
-    seen: set[ir.Node] = set()
-    pending = [node.inputs[0] for node in graph if node.op_type == "TopK"]
-    while pending:
-        value = pending.pop()
-        node = None if value is None else value.producer()
-        if node is None or node in seen or node.op_type == "Shape":
-            continue
-        seen.add(node)
-        if node.op_type == "MatMul" and is_constant(node.inputs[1]):
-            found.add(node)
-        else:
-            pending += node.inputs
-    return found
-
-
-# Changing it
-
-
-def add_initializer(graph: ir.Graph, name: str, array: NDArray[np.generic]) -> ir.Value:
-    """A constant of the graph, under a name that is free."""
-    return _added(graph, name, ir.tensor(np.asarray(array, order="C")))
-
-
-def add_lazily(
-    graph: ir.Graph,
-    name: str,
-    make: Callable[[], NDArray[np.generic]],
-    shape: Sequence[int],
-    dtype: ir.DataType,
-) -> ir.Value:
-    """A constant whose array is made whenever it is read, and not kept."""
-    tensor = ir.LazyTensor(lambda: ir.tensor(np.ascontiguousarray(make())), dtype, ir.Shape(shape))
-    return _added(graph, name, tensor)
-
-
-def _added(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-    free, number = name, 0
-    while free in graph.initializers:
-        number += 1
-        free = f"{name}.{number}"
-    tensor.name = free
-    value = ir.Value(name=free, const_value=tensor)
-    value.shape, value.dtype = tensor.shape, tensor.dtype
-    graph.register_initializer(value)
-    return value
-
-
-def remake(
-    node: ir.Node, place: int, change: Callable[[NDArray[np.float32]], NDArray[np.float32]]
-) -> None:
-    """Let a node read another constant: what `change` makes of the one that it reads."""
-    node.replace_input_with(place, changed(node.graph, node.inputs[place], change))
-
-
-def changed(
-    graph: ir.Graph,
-    old: ir.Value,
-    change: Callable[[NDArray[np.float32]], NDArray[np.float32]],
-) -> ir.Value:
-    """What `change` makes of a constant; of a matrix it is made whenever it is read."""
-    tensor, name, shape = old.const_value, f"{old.name}{CHANGED}", shape_of(old)
-    if len(shape) == 1:
-        return add_initializer(graph, name, change(tensor.numpy()))
-    return add_lazily(graph, name, lambda: change(tensor.numpy()), shape, ir.DataType.FLOAT)
-
-
-def insert(
-    before: ir.Node,
-    op_type: str,
-    inputs: Sequence[ir.Value | None],
-    attributes: dict[str, int | float | str | Sequence[int]] | None = None,
-    *,
-    domain: str = "",
-    outputs: int = 1,
-) -> tuple[ir.Value, ...]:
-    """New outputs of a new node in front of `before`."""
-    node = ir.node(op_type, inputs, attributes or {}, domain=domain, num_outputs=outputs)
-    assert before.graph is not None
-    before.graph.insert_before(before, node)
-    return tuple(node.outputs)
-
-
-def replace(old: ir.Value, new: ir.Value) -> None:
-    """Every reader of `old` reads `new`; a graph output keeps its name."""
-    new.shape, new.dtype = old.shape, old.dtype
-    if old.is_graph_output():
-        old.name, new.name = f"{old.name}_replaced", old.name
-    old.replace_all_uses_with(new, replace_graph_outputs=True)
-
-
-def take_place(node: ir.Node, new: ir.Value) -> None:
-    """`new` stands for the only output of `node`, which goes."""
-    replace(node.outputs[0], new)
-    assert node.graph is not None
-    node.graph.remove(node, safe=True)
-
-
-def _set_width(product: ir.Value, like: ir.Value, width: int) -> None:
-    """The type of a product: that of its activation with another last dimension."""
-    product.dtype = like.dtype
-    if like.shape is not None:
-        product.shape = ir.Shape([*list(like.shape)[:-1], width])
-
-
-def clean_up(model: ir.Model) -> None:
-    """Drop what nothing reads, and compute equal things once."""
-    ir.passes.common.CommonSubexpressionEliminationPass()(model)
-    ir.passes.common.RemoveUnusedNodesPass()(model)
 
 
 # The rules
@@ -268,32 +115,28 @@ def products_without_reshapes(graph: ir.Graph) -> int:
     """Reshape, Gemm, Reshape on [rows, new, in] is MatMul and Add: neither needs two dimensions."""
     fired = 0
     for node in list(graph):
-        if node.op_type != "Gemm" or not is_plain(node):
-            continue
-        before = producer(node.inputs[0], "Reshape")
-        uses = node.outputs[0].uses()
-        after = uses[0].node if only_use(node.outputs[0]) else None
-        matrix = node.inputs[1]
+        before = producer(node.inputs[0], "Reshape") if node.op_type == "Gemm" else None
+        after = node.outputs[0].uses()[0].node if only_use(node.outputs[0]) else None
         if before is None or after is None or after.op_type != "Reshape":
             continue
-        if not is_constant(matrix):
-            continue
         x, out = before.inputs[0], after.outputs[0]
-        shape = shape_of(matrix)
-        shape = shape[::-1] if node.attributes.get_int("transB", 0) else shape
-        if rank(x) != 3 or rank(out) != 3 or [x.shape[-1], out.shape[-1]] != shape:
+        if not _same_widths(node, x, out):
             continue
-        if node.attributes.get_int("transB", 0):
-            read = partial(_transposed, matrix.const_value)
-            matrix = add_lazily(graph, f"{matrix.name}.T", read, shape, matrix.const_value.dtype)
-        (product,) = insert(node, "MatMul", [x, matrix])
-        product.shape, product.dtype = out.shape, out.dtype
-        if len(node.inputs) > 2 and node.inputs[2] is not None:
-            (product,) = insert(node, "Add", [product, node.inputs[2]])
-        replace(out, product)
-        graph.remove([after, node], safe=True)
-        fired += 1
+        product = product_of(node, x, out)
+        if product is not None:
+            replace(out, product)
+            graph.remove([after, node], safe=True)
+            fired += 1
     return fired
+
+
+def _same_widths(gemm: ir.Node, x: ir.Value, out: ir.Value) -> bool:
+    """True if x [rows, new, in] and out [rows, new, out] have the sizes of the Gemm's matrix."""
+    if rank(x) != 3 or rank(out) != 3 or not is_constant(gemm.inputs[1]):
+        return False
+    shape = shape_of(gemm.inputs[1])
+    shape = shape[::-1] if gemm.attributes.get_int("transB", 0) else shape
+    return [x.shape[-1], out.shape[-1]] == shape
 
 
 def rotate_flat(graph: ir.Graph) -> int:
@@ -411,6 +254,13 @@ def merge_products(graph: ir.Graph) -> int:
 # What the rules ask
 
 
+def _set_width(product: ir.Value, like: ir.Value, width: int) -> None:
+    """The type of a product: that of its activation with another last dimension."""
+    product.dtype = like.dtype
+    if like.shape is not None:
+        product.shape = ir.Shape([*list(like.shape)[:-1], width])
+
+
 def _side_by_side(graph: ir.Graph, name: str, matrices: Sequence[ir.Value]) -> ir.Value:
     """Matrices [in, out] as one, joined when it is read."""
     held = [matrix.const_value for matrix in matrices]
@@ -420,10 +270,6 @@ def _side_by_side(graph: ir.Graph, name: str, matrices: Sequence[ir.Value]) -> i
 
 def _joined(held: Sequence[ir.TensorProtocol]) -> NDArray[np.generic]:
     return np.concatenate([one.numpy() for one in held], axis=1)
-
-
-def _transposed(held: ir.TensorProtocol) -> NDArray[np.generic]:
-    return held.numpy().T
 
 
 def _equal(one: NDArray[np.generic], other: NDArray[np.generic]) -> bool:

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
+from fastgen.export.rewrite.edit import insert
 from fastgen.export.rewrite.node import BIAS, PAST_AND_SCALE, POSITIONS, SEQLENS, TOTAL
-from fastgen.export.rewrite.trim import insert
 from fastgen.store.graph_io import window_start
 
 

@@ -44,12 +44,13 @@ from fastgen.errors import UnsupportedModel
 from fastgen.export.quantize import calibrate
 from fastgen.export.quantize.gptq import search_scales
 from fastgen.export.quantize.kernels import Kernel, block_codes, block_scales, codes_values
-from fastgen.export.rewrite.trim import (
+from fastgen.export.rewrite.edit import (
     MICROSOFT,
     add_initializer,
+    add_lazily,
     constant,
     insert,
-    is_plain,
+    product_of,
     take_place,
 )
 
@@ -456,26 +457,10 @@ def _plain_products(graph: ir.Graph) -> None:
     writes a Gemm.
     """
     for node in list(graph):
-        weight = node.inputs[1] if node.op_type == "Gemm" else None
-        if weight is None or not weight.is_initializer() or not is_plain(node):
-            continue
-        matrix = weight
-        if node.attributes.get_int("transB", 0):
-            held = weight.const_value
-            shape = held.shape.numpy()[::-1]
-            name = f"{weight.name}.T"
-            matrix = graph.initializers.get(name) or _lazy(
-                graph, name, partial(_transposed, held), shape, np.float32
-            )
-        (product,) = insert(node, "MatMul", [node.inputs[0], matrix])
-        product.shape, product.dtype = node.outputs[0].shape, node.outputs[0].dtype
-        if len(node.inputs) > 2 and node.inputs[2] is not None:
-            (product,) = insert(node, "Add", [product, node.inputs[2]])
-        take_place(node, product)
-
-
-def _transposed(held: ir.TensorProtocol) -> Array:
-    return held.numpy().T
+        if node.op_type == "Gemm":
+            product = product_of(node, node.inputs[0], node.outputs[0])
+            if product is not None:
+                take_place(node, product)
 
 
 Array = NDArray[np.float32]
@@ -486,25 +471,11 @@ def _made(graph: ir.Graph, make: Callable[..., Array], *sources: ir.Value | None
     held = [source.const_value for source in sources if source is not None]
     shape = make(*(np.broadcast_to(np.float32(0), one.shape.numpy()) for one in held)).shape
     name = f"{sources[0].name}.experts"
-    return _lazy(graph, name, lambda: make(*(one.numpy() for one in held)), shape, np.float32)
 
+    def read() -> Array:
+        return make(*(one.numpy() for one in held))
 
-def _lazy(
-    graph: ir.Graph,
-    name: str,
-    make: Callable[[], NDArray[Any]],
-    shape: Sequence[int],
-    dtype: type[np.generic],
-) -> ir.Value:
-    """An initializer whose array is made when it is written, and not kept."""
-    kind = ir.DataType.from_numpy(np.dtype(dtype))
-    tensor = ir.LazyTensor(
-        lambda: ir.tensor(np.ascontiguousarray(make())), kind, ir.Shape(shape), name=name
-    )
-    value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(kind))
-    value.const_value = tensor
-    graph.register_initializer(value)
-    return value
+    return add_lazily(graph, name, read, shape, ir.DataType.FLOAT)
 
 
 def _first(
@@ -766,7 +737,8 @@ def _in_codes(
     kernel, name = stored.kernel, str(weight.name)
     make = partial(_codes, weight.const_value, kernel, stored.scales, zero)
     shape = (count, out, size * kernel.bits // 8)
-    codes = _lazy(graph, f"{name}.codes", make, shape, np.uint8 if zero else np.int8)
+    dtype = ir.DataType.UINT8 if zero else ir.DataType.INT8
+    codes = add_lazily(graph, f"{name}.codes", make, shape, dtype)
     scales = stored.scales if kernel.block else stored.scales[..., 0]
     return codes, add_initializer(graph, f"{name}.scales", scales)
 

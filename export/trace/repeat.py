@@ -19,7 +19,7 @@ import onnx_ir as ir
 import torch
 from transformers import PreTrainedModel
 
-from fastgen.export.rewrite import trim
+from fastgen.export.rewrite.edit import clean_up
 from fastgen.export.trace import stored
 from fastgen.export.trace.attention import Layer
 from fastgen.export.trace.stored import StandIn
@@ -123,7 +123,7 @@ def unroll(model: ir.Model, layers: Layers, stand_ins: Sequence[StandIn]) -> boo
     Returns:
         False, with the graph of no use, where it is not as expected.
     """
-    trim.clean_up(model)  # what each layer computes again of what all share, it shares now
+    clean_up(model)  # what each layer computes again of what all share, it shares now
     try:
         _Unrolling(model.graph, layers, stand_ins).run()
     except _Unlike:

@@ -22,7 +22,7 @@ from fastgen.export.quantize.kernels import (
     codes_values,
     products,
 )
-from fastgen.export.rewrite import trim
+from fastgen.export.rewrite import edit, trim
 from fastgen.export.source.origin import Tolerance
 from fastgen.export.trace import experts, graph
 
@@ -150,7 +150,7 @@ def test_a_graph_without_experts_is_left_alone():
     before = [(node.op_type, node.inputs, node.outputs) for node in converted.graph]
     experts.lay_out(converted)
     assert before == [(node.op_type, node.inputs, node.outputs) for node in converted.graph]
-    assert not trim.routers(converted.graph) and not experts.mixtures(converted.graph)
+    assert not edit.routers(converted.graph) and not experts.mixtures(converted.graph)
     trim.trim(converted, 128)
     assert [one.is_head for one in products(converted.graph)] == [False] * 4 + [True]
 

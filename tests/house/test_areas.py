@@ -160,8 +160,8 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "export/rewrite": (
         "store",
         (
-            "window",
-            "node onnx_file trim",
+            "trim window",
+            "edit node onnx_file",
         ),
     ),
     "fastgen": (
