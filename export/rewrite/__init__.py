@@ -2,5 +2,5 @@
 
 trim    the rules                       window  layers with a window are shown what they see
 edit    reading and changing a graph    node    the attention node
-onnx_file  a graph as a file, with its weights
+mixture    mixtures of experts          onnx_file  a graph as a file, with its weights
 """

@@ -8,7 +8,9 @@ A rule knows operators, never models: where its pattern does not hold, it does n
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import onnx
@@ -22,17 +24,23 @@ from fastgen.export.rewrite.edit import (
     add_lazily,
     clean_up,
     constant,
+    flag,
+    input_of,
     insert,
     is_constant,
     only_use,
     producer,
     product_of,
     rank,
+    reader_of,
     replace,
     routers,
     same_shape,
+    set_type,
     shape_of,
+    sizes_of,
     take_place,
+    tensor_of,
 )
 
 LARGEST_TABLE = 1 << 16  # positions for which a table of rotations is worth its memory
@@ -66,7 +74,7 @@ def trim(model: ir.Model, max_length: int | None) -> dict[str, int]:
 
 
 def rotations_are_tabled(model: ir.Model) -> bool:
-    """Whether some rotation comes from a table, which ends at the model's last position."""
+    """True if some rotation comes from a table, which ends at the model's last position."""
     return any(
         node.op_type == "GroupQueryAttention" and node.attributes.get_int("do_rotary", 0)
         for node in model.graph
@@ -82,7 +90,7 @@ def share_tied_weights(graph: ir.Graph) -> int:
     torch's exporter transposes the weight of a Linear: in a node, or (small ones) into a second
     copy. The fused product transposes while it packs, so the embedding serves both.
     """
-    tables = [node.inputs[0] for node in graph if node.op_type == "Gather"]
+    tables = [input_of(node, 0) for node in graph if node.op_type == "Gather"]
     tables = [table for table in tables if rank(table) == 2 and is_constant(table)]
     fired = 0
     for node in list(graph):
@@ -103,12 +111,12 @@ def _transposed_weight(value: ir.Value | None, tables: Sequence[ir.Value]) -> ir
     transpose = producer(value, "Transpose")
     if transpose is not None and rank(transpose.inputs[0]) == 2:
         return transpose.inputs[0] if is_constant(transpose.inputs[0]) else None
-    for table in tables:
-        if not is_constant(value) or shape_of(table) != shape_of(value)[::-1]:
-            continue
-        if _equal(constant(table), constant(value).T):
-            return table
-    return None
+    if not is_constant(value):
+        return None
+    shape = shape_of(value)[::-1]
+    alike = (table for table in tables if shape_of(table) == shape)
+    tensor = tensor_of(value)
+    return next((t for t in alike if _equal(tensor_of(t).numpy(), tensor.numpy().T)), None)
 
 
 def products_without_reshapes(graph: ir.Graph) -> int:
@@ -116,10 +124,10 @@ def products_without_reshapes(graph: ir.Graph) -> int:
     fired = 0
     for node in list(graph):
         before = producer(node.inputs[0], "Reshape") if node.op_type == "Gemm" else None
-        after = node.outputs[0].uses()[0].node if only_use(node.outputs[0]) else None
+        after = reader_of(node.outputs[0])
         if before is None or after is None or after.op_type != "Reshape":
             continue
-        x, out = before.inputs[0], after.outputs[0]
+        x, out = input_of(before, 0), after.outputs[0]
         if not _same_widths(node, x, out):
             continue
         product = product_of(node, x, out)
@@ -135,8 +143,8 @@ def _same_widths(gemm: ir.Node, x: ir.Value, out: ir.Value) -> bool:
     if rank(x) != 3 or rank(out) != 3 or not is_constant(gemm.inputs[1]):
         return False
     shape = shape_of(gemm.inputs[1])
-    shape = shape[::-1] if gemm.attributes.get_int("transB", 0) else shape
-    return [x.shape[-1], out.shape[-1]] == shape
+    shape = shape[::-1] if flag(gemm, "transB") else shape
+    return [sizes_of(x)[-1], sizes_of(out)[-1]] == shape
 
 
 def rotate_flat(graph: ir.Graph) -> int:
@@ -147,10 +155,11 @@ def rotate_flat(graph: ir.Graph) -> int:
             continue
         split = _split_heads(node.inputs[0])
         join = _joined_heads(node.outputs[0])
-        if split is None or join is None or not same_shape(split, join):
+        heads = sizes_of(node.inputs[0])[1]
+        if heads is None or split is None or join is None or not same_shape(split, join):
             continue
         attributes = {
-            "num_heads": int(node.inputs[0].shape[1]),
+            "num_heads": heads,
             "interleaved": node.attributes.get_int("interleaved", 0),
             "rotary_embedding_dim": node.attributes.get_int("rotary_embedding_dim", 0),
         }
@@ -166,9 +175,9 @@ def drop_round_trips(graph: ir.Graph) -> int:
     for node in list(graph):
         if node.op_type != "Reshape":
             continue
-        source = node.inputs[0]
+        source = input_of(node, 0)
         while (earlier := producer(source, "Reshape")) is not None:
-            source = earlier.inputs[0]
+            source = input_of(earlier, 0)
         if same_shape(source, node.outputs[0]) and not node.outputs[0].is_graph_output():
             node.outputs[0].replace_all_uses_with(source)
             fired += 1
@@ -178,7 +187,7 @@ def drop_round_trips(graph: ir.Graph) -> int:
 def pack_attention(model: ir.Model, max_length: int | None) -> int:
     """One product for queries, keys and values, and the rotation inside the attention node."""
     graph = model.graph
-    tables: dict[tuple[str | None, str | None], tuple[ir.Value, ir.Value] | None] = {}
+    tables: dict[tuple[ir.Value, ir.Value], tuple[ir.Value, ir.Value] | None] = {}
     fired = 0
     for node in list(graph):
         if node.op_type != "GroupQueryAttention" or node.inputs[1] is None:
@@ -192,13 +201,13 @@ def pack_attention(model: ir.Model, max_length: int | None) -> int:
             continue
         inputs = [source, None, None, *node.inputs[3:]]
         if rotation is not None:
-            cos, sin = rotation.inputs[1], rotation.inputs[2]
-            key = (cos.name, sin.name)
-            if key not in tables:
-                tables[key] = _rotation_tables(model, cos, sin, max_length)
-            if tables[key] is None:
+            cos, sin = input_of(rotation, 1), input_of(rotation, 2)
+            if (cos, sin) not in tables:
+                tables[cos, sin] = _rotation_tables(model, cos, sin, max_length)
+            table = tables[cos, sin]
+            if table is None:
                 continue
-            inputs[7:9] = tables[key]
+            inputs[7:9] = table
             attributes["do_rotary"] = 1
             attributes["rotary_interleaved"] = rotation.attributes.get_int("interleaved", 0)
         outputs = insert(
@@ -211,10 +220,9 @@ def pack_attention(model: ir.Model, max_length: int | None) -> int:
 
 
 def _kernel_rotates(node: ir.Node, rotation: ir.Node) -> bool:
-    """Whether the attention node can: heads, and what turns of them, are multiples of 16."""
-    angles = rotation.inputs[1].shape
-    half = None if angles is None else angles[-1]
-    return not node.inputs[3].shape[3] % 16 and not (isinstance(half, int) and half % 8)
+    """True if the attention node can: head sizes, and the parts that turn, are multiples of 16."""
+    size, half = sizes_of(node.inputs[3])[3], (sizes_of(rotation.inputs[1]) or [None])[-1]
+    return size is not None and size % 16 == 0 and (half is None or half % 8 == 0)
 
 
 def merge_products(graph: ir.Graph) -> int:
@@ -235,7 +243,7 @@ def merge_products(graph: ir.Graph) -> int:
             continue
         order = {node: place for place, node in enumerate(graph)}
         siblings.sort(key=lambda node: order[node])
-        matrices = [node.inputs[1] for node in siblings]
+        matrices = [input_of(node, 1) for node in siblings]
         sizes = [shape_of(matrix)[1] for matrix in matrices]
         name = f"{matrices[0].name}.merged"
         merged = _side_by_side(graph, name, matrices)
@@ -256,14 +264,14 @@ def merge_products(graph: ir.Graph) -> int:
 
 def _set_width(product: ir.Value, like: ir.Value, width: int) -> None:
     """The type of a product: that of its activation with another last dimension."""
-    product.dtype = like.dtype
+    set_type(product, like)
     if like.shape is not None:
         product.shape = ir.Shape([*list(like.shape)[:-1], width])
 
 
 def _side_by_side(graph: ir.Graph, name: str, matrices: Sequence[ir.Value]) -> ir.Value:
     """Matrices [in, out] as one, joined when it is read."""
-    held = [matrix.const_value for matrix in matrices]
+    held = [tensor_of(matrix) for matrix in matrices]
     shape = [shape_of(matrices[0])[0], sum(shape_of(matrix)[1] for matrix in matrices)]
     return add_lazily(graph, name, partial(_joined, held), shape, held[0].dtype)
 
@@ -292,9 +300,9 @@ def _split_heads(value: ir.Value | None) -> ir.Value | None:
 def _joined_heads(value: ir.Value) -> ir.Value | None:
     """The [rows, new, heads * dim] that `value` [rows, heads, new, dim] becomes, and only that."""
     for op_type in ("Transpose", "Reshape"):
-        if not only_use(value) or value.uses()[0].node.op_type != op_type:
+        node = reader_of(value)
+        if node is None or node.op_type != op_type:
             return None
-        node = value.uses()[0].node
         perm = list(node.attributes.get_ints("perm", ()))
         if op_type == "Transpose" and perm != [0, 2, 1, 3]:
             return None
@@ -305,41 +313,50 @@ def _joined_heads(value: ir.Value) -> ir.Value | None:
 def _packed(graph: ir.Graph, node: ir.Node) -> tuple[ir.Value, ir.Node | None] | None:
     """One value that holds queries, keys and values of an attention node, and their rotation."""
     query, key, value = node.inputs[:3]
-    rotations = [producer(query, "RotaryEmbedding"), producer(key, "RotaryEmbedding")]
-    if (rotations[0] is None) != (rotations[1] is None):
+    rotation, other = producer(query, "RotaryEmbedding"), producer(key, "RotaryEmbedding")
+    if (rotation is None) != (other is None):
         return None
-    rotation = rotations[0]
-    if rotation is not None:
-        if not _same_rotation(*rotations) or not all(only_use(v) for v in (query, key)):
+    if rotation is not None and other is not None:
+        if not _same_rotation(rotation, other) or not all(only_use(v) for v in (query, key)):
             return None
-        query, key = (turned.inputs[0] for turned in rotations)
+        query, key = rotation.inputs[0], other.inputs[0]
     split = producer(query, "Split")
     if split is not None and [query, key, value] == list(split.outputs):
-        return split.inputs[0], rotation
-    parts = [_linear(part) for part in (query, key, value)]
-    if any(part is None for part in parts) or len({part[0] for part in parts}) != 1:
+        return input_of(split, 0), rotation
+    parts = [part for one in (query, key, value) if (part := _linear(one)) is not None]
+    if len(parts) < 3 or len({part.x for part in parts}) != 1:
         return None
-    matrices = [part[1] for part in parts]
+    x, matrices = parts[0].x, [part.matrix for part in parts]
     matrix = _side_by_side(graph, f"{matrices[0].name}.packed", matrices)
     width = shape_of(matrix)[1]
-    first = min((part[2] for part in parts), key=list(graph).index)
-    (product,) = insert(first, "MatMul", [parts[0][0], matrix])
-    _set_width(product, parts[0][0], width)
-    if any(part[3] is not None for part in parts):
-        biases = [
-            np.zeros(shape_of(part[1])[1], np.float32) if part[3] is None else constant(part[3])
-            for part in parts
-        ]
-        bias = add_initializer(graph, f"{matrix.name}.bias", np.concatenate(biases))
-        (product,) = insert(first, "Add", [product, bias])
-        _set_width(product, parts[0][0], width)
+    first = min((part.node for part in parts), key=list(graph).index)
+    (product,) = insert(first, "MatMul", [x, matrix])
+    _set_width(product, x, width)
+    if any(part.bias is not None for part in parts):
+        bias = np.concatenate([part.bias_or_zeros() for part in parts])
+        added = add_initializer(graph, f"{matrix.name}.bias", bias)
+        (product,) = insert(first, "Add", [product, added])
+        _set_width(product, x, width)
     return product, rotation
 
 
-def _linear(
-    value: ir.Value,
-) -> tuple[ir.Value, ir.Value, ir.Node, ir.Value | None] | None:
-    """(input, matrix, product node, bias) if `value` is a linear function with constants."""
+@dataclass(frozen=True)
+class _Linear:
+    """A product of x with a constant [in, out], and perhaps the sum with a constant [out]."""
+
+    x: ir.Value
+    matrix: ir.Value
+    node: ir.Node
+    bias: ir.Value | None
+
+    def bias_or_zeros(self) -> NDArray[Any]:
+        if self.bias is None:
+            return np.zeros(shape_of(self.matrix)[1], np.float32)
+        return tensor_of(self.bias).numpy()
+
+
+def _linear(value: ir.Value | None) -> _Linear | None:
+    """`value` as a linear function with constants, if it is one."""
     bias = None
     add = producer(value, "Add")
     if add is not None:
@@ -352,22 +369,21 @@ def _linear(
         return None
     if rank(product.inputs[1]) != 2:
         return None
-    return product.inputs[0], product.inputs[1], product, bias
+    return _Linear(input_of(product, 0), input_of(product, 1), product, bias)
 
 
 def _same_rotation(one: ir.Node, other: ir.Node) -> bool:
-    """Whether two rotations turn by the same angles."""
-    if one.attributes.get_int("interleaved", 0) != other.attributes.get_int("interleaved", 0):
+    """True if two rotations turn by the same angles."""
+    if flag(one, "interleaved") != flag(other, "interleaved"):
         return False
-    return all(
-        a is b or (a.producer() is not None and _same_value(a, b))
-        for a, b in zip(one.inputs[1:3], other.inputs[1:3], strict=True)
-    )
+    pairs = zip(one.inputs[1:3], other.inputs[1:3], strict=True)
+    return all(a is b or _same_value(a, b) for a, b in pairs)
 
 
-def _same_value(one: ir.Value, other: ir.Value) -> bool:
-    """Whether two values come from equal nodes of the same inputs."""
-    a, b = one.producer(), other.producer()
+def _same_value(one: ir.Value | None, other: ir.Value | None) -> bool:
+    """True if two values come from equal nodes of the same inputs."""
+    a = None if one is None else one.producer()
+    b = None if other is None else other.producer()
     return (
         a is not None
         and b is not None
@@ -389,16 +405,17 @@ def _rotation_tables(
     arrays = evaluate(model, [cos, sin], np.arange(max_length, dtype=np.int64)[None])
     if arrays is None or any(a.ndim != 3 or a.shape[:2] != (1, max_length) for a in arrays):
         return None
-    return tuple(  # type: ignore[return-value]
-        add_initializer(model.graph, name, array[0])
-        for name, array in zip(("rotation.cos", "rotation.sin"), arrays, strict=True)
+    cosines, sines = (array[0] for array in arrays)
+    return (
+        add_initializer(model.graph, "rotation.cos", cosines),
+        add_initializer(model.graph, "rotation.sin", sines),
     )
 
 
 def evaluate(
     model: ir.Model, values: Sequence[ir.Value], position_ids: NDArray[np.int64]
 ) -> list[NDArray[np.float32]] | None:
-    """What the graph computes for `values` from `position_ids` alone; None if it needs more."""
+    """Compute `values` of the graph from `position_ids` alone; None if they need more."""
     needed: list[ir.Node] = []
     pending = [value.producer() for value in values]
     while pending:
@@ -418,6 +435,10 @@ def evaluate(
     return list(session.run(None, {"position_ids": position_ids}))
 
 
+def _float_info(value: ir.Value) -> onnx.ValueInfoProto:
+    return onnx.helper.make_tensor_value_info(str(value.name), onnx.TensorProto.FLOAT, None)
+
+
 def _part_of(
     model: ir.Model, needed: Sequence[ir.Node], values: Sequence[ir.Value]
 ) -> onnx.ModelProto:
@@ -425,16 +446,19 @@ def _part_of(
     order = {node: place for place, node in enumerate(model.graph)}
     nodes = sorted(needed, key=lambda node: order[node])
     constants = {
-        value.name: constant(value)
+        str(value.name): array
         for node in nodes
         for value in node.inputs
-        if value is not None and constant(value) is not None
+        if value is not None and (array := constant(value)) is not None
     }
     graph = onnx.helper.make_graph(
         [ir.serde.serialize_node(node) for node in nodes],
         "rotation",
         [onnx.helper.make_tensor_value_info("position_ids", onnx.TensorProto.INT64, [1, None])],
-        [onnx.helper.make_tensor_value_info(v.name, onnx.TensorProto.FLOAT, None) for v in values],
+        [
+            onnx.helper.make_tensor_value_info(str(v.name), onnx.TensorProto.FLOAT, None)
+            for v in values
+        ],
         [onnx.numpy_helper.from_array(array, name) for name, array in constants.items()],
     )
     opsets = [onnx.helper.make_opsetid(name, v) for name, v in model.opset_imports.items()]

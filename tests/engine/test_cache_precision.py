@@ -24,7 +24,7 @@ from fastgen.engine.model import Model
 from fastgen.engine.prefill import CHUNK, Prefill
 from fastgen.engine.prompt_reader import Desk
 from fastgen.export import Mismatch, bundle, export, pipeline
-from fastgen.export.prove import corpus
+from fastgen.export.prove.reader import Reader
 from fastgen.export.quantize import calibrate, kv_int8
 from fastgen.export.rewrite import edit
 from fastgen.export.source.origin import Tolerance
@@ -314,7 +314,7 @@ def demo(tmp_path_factory):
     info = model.model.info
     text = Path(kv_int8.__file__).parents[1].joinpath("held_out.txt").read_text(encoding="utf-8")
     tokenizer = tokenizers.Tokenizer.from_file(str(hub.DEMO / "tokenizer.json"))
-    rows = corpus.Reader(tokenizer, info.vocab_size, calibrate.ROW).rows(text)
+    rows = Reader(tokenizer, info.vocab_size, calibrate.ROW).rows(text)
     return model.model, rows[0::2], rows[1::2]
 
 

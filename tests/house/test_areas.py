@@ -102,6 +102,9 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
             "proved",
             "origin",
             "families",
+            "families_gemma families_layer_norm families_llama families_post_norm",
+            "pieces",
+            "configuration",
             "graph rotary",
             "decoder weights",
         ),
@@ -130,10 +133,12 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         (
             "check",
             "corpus profile quality",
+            "own_text",
+            "reader",
         ),
     ),
     "export/trace": (
-        "export/quantize export/rewrite errors",
+        "export/rewrite errors",
         (
             "graph",
             "refuse",
@@ -146,10 +151,12 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         "export/rewrite sampling store system",
         (
             "recipe",
-            "kv_int8 smooth",
+            "experts kv_int8 smooth",
             "calibrate gptq prefill_int8",
             "kernels",
-            "rotate",
+            "activations rotate",
+            "rotate_values",
+            "rotation",
             "parts",
         ),
     ),
@@ -160,7 +167,7 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "export/rewrite": (
         "store",
         (
-            "trim window",
+            "mixture trim window",
             "edit node onnx_file",
         ),
     ),
@@ -233,7 +240,7 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 # An import to an area above: late, in a function, and only here.
-LATE = {("store", "export"), ("jobs", "jobs/ray"), ("export/quantize", "export/trace")}
+LATE = {("store", "export"), ("jobs", "jobs/ray")}
 
 
 @functools.cache
