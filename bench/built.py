@@ -75,7 +75,7 @@ def configurations(kind: str) -> Iterator[tuple[str, PretrainedConfig]]:
     """Configurations of a family, and what each turns on."""
     base = shrink.config_of(kind)
     yield "as it is", base
-    said = configuration.Said(_written(base))
+    said = configuration.Configuration(_written(base))
     families.FAMILIES[kind](said)
     for name in sorted(said.asked):
         if isinstance(getattr(base, name, None), bool):

@@ -64,7 +64,7 @@ NEUTRAL_IN: dict[str, dict[str, Any]] = {
 MOST_LAYERS = 1024
 
 
-class Said:
+class Configuration:
     """A configuration, and the names of the fields that were asked for."""
 
     def __init__(self, config: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
-"""Families of models: which fields of a configuration mean what, and what their tensors are called.
+"""Families of models: the meaning of the fields of a config.json, and the names of tensors.
 
-A family is a function from a configuration (`Said`) to a `Decoder`. It asks for each field that it
-knows, with transformers' default.
+A family is a function from a `Configuration` to a `Decoder`. It asks for each field that it knows,
+with transformers' default.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fastgen.errors import UnsupportedModel
-from fastgen.export.build.configuration import Said
+from fastgen.export.build.configuration import Configuration
 from fastgen.export.build.decoder import Decoder
 from fastgen.export.build.families_gemma import gemma, gemma2, gemma3
 from fastgen.export.build.families_layer_norm import (
@@ -37,7 +37,7 @@ from fastgen.export.build.families_post_norm import exaone4, glm4, olmo2
 
 KNOWN_BY = "transformers 5.24"  # whose models the families are proved against
 
-FAMILIES: dict[str, Callable[[Said], Decoder]] = {
+FAMILIES: dict[str, Callable[[Configuration], Decoder]] = {
     "cohere": cohere, "ernie4_5": ernie4_5, "exaone4": exaone4, "gemma": gemma, "gemma2": gemma2,
     "gemma3_text": gemma3, "glm4": glm4, "gpt2": gpt2, "gpt_neox": gpt_neox, "granite": granite,
     "hunyuan_v1_dense": hunyuan, "llama": llama, "mistral": mistral, "olmo2": olmo2, "opt": opt,
@@ -76,12 +76,12 @@ def describe(config: dict[str, Any]) -> Decoder:
     family = FAMILIES.get(str(kind))
     if family is None:
         raise UnsupportedModel(f"its type {kind!r} is none that can be built")
-    said = Said(dict(config))
+    read = Configuration(dict(config))
     try:
-        decoder = family(said)
+        decoder = family(read)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         if isinstance(error, UnsupportedModel):
             raise
         raise UnsupportedModel(f"its config.json contradicts itself: {error!r}") from error
-    said.check()
+    read.check()
     return decoder

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fastgen.errors import UnsupportedModel
-from fastgen.export.build.configuration import Said, window_of
+from fastgen.export.build.configuration import Configuration, window_of
 from fastgen.export.build.decoder import (
     Attention,
     Decoder,
@@ -28,13 +28,16 @@ from fastgen.export.build.pieces import (
 )
 
 
-def gpt2(said: Said) -> Decoder:
-    width, heads = said.number("n_embd", 768), said.number("n_head", 12)
-    size, inner = width // heads, said.number("n_inner", 4 * width)
-    eps, act = said.real("layer_norm_epsilon", 1e-5), said.get("activation_function", "gelu_new")
+def gpt2(config: Configuration) -> Decoder:
+    width, heads = config.number("n_embd", 768), config.number("n_head", 12)
+    size, inner = width // heads, config.number("n_inner", 4 * width)
+    eps, act = (
+        config.real("layer_norm_epsilon", 1e-5),
+        config.get("activation_function", "gelu_new"),
+    )
     scaled, by_layer = (
-        said.flag("scale_attn_weights", True),
-        said.flag("scale_attn_by_inverse_layer_idx"),
+        config.flag("scale_attn_weights", True),
+        config.flag("scale_attn_by_inverse_layer_idx"),
     )
 
     def flat(place: str, out: int, rows: tuple[int, int, int] | None = None) -> Linear:
@@ -42,7 +45,7 @@ def gpt2(said: Said) -> Decoder:
         return Linear(Part(f"{place}.weight", rows, flat=True), out, bias)
 
     layers = []
-    for number in said.layers("n_layer", 12):
+    for number in config.layers("n_layer", 12):
         place = f"transformer.h.{number}"
         query, key, value = (
             flat(f"{place}.attn.c_attn", width, (at * width, (at + 1) * width, 3 * width))
@@ -68,14 +71,14 @@ def gpt2(said: Said) -> Decoder:
                 before_feed=layer_norm(f"{place}.ln_2", eps),
             )
         )
-    limit = said.number("n_positions", 1024)
+    limit = config.number("n_positions", 1024)
     return Decoder(
-        vocabulary=said.number("vocab_size"),
+        vocabulary=config.number("vocab_size"),
         width=width,
         embedding=Embedding("transformer.wte.weight", width, positions="transformer.wpe.weight"),
         layers=layers,
         norm=layer_norm("transformer.ln_f", eps),
-        head=head_of(said, True),
+        head=head_of(config, True),
         limit=limit,
         hard=True,
         base="transformer.",
@@ -83,14 +86,14 @@ def gpt2(said: Said) -> Decoder:
     )
 
 
-def gpt_neox(said: Said) -> Decoder:
-    width, heads = said.number("hidden_size"), said.number("num_attention_heads")
-    size, inner = width // heads, said.number("intermediate_size")
-    eps, act = said.real("layer_norm_eps", 1e-5), said.get("hidden_act", "gelu")
-    bias, parallel = said.flag("attention_bias", True), said.flag("use_parallel_residual", True)
-    rotary, limit = said.rope(size, part=0.25, names=("rotary_emb_base", "rotary_pct"))
+def gpt_neox(config: Configuration) -> Decoder:
+    width, heads = config.number("hidden_size"), config.number("num_attention_heads")
+    size, inner = width // heads, config.number("intermediate_size")
+    eps, act = config.real("layer_norm_eps", 1e-5), config.get("hidden_act", "gelu")
+    bias, parallel = config.flag("attention_bias", True), config.flag("use_parallel_residual", True)
+    rotary, limit = config.rope(size, part=0.25, names=("rotary_emb_base", "rotary_pct"))
     layers = []
-    for number in said.layers():
+    for number in config.layers():
         place = f"gpt_neox.layers.{number}"
         query, key, value = (
             fused_part(
@@ -127,12 +130,12 @@ def gpt_neox(said: Said) -> Decoder:
             )
         )
     return Decoder(
-        vocabulary=said.number("vocab_size"),
+        vocabulary=config.number("vocab_size"),
         width=width,
         embedding=Embedding("gpt_neox.embed_in.weight", width),
         layers=layers,
         norm=layer_norm("gpt_neox.final_layer_norm", eps),
-        head=head_of(said, False),
+        head=head_of(config, False),
         limit=limit[0],
         hard=limit[1],
         base="gpt_neox.",
@@ -141,17 +144,17 @@ def gpt_neox(said: Said) -> Decoder:
     )
 
 
-def opt(said: Said) -> Decoder:
-    width, heads = said.number("hidden_size"), said.number("num_attention_heads")
-    size, inner = width // heads, said.number("ffn_dim")
-    act, bias = said.get("activation_function", "relu"), said.flag("enable_bias", True)
-    first = said.flag("do_layer_norm_before", True)
-    outer = said.number("word_embed_proj_dim", width)
-    if not said.flag("layer_norm_elementwise_affine", True):
+def opt(config: Configuration) -> Decoder:
+    width, heads = config.number("hidden_size"), config.number("num_attention_heads")
+    size, inner = width // heads, config.number("ffn_dim")
+    act, bias = config.get("activation_function", "relu"), config.flag("enable_bias", True)
+    first = config.flag("do_layer_norm_before", True)
+    outer = config.number("word_embed_proj_dim", width)
+    if not config.flag("layer_norm_elementwise_affine", True):
         raise UnsupportedModel("its norms have no weights")
-    removed, base = said.flag("_remove_final_layer_norm"), "model.decoder."
+    removed, base = config.flag("_remove_final_layer_norm"), "model.decoder."
     layers = []
-    for number in said.layers():
+    for number in config.layers():
         place = f"{base}layers.{number}"
         norms = [layer_norm(f"{place}.{name}", 1e-5) for name in OPT_NORMS]
         before, after = (norms, [None, None]) if first else ([None, None], norms)
@@ -172,7 +175,7 @@ def opt(said: Said) -> Decoder:
         )
     apart = outer != width
     return Decoder(
-        vocabulary=said.number("vocab_size"),
+        vocabulary=config.number("vocab_size"),
         width=width,
         embedding=Embedding(
             f"{base}embed_tokens.weight",
@@ -183,8 +186,8 @@ def opt(said: Said) -> Decoder:
         ),
         layers=layers,
         norm=layer_norm(f"{base}final_layer_norm", 1e-5) if first and not removed else None,
-        head=head_of(said, True, project=linear(f"{base}project_out", outer) if apart else None),
-        limit=said.number("max_position_embeddings"),
+        head=head_of(config, True, project=linear(f"{base}project_out", outer) if apart else None),
+        limit=config.number("max_position_embeddings"),
         hard=True,
     )
 
@@ -193,7 +196,7 @@ OPT_NORMS = ("self_attn_layer_norm", "final_layer_norm")
 
 
 def _biased(
-    said: Said,
+    config: Configuration,
     feeds: Callable[[str, int], FeedForward],
     *,
     eps: float,
@@ -211,8 +214,8 @@ def _biased(
     interleaved: bool = False,
 ) -> Decoder:
     """LayerNorms, with rotations: of a part of each head, say."""
-    width, heads = said.number("hidden_size"), said.heads()
-    rotary, limit = said.rope(heads[2], theta, part=part, interleaved=interleaved)
+    width, heads = config.number("hidden_size"), config.heads()
+    rotary, limit = config.rope(heads[2], theta, part=part, interleaved=interleaved)
 
     def norm(name: str) -> Norm:
         if kind == "centred":
@@ -220,7 +223,7 @@ def _biased(
         return layer_norm(name, eps)
 
     layers = []
-    for number in said.layers():
+    for number in config.layers():
         place = f"model.layers.{number}"
         layers.append(
             Layer(
@@ -240,20 +243,20 @@ def _biased(
                 parallel=parallel,
             )
         )
-    made_head = head_of(said, tied, **(head or {}))
-    return usual_decoder(said, layers, norm(last), made_head, limit)
+    made_head = head_of(config, tied, **(head or {}))
+    return usual_decoder(config, layers, norm(last), made_head, limit)
 
 
-def phi(said: Said) -> Decoder:
-    if said.flag("qk_layernorm"):
+def phi(config: Configuration) -> Decoder:
+    if config.flag("qk_layernorm"):
         raise UnsupportedModel("its queries and keys are normed head by head")
-    inner, act = said.number("intermediate_size"), said.get("hidden_act", "gelu_new")
+    inner, act = config.number("intermediate_size"), config.get("hidden_act", "gelu_new")
     return _biased(
-        said,
+        config,
         lambda place, width: FeedForward(
             linear(f"{place}.fc1", inner, True), linear(f"{place}.fc2", width, True), act
         ),
-        eps=said.real("layer_norm_eps", 1e-5),
+        eps=config.real("layer_norm_eps", 1e-5),
         bias=True,
         out="dense",
         out_bias=True,
@@ -264,46 +267,46 @@ def phi(said: Said) -> Decoder:
     )
 
 
-def starcoder2(said: Said) -> Decoder:
-    said.suppose(num_key_value_heads=2)
-    inner, act = said.number("intermediate_size"), said.get("hidden_act", "gelu_pytorch_tanh")
-    bias = said.flag("use_bias", True)
+def starcoder2(config: Configuration) -> Decoder:
+    config.suppose(num_key_value_heads=2)
+    inner, act = config.number("intermediate_size"), config.get("hidden_act", "gelu_pytorch_tanh")
+    bias = config.flag("use_bias", True)
     return _biased(
-        said,
+        config,
         lambda place, width: FeedForward(
             linear(f"{place}.c_fc", inner, bias), linear(f"{place}.c_proj", width, bias), act
         ),
-        eps=said.real("norm_epsilon", 1e-5),
+        eps=config.real("norm_epsilon", 1e-5),
         bias=bias,
         out_bias=bias,
         tied=True,
-        window=window_of(said.get("sliding_window")),
+        window=window_of(config.get("sliding_window")),
     )
 
 
-def stablelm(said: Said) -> Decoder:
-    if said.flag("qk_layernorm"):
+def stablelm(config: Configuration) -> Decoder:
+    if config.flag("qk_layernorm"):
         raise UnsupportedModel("its queries and keys are normed head by head")
-    act, parallel = said.get("hidden_act", "silu"), said.flag("use_parallel_residual")
+    act, parallel = config.get("hidden_act", "silu"), config.flag("use_parallel_residual")
     return _biased(
-        said,
-        lambda place, width: gated_feed(place, said, width, act),
-        eps=said.real("layer_norm_eps", 1e-5),
-        bias=said.flag("use_qkv_bias"),
+        config,
+        lambda place, width: gated_feed(place, config, width, act),
+        eps=config.real("layer_norm_eps", 1e-5),
+        bias=config.flag("use_qkv_bias"),
         out_bias=False,
         part=0.25,
         parallel="stream attention feed" if parallel else "",
     )
 
 
-def cohere(said: Said) -> Decoder:
-    if said.flag("use_qk_norm"):
+def cohere(config: Configuration) -> Decoder:
+    if config.flag("use_qk_norm"):
         raise UnsupportedModel("its queries and keys are normed head by head")
-    act, bias = said.get("hidden_act", "silu"), said.flag("attention_bias")
+    act, bias = config.get("hidden_act", "silu"), config.flag("attention_bias")
     return _biased(
-        said,
-        lambda place, width: gated_feed(place, said, width, act),
-        eps=said.real("layer_norm_eps", 1e-5),
+        config,
+        lambda place, width: gated_feed(place, config, width, act),
+        eps=config.real("layer_norm_eps", 1e-5),
         bias=bias,
         out_bias=bias,
         tied=True,
@@ -311,5 +314,5 @@ def cohere(said: Said) -> Decoder:
         kind="centred",
         theta=500_000.0,
         interleaved=True,
-        head={"times": said.real("logit_scale", 0.0625)},
+        head={"times": config.real("logit_scale", 0.0625)},
     )

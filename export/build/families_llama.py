@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastgen.errors import UnsupportedModel
-from fastgen.export.build.configuration import Said, window_of
+from fastgen.export.build.configuration import Configuration, window_of
 from fastgen.export.build.decoder import Attention, Decoder, Layer, NormPlace
 from fastgen.export.build.pieces import (
     attention_of,
@@ -22,7 +22,7 @@ from fastgen.export.build.pieces import (
 
 
 def _llama(
-    said: Said,
+    config: Configuration,
     *,
     theta: float = 10_000.0,
     windows: Sequence[int | None] | None = None,
@@ -47,11 +47,11 @@ def _llama(
         names: of the norms of queries and keys.
         rotates: whether a layer tells positions.
     """
-    width, heads = said.number("hidden_size"), said.heads()
-    eps, act = said.real("rms_norm_eps", eps), said.get("hidden_act", "silu")
-    rotary, limit = said.rope(heads[2], theta, interleaved=interleaved, adjust=adjust)
+    width, heads = config.number("hidden_size"), config.heads()
+    eps, act = config.real("rms_norm_eps", eps), config.get("hidden_act", "silu")
+    rotary, limit = config.rope(heads[2], theta, interleaved=interleaved, adjust=adjust)
     layers = []
-    for number in said.layers():
+    for number in config.layers():
         place = f"model.layers.{number}"
         more: dict[str, Any] = {}
         if names is not None:
@@ -73,100 +73,100 @@ def _llama(
                     window=None if windows is None else windows[number],
                     **more,
                 ),
-                feed=gated_feed(f"{place}.mlp", said, width, act, feed_bias),
+                feed=gated_feed(f"{place}.mlp", config, width, act, feed_bias),
                 before_attention=rms_norm(f"{place}.input_layernorm", eps),
                 before_feed=rms_norm(f"{place}.post_attention_layernorm", eps),
                 times=residual,
             )
         )
-    made_head = head_of(said, tied, **(head or {}))
-    return usual_decoder(said, layers, rms_norm("model.norm", eps), made_head, limit, times)
+    made_head = head_of(config, tied, **(head or {}))
+    return usual_decoder(config, layers, rms_norm("model.norm", eps), made_head, limit, times)
 
 
-def llama(said: Said) -> Decoder:
-    bias, feed = said.flag("attention_bias"), said.flag("mlp_bias")
-    return _llama(said, bias=bias, feed_bias=feed)
+def llama(config: Configuration) -> Decoder:
+    bias, feed = config.flag("attention_bias"), config.flag("mlp_bias")
+    return _llama(config, bias=bias, feed_bias=feed)
 
 
-def mistral(said: Said) -> Decoder:
-    said.number("num_key_value_heads", 8)
-    window = window_of(said.get("sliding_window", 4096))
-    return _llama(said, windows=[window] * len(said.layers()))
+def mistral(config: Configuration) -> Decoder:
+    config.number("num_key_value_heads", 8)
+    window = window_of(config.get("sliding_window", 4096))
+    return _llama(config, windows=[window] * len(config.layers()))
 
 
-def _qwen_windows(said: Said) -> list[int | None]:
+def _qwen_windows(config: Configuration) -> list[int | None]:
     """Of all layers from `max_window_layers` on, if any."""
-    window = said.get("sliding_window", 4096)
-    window = window if said.flag("use_sliding_window") else None
-    first = said.get("max_window_layers", 28)
+    window = config.get("sliding_window", 4096)
+    window = window if config.flag("use_sliding_window") else None
+    first = config.get("max_window_layers", 28)
     usual = [
         "sliding_attention" if window is not None and number >= first else "full_attention"
-        for number in said.layers()
+        for number in config.layers()
     ]
-    return said.windows(usual, window)
+    return config.windows(usual, window)
 
 
-def qwen2(said: Said) -> Decoder:
-    return _llama(said, windows=_qwen_windows(said), bias=True, out_bias=False)
+def qwen2(config: Configuration) -> Decoder:
+    return _llama(config, windows=_qwen_windows(config), bias=True, out_bias=False)
 
 
-def qwen3(said: Said) -> Decoder:
-    said.suppose(head_dim=128)
-    bias = said.flag("attention_bias")
-    return _llama(said, windows=_qwen_windows(said), bias=bias, names=("q_norm", "k_norm"))
+def qwen3(config: Configuration) -> Decoder:
+    config.suppose(head_dim=128)
+    bias = config.flag("attention_bias")
+    return _llama(config, windows=_qwen_windows(config), bias=bias, names=("q_norm", "k_norm"))
 
 
-def smollm3(said: Said) -> Decoder:
-    said.suppose(num_key_value_heads=4)
-    every = said.number("no_rope_layer_interval", 4)
-    usual = [int((number + 1) % every != 0) for number in said.layers()]
-    turned = said.get("no_rope_layers") or usual
+def smollm3(config: Configuration) -> Decoder:
+    config.suppose(num_key_value_heads=4)
+    every = config.number("no_rope_layer_interval", 4)
+    usual = [int((number + 1) % every != 0) for number in config.layers()]
+    turned = config.get("no_rope_layers") or usual
     if len(turned) != len(usual):
         raise UnsupportedModel(f"no_rope_layers are {len(turned)}, and its layers {len(usual)}")
-    slides = said.flag("use_sliding_window") and said.get("sliding_window") is not None
+    slides = config.flag("use_sliding_window") and config.get("sliding_window") is not None
     kinds = ["sliding_attention" if slides and not one else "full_attention" for one in turned]
     return _llama(
-        said,
+        config,
         theta=2_000_000.0,
-        windows=said.windows(kinds, said.get("sliding_window")),
+        windows=config.windows(kinds, config.get("sliding_window")),
         tied=True,
-        bias=said.flag("attention_bias"),
-        feed_bias=said.flag("mlp_bias"),
+        bias=config.flag("attention_bias"),
+        feed_bias=config.flag("mlp_bias"),
         rotates=lambda number: bool(turned[number]),
     )
 
 
-def ernie4_5(said: Said) -> Decoder:
-    said.suppose(head_dim=128, num_key_value_heads=2)
-    bias = said.flag("use_bias")
+def ernie4_5(config: Configuration) -> Decoder:
+    config.suppose(head_dim=128, num_key_value_heads=2)
+    bias = config.flag("use_bias")
     return _llama(
-        said, theta=500_000.0, bias=bias, feed_bias=bias, tied=True, eps=1e-5, interleaved=True
+        config, theta=500_000.0, bias=bias, feed_bias=bias, tied=True, eps=1e-5, interleaved=True
     )
 
 
-def granite(said: Said) -> Decoder:
-    scaling = said.real("logits_scaling", 1.0)
-    times = said.real("embedding_multiplier", 1.0)
+def granite(config: Configuration) -> Decoder:
+    scaling = config.real("logits_scaling", 1.0)
+    times = config.real("embedding_multiplier", 1.0)
     return _llama(
-        said,
-        bias=said.flag("attention_bias"),
-        feed_bias=said.flag("mlp_bias"),
-        scale=said.real("attention_multiplier", 1.0),
+        config,
+        bias=config.flag("attention_bias"),
+        feed_bias=config.flag("mlp_bias"),
+        scale=config.real("attention_multiplier", 1.0),
         times=None if times == 1 else times,
-        residual=said.real("residual_multiplier", 1.0),
+        residual=config.real("residual_multiplier", 1.0),
         head={"divide": None if scaling == 1 else scaling},
     )
 
 
-def hunyuan(said: Said) -> Decoder:
+def hunyuan(config: Configuration) -> Decoder:
     def adjust(parameters: dict[str, Any]) -> dict[str, Any]:
         if parameters["rope_type"] == "dynamic" and parameters.get("alpha"):
             return parameters | {"rope_type": "ntk_alpha"}
         return parameters
 
     return _llama(
-        said,
-        bias=said.flag("attention_bias"),
+        config,
+        bias=config.flag("attention_bias"),
         eps=1e-5,
         adjust=adjust,
         names=("query_layernorm", "key_layernorm"),
@@ -174,20 +174,20 @@ def hunyuan(said: Said) -> Decoder:
     )
 
 
-def phi3(said: Said) -> Decoder:
-    width, (count, kv_heads, size) = said.number("hidden_size"), said.heads()
-    eps, act = said.real("rms_norm_eps", 1e-5), said.get("hidden_act", "silu")
-    said.suppose(original_max_position_embeddings=4096)
+def phi3(config: Configuration) -> Decoder:
+    width, (count, kv_heads, size) = config.number("hidden_size"), config.heads()
+    eps, act = config.real("rms_norm_eps", 1e-5), config.get("hidden_act", "silu")
+    config.suppose(original_max_position_embeddings=4096)
 
     def adjust(parameters: dict[str, Any]) -> dict[str, Any]:
         kind = parameters["rope_type"]
         return parameters | ({"rope_type": "longrope"} if kind in ("su", "yarn") else {})
 
-    rotary, limit = said.rope(size, part=1.0, adjust=adjust)
-    window = window_of(said.get("sliding_window"))
+    rotary, limit = config.rope(size, part=1.0, adjust=adjust)
+    window = window_of(config.get("sliding_window"))
     ends = [0, count * size, (count + kv_heads) * size, (count + 2 * kv_heads) * size]
     layers = []
-    for number in said.layers():
+    for number in config.layers():
         place = f"model.layers.{number}"
         query, key, value = (
             fused_part(f"{place}.self_attn.qkv_proj", first, last, ends[3], last - first)
@@ -207,9 +207,9 @@ def phi3(said: Said) -> Decoder:
                     rotary,
                     window,
                 ),
-                feed=gate_up_feed(f"{place}.mlp", said, width, act),
+                feed=gate_up_feed(f"{place}.mlp", config, width, act),
                 before_attention=rms_norm(f"{place}.input_layernorm", eps),
                 before_feed=rms_norm(f"{place}.post_attention_layernorm", eps),
             )
         )
-    return usual_decoder(said, layers, rms_norm("model.norm", eps), head_of(said, False), limit)
+    return usual_decoder(config, layers, rms_norm("model.norm", eps), head_of(config, False), limit)

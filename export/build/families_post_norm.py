@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from fastgen.errors import UnsupportedModel
-from fastgen.export.build.configuration import Said
+from fastgen.export.build.configuration import Configuration
 from fastgen.export.build.decoder import Decoder, Layer, NormPlace
 from fastgen.export.build.pieces import (
     attention_of,
@@ -17,47 +17,51 @@ from fastgen.export.build.pieces import (
 )
 
 
-def olmo2(said: Said) -> Decoder:
-    eps = said.real("rms_norm_eps", 1e-5)
-    bias = said.flag("attention_bias")
-    return _normed_after(said, eps, bias, "together")
+def olmo2(config: Configuration) -> Decoder:
+    eps = config.real("rms_norm_eps", 1e-5)
+    bias = config.flag("attention_bias")
+    return _normed_after(config, eps, bias, "together")
 
 
-def exaone4(said: Said) -> Decoder:
+def exaone4(config: Configuration) -> Decoder:
     """Layers that see everything are not told positions, where others see a window."""
-    window, every = said.get("sliding_window", 4096), said.get("sliding_window_pattern", 4)
-    if not said.get("layer_types") and window is not None and type(every) is not int:
+    window, every = config.get("sliding_window", 4096), config.get("sliding_window_pattern", 4)
+    if not config.get("layer_types") and window is not None and type(every) is not int:
         raise UnsupportedModel(f"its config.json has sliding_window_pattern = {every!r}")
     usual = [
         "sliding_attention"
         if window is not None and every and (at + 1) % every
         else "full_attention"
-        for at in said.layers()
+        for at in config.layers()
     ]
-    kinds = said.get("layer_types") or usual
+    kinds = config.get("layer_types") or usual
     return _normed_after(
-        said,
-        said.real("rms_norm_eps", 1e-5),
+        config,
+        config.real("rms_norm_eps", 1e-5),
         False,
         "heads",
-        said.windows(usual, window),
+        config.windows(usual, window),
         lambda number: window is None or kinds[number] == "sliding_attention",
     )
 
 
 def _normed_after(
-    said: Said,
+    config: Configuration,
     eps: float,
     bias: bool,
     place_of_norms: NormPlace,
     windows: Sequence[int | None] | None = None,
     rotates: Callable[[int], bool] = lambda number: True,
 ) -> Decoder:
-    """RMS norms of what each part gives, and of queries and keys."""
-    width, heads, act = said.number("hidden_size"), said.heads(), said.get("hidden_act", "silu")
-    rotary, limit = said.rope(heads[2])
+    """RMS norms behind attention and feed-forward, and of queries and keys."""
+    width, heads, act = (
+        config.number("hidden_size"),
+        config.heads(),
+        config.get("hidden_act", "silu"),
+    )
+    rotary, limit = config.rope(heads[2])
     layers = []
-    for number in said.layers():
+    for number in config.layers():
         place = f"model.layers.{number}"
         layers.append(
             Layer(
@@ -72,32 +76,32 @@ def _normed_after(
                     key_norm=rms_norm(f"{place}.self_attn.k_norm", eps),
                     norm_place=place_of_norms,
                 ),
-                feed=gated_feed(f"{place}.mlp", said, width, act),
+                feed=gated_feed(f"{place}.mlp", config, width, act),
                 after_attention=rms_norm(f"{place}.post_attention_layernorm", eps),
                 after_feed=rms_norm(f"{place}.post_feedforward_layernorm", eps),
             )
         )
-    return usual_decoder(said, layers, rms_norm("model.norm", eps), head_of(said, False), limit)
+    return usual_decoder(config, layers, rms_norm("model.norm", eps), head_of(config, False), limit)
 
 
-def glm4(said: Said) -> Decoder:
-    said.suppose(head_dim=128, num_key_value_heads=2)
-    width, heads = said.number("hidden_size"), said.heads()
-    eps, act = said.real("rms_norm_eps", 0.00000015625), said.get("hidden_act", "silu")
-    rotary, limit = said.rope(heads[2], part=0.5, interleaved=True)
-    bias, layers = said.flag("attention_bias", True), []
-    for number in said.layers():
+def glm4(config: Configuration) -> Decoder:
+    config.suppose(head_dim=128, num_key_value_heads=2)
+    width, heads = config.number("hidden_size"), config.heads()
+    eps, act = config.real("rms_norm_eps", 0.00000015625), config.get("hidden_act", "silu")
+    rotary, limit = config.rope(heads[2], part=0.5, interleaved=True)
+    bias, layers = config.flag("attention_bias", True), []
+    for number in config.layers():
         place = f"model.layers.{number}"
         layers.append(
             Layer(
                 attention=attention_of(
                     f"{place}.self_attn", heads, width, bias, out_bias=False, rotary=rotary
                 ),
-                feed=gate_up_feed(f"{place}.mlp", said, width, act),
+                feed=gate_up_feed(f"{place}.mlp", config, width, act),
                 before_attention=rms_norm(f"{place}.input_layernorm", eps),
                 after_attention=rms_norm(f"{place}.post_self_attn_layernorm", eps),
                 before_feed=rms_norm(f"{place}.post_attention_layernorm", eps),
                 after_feed=rms_norm(f"{place}.post_mlp_layernorm", eps),
             )
         )
-    return usual_decoder(said, layers, rms_norm("model.norm", eps), head_of(said, False), limit)
+    return usual_decoder(config, layers, rms_norm("model.norm", eps), head_of(config, False), limit)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastgen.export.build.configuration import Said
+from fastgen.export.build.configuration import Configuration
 from fastgen.export.build.decoder import (
     Attention,
     Decoder,
@@ -37,8 +37,10 @@ def rms_norm(name: str, eps: float, plus_one: bool = False) -> Norm:
     return Norm(f"{name}.weight", eps, plus_one=plus_one)
 
 
-def gated_feed(place: str, said: Said, width: int, act: str, bias: bool = False) -> FeedForward:
-    inner = said.number("intermediate_size")
+def gated_feed(
+    place: str, config: Configuration, width: int, act: str, bias: bool = False
+) -> FeedForward:
+    inner = config.number("intermediate_size")
     return FeedForward(
         up=linear(f"{place}.up_proj", inner, bias),
         down=linear(f"{place}.down_proj", width, bias),
@@ -47,9 +49,9 @@ def gated_feed(place: str, said: Said, width: int, act: str, bias: bool = False)
     )
 
 
-def gate_up_feed(place: str, said: Said, width: int, act: str) -> FeedForward:
+def gate_up_feed(place: str, config: Configuration, width: int, act: str) -> FeedForward:
     """Gate and up in one matrix, one after the other."""
-    inner = said.number("intermediate_size")
+    inner = config.number("intermediate_size")
     fused = f"{place}.gate_up_proj"
     return FeedForward(
         up=fused_part(fused, inner, 2 * inner, 2 * inner, inner),
@@ -85,13 +87,13 @@ def attention_of(
     )
 
 
-def head_of(said: Said, tied: bool, **more: Any) -> Head:
+def head_of(config: Configuration, tied: bool, **more: Any) -> Head:
     """A head called lm_head, or the embedding."""
-    return Head(None if said.flag("tie_word_embeddings", tied) else "lm_head.weight", **more)
+    return Head(None if config.flag("tie_word_embeddings", tied) else "lm_head.weight", **more)
 
 
 def usual_decoder(
-    said: Said,
+    config: Configuration,
     layers: list[Layer],
     norm: Norm | None,
     head: Head,
@@ -99,9 +101,9 @@ def usual_decoder(
     times: float | None = None,
 ) -> Decoder:
     """A decoder under the usual names."""
-    width = said.number("hidden_size")
+    width = config.number("hidden_size")
     return Decoder(
-        vocabulary=said.number("vocab_size"),
+        vocabulary=config.number("vocab_size"),
         width=width,
         embedding=Embedding("model.embed_tokens.weight", width, times),
         layers=layers,

@@ -82,22 +82,23 @@ def plan(
         rows: calibration ids.
         shown: called with the number of mixtures done and their total.
     """
-    found = mixtures(model.graph)
+    layers = mixtures(model.graph)
     plans: dict[str, list[Stored]] = {}
     reached: list[Reached] = []
-    if not found:
+    if not layers:
         return plans, reached
-    wanted = [value for one in found for value in (one.tokens, one.logits)]
+    wanted = [value for layer in layers for value in (layer.tokens, layer.logits)]
     with calibrate.values(model, wanted, rows) as seen:
-        for one in found:
-            shown(len(plans), len(found))
-            tokens, mine = seen[one.tokens], seen[one.logits] > NEVER / 2
-            stored = _plan(one, fitting(kernel, one), tokens, mine)
+        for layer in layers:
+            shown(len(plans), len(layers))
+            name, tokens = str(layer.weights[0].name), seen[layer.tokens]
+            mine = seen[layer.logits] > NEVER / 2
+            stored = _plan(layer, fitting(kernel, layer), tokens, mine)
             if kernel.bits == 8 and max(matrix.error for matrix in stored) > ROUNDED:
-                stored = _plan(one, Kernel(8), tokens, mine)
-            plans[str(one.weights[0].name)] = stored
+                stored = _plan(layer, Kernel(8), tokens, mine)
+            plans[name] = stored
             unreached = np.flatnonzero(~mine.any(axis=0)).tolist()
-            reached.append(Reached(str(one.weights[0].name), mine.shape[1], unreached))
+            reached.append(Reached(name, mine.shape[1], unreached))
     return plans, reached
 
 
@@ -122,12 +123,11 @@ def _plan(mixture: Mixture, kernel: Kernel, tokens: Array, mine: NDArray[np.bool
         x = tokens[came] if came.any() else tokens[:: max(1, len(tokens) // SAMPLE)]
         for i, bias in enumerate(biases):
             matrix = weights[i][expert].T
-            found = _scales(matrix, kernel, x)
-            scales[i].append(found)
+            scales[i].append(_scales(matrix, kernel, x))
             exact = x @ matrix
             if came.any():
                 some = slice(None, None, max(1, len(x) // SAMPLE))
-                off = exact[some] - _output(x[some], matrix, kernel, found)
+                off = exact[some] - _output(x[some], matrix, kernel, scales[i][-1])
                 sums[i] += np.square(exact[some]).sum(), np.square(off).sum()
             if i == 0:
                 exact = exact if bias is None else exact + bias[expert]
@@ -161,18 +161,21 @@ def _whole(kernel: Kernel, size: int) -> Kernel:
 
 
 def quantize(model: ir.Model, plans: dict[str, list[Stored]]) -> list[tuple[str, Stored]]:
-    """Replace each mixture by its form in codes, in place; returns what became of each matrix.
+    """Replace each mixture by its form in codes, in place.
 
     Codes are made of the matrices when they are written.
+
+    Returns:
+        The name of each matrix, and the form in which it is stored.
     """
-    made = []
+    matrices = []
     for mixture in mixtures(model.graph):
         stored = plans[str(mixture.weights[0].name)]
-        made += [(str(w.name), one) for w, one in zip(mixture.weights, stored, strict=True)]
+        matrices += [(str(w.name), one) for w, one in zip(mixture.weights, stored, strict=True)]
         replace = _in_kernel if mixture.node.op_type == "MoE" else _in_loop
         replace(model.graph, mixture, stored)
     ir.passes.common.RemoveUnusedNodesPass()(model)
-    return made
+    return matrices
 
 
 def _in_kernel(graph: ir.Graph, mixture: Mixture, stored: Sequence[Stored]) -> None:

@@ -123,11 +123,11 @@ def lay_out(model: ir.Model) -> None:
 
     The kernel's matrices are made of the model's when they are written, one at a time.
     """
-    found = [node for node in model.graph if node.domain == DOMAIN]
-    if not found:
+    nodes = [node for node in model.graph if node.domain == DOMAIN]
+    if not nodes:
         return
     del model.opset_imports[DOMAIN]
-    for node in found:
+    for node in nodes:
         given = {name: attribute.value for name, attribute in node.attributes.items()}
         mixed, *transposed = (
             bool(given.pop(name)) for name in ("mixed", "first_transposed", "second_transposed")
@@ -139,10 +139,10 @@ def lay_out(model: ir.Model) -> None:
             given.get("swiglu_fusion") == 2
         )
         in_turns = given.get("swiglu_fusion") == 1 and not mixed
-        first = _made(model.graph, partial(_first, count, transposed[0], in_turns), gate, up)
-        second = _made(model.graph, partial(_second, count, transposed[1]), second)
+        first = _arranged(model.graph, partial(_first, count, transposed[0], in_turns), gate, up)
+        second = _arranged(model.graph, partial(_second, count, transposed[1]), second)
         if in_turns and first_bias is not None:
-            first_bias = _made(model.graph, partial(_in_turns, count), first_bias)
+            first_bias = _arranged(model.graph, partial(_in_turns, count), first_bias)
         if looped:
             form = Looped(given["activation_type"], "swiglu_fusion" in given)
             out = _loop(node, form, tokens, logits, (first, second), (first_bias, second_bias))
@@ -231,11 +231,12 @@ def _plain_products(graph: ir.Graph) -> None:
                 take_place(node, product)
 
 
-def _made(graph: ir.Graph, make: Callable[..., Array], *sources: ir.Value | None) -> ir.Value:
+def _arranged(graph: ir.Graph, make: Callable[..., Array], *sources: ir.Value | None) -> ir.Value:
     """An initializer that is made of others when it is read."""
-    held = [tensor_of(source) for source in sources if source is not None]
+    constants = [source for source in sources if source is not None]
+    held = [tensor_of(constant) for constant in constants]
     shape = make(*(np.broadcast_to(np.float32(0), one.shape.numpy()) for one in held)).shape
-    name = f"{held[0].name}.experts"
+    name = f"{constants[0].name}.experts"
 
     def read() -> Array:
         return make(*(one.numpy() for one in held))
@@ -290,8 +291,9 @@ class Mixture:
 
 
 def mixtures(graph: ir.Graph) -> list[Mixture]:
-    found = (_mixture(node) if node.op_type == "MoE" else _looped(node) for node in graph)
-    return [one for one in found if one is not None]
+    """The mixtures of a graph, in its order."""
+    each = (_mixture(node) if node.op_type == "MoE" else _looped(node) for node in graph)
+    return [mixture for mixture in each if mixture is not None]
 
 
 def _mixture(node: ir.Node) -> Mixture:

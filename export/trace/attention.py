@@ -25,7 +25,17 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import DynamicCache
 
 from fastgen.errors import UnsupportedModel
-from fastgen.export.rewrite.node import FURTHEST, HEAD_STEP, attributes
+from fastgen.export.rewrite.node import (
+    BIAS,
+    FURTHEST,
+    HEAD_STEP,
+    INPUTS,
+    QUERIES,
+    SEQLENS,
+    SINK,
+    TOTAL,
+    attributes,
+)
 
 Bias = Callable[[torch.Tensor], torch.Tensor]  # positions [total] -> [num_heads, total]
 # Whether a query sees a key, by their positions: bool of the two shapes, broadcast.
@@ -379,28 +389,13 @@ def _emit(
     head_sink = None if sinks is None else sinks.reshape(-1)
     if bias is not None or layer.seen is not None:
         added = _added(new, bias, layer.seen, added)
+    inputs: list[torch.Tensor | None] = [None] * INPUTS
+    inputs[:5] = flat(query), flat(key), flat(value), past_key, past_value
+    inputs[SEQLENS], inputs[TOTAL] = feed.seqlens_k, feed.total_sequence_length
+    inputs[BIAS], inputs[SINK], inputs[QUERIES] = added, head_sink, feed.query_seqlens
     out, present_key, present_value = torch.onnx.ops.symbolic_multi_out(
         "com.microsoft::GroupQueryAttention",
-        # cos, sin, position_ids | attention_bias, sink | k_scale, v_scale, q_norm, k_norm
-        [
-            flat(query),
-            flat(key),
-            flat(value),
-            past_key,
-            past_value,
-            feed.seqlens_k,
-            feed.total_sequence_length,
-            None,
-            None,
-            None,
-            added,
-            head_sink,
-            None,
-            None,
-            None,
-            None,
-            feed.query_seqlens,
-        ],
+        inputs,
         attributes(layer.num_heads, layer.kv_heads, layer.scale, layer.window, layer.softcap),
         dtypes=[torch.float32] * 3,
         shapes=[[rows, new, width], past_key.shape, past_value.shape],
