@@ -218,7 +218,7 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         "",
         (
             "params prompt",
-            "validators",
+            "lengths validators",
             "tensors",
         ),
     ),
