@@ -250,8 +250,8 @@ class Conversation:
         writer, tokens, first = self.model.writer(call), [], 0.0
         try:
             with contextlib.closing(call.steps()) as steps:
-                for events in steps:
-                    for token in writer.take(events):
+                for step in steps:
+                    for token in writer.take(step.events):
                         first = first or time.perf_counter() - start
                         tokens.append(token)
                         yield token.text

@@ -21,7 +21,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 import numpy as np
 
 from fastgen.engine import memory_estimate
-from fastgen.engine.batch import Batch, Event, Joining
+from fastgen.engine.batch import Batch, Joining
 from fastgen.engine.call import Call
 from fastgen.engine.model import Model
 from fastgen.engine.prefill import CHUNK
@@ -29,6 +29,7 @@ from fastgen.engine.prefix_cache import PrefixCache
 from fastgen.engine.request import Request
 from fastgen.engine.score import Scoring
 from fastgen.engine.speculative import Assistant
+from fastgen.engine.step import Event, Step
 from fastgen.system.cpu import memory_bytes
 
 SHARE = 0.25  # of the machine's memory that calls may come to hold
@@ -96,7 +97,7 @@ class Scheduler:
         self._bytes: dict[int, int] = {}  # of each call that was let in, by id
         self._unread: list[Call] = []  # let in, but nothing of their prompts has been read
         self._running: list[Call] = []
-        self._searches: deque[tuple[Call, Generator[list[Event]]]] = deque()
+        self._searches: deque[tuple[Call, Generator[Step]]] = deque()
         self._scorings: deque[tuple[Scoring, Iterator[None]]] = deque()
         self._turn, self._scored_last = 0, False
 
@@ -319,11 +320,8 @@ class Scheduler:
         call, steps = self._searches.popleft()
         events: list[Event] = []
         try:
-            for events in steps:
-                if call.draft is not None or not events:
-                    break
-                # The search is over: it tells its tokens in one piece.
-                events += [event for more in steps for event in more]
+            step = next(steps, None)  # None of a call that was cancelled before it came
+            events += step.events if step else ()
         except Exception as error:
             call.request.fail(error)
         if not call.request.done:

@@ -22,9 +22,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgen.engine.batch import Batch, Event, choose, take_in
+from fastgen.engine.batch import Batch, choose, take_in
 from fastgen.engine.model import Model
 from fastgen.engine.request import Row
+from fastgen.engine.step import Event
 from fastgen.sampling import pick
 
 # The rows that run, how many tokens each may get, and how many a model of its own may read in a

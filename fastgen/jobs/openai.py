@@ -15,10 +15,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fastgen.engine.call import Call, Writer
+from fastgen.engine.call import Call
 from fastgen.engine.output import Token
 from fastgen.engine.prefill import CHUNK
 from fastgen.engine.schedule import Job
+from fastgen.engine.writer import Writer
 from fastgen.generator import CausalLM
 from fastgen.jobs.row import LENGTHS, Outcome, seed_of
 from fastgen.serve import chats, completions
@@ -102,8 +103,8 @@ class Offline(Service):
         return [
             (place, token)
             for place, (job, writer) in enumerate(jobs)
-            for events in job.steps()
-            for token in (writer.take(events or ()) if writer else ())
+            for step in job.steps()
+            for token in (writer.take(step.events) if writer and step else ())
         ]
 
     def streams(self, run: Held, name: str) -> list[Stream]:

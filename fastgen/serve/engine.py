@@ -14,10 +14,10 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from fastgen.engine.call import Writer
 from fastgen.engine.output import Token
 from fastgen.engine.prefix_cache import PrefixCache
 from fastgen.engine.schedule import Job, Scheduler
+from fastgen.engine.writer import Writer
 from fastgen.generator import CausalLM
 
 QUEUE = 256  # calls that may wait
