@@ -193,7 +193,7 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
             "prefill",
             "prompt_reader",
             "model prefix_cache",
-            "beam cache kv_int8 output prefill_int8",
+            "beam cache kv_int8 output plan prefill_int8",
         ),
     ),
     "sampling": (
