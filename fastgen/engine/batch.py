@@ -6,7 +6,6 @@ are all rows here. `step` is: logits, processors, pick, stop.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastgen.engine.model import Model
-from fastgen.engine.prefill import CALL, CHUNK, Prefill
+from fastgen.engine.prefill import CALL, WHOLE, Chunks, Prefill
 from fastgen.engine.request import Request, Row, State, by_request, context
 from fastgen.engine.slots import Slots
 from fastgen.engine.step import Event
@@ -30,7 +29,7 @@ class Joining:
     Attributes:
         prefill: the prompts.
         rows: the rows of each of them.
-        before: what else their requests have read, first, a chunk at a time.
+        before: other prompts that their requests have read first, such as negative ones.
     """
 
     prefill: Prefill
@@ -51,7 +50,7 @@ class Joining:
 
     @property
     def left(self) -> int:
-        """How many tokens are still to be read."""
+        """The number of tokens that are still to be read."""
         return sum(one.left for one in (*self.before, self.prefill))
 
     @property
@@ -64,17 +63,12 @@ class Batch:
     """The rows that run, in the first slots of one cache, and behind them those that join.
 
     Args:
-        model: what computes the logits.
-        chunk: tokens that are read at a time, of prompts and of what is certain or guessed; None
-            where nobody waits.
-
-    Attributes:
-        most: tokens that a step may read, unless there are more rows.
+        model: computes the logits.
+        chunks: tokens that are read at a time.
     """
 
-    def __init__(self, model: Model, chunk: int | None = None) -> None:
-        self.model, self.chunk = model, chunk
-        self.most = chunk or sys.maxsize
+    def __init__(self, model: Model, chunks: Chunks = WHOLE) -> None:
+        self.model, self.chunks = model, chunks
         self.rows: list[Row] = []
         self.joining: list[Joining] = []
         self.cache = model.borrow_cache(rows=0, capacity=0)
@@ -103,12 +97,12 @@ class Batch:
         first = self.end
         longest = max(request.max_length for request in requests)
         rows = sum(len(request.rows) for request in requests)
-        self.cache.reserve(first + rows, longest + CHUNK)
+        self.cache.reserve(first + rows, longest + self.chunks.margin)
         prompts = [prompt for prompt, _ in waiting]
         known = requests[0].prefix_cache
-        prefill = Prefill(self.model, self.cache, prompts, first, known, self.chunk)
+        prefill = Prefill(self.model, self.cache, prompts, first, known, self.chunks)
         steered = [one.unconditional for one in requests if one.unconditional]
-        before = filter(None, [one.begin(self.chunk) for one in steered])
+        before = filter(None, [one.begin(self.chunks) for one in steered])
         self.joining.append(Joining(prefill, [rows for _, rows in waiting], [*before]))
         return self.joining[-1]
 
@@ -159,7 +153,7 @@ class Batch:
 
     def _end_step(self) -> list[Event]:
         """Take what is certain, look at the clock, and let rows that have ended leave."""
-        events = take_certain(self.rows, self.most)
+        events = take_certain(self.rows, self.chunks.step)
         for request, _ in by_request(self.rows):
             if request.deadline.passed():
                 request.end("time")

@@ -15,6 +15,7 @@ from fastgen.engine.batch import Batch
 from fastgen.engine.beam import run as beams
 from fastgen.engine.model import Model
 from fastgen.engine.output import GenerateOutput
+from fastgen.engine.prefill import WHOLE, Chunks
 from fastgen.engine.request import Request
 from fastgen.engine.step import Event, Kind, Step
 from fastgen.inputs import validators
@@ -57,29 +58,29 @@ class Call:
         """The error that ended it, if something went wrong."""
         return self.request.error
 
-    def steps(self, chunk: int | None = None) -> Generator[Step]:
+    def steps(self, chunks: Chunks = WHOLE) -> Generator[Step]:
         """Run it, step by step. The tokens of beams come in the last step.
 
         Args:
-            chunk: tokens that a step may read, where somebody waits for its end (see `Batch`).
+            chunks: tokens that a step may read.
 
         Raises:
             Exception: what a caller's function raises, or a ValueError: no token can be chosen.
         """
         if self.draft is None and self.searches:
-            yield from beams.search(self.model, self.request, chunk)
+            yield from beams.search(self.model, self.request, chunks)
         else:
-            yield from self._batch_steps(chunk)
+            yield from self._batch_steps(chunks)
 
-    def _batch_steps(self, chunk: int | None) -> Generator[Step]:
+    def _batch_steps(self, chunks: Chunks) -> Generator[Step]:
         """Run it in a batch of its own."""
         if self.draft is None:
-            batch = Batch(self.model, chunk)
+            batch = Batch(self.model, chunks)
         else:
             # An assistant keeps to transformers' rules, as asked.
             by_itself = isinstance(self.draft, speculative.Assistant)
-            payoff = None if by_itself else speculative.Payoff()
-            batch = speculative.Speculation(self.model, self.draft, payoff, chunk)
+            budget = None if by_itself else speculative.SpeculationBudget()
+            batch = speculative.Speculation(self.model, self.draft, budget, chunks)
         with contextlib.closing(batch):
             joining = batch.begin([self.request])
             batch.read(joining)

@@ -126,7 +126,10 @@ class Planner:
         Args:
             readings: the prompts that are being read, in the order in which they were begun.
         """
-        enter, read, begin, score = self._enter(), None, [], None
+        enter = self._enter()
+        read: R | None = None
+        begin: list[Entry] = []
+        score: Entry | None = None
         if self._scorings and not ((self.unread or readings) and self._scored_last):
             self._scored_last = True
             score = _next(self._scorings)

@@ -24,7 +24,7 @@ from fastgen.engine.batch import Batch, Joining
 from fastgen.engine.call import Call
 from fastgen.engine.model import Model
 from fastgen.engine.plan import Entry, Planner, Work
-from fastgen.engine.prefill import CHUNK
+from fastgen.engine.prefill import CHUNK, WHOLE, Chunks
 from fastgen.engine.prefix_cache import PrefixCache
 from fastgen.engine.request import Request
 from fastgen.engine.score import Scoring
@@ -99,8 +99,8 @@ class Scheduler:
         self.chunk = chunk
         self._token = max(1, model.info.cache_bytes)
         max_tokens = max(max_bytes, max_buffers) // self._token
-        self.planner = Planner(max_bytes, max_rows, chunk, max_tokens, margin=CHUNK)
-        self._batch = Batch(model, chunk)
+        self.planner = Planner(max_bytes, max_rows, chunk, max_tokens, margin=WHOLE.margin)
+        self._batch = Batch(model, Chunks.of(chunk))
         self._entries: dict[int, Entry] = {}  # of each job that is not over, by its id
         self._searches: dict[int, Generator[Step]] = {}
         self._scorings: dict[int, Iterator[None]] = {}
@@ -201,7 +201,7 @@ class Scheduler:
     def _enter(self, entry: Entry) -> None:
         """Let a job begin its own steps, if it has any."""
         if entry.work is Work.SEARCH:
-            self._searches[id(entry)] = entry.job.steps(self.chunk)
+            self._searches[id(entry)] = entry.job.steps(Chunks.of(self.chunk))
         elif entry.work is Work.SCORING:
             self._scorings[id(entry)] = entry.job.steps(self.chunk)
 

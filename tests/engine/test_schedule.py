@@ -16,7 +16,7 @@ from fastgen.engine.cache import Cache
 from fastgen.engine.model import Model
 from fastgen.engine.prefill import CHUNK
 from fastgen.engine.schedule import Scheduler, bytes_of, fitting_chunk
-from fastgen.engine.speculative import Payoff
+from fastgen.engine.speculative import SpeculationBudget
 
 EXAMPLES = int(os.environ.get("FASTGEN_EXAMPLES", "12"))
 
@@ -190,7 +190,7 @@ def test_no_call_keeps_others_waiting_for_more_than_a_chunk(what, pair, monkeypa
     that run and by a search (and what guesses for it) another one each.
     """
     _, model = pair("llama")
-    monkeypatch.setattr(Payoff, "allowed", lambda self, remaining: remaining)
+    monkeypatch.setattr(SpeculationBudget, "allowed", lambda self, remaining: remaining)
     prompts, knobs = DEMANDING[what]
     if "assistant_model" in knobs:
         knobs = {**knobs, "assistant_model": model}

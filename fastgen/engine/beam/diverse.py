@@ -13,6 +13,7 @@ import numpy as np
 from fastgen.engine.beam.hypotheses import Beams, Candidates, Hypothesis, Ids, Scores
 from fastgen.engine.beam.search import Moves, Search
 from fastgen.engine.model import Model
+from fastgen.engine.prefill import Chunks
 from fastgen.engine.request import Request
 from fastgen.engine.slots import Move
 
@@ -98,9 +99,9 @@ class Group(Beams):
 class DiverseSearch(Search[Group]):
     """The search of all prompts, whose groups take their turns in each step."""
 
-    def __init__(self, model: Model, request: Request, chunk: int | None) -> None:
+    def __init__(self, model: Model, request: Request, chunks: Chunks) -> None:
         early, self._late = request.split_chain(EARLY)
-        super().__init__(model, request, chunk, Group, early)
+        super().__init__(model, request, chunks, Group, early)
 
     def choose(self) -> tuple[bool, Moves]:
         """As `Search.choose`."""

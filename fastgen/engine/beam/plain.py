@@ -12,6 +12,7 @@ import numpy as np
 from fastgen.engine.beam.hypotheses import DEAD, Beams, Candidates, Hypothesis, Ids, Scores
 from fastgen.engine.beam.search import Moves, Search, kept
 from fastgen.engine.model import Model
+from fastgen.engine.prefill import Chunks
 from fastgen.engine.request import Request, context_of_beams
 from fastgen.engine.slots import Move
 from fastgen.sampling import pick
@@ -76,8 +77,8 @@ class PromptBeams(Beams):
 class BeamSearch(Search[PromptBeams]):
     """The search of all prompts."""
 
-    def __init__(self, model: Model, request: Request, chunk: int | None) -> None:
-        super().__init__(model, request, chunk, PromptBeams, request.chain or Chain())
+    def __init__(self, model: Model, request: Request, chunks: Chunks) -> None:
+        super().__init__(model, request, chunks, PromptBeams, request.chain or Chain())
         # Whether nobody but the search looks at scores, and nothing but bans changes them.
         self._unseen = (
             all(name in BANS for name, _ in self.chain.steps)

@@ -11,23 +11,24 @@ from fastgen.engine.beam.hypotheses import Hypothesis
 from fastgen.engine.beam.plain import BeamSearch
 from fastgen.engine.beam.search import TopLogprobs, kept
 from fastgen.engine.model import Model
+from fastgen.engine.prefill import WHOLE, Chunks
 from fastgen.engine.request import Request, Row
 from fastgen.engine.step import Event, Kind, Step
 
 
-def search(model: Model, request: Request, chunk: int | None = None) -> Iterator[Step]:
+def search(model: Model, request: Request, chunks: Chunks = WHOLE) -> Iterator[Step]:
     """Search; the last step has all tokens, in the order in which a batch would have made them.
 
     Args:
         request: with one row for each sequence that is wanted; its `scores` and `logits` are
             float32 [prompts * num_beams, vocab] a step.
-        chunk: tokens of the prompts that are read at a time (see `Prefill`).
+        chunks: tokens that are read at a time.
 
     Raises:
         ValueError: knobs that do not fit each other, or scores that leave no token.
     """
     kind = BeamSearch if request.params.num_beam_groups == 1 else DiverseSearch
-    searching = kind(model, request, chunk)
+    searching = kind(model, request, chunks)
     with contextlib.closing(searching):
         yield from searching.steps()
     yield Step(Kind.TOKENS, _events(request, searching.results(), searching.top))

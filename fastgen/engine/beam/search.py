@@ -10,7 +10,7 @@ import numpy as np
 
 from fastgen.engine.beam.hypotheses import Beams, Candidates, Hypothesis, Ids, Scores
 from fastgen.engine.model import Model
-from fastgen.engine.prefill import CHUNK, Prefill
+from fastgen.engine.prefill import Chunks, Prefill
 from fastgen.engine.request import Request, context_of_beams
 from fastgen.engine.slots import Move, Slots
 from fastgen.engine.step import Kind, Step
@@ -29,7 +29,7 @@ class Search(ABC, Generic[B]):
     Args:
         model: computes the logits.
         request: the call.
-        chunk: tokens of the prompts that are read at a time (see `Prefill`).
+        chunks: tokens that are read at a time.
         kind: of beams, with the rules of the search.
         chain: the processors that all beams go through at once.
 
@@ -41,7 +41,7 @@ class Search(ABC, Generic[B]):
     """
 
     def __init__(
-        self, model: Model, request: Request, chunk: int | None, kind: type[B], chain: Chain
+        self, model: Model, request: Request, chunks: Chunks, kind: type[B], chain: Chain
     ) -> None:
         self.model, self.request, self.chain = model, request, chain
         self.groups = request.params.num_beam_groups
@@ -57,11 +57,11 @@ class Search(ABC, Generic[B]):
             for prompt, rank in enumerate(ranks.tolist())
         ]
         self.prompts = self.running
-        self.cache = model.borrow_cache(count * beams, request.max_length + CHUNK)
+        self.cache = model.borrow_cache(count * beams, request.max_length + chunks.margin)
         self.slots = Slots(self.cache)
         in_order = [request.prompts[i] for i in order]
-        negative = request.unconditional and request.unconditional.begin(chunk)
-        self.prefill = Prefill(model, self.cache, in_order, 0, request.prefix_cache, chunk)
+        negative = request.unconditional and request.unconditional.begin(chunks)
+        self.prefill = Prefill(model, self.cache, in_order, 0, request.prefix_cache, chunks)
         self._readings = [*([negative] if negative else []), self.prefill]
 
     def _start(self, kind: type[B], prompt: int, slots: Ids) -> list[B]:
