@@ -31,7 +31,6 @@ from fastgen.engine.model import Model
 from fastgen.engine.prefill import CHUNK, Prefill
 from fastgen.engine.request import Request, context_of_beams
 from fastgen.sampling import pick, stop
-from fastgen.sampling.processors import BANS
 from fastgen.sampling.softmax import log_softmax, normalisers
 
 Scores = NDArray[np.float32]
@@ -415,7 +414,7 @@ class _Search:
         # Whether nobody but the search looks at scores, and nothing but bans changes them.
         self.unseen = (
             self.groups == 1
-            and all(name in BANS for name, _ in self.together.steps)
+            and self.together.only_bans
             and not (self.together and request.logprobs)
             and not (request.params.do_sample or request.keeps)
             and not (request.criteria or request.stop_text)

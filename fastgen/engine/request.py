@@ -221,7 +221,7 @@ class Request:
         if names is None:
             return Chain(steps), Chain()
         border = max(
-            (place + 1 for place, (name, _) in enumerate(steps) if name in names), default=0
+            (place + 1 for place, step in enumerate(steps) if step.name in names), default=0
         )
         return Chain(steps[:border]), Chain(steps[border:])
 

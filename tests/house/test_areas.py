@@ -218,6 +218,7 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         "",
         (
             "params prompt",
+            "knob",
             "validators",
             "tensors",
         ),
