@@ -19,6 +19,7 @@ from fastgen.engine.model import Model
 from fastgen.engine.output import Token
 from fastgen.engine.prefix_cache import PrefixCache, check
 from fastgen.inputs import tensors, validators
+from fastgen.inputs.lengths import default_length
 from fastgen.inputs.params import Params
 from fastgen.sampling import processors, stop
 from fastgen.store import hub, jsonfile
@@ -345,17 +346,39 @@ class CausalLM:
         Returns:
             The reply without special tokens; a list with `num_return_sequences` above 1.
         """
-        variables = dict(template_variables or {})
-        self.model.info.check(self.directory, chat_template.FILE)
-        text = chat_template.prompt(
-            self.directory, self.tokenizer.config, messages, tools, **variables
-        )
-        ids = self.tokenizer.encode(text, add_special_tokens=False)
-        known = {**self.generation_config.to_dict(), **kwargs}
-        if not any(known.get(n) for n in ("max_length", "max_new_tokens", "generation_config")):
-            kwargs["max_new_tokens"] = chat_template.MAX_NEW_TOKENS
+        ids = self.chat_ids(messages, tools, template_variables)
+        new = default_length("reply", kwargs, self.generation_config.to_dict())
+        if new is not None and not kwargs.get("generation_config"):
+            kwargs["max_new_tokens"] = new
         out = self._written([ids], kwargs)
         return out[0] if len(out) == 1 else out
+
+    def chat_text(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt of a conversation by the model's own chat template, as `chat` reads it.
+
+        Raises:
+            ModelError: the template is not the one that was exported.
+            ValueError: there is none, or it refuses the messages.
+        """
+        self.model.info.check(self.directory, chat_template.FILE)
+        variables = dict(template_variables or {})
+        config = self.tokenizer.config
+        return chat_template.prompt(self.directory, config, messages, tools, **variables)
+
+    def chat_ids(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """The tokens of `chat_text`, which raises the same."""
+        text = self.chat_text(messages, tools, template_variables)
+        return self.tokenizer.encode(text, add_special_tokens=False)
 
     def score(
         self,

@@ -2,5 +2,5 @@
 
 params      every knob, and how they are merged   validators  a check for each kind of value
 knob        a knob's kind and rule                tensors     torch's, without torch
-prompt      ids, masks, tensors -> rows
+prompt      ids, masks, tensors -> rows            lengths     of a text, where nobody sets one
 """

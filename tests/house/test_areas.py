@@ -219,7 +219,7 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         (
             "params prompt",
             "knob",
-            "validators",
+            "lengths validators",
             "tensors",
         ),
     ),
