@@ -19,16 +19,9 @@ from fastgen.engine.output import Token
 from fastgen.engine.prefix_cache import PrefixCache
 from fastgen.engine.schedule import Job, Scheduler
 from fastgen.generator import CausalLM
+from fastgen.serve.refused import Full, Stopping
 
 QUEUE = 256  # calls that may wait
-
-
-class Full(Exception):
-    """As many calls wait as may."""
-
-
-class Stopping(Exception):
-    """No new calls are taken: the service is being stopped."""
 
 
 News = tuple["Stream", list[Token], bool]  # a stream, its new tokens, and whether it is over

@@ -24,9 +24,9 @@ from fastgen.serve.document import OF_READING, OF_RUNNING, document, errors, tak
 from fastgen.serve.door import Door, Guard, Hosts
 from fastgen.serve.knobs import described
 from fastgen.serve.limits import Limits
-from fastgen.serve.refused import Refused
+from fastgen.serve.refused import Refused, failure
 from fastgen.serve.rendered import Json, as_json, in_parts
-from fastgen.serve.service import Service, failure, put_together
+from fastgen.serve.service import Service
 from fastgen.serve.wire import ChatCompletion, Completion, Detokenize, Tokenize
 
 GRACE = 30.0  # seconds that running calls have once the service is to stop
@@ -259,7 +259,7 @@ async def _answer(request: Request, begun: Coroutine[Any, Any, Any]) -> Response
         made.run.cancel()
     if whole is None:
         return Response(status_code=499)
-    return Json(await put_together(made.size, lambda: in_parts(whole)))
+    return Json(await made.front.put_together(made.size, lambda: in_parts(whole)))
 
 
 async def _unless_gone(work: Coroutine[Any, Any, Any], receive: Receive) -> Any:

@@ -24,8 +24,6 @@ from fastgen.serve.dialects import Sent
 from fastgen.serve.limits import Limits
 from fastgen.serve.refused import Refused
 
-COMPLETION_TOKENS = 16  # where nobody says how many: OpenAI's own default
-
 
 class StreamOptions(Sent):
     """What a stream carries besides."""
@@ -167,8 +165,8 @@ class Detokenize(Sent):
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What a request asks of each of its prompts.
+class GenerationRequest:
+    """A request as it is for each of its prompts.
 
     Attributes:
         knobs: keywords of `generate`, without the length.
@@ -177,7 +175,7 @@ class Wish:
         alternatives: of each token; None where no log-probabilities are asked for.
         stop: texts that end it, looked for in what is new.
         same: whether all copies are one sequence: the likeliest token is always taken.
-        names: what the client calls a knob that it gave under another name.
+        names: the client's own names of knobs that it gave under another.
     """
 
     knobs: dict[str, Any]
@@ -197,7 +195,7 @@ class Wish:
         return self.stop + tuple(one for one in strings if isinstance(one, str))
 
 
-def wish(body: Any, defaults: Mapping[str, Any], limits: Limits) -> Wish:
+def generation_request(body: Any, defaults: Mapping[str, Any], limits: Limits) -> GenerationRequest:
     """Translate a request.
 
     Sampling follows OpenAI: tokens are drawn at temperature 1 from the whole vocabulary, but where
@@ -247,7 +245,7 @@ def wish(body: Any, defaults: Mapping[str, Any], limits: Limits) -> Wish:
         )
     if getattr(body, "best_of", None) is not None and body.best_of < n:
         raise Refused(400, f"best_of={body.best_of} is less than n={n}", param="best_of")
-    return Wish(
+    return GenerationRequest(
         knobs=knobs,
         new=next(iter(lengths.values()), None),
         n=n,

@@ -27,8 +27,6 @@ FOR_TOOLS = "tool_use"  # the name of the one for calls with tools, where there 
 # What a message's reasoning may be called, in transformers' order.
 REASONING = ("reasoning_content", "thinking", "reasoning")
 
-MAX_NEW_TOKENS = 256  # of a reply, where nobody sets a length: that of transformers' pipelines
-
 
 def prompt(
     directory: Path,

@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from fastgen.store.model_info import ModelInfo
 from fastgen.store.tuning import Tuning, read
 from fastgen.system.cpu import cpu_name, memory_bytes, physical_cores, usable_cpus
 from fastgen.text.tokenizer import Tokenizer
+from fastgen.timing.rounds import in_rounds
 
 WARM = 3  # new tokens of the call before a case, which is not timed
 
@@ -212,13 +214,15 @@ def measure(
         ModelError: a directory cannot be used.
         ValueError: a number of threads, or beams that a vocabulary does not have.
     """
-    for _ in range(rounds):
-        for load in loads:
-            model = Model(models[load[0].model], load[0].threads)
-            for result in load:
-                run(model, replace(result.case, new=min(result.case.new, WARM)))
-                result.seconds.append(run(model, result.case))
-                shown()
+
+    def once(load: Sequence[Result], _: int) -> None:
+        model = Model(models[load[0].model], load[0].threads)
+        for result in load:
+            run(model, replace(result.case, new=min(result.case.new, WARM)))
+            result.seconds.append(run(model, result.case))
+            shown()
+
+    in_rounds({n: partial(once, one) for n, one in enumerate(loads)}, rounds, warm=0)
 
 
 def run(model: Model, case: Case) -> float:

@@ -42,9 +42,9 @@ from fastgen.inputs import params
 from fastgen.jobs import Generate
 from fastgen.sampling import trial, trial_process
 from fastgen.serve.engine import QUEUE
+from fastgen.serve.front import MOST_GRAMMARS
 from fastgen.serve.limits import Limits
 from fastgen.serve.routes import GRACE
-from fastgen.serve.service import MOST_GRAMMARS
 
 ROOT = Path(fastgen.__file__).parents[1]
 README, DOCS = ROOT / "README.md", ROOT / "docs"

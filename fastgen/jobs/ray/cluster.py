@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from fastgen.engine.schedule import MAX_ROWS
 from fastgen.generator import CausalLM
 from fastgen.inputs import params
-from fastgen.jobs.ask import Reader
 from fastgen.jobs.generation import Generation
 from fastgen.jobs.ray import node
+from fastgen.jobs.request import RowReader
 from fastgen.jobs.row import Done, Row, as_json
 from fastgen.jobs.scoring import Scoring
 from fastgen.jobs.source import of_line
@@ -120,7 +120,7 @@ class Generate(Engine):
     ) -> None:
         self.model = CausalLM(node.directory(model), threads or node.threads(), prompts=prompts)
         found = params.resolve(self.model.generation_config.to_dict(), None, knobs)
-        reader = Reader(self.model, knobs, keep, seed, ids, created)
+        reader = RowReader(self.model, knobs, keep, seed, ids, created)
         self.work = Generation(reader, max_rows, node.memory())
         self.given = ["text"] if self.model.has_tokenizer else []
         self.given += ["ids"] if ids or not self.model.has_tokenizer else []
