@@ -10,7 +10,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from fastgen.inputs.knob import Form, kind_of
+from fastgen.inputs.knob import Notation, kind_of
 from fastgen.inputs.params import Params
 
 
@@ -23,10 +23,10 @@ def knob_flags(command: Callable[..., Any]) -> Callable[..., Any]:
         kind = kind_of(knob)
         if kind.repeats:
             options |= {"multiple": True, "default": ()}
-        elif kind.form == "bool":
+        elif kind.notation == "bool":
             flag = f"{flag}/--no-{flag[2:]}"
         else:
-            options |= OPTIONS[kind.form]
+            options |= OPTIONS[kind.notation]
         command = click.option(flag, **options)(command)
     return command
 
@@ -39,7 +39,7 @@ def json_or_text(value: str) -> Any:
         return value
 
 
-OPTIONS: dict[Form, dict[str, Any]] = {
+OPTIONS: dict[Notation, dict[str, Any]] = {
     "int": {"type": int},
     "float": {"type": float},
     "text": {"metavar": "TEXT"},

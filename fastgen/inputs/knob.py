@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from fastgen.inputs import validators
 
-Form = Literal["bool", "int", "float", "text", "json"]
+Notation = Literal["bool", "int", "float", "text", "json"]
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,12 @@ class Kind:
 
     Attributes:
         check: (name, value) -> the value as plain Python; raises a ValueError.
-        form: how it is written: as a flag of two names, a number, a text, or as JSON.
+        notation: of the value: as a flag of two names, a number, a text, or as JSON.
         repeats: whether its flag on a command line may be given several times, a text each.
     """
 
     check: Callable[[str, Any], Any]
-    form: Form = "json"
+    notation: Notation = "json"
     repeats: bool = False
 
 

@@ -16,7 +16,7 @@ from fastgen.engine.prefill import CHUNK
 from fastgen.engine.prefix_cache import PrefixCache
 from fastgen.engine.schedule import MAX_ROWS, Scheduler
 from fastgen.jobs.request import RowReader, RowRequest, is_openai
-from fastgen.jobs.row import Done, Outcome, Row
+from fastgen.jobs.row import Done, InputRow, Outcome
 from fastgen.jobs.window import Window
 from fastgen.system import extras
 
@@ -37,7 +37,7 @@ class Running:
         error: of the first of its calls that failed.
     """
 
-    row: Row
+    row: InputRow
     request: RowRequest
     calls: list[Call]
     writers: list[Writer]
@@ -47,7 +47,7 @@ class Running:
     error: Exception | None = None
 
 
-class Generation:
+class GenerationWork:
     """The work of `fastgen batch`.
 
     Args:
@@ -82,7 +82,7 @@ class Generation:
         """True where the output has this field of the input."""
         return name in self.reader.kept
 
-    def run(self, rows: Iterable[Row]) -> Iterator[Done]:
+    def run(self, rows: Iterable[InputRow]) -> Iterator[Done]:
         """Each row with its outcome, in the order in which they are done.
 
         A window of rows is read, and its longest run first, so that at the end no long one is
@@ -96,8 +96,8 @@ class Generation:
                 self.scheduler.cancel(running.calls[index])
             self._running.clear()
 
-    def _run(self, rows: Iterator[Row]) -> Iterator[Done]:
-        window: deque[tuple[Row, RowRequest]] = deque()
+    def _run(self, rows: Iterator[InputRow]) -> Iterator[Done]:
+        window: deque[tuple[InputRow, RowRequest]] = deque()
         more = True
         while True:
             while self.scheduler.waiting < AHEAD and (window or more):
@@ -113,13 +113,15 @@ class Generation:
                 return
             yield from self._step()
 
-    def _fill(self, window: deque[tuple[Row, RowRequest]], rows: Iterator[Row]) -> list[Done]:
+    def _fill(
+        self, window: deque[tuple[InputRow, RowRequest]], rows: Iterator[InputRow]
+    ) -> list[Done]:
         """Read the next window, longest first; returns the rows that are no good."""
         bad, good = self.window.read(rows, self._read, lambda request: request.length)
         window.extend(sorted(good, key=lambda pair: -pair[1].length))
         return bad
 
-    def _read(self, row: Row) -> RowRequest | Outcome:
+    def _read(self, row: InputRow) -> RowRequest | Outcome:
         """The request of a row, or why it cannot be told.
 
         Raises:
@@ -148,7 +150,7 @@ class Generation:
         created = int(time.time()) if reader.created is None else reader.created
         return Offline(reader.model, reader.knobs, reader.seed, created)
 
-    def _begin(self, row: Row, request: RowRequest) -> Done | None:
+    def _begin(self, row: InputRow, request: RowRequest) -> Done | None:
         """Let the scheduler have a row's calls; it is done at once if it has none, or cannot be."""
         try:
             with warnings.catch_warnings(record=True) as caught:

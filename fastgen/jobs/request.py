@@ -11,7 +11,7 @@ from fastgen.engine.output import Token
 from fastgen.generator import CausalLM
 from fastgen.inputs import params, validators
 from fastgen.inputs.lengths import LENGTHS, NEW_TOKENS, default_length
-from fastgen.jobs.row import Kept, Outcome, Row, seed_of
+from fastgen.jobs.row import InputRow, KeptFields, Outcome, seed_of
 
 PROMPTS = ("prompt", "messages", "input_ids", "prompt_ids")
 OF_CHAT = ("tools", "template_variables")
@@ -116,7 +116,7 @@ class RowReader:
 
     Args:
         knobs: the job's own, for rows that say nothing else.
-        keep: fields to give back (see `Kept`).
+        keep: fields to give back (see `KeptFields`).
         seed: the job's. A row without a seed of its own has one made of it.
         ids: whether the tokens are given out too.
         created: when the job was begun (Unix seconds), for answers that say it; None for now.
@@ -139,9 +139,9 @@ class RowReader:
     ) -> None:
         self.model, self.knobs, self.seed, self.ids = model, dict(knobs), seed, ids
         self.created = created
-        self.kept = Kept(keep, KNOWN, OUTPUT)
+        self.kept = KeptFields(keep, KNOWN, OUTPUT)
 
-    def __call__(self, row: Row, fields: Mapping[str, Any]) -> PromptRequest:
+    def __call__(self, row: InputRow, fields: Mapping[str, Any]) -> PromptRequest:
         """Make the request of a row.
 
         Raises:

@@ -17,7 +17,7 @@ ALL = "*"  # of `keep`: every field that means nothing here
 
 
 @dataclass(frozen=True)
-class Row:
+class InputRow:
     """One row as it was found.
 
     Attributes:
@@ -36,7 +36,7 @@ class Row:
 
     @property
     def place(self) -> dict[str, Any]:
-        """What its output says of where it was."""
+        """The fields of its output that say where it was."""
         if not self.is_numbered:
             return {}
         return (
@@ -45,16 +45,16 @@ class Row:
 
     @property
     def name(self) -> str:
-        """What its chance depends on: its place, or what it says."""
+        """The text that its chance depends on: its place, or else its digest."""
         return " ".join(map(str, self.place.values())) or self.digest
 
     @property
     def digest(self) -> str:
-        """What tells this row from another: 16 hexadecimal digits."""
+        """Tells this row from another: 16 hexadecimal digits."""
         return blake2b(self.content, digest_size=8).hexdigest()
 
     def fields(self) -> dict[str, Any]:
-        """What it says, by name.
+        """Its fields by name.
 
         Raises:
             ValueError: it is not UTF-8, no JSON, or no object.
@@ -66,7 +66,7 @@ class Row:
         return {"prompt": line} if self.text else jsonfile.parsed(line)
 
 
-class Kept:
+class KeptFields:
     """The fields of a row that its output has too.
 
     Args:
@@ -89,14 +89,14 @@ class Kept:
     def __contains__(self, name: str) -> bool:
         return name in self._names or (self._all and name not in self._not_of_all)
 
-    def of(self, row: Row, fields: Mapping[str, Any]) -> dict[str, Any]:
+    def of(self, row: InputRow, fields: Mapping[str, Any]) -> dict[str, Any]:
         """The row's place in its file and the fields that are kept."""
         return row.place | {name: value for name, value in fields.items() if name in self}
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a row became.
+    """The result of a row.
 
     Attributes:
         output: an object for JSON.
@@ -119,7 +119,7 @@ class Outcome:
 class Done:
     """A row and what it became."""
 
-    row: Row
+    row: InputRow
     outcome: Outcome
 
     @property

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from fastgen.engine.prefix_cache import PrefixCache
 from fastgen.generator import CausalLM
 from fastgen.inputs import validators
-from fastgen.jobs.row import Done, Kept, Outcome, Row
+from fastgen.jobs.row import Done, InputRow, KeptFields, Outcome
 from fastgen.jobs.window import Window
 
 TEXTS = ("text", "prompt", "ids", "input_ids")  # a line of text comes as a prompt
@@ -26,17 +26,17 @@ TOGETHER = 16  # rows between two that are written down
 class ScoreRequest:
     """A row to be scored: its ids, those before it, if any, and the fields that are kept."""
 
-    row: Row
+    row: InputRow
     kept: Mapping[str, Any]
     ids: list[int]
     prefix: tuple[int, ...] | None
 
 
-class Scoring:
+class ScoringWork:
     """The work of `fastgen score`.
 
     Args:
-        keep: fields to give back (see `Kept`).
+        keep: fields to give back (see `KeptFields`).
         each: whether every token's log-probability is given too.
 
     Raises:
@@ -45,10 +45,10 @@ class Scoring:
 
     def __init__(self, model: CausalLM, keep: Collection[str] = (), each: bool = False) -> None:
         self.model, self.each = model, each
-        self._kept = Kept(keep, FIELDS, OUTPUT)
+        self._kept = KeptFields(keep, FIELDS, OUTPUT)
         self.cache = PrefixCache()
 
-    def run(self, rows: Iterable[Row]) -> Iterator[Done]:
+    def run(self, rows: Iterable[InputRow]) -> Iterator[Done]:
         """The numbers of each row, window by window: those with one prefix together, by length."""
         left = iter(rows)
         while True:
@@ -74,7 +74,7 @@ class Scoring:
         """True where the output has this field of the input."""
         return name in self._kept
 
-    def _read(self, row: Row) -> ScoreRequest | Outcome:
+    def _read(self, row: InputRow) -> ScoreRequest | Outcome:
         kept: Mapping[str, Any] = row.place
         try:
             fields = row.fields()
@@ -84,7 +84,7 @@ class Scoring:
             return Outcome.failed(error, kept)
 
     def _request(
-        self, row: Row, fields: Mapping[str, Any], kept: Mapping[str, Any]
+        self, row: InputRow, fields: Mapping[str, Any], kept: Mapping[str, Any]
     ) -> ScoreRequest:
         self.check(fields)
         named = [name for name in TEXTS if fields.get(name) is not None]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
-from fastgen.jobs.row import Done, Outcome, Row
+from fastgen.jobs.row import Done, InputRow, Outcome
 
 Read = TypeVar("Read")
 
@@ -20,10 +20,10 @@ class Window:
 
     def read(
         self,
-        rows: Iterator[Row],
-        read: Callable[[Row], Read | Outcome],
+        rows: Iterator[InputRow],
+        read: Callable[[InputRow], Read | Outcome],
         length: Callable[[Read], int],
-    ) -> tuple[list[Done], list[tuple[Row, Read]]]:
+    ) -> tuple[list[Done], list[tuple[InputRow, Read]]]:
         """Read the next rows.
 
         Args:
@@ -34,7 +34,7 @@ class Window:
             the rows that come to nothing, and the others; both empty where there are no more.
         """
         bad: list[Done] = []
-        good: list[tuple[Row, Read]] = []
+        good: list[tuple[InputRow, Read]] = []
         tokens = 0
         for row in rows:
             result = read(row)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Context:
-    """What processors may look at besides the logits: one entry a row, of any length each."""
+    """The rows, for processors that look beyond logits: one entry a row, of any length each."""
 
     ids: Sequence[np.ndarray]  # int64 [length of the row]: prompt with its padding, then new tokens
     prompt_lengths: np.ndarray  # int64 [rows], padding included
@@ -358,7 +358,7 @@ def _largest(values: np.ndarray, count: int) -> np.ndarray:
 def _crossing(
     keys: np.ndarray, weights: np.ndarray, passes: Callable[..., Any], bound: float
 ) -> tuple[Any, int]:
-    """Where the sum of the weights, in ascending order of their keys, passes a bound.
+    """Find where the sum of the weights, in ascending order of their keys, passes a bound.
 
     Only a small part is sorted: numbers that are not negative have the order of their bits, so
     the leading ones (exponent and a little more) make a histogram, and the sum over its bars
@@ -760,7 +760,7 @@ def epsilon_cutoff(logits: np.ndarray, epsilon: float, keep: int = 1) -> np.ndar
 
 
 def _at_least(values: np.ndarray, bound: float, keep: int) -> np.ndarray:
-    """What has that probability, and the `keep` largest with all that equal the last of them."""
+    """Keep that probability and above, and the `keep` largest with all equal to their last."""
     mask = softmax(values) >= np.float32(bound)
     if _count(mask) < keep:
         mask |= values >= _kth_largest(values, min(keep, len(values)))

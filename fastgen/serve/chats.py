@@ -12,20 +12,20 @@ from fastgen.engine.output import Token
 from fastgen.inputs.lengths import NEW_TOKENS
 from fastgen.sampling import constraint, schema
 from fastgen.serve import dialects, reasoning
-from fastgen.serve.answers import Text, chat_logprobs
+from fastgen.serve.answers import GeneratedText, chat_logprobs
 from fastgen.serve.front import Front
 from fastgen.serve.refused import Refused
 from fastgen.serve.response import Answer
 from fastgen.serve.tools.choice import Choice, chosen
-from fastgen.serve.tools.form import Form, Wanted
-from fastgen.serve.tools.reader import Asked, Event, Marks, Reader
-from fastgen.serve.tools.whole import Call, Whole
+from fastgen.serve.tools.form import AnswerOptions, GrammarRules
+from fastgen.serve.tools.reader import AnswerEvent, AnswerReader, Marks, ReadingOptions
+from fastgen.serve.tools.whole import ToolCall, WholeAnswer
 from fastgen.serve.wire import GenerationRequest, StreamOptions, generation_request
 
 
 @dataclass
-class Said:
-    """What one text of an answer says.
+class ChatText:
+    """One text of an answer, as it is read.
 
     Attributes:
         text: as it comes.
@@ -34,17 +34,17 @@ class Said:
         tokens: those whose text has come and that no chunk of a stream has had yet.
     """
 
-    text: Text
-    reader: Reader | None
-    whole: Whole = field(default_factory=Whole)
+    text: GeneratedText
+    reader: AnswerReader | None
+    whole: WholeAnswer = field(default_factory=WholeAnswer)
     tokens: list[Token] = field(default_factory=list)
 
-    def push(self, token: Token) -> list[Event]:
-        """What one more token says."""
+    def push(self, token: Token) -> list[AnswerEvent]:
+        """Read one more token."""
         piece, tokens = self.text.push(token)
         self.tokens += tokens
         if self.reader is None:
-            events = [Event("content", piece)] if piece else []
+            events = [AnswerEvent("content", piece)] if piece else []
         else:
             events = self.reader.push(piece) if piece else []
             if self.text.reason is not None and not self.reader.text.ended:
@@ -62,7 +62,7 @@ class ChatAnswer(Answer):
         named: whether the request says which tool is to be called.
     """
 
-    readers: Sequence[Reader | None]
+    readers: Sequence[AnswerReader | None]
     named: bool
 
     ID = "chatcmpl"
@@ -70,7 +70,8 @@ class ChatAnswer(Answer):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._said = [
-            Said(text, reader) for text, reader in zip(self.run.texts, self.readers, strict=True)
+            ChatText(text, reader)
+            for text, reader in zip(self.run.texts, self.readers, strict=True)
         ]
 
     @property
@@ -105,8 +106,8 @@ class ChatAnswer(Answer):
             )
         return self.with_choices(choices)
 
-    def _reason(self, said: Said) -> str | None:
-        """Why it ended, as OpenAI says it: "tool_calls" only where the model chose to call."""
+    def _reason(self, said: ChatText) -> str | None:
+        """The reason of its end, OpenAI's: "tool_calls" only where the model chose to call."""
         called = said.text.reason == "stop" and said.whole.calls and not self.named
         return "tool_calls" if called else said.text.reason
 
@@ -143,7 +144,7 @@ class ChatAnswer(Answer):
         return self.chunk(choice)
 
 
-def _in_message(call: Call) -> dict[str, Any]:
+def _in_message(call: ToolCall) -> dict[str, Any]:
     """A call as an OpenAI message has it."""
     function = {"name": call.name, "arguments": call.arguments}
     return {"id": _call_id(), "type": "function", "function": function}
@@ -153,7 +154,7 @@ def _call_id() -> str:
     return f"call_{secrets.token_hex(12)}"
 
 
-def _deltas(events: Sequence[Event], whole: Whole) -> Iterator[dict[str, Any]]:
+def _deltas(events: Sequence[AnswerEvent], whole: WholeAnswer) -> Iterator[dict[str, Any]]:
     """Events as a stream's deltas.
 
     Args:
@@ -197,7 +198,7 @@ async def answer(front: Front, body: Any) -> ChatAnswer:
     usual = front.defaults.get("max_new_tokens") or NEW_TOKENS["reply"]
     run = await front.run([ids], request, usual, kept)
     run.notes |= dict.fromkeys(notes)
-    asked = Asked(choice.tools, marks, begun, front.raw)
+    asked = ReadingOptions(choice.tools, marks, begun, front.raw)
     readers = [front.reader(asked) for _ in run.texts]
     options = body.stream_options or StreamOptions()
     return ChatAnswer(front, run, request, options, bool(body.stream), readers, choice.named)
@@ -211,7 +212,7 @@ def _limit(
     prompt: int,
     begun: bool,
 ) -> None:
-    """Let reasoning end after so many tokens."""
+    """End reasoning after `most` tokens."""
     if marks is None:
         raise Refused(
             400,
@@ -223,7 +224,7 @@ def _limit(
 
 
 def _variables(front: Front, body: Any) -> dict[str, Any]:
-    """What else the template gets to see; the log is told of what nothing looks at."""
+    """The template's other variables; the log is told of fields that nothing looks at."""
     sent, given = body.model_dump(exclude_unset=True), body.chat_template_kwargs or {}
     used = dialects.for_template(sent, front.template)
     effort = sent.get("reasoning_effort") if "reasoning_effort" not in used else None
@@ -255,7 +256,7 @@ def _format(wanted: Any) -> dict[str, Any]:
 
 
 def _choice(front: Front, body: Any) -> Choice:
-    """What the request says of its tools."""
+    """The tools of a request and its choice among them."""
     several = body.parallel_tool_calls is not False
     try:
         choice = chosen(body.tools, body.tool_choice, several)
@@ -284,10 +285,12 @@ async def _held_to(
     if free or (not choice.forced and importlib.util.find_spec("llguidance") is None):
         request.knobs.update(wanted)
         return []
-    made = Form(front.specials)
+    made = GrammarRules(front.specials)
     content = None if choice.forced or not wanted else made.json(wanted["json_schema"])
     try:
-        asks = Wanted(choice.tools, choice.forced, choice.several, front.marks, begun, content)
+        asks = AnswerOptions(
+            choice.tools, choice.forced, choice.several, front.marks, begun, content
+        )
         assert front.format is not None
         grammar = front.format.grammar(made, asks)
         if not choice.forced:  # the service can do without

@@ -17,16 +17,16 @@ from fastgen.engine.schedule import Job
 from fastgen.generator import CausalLM
 from fastgen.inputs.params import Params
 from fastgen.sampling import constraint
-from fastgen.serve.answers import Text
+from fastgen.serve.answers import GeneratedText
 from fastgen.serve.dialects import Noted
-from fastgen.serve.limits import Limits
+from fastgen.serve.limits import RequestLimits
 from fastgen.serve.reasoning import FORMATS
 from fastgen.serve.refused import Full, Refused, refusal, wrong
 from fastgen.serve.run import Run
 from fastgen.serve.tools import shown
 from fastgen.serve.tools.format import Format
 from fastgen.serve.tools.plain import Plain, told
-from fastgen.serve.tools.reader import Asked, Marks, Reader
+from fastgen.serve.tools.reader import AnswerReader, Marks, ReadingOptions
 from fastgen.serve.tools.shown import Shown
 from fastgen.serve.wire import GenerationRequest
 from fastgen.text import chat_template
@@ -61,7 +61,7 @@ class Front:
         self,
         model: CausalLM,
         name: str | None = None,
-        limits: Limits | None = None,
+        limits: RequestLimits | None = None,
         *,
         reasoning: str = "auto",
         plain_tools: bool = False,
@@ -69,7 +69,7 @@ class Front:
     ) -> None:
         if reasoning not in FORMATS:
             raise ValueError(f"reasoning must be {' or '.join(FORMATS)}, got {reasoning!r}")
-        self.model, self.limits = model, limits or Limits()
+        self.model, self.limits = model, limits or RequestLimits()
         self.raw, self.free_calls, self._plain_tools = reasoning == "none", free_calls, plain_tools
         self._new_grammars = 0
         self.noted = Noted()
@@ -127,12 +127,12 @@ class Front:
 
     @cached_property
     def shown(self) -> Shown:
-        """What the chat template shows of calls and of reasoning."""
+        """The forms of calls and of reasoning that the chat template shows."""
         return shown.of(self.model)
 
     @cached_property
     def format(self) -> Format | None:
-        """How the model writes calls of tools; None where that is not known."""
+        """The format in which the model writes calls of tools; None where that is not known."""
         if self._plain_tools and not self.shown.tools:
             return Plain()
         return self.shown.format
@@ -151,7 +151,7 @@ class Front:
 
     @property
     def marks(self) -> Marks | None:
-        """What reasoning stands between; None where the model is not known to think."""
+        """The marks around reasoning; None where the model is not known to think."""
         return self.shown.reasoning
 
     def kept_for(self, tools: bool) -> frozenset[int]:
@@ -165,11 +165,11 @@ class Front:
             marks += self.format.marks
         return self.kept(marks)
 
-    def reader(self, asked: Asked) -> Reader | None:
-        """What reads an answer; None where there is nothing in it but content."""
+    def reader(self, asked: ReadingOptions) -> AnswerReader | None:
+        """The reader of an answer; None where there is nothing in it but content."""
         if self.format is not None and (asked.tools or self.format.channels):
             return self.format.read(asked)
-        return Reader(asked) if asked.reasoning is not None else None
+        return AnswerReader(asked) if asked.reasoning is not None else None
 
     # --- prompts ---------------------------------------------------------------------------------
 
@@ -311,11 +311,11 @@ class Front:
 
     def texts(
         self, prompts: int, request: GenerationRequest, kept: frozenset[int] = frozenset()
-    ) -> list[Text]:
-        """What becomes of so many prompts: a text for each copy."""
+    ) -> list[GeneratedText]:
+        """The texts of the answers to that many prompts, still empty: one for each copy."""
         cuts = (request.stops or kept) and self.model.has_tokenizer
         hidden = {i: text for i, text in self._spelt.items() if i not in kept} if cuts else {}
-        return [Text(request.stops, hidden) for _ in range(prompts * request.copies)]
+        return [GeneratedText(request.stops, hidden) for _ in range(prompts * request.copies)]
 
     @cached_property
     def _spelt(self) -> dict[int, str]:
@@ -349,7 +349,7 @@ class Front:
             raise wrong(str(error), request.names) from error
 
     def room(self, prompt: int, new: int | None, usual: int) -> int:
-        """How many tokens follow a prompt of so many.
+        """The number of new tokens after a prompt of `prompt` tokens.
 
         Raises:
             Refused: they do not fit into the model's context.

@@ -23,7 +23,7 @@ def described(service: Service) -> dict[str, Any]:
         "knobs": [
             {
                 "name": knob.name,
-                "type": kind_of(knob).form,
+                "type": kind_of(knob).notation,
                 "default": knob.default,
                 "own_default": own.get(knob.name),
                 "initial": first.get(knob.name),

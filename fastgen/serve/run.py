@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastgen.engine.output import Token
-from fastgen.serve.answers import Text, usage
+from fastgen.serve.answers import GeneratedText, usage
 from fastgen.serve.wire import StreamOptions
 
 
@@ -24,7 +24,7 @@ class Run:
         behind: whether there are more tokens at hand than the one that `tokens` gave last.
     """
 
-    texts: list[Text]
+    texts: list[GeneratedText]
     copies: int
     prompt_tokens: int
     notes: dict[str, None] = field(default_factory=dict, init=False)

@@ -15,9 +15,9 @@ from fastgen.engine.output import Token
 from fastgen.engine.schedule import Job
 from fastgen.generator import CausalLM
 from fastgen.sampling import constraint, trial
-from fastgen.serve.engine import Engine, News, Stream
+from fastgen.serve.engine import Engine, News, RunningCall
 from fastgen.serve.front import Front, Made
-from fastgen.serve.limits import Limits
+from fastgen.serve.limits import RequestLimits
 from fastgen.serve.metrics import Metrics
 from fastgen.serve.refused import refusal
 from fastgen.serve.run import Run
@@ -29,7 +29,7 @@ class LiveRun(Run):
     """The calls of one request in the engine."""
 
     engine: Engine = field(kw_only=True)
-    streams: list[Stream] = field(kw_only=True)
+    streams: list[RunningCall] = field(kw_only=True)
     inbox: asyncio.Queue[News] = field(kw_only=True)
 
     async def tokens(self) -> AsyncIterator[tuple[int, Token]]:
@@ -64,7 +64,7 @@ class Service(Front):
         self,
         model: CausalLM,
         name: str | None = None,
-        limits: Limits | None = None,
+        limits: RequestLimits | None = None,
         grammars: trial.Limits | None = None,
         *,
         reasoning: str = "auto",
@@ -131,9 +131,9 @@ class Service(Front):
 
     def _submitted(
         self, jobs: Sequence[tuple[Job, Writer | None]], inbox: asyncio.Queue[News]
-    ) -> list[Stream]:
-        """What runs for one request, all of it or nothing."""
-        streams: list[Stream] = []
+    ) -> list[RunningCall]:
+        """Submit all jobs of one request, or none of them."""
+        streams: list[RunningCall] = []
         try:
             for place, (job, writer) in enumerate(jobs):
                 streams.append(self.engine.submit(job, writer, place, inbox))

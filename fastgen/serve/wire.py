@@ -1,4 +1,4 @@
-"""What clients may send: OpenAI's fields, and every knob of `Params`, made from the one list.
+"""Bodies of requests: OpenAI's fields, and every knob of `Params`, made from the one list.
 
 OpenAI's fields are checked here; knobs are checked where they always are, by `generate`'s door.
 """
@@ -21,12 +21,12 @@ from pydantic_core import PydanticCustomError
 from fastgen.inputs.params import Params
 from fastgen.serve import dialects
 from fastgen.serve.dialects import Sent
-from fastgen.serve.limits import Limits
+from fastgen.serve.limits import RequestLimits
 from fastgen.serve.refused import Refused
 
 
 class StreamOptions(Sent):
-    """What a stream carries besides."""
+    """Options of a stream."""
 
     include_usage: bool | None = False
     continuous_usage_stats: bool | None = False  # so far, with each chunk
@@ -34,7 +34,7 @@ class StreamOptions(Sent):
 
 
 class Common(Sent):
-    """What both kinds of requests have."""
+    """Fields of both kinds of requests."""
 
     model: str | None = Field(None, description="any name: there is one model")
     n: int | None = Field(1, ge=1, description="answers to each prompt")
@@ -116,7 +116,7 @@ class Message(Sent):
 
 
 class ResponseFormat(Sent):
-    """What an answer must be."""
+    """The form of an answer."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: dict[str, Any] | None = None
@@ -195,7 +195,9 @@ class GenerationRequest:
         return self.stop + tuple(one for one in strings if isinstance(one, str))
 
 
-def generation_request(body: Any, defaults: Mapping[str, Any], limits: Limits) -> GenerationRequest:
+def generation_request(
+    body: Any, defaults: Mapping[str, Any], limits: RequestLimits
+) -> GenerationRequest:
     """Translate a request.
 
     Sampling follows OpenAI: tokens are drawn at temperature 1 from the whole vocabulary, but where
@@ -301,7 +303,7 @@ def _given(body: Any, *names: str) -> str:
     return next((name for name in names if name in body.model_fields_set), names[0])
 
 
-def _alternatives(body: Any, limits: Limits) -> int | None:
+def _alternatives(body: Any, limits: RequestLimits) -> int | None:
     """Alternatives of each token; None where no log-probabilities are asked for."""
     top: int | None = body.top_logprobs
     limits.check("alternatives", top or 0, "top_logprobs")

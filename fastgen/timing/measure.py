@@ -1,4 +1,4 @@
-"""How fast models are on this machine: reading prompts, one row, many rows, beams, threads.
+"""The speed of models on this machine: reading prompts, one row, many rows, beams, threads.
 
 A case is a call of `generate` whose length is forced. In every round each model is loaded, does
 every case once and is dropped, and medians of the rounds count: a busy minute hits all of them, and
@@ -53,7 +53,7 @@ class Case:
 
     @property
     def tokens(self) -> int:
-        """What is counted: tokens of the prompt, or those of all rows after the first."""
+        """The tokens that count: those of the prompt, or those of all rows after the first."""
         return self.prompt if self.kind == "read" else self.rows * (self.new - 1)
 
     @property
@@ -96,8 +96,8 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What is to be timed; None for what is usual, as far as it fits."""
+class CaseOptions:
+    """The cases that are wanted; None for the usual ones, as far as they fit."""
 
     prompts: Sequence[int] | None = None
     rows: Sequence[int] | None = None
@@ -115,8 +115,8 @@ def thread_counts() -> list[int]:
     return sorted({*(2**n for n in range(cores.bit_length())), cores})
 
 
-def cases(infos: Mapping[str, ModelInfo], asked: Asked) -> tuple[list[Case], list[str]]:
-    """What is timed of every model, and what is left out since it does not fit one of them.
+def cases(infos: Mapping[str, ModelInfo], asked: CaseOptions) -> tuple[list[Case], list[str]]:
+    """The cases of every model, and notes on those that do not fit one of them.
 
     Raises:
         ValueError: what was asked for does not fit a model's positions, or the memory.
@@ -139,7 +139,7 @@ def cases(infos: Mapping[str, ModelInfo], asked: Asked) -> tuple[list[Case], lis
     return out, notes
 
 
-def _lengths(infos: Mapping[str, ModelInfo], asked: Asked) -> list[int]:
+def _lengths(infos: Mapping[str, ModelInfo], asked: CaseOptions) -> list[int]:
     """The prompts' lengths: those that were asked for, or the usual ones cut to what fits."""
     limits = {name: one.max_length for name, one in infos.items() if one.max_length is not None}
     if not limits:
@@ -178,7 +178,7 @@ def rows(count: int) -> str:
 def planned(
     models: Mapping[str, Path], timed: Sequence[Case], threads: Sequence[int] | None
 ) -> list[list[Result]]:
-    """What is measured, still empty: those of one load together.
+    """The results to come, still empty: those of one load together.
 
     All cases run with the most of the threads that are asked for, else with those that the model
     was tuned to. With other numbers of threads, the longest prompt and the fewest rows.
@@ -245,7 +245,7 @@ def _no_tokenizer() -> Tokenizer:
 
 
 def machine() -> dict[str, Any]:
-    """What a measurement holds for: the processor and the versions of what runs."""
+    """The machine that a measurement holds for: the processor and the versions of what runs."""
     import fastgen
 
     return {
@@ -262,6 +262,6 @@ def machine() -> dict[str, Any]:
 
 
 def labels(given: Sequence[str]) -> list[str]:
-    """What models are shown as: the last part of a path or a hub id, or all where two are alike."""
+    """Short names of models: the last part of a path or a hub id, or all where two are alike."""
     last = [Path(os.path.abspath(one)).name for one in given]
     return [name if last.count(name) == 1 else one for name, one in zip(last, given, strict=True)]

@@ -36,7 +36,7 @@ WARM = 2  # steps that are not timed
 
 @dataclass(frozen=True)
 class Workload:
-    """What is timed: so many rows, a prompt, and tokens after it."""
+    """The call that is timed: its rows, its prompt, and the tokens after it."""
 
     rows: int = 1
     prompt: int = 64
@@ -145,7 +145,7 @@ def best(found: Sequence[Candidate], new: int) -> Candidate:
 
 
 def within(directory: Path, max_kl: float, min_top1: float) -> bool:
-    """Whether a model's own report keeps the accuracy budget. fp32 was proved equal."""
+    """True where a model's own report keeps the accuracy budget. fp32 was proved equal."""
     kl, top1 = accuracy(directory)
     return kl <= max_kl and top1 >= min_top1
 

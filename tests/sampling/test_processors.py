@@ -49,7 +49,7 @@ def nothing(rows: int) -> Context:
 
 
 def torch_of(processor, ids, logits: np.ndarray) -> np.ndarray:
-    """What a transformers processor makes of equally long rows."""
+    """The result of a transformers processor for equally long rows."""
     with torch.no_grad():
         out = processor(torch.tensor(np.array(ids)), torch.tensor(logits))
     return out.numpy()

@@ -311,7 +311,7 @@ OTHERS = (
 
 @pytest.mark.parametrize("name", sorted(schema.FORMATS | {*OTHERS}))
 def test_formats_that_llguidance_does_not_know_are_told_about(demo, name):
-    """When it learns another one, this fails: it belongs to FORMATS then."""
+    """This fails once it learns another one, which belongs to FORMATS then."""
     raw = LLMatcher.validate_grammar(written({"type": "string", "format": name}))
     assert ("Unknown format" in raw) == (name in OTHERS)
     made = demo.call("x", json_schema={"type": "string", "format": name}, max_new_tokens=3)
