@@ -41,11 +41,11 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "jobs": (
-        "serve generator engine text store inputs system",
+        "serve generator engine store inputs system",
         (
             "generation scoring",
-            "ask job",
-            "openai source",
+            "job openai request",
+            "source window",
             "journal parquet row",
         ),
     ),
@@ -54,10 +54,13 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         (
             "routes",
             "chats completions knobs",
-            "service",
+            "response service",
+            "front",
+            "run",
             "door wire",
             "limits metrics server",
-            "answers dialects document engine reasoning refused rendered",
+            "answers dialects document engine reasoning rendered",
+            "refused",
         ),
     ),
     "serve/tools": (
@@ -79,6 +82,7 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         (
             "plot",
             "measure tune",
+            "rounds",
         ),
     ),
     "conversation": (
@@ -223,6 +227,7 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         "",
         (
             "params prompt",
+            "knob",
             "lengths validators",
             "tensors",
         ),
