@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import fcntl
 import functools
 import hashlib
 import os
@@ -37,6 +38,31 @@ if TYPE_CHECKING:  # the core tests do without
 Pair = tuple[Any, fastgen.CausalLM]  # of transformers' model and ours
 Convert = Callable[..., "onnx_ir.Model"]
 CORE = "core"  # the mark of tests that import no torch, no transformers and no export
+WORKERS, FEW = 2, 8  # processes; files that one of them runs sooner than two have started
+# Files that take longest: they are run first, so that the workers end together.
+LONGEST = (
+    "test_real", "test_requirements", "test_export", "test_onnx_folder", "test_quantize",
+    "test_states", "test_attention", "test_build", "test_experts", "test_cluster", "test_window",
+    "test_beam", "test_generate", "test_cli", "test_rope", "test_prefix_cache", "test_repeat",
+    "test_parity", "test_architectures", "test_serve_api", "test_serve_page", "test_doors",
+    "test_docs", "test_hub", "test_text", "test_properties", "test_chat_command", "test_jobs",
+)  # fmt: skip
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """The workers of `-n auto`, which is the default: none where few files are run."""
+    paths = (config.invocation_params.dir / argument.split("::")[0] for argument in config.args)
+    files = [
+        file for path in paths for file in (path.rglob("test_*.py") if path.is_dir() else [path])
+    ]
+    return WORKERS if len(files) > FEW and config.option.markexpr != CORE else 0
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the longest files first."""
+    rank = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(LONGEST)))
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -147,13 +173,22 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
     that sets defaults loads a model of its own: `fastgen.load(ours.directory)`.
     """
 
+    place = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        place = place.parent  # the workers share what one of them has exported
+
     @functools.cache
     def make(kind: str, **changes: Any) -> Pair:
         if kind in numpy_model.KINDS:
             return None, numpy_model.NumpyLM(**numpy_model.KINDS[kind], **changes)
         if kind == "demo":
             return None, fastgen.load(DEMO)
-        made = tiny.exported(kind, tmp_path_factory.mktemp("models") / kind, **changes)
+        name = hashlib.sha256(repr(sorted(changes.items())).encode()).hexdigest()[:8]
+        directory = place / "models" / name / kind
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with directory.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            made = tiny.exported(kind, directory, **changes)
         shared.extend((kind, one, copy.deepcopy(one.generation_config)) for one in made)
         return made
 

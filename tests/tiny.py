@@ -109,11 +109,12 @@ def build(kind: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
 
 
 def exported(kind: str, directory: Path, **changes: Any) -> tuple[PreTrainedModel, CausalLM]:
-    """A model and its export, loaded."""
+    """A model and its export, loaded; made unless it is there."""
     from fastgen.export import export
 
     model = build(kind, **changes)
-    export(model, directory, tokenizer=tokenizer(), precision="fp32", progress=None)
+    if not directory.is_dir():
+        export(model, directory, tokenizer=tokenizer(), precision="fp32", progress=None)
     return model, CausalLM(directory)
 
 

@@ -23,7 +23,7 @@ class Block(importlib.abc.MetaPathFinder):
             raise ImportError(f"{name} is blocked")
 
 sys.meta_path.insert(0, Block())
-sys.exit(pytest.main(["-p", "no:cacheprovider", "-p", "no:xdist", *sys.argv[1:]]))
+sys.exit(pytest.main(["-p", "no:cacheprovider", *sys.argv[1:]]))
 """
 AREAS = (  # of what there is a core test
     "test_core_loop", "test_core_beams", "test_core_cache", "test_core_processors", "test_laws",

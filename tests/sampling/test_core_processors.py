@@ -260,7 +260,7 @@ DRAWS = 3000
         ({"top_k": 3}, lambda s: only(s, np.argsort(-s)[:3])),
         ({"top_p": 0.7, "temperature": 1.5}, lambda s: nucleus(s / 1.5, 0.7)),
     ],
-    ids=str,
+    ids=["as they are", "temperature", "top_k", "top_p"],
 )
 def test_tokens_are_drawn_as_often_as_they_are_likely(pair, knobs, formula):
     _, model = pair("numpy", vocab=12)
