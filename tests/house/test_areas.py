@@ -41,11 +41,11 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "jobs": (
-        "serve generator engine text store inputs system",
+        "serve generator engine store inputs system",
         (
             "generation scoring",
-            "ask job",
-            "openai source",
+            "job openai request",
+            "source window",
             "journal parquet row",
         ),
     ),
@@ -54,10 +54,13 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         (
             "routes",
             "chats completions knobs",
-            "service",
+            "response service",
+            "front",
+            "run",
             "door wire",
             "limits metrics server",
-            "answers dialects document engine reasoning refused rendered",
+            "answers dialects document engine reasoning rendered",
+            "refused",
         ),
     ),
     "serve/tools": (
@@ -75,10 +78,11 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "timing": (
-        "fastgen engine sampling text store inputs system errors",
+        "fastgen engine sampling store inputs system errors",
         (
             "plot",
             "measure tune",
+            "rounds",
         ),
     ),
     "conversation": (
@@ -187,15 +191,20 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         "sampling text store inputs system errors",
         (
             "schedule",
+            "prepare",
             "call",
-            "beam speculative",
-            "batch",
+            "run speculative",
+            "batch diverse plain",
+            "search",
+            "hypotheses",
+            "writer",
+            "slots step",
             "request score",
             "guidance memory_estimate",
             "prefill",
             "prompt_reader",
             "model prefix_cache",
-            "cache kv_int8 output prefill_int8",
+            "beam cache kv_int8 output plan prefill_int8",
         ),
     ),
     "sampling": (
@@ -225,7 +234,8 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         "",
         (
             "params prompt",
-            "validators",
+            "knob",
+            "lengths validators",
             "tensors",
         ),
     ),
