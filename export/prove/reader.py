@@ -51,7 +51,7 @@ class Reader:
 
     @classmethod
     def of(cls, origin: Origin, description: Mapping[str, Any]) -> Reader:
-        """From what its directory will hold."""
+        """Read it from the files that the origin writes into the model's directory."""
         limit = description["max_length"]
         reader = cls(origin.tokenizer, description["vocab_size"], min(ROW, limit or ROW))
         with tempfile.TemporaryDirectory() as temporary:
@@ -132,7 +132,7 @@ class Reader:
         return self._cut([], self.encoded(text))[:1]
 
     def encoded(self, text: str) -> list[int]:
-        """Without what the tokenizer puts before a text."""
+        """Ids of a text without those that the tokenizer puts before it."""
         assert self.tokenizer is not None
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids
         return [one for one in ids if one < self.vocab]
