@@ -411,7 +411,7 @@ def _saves(module: Any) -> bool:
 
 
 def _spaces(module: Any) -> tuple[Tensor, Tensor]:
-    """Matrices from queries to latents [heads, size, rank], from there to values [.., rank, size]."""
+    """Matrices to latents [heads, size, rank] for queries, and from them to values, turned."""
     sizes = (module.qk_nope_head_dim, module.v_head_dim)
     weight = module.kv_b_proj.weight.detach().unflatten(0, (-1, sum(sizes)))
     keys, values = weight.split(sizes, dim=1)
