@@ -44,7 +44,7 @@ ADVICE = "load a file that was saved here, or one of the same form"
 
 @dataclass(frozen=True)
 class Took:
-    """What an answer took.
+    """The work and the time that an answer took.
 
     Attributes:
         prompt: tokens of the prompt.
@@ -381,7 +381,7 @@ def _is_conversation(found: Any) -> bool:
 
 
 def _bytes_of_all(info: ModelInfo) -> int:
-    """What keys, values and states of a whole context take, within an eighth of the memory."""
+    """The bytes of keys, values and states of a whole context, within an eighth of the memory."""
     if info.max_length is None:
         return MAX_BYTES
     whole = info.max_length * info.cache_bytes + (info.max_length // CHUNK + 1) * info.state_bytes

@@ -1,7 +1,7 @@
 """THE LOOP: rows join by prefill, step together, and leave when they have ended.
 
 One prompt, a ragged batch, several sequences of one prompt, a stream and a service's requests
-are all rows here. `step` is: logits, processors, pick, stop.
+are all rows here. `step` is: logits, processors, sampler, stop.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from fastgen.engine.prefill import CALL, WHOLE, Chunks, Prefill
 from fastgen.engine.request import Request, Row, State, by_request, context
 from fastgen.engine.slots import Slots
 from fastgen.engine.step import Event
-from fastgen.sampling import pick, stop
+from fastgen.sampling import sampler, stop
 
-CERTAIN = 64  # tokens of a row, at most, that are taken in a step because they must follow
+FORCED = 64  # tokens of a row, at most, that are taken in a step because they must follow
 
 
 @dataclass(eq=False)
@@ -55,7 +55,7 @@ class Joining:
 
     @property
     def wanted(self) -> bool:
-        """Whether a row has not ended meanwhile."""
+        """True while a row has not ended."""
         return any(not row.finish_reason for rows in self.rows for row in rows)
 
 
@@ -152,8 +152,8 @@ class Batch:
         return events + self._end_step()
 
     def _end_step(self) -> list[Event]:
-        """Take what is certain, look at the clock, and let rows that have ended leave."""
-        events = take_certain(self.rows, self.chunks.step)
+        """Append forced tokens, look at the clock, and let rows that have ended leave."""
+        events = append_forced(self.rows, self.chunks.step)
         for request, _ in by_request(self.rows):
             if request.deadline.passed():
                 request.end("time")
@@ -162,7 +162,7 @@ class Batch:
         return events
 
     def _alike(self) -> list[list[int]]:
-        """Places of the rows that share their processors and their kind of pick."""
+        """The indices of the rows that share their processors and their way of sampling."""
         groups: dict[tuple[int, bool, bool], list[int]] = {}
         for place, row in enumerate(self.rows):
             request = row.request
@@ -215,7 +215,7 @@ class Batch:
 
 
 def _advance(rows: Sequence[Row], logits: NDArray[np.float32]) -> list[Event]:
-    """A token for each of `rows`, which are alike; what goes wrong ends the request it is of."""
+    """A token for each of `rows`, which are alike; an error ends the request it is of."""
     groups = by_request(rows)
     try:
         scores = _processed(rows, logits)
@@ -226,20 +226,20 @@ def _advance(rows: Sequence[Row], logits: NDArray[np.float32]) -> list[Event]:
     if len(groups) > 1 and all(_plain(request) for request, _ in groups):
         tokens = scores.argmax(axis=1)
         if np.isfinite(scores[np.arange(len(rows)), tokens]).all():
-            return take_in(rows, logits, scores, tokens)
+            return append_tokens(rows, logits, scores, tokens)
     events: list[Event] = []
     for request, places in groups:
         mine, part = [rows[i] for i in places], _view(places)
         try:
             tokens = _picked(mine, scores[part])
-            events += take_in(mine, logits[part], scores[part], tokens)
+            events += append_tokens(mine, logits[part], scores[part], tokens)
         except Exception as error:
             request.fail(error)
     return events
 
 
 def _plain(request: Request) -> bool:
-    """Whether its rows take the likeliest token, and nothing that can go wrong looks at it."""
+    """True if its rows take the likeliest token, and nothing that can go wrong looks at it."""
     looked_at = request.keeps or request.criteria or request.constraint
     return not (looked_at or request.params.do_sample)
 
@@ -275,21 +275,21 @@ def _processed(rows: Sequence[Row], logits: NDArray[np.float32]) -> NDArray[np.f
 def _picked(rows: Sequence[Row], scores: NDArray[np.float32]) -> NDArray[np.int64]:
     chain = rows[0].request.chain
     if not rows[0].request.params.do_sample:
-        tokens = pick.greedy(scores)
+        tokens = sampler.greedy(scores)
         if any(row.request.constraint for row in rows):
             _refuse_nothing(rows, scores, tokens)
         return tokens
-    draws: list[pick.Words] = [np.empty(0, np.uint64)] * len(rows)
+    draws: list[sampler.Words] = [np.empty(0, np.uint64)] * len(rows)
     for request, places in by_request(rows):
         mine = request.uniform([rows[i] for i in places], scores.shape[1])
         for i, draw in zip(places, mine, strict=True):
             draws[i] = draw
     try:
-        return pick.sample(scores, draws)
-    except pick.NothingLeft as error:
+        return sampler.sample(scores, draws)
+    except sampler.NothingLeft as error:
         if chain is None:
             raise
-        raise pick.NothingLeft(chain.ruling_out(context(rows), scores.shape[1])) from error
+        raise sampler.NothingLeft(chain.ruling_out(context(rows), scores.shape[1])) from error
 
 
 def _refuse_nothing(
@@ -298,16 +298,16 @@ def _refuse_nothing(
     """Raise a ValueError if every token is ruled out, and so the likeliest is none."""
     request = rows[0].request
     if (scores[np.arange(len(tokens)), tokens] == -np.inf).any() and request.chain:
-        raise pick.NothingLeft(request.chain.ruling_out(context(rows), scores.shape[1]))
+        raise sampler.NothingLeft(request.chain.ruling_out(context(rows), scores.shape[1]))
 
 
-def take_in(
+def append_tokens(
     rows: Sequence[Row],
     logits: NDArray[np.float32],
     scores: NDArray[np.float32],
     tokens: NDArray[np.int64],
 ) -> list[Event]:
-    """Append one token to each of `rows`, keep what the request asks for, and see who has ended."""
+    """Append one token to each of `rows`, keep what the request asks for, and end rows."""
     logprobs = _logprobs(rows, logits if rows[0].request.of_model else scores, tokens)
     groups = by_request(rows)
     for request, places in groups:
@@ -325,7 +325,7 @@ def take_in(
     return events
 
 
-def take_certain(rows: Sequence[Row], most: int) -> list[Event]:
+def append_forced(rows: Sequence[Row], most: int) -> list[Event]:
     """Give rows the tokens that must follow by their constraints, as far as that pays.
 
     The next step reads them together with the one before, and all rows as many as the longest.
@@ -338,26 +338,26 @@ def take_certain(rows: Sequence[Row], most: int) -> list[Event]:
     ahead: list[tuple[Row, list[int]]] = []
     for row in rows:
         if row.finish_reason is None:
-            tokens = _certain(row)
+            tokens = _forced(row)
             if tokens and _ends_by(row, tokens):
-                events += _take(row, tokens)
+                events += _append(row, tokens)
             else:
                 ahead.append((row, tokens))
     if any(tokens for _, tokens in ahead):
         counts = [1 + len(tokens) for _, tokens in ahead]
         width = _paying([min(count, max(1, most // len(ahead))) for count in counts])
         for row, tokens in ahead:
-            events += _take(row, tokens[: width - 1])
+            events += _append(row, tokens[: width - 1])
     return events
 
 
-def _certain(row: Row) -> list[int]:
+def _forced(row: Row) -> list[int]:
     """The next tokens that must follow; if that cannot be told, it is its request's error."""
     request = row.request
     if request.constraint is None or not request.forces:
         return []
     try:
-        most = min(CERTAIN, request.max_length - row.length)
+        most = min(FORCED, request.max_length - row.length)
         return request.constraint.certain(row.generated, most)
     except ValueError as error:
         request.fail(error)
@@ -365,7 +365,7 @@ def _certain(row: Row) -> list[int]:
 
 
 def _ends_by(row: Row, tokens: Sequence[int]) -> bool:
-    """Whether `row` ends with these tokens."""
+    """True if `row` ends with these tokens."""
     request = row.request
     if tokens[-1] in request.eos or row.length + len(tokens) >= request.max_length:
         return True
@@ -376,8 +376,8 @@ def _ends_by(row: Row, tokens: Sequence[int]) -> bool:
     )
 
 
-def _take(row: Row, tokens: Sequence[int]) -> list[Event]:
-    """Append tokens that are certain to `row`, until it ends."""
+def _append(row: Row, tokens: Sequence[int]) -> list[Event]:
+    """Append forced tokens to `row`, until it ends."""
     events = []
     for token in tokens:
         if row.finish_reason is None:
@@ -403,7 +403,7 @@ def _paying(counts: Sequence[int]) -> int:
 
 
 def _reason(row: Row) -> str | None:
-    """Why `row`, which has a new token, has ended; None if it has not."""
+    """The reason that ends `row`, which has a new token; None if it goes on."""
     request = row.request
     if int(row.ids[row.length - 1]) in request.eos:
         return "eos"
@@ -430,4 +430,4 @@ def _logprobs(
 ) -> list[float]:
     if not any(row.request.logprobs for row in rows):
         return [float("nan")] * len(rows)
-    return [float(value) for value in pick.logprob_of(scores, tokens)]
+    return [float(value) for value in sampler.logprob_of(scores, tokens)]

@@ -78,7 +78,7 @@ class Group(Beams):
         return min(kept.score for kept in self.ended)
 
     def _settled(self, best: float) -> bool:
-        """Whether the best candidate, of log-probability `best`, cannot beat what has ended."""
+        """True if the best candidate, of log-probability `best`, cannot beat what has ended."""
         params, length = self.request.params, self.new
         if len(self.ended) < self.size:
             return False

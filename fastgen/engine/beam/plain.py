@@ -15,7 +15,7 @@ from fastgen.engine.model import Model
 from fastgen.engine.prefill import Chunks
 from fastgen.engine.request import Request, context_of_beams
 from fastgen.engine.slots import Move
-from fastgen.sampling import pick
+from fastgen.sampling import sampler
 from fastgen.sampling.processors import BANS, Chain
 from fastgen.sampling.softmax import normalisers
 
@@ -60,7 +60,7 @@ class PromptBeams(Beams):
         del self.ended[self.size :]
 
     def _improvable(self) -> bool:
-        """Whether the best running beam could still become better than the worst that ended.
+        """True if the best running beam could still become better than the worst that ended.
 
         "never" supposes it as long as it may get; else its present length counts.
         """
@@ -117,7 +117,7 @@ class BeamSearch(Search[PromptBeams]):
             return None
         logits, count = self._banned(beams), kept(self.request)
         return [
-            Candidates(*pick.continuations(logits, top, norm, one.slots, one.scores, count))
+            Candidates(*sampler.continuations(logits, top, norm, one.slots, one.scores, count))
             for one in beams
         ]
 

@@ -14,7 +14,7 @@ from fastgen.engine.prefill import Chunks, Prefill
 from fastgen.engine.request import Request, context_of_beams
 from fastgen.engine.slots import Move, Slots
 from fastgen.engine.step import Kind, Step
-from fastgen.sampling import pick, stop
+from fastgen.sampling import sampler, stop
 from fastgen.sampling.processors import Chain, Context
 from fastgen.sampling.softmax import log_softmax
 
@@ -147,10 +147,10 @@ class Search(ABC, Generic[B]):
         nothing = self.request.constraint is not None and total.max() == -np.inf
         if self.request.params.do_sample and not nothing:
             draws = self.request.draws(beams.new, beams.prompt, len(total))
-            drawn = pick.sample_several(total, draws, count)
+            drawn = sampler.sample_several(total, draws, count)
             chosen = drawn[np.argsort(-total[drawn], kind="stable")]
         else:
-            chosen = pick.largest(total, count)
+            chosen = sampler.largest(total, count)
         parents, tokens = np.divmod(chosen, scores.shape[1])
         logprobs = scores[parents, tokens] - norms[parents]
         return Candidates(total[chosen], parents, tokens, logprobs)
@@ -235,7 +235,7 @@ class Search(ABC, Generic[B]):
             request.scores.append(every)
         if params.top_logprobs:
             indices = np.concatenate([one.indices for one in beams]).tolist()
-            likeliest = map(tuple, pick.top_logprobs(every, params.top_logprobs))
+            likeliest = map(tuple, sampler.top_logprobs(every, params.top_logprobs))
             self.top.append(dict(zip(indices, likeliest, strict=True)))
 
     # --- the cache -------------------------------------------------------------------------------
