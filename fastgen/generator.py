@@ -7,7 +7,7 @@ import functools
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -96,7 +96,6 @@ class CausalLM:
         self.config = Settings(jsonfile.read(self.directory / "config.json"))
         self.generation_config = Settings(jsonfile.read(self.directory / "generation_config.json"))
         self.has_tokenizer = (self.directory / TOKENIZER).is_file()
-        self._chain = functools.lru_cache(maxsize=64)(processors.build)
 
     @classmethod
     def from_pretrained(
@@ -498,6 +497,11 @@ class CausalLM:
         call = prepare(self._loaded, ids, Objects(**objects), knobs, logprobs, stop_texts)
         _warn(call.cautions)
         return call
+
+    @functools.cached_property
+    def _chain(self) -> Callable[[Params, int], processors.Chain]:
+        """The processors of knobs: the same for equal ones."""
+        return functools.lru_cache(maxsize=64)(processors.build)
 
     @property
     def _loaded(self) -> Loaded:

@@ -433,10 +433,7 @@ def _may_force(request: Request) -> bool:
     Not where somebody looks at every step, or draws along with it; nor where another processor may
     rule the token out, or keeps a cache of its own.
     """
-    names = [name for name, _ in request.chain.steps] if request.chain else []
-    others = processors.RULE_OUT - set(constraint.KNOBS) | {"guidance_scale"}
     seen = request.keeps or request.of_model or request.criteria or request.params.num_beams > 1
     drawn = request.params.do_sample and request.torch is not None
-    return not (
-        seen or drawn or any(n in others or n.startswith(processors.CALLERS) for n in names)
-    )
+    banned = request.chain is not None and request.chain.may_ban(but=request.constraint)
+    return not (seen or drawn or banned or request.unconditional is not None)

@@ -238,7 +238,7 @@ class Request:
     def split_chain(self, names: Sequence[str]) -> tuple[Chain, Chain]:
         """The processors in two parts: up to the last of those in `names`, and the rest."""
         steps = self.chain.steps if self.chain else ()
-        border = max((i + 1 for i, (name, _) in enumerate(steps) if name in names), default=0)
+        border = max((i + 1 for i, step in enumerate(steps) if step.name in names), default=0)
         return Chain(steps[:border]), Chain(steps[border:])
 
     @property

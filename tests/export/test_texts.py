@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from fastgen.engine.output import Token
 from fastgen.export.onnx_folder import folder
 from fastgen.export.source import vocabulary
-from fastgen.serve.answers import LOWEST, Text, number
+from fastgen.serve.answers import LOWEST, GeneratedText, number
 from fastgen.text.tokenizer import TextStream, Tokenizer, pieces
 
 KINDS = {
@@ -181,7 +181,7 @@ def test_a_text_is_cut_with_its_special_tokens_which_are_then_left_out(
         for one in said
     ]
     tokens.append(Token(9, "", 0.0, None, "length"))
-    text = Text(stops, HIDDEN)
+    text = GeneratedText(stops, HIDDEN)
     parts = [text.push(token) for token in tokens]
     expected, count = cut(tokens, stops)
     assert "".join(piece for piece, _ in parts) == expected

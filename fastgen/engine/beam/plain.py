@@ -16,7 +16,7 @@ from fastgen.engine.prefill import Chunks
 from fastgen.engine.request import Request, context_of_beams
 from fastgen.engine.slots import Move
 from fastgen.sampling import sampler
-from fastgen.sampling.processors import BANS, Chain
+from fastgen.sampling.processors import Chain
 from fastgen.sampling.softmax import normalisers
 
 
@@ -81,7 +81,7 @@ class BeamSearch(Search[PromptBeams]):
         super().__init__(model, request, chunks, PromptBeams, request.chain or Chain())
         # Whether nobody but the search looks at scores, and nothing but bans changes them.
         self._unseen = (
-            all(name in BANS for name, _ in self.chain.steps)
+            self.chain.only_bans
             and not (self.chain and request.logprobs)
             and not (request.params.do_sample or request.keeps)
             and not (request.criteria or request.stop_text)
