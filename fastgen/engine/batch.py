@@ -40,7 +40,7 @@ class Joining:
         """Read a chunk."""
         if self.before:
             self.before[0].read()
-            self.before = [one for one in self.before if not one.done]
+            self.before = [prefill for prefill in self.before if not prefill.done]
         else:
             self.prefill.read()
 
@@ -51,7 +51,7 @@ class Joining:
     @property
     def left(self) -> int:
         """The number of tokens that are still to be read."""
-        return sum(one.left for one in (*self.before, self.prefill))
+        return sum(prefill.left for prefill in (*self.before, self.prefill))
 
     @property
     def wanted(self) -> bool:
@@ -86,14 +86,14 @@ class Batch:
         Args:
             requests: with one prefix cache, or none; their prompts are read together.
         """
-        copies = [len(one.rows) // len(one.prompts) for one in requests]
+        copies = [len(request.rows) // len(request.prompts) for request in requests]
         waiting = [
-            (prompt, request.rows[place * count : (place + 1) * count])
+            (prompt, request.rows[index * count : (index + 1) * count])
             for request, count in zip(requests, copies, strict=True)
-            for place, prompt in enumerate(request.prompts)
+            for index, prompt in enumerate(request.prompts)
         ]
         # Shortest first: in a chunk, the rows that have more to come are then neighbours.
-        waiting.sort(key=lambda one: len(one[0]))
+        waiting.sort(key=lambda pair: len(pair[0]))
         first = self.end
         longest = max(request.max_length for request in requests)
         rows = sum(len(request.rows) for request in requests)
@@ -101,8 +101,8 @@ class Batch:
         prompts = [prompt for prompt, _ in waiting]
         known = requests[0].prefix_cache
         prefill = Prefill(self.model, self.cache, prompts, first, known, self.chunks)
-        steered = [one.unconditional for one in requests if one.unconditional]
-        before = filter(None, [one.begin(self.chunks) for one in steered])
+        guided = (request.unconditional for request in requests)
+        before = filter(None, [guide.begin(self.chunks) for guide in guided if guide])
         self.joining.append(Joining(prefill, [rows for _, rows in waiting], [*before]))
         return self.joining[-1]
 
@@ -115,7 +115,7 @@ class Batch:
     @property
     def end(self) -> int:
         """The first slot behind all that are used."""
-        return max([len(self.rows), *(one.slots.stop for one in self.joining)])
+        return max([len(self.rows), *(joining.slots.stop for joining in self.joining)])
 
     def _join(self, joining: Joining) -> None:
         """Move what was read behind the rows that run, once for each row of a prompt."""
@@ -145,10 +145,10 @@ class Batch:
         """
         logits = self._logits()
         events: list[Event] = []
-        for places in self._alike():
+        for indices in self._alike():
             # Without a copy where all rows are alike, as they are outside of a service.
-            mine = logits if len(places) == len(self.rows) else logits[places]
-            events += _advance([self.rows[i] for i in places], mine)
+            mine = logits if len(indices) == len(self.rows) else logits[indices]
+            events += _advance([self.rows[i] for i in indices], mine)
         return events + self._end_step()
 
     def _end_step(self) -> list[Event]:
@@ -164,10 +164,10 @@ class Batch:
     def _alike(self) -> list[list[int]]:
         """The indices of the rows that share their processors and their way of sampling."""
         groups: dict[tuple[int, bool, bool], list[int]] = {}
-        for place, row in enumerate(self.rows):
+        for index, row in enumerate(self.rows):
             request = row.request
             key = (id(request.chain), request.params.do_sample, request.of_model)
-            groups.setdefault(key, []).append(place)
+            groups.setdefault(key, []).append(index)
         return list(groups.values())
 
     def _logits(self) -> NDArray[np.float32]:
@@ -188,7 +188,7 @@ class Batch:
     def leave(self) -> None:
         """Free the slots of rows that have ended; the rest move up, as few as possible."""
         stay = [row for row in self.rows if row.state is State.RUNNING or row.gets_tokens()]
-        joining = [one for one in self.joining if one.wanted]
+        joining = [joining for joining in self.joining if joining.wanted]
         if len(stay) < len(self.rows) or len(joining) < len(self.joining):
             self.joining = joining
             self._move_up(stay)
@@ -228,8 +228,8 @@ def _advance(rows: Sequence[Row], logits: NDArray[np.float32]) -> list[Event]:
         if np.isfinite(scores[np.arange(len(rows)), tokens]).all():
             return append_tokens(rows, logits, scores, tokens)
     events: list[Event] = []
-    for request, places in groups:
-        mine, part = [rows[i] for i in places], _view(places)
+    for request, indices in groups:
+        mine, part = [rows[i] for i in indices], _view(indices)
         try:
             tokens = _picked(mine, scores[part])
             events += append_tokens(mine, logits[part], scores[part], tokens)
@@ -244,10 +244,10 @@ def _plain(request: Request) -> bool:
     return not (looked_at or request.params.do_sample)
 
 
-def _view(places: list[int]) -> slice | list[int]:
+def _view(indices: list[int]) -> slice | list[int]:
     """The same places as a slice if they are neighbours: then nothing is copied."""
-    alike = places == list(range(places[0], places[0] + len(places)))
-    return slice(places[0], places[0] + len(places)) if alike else places
+    alike = indices == list(range(indices[0], indices[0] + len(indices)))
+    return slice(indices[0], indices[0] + len(indices)) if alike else indices
 
 
 def choose(
@@ -280,9 +280,9 @@ def _picked(rows: Sequence[Row], scores: NDArray[np.float32]) -> NDArray[np.int6
             _refuse_nothing(rows, scores, tokens)
         return tokens
     draws: list[sampler.Words] = [np.empty(0, np.uint64)] * len(rows)
-    for request, places in by_request(rows):
-        mine = request.uniform([rows[i] for i in places], scores.shape[1])
-        for i, draw in zip(places, mine, strict=True):
+    for request, indices in by_request(rows):
+        mine = request.uniform([rows[i] for i in indices], scores.shape[1])
+        for i, draw in zip(indices, mine, strict=True):
             draws[i] = draw
     try:
         return sampler.sample(scores, draws)
@@ -310,18 +310,18 @@ def append_tokens(
     """Append one token to each of `rows`, keep what the request asks for, and end rows."""
     logprobs = _logprobs(rows, logits if rows[0].request.of_model else scores, tokens)
     groups = by_request(rows)
-    for request, places in groups:
+    for request, indices in groups:
         if request.keeps:
-            request.keep([rows[i] for i in places], logits[places], scores[places])
+            request.keep([rows[i] for i in indices], logits[indices], scores[indices])
     events = []
     for row, token, logprob in zip(rows, tokens.tolist(), logprobs, strict=True):
         row.push(token)
         top = row.request.top_logprobs[row.index]
         events.append(Event(row, token, logprob, top[-1] if top else None))
         row.end(_reason(row))
-    for request, places in groups:
+    for request, indices in groups:
         if request.criteria:
-            _ask([rows[i] for i in places])
+            _ask([rows[i] for i in indices])
     return events
 
 
@@ -390,7 +390,7 @@ def _append(row: Row, tokens: Sequence[int]) -> list[Event]:
 def _paying(counts: Sequence[int]) -> int:
     """The tokens that rows may be read at once, of the `counts` that they have: what saves most.
 
-    A call costs its reading of the weights and all places, those of padding too; it saves the
+    A call costs its reading of the weights and all positions, those of padding too; it saves the
     calls that its tokens would be otherwise, some for each row.
     """
     rows = len(counts)

@@ -124,8 +124,8 @@ class Prefill:
             self.logits[start:end] = reader.forward(ends, self.first + start, 0)[:, 0]
         reader.close()
         if known is not None and states is not None:
-            for place, (text, mine) in enumerate(zip(texts, states, strict=True), start):
-                known.keep(model, text, self.cache, self.first + place, self.chunk, mine)
+            for index, (text, mine) in enumerate(zip(texts, states, strict=True), start):
+                known.keep(model, text, self.cache, self.first + index, self.chunk, mine)
 
     def _read_rows(
         self,

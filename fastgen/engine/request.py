@@ -33,7 +33,7 @@ class Row:
     """One sequence while it grows.
 
     Attributes:
-        index: its place among the rows of the call, which is its place in the result.
+        index: of the row in the call, and so in the result.
         prompt: int64, the tokens that the model sees, without padding.
         ids: int64 [max_length], the prompt as given (padding included), then what was generated.
         length: how much of `ids` there is.
@@ -156,12 +156,12 @@ class Request:
         self.eos = frozenset(params.eos_token_id or ())
         knows_ends = any(hasattr(criterion, "eos_token_id") for criterion in self.criteria)
         self.lingers = self.constraint is None and not self.eos and not knows_ends
-        for place, prompt in enumerate(self.prompts):
+        for i, prompt in enumerate(self.prompts):
             for copy in range(self.copies):
                 ids = np.zeros(self.max_length, np.int64)
-                ids[: self.prompt_length] = self.padded[place]
-                pad = int(self.pads[place])
-                row = Row(self, place * self.copies + copy, prompt, ids, self.prompt_length, pad)
+                ids[: self.prompt_length] = self.padded[i]
+                pad = int(self.pads[i])
+                row = Row(self, i * self.copies + copy, prompt, ids, self.prompt_length, pad)
                 self.rows.append(row)
         self.top_logprobs: list[list[tuple[tuple[int, float], ...]]] = [[] for _ in self.rows]
         if params.do_sample:
@@ -332,14 +332,14 @@ def streams(
         return [sampler.Stream(seed, rows)]
     if len(seed) != rows:
         raise ValueError(f"seed has {len(seed)} values for {rows} rows: give one, or one a row")
-    return [sampler.Stream(one) for one in seed]
+    return [sampler.Stream(own) for own in seed]
 
 
 def by_request(rows: Sequence[Row]) -> list[tuple[Request, list[int]]]:
-    """The requests behind `rows`, each with the places of its rows."""
+    """The requests behind `rows`, each with the indices of its rows."""
     groups: dict[int, tuple[Request, list[int]]] = {}
-    for place, row in enumerate(rows):
-        groups.setdefault(id(row.request), (row.request, []))[1].append(place)
+    for index, row in enumerate(rows):
+        groups.setdefault(id(row.request), (row.request, []))[1].append(index)
     return list(groups.values())
 
 

@@ -57,16 +57,16 @@ def log_probabilities(
     cache = reader.floats
     begun = cache.state(0)
     out: list[Scores] = [np.empty(0, np.float32)] * len(rows)
-    order = sorted(range(len(rows)), key=lambda place: -len(rows[place]))
+    order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
     for first in range(0, len(rows), TOGETHER):
-        places = order[first : first + TOGETHER]
+        indices = order[first : first + TOGETHER]
         cache.restore(0, begun)
-        cache.take([0] * len(places))
-        texts = [np.concatenate((start, rows[i])) for i in places]
+        cache.take([0] * len(indices))
+        texts = [np.concatenate((start, rows[i])) for i in indices]
         found = _predicted(model, cache, texts, chunk)
-        for place, logprobs in zip(places, found, strict=True):
-            missing = len(rows[place]) - len(logprobs)
-            out[place] = np.append(np.full(missing, np.nan, np.float32), logprobs)
+        for index, logprobs in zip(indices, found, strict=True):
+            missing = len(rows[index]) - len(logprobs)
+            out[index] = np.append(np.full(missing, np.nan, np.float32), logprobs)
     return out
 
 
@@ -170,11 +170,11 @@ def _predicted(model: Model, cache: Cache, rows: Sequence[Ids], chunk: int) -> l
         ends = np.array([[len(ids) - 1] for ids in new])
         positions = np.minimum(np.arange(len(new[0])), ends)
         logits = model.forward(new, cache, 0, positions)
-        for place, (row, ids) in enumerate(zip(going, new, strict=True)):
+        for index, (row, ids) in enumerate(zip(going, new, strict=True)):
             targets = row[at + 1 : at + 1 + len(ids)]
-            found = sampler.logprob_of(logits[place, : len(ids)], targets)
+            found = sampler.logprob_of(logits[index, : len(ids)], targets)
             sampler.refuse_nan(found)
-            out[place].append(found.astype(np.float32))
+            out[index].append(found.astype(np.float32))
     return [np.concatenate(parts) if parts else np.empty(0, np.float32) for parts in out]
 
 

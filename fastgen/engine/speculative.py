@@ -156,9 +156,9 @@ class Speculation(Batch):
         new = [np.append(*pair) for pair in zip(known, guesses, strict=True)]
         logits = self._verify(known, new)
         events: list[Event] = []
-        for places in self._alike():
+        for indices in self._alike():
             events += _accept(
-                [self.rows[i] for i in places], [guesses[i] for i in places], logits[places]
+                [self.rows[i] for i in indices], [guesses[i] for i in indices], logits[indices]
             )
         kept = [
             len(ids) - 1 + sum(event.row is row for event in events)
@@ -262,11 +262,11 @@ def continuation(
     for size in range(min(max_ngram, len(ids) - 1), 0, -1):
         windows = np.lib.stride_tricks.sliding_window_view(ids, size)[:-1]
         for start in np.flatnonzero((windows == ids[-size:]).all(axis=1)).tolist():
-            found = ids[start + size : start + size + num_tokens]
-            ends = np.flatnonzero(np.isin(found, list(eos)))
-            found = found[: ends[0]] if len(ends) else found
-            if len(found):
-                return found
+            guess = ids[start + size : start + size + num_tokens]
+            ends = np.flatnonzero(np.isin(guess, list(eos)))
+            guess = guess[: ends[0]] if len(ends) else guess
+            if len(guess):
+                return guess
     return ids[:0]
 
 
