@@ -75,7 +75,7 @@ class Plan(Generic[R]):
 
 
 class Planner:
-    """Jobs that wait and jobs that run, and who of them is next.
+    """Jobs that wait and jobs that run, and which of them are next.
 
     Args:
         max_bytes: memory that the jobs that run may come to hold together.
