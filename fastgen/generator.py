@@ -7,7 +7,7 @@ import functools
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -56,7 +56,7 @@ class Settings:
 
 
 class Device(str):
-    """Where the model is: "cpu", with the attribute of torch's devices that scripts look at."""
+    """The device of the model: "cpu", with the attribute of torch's devices that scripts use."""
 
     @property
     def type(self) -> str:
@@ -498,10 +498,16 @@ class CausalLM:
         _warn(call.cautions)
         return call
 
+    @functools.cached_property
+    def _chain(self) -> Callable[[Params, int], processors.Chain]:
+        """The processors of knobs: the same for equal ones."""
+        return functools.lru_cache(maxsize=64)(processors.build)
+
     @property
     def _loaded(self) -> Loaded:
         """The model as calls need it, with its defaults as they are now."""
-        return Loaded(self.model, self.generation_config.to_dict(), lambda: self.tokenizer)
+        defaults = self.generation_config.to_dict()
+        return Loaded(self.model, defaults, lambda: self.tokenizer, self._chain)
 
 
 _OBJECTS = tuple(Objects.__dataclass_fields__)
@@ -524,7 +530,7 @@ def _tokens_of(call: Call, writer: Writer) -> Iterator[Token]:
 
 
 def _is_one(ids: Any) -> bool:
-    """Whether this is one text or one row of ids, rather than several."""
+    """True of one text or one row of ids, rather than several."""
     return isinstance(ids, str) or not (
         isinstance(ids[0], str) or np.ndim(tensors.array(ids[0])) > 0
     )

@@ -22,7 +22,7 @@ from fastgen.engine.cache import Cache
 from fastgen.engine.kv_int8 import SCALES, Codes
 from fastgen.engine.model import Model
 from fastgen.engine.prefill import CHUNK, Chunks, Prefill
-from fastgen.engine.prompt_reader import Desk
+from fastgen.engine.prompt_reader import PromptReader
 from fastgen.export import Mismatch, bundle, export, pipeline
 from fastgen.export.prove.reader import Reader
 from fastgen.export.quantize import calibrate, kv_int8
@@ -248,10 +248,10 @@ def test_codes_stand_for_keys_and_values():
     assert (found[0] == 127).all() and (found[1] == -128).all()
 
 
-def test_a_desk_of_float32_keys_is_the_cache_itself(pair):
+def test_a_reader_of_float32_keys_is_the_cache_itself(pair):
     _, plain = pair("gpt2")
     held = plain.model.new_cache(2, 8)
-    assert Desk(plain.model, held, 2, 8).floats is held
+    assert PromptReader(plain.model, held, 2, 8).floats is held
 
 
 def test_scales_that_are_missing_or_damaged(exported, tmp_path):

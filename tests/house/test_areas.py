@@ -211,7 +211,7 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         "text inputs system",
         (
             "constraint",
-            "pick processors trial",
+            "processors sampler trial",
             "schema softmax stop trial_process watermark",
         ),
     ),
