@@ -9,6 +9,7 @@ import numpy as np
 import numpy_model
 import pytest
 import tiny
+from calls import generate
 from tiny import core, ragged
 
 import fastgen
@@ -45,13 +46,12 @@ def test_sampling_with_a_seed_a_row_is_single(pair, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("chunk", [1, 5, 16])
-def test_chunked_prefill_is_whole(pair, kind, chunk, monkeypatch):
+def test_chunked_prefill_is_whole(pair, kind, chunk):
     _, model = pair(kind)
     rows = ragged(6, (40, 33, 2))
     whole = model.generate(rows, max_new_tokens=8)
-    monkeypatch.setattr(prefill, "CHUNK", chunk)
-    monkeypatch.setattr(prefill, "TOGETHER", 3 * chunk)
-    assert model.generate(rows, max_new_tokens=8) == whole
+    chunks = prefill.Chunks(chunk, 3 * chunk)
+    assert generate(model, rows, chunks, max_new_tokens=8) == whole
 
 
 @pytest.mark.parametrize("kind", KINDS)
