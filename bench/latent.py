@@ -51,9 +51,7 @@ def main() -> None:
                 out = export(model, Path(home) / name, precision="fp32", progress=None)
             loaded[name] = fastgen.load(out, threads=options.threads).model
         print(f"{shapes.machine(options.threads)}\n")
-        print(
-            "| rows | tokens | kept | MB more | s to read them | tokens a second | ms a step after |"
-        )
+        print("| rows | tokens | kept | MB | s to read | tokens a second | ms a step after |")
         print("|---|---|---|---|---|---|---|")
         for past in options.past:
             for rows in options.rows:
