@@ -29,7 +29,7 @@ import numpy as np
 import shapes
 
 import fastgen
-from fastgen.engine import call
+from fastgen.engine import prepare
 from fastgen.sampling import constraint
 from fastgen.sampling.processors import Context
 from fastgen.timing.rounds import in_rounds
@@ -153,12 +153,12 @@ def row(name: str, model: fastgen.CausalLM, tokenizer: Any, rounds: int) -> str:
 @contextlib.contextmanager
 def stepping() -> Iterator[None]:
     """Every token takes a step, certain or not."""
-    plain = call._may_force
-    call._may_force = lambda request: False
+    plain = prepare._may_force
+    prepare._may_force = lambda request: False
     try:
         yield
     finally:
-        call._may_force = plain
+        prepare._may_force = plain
 
 
 def processor(

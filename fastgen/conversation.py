@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from fastgen.engine.call import Call
-from fastgen.engine.prefill import CHUNK, Prefill
+from fastgen.engine.prefill import CHUNK, prefill
 from fastgen.engine.prefix_cache import BLOCK, MAX_BYTES, PrefixCache
 from fastgen.generator import CausalLM
 from fastgen.inputs import validators
@@ -250,8 +250,8 @@ class Conversation:
         writer, tokens, first = self.model.writer(call), [], 0.0
         try:
             with contextlib.closing(call.steps()) as steps:
-                for events in steps:
-                    for token in writer.take(events):
+                for step in steps:
+                    for token in writer.take(step.events):
                         first = first or time.perf_counter() - start
                         tokens.append(token)
                         yield token.text
@@ -291,9 +291,8 @@ class Conversation:
         model = self.model.model
         cache = model.borrow_cache(1, len(ids) + CHUNK)
         try:
-            reading = Prefill(model, cache, [np.array(ids, np.int64)], 0, self.cache)
-            while not reading.done and not self._leaving:
-                reading.read()
+            prompts = [np.array(ids, np.int64)]
+            prefill(model, cache, prompts, 0, self.cache, lambda: self._leaving)
         finally:
             model.give_back(cache)
 

@@ -1,10 +1,11 @@
-"""What people hold: a loaded model that generates, streams, completes, chats and scores."""
+"""A loaded model that generates, streams, completes, chats and scores: the front of fastgen."""
 
 from __future__ import annotations
 
 import copy
 import functools
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,10 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastgen.engine import score
-from fastgen.engine.call import Call, Objects, Writer, last_token, prepare, read
+from fastgen.engine.call import Call
 from fastgen.engine.model import Model
 from fastgen.engine.output import Token
 from fastgen.engine.prefix_cache import PrefixCache, check
+from fastgen.engine.prepare import Loaded, Objects, last_token, prepare, read
+from fastgen.engine.writer import Writer
 from fastgen.inputs import tensors, validators
 from fastgen.inputs.lengths import default_length
 from fastgen.inputs.params import Params
@@ -243,7 +246,7 @@ class CausalLM:
             prefix_cache=prefix_cache,
             knobs=knobs,
         )
-        _warn(call)
+        _warn(call.notes)
         if streamer is not None:
             call.tell(streamer)
         else:
@@ -266,7 +269,7 @@ class CausalLM:
             A `Token` as soon as it is known.
         """
         call = self.call(prompt, logprobs=True, **kwargs)
-        _warn(call)
+        _warn(call.notes)
         return _tokens_of(call, self.writer(call, skip_special_tokens))
 
     def call(
@@ -277,7 +280,7 @@ class CausalLM:
         stop: Sequence[str] = (),
         **kwargs: Any,
     ) -> Call:
-        """A call that is checked and has not begun: for whoever runs many (see `schedule`).
+        """A call that is checked and has not begun, for those that run many (see `schedule`).
 
         Args:
             prompt: as `stream` takes it.
@@ -297,7 +300,7 @@ class CausalLM:
         )
 
     def healing(self, ids: Sequence[int]) -> tuple[list[int], Call | None]:
-        """What `token_healing` reads of a prompt, for whoever runs many calls (see `schedule`).
+        """A prompt's `token_healing` as a call, for those that run many (see `schedule`).
 
         Returns:
             ids that stay, and the call whose only token follows them: then they are the prompt of
@@ -306,11 +309,12 @@ class CausalLM:
         prompt = token_healing.reopen(ids, self.tokenizer)
         if not prompt.biases:
             return prompt.ids, None
-        own = self.generation_config.to_dict()
-        return prompt.ids, last_token(self.model, own, lambda: self.tokenizer, None, prompt)
+        call = last_token(self._loaded, prompt)
+        _warn(call.cautions)
+        return prompt.ids, call
 
     def writer(self, call: Call, skip_special_tokens: bool = True) -> Writer:
-        """What makes tokens with their text of a call's events."""
+        """The `Writer` that makes tokens with their text of a call's events."""
         if not self.has_tokenizer:
             return Writer(None)
         rows = call.request.rows
@@ -466,14 +470,16 @@ class CausalLM:
         self, ids: Any, attention_mask: Any = None, special: bool = True
     ) -> list[NDArray[np.int64]]:
         """int64 [length] of each text or row of ids, without what the mask leaves out."""
-        return read(self.model, Params(), self._ids(ids, special), attention_mask).rows
+        prompts = read(self.model, Params(), self._ids(ids, special), attention_mask)
+        _warn(prompts.cautions)
+        return prompts.rows
 
     def _written(self, prompts: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
-        """What `stream` writes, row by row; a row may have no token."""
+        """The texts that `stream` writes, a row each; a row may have no token."""
         kwargs = dict(kwargs)
         skip_special_tokens = kwargs.pop("skip_special_tokens", True)
         call = self.call(prompts, logprobs=True, **kwargs)
-        _warn(call)
+        _warn(call.notes)
         parts: list[list[str]] = [[] for _ in call.request.rows]
         for token in _tokens_of(call, self.writer(call, skip_special_tokens)):
             parts[token.row].append(token.text)
@@ -488,30 +494,33 @@ class CausalLM:
         stop_texts: Sequence[str] = (),
         **objects: Any,
     ) -> Call:
-        return prepare(
-            self.model,
-            self.generation_config.to_dict(),
-            lambda: self.tokenizer,
-            ids,
-            Objects(**objects),
-            knobs,
-            logprobs,
-            stop_texts,
-        )
+        call = prepare(self._loaded, ids, Objects(**objects), knobs, logprobs, stop_texts)
+        _warn(call.cautions)
+        return call
+
+    @property
+    def _loaded(self) -> Loaded:
+        """The model as calls need it, with its defaults as they are now."""
+        return Loaded(self.model, self.generation_config.to_dict(), lambda: self.tokenizer)
 
 
 _OBJECTS = tuple(Objects.__dataclass_fields__)
 
 
-def _warn(call: Call) -> None:
-    """Tell the caller of ours what of the asked form the text is not held to."""
-    for note in call.notes:
-        warnings.warn(note, UserWarning, stacklevel=3)
+def _warn(texts: Sequence[str]) -> None:
+    """Warn at the line that called fastgen, whatever lies between it and here."""
+    if not texts:
+        return
+    frame, level = sys._getframe(), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == "fastgen":
+        frame, level = frame.f_back, level + 1
+    for text in texts:
+        warnings.warn(text, UserWarning, stacklevel=level)
 
 
 def _tokens_of(call: Call, writer: Writer) -> Iterator[Token]:
-    for events in call.steps():
-        yield from writer.take(events)
+    for step in call.steps():
+        yield from writer.take(step.events)
 
 
 def _is_one(ids: Any) -> bool:

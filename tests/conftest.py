@@ -172,5 +172,7 @@ def world(hub: fake_hub.Hub, tmp_path: Path) -> fake_hub.World:
 def always_guess(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompt lookup guesses at every step but the first, whether that pays or not."""
     monkeypatch.setattr(
-        speculative.Payoff, "allowed", lambda self, remaining: remaining if self.plain else 0
+        speculative.SpeculationBudget,
+        "allowed",
+        lambda self, remaining: remaining if self.plain else 0,
     )

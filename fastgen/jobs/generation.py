@@ -10,11 +10,12 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fastgen.engine.call import Call, Writer
+from fastgen.engine.call import Call
 from fastgen.engine.output import Token
 from fastgen.engine.prefill import CHUNK
 from fastgen.engine.prefix_cache import PrefixCache
 from fastgen.engine.schedule import MAX_ROWS, Scheduler
+from fastgen.engine.writer import Writer
 from fastgen.jobs.request import RowReader, RowRequest, is_openai
 from fastgen.jobs.row import Done, InputRow, Outcome
 from fastgen.jobs.window import Window

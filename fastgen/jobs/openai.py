@@ -13,9 +13,10 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from fastgen.engine.call import Call, Writer
+from fastgen.engine.call import Call
 from fastgen.engine.output import Token
 from fastgen.engine.schedule import Job
+from fastgen.engine.writer import Writer
 from fastgen.generator import CausalLM
 from fastgen.inputs.lengths import LENGTHS
 from fastgen.jobs.row import Outcome, seed_of
@@ -107,8 +108,8 @@ class Offline(Front):
         return [
             (index, token)
             for index, (job, writer) in enumerate(jobs)
-            for events in job.steps()
-            for token in (writer.take(events or ()) if writer else ())
+            for step in job.steps()
+            for token in (writer.take(step.events) if writer and step else ())
         ]
 
     def calls_of(self, run: BatchRun, name: str) -> list[tuple[Call, Writer]]:

@@ -6,8 +6,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from fastgen.engine.call import Call, Writer
+from fastgen.engine.call import Call
 from fastgen.engine.output import Token
+from fastgen.engine.writer import Writer
 from fastgen.generator import CausalLM
 from fastgen.inputs import params, validators
 from fastgen.inputs.lengths import LENGTHS, NEW_TOKENS, default_length

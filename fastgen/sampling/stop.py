@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,7 +24,7 @@ Criterion = Callable[[NDArray[np.int64], Scores], Any]
 
 def length_limit(
     params: Params, width: int, longest: int, model_limit: int | None, hard_limit: bool
-) -> int:
+) -> tuple[int, tuple[str, ...]]:
     """The length, prompt and padding included, at which rows end: transformers' `max_length`.
 
     Args:
@@ -34,6 +33,9 @@ def length_limit(
         longest: tokens of the longest prompt, without padding.
         model_limit: positions that the model was made for; None for any.
         hard_limit: whether the model cannot compute a position beyond the limit.
+
+    Returns:
+        The length, and what the caller is to be warned of.
 
     Raises:
         ValueError: no room for a new token, or more than the model can compute.
@@ -50,16 +52,17 @@ def length_limit(
             f"the prompt has {width} tokens and max_length is {limit}: there is no room for a new "
             "one; set max_new_tokens"
         )
+    cautions = []
     if model_limit is not None and longest + limit - width > model_limit:
         text = f"{longest} prompt tokens and {limit - width} new ones exceed the {model_limit} "
         text += "positions that the model was made for"
         if hard_limit:
             raise ValueError(f"{text}: lower max_new_tokens to {model_limit - longest}")
-        warnings.warn(text, UserWarning, stacklevel=5)
+        cautions.append(text)
     if usual:
         text = f"no length is set, so {limit - width} new tokens are generated at most: set "
-        warnings.warn(text + "max_new_tokens", UserWarning, stacklevel=5)
-    return limit
+        cautions.append(text + "max_new_tokens")
+    return limit, tuple(cautions)
 
 
 class StopStrings:

@@ -15,10 +15,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from fastgen.engine.call import Writer
 from fastgen.engine.output import Token
 from fastgen.engine.prefix_cache import PrefixCache
 from fastgen.engine.schedule import Job, Scheduler
+from fastgen.engine.writer import Writer
 from fastgen.generator import CausalLM
 from fastgen.serve.refused import Full, Stopping
 

@@ -11,9 +11,10 @@ from functools import cached_property, partial
 from typing import Any, TypeVar
 
 from fastgen.engine import score
-from fastgen.engine.call import Call, Writer
+from fastgen.engine.call import Call
 from fastgen.engine.output import Token
 from fastgen.engine.schedule import Job
+from fastgen.engine.writer import Writer
 from fastgen.generator import CausalLM
 from fastgen.inputs.params import Params
 from fastgen.sampling import constraint

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from fastgen.engine.call import Writer
 from fastgen.engine.output import Token
 from fastgen.engine.schedule import Job
+from fastgen.engine.writer import Writer
 from fastgen.generator import CausalLM
 from fastgen.sampling import constraint, trial
 from fastgen.serve.engine import Engine, Progress, RunningCall

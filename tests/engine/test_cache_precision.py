@@ -21,7 +21,7 @@ from fastgen.engine import memory_estimate
 from fastgen.engine.cache import Cache
 from fastgen.engine.kv_int8 import SCALES, Codes
 from fastgen.engine.model import Model
-from fastgen.engine.prefill import CHUNK, Prefill
+from fastgen.engine.prefill import CHUNK, Chunks, Prefill
 from fastgen.engine.prompt_reader import Desk
 from fastgen.export import Mismatch, bundle, export, pipeline
 from fastgen.export.prove import corpus
@@ -211,8 +211,8 @@ def test_chunks_see_what_was_kept_and_so_do_later_calls(exported):
     _, model = exported("llama")
     (row,) = rows_of(90)
     known = fastgen.PrefixCache()
-    first, parts = kept(model.model, [row], prefix_cache=known, chunk=32)
-    again, same = kept(model.model, [row], prefix_cache=known, chunk=32)
+    first, parts = kept(model.model, [row], prefix_cache=known, chunks=Chunks(32, 32))
+    again, same = kept(model.model, [row], prefix_cache=known, chunks=Chunks(32, 32))
     assert known.hits == 1 and known.tokens_reused == 64
     np.testing.assert_array_equal(first, again)
     for one, two in zip(parts, same, strict=True):

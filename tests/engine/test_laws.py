@@ -8,6 +8,7 @@ import threading
 import numpy as np
 import pytest
 import tiny
+from calls import generate
 from tiny import ragged
 
 import fastgen
@@ -44,13 +45,12 @@ def test_sampling_with_a_seed_a_row_is_single(pair, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("chunk", [1, 5, 16])
-def test_chunked_prefill_is_whole(pair, kind, chunk, monkeypatch):
+def test_chunked_prefill_is_whole(pair, kind, chunk):
     _, model = pair(kind)
     rows = ragged(6, (40, 33, 2))
     whole = model.generate(rows, max_new_tokens=8)
-    monkeypatch.setattr(prefill, "CHUNK", chunk)
-    monkeypatch.setattr(prefill, "TOGETHER", 3 * chunk)
-    assert model.generate(rows, max_new_tokens=8) == whole
+    chunks = prefill.Chunks(chunk, 3 * chunk)
+    assert generate(model, rows, chunks, max_new_tokens=8) == whole
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -78,7 +78,7 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "timing": (
-        "fastgen engine sampling text store inputs system errors",
+        "fastgen engine sampling store inputs system errors",
         (
             "plot",
             "measure tune",
@@ -184,15 +184,20 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         "sampling text store inputs system errors",
         (
             "schedule",
+            "prepare",
             "call",
-            "beam speculative",
-            "batch",
+            "run speculative",
+            "batch diverse plain",
+            "search",
+            "hypotheses",
+            "writer",
+            "slots step",
             "request score",
             "guidance memory_estimate",
             "prefill",
             "prompt_reader",
             "model prefix_cache",
-            "cache kv_int8 output prefill_int8",
+            "beam cache kv_int8 output plan prefill_int8",
         ),
     ),
     "sampling": (

@@ -20,7 +20,7 @@ from tokenizers_made import byte_level, llama, metaspace, prefixed, wordpiece
 
 import fastgen
 from fastgen import commands
-from fastgen.engine import batch, call
+from fastgen.engine import batch, prepare
 from fastgen.engine.model import Model
 from fastgen.engine.schedule import Scheduler
 from fastgen.sampling import constraint, trial_process
@@ -310,7 +310,7 @@ def test_what_is_certain_takes_no_step_and_changes_nothing(
         return found, len(forwards)
 
     taken, steps = run()
-    monkeypatch.setattr(call, "_may_force", lambda request: False)
+    monkeypatch.setattr(prepare, "_may_force", lambda request: False)
     one_by_one, more = run()
     assert taken == one_by_one
     assert steps < more
