@@ -106,6 +106,9 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
             "proved",
             "origin",
             "families",
+            "families_gemma families_layer_norm families_llama families_post_norm",
+            "pieces",
+            "configuration",
             "graph rotary",
             "decoder weights",
         ),
@@ -134,10 +137,12 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         (
             "check",
             "corpus profile quality",
+            "own_text",
+            "reader",
         ),
     ),
     "export/trace": (
-        "export/quantize export/rewrite errors",
+        "export/rewrite errors",
         (
             "graph",
             "refuse",
@@ -150,10 +155,12 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         "export/rewrite sampling store system",
         (
             "recipe",
-            "kv_int8 smooth",
+            "experts kv_int8 smooth",
             "calibrate gptq prefill_int8",
             "kernels",
-            "rotate",
+            "activations rotate",
+            "rotate_values",
+            "rotation",
             "parts",
         ),
     ),
@@ -164,8 +171,8 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "export/rewrite": (
         "store",
         (
-            "window",
-            "node onnx_file trim",
+            "mixture trim window",
+            "edit node onnx_file",
         ),
     ),
     "fastgen": (
@@ -243,7 +250,7 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 # An import to an area above: late, in a function, and only here.
-LATE = {("store", "export"), ("jobs", "jobs/ray"), ("export/quantize", "export/trace")}
+LATE = {("store", "export"), ("jobs", "jobs/ray")}
 
 
 @functools.cache
