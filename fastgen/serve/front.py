@@ -16,10 +16,10 @@ from fastgen.engine.output import Token
 from fastgen.engine.schedule import Job
 from fastgen.engine.writer import Writer
 from fastgen.generator import CausalLM
-from fastgen.inputs.params import Params
+from fastgen.inputs.params import FORMS, Params
 from fastgen.sampling import constraint
 from fastgen.serve.answers import GeneratedText
-from fastgen.serve.dialects import Noted
+from fastgen.serve.dialects import FieldLog
 from fastgen.serve.limits import RequestLimits
 from fastgen.serve.reasoning import FORMATS
 from fastgen.serve.refused import Full, Refused, refusal, wrong
@@ -28,7 +28,7 @@ from fastgen.serve.tools import shown
 from fastgen.serve.tools.format import Format
 from fastgen.serve.tools.plain import Plain, told
 from fastgen.serve.tools.reader import AnswerReader, Marks, ReadingOptions
-from fastgen.serve.tools.shown import Shown
+from fastgen.serve.tools.shown import TemplateForms
 from fastgen.serve.wire import GenerationRequest
 from fastgen.text import chat_template
 from fastgen.text.tokenizer import pieces
@@ -73,7 +73,7 @@ class Front:
         self.model, self.limits = model, limits or RequestLimits()
         self.raw, self.free_calls, self._plain_tools = reasoning == "none", free_calls, plain_tools
         self._new_grammars = 0
-        self.noted = Noted()
+        self.noted = FieldLog()
         self.info = model.model.info
         self.name = name or self.info.name or model.directory.name
         self.defaults = model.generation_config.to_dict()
@@ -127,7 +127,7 @@ class Front:
     # --- the model's own forms -------------------------------------------------------------------
 
     @cached_property
-    def shown(self) -> Shown:
+    def shown(self) -> TemplateForms:
         """The forms of calls and of reasoning that the chat template shows."""
         return shown.of(self.model)
 
@@ -265,7 +265,7 @@ class Front:
         Raises:
             Refused: it cannot be used, or too many wait.
         """
-        asked = {name: knobs[name] for name in constraint.KNOBS if knobs.get(name) is not None}
+        asked = {name: knobs[name] for name in FORMS if knobs.get(name) is not None}
         if len(asked) != 1 or not self.model.has_tokenizer:
             return
         tokenizer, vocab_size = self.model.tokenizer, self.info.vocab_size
