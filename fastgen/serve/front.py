@@ -187,10 +187,10 @@ class Front:
             given = [given]
         self.limits.check("prompts", len(given), "prompt")
         out = []
-        for place, one in enumerate(given):
-            ids = await self.ids(one) if isinstance(one, str) else list(one)
+        for index, prompt in enumerate(given):
+            ids = await self.ids(prompt) if isinstance(prompt, str) else list(prompt)
             if not ids:
-                raise Refused(400, f"prompt {place} is empty", param="prompt")
+                raise Refused(400, f"prompt {index} is empty", param="prompt")
             self.known(ids, "prompt")
             self.room(len(ids), new, 1)
             out.append(ids)
@@ -298,16 +298,16 @@ class Front:
         if asked is not True or not self.model.has_tokenizer:
             return prompts, request
         try:
-            made = [await self.aside(partial(self.model.healing, ids)) for ids in prompts]
+            healed = [await self.aside(partial(self.model.healing, ids)) for ids in prompts]
         except ValueError as error:
             raise refusal(error) from error
-        out = [ids for ids, _ in made]
-        calls = [(place, call) for place, (_, call) in enumerate(made) if call is not None]
+        out = [ids for ids, _ in healed]
+        calls = [(index, call) for index, (_, call) in enumerate(healed) if call is not None]
         for which, token in await self.through(
             [(call, self.model.writer(call)) for _, call in calls]
         ):
-            place = calls[which][0]
-            out[place] = [*out[place], token.id]
+            index = calls[which][0]
+            out[index] = [*out[index], token.id]
         return out, replace(request, knobs={**request.knobs, "token_healing": False})
 
     def texts(
