@@ -7,9 +7,11 @@ import os
 from pathlib import Path
 
 import numpy as np
+import numpy_model
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import core
 
 from fastgen import PrefixCache
 from fastgen.engine.cache import Cache
@@ -58,7 +60,7 @@ def run(scheduler, arrivals, cancels=()):
     return [got[id(call)] for _, call in arrivals], step
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "mamba"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mamba", *core(*numpy_model.KINDS)])
 def test_each_call_gets_what_it_gets_alone(name, pair):
     _, model = pair(name)
 

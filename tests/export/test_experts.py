@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import fastgen
 from fastgen.export import UnsupportedModel, export
@@ -96,8 +97,8 @@ def test_experts_in_three_flat_matrices(tmp_path):
     part = {"moe_num_experts": 4, "moe_top_k": 2, "ffn_hidden_size": 48}
     changes = {"d_model": 64, "n_heads": 4, "n_layers": 1, "max_seq_len": 128, "ffn_config": part,
                "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8}}  # fmt: skip
-    config = tiny.AutoConfig.for_model("dbrx", vocab_size=tiny.VOCAB, **changes)
-    model = tiny.AutoModelForCausalLM.from_config(config).eval()
+    config = AutoConfig.for_model("dbrx", vocab_size=tiny.VOCAB, **changes)
+    model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(0.12 * torch.randn_like(parameter))
