@@ -61,7 +61,7 @@ def batch(
         from fastgen.engine.schedule import MAX_ROWS
         from fastgen.inputs import params, validators
         from fastgen.jobs.generation import GenerationWork
-        from fastgen.jobs.job import Job
+        from fastgen.jobs.job import RowJob
         from fastgen.jobs.request import RowReader
         from fastgen.jobs.source import RowSource
 
@@ -88,7 +88,7 @@ def batch(
             "keep": sorted(keep),
             "ids": ids,
         }
-        with Job(rows, out, settings, seed=seed, restart=restart) as job:
+        with RowJob(rows, out, settings, seed=seed, restart=restart) as job:
             begun = job.begun
             reader = RowReader(loaded, wanted, keep, begun["seed"], ids, begun["created"])
             do(job, GenerationWork(reader, max_rows or MAX_ROWS), quiet)

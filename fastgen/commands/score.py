@@ -38,7 +38,7 @@ def score(
     wrong in single rows as `fastgen batch` is.
     """
     with clear_errors():
-        from fastgen.jobs.job import Job
+        from fastgen.jobs.job import RowJob
         from fastgen.jobs.scoring import ScoringWork
         from fastgen.jobs.source import RowSource
 
@@ -58,5 +58,5 @@ def score(
             "keep": sorted(keep),
             "tokens": each,
         }
-        with Job(rows, out, settings, restart=restart) as job:
+        with RowJob(rows, out, settings, restart=restart) as job:
             do(job, work, quiet)

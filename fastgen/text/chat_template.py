@@ -89,7 +89,7 @@ def rendered(source: str, config: Mapping[str, Any], given: Mapping[str, Any]) -
         text.encode()  # a surrogate alone, in the template or in a message, is no text
         return text
     except sandbox.TooCostly as error:
-        raise message_forms.Hopeless(
+        raise message_forms.NoFormHelps(
             f"the chat template refuses these messages: {error}"
         ) from error
     except TemplateError as error:
@@ -169,7 +169,7 @@ class Template:
     """
 
     text: Callable[[dict[str, Any]], str]
-    forms: message_forms.Known = field(default_factory=message_forms.Known)
+    forms: message_forms.KnownForms = field(default_factory=message_forms.KnownForms)
 
 
 @functools.lru_cache(maxsize=16)

@@ -60,7 +60,7 @@ class Candidate:
     divergence: float = 0.0
 
     def seconds(self, new: int) -> float:
-        """Of a whole call: the prompt and `new` tokens."""
+        """Seconds of a whole call: the prompt and `new` tokens."""
         return statistics.median(self.prefill) + new * statistics.median(self.decode)
 
 

@@ -23,7 +23,8 @@ from fastgen.export import export
 from fastgen.export.onnx_folder import folder
 from fastgen.export.source import checkpoint
 from fastgen.export.torch_model import source
-from fastgen.inputs.params import BY_DEFAULT, UNSUPPORTED, resolve
+from fastgen.inputs.keywords import BY_DEFAULT, UNSUPPORTED
+from fastgen.inputs.params import resolve
 from fastgen.jobs.source import Source
 from fastgen.store import hub, jsonfile
 

@@ -235,7 +235,7 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         (
             "params prompt",
             "knob",
-            "lengths validators",
+            "keywords lengths validators",
             "tensors",
         ),
     ),
