@@ -22,7 +22,6 @@ import onnxruntime
 from numpy.typing import NDArray
 
 import fastgen
-from fastgen.engine.kv_int8 import SCALES
 from fastgen.engine.model import UNPACKED
 from fastgen.engine.output import GenerateOutput
 from fastgen.errors import ModelError, UnsupportedModel
@@ -39,8 +38,7 @@ from fastgen.export.source.origin import Origin, Tolerance
 from fastgen.generator import CausalLM
 from fastgen.store import hub, jsonfile, onnx_folders
 from fastgen.store.hub import CACHE_PRECISION, PRECISION
-from fastgen.store.model_info import GRAPH, INFO
-from fastgen.store.report import REPORT
+from fastgen.store.model_info import GRAPH, INFO, REPORT, SCALES, WEIGHTS, ModelInfo
 from fastgen.store.tuning import Tuning
 from fastgen.system import interrupt, memory
 
@@ -412,7 +410,7 @@ class _Job:
     Attributes:
         out: where the last graph is written.
         original: what the original says of the probes.
-        description: the content of `fastgen.json`.
+        info: the content of `fastgen.json`.
         scales: of keys and values, once they are quantised.
         kept: puts an array into a file, where it takes no memory that the system could not have
             back.
@@ -425,7 +423,7 @@ class _Job:
     shown: Progress
     out: Path
     original: check.Reference
-    description: dict[str, Any]
+    info: ModelInfo
     kept: Kept
     scales: NDArray[np.float32] | None = None
     proved: Path | None = None
@@ -434,9 +432,12 @@ class _Job:
     def convert(self, to: Path, whole: bool = False) -> onnx_ir.Model:
         with self.shown.step("convert") as found:
             converted, about = self.origin.convert(whole)
-            trim.trim(converted, self.description["max_length"])
-            self.description["hard_limit"] |= trim.rotations_are_tabled(converted)
-            self.description["windows"] = window.bound(converted)
+            trim.trim(converted, self.info.max_length)
+            self.info = replace(
+                self.info,
+                hard_limit=self.info.hard_limit or trim.rotations_are_tabled(converted),
+                windows=tuple(window.bound(converted)),
+            )
             self.save(converted, to)
             self.origin.written(to)
             found += [*about, f"{len(converted.graph)} nodes"]
@@ -450,7 +451,7 @@ class _Job:
         onnx_file.save(converted, to / GRAPH)
         if self.scales is not None:
             np.save(to / SCALES, self.scales)
-        bundle.seal(to, self.description)
+        bundle.seal(to, self.info)
 
     def quantise(self, place: Path, to: Path) -> dict[str, Any]:
         """Quantise the weights of a graph that was proved equal, and say what it costs.
@@ -540,12 +541,12 @@ class _Job:
 
     def quantise_cache(self, converted: onnx_ir.Model, to: Path) -> dict[str, Any]:
         """Store keys and values in 8 bits, and say what that alone costs."""
-        limit, precision = self.description["max_length"], self.wishes.cache_precision
+        limit, precision = self.info.max_length, self.wishes.cache_precision
         with self.shown.step("quantise keys and values") as found:
             reached = kv_int8.reach(converted, self.corpus.calibration(kv_int8.TOKENS), limit)
             rows = kv_int8.long_rows(self._judged_on(2 * quality.TOKENS), limit, quality.TOKENS)
             self.scales = kv_int8.quantize(converted, reached)
-            self.description["cache_dtype"] = kv_int8.DTYPES[precision]
+            self.info = replace(self.info, cache_dtype=kv_int8.DTYPES[precision])
             self.save(converted, to)
             channels = sum(one.size for one in reached.values())
             found.append(f"{channels:,} channels, {precision}")
@@ -574,7 +575,7 @@ class _Job:
             greedy = check.compare_continuation(out, self._continuation(out))
             found.append(greedy.summary())
         wrong = check.judge(logits, self.origin.tolerance, greedy)
-        size = sum((to / name).stat().st_size for name in (GRAPH, f"{GRAPH}.data"))
+        size = sum((to / name).stat().st_size for name in (GRAPH, WEIGHTS))
         report = {
             "bytes": size, "logits": asdict(logits), "greedy": asdict(greedy), "mismatch": wrong,
         }  # fmt: skip
@@ -599,7 +600,7 @@ class _Job:
     @cached_property
     def corpus(self) -> corpus.Corpus:
         """Rows of ids to calibrate on, and others to measure on."""
-        return corpus.of(self.origin, self.description, self.wishes.texts, self._writes)
+        return corpus.of(self.origin, self.info, self.wishes.texts, self._writes)
 
     def _judged_on(self, tokens: int) -> list[NDArray[np.int64]]:
         """Rows to measure on; none where nothing is measured."""
@@ -648,20 +649,20 @@ def _told(made: Sequence[recipe.Made], plan: recipe.Plan) -> list[str]:
 
 
 def _export(origin: Origin, out: Path, wishes: Wishes, shown: Progress, kept: Kept) -> None:
-    description = origin.describe(wishes.precision)
-    floats = requirements.FLOAT * description["parameters"]
+    floats = requirements.FLOAT * origin.parameters
     shown.weights = floats
     original = check.Reference([], [])  # where only the graph can be asked, which there is not yet
     if OWN_LOGITS not in shown.names:
         with shown.step("original logits") as found:
             original = _reference(origin, found, kept)
+    info = replace(origin.describe(), precision=wishes.precision, exporter=fastgen.__version__)
     with bundle.directory(out, wishes.force) as temporary:
         shown.watch.directory = temporary
-        job = _Job(origin, wishes, shown, temporary, original, description, kept)
+        job = _Job(origin, wishes, shown, temporary, original, info, kept)
         report = _stages(job)
         why = prefill_int8.write(temporary)
-        if why and job.description["precision"] == "int4":
-            job.description["no_prompts"] = why
+        if why and wishes.precision == "int4":
+            job.info = replace(job.info, no_prompts=why)
         with shown.step("time by operator") as found:
             spent = profile.by_operator(temporary)
             found += [f"{step} {next(iter(shares))}" for step, shares in spent.items()]
@@ -682,7 +683,7 @@ def _export(origin: Origin, out: Path, wishes: Wishes, shown: Progress, kept: Ke
                 **origin.report(),
             }
             jsonfile.write(temporary / REPORT, report)
-            bundle.seal(temporary, job.description)
+            bundle.seal(temporary, job.info)
             bundle.sign(temporary)
             size = sum(p.stat().st_size for p in temporary.iterdir())
             found.append(f"{out}, {size / 1e6:,.1f} MB")

@@ -22,11 +22,17 @@ from fastgen.inputs import tensors, validators
 from fastgen.inputs.params import Params
 from fastgen.sampling import processors, stop
 from fastgen.store import hub, jsonfile
-from fastgen.store.model_info import ModelInfo
+from fastgen.store.model_info import (
+    CHAT_TEMPLATE,
+    CONFIG,
+    GENERATION_CONFIG,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    ModelInfo,
+)
 from fastgen.store.tuning import Tuning
 from fastgen.text import chat_template, token_healing
-from fastgen.text.tokenizer import CONFIG, TextStream, Tokenizer
-from fastgen.text.tokenizer import FILE as TOKENIZER
+from fastgen.text.tokenizer import TextStream, Tokenizer
 
 
 class Settings:
@@ -89,8 +95,8 @@ class CausalLM:
         self.directory = Path(directory)
         self.name_or_path = str(directory)
         self.model = Model(self.directory, threads, tuning, prompts)
-        self.config = Settings(jsonfile.read(self.directory / "config.json"))
-        self.generation_config = Settings(jsonfile.read(self.directory / "generation_config.json"))
+        self.config = Settings(jsonfile.read(self.directory / CONFIG))
+        self.generation_config = Settings(jsonfile.read(self.directory / GENERATION_CONFIG))
         self.has_tokenizer = (self.directory / TOKENIZER).is_file()
 
     @classmethod
@@ -138,7 +144,7 @@ class CausalLM:
             ModelError: the model was exported for ids only, or its files are no longer as they were
                 exported.
         """
-        self.model.info.check(self.directory, TOKENIZER, CONFIG)
+        self.model.info.check(self.directory, TOKENIZER, TOKENIZER_CONFIG)
         return Tokenizer(self.directory)
 
     def without_defaults(self) -> Self:
@@ -346,7 +352,7 @@ class CausalLM:
             The reply without special tokens; a list with `num_return_sequences` above 1.
         """
         variables = dict(template_variables or {})
-        self.model.info.check(self.directory, chat_template.FILE)
+        self.model.info.check(self.directory, CHAT_TEMPLATE)
         text = chat_template.prompt(
             self.directory, self.tokenizer.config, messages, tools, **variables
         )

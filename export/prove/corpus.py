@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from fastgen.generator import CausalLM
 from fastgen.store import jsonfile
 from fastgen.store.jsonfile import parsed
+from fastgen.store.model_info import CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG, ModelInfo
 from fastgen.text import chat_template
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ class Corpus:
 
 def of(
     origin: Origin,
-    description: Mapping[str, Any],
+    info: ModelInfo,
     files: Sequence[Path] = (),
     own: CausalLM | Callable[[], CausalLM] | None = None,
 ) -> Corpus:
@@ -148,7 +149,7 @@ def of(
 
     Args:
         origin: of the model, for its tokenizer and its chat template.
-        description: the content of `fastgen.json`.
+        info: the content of `fastgen.json`.
         files: a user's text (see `read`), which takes the place of all other; half of it is
             calibrated on, and half judged. None for what comes with fastgen.
         own: the model that writes text of its own, or what loads it once it has to.
@@ -156,7 +157,7 @@ def of(
     Raises:
         ValueError: the user's text is not for this model, or too short.
     """
-    reader = Reader.of(origin, description)
+    reader = Reader.of(origin, info)
     if files:
         return Corpus(_brought(reader, files), notes=reader.notes)
     halves = {name: _shipped(name) for name in KINDS if reader.tokenizer is not None}
@@ -352,23 +353,23 @@ class Reader:
     notes: list[str] = field(default_factory=list)
 
     @classmethod
-    def of(cls, origin: Origin, description: Mapping[str, Any]) -> Reader:
+    def of(cls, origin: Origin, info: ModelInfo) -> Reader:
         """From what its directory will hold."""
-        limit = description["max_length"]
-        reader = cls(origin.tokenizer, description["vocab_size"], min(ROW, limit or ROW))
+        limit = info.max_length
+        reader = cls(origin.tokenizer, info.vocab_size, min(ROW, limit or ROW))
         with tempfile.TemporaryDirectory() as temporary:
             place = Path(temporary)
             origin.write_configuration(place)
-            said = jsonfile.read(place / "config.json") | {
+            said = jsonfile.read(place / CONFIG) | {
                 name: value
-                for name, value in jsonfile.read(place / "generation_config.json").items()
+                for name, value in jsonfile.read(place / GENERATION_CONFIG).items()
                 if value is not None
             }
             bos, eos = said.get("bos_token_id"), said.get("eos_token_id")
             reader.bos = bos if _is_id(bos, reader.vocab) else None
             ends = eos if isinstance(eos, list) else [eos]
             reader.eos = tuple(one for one in ends if _is_id(one, reader.vocab))
-            settings = jsonfile.read(place / chat_template.CONFIG)
+            settings = jsonfile.read(place / TOKENIZER_CONFIG)
             if reader.tokenizer is not None and chat_template.has_template(place, settings):
                 reader._use(chat_template.source(place, settings, with_tools=False), settings)
         return reader

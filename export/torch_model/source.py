@@ -31,10 +31,9 @@ from fastgen.export.source.origin import name_of
 from fastgen.export.torch_model import adapter, text
 from fastgen.export.trace import refuse, rope, sparse, stored
 from fastgen.store import hub, jsonfile
-from fastgen.store.model_info import INFO
+from fastgen.store.model_info import CONFIG, INFO
 from fastgen.text.tokenizer import Tokenizer
 
-CONFIG = "config.json"
 SHORT = 300  # characters of somebody else's error message that are worth repeating
 
 

@@ -90,9 +90,9 @@ def bench(
     with clear_errors():
         if png is not None:
             plot.drawable()
-            files.check("--png", png)
+            files.check_writable("--png", png)
         if as_json is not None:
-            files.check("--json", as_json)
+            files.check_writable("--json", as_json)
         if not models:
             say("fastgen: no DIR given, using the embedded demo model")
         given = list(dict.fromkeys(models))
@@ -115,10 +115,10 @@ def bench(
         for line in plot.lines(found, width, sys.stdout.encoding or "ascii"):
             click.echo(line)
         if as_json is not None:
-            with files.written("--json", as_json) as file:
+            with files.atomic_file("--json", as_json) as file:
                 file.write_text(_record(machine, infos, found, rounds), encoding="utf-8")
         if png is not None:
-            with files.written("--png", png) as file:
+            with files.atomic_file("--png", png) as file:
                 plot.png(found, machine, rounds, file)
 
 

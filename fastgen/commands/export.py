@@ -105,7 +105,8 @@ def export(
                 f"exporting needs torch and transformers: {extras.install('export')}; of a known "
                 f"family or an ONNX folder, onnx and onnx_ir: {extras.install('onnx')} ({error})"
             ) from error
-        from fastgen.store.report import REPORT, table
+        from fastgen.store.model_info import REPORT
+        from fastgen.store.report import table
 
         made = pipeline.export(
             model,

@@ -13,6 +13,7 @@ from fastgen.engine.output import Token
 from fastgen.generator import CausalLM
 from fastgen.inputs import params, validators
 from fastgen.jobs.row import LENGTHS, Outcome, Row, seed_of
+from fastgen.store.model_info import CHAT_TEMPLATE
 from fastgen.system import extras
 from fastgen.text import chat_template
 from fastgen.text.tokenizer import Tokenizer
@@ -220,7 +221,7 @@ class Reader:
     @functools.cached_property
     def _of_templates(self) -> Tokenizer:
         """The tokenizer, once it is known that the template is as it was exported."""
-        self.model.model.info.check(self.model.directory, chat_template.FILE)
+        self.model.model.info.check(self.model.directory, CHAT_TEMPLATE)
         return self.model.tokenizer
 
     def _of_chat(

@@ -5,17 +5,16 @@ Whatever is written is written beside its place and renamed when it is complete.
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import importlib.util
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastgen.errors import ModelError
-from fastgen.store import onnx_folders, swap
+from fastgen.store import files, onnx_folders
 from fastgen.store.model_info import INFO, PRECISIONS, ModelInfo
 from fastgen.system import extras
 
@@ -98,7 +97,7 @@ def exported(
     called = re.sub(r"[^\w.-]+", "--", name.strip("/"))[-60:]
     out = cache_directory() / f"{called}-{kind(wanted or 'onnx', kept)}-{digest}"
     if not (out / INFO).is_file():
-        with locked(out.with_name(out.name + ".lock")):
+        with files.locked(out.with_name(out.name + ".lock")):
             if not (out / INFO).is_file():  # another process may have made it meanwhile
                 pipeline = _pipeline(name, foreign)
                 if not foreign and not has_torch():
@@ -296,7 +295,7 @@ def cache_directory() -> Path:
 
 def _is_here(name: str | os.PathLike[str]) -> bool:
     """Whether a name is a path. What a killed export of that path left is put back first."""
-    return Path(name).exists() or swap.restore(Path(name)) or not is_id(name)
+    return Path(name).exists() or files.restore(Path(name)) or not is_id(name)
 
 
 def is_id(name: str | os.PathLike[str]) -> bool:
@@ -321,31 +320,3 @@ def _of_precision(source: Path, precision: str | None, cache_precision: str | No
             f"not {cache_precision}"
         )
     return source
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a lock file, which goes when the process does; others wait."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        release = _lock(file)
-        try:
-            yield
-        finally:
-            release()
-
-
-def _lock(file: Any) -> Any:
-    if os.name == "nt":
-        import msvcrt
-
-        def seek_and(mode: int) -> None:
-            file.seek(0)
-            msvcrt.locking(file.fileno(), mode, 1)  # type: ignore[attr-defined,unused-ignore]
-
-        seek_and(msvcrt.LK_LOCK)  # type: ignore[attr-defined,unused-ignore]
-        return lambda: seek_and(msvcrt.LK_UNLCK)  # type: ignore[attr-defined,unused-ignore]
-    import fcntl
-
-    fcntl.flock(file, fcntl.LOCK_EX)
-    return lambda: fcntl.flock(file, fcntl.LOCK_UN)

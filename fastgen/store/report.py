@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fastgen.store import jsonfile
+from fastgen.store.model_info import REPORT
 
-REPORT = "report.json"
 SHOWN = 4  # operators that are named of each kind of step
 
 

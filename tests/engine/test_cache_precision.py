@@ -19,7 +19,7 @@ import fastgen
 from fastgen import commands
 from fastgen.engine import memory_estimate
 from fastgen.engine.cache import Cache
-from fastgen.engine.kv_int8 import SCALES, Codes
+from fastgen.engine.kv_int8 import Codes
 from fastgen.engine.model import Model
 from fastgen.engine.prefill import CHUNK, Prefill
 from fastgen.engine.prompt_reader import Desk
@@ -31,7 +31,7 @@ from fastgen.export.source.origin import Tolerance
 from fastgen.export.trace import graph
 from fastgen.sampling.softmax import log_softmax
 from fastgen.store import hub
-from fastgen.store.model_info import GRAPH, INFO
+from fastgen.store.model_info import GRAPH, INFO, SCALES, ModelInfo
 
 LOOSE = Tolerance(max_difference=1.0, kl=0.02, top1=0.9, greedy=False)
 
@@ -309,7 +309,7 @@ def demo(tmp_path_factory):
     with_floats(loaded)
     assert not any(node.op_type == "QuantizeLinear" for node in loaded.graph)
     graph.save(loaded, directory / GRAPH)
-    bundle.seal(directory, json.loads((directory / INFO).read_text()))
+    bundle.seal(directory, ModelInfo.parse(directory))
     model = fastgen.load(directory)
     info = model.model.info
     text = Path(kv_int8.__file__).parents[1].joinpath("held_out.txt").read_text(encoding="utf-8")
@@ -325,8 +325,7 @@ def quantised_demo(demo, directory, limit: int) -> Model:
     scales = kv_int8.quantize(loaded, kv_int8.reach(loaded, calibration, limit))
     graph.save(loaded, directory / GRAPH)
     np.save(directory / SCALES, scales)
-    said = json.loads((directory / INFO).read_text())
-    bundle.seal(directory, said | {"cache_dtype": "int8"})
+    bundle.seal(directory, dataclasses.replace(ModelInfo.parse(directory), cache_dtype="int8"))
     return Model(directory)
 
 

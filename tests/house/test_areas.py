@@ -96,7 +96,7 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "export/build": (
-        "export/torch_model export/prove export/quantize export/source export/rewrite fastgen "
+        "export/torch_model export/prove export/quantize export/source export/rewrite "
         "generator engine sampling store errors",
         (
             "proved",
@@ -107,7 +107,7 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "export/torch_model": (
-        "export/prove export/trace export/source fastgen text store system errors",
+        "export/prove export/trace export/source text store system errors",
         (
             "original",
             "source",
@@ -115,7 +115,7 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "export/onnx_folder": (
-        "export/prove export/source export/rewrite fastgen store errors",
+        "export/prove export/source export/rewrite store errors",
         (
             "origin",
             "rewrite",
@@ -210,8 +210,9 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         "system errors",
         (
             "hub",
-            "model_info report tuning",
-            "files graph_io jsonfile onnx_folders swap",
+            "report tuning",
+            "model_info",
+            "files graph_io jsonfile onnx_folders",
         ),
     ),
     "inputs": (
