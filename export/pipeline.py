@@ -10,7 +10,7 @@ import shutil
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -36,9 +36,18 @@ from fastgen.export.quantize.recipe import RECIPES
 from fastgen.export.rewrite import onnx_file, trim, window
 from fastgen.export.source.origin import Origin, Tolerance
 from fastgen.generator import CausalLM
-from fastgen.store import hub, jsonfile, onnx_folders
-from fastgen.store.hub import CACHE_PRECISION, PRECISION
-from fastgen.store.model_info import GRAPH, INFO, REPORT, SCALES, WEIGHTS, ModelInfo
+from fastgen.store import jsonfile, resolve
+from fastgen.store.model_info import (
+    CACHE_PRECISION,
+    GRAPH,
+    PRECISION,
+    REPORT,
+    SCALES,
+    WEIGHTS,
+    ModelInfo,
+    kind,
+)
+from fastgen.store.resolve import CHECKPOINT, FASTGEN, ONNX_FOLDER, Resolved
 from fastgen.store.tuning import Tuning
 from fastgen.system import interrupt, memory
 
@@ -67,7 +76,7 @@ AGAIN = 2  # times that the text which decides sends matrices up the ladder
 
 @interrupt.raised()
 def export(
-    model: str | os.PathLike[str] | PreTrainedModel,
+    model: str | os.PathLike[str] | Resolved | PreTrainedModel,
     out: str | os.PathLike[str] | None = None,
     *,
     tokenizer: object | None = None,
@@ -94,7 +103,7 @@ def export(
     Args:
         model: a hub id, a `save_pretrained` directory, an adapter's (PEFT) of either kind, an
             ONNX folder that others exported, or a transformers model object, which is left as it
-            was.
+            was. What `store.resolve` found of a name is taken too.
         out: the directory to write; it appears when it is complete. None for the model's name
             and its precisions, such as distilgpt2-int8.
         tokenizer: the tokenizer of a model object; without one it is exported for ids only.
@@ -136,13 +145,16 @@ def export(
     texts = _texts(text, calibration)
     if out is not None:
         bundle.check_free(Path(out), force)
-    found = _folder(model, precision, revision, adapter)
+    resolved = _resolved(model, precision, revision, adapter)
+    found = None
+    if resolved is not None and resolved.kind == ONNX_FOLDER:
+        found = folder.choose(resolved.fetch(), precision)
     if found is None and precision not in (None, *PRECISIONS):
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     made = (precision or PRECISION) if found is None else found.precision
     if out is None:
         called = made if found is None or made != found.first else found.name
-        out = _usual_place(model, hub.kind(called, cache_precision))
+        out = _usual_place(resolved, kind(called, cache_precision))
         bundle.check_free(out, force)
     out = Path(out)
     wishes = Wishes(
@@ -157,18 +169,18 @@ def export(
     kinds = wishes.kinds("fp32" if found is None else found.first)
     if texts and not kinds:
         raise ValueError(f"text is for what is quantised, and of {made} nothing is: leave it out")
-    built = None if found is not None else _built(model, revision, adapter, build, prove)
-    shown = Progress(_steps(wishes, kinds, built is not None and not prove), progress)
+    built = found is None and _is_built(resolved or model, adapter, build, prove)
+    shown = Progress(_steps(wishes, kinds, built and not prove), progress)
     with shown.watch.working():
         with shown.step("load") as about:
             if found is not None:
                 origin: Origin = foreign.Folder(found)
             else:
                 place = _Place(out, made, len(kinds))
-                if built is None:
-                    origin = _original(model, tokenizer, revision, adapter, place)
+                if built and resolved is not None:
+                    origin = _of_tensors(resolved, place, prove)
                 else:
-                    origin = _of_tensors(built, revision, place, prove)
+                    origin = _original(resolved or model, tokenizer, adapter, place)
                 about += [place.needs.summary()] if place.needs is not None else []
                 shown.watch.unseen = place.spilled
             about[:0] = origin.about()
@@ -182,8 +194,8 @@ def _steps(wishes: Wishes, kinds: Sequence[str], asks_itself: bool) -> list[str]
     names = ["load", "original logits", "convert", *_compared("ONNX")]
     if asks_itself:
         names[1:3] = ["convert", OWN_LOGITS]
-    for kind in kinds:
-        weights = kind == "weights"
+    for part in kinds:
+        weights = part == "weights"
         name = wishes.precision if weights else f"{wishes.cache_precision} cache"
         names.append(f"quantise to {name}" if weights else "quantise keys and values")
         names += _judged(name, wishes.quick)
@@ -231,26 +243,18 @@ class _Place:
         return needs
 
 
-def _folder(
+def _resolved(
     model: object, precision: str | None, revision: str | None, adapter: object
-) -> folder.Choice | None:
-    """The graph of an ONNX folder, here or on the hub; None for what is no such folder."""
-    if not isinstance(model, str | os.PathLike) or adapter is not None:
+) -> Resolved | None:
+    """The model of a name; None for a model object."""
+    if isinstance(model, Resolved):
+        return model
+    if not isinstance(model, str | os.PathLike):
         return None
-    place = Path(model)
-    if not place.is_dir():
-        if place.exists() or not hub.is_id(model):
-            return None
-        fetched = hub.onnx_folder(str(model), precision, revision)
-        return None if fetched is None else folder.choose(fetched, precision)
-    if (place / INFO).is_file() or not hub.is_onnx(onnx_folders.names_in(place), precision):
-        return None
-    return folder.choose(place, precision)
+    return resolve.resolve(model, precision, revision, adapted=adapter is not None)
 
 
-def _original(
-    model: Any, tokenizer: object | None, revision: str | None, adapter: Any, place: _Place
-) -> Origin:
+def _original(model: object, tokenizer: object | None, adapter: Any, place: _Place) -> Origin:
     """A transformers model, by name or as it is.
 
     Raises:
@@ -261,21 +265,27 @@ def _original(
 
         from fastgen.export.torch_model import original, source
     except ImportError as error:
-        raise hub.needs(model, False, error) from error
+        name = model.name if isinstance(model, Resolved) else model
+        raise resolve.needs(name, CHECKPOINT, error) from error
+    if isinstance(model, Resolved):
+        return original.Original(_loaded(model, adapter, place))
     if not isinstance(model, PreTrainedModel):
-        return original.Original(_loaded(model, revision, adapter, place))
+        raise ValueError(
+            "model must be a hub id, a directory or a transformers model, "
+            f"got {type(model).__name__}"
+        )
     if adapter is not None:
         raise ValueError("adapter goes with a model's name: a model object can be merged by peft")
     place.settle(requirements.of_model(model, is_mapped=True), may_stay=False)
     return original.Original(source.of_object(model, tokenizer))
 
 
-def _loaded(model: Any, revision: str | None, adapter: Any, place: _Place) -> Source:
+def _loaded(model: Resolved, adapter: Any, place: _Place) -> Source:
     """A transformers model by its name, its weights where they have room."""
     from fastgen.export.torch_model import source
     from fastgen.export.trace import stored
 
-    loaded = source.load(model, revision, adapter, place.in_own_types)
+    loaded = source.load(model.fetch(), adapter, place.in_own_types)
     if place.needs is None:
         place.settle(requirements.of_model(loaded.model, is_mapped=False), may_stay=False)
     if place.spills:
@@ -283,77 +293,50 @@ def _loaded(model: Any, revision: str | None, adapter: Any, place: _Place) -> So
     return loaded
 
 
-def _built(
-    model: Any, revision: str | None, adapter: Any, build: bool | None, prove: bool
-) -> str | Path | None:
-    """The model's directory or its id, where its graph is built and not traced.
+def _is_built(model: object, adapter: object, build: bool | None, prove: bool) -> bool:
+    """True where the graph is made of a checkpoint's tensors, and not traced.
 
     Raises:
-        ModelError: there is no torch, and what it says cannot be built.
+        ModelError: there is no torch, and what it says cannot be built; or nothing is to be done.
         UnsupportedModel: it cannot be built, which was asked for.
     """
-    torch = hub.has_torch()
-    if prove and not torch:
-        raise hub.needs(model, False, "to run the original, as --prove asks")
-    wanted = prove or not torch if build is None else build
+    name = model.name if isinstance(model, Resolved) else type(model).__name__
+    has_torch = resolve.has_torch()
+    if prove and not has_torch:
+        raise resolve.needs(name, CHECKPOINT, "to run the original, as --prove asks")
+    if isinstance(model, Resolved) and model.kind == FASTGEN:
+        raise ModelError(f"{name} is a fastgen model already: there is nothing to export")
+    wanted = prove or not has_torch if build is None else build
     if not wanted:
-        return None
-    why = _refused(model, revision, adapter)
+        return False
+    why = _refused(model, adapter)
     if why is None:
-        return model if isinstance(model, Path) else str(model)
+        return True
     if build or prove:
-        raise UnsupportedModel(f"{_called(model)} cannot be built: {why}")
-    raise hub.needs(_called(model), False, why)
+        raise UnsupportedModel(f"{name} cannot be built: {why}")
+    raise resolve.needs(name, CHECKPOINT, why)
 
 
-def check_buildable(name: str, described: Path, names: Iterable[str]) -> None:
-    """Look at what can be had without its weights, where there is no torch.
-
-    Args:
-        described: where its config.json lies.
-        names: of its files.
-
-    Raises:
-        ModelError: it cannot be built.
-    """
-    why = build_origin.refused(described, names)
-    if why is not None:
-        raise hub.needs(name, False, why)
-
-
-def _called(model: object) -> str:
-    return str(model) if isinstance(model, str | os.PathLike) else type(model).__name__
-
-
-def _refused(model: Any, revision: str | None, adapter: Any) -> str | None:
-    """Why a model cannot be built; None where it can."""
-    if not isinstance(model, str | os.PathLike):
+def _refused(model: object, adapter: object) -> str | None:
+    """The reason why a model cannot be built; None where it can."""
+    if not isinstance(model, Resolved):
         return "it is no checkpoint's directory or hub id"
     if adapter is not None:
         return "an adapter has to be merged first"
-    place = Path(model)
-    if (place / INFO).is_file():
-        raise ModelError(f"{model} is a fastgen model already: there is nothing to export")
-    if place.is_dir():
-        return build_origin.refused(place, onnx_folders.names_in(place))
-    if place.exists() or not hub.is_id(model):
-        return f"{model} is no directory, nor a hub id"
-    described = hub.snapshot(str(model), revision, only=[*hub.DESCRIBED])
-    return build_origin.refused(described, hub.listed(str(model), revision))
+    return build_origin.refused(model.described(), model.files)
 
 
-def _of_tensors(model: str | Path, revision: str | None, place: _Place, prove: bool) -> Origin:
+def _of_tensors(model: Resolved, place: _Place, prove: bool) -> Origin:
     """A checkpoint whose family is known; with the original beside it, where that is to run."""
-    here = Path(model)
-    directory = here if here.is_dir() else hub.transformers_snapshot(str(model), revision)
+    directory = model.fetch()
     if prove:
         from fastgen.export.build.proved import Proved
 
-        return Proved(_loaded(model, revision, None, place), directory)
+        return Proved(_loaded(model, None, place), directory)
     size = requirements.of_checkpoint(directory)
     if size is not None:
         place.settle(replace(size, is_float32=True), may_stay=False)  # each is cast as it is read
-    return build_origin.Built(directory, None if here.is_dir() else str(model))
+    return build_origin.Built(directory)
 
 
 def _texts(text: Any, calibration: Any) -> list[Path]:
@@ -368,12 +351,12 @@ def _texts(text: Any, calibration: Any) -> list[Path]:
     return paths
 
 
-def _usual_place(model: object, kind: str) -> Path:
+def _usual_place(model: Resolved | None, precisions: str) -> Path:
     """A directory in this one, called after a model."""
-    if not isinstance(model, str | os.PathLike):
+    if model is None:
         raise ValueError("out must be a directory: a model object has no name of its own")
-    name = Path(os.path.abspath(model)).name  # of a directory's path, or the end of a hub id
-    return Path(f"{name}-{kind}")
+    name = Path(os.path.abspath(model.name)).name  # of a directory's path, or the end of a hub id
+    return Path(f"{name}-{precisions}")
 
 
 def usual_tolerance(
@@ -716,10 +699,10 @@ def _stages(job: _Job) -> dict[str, Any]:
     job.judge(report)
     job.proved = place
     del converted
-    for kind in kinds:
+    for part in kinds:
         gc.collect()  # graphs are full of cycles: the one before goes now, with its weights
-        before, place = place, out if kind == kinds[-1] else work / kind
-        if kind == "cache":
+        before, place = place, out if part == kinds[-1] else work / part
+        if part == "cache":
             made = job.quantise_cache(onnx_ir.load(before / GRAPH), place)
             report = {"fp32": proved, "cache": made} | made
         else:

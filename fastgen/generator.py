@@ -13,6 +13,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from fastgen import first_use
 from fastgen.engine import score
 from fastgen.engine.call import Call, Objects, Writer, last_token, prepare, read
 from fastgen.engine.model import Model
@@ -21,7 +22,7 @@ from fastgen.engine.prefix_cache import PrefixCache, check
 from fastgen.inputs import tensors, validators
 from fastgen.inputs.params import Params
 from fastgen.sampling import processors, stop
-from fastgen.store import hub, jsonfile
+from fastgen.store import jsonfile
 from fastgen.store.model_info import (
     CHAT_TEMPLATE,
     CONFIG,
@@ -131,7 +132,7 @@ class CausalLM:
                 one of it is not installed.
             ValueError: it cannot be expressed, or its export differs from it.
         """
-        directory = hub.exported(name_or_path, precision, cache_precision, revision)
+        directory = first_use.exported(name_or_path, precision, cache_precision, revision)
         model = cls(directory, threads, prompts=prompts)
         model.name_or_path = str(name_or_path)
         return model
@@ -528,7 +529,7 @@ def load(
             was found.
         ValueError: threads, prompts.
     """
-    return CausalLM(hub.directory(name_or_path), threads, prompts=prompts)
+    return CausalLM(first_use.directory(name_or_path), threads, prompts=prompts)
 
 
 def verify(name_or_path: str | os.PathLike[str] | None = None) -> None:
@@ -544,7 +545,7 @@ def verify(name_or_path: str | os.PathLike[str] | None = None) -> None:
         ModelError: files are missing, truncated or changed: it names them all. Or an older fastgen
             exported the model, without digests.
     """
-    ModelInfo.verify(hub.directory(name_or_path))
+    ModelInfo.verify(first_use.directory(name_or_path))
 
 
 @functools.lru_cache(maxsize=8)
@@ -556,4 +557,4 @@ def generate(
     input_ids: Any = None, *, model: str | os.PathLike[str] | None = None, **kwargs: Any
 ) -> Any:
     """`CausalLM.generate` of a model (see `load`), which is loaded once; None is the demo model."""
-    return _loaded(hub.directory(model).resolve()).generate(input_ids, **kwargs)
+    return _loaded(first_use.directory(model).resolve()).generate(input_ids, **kwargs)

@@ -56,7 +56,6 @@ class Source:
 
 def load(
     name_or_path: str | os.PathLike[str],
-    revision: str | None = None,
     adapted: str | os.PathLike[str] | None = None,
     in_own_types: Callable[[Path], bool] = lambda path: False,
 ) -> Source:
@@ -64,7 +63,6 @@ def load(
 
     Args:
         name_or_path: a model, or an adapter, which says which model it belongs to.
-        revision: a branch, tag or commit of a hub repository.
         adapted: an adapter to merge into the model, a directory or a hub id.
         in_own_types: whether the weights in a directory stay as they are stored (see `stored`).
 
@@ -72,12 +70,7 @@ def load(
         ModelError: there is no such model, or it is not complete.
         UnsupportedModel: it is no model that writes text, or none that transformers knows.
     """
-    if not isinstance(name_or_path, str | os.PathLike):
-        raise ValueError(
-            "model must be a hub id, a directory or a transformers model, "
-            f"got {type(name_or_path).__name__}"
-        )
-    name, path = _place(name_or_path, revision)
+    name, path = _place(name_or_path)
     if (path / INFO).is_file():
         raise ModelError(f"{name} is a fastgen model already: there is nothing to export")
     checkpoint.check(path)
@@ -87,7 +80,7 @@ def load(
     if base is not None:
         return _with_adapter(load(base), name, path)
     if adapted is not None:
-        return _with_adapter(load(path), *_place(adapted, None))
+        return _with_adapter(load(path), *_place(adapted))
     config = _configuration(path)
     own_types = in_own_types(path)
     with refuse.by_name(config.model_type):
@@ -99,14 +92,14 @@ def load(
     return Source(name, model, tokenizer, note)
 
 
-def _place(name_or_path: str | os.PathLike[str], revision: str | None) -> tuple[str, Path]:
+def _place(name_or_path: str | os.PathLike[str]) -> tuple[str, Path]:
     """What a model or an adapter is called, and the directory where it is."""
     path = Path(name_or_path)
     if path.exists() and not path.is_dir():
         raise ModelError(f"{path} is a file; expected a directory or a hub id")
     if path.is_dir():
         return name_of(path), path
-    return str(name_or_path), hub.transformers_snapshot(str(name_or_path), revision)
+    return str(name_or_path), hub.transformers_snapshot(str(name_or_path))
 
 
 def _with_adapter(base: Source, name: str, path: Path) -> Source:

@@ -10,8 +10,9 @@ from typing import Any
 
 import click
 
+from fastgen import first_use
 from fastgen.commands.say import clear_errors, in_json, say
-from fastgen.store import files, hub
+from fastgen.store import files
 from fastgen.store.model_info import ModelInfo
 
 MOST = 10**6  # of anything that is counted: more is a slip
@@ -96,8 +97,8 @@ def bench(
         if not models:
             say("fastgen: no DIR given, using the embedded demo model")
         given = list(dict.fromkeys(models))
-        places = dict(zip(measure.labels(given), map(hub.directory, given), strict=True))
-        places = places or {"demo": hub.directory(None)}
+        places = dict(zip(measure.labels(given), map(first_use.directory, given), strict=True))
+        places = places or {"demo": first_use.directory(None)}
         infos = {name: ModelInfo.read(place) for name, place in places.items()}
         asked = measure.Asked(prompt, rows, beams, threads, new)
         timed, notes = measure.cases(infos, asked)

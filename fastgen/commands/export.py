@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from fastgen.commands.say import clear_errors
-from fastgen.store.hub import CACHE_PRECISION
+from fastgen.store.model_info import CACHE_PRECISION
 from fastgen.system import extras
 from fastgen.system.interrupt import ended_at_once
 

@@ -33,6 +33,8 @@ TUNING = "tuned.json"  # which no export writes
 
 FORMAT = 1  # of the model directory; `fastgen.json` says which one a directory has
 PRECISIONS = ("fp32", "int8", "int4")
+PRECISION = "int8"  # of an export where none is asked for
+CACHE_PRECISION = "fp32"  # the same for keys and values
 MOST_LAYERS = 2**12
 # How keys and values can be stored: numpy's name, and what the graph's inputs are then.
 CACHE_DTYPES = {"float32": "tensor(float)", "int8": "tensor(int8)"}
@@ -208,6 +210,11 @@ class ModelInfo:
         if name in self.digests and self.digests[name] != digest(path):
             return f"{path} has not the {size:,} bytes that were exported: {changed}"
         return None
+
+
+def kind(precision: str, cache_precision: str) -> str:
+    """The end of a directory's name: "int8", or "int8-kv-int8" where the cache has its own."""
+    return precision if cache_precision == CACHE_PRECISION else f"{precision}-kv-{cache_precision}"
 
 
 def digest(path: Path) -> str:

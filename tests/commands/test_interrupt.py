@@ -64,7 +64,7 @@ def slowly(job):
     (job.out / "work").mkdir()
     (job.out / "work" / "model.onnx").write_text("half")
     ready()
-pipeline._stages, pipeline._folder = slowly, lambda *_: None
+pipeline._stages, pipeline._resolved = slowly, lambda *_: None
 pipeline._reference = lambda *_: pipeline.check.Reference([], [])
 info = ModelInfo.parse(hub.DEMO)
 pipeline._original = lambda *_: SimpleNamespace(

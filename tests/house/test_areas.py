@@ -24,8 +24,8 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         (),
     ),
     "commands": (
-        "jobs/ray jobs serve serve/tools timing conversation export fastgen engine sampling "
-        "store inputs system",
+        "jobs/ray jobs serve serve/tools timing conversation export fastgen first_use engine "
+        "sampling store inputs system",
         (
             "batch chat generate score serve tune",
             "bench export info models rows",
@@ -33,7 +33,7 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "jobs/ray": (
-        "jobs serve generator engine store inputs system errors",
+        "jobs serve generator first_use engine store inputs system errors",
         (
             "spread",
             "cluster replicas",
@@ -169,11 +169,15 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         (),
     ),
     "generator": (
-        "engine sampling text store inputs",
+        "first_use engine sampling text store inputs",
         (),
     ),
     "params": (
         "inputs",
+        (),
+    ),
+    "first_use": (
+        "store errors",
         (),
     ),
     "engine": (
@@ -209,8 +213,8 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "store": (
         "system errors",
         (
-            "hub",
-            "report tuning",
+            "resolve",
+            "hub report tuning",
             "model_info",
             "files graph_io jsonfile onnx_folders",
         ),
@@ -234,7 +238,7 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 # An import to an area above: late, in a function, and only here.
-LATE = {("store", "export"), ("jobs", "jobs/ray"), ("export/quantize", "export/trace")}
+LATE = {("first_use", "export"), ("jobs", "jobs/ray"), ("export/quantize", "export/trace")}
 
 
 @functools.cache

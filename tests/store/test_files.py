@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import fastgen
+from fastgen import first_use
 from fastgen.store import files, hub
 
 REPLACE = """
@@ -101,7 +102,7 @@ def test_load_puts_back_what_was_being_replaced(killed, monkeypatch):
 
 def test_a_link_to_what_was_being_replaced_is_followed(killed, tmp_path):
     (tmp_path / "link").symlink_to(killed)
-    assert hub.directory(tmp_path / "link") == tmp_path / "link"
+    assert first_use.directory(tmp_path / "link") == tmp_path / "link"
     assert (killed / "fastgen.json").is_file()
 
 
