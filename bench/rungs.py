@@ -48,7 +48,7 @@ class Lab:
         import onnx_ir
 
         import fastgen
-        from fastgen.export import export, pipeline
+        from fastgen.export import export, stages
         from fastgen.export.prove import corpus, quality
         from fastgen.export.quantize import recipe, rotate
         from fastgen.export.rewrite import onnx_file
@@ -61,8 +61,8 @@ class Lab:
         origin = Original(load(str(source)))
         self.info = replace(ModelInfo.parse(floats), precision=precision)
         found = corpus.of(origin, self.info, texts, lambda: fastgen.load(floats))
-        more = recipe.RECIPES[precision].tokens + pipeline.TUNED
-        tuned, self.used = pipeline._apart(found.calibration(more), pipeline.TUNED)
+        more = recipe.RECIPES[precision].tokens + stages.TUNED
+        tuned, self.used = stages.apart(found.calibration(more), stages.TUNED)
         self.rows = [tuned, found.evaluation(quality.TOKENS)]
         said = {row.tobytes(): origin.logits(row) for rows in self.rows for row in rows}
         self.said = lambda row: said[row.tobytes()]

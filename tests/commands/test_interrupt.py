@@ -58,18 +58,19 @@ fastgen.PrefixCache().save(sys.argv[1])
 from contextlib import nullcontext
 from types import SimpleNamespace
 from fastgen.export import pipeline
+from fastgen.export.opening import Opening
 from fastgen.store import hub
 from fastgen.store.model_info import ModelInfo
-def slowly(job):
-    (job.out / "work").mkdir()
-    (job.out / "work" / "model.onnx").write_text("half")
+def slowly(graph, whole):
+    graph.work.working.mkdir()
+    (graph.work.working / "model.onnx").write_text("half")
     ready()
-pipeline._stages, pipeline._resolved = slowly, lambda *_: None
-pipeline._reference = lambda *_: pipeline.check.Reference([], [])
+pipeline.stages.Graph._convert = slowly
 info = ModelInfo.parse(hub.DEMO)
-pipeline._original = lambda *_: SimpleNamespace(
-    about=list, evaluating=nullcontext, parameters=1, describe=lambda: info
+origin = SimpleNamespace(
+    about=list, evaluating=nullcontext, parameters=1, describe=lambda: info, probes=list
 )
+pipeline.opening = lambda *_: Opening("it", "fp32", "fp32", "fp32", False, lambda _: origin)
 pipeline.export("it", sys.argv[1], progress=None)
 """,
 }

@@ -23,7 +23,7 @@ from fastgen.engine.kv_int8 import Codes
 from fastgen.engine.model import Model
 from fastgen.engine.prefill import CHUNK, Prefill
 from fastgen.engine.prompt_reader import Desk
-from fastgen.export import Mismatch, bundle, export, pipeline
+from fastgen.export import Mismatch, bundle, export, options, pipeline
 from fastgen.export.prove import corpus
 from fastgen.export.quantize import calibrate, kv_int8
 from fastgen.export.rewrite import trim
@@ -437,11 +437,11 @@ def test_an_unknown_cache_precision_is_an_error(tmp_path):
 
 
 def test_the_tolerance_is_that_of_the_coarser():
-    usual = pipeline.TOLERANCES
-    assert pipeline.usual_tolerance("fp32", "fp32") == usual["fp32"]
-    assert pipeline.usual_tolerance("fp32", "int8") == usual["int8"]
-    assert pipeline.usual_tolerance("int4", "int8") == usual["int4"]
-    bound = pipeline.usual_tolerance("fp32", "int8", 0.5)
+    usual = options.TOLERANCES
+    assert options.usual_tolerance("fp32", "fp32") == usual["fp32"]
+    assert options.usual_tolerance("fp32", "int8") == usual["int8"]
+    assert options.usual_tolerance("int4", "int8") == usual["int4"]
+    bound = options.usual_tolerance("fp32", "int8", 0.5)
     assert bound == dataclasses.replace(usual["int8"], kl=0.5)
 
 
@@ -451,17 +451,18 @@ def test_the_tolerance_is_that_of_the_coarser():
 def test_the_flags_of_the_command_line(monkeypatch, pair, tmp_path, flags, name):
     seen = {}
 
-    def made(origin, out, wishes, shown, kept):
-        seen.update(out=str(out), wishes=wishes)
-        shutil.copytree(pair("gpt2")[1].directory, out)
+    def made(work):
+        seen.update(out=str(work.out), target=work.target)
+        shutil.copytree(pair("gpt2")[1].directory, work.out)
+        return []
 
     tiny.build("gpt2").save_pretrained(tmp_path / "some")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pipeline, "_export", made)
+    monkeypatch.setattr(pipeline, "steps", made)
     limits = ["--max-kl", "0.5", "--min-top1", "0.25"]
     commands.cli.main(["export", "some", *limits, *flags], standalone_mode=False)
-    assert seen["out"] == name and seen["wishes"].cache_precision == (flags or ["", "fp32"])[1]
-    assert (seen["wishes"].tolerance.kl, seen["wishes"].tolerance.top1) == (0.5, 0.25)
+    assert seen["out"] == name and seen["target"].cache_precision == (flags or ["", "fp32"])[1]
+    assert (seen["target"].tolerance.kl, seen["target"].tolerance.top1) == (0.5, 0.25)
 
 
 def test_info_says_how_keys_and_values_are_stored(exported, capsys):

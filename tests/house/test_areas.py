@@ -91,8 +91,11 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         "errors",
         (
             "pipeline",
+            "stages",
+            "work",
+            "opening",
             "demo requirements",
-            "bundle manual progress",
+            "bundle manual options progress",
         ),
     ),
     "export/build": (
