@@ -57,7 +57,7 @@ class ExportOptions:
             corpus.read(path)
 
     def target(self, first: str, precision: str) -> Target:
-        """What is to be made of a graph that is in the precision `first` already.
+        """The target for a graph that is in the precision `first` already.
 
         Raises:
             ValueError: nothing of it is quantised, and there are texts to calibrate on.
@@ -74,7 +74,7 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class Target:
-    """What an export makes of a graph.
+    """The aim of an export.
 
     Attributes:
         precision, cache_precision: in the end.

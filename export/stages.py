@@ -314,7 +314,7 @@ class Weights:
         return self.plan.aim(measured, target)
 
     def _told(self) -> list[str]:
-        """What became of the matrices."""
+        """Say what became of the matrices."""
         plan, kernels = self.plan, Counter(one.kernel for one in self.made)
         told = [", ".join(f"{count} {kernel}" for kernel, count in kernels.most_common())]
         told += [f"{len(plan.smoothed)} smoothed"] if plan.smoothed else []

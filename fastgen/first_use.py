@@ -62,7 +62,7 @@ def exported(
 
 
 def cache_directory() -> Path:
-    """Where exports of `from_pretrained` are kept: FASTGEN_CACHE, or ~/.cache/fastgen."""
+    """The place of exports on first use: FASTGEN_CACHE, or ~/.cache/fastgen."""
     chosen = os.environ.get("FASTGEN_CACHE")
     return Path(chosen) if chosen else Path.home() / ".cache" / "fastgen"
 

@@ -137,7 +137,7 @@ def _tables(model: PreTrainedModel) -> list[str]:
 
 
 def _rows(weights: dict[str, torch.Tensor], module: str) -> Iterator[int]:
-    """How many rows an adapter's weights say that a table of the vocabulary has."""
+    """The rows of a table of the vocabulary, as an adapter's weights have it."""
     for name, weight in weights.items():
         if f".{module}." not in name:
             continue
@@ -148,7 +148,7 @@ def _rows(weights: dict[str, torch.Tensor], module: str) -> Iterator[int]:
 
 
 def _logits(model: Any) -> torch.Tensor:
-    """What a model says of its vocabulary's first and last tokens."""
+    """The logits of a row of the vocabulary's first and last tokens."""
     config = model.config.get_text_config(decoder=True)
     size = config.vocab_size
     ids = torch.arange(size - TRIED, size) % size

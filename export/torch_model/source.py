@@ -1,4 +1,4 @@
-"""Where a model comes from: a directory or the hub, as torch weights in float32, with tokenizer."""
+"""Loads a model from a directory or the hub: torch weights in float32, and its tokenizer."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def load(
 
 
 def _place(name_or_path: str | os.PathLike[str]) -> tuple[str, Path]:
-    """What a model or an adapter is called, and the directory where it is."""
+    """The name of a model or an adapter, and the directory where it is."""
     path = Path(name_or_path)
     if path.exists() and not path.is_dir():
         raise ModelError(f"{path} is a file; expected a directory or a hub id")
@@ -140,7 +140,7 @@ def _settle(model: PreTrainedModel) -> None:
 
 
 def _configuration(path: Path) -> PretrainedConfig:
-    """What config.json says.
+    """Read config.json.
 
     Types of weights that torch does not have, such as "auto", are left out: the files have them.
     """

@@ -112,7 +112,7 @@ class ModelInfo:
 
     @property
     def can_read_prompts(self) -> bool:
-        """Whether the model can read them in int8 (see `fastgen.load`)."""
+        """True if the model can read them in int8 (see `fastgen.load`)."""
         return PROMPTS in self.files and UNPACK in self.files
 
     @staticmethod
@@ -272,7 +272,7 @@ def _is_file(named: tuple[str, Any]) -> bool:
 
 
 def _is_plain(name: str) -> bool:
-    """Whether a name means a file in the directory itself, on any system."""
+    """True for the name of a file in the directory itself, on any system."""
     return (
         is_text(name)
         and name.strip(".") != ""
@@ -312,7 +312,7 @@ OLDER: dict[str, Any] = {
 
 
 def _newer(content: Mapping[str, Any]) -> str | None:
-    """Why only another fastgen can use a directory; None where this one can."""
+    """The reason why only another fastgen can use a directory; None where this one can."""
     version, dtype = content.get("format"), content["cache_dtype"]
     if is_count(version, 2**31) and version != FORMAT:
         return f"has format {version}, this fastgen reads format {FORMAT}: export the model again"

@@ -1,4 +1,4 @@
-"""How a model runs best on this machine: what `fastgen tune` measured and left beside the model.
+"""The best way to run a model on this machine, as `fastgen tune` measured it and left it there.
 
 Without it, a model runs on all physical cores, which spin while they wait for each other.
 """
@@ -54,7 +54,7 @@ class Tuning:
 
 
 def here() -> dict[str, str | int]:
-    """What a measurement holds for: this processor, as many CPUs, this onnxruntime."""
+    """The machine that a measurement holds for: this processor, as many CPUs, this onnxruntime."""
     return {
         "cpu": cpu_name(),
         "machine": platform.machine(),
@@ -64,7 +64,7 @@ def here() -> dict[str, str | int]:
 
 
 def read(directory: Path) -> Tuning | None:
-    """What was measured for this machine; None if nothing was, or it is another machine's.
+    """Read what was measured for this machine; None if nothing was, or it is another machine's.
 
     Raises:
         ModelError: the file holds what no measurement here leaves; it says what to do.

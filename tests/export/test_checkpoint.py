@@ -23,6 +23,7 @@ from fastgen.export import export
 from fastgen.export.onnx_folder import folder
 from fastgen.export.source import checkpoint
 from fastgen.export.torch_model import source
+from fastgen.export.torch_model.original import Original
 from fastgen.inputs.params import BY_DEFAULT, UNSUPPORTED, resolve
 from fastgen.jobs.source import Source
 from fastgen.store import hub, jsonfile
@@ -307,3 +308,16 @@ def test_outputs_that_a_model_asks_for_by_default(tmp_path):
         assert model.complete("The", max_new_tokens=4) == plain
     out = model.generate([[5, 6]], max_new_tokens=3)  # as there: the last three say what is given
     assert np.shape(out.sequences) == (1, 5) and len(out.logits) == len(out.scores) == 3
+
+
+def test_a_description_runs_nothing(whole, monkeypatch):
+    """What it takes a run to know was recorded where the original was asked."""
+    origin = Original(source.load(whole))
+    with origin.evaluating():
+        rows = origin.probes()
+        monkeypatch.setattr(type(origin.model), "forward", lambda *_, **__: 1 / 0)
+        info = origin.describe()
+        with pytest.raises(ZeroDivisionError):
+            origin.logits(rows[0])
+    assert (info.precision, info.vocab_size, info.files) == ("fp32", 99, {})
+    assert info.layers and info.parameters == origin.parameters
