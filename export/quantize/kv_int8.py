@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from fastgen.export.quantize import calibrate
 from fastgen.export.quantize.kernels import Floats
+from fastgen.export.rewrite.edit import add_initializer, input_of, replace, set_type
 from fastgen.export.rewrite.node import PAST_AND_SCALE, POSITIONS
-from fastgen.export.rewrite.trim import add_initializer, replace
 
 DTYPES = {"fp32": "float32", "int8": "int8"}  # of each cache precision
 TOKENS = 4 * calibrate.TOKENS  # of calibration, at most: text that was not seen saturates
@@ -48,7 +48,7 @@ def reach(
             node.replace_input_with(POSITIONS, positions)
     # What is stored for each past, whatever the order of the graph's outputs.
     present = {
-        str(node.inputs[past].name): str(node.outputs[place + 1].name)
+        str(input_of(node, past).name): str(node.outputs[place + 1].name)
         for node in _attention(positioned)
         for place, (past, _) in enumerate(PAST_AND_SCALE.values())
     }
@@ -88,12 +88,12 @@ def quantize(model: ir.Model, reached: dict[str, Floats]) -> NDArray[np.float32]
     for node in list(_attention(model)):
         constants = {}
         for kind, (past, _) in PAST_AND_SCALE.items():
-            name = str(node.inputs[past].name)
+            name = str(input_of(node, past).name)
             found[name] = scales(reached[name])
             constants[kind] = add_initializer(graph, f"{name}.scale", found[name])
         _split(graph, node, constants, reads_prompt)
-    past = (str(value.name) for value in graph.inputs)
-    return np.concatenate([found[name].ravel() for name in past if name in found])
+    inputs = (str(value.name) for value in graph.inputs)
+    return np.concatenate([found[name].ravel() for name in inputs if name in found])
 
 
 def _split(
@@ -101,7 +101,7 @@ def _split(
 ) -> None:
     """An attention node becomes two, of which one runs."""
     pasts = [past for past, _ in PAST_AND_SCALE.values()]
-    codes = [node.inputs[past] for past in pasts]
+    codes = [input_of(node, past) for past in pasts]
     floats = [_input(graph, value) for value in codes]
     for value in codes:
         value.dtype = ir.DataType.INT8
@@ -124,7 +124,7 @@ def _split(
         new.dtype, new.shape = ir.DataType.INT8, value.shape
     for value, new in zip(floats, either.outputs[3:], strict=True):
         new.name = str(value.name).replace("prompt_key_values", "prompt_present")
-        new.dtype, new.shape = value.dtype, value.shape
+        set_type(new, value)
         graph.outputs.append(new)
     graph.remove(node, safe=True)
 
@@ -156,6 +156,7 @@ def _branch(
 
 def _input(graph: ir.Graph, past: ir.Value) -> ir.Value:
     """The graph's input of the float32 keys or values that stand beside `past`."""
+    assert past.shape is not None
     _, heads, _, size = past.shape
     value = ir.Value(
         name=str(past.name).replace("past_key_values", "prompt_key_values"),

@@ -35,6 +35,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fastgen.errors import UnsupportedModel
+from fastgen.export.rewrite import mixture
 from fastgen.export.rewrite.onnx_file import save
 from fastgen.export.trace import attention, experts, hooks, refuse, repeat, states, stored
 from fastgen.export.trace.attention import Feed, Layer
@@ -229,7 +230,7 @@ def convert(model: PreTrainedModel, kept: Kept, whole: bool = False) -> onnx_ir.
     repeated = None if whole or kept.states else _by_repeating(model, kept)
     converted, stand_ins = repeated or _traced(model, kept)
     stored.settle(converted.graph, stand_ins)
-    experts.lay_out(converted)
+    mixture.lay_out(converted)
     converted.meta["repeated"] = repeated is not None
     return converted
 
@@ -270,7 +271,7 @@ def _traced(
     }
     dim = torch.export.Dim
     r, n, k, c = dim("rows"), dim("new"), dim("keep"), dim("capacity")
-    shapes = {
+    shapes: dict[str, Any] = {
         "input_ids": {0: r, 1: n},
         "position_ids": {0: r, 1: n},
         "query_seqlens": {0: r},
