@@ -14,6 +14,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from fastgen import first_use
 from fastgen.engine import score
 from fastgen.engine.call import Call
 from fastgen.engine.model import Model
@@ -25,12 +26,18 @@ from fastgen.inputs import tensors, validators
 from fastgen.inputs.lengths import default_length
 from fastgen.inputs.params import Params
 from fastgen.sampling import processors, stop
-from fastgen.store import hub, jsonfile
-from fastgen.store.model_info import ModelInfo
+from fastgen.store import jsonfile
+from fastgen.store.model_info import (
+    CHAT_TEMPLATE,
+    CONFIG,
+    GENERATION_CONFIG,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    ModelInfo,
+)
 from fastgen.store.tuning import Tuning
 from fastgen.text import chat_template, token_healing
-from fastgen.text.tokenizer import CONFIG, TextStream, Tokenizer
-from fastgen.text.tokenizer import FILE as TOKENIZER
+from fastgen.text.tokenizer import TextStream, Tokenizer
 
 
 class Settings:
@@ -93,8 +100,8 @@ class CausalLM:
         self.directory = Path(directory)
         self.name_or_path = str(directory)
         self.model = Model(self.directory, threads, tuning, prompts)
-        self.config = Settings(jsonfile.read(self.directory / "config.json"))
-        self.generation_config = Settings(jsonfile.read(self.directory / "generation_config.json"))
+        self.config = Settings(jsonfile.read(self.directory / CONFIG))
+        self.generation_config = Settings(jsonfile.read(self.directory / GENERATION_CONFIG))
         self.has_tokenizer = (self.directory / TOKENIZER).is_file()
 
     @classmethod
@@ -129,7 +136,7 @@ class CausalLM:
                 one of it is not installed.
             ValueError: it cannot be expressed, or its export differs from it.
         """
-        directory = hub.exported(name_or_path, precision, cache_precision, revision)
+        directory = first_use.exported(name_or_path, precision, cache_precision, revision)
         model = cls(directory, threads, prompts=prompts)
         model.name_or_path = str(name_or_path)
         return model
@@ -142,7 +149,7 @@ class CausalLM:
             ModelError: the model was exported for ids only, or its files are no longer as they were
                 exported.
         """
-        self.model.info.check(self.directory, TOKENIZER, CONFIG)
+        self.model.info.check(self.directory, TOKENIZER, TOKENIZER_CONFIG)
         return Tokenizer(self.directory)
 
     def without_defaults(self) -> Self:
@@ -369,7 +376,7 @@ class CausalLM:
             ModelError: the template is not the one that was exported.
             ValueError: there is none, or it refuses the messages.
         """
-        self.model.info.check(self.directory, chat_template.FILE)
+        self.model.info.check(self.directory, CHAT_TEMPLATE)
         variables = dict(template_variables or {})
         config = self.tokenizer.config
         return chat_template.prompt(self.directory, config, messages, tools, **variables)
@@ -560,7 +567,7 @@ def load(
             was found.
         ValueError: threads, prompts.
     """
-    return CausalLM(hub.directory(name_or_path), threads, prompts=prompts)
+    return CausalLM(first_use.directory(name_or_path), threads, prompts=prompts)
 
 
 def verify(name_or_path: str | os.PathLike[str] | None = None) -> None:
@@ -576,7 +583,7 @@ def verify(name_or_path: str | os.PathLike[str] | None = None) -> None:
         ModelError: files are missing, truncated or changed: it names them all. Or an older fastgen
             exported the model, without digests.
     """
-    ModelInfo.verify(hub.directory(name_or_path))
+    ModelInfo.verify(first_use.directory(name_or_path))
 
 
 @functools.lru_cache(maxsize=8)
@@ -588,4 +595,4 @@ def generate(
     input_ids: Any = None, *, model: str | os.PathLike[str] | None = None, **kwargs: Any
 ) -> Any:
     """`CausalLM.generate` of a model (see `load`), which is loaded once; None is the demo model."""
-    return _loaded(hub.directory(model).resolve()).generate(input_ids, **kwargs)
+    return _loaded(first_use.directory(model).resolve()).generate(input_ids, **kwargs)

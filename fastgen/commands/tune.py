@@ -43,7 +43,8 @@ def tune(
     keeps the accuracy budget (--max-kl, --min-top1). With --prompts int8, models in int4 are also
     tried with prompts in int8, which take the memory of a model in int8 besides.
     """
-    from fastgen.store import hub, tuning
+    from fastgen import first_use
+    from fastgen.store import tuning
     from fastgen.timing import tune
 
     with clear_errors():
@@ -53,7 +54,7 @@ def tune(
             if value > MOST:
                 raise ValueError(f"--{name} must be at most {MOST:,}, got {value}")
         work = Workload(rows, prompt, new)
-        directories = [hub.directory(model) for model in models]
+        directories = [first_use.directory(model) for model in models]
         for place in directories:
             _check_room(place, work)
         if prompts not in (None, *tuning.READ_AS):

@@ -11,8 +11,6 @@ from numpy.typing import NDArray
 
 from fastgen.errors import ModelError
 
-SCALES = "cache_scales.npy"  # float32, flat: of each layer's keys, then values, by channel
-
 Parts = Sequence[NDArray[Any]]  # of a row, as `Cache.read` gives them
 
 

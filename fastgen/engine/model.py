@@ -20,7 +20,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from fastgen.engine.cache import Cache
-from fastgen.engine.kv_int8 import SCALES, Codes
+from fastgen.engine.kv_int8 import Codes
 from fastgen.engine.prefill_int8 import APART, offer
 from fastgen.errors import ModelError
 from fastgen.inputs import validators
@@ -30,6 +30,7 @@ from fastgen.store.model_info import (
     GRAPH,
     INFO,
     PROMPTS,
+    SCALES,
     UNPACK,
     WEIGHTS,
     ModelInfo,

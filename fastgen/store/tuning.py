@@ -1,4 +1,4 @@
-"""How a model runs best on this machine: what `fastgen tune` measured and left beside the model.
+"""The best way to run a model on this machine, as `fastgen tune` measured it and left it there.
 
 Without it, a model runs on all physical cores, which spin while they wait for each other.
 """
@@ -15,9 +15,9 @@ import onnxruntime
 
 from fastgen.store import files, jsonfile
 from fastgen.store.jsonfile import is_count, is_object, take
+from fastgen.store.model_info import TUNING
 from fastgen.system.cpu import cpu_name, physical_cores, usable_cpus
 
-FILE = "tuned.json"
 MOST_THREADS = 2**16  # of any machine
 READ_AS = ("same", "int8")  # how prompts can be read: with the weights of all else, or with int8
 
@@ -54,7 +54,7 @@ class Tuning:
 
 
 def here() -> dict[str, str | int]:
-    """What a measurement holds for: this processor, as many CPUs, this onnxruntime."""
+    """The machine that a measurement holds for: this processor, as many CPUs, this onnxruntime."""
     return {
         "cpu": cpu_name(),
         "machine": platform.machine(),
@@ -64,12 +64,12 @@ def here() -> dict[str, str | int]:
 
 
 def read(directory: Path) -> Tuning | None:
-    """What was measured for this machine; None if nothing was, or it is another machine's.
+    """Read what was measured for this machine; None if nothing was, or it is another machine's.
 
     Raises:
         ModelError: the file holds what no measurement here leaves; it says what to do.
     """
-    path = directory / FILE
+    path = directory / TUNING
     if not path.is_file():
         return None
     advice = f"delete it, or run `fastgen tune {directory}` again"
@@ -101,5 +101,5 @@ def kernels() -> list[dict[str, str]]:
 def write(directory: Path, tuning: Tuning) -> None:
     """Leave `tuning` beside the model, at once and whole."""
     content = {"here": here(), "tuning": asdict(tuning)}
-    with files.written("the tuning's file", directory / FILE) as made:
+    with files.atomic_file("the tuning's file", directory / TUNING) as made:
         made.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

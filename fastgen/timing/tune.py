@@ -22,8 +22,7 @@ from fastgen.errors import ModelError
 from fastgen.sampling.softmax import log_softmax
 from fastgen.store import jsonfile
 from fastgen.store.jsonfile import is_number, is_object, take
-from fastgen.store.model_info import ModelInfo
-from fastgen.store.report import REPORT
+from fastgen.store.model_info import REPORT, ModelInfo
 from fastgen.store.tuning import Tuning, kernels
 from fastgen.system.cpu import physical_cores, usable_cpus
 from fastgen.timing.rounds import in_rounds
