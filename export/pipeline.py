@@ -34,10 +34,11 @@ from fastgen.export.progress import Progress
 from fastgen.export.prove import check, corpus, profile, quality
 from fastgen.export.quantize import calibrate, kv_int8, prefill_int8, recipe, rotate
 from fastgen.export.quantize.recipe import RECIPES
-from fastgen.export.rewrite import onnx_file, trim, window
+from fastgen.export.rewrite import contract, onnx_file, trim, window
 from fastgen.export.source.origin import Origin, Tolerance
 from fastgen.generator import CausalLM
 from fastgen.store import hub, jsonfile, onnx_folders
+from fastgen.store.graph_io import GraphIO
 from fastgen.store.hub import CACHE_PRECISION, PRECISION
 from fastgen.store.model_info import GRAPH, INFO
 from fastgen.store.report import REPORT
@@ -434,8 +435,11 @@ class _Job:
     def convert(self, to: Path, whole: bool = False) -> onnx_ir.Model:
         with self.shown.step("convert") as found:
             converted, about = self.origin.convert(whole)
+            unbound = replace(self.io, windows=())
+            contract.check(converted, unbound, "convert")
             trim.trim(converted, self.description["max_length"])
             self.description["hard_limit"] |= trim.rotations_are_tabled(converted)
+            contract.check(converted, unbound, "trim")
             self.description["windows"] = window.bound(converted)
             self.save(converted, to)
             self.origin.written(to)
@@ -445,7 +449,16 @@ class _Job:
                 self.original = _reference(self.origin, found, self.kept)
         return converted
 
+    @property
+    def io(self) -> GraphIO:
+        """The inputs and outputs that the graph must have by now."""
+        said = self.description
+        layers, states = (tuple(map(tuple, said[name])) for name in ("layers", "states"))
+        windows = tuple(said.get("windows", ()))
+        return GraphIO(said["vocab_size"], layers, states, windows, said["cache_dtype"])
+
     def save(self, converted: onnx_ir.Model, to: Path) -> None:
+        contract.check(converted, self.io, f"the steps before {to.name} is written")
         to.mkdir(parents=True, exist_ok=True)
         onnx_file.save(converted, to / GRAPH)
         if self.scales is not None:

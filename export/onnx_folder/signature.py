@@ -86,6 +86,11 @@ class Signature:
         inputs = [name for name in self.inputs if name != BRANCH]
         return replace(self, dtypes=wide, inputs=inputs)
 
+    def heads(self) -> tuple[tuple[int, int], ...]:
+        """How many heads of keys there are in each layer, and their size."""
+        keys = ((shape[1], shape[3]) for shape in self.shapes[::2])
+        return tuple((heads or 0, size or 0) for heads, size in keys)
+
     def nothing(self, rows: int, length: int = 0) -> list[NDArray[Any]]:
         """A past of `length` tokens of zeros."""
         return [

@@ -29,6 +29,7 @@ from fastgen.export.quantize.kernels import (
     turned_matrix,
 )
 from fastgen.export.rewrite import onnx_file
+from fastgen.store.graph_io import READS_PROMPT, TensorSpec, fed_tokens
 
 ROW = 128  # tokens of a row, about
 TOKENS = 2048  # of calibration, at most
@@ -260,31 +261,12 @@ def feeds(
 ) -> dict[str, object]:
     """One row from scratch whose first token is at position `start`, logits wanted everywhere."""
     count = len(row)
-    fed = {
-        "input_ids": row[None],
-        "position_ids": np.arange(start, start + count)[None],
-        "query_seqlens": np.array([count], np.int32),
-        "seqlens_k": np.array([count - 1], np.int32),
-        "total_sequence_length": np.array(count, np.int32),
-        "logits_positions": np.arange(count)[None],
-        "reads_prompt": np.array(True),
-    }
-    wanted = {value.name: value for value in session.get_inputs()}
-    past = {
-        name: np.zeros(
-            (1, value.shape[1], count, value.shape[3]),
-            np.int8 if value.type == "tensor(int8)" else np.float32,
-        )
-        for name, value in wanted.items()
-        if name.startswith(("past_key_values", "prompt_key_values"))
-    }
-    past |= {name: np.array(0, np.int32) for name in wanted if name.startswith("window_start")}
-    past |= {
-        name: np.zeros((1, *value.shape[1:]), np.float32)
-        for name, value in wanted.items()
-        if name.startswith("past_state")
-    }
-    return {name: array for name, array in fed.items() if name in wanted} | past
+    fed = fed_tokens(row[None], np.arange(count)[None]) | {READS_PROMPT.name: np.array(True)}
+    fed["position_ids"] += start
+    sizes = {"rows": 1, "capacity": count, "prompt_rows": 1, "prompt_capacity": count}
+    specs = [TensorSpec.declared(one.name, one.type, one.shape) for one in session.get_inputs()]
+    nothing = {spec.name: spec.zeros(**sizes) for spec in specs if spec.name not in fed}
+    return {spec.name: fed[spec.name] for spec in specs if spec.name in fed} | nothing
 
 
 def output_error(x: Floats, weight: Floats, choice: Choice, exact: Floats | None = None) -> float:

@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 
 from fastgen.export.quantize import calibrate
 from fastgen.export.quantize.kernels import Floats
+from fastgen.export.rewrite import contract
 from fastgen.export.rewrite.node import PAST_AND_SCALE, POSITIONS
 from fastgen.export.rewrite.trim import add_initializer, replace
+from fastgen.store.graph_io import READS_PROMPT, Pair, layer_and_half, prompt_pair
 
 DTYPES = {"fp32": "float32", "int8": "int8"}  # of each cache precision
 TOKENS = 4 * calibrate.TOKENS  # of calibration, at most: text that was not seen saturates
@@ -80,9 +82,7 @@ def quantize(model: ir.Model, reached: dict[str, Floats]) -> NDArray[np.float32]
         The scales of all keys and values, layer by layer, each [kv_heads, head_dim], flat.
     """
     graph = model.graph
-    reads_prompt = ir.Value(
-        name="reads_prompt", shape=ir.Shape([]), type=ir.TensorType(ir.DataType.BOOL)
-    )
+    reads_prompt = contract.value(READS_PROMPT)
     graph.inputs.append(reads_prompt)
     found: dict[str, Floats] = {}
     for node in list(_attention(model)):
@@ -102,7 +102,9 @@ def _split(
     """An attention node becomes two, of which one runs."""
     pasts = [past for past, _ in PAST_AND_SCALE.values()]
     codes = [node.inputs[past] for past in pasts]
-    floats = [_input(graph, value) for value in codes]
+    beside = [_prompt_pair(value) for value in codes]
+    floats = [contract.value(pair.past) for pair in beside]
+    graph.inputs.extend(floats)
     for value in codes:
         value.dtype = ir.DataType.INT8
     prompt = _branch("prompt", node, dict(zip(pasts, floats, strict=True)), codes)
@@ -122,9 +124,8 @@ def _split(
         replace(old, new)
     for value, new in zip(codes, either.outputs[1:3], strict=True):
         new.dtype, new.shape = ir.DataType.INT8, value.shape
-    for value, new in zip(floats, either.outputs[3:], strict=True):
-        new.name = str(value.name).replace("prompt_key_values", "prompt_present")
-        new.dtype, new.shape = value.dtype, value.shape
+    for pair, new in zip(beside, either.outputs[3:], strict=True):
+        contract.declare(new, pair.present)
         graph.outputs.append(new)
     graph.remove(node, safe=True)
 
@@ -154,16 +155,10 @@ def _branch(
     return ir.Graph([], outputs, nodes=nodes, name=name)
 
 
-def _input(graph: ir.Graph, past: ir.Value) -> ir.Value:
-    """The graph's input of the float32 keys or values that stand beside `past`."""
-    _, heads, _, size = past.shape
-    value = ir.Value(
-        name=str(past.name).replace("past_key_values", "prompt_key_values"),
-        shape=ir.Shape(["prompt_rows", heads, "prompt_capacity", size]),
-        type=ir.TensorType(ir.DataType.FLOAT),
-    )
-    graph.inputs.append(value)
-    return value
+def _prompt_pair(past: ir.Value) -> Pair:
+    """The float32 keys or values that stand beside those of the input `past`."""
+    (layer, half), (_, heads, _, size) = layer_and_half(past.name), past.shape
+    return prompt_pair(layer, half, (heads, size))
 
 
 def scales(reached: Floats) -> Floats:

@@ -23,6 +23,7 @@ from fastgen.export.rewrite import trim
 from fastgen.export.trace import stored
 from fastgen.export.trace.attention import Layer
 from fastgen.export.trace.stored import StandIn
+from fastgen.store.graph_io import PAST, PRESENT, layer_and_half
 
 TRACED = 3  # layers: the first, the one that is repeated, and one to see that it can be
 FEWEST = 6  # layers for which it pays
@@ -160,9 +161,8 @@ class _Unrolling:
         self.layers = layers
         self.own = dict(_own_weights(graph, layers, stand_ins))
         for value in graph.inputs:
-            kind, number, part = _parts(value)
-            if kind == "past_key_values":
-                self.own[value] = _Own(number, part)
+            if (found := layer_and_half(value.name)) is not None:
+                self.own[value] = _Own(*found)
         self.level: dict[ir.Value, int] = {}
 
     def run(self) -> None:
@@ -182,7 +182,7 @@ class _Unrolling:
                 if value in last:
                     node.replace_input_with(place, latest[last[value]])
         for values in (self.graph.inputs, self.graph.outputs):
-            values[:] = sorted(values, key=lambda value: _parts(value)[1:])
+            values[:] = sorted(values, key=lambda value: layer_and_half(value.name) or (-1, ""))
 
     def _blocks(self) -> tuple[list[ir.Node], list[ir.Node], list[ir.Node]]:
         """Nodes of the second and of the third layer, and those after it."""
@@ -309,7 +309,7 @@ class _Unrolling:
     def _name(self, value: ir.Value, number: int) -> str:
         """As a trace would call it, where that can be told."""
         name = str(value.name)
-        for place in ("past_key_values.", "present.", f"{self.layers.name}."):
+        for place in (f"{PAST}.", f"{PRESENT}.", f"{self.layers.name}."):
             before, found, after = name.partition(f"{place}1.")
             if found:
                 return f"{before}{place}{number}.{after}"
@@ -335,13 +335,6 @@ def _own_weights(
                 number, name = names[id(one.weight)]
                 place = view.ctypes.data - one.array.ctypes.data
                 yield value, _Own(number, (name, place, view.shape, view.strides), one)
-
-
-def _parts(value: ir.Value) -> tuple[str, int, str]:
-    """Of the name of keys or values: which, of which layer, and which of both."""
-    kind, _, rest = str(value.name).partition(".")
-    number, _, part = rest.partition(".")
-    return (kind, int(number), part) if kind in ("past_key_values", "present") else ("", -1, "")
 
 
 def _kind(node: ir.Node) -> tuple[Any, ...]:

@@ -24,8 +24,7 @@ PROMPTS = "prompts.onnx"
 UNPACK = "unpack.onnx"
 PRECISIONS = ("fp32", "int8", "int4")
 MOST_LAYERS = 2**12
-# How keys and values can be stored: numpy's name, and what the graph's inputs are then.
-CACHE_DTYPES = {"float32": "tensor(float)", "int8": "tensor(int8)"}
+CACHE_DTYPES = ("float32", "int8")  # of stored keys and values
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "export/trace": (
-        "export/quantize export/rewrite errors",
+        "export/quantize export/rewrite store errors",
         (
             "graph",
             "refuse",
@@ -161,7 +161,7 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         "store",
         (
             "window",
-            "node onnx_file trim",
+            "contract node onnx_file trim",
         ),
     ),
     "fastgen": (
