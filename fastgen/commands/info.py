@@ -68,4 +68,8 @@ def _windows(found: ModelInfo) -> str:
 
 def _prompts(found: ModelInfo) -> str:
     """How a model in int4 can read prompts."""
-    return ' (prompts="int8" reads prompts faster, in memory)' if found.can_read_prompts else ""
+    return (
+        ' (prefill_precision="int8" reads prompts faster, in memory)'
+        if found.can_read_prompts
+        else ""
+    )

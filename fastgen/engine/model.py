@@ -26,7 +26,7 @@ from fastgen.errors import ModelError
 from fastgen.inputs import validators
 from fastgen.store.graph_io import GRAIN, TOKENS, GraphIO, Pair, TensorSpec, first_shown
 from fastgen.store.model_info import GRAPH, PROMPTS, UNPACK, WEIGHTS, ModelInfo, digest
-from fastgen.store.tuning import READ_AS, Tuning, read
+from fastgen.store.tuning import PREFILL_PRECISIONS, Tuning, read
 from fastgen.system.cpu import int8_overflows
 from fastgen.system.memory import page_out
 
@@ -48,7 +48,7 @@ class Model:
         threads: how many threads a step may use, at most 8 for each CPU of the machine; None for
             what was tuned, or the physical cores.
         tuning: how to run it; None for what `fastgen tune` found best on this machine.
-        prompts: see `fastgen.load`; None for what was tuned, or "same".
+        prefill_precision: see `fastgen.load`; None for what was tuned, or "same".
 
     Attributes:
         io: the inputs and outputs of its graph.
@@ -58,7 +58,7 @@ class Model:
     Raises:
         ModelError: see `ModelInfo.read`; or the graph is not what `fastgen.json` says it is, or
             prompts in int8 are asked of a model that has none.
-        ValueError: threads, prompts.
+        ValueError: threads, prefill_precision.
     """
 
     def __init__(
@@ -66,23 +66,24 @@ class Model:
         directory: Path,
         threads: int | None = None,
         tuning: Tuning | None = None,
-        prompts: str | None = None,
+        prefill_precision: str | None = None,
     ) -> None:
         count = None if threads is None else _allowed(threads)
-        if prompts not in (None, *READ_AS):
-            raise ValueError(f"prompts must be {' or '.join(READ_AS)}, got {prompts!r}")
+        if prefill_precision not in (None, *PREFILL_PRECISIONS):
+            known = " or ".join(PREFILL_PRECISIONS)
+            raise ValueError(f"prefill_precision must be {known}, got {prefill_precision!r}")
         self.directory = directory
         self.info = ModelInfo.read(directory)
         self.tuning = tuning or read(directory) or Tuning()
         if count is not None:
             self.tuning = replace(self.tuning, threads=count)
-        if prompts is not None:
-            self.tuning = replace(self.tuning, prompts=prompts)
-        if self.tuning.prompts != "same":
+        if prefill_precision is not None:
+            self.tuning = replace(self.tuning, prefill_precision=prefill_precision)
+        if self.tuning.prefill_precision != "same":
             self.info.check_prompts(directory)
         self.session = _session(directory / GRAPH, self.tuning)
         self.prefill_session: Any = None
-        if self.tuning.prompts != "same":
+        if self.tuning.prefill_precision != "same":
             self.prefill_session = _prefill_session(directory, self.tuning)
         if not UNPACKED.items() <= self.tuning.entries.items():  # else they are read there
             page_out(directory / WEIGHTS)
@@ -109,7 +110,7 @@ class Model:
         """
         missing = [name for name in self.info.files if name not in self.info.digests]
         computed = {name: digest(self.directory / name) for name in missing}
-        known = f"{onnxruntime.__version__} {self.info} {computed} {self.tuning.prompts}"
+        known = f"{onnxruntime.__version__} {self.info} {computed} {self.tuning.prefill_precision}"
         return hashlib.sha256(known.encode()).hexdigest()
 
     def reads_apart(self, length: int) -> bool:

@@ -320,7 +320,7 @@ def fed_tokens(
         logits_positions: int64 [rows, keep].
     """
     rows, new = ids.shape
-    values = (
+    values: tuple[NDArray[Any], ...] = (
         ids,
         np.broadcast_to(np.arange(held, held + new), (rows, new)).copy(),
         np.full(rows, new, np.int32),

@@ -144,7 +144,7 @@ class ModelInfo:
             why = f"they are for models in int4, it is in {self.precision}"
         else:
             why = "an older fastgen exported it: export the model again"
-        raise ModelError(f'{directory} cannot be loaded with prompts="int8": {why}')
+        raise ModelError(f'{directory} cannot be loaded with prefill_precision="int8": {why}')
 
     def check(self, directory: Path, *names: str) -> None:
         """Compare files with what was exported: size and digest, where there is one.
