@@ -1,4 +1,4 @@
-"""A decoder's description and its weights to the graph that a trace of it gives (see `graph`).
+"""A decoder's description and its weights to the graph that a trace of it gives.
 
 What `trim` makes of a trace is left to `trim` here too: products that are packed or merged, tables
 of rotations. Weights are constants that are read when they are wanted, and not kept.
@@ -149,7 +149,7 @@ class _Writer:
         return found
 
     def named(self, name: str) -> str:
-        """What the checkpoint calls a tensor: those of models without a head leave `base` out."""
+        """The checkpoint's name of a tensor: those of models without a head leave `base` out."""
         other = self.decoder.also.get(name)
         if other in self.weights:
             return other
@@ -368,7 +368,7 @@ class _Writer:
     def attention(
         self, x: ir.Value, attention: Attention, number: int
     ) -> tuple[ir.Value, list[ir.Value]]:
-        """What attention finds, and its keys and values with those of the new tokens."""
+        """The result of attention, and its keys and values with those of the new tokens."""
         one, pairs = attention, self.io.key_values["float32"][2 * number : 2 * number + 2]
         query = self.turned(self.linear(x, one.query), one, one.heads, one.query_norm)
         key = self.turned(self.linear(x, one.key), one, one.kv_heads, one.key_norm)
@@ -426,8 +426,8 @@ class _Writer:
     def length(self, name: str) -> ir.Value:
         if name not in self.shapes:
             # (The trace asks the second layer's values for the number of rows.)
-            _, second = self.io.key_values["float32"][:4][-2:]
-            of, place = (second.past.name, 0) if name == "rows" else ("input_ids", 1)
+            second = self.io.key_values["float32"][:4][-1].past.name
+            of, place = (second, 0) if name == "rows" else ("input_ids", 1)
             self.shapes[name] = self.node(
                 "Shape", [self.inputs[of]], [1], {"start": place, "end": place + 1}, dtype=INT64
             )

@@ -181,7 +181,7 @@ class Folder:
         }
 
     def _notes(self) -> list[str]:
-        """What a user should know: the promise is to equal the folder, right or wrong."""
+        """Notes for the user: the promise is to equal the folder, right or wrong."""
         notes = []
         if self.tolerance is SHARED:
             notes.append(
@@ -226,7 +226,7 @@ def _named(name: str) -> Iterator[None]:
 
 
 def _offset(index: ir.Value | None) -> int | None:
-    """What is added to positions before they are looked up; None for other indices."""
+    """The number added to positions before they are looked up; None for other indices."""
     offset = 0
     while index is not None:
         if index.name == POSITIONS:

@@ -218,7 +218,7 @@ def _are_positions(found: Any, past: int, new: int) -> bool:
 
 
 def _leans(graph: ir.Graph, value: ir.Value) -> bool:
-    """Whether a value depends on the mask or the past."""
+    """Tell if a value depends on the mask or the past."""
     pending, done = [value], set()
     while pending:
         one = pending.pop()
@@ -248,7 +248,7 @@ def _uncut_tables(model: ir.Model) -> None:
 
 
 def _read_at_positions(value: ir.Value, axis: int) -> bool:
-    """Whether all that is read of a value is read by Gather, along the axis that was cut."""
+    """Tell if only Gather reads a value, along the axis that was cut."""
     for use in value.uses():
         node = use.node
         if node.op_type == "Gather" and use.idx == 0 and node.attributes.get_int("axis", 0) == 0:
@@ -312,7 +312,7 @@ def _rank(value: ir.Value) -> int | None:
 
 
 def _is_weight(value: ir.Value | None) -> bool:
-    """Whether a matrix is a constant that is turned or unpacked."""
+    """Tell if a matrix is a constant that is turned or unpacked."""
     while value is not None and constant(value) is None:
         node = value.producer()
         if node is None or node.op_type not in ("Transpose", "DequantizeLinear", "Cast"):
@@ -327,7 +327,7 @@ def _width(value: ir.Value, seen: shapes.Seen) -> int | None:
 
 
 def _picks(node: ir.Node, seen: shapes.Seen) -> bool:
-    """Whether a node only takes some of the positions, as tools do for the last logits."""
+    """Tell if a node only takes some of the positions, as tools do for the last logits."""
     if node.op_type not in ("Gather", "Slice", "GatherND", "GatherElements"):
         return False
     given, out = node.inputs[0], node.outputs[0]
@@ -395,7 +395,7 @@ def _sign(model: ir.Model, signature: Signature, vocab: int) -> GraphIO:
     for value, spec in zip(tokens, TOKENS, strict=True):
         theirs = value.dtype
         contract.declare(value, spec)
-        if theirs != value.dtype:
+        if theirs is not None and theirs != value.dtype:
             _cast(graph, value, theirs)
     graph.inputs[:] = [*tokens, *past]
     logits = outputs[LOGITS]

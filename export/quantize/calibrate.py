@@ -1,4 +1,4 @@
-"""What flows through a graph on real text, and what quantising a product does to its output."""
+"""The values that flow through a graph on real text, and the error of a quantised product."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SAMPLE = 512  # tokens of an input that are kept as they are, about
 
 @dataclass
 class Input:
-    """What a product reads, on the calibration text.
+    """The input of a product, on the calibration text.
 
     Attributes:
         sample: float32 [tokens, in], some of the tokens.
@@ -60,7 +60,7 @@ class Input:
 def inputs(
     model: ir.Model, products: Sequence[Product], rows: Sequence[NDArray[np.int64]]
 ) -> Iterator[dict[ir.Value, Input]]:
-    """What each distinct input of `products` is on `rows`, in files as `values` has it."""
+    """Give each distinct input of `products` on `rows`, in files as `values` does."""
     wanted = list(dict.fromkeys(product.node.inputs[0] for product in products))
     widths = [_width(value) for value in wanted]
     longest = max(map(len, rows))
@@ -93,7 +93,7 @@ def inputs(
 def values(
     model: ir.Model, wanted: Sequence[ir.Value], rows: Sequence[NDArray[np.int64]]
 ) -> Iterator[dict[ir.Value, Floats]]:
-    """float32 [tokens, size] of some values of a graph, on `rows`.
+    """Give float32 [tokens, size] of some values of a graph, on `rows`.
 
     The graph runs once, a row at a time. What is seen can be larger than the model: it goes to a
     file, where it takes no memory that the system could not have back.
@@ -140,7 +140,7 @@ def _step(
 def _spool(
     directory: Path, tokens: int, wanted: Sequence[ir.Value]
 ) -> Iterator[dict[ir.Value, Floats]]:
-    """Arrays [tokens, size] in a file that nobody else sees and that goes with them."""
+    """Give arrays [tokens, size] in an unnamed file that goes with them."""
     shapes = [(tokens, _width(value)) for value in wanted]
     with _spooled(directory, shapes) as held:
         yield dict(zip(wanted, held, strict=True))
@@ -148,7 +148,7 @@ def _spool(
 
 @contextmanager
 def _spooled(directory: Path, shapes: Sequence[tuple[int, int]]) -> Iterator[list[Floats]]:
-    """Arrays of zeros in a file that nobody else sees and that goes with them."""
+    """Give arrays of zeros in an unnamed file that goes with them."""
     ends = np.cumsum([0, *(rows * columns for rows, columns in shapes)])
     with tempfile.TemporaryFile(dir=directory) as file:
         held = np.asarray(np.memmap(file, np.float32, "w+", shape=(max(1, int(ends[-1])),)))
@@ -160,7 +160,7 @@ def _spooled(directory: Path, shapes: Sequence[tuple[int, int]]) -> Iterator[lis
 
 @contextmanager
 def shelf(directory: Path) -> Iterator[Callable[[NDArray[Any]], NDArray[Any]]]:
-    """What puts an array into a file that nobody else sees, and gives it back from there."""
+    """Give a function that puts an array into an unnamed file and gives it back from there."""
     with tempfile.TemporaryFile(dir=directory) as file:
 
         def kept(array: NDArray[Any]) -> NDArray[Any]:
@@ -179,7 +179,7 @@ def _width(value: ir.Value) -> int:
 
 
 def logits(model: ir.Model, rows: Sequence[NDArray[np.int64]], directory: Path) -> Iterator[Floats]:
-    """What a graph says of rows: float32 [length, vocab] of each, one at a time. See `running`."""
+    """Logits of rows: float32 [length, vocab] of each, one at a time. See `running`."""
     session = running(model, ["logits"], directory)
     for row in rows:
         yield session.run(["logits"], feeds(session, row))[0][0]
@@ -258,8 +258,8 @@ def _spill(model: ir.Model, directory: Path, data: Path) -> None:
 
 def feeds(
     session: onnxruntime.InferenceSession, row: NDArray[np.int64], start: int = 0
-) -> dict[str, object]:
-    """One row from scratch whose first token is at position `start`, logits wanted everywhere."""
+) -> dict[str, NDArray[Any]]:
+    """Inputs of one row from scratch, its first token at position `start`, for all its logits."""
     count = len(row)
     fed = fed_tokens(row[None], np.arange(count)[None]) | {READS_PROMPT.name: np.array(True)}
     fed["position_ids"] += start

@@ -19,15 +19,13 @@ from fastgen.export.quantize.kernels import Floats
 from fastgen.export.rewrite import contract
 from fastgen.export.rewrite.node import PAST_AND_SCALE, POSITIONS
 from fastgen.export.rewrite.trim import add_initializer, replace
-from fastgen.store.graph_io import READS_PROMPT, Pair, layer_and_half, prompt_pair
+from fastgen.store.graph_io import READS_PROMPT, beside
 
 DTYPES = {"fp32": "float32", "int8": "int8"}  # of each cache precision
 TOKENS = 4 * calibrate.TOKENS  # of calibration, at most: text that was not seen saturates
 MARGIN = 1.1  # on what was seen; more costs resolution
 FURTHEST = 1 << 15  # positions that are calibrated where the model has no limit
 LONG = 1024  # tokens of a row that is measured: errors of a cache show in long contexts
-
-# Inputs of GroupQueryAttention, by place; others are in `trim`.
 
 
 def reach(
@@ -102,8 +100,7 @@ def _split(
     """An attention node becomes two, of which one runs."""
     pasts = [past for past, _ in PAST_AND_SCALE.values()]
     codes = [node.inputs[past] for past in pasts]
-    beside = [_prompt_pair(value) for value in codes]
-    floats = [contract.value(pair.past) for pair in beside]
+    floats = [contract.value(beside(contract.spec(value))) for value in codes]
     graph.inputs.extend(floats)
     for value in codes:
         value.dtype = ir.DataType.INT8
@@ -124,8 +121,8 @@ def _split(
         replace(old, new)
     for value, new in zip(codes, either.outputs[1:3], strict=True):
         new.dtype, new.shape = ir.DataType.INT8, value.shape
-    for pair, new in zip(beside, either.outputs[3:], strict=True):
-        contract.declare(new, pair.present)
+    for stored, new in zip(either.outputs[1:3], either.outputs[3:], strict=True):
+        contract.declare(new, beside(contract.spec(stored)))
         graph.outputs.append(new)
     graph.remove(node, safe=True)
 
@@ -153,12 +150,6 @@ def _branch(
     for place, value in enumerate(outputs):  # names are the whole graph's
         value.name = f"{node.outputs[1].name}.{name}.{place}"
     return ir.Graph([], outputs, nodes=nodes, name=name)
-
-
-def _prompt_pair(past: ir.Value) -> Pair:
-    """The float32 keys or values that stand beside those of the input `past`."""
-    (layer, half), (_, heads, _, size) = layer_and_half(past.name), past.shape
-    return prompt_pair(layer, half, (heads, size))
 
 
 def scales(reached: Floats) -> Floats:

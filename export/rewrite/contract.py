@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import onnx_ir as ir
 
 from fastgen.store.graph_io import Declared, GraphIO, TensorSpec
@@ -24,6 +22,11 @@ def declare(value: ir.Value, spec: TensorSpec) -> None:
     value.name, value.shape, value.dtype = spec.name, ir.Shape(spec.shape), data_type(spec)
 
 
+def spec(value: ir.Value) -> TensorSpec:
+    """A value as the contract describes it."""
+    return TensorSpec.declared(*_declaration(value))
+
+
 def check(model: ir.Model, io: GraphIO, step: str) -> None:
     """Compare a graph's inputs and outputs with what is expected after a step of the export.
 
@@ -34,11 +37,11 @@ def check(model: ir.Model, io: GraphIO, step: str) -> None:
         ModelError: see `GraphIO.check`.
     """
     graph = model.graph
-    io.check(f"the graph after {step}", _declared(graph.inputs), _declared(graph.outputs))
+    inputs, outputs = map(_declaration, graph.inputs), map(_declaration, graph.outputs)
+    io.check(f"the graph after {step}", inputs, outputs)
 
 
-def _declared(values: Iterable[ir.Value]) -> Iterable[Declared]:
-    for one in values:
-        kind = "unknown" if one.dtype is None else f"tensor({one.dtype.name.lower()})"
-        shape = [] if one.shape is None else list(one.shape)
-        yield str(one.name), kind, shape
+def _declaration(value: ir.Value) -> Declared:
+    kind = "unknown" if value.dtype is None else f"tensor({value.dtype.name.lower()})"
+    shape = () if value.shape is None else value.shape
+    return str(value.name), kind, [n if isinstance(n, int) else n.value for n in shape]

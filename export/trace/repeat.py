@@ -134,7 +134,7 @@ def unroll(model: ir.Model, layers: Layers, stand_ins: Sequence[StandIn]) -> boo
 
 @dataclass(frozen=True)
 class _Own:
-    """What is of one layer alone: a part of a weight, or what is kept of keys or values.
+    """A value of one layer alone: a part of a weight, or its past keys or values.
 
     Attributes:
         number: of the layer.
@@ -208,7 +208,7 @@ class _Unrolling:
         return self.own[value].number if value in self.own else self.level.get(value, -1)
 
     def _same(self, second: list[ir.Node], third: list[ir.Node]) -> dict[ir.Value, ir.Value]:
-        """What each value that the second layer reads or makes is in the third.
+        """Match each value that the second layer reads or makes with its like in the third.
 
         Raises:
             _Unlike: they are not the same nodes.
@@ -294,7 +294,7 @@ class _Unrolling:
         return nodes, {value: there[value] for value in latest}
 
     def _own(self, value: ir.Value, number: int) -> ir.Value:
-        """What a value of one layer alone is in another."""
+        """The like of a value of one layer alone, in another layer."""
         copy = ir.Value(name=self._name(value, number), shape=value.shape, type=value.type)
         own = self.own[value]
         if own.weight is None:

@@ -105,33 +105,16 @@ class Pair(NamedTuple):
     window: int | None = None
 
 
-def stored_pair(
-    layer: int,
-    half: str,
-    heads: tuple[int, int],
-    window: int | None = None,
-    dtype: str = "float32",
-) -> Pair:
-    """The keys or values of a layer that are kept.
-
-    Args:
-        half: "key" or "value".
-        heads: how many there are, and their size.
-    """
-    shape = ("rows", heads[0], "capacity", heads[1])
-    past, present = (f"{kind}.{layer}.{half}" for kind in (PAST, PRESENT))
-    return Pair(TensorSpec(past, dtype, shape), TensorSpec(present, dtype, shape), window)
-
-
-def prompt_pair(layer: int, half: str, heads: tuple[int, int], window: int | None = None) -> Pair:
-    """The float32 keys or values beside those that are kept in int8; see `stored_pair`."""
-    shape = ("prompt_rows", heads[0], "prompt_capacity", heads[1])
-    past, present = (f"{kind}.{layer}.{half}" for kind in (PROMPT_PAST, PROMPT_PRESENT))
-    return Pair(TensorSpec(past, "float32", shape), TensorSpec(present, "float32", shape), window)
+def beside(spec: TensorSpec) -> TensorSpec:
+    """The float32 keys or values, before or after a step, that stand beside those in int8."""
+    kind, _, rest = spec.name.partition(".")
+    name = {PAST: PROMPT_PAST, PRESENT: PROMPT_PRESENT}[kind]
+    shape = (size if isinstance(size, int) else f"prompt_{size}" for size in spec.shape)
+    return TensorSpec(f"{name}.{rest}", "float32", tuple(shape))
 
 
 class Described(Protocol):
-    """What a graph is made for, as `ModelInfo` says it."""
+    """The model that a graph is made for, as `ModelInfo` describes it."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -179,16 +162,25 @@ class GraphIO:
 
         Beside int8 ones there are float32 ones, in which prompts are read.
         """
-        windows = self.windows or (None,) * len(self.layers)
-        each = [
-            (i, half, layer, window)
-            for i, (layer, window) in enumerate(zip(self.layers, windows, strict=True))
-            for half in HALVES
-        ]
-        stored = [stored_pair(*one, dtype=self.cache_dtype) for one in each]
+        stored = self._stored()
         if self.cache_dtype == "float32":
             return {"float32": stored}
-        return {self.cache_dtype: stored, "float32": [prompt_pair(*one) for one in each]}
+        prompts = [Pair(beside(past), beside(present), window) for past, present, window in stored]
+        return {self.cache_dtype: stored, "float32": prompts}
+
+    def _stored(self) -> list[Pair]:
+        windows = self.windows or (None,) * len(self.layers)
+        pairs = []
+        for i, ((heads, dim), window) in enumerate(zip(self.layers, windows, strict=True)):
+            for half in HALVES:
+                past, present = (
+                    TensorSpec(
+                        f"{kind}.{i}.{half}", self.cache_dtype, ("rows", heads, "capacity", dim)
+                    )
+                    for kind in (PAST, PRESENT)
+                )
+                pairs.append(Pair(past, present, window))
+        return pairs
 
     @cached_property
     def state_pairs(self) -> list[Pair]:
@@ -332,8 +324,8 @@ def fed_tokens(
 
 
 def first_shown(held: int, window: int, grain: int = GRAIN) -> int:
-    """Where rows of at least `held` tokens begin for a layer with a window.
+    """The token with which rows of at least `held` tokens begin for a layer with a window.
 
-    The same for all that a chunk may begin with, which so adds up its sums alike.
+    It is the same for all that a chunk may begin with, which so adds up its sums alike.
     """
     return max(0, held // grain * grain - -(-window // grain) * grain)
