@@ -118,7 +118,7 @@ def inline(text: str) -> str:
 
 
 def shown(role: str, target: str) -> str:
-    """What a role shows: the last name of `~a.b.c`, a title before `<target>`, a function's ()."""
+    """The text of a role: the last name of `~a.b.c`, a title before `<target>`, a function's ()."""
     title = re.match(r"(.+?)\s*<[^>]*>\Z", target, re.DOTALL)
     if title:
         return title[1]

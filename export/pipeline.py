@@ -384,8 +384,11 @@ def usual_tolerance(
 ) -> Tolerance:
     """That of the coarser of the two; with another bound or two where they are given."""
     usual = max((TOLERANCES[precision], TOLERANCES[cache_precision]), key=lambda one: one.kl)
-    given = {name: bound for name, bound in (("kl", kl), ("top1", top1)) if bound is not None}
-    return replace(usual, **given)
+    return replace(
+        usual,
+        kl=usual.kl if kl is None else kl,
+        top1=usual.top1 if top1 is None else top1,
+    )
 
 
 @dataclass(frozen=True)

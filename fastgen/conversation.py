@@ -23,10 +23,11 @@ from typing import Any
 import numpy as np
 
 from fastgen.engine.call import Call
-from fastgen.engine.prefill import CHUNK, Prefill
+from fastgen.engine.prefill import CHUNK, prefill
 from fastgen.engine.prefix_cache import BLOCK, MAX_BYTES, PrefixCache
 from fastgen.generator import CausalLM
 from fastgen.inputs import validators
+from fastgen.inputs.lengths import default_length
 from fastgen.inputs.params import NAMES, Params, drawn, resolve, sampling
 from fastgen.store import files, jsonfile
 from fastgen.store.model_info import ModelInfo
@@ -36,9 +37,6 @@ from fastgen.text import chat_template
 Message = dict[str, str]  # {"role": "user", "content": "Hi"}
 Pieces = Generator[str, None, None]  # of a text, as it comes
 
-CONTINUED = (
-    64  # new tokens where there is no template, and so mostly no end, if nobody sets a length
-)
 LEAST_ROOM = 1 / 4  # of the positions: what an answer finds, if it may become as long
 KEPT = 3 / 4  # of the positions: what prompt and answer take after old turns were dropped
 ADVICE = "load a file that was saved here, or one of the same form"
@@ -84,8 +82,9 @@ class Conversation:
     Args:
         model: what answers.
         knobs: keywords of `generate`. Where no length is set, here or in the model's defaults, an
-            answer has `chat.MAX_NEW_TOKENS` at most, and `CONTINUED` without a template. What says
-            how tokens are drawn and is not set is that of `params.sampling`.
+            answer has the length of a reply (see `lengths.NEW_TOKENS`), or without a template,
+            and so mostly without an end, that of a text. Knobs of sampling that are not set are
+            those of `params.sampling`.
         system: the system message; None for none.
 
     Attributes:
@@ -251,8 +250,8 @@ class Conversation:
         writer, tokens, first = self.model.writer(call), [], 0.0
         try:
             with contextlib.closing(call.steps()) as steps:
-                for events in steps:
-                    for token in writer.take(events):
+                for step in steps:
+                    for token in writer.take(step.events):
                         first = first or time.perf_counter() - start
                         tokens.append(token)
                         yield token.text
@@ -292,9 +291,8 @@ class Conversation:
         model = self.model.model
         cache = model.borrow_cache(1, len(ids) + CHUNK)
         try:
-            reading = Prefill(model, cache, [np.array(ids, np.int64)], 0, self.cache)
-            while not reading.done and not self._leaving:
-                reading.read()
+            prompts = [np.array(ids, np.int64)]
+            prefill(model, cache, prompts, 0, self.cache, lambda: self._leaving)
         finally:
             model.give_back(cache)
 
@@ -309,12 +307,11 @@ class Conversation:
     def _fitted(self, turns: list[Message]) -> tuple[list[int], int, int]:
         """The prompt, the new tokens that it leaves room for, and how many turns it leaves out."""
         params = self._params(self.knobs)
-        usual = chat_template.MAX_NEW_TOKENS if self.has_template else CONTINUED
+        usual = default_length("reply" if self.has_template else "text", vars(params))
         limits = [self.model.model.info.max_length]
-        if params.max_new_tokens is None and params.max_length is not None:
+        if params.max_new_tokens is None:
             limits.append(params.max_length)
-            usual = params.max_length
-        new = params.max_new_tokens or usual
+        new = params.max_new_tokens or usual or params.max_length or 1
         limit = min((one for one in limits if one is not None), default=None)
         ids, dropped = self._prompt(turns, self.dropped), self.dropped
         if limit is None:
@@ -340,11 +337,9 @@ class Conversation:
 
     def _ids(self, messages: list[Message]) -> list[int]:
         """The tokens of messages, up to where the answer begins."""
-        tokenizer = self.model.tokenizer
-        if not self.has_template:
-            return tokenizer.encode(continued(messages))
-        text = chat_template.prompt(self.model.directory, tokenizer.config, messages)
-        return tokenizer.encode(text, add_special_tokens=False)
+        if self.has_template:
+            return self.model.chat_ids(messages)
+        return self.model.tokenizer.encode(continued(messages))
 
     @staticmethod
     def _system(system: str | None) -> list[Message]:

@@ -1,10 +1,11 @@
-"""What people hold: a loaded model that generates, streams, completes, chats and scores."""
+"""A loaded model that generates, streams, completes, chats and scores: the front of fastgen."""
 
 from __future__ import annotations
 
 import copy
 import functools
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,11 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastgen.engine import score
-from fastgen.engine.call import Call, Objects, Writer, last_token, prepare, read
+from fastgen.engine.call import Call
 from fastgen.engine.model import Model
 from fastgen.engine.output import Token
 from fastgen.engine.prefix_cache import PrefixCache, check
+from fastgen.engine.prepare import Loaded, Objects, last_token, prepare, read
+from fastgen.engine.writer import Writer
 from fastgen.inputs import tensors, validators
+from fastgen.inputs.lengths import default_length
 from fastgen.inputs.params import Params
 from fastgen.sampling import processors, stop
 from fastgen.store import hub, jsonfile
@@ -249,7 +253,7 @@ class CausalLM:
             prefix_cache=prefix_cache,
             knobs=knobs,
         )
-        _warn(call)
+        _warn(call.notes)
         if streamer is not None:
             call.tell(streamer)
         else:
@@ -272,7 +276,7 @@ class CausalLM:
             A `Token` as soon as it is known.
         """
         call = self.call(prompt, logprobs=True, **kwargs)
-        _warn(call)
+        _warn(call.notes)
         return _tokens_of(call, self.writer(call, skip_special_tokens))
 
     def call(
@@ -283,7 +287,7 @@ class CausalLM:
         stop: Sequence[str] = (),
         **kwargs: Any,
     ) -> Call:
-        """A call that is checked and has not begun: for whoever runs many (see `schedule`).
+        """A call that is checked and has not begun, for those that run many (see `schedule`).
 
         Args:
             prompt: as `stream` takes it.
@@ -303,7 +307,7 @@ class CausalLM:
         )
 
     def healing(self, ids: Sequence[int]) -> tuple[list[int], Call | None]:
-        """What `token_healing` reads of a prompt, for whoever runs many calls (see `schedule`).
+        """A prompt's `token_healing` as a call, for those that run many (see `schedule`).
 
         Returns:
             ids that stay, and the call whose only token follows them: then they are the prompt of
@@ -312,11 +316,12 @@ class CausalLM:
         prompt = token_healing.reopen(ids, self.tokenizer)
         if not prompt.biases:
             return prompt.ids, None
-        own = self.generation_config.to_dict()
-        return prompt.ids, last_token(self.model, own, lambda: self.tokenizer, None, prompt)
+        call = last_token(self._loaded, prompt)
+        _warn(call.cautions)
+        return prompt.ids, call
 
     def writer(self, call: Call, skip_special_tokens: bool = True) -> Writer:
-        """What makes tokens with their text of a call's events."""
+        """The `Writer` that makes tokens with their text of a call's events."""
         if not self.has_tokenizer:
             return Writer(None)
         rows = call.request.rows
@@ -352,17 +357,39 @@ class CausalLM:
         Returns:
             The reply without special tokens; a list with `num_return_sequences` above 1.
         """
-        variables = dict(template_variables or {})
-        self.model.info.check(self.directory, chat_template.FILE)
-        text = chat_template.prompt(
-            self.directory, self.tokenizer.config, messages, tools, **variables
-        )
-        ids = self.tokenizer.encode(text, add_special_tokens=False)
-        known = {**self.generation_config.to_dict(), **kwargs}
-        if not any(known.get(n) for n in ("max_length", "max_new_tokens", "generation_config")):
-            kwargs["max_new_tokens"] = chat_template.MAX_NEW_TOKENS
+        ids = self.chat_ids(messages, tools, template_variables)
+        new = default_length("reply", kwargs, self.generation_config.to_dict())
+        if new is not None and not kwargs.get("generation_config"):
+            kwargs["max_new_tokens"] = new
         out = self._written([ids], kwargs)
         return out[0] if len(out) == 1 else out
+
+    def chat_text(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt of a conversation by the model's own chat template, as `chat` reads it.
+
+        Raises:
+            ModelError: the template is not the one that was exported.
+            ValueError: there is none, or it refuses the messages.
+        """
+        self.model.info.check(self.directory, chat_template.FILE)
+        variables = dict(template_variables or {})
+        config = self.tokenizer.config
+        return chat_template.prompt(self.directory, config, messages, tools, **variables)
+
+    def chat_ids(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """The tokens of `chat_text`, which raises the same."""
+        text = self.chat_text(messages, tools, template_variables)
+        return self.tokenizer.encode(text, add_special_tokens=False)
 
     def score(
         self,
@@ -450,14 +477,16 @@ class CausalLM:
         self, ids: Any, attention_mask: Any = None, special: bool = True
     ) -> list[NDArray[np.int64]]:
         """int64 [length] of each text or row of ids, without what the mask leaves out."""
-        return read(self.model, Params(), self._ids(ids, special), attention_mask).rows
+        prompts = read(self.model, Params(), self._ids(ids, special), attention_mask)
+        _warn(prompts.cautions)
+        return prompts.rows
 
     def _written(self, prompts: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
-        """What `stream` writes, row by row; a row may have no token."""
+        """The texts that `stream` writes, a row each; a row may have no token."""
         kwargs = dict(kwargs)
         skip_special_tokens = kwargs.pop("skip_special_tokens", True)
         call = self.call(prompts, logprobs=True, **kwargs)
-        _warn(call)
+        _warn(call.notes)
         parts: list[list[str]] = [[] for _ in call.request.rows]
         for token in _tokens_of(call, self.writer(call, skip_special_tokens)):
             parts[token.row].append(token.text)
@@ -472,16 +501,14 @@ class CausalLM:
         stop_texts: Sequence[str] = (),
         **objects: Any,
     ) -> Call:
-        return prepare(
-            self.model,
-            self.generation_config.to_dict(),
-            lambda: self.tokenizer,
-            ids,
-            Objects(**objects),
-            knobs,
-            logprobs,
-            stop_texts,
-        )
+        call = prepare(self._loaded, ids, Objects(**objects), knobs, logprobs, stop_texts)
+        _warn(call.cautions)
+        return call
+
+    @property
+    def _loaded(self) -> Loaded:
+        """The model as calls need it, with its defaults as they are now."""
+        return Loaded(self.model, self.generation_config.to_dict(), lambda: self.tokenizer)
 
 
 _OBJECTS = tuple(Objects.__dataclass_fields__)
@@ -491,19 +518,24 @@ def _renamed_prompts(prompts: str | None, prefill_precision: str | None) -> str 
     """The precision, also where the caller of ours gave it by its old name `prompts`."""
     if prompts is None:
         return prefill_precision
-    warnings.warn("prompts is now named prefill_precision", DeprecationWarning, stacklevel=3)
+    _warn(["prompts is now named prefill_precision"], DeprecationWarning)
     return prefill_precision or prompts
 
 
-def _warn(call: Call) -> None:
-    """Tell the caller of ours what of the asked form the text is not held to."""
-    for note in call.notes:
-        warnings.warn(note, UserWarning, stacklevel=3)
+def _warn(texts: Sequence[str], category: type[Warning] = UserWarning) -> None:
+    """Warn at the line that called fastgen, whatever lies between it and here."""
+    if not texts:
+        return
+    frame, level = sys._getframe(), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == "fastgen":
+        frame, level = frame.f_back, level + 1
+    for text in texts:
+        warnings.warn(text, category, stacklevel=level)
 
 
 def _tokens_of(call: Call, writer: Writer) -> Iterator[Token]:
-    for events in call.steps():
-        yield from writer.take(events)
+    for step in call.steps():
+        yield from writer.take(step.events)
 
 
 def _is_one(ids: Any) -> bool:

@@ -32,8 +32,8 @@ from fastgen.export.build.decoder import (
 )
 from fastgen.export.build.weights import Weights
 from fastgen.export.rewrite import contract
+from fastgen.export.rewrite.edit import MICROSOFT
 from fastgen.export.rewrite.node import HEAD_STEP, INPUTS, QUERIES, SEQLENS, TOTAL, attributes
-from fastgen.export.rewrite.trim import MICROSOFT
 from fastgen.store.graph_io import GraphIO
 from fastgen.store.jsonfile import some
 
@@ -98,7 +98,7 @@ class _Writer:
         self,
         op_type: str,
         inputs: Sequence[ir.Value | None],
-        shape: Sequence[Dim],
+        shape: Sequence[Dim] | ir.Shape | None,
         attributes: dict[str, Any] | None = None,
         *,
         domain: str = "",
@@ -107,7 +107,7 @@ class _Writer:
         node = ir.node(op_type, inputs, attributes or {}, domain=domain)
         self.graph.append(node)
         (out,) = node.outputs
-        out.shape, out.dtype = ir.Shape(shape), dtype
+        out.shape, out.dtype = None if shape is None else ir.Shape(shape), dtype
         return out
 
     def constant(self, array: NDArray[Any]) -> ir.Value:
@@ -126,7 +126,7 @@ class _Writer:
 
     def _initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
         value = ir.Value(name=name, const_value=tensor)
-        value.shape, value.dtype = tensor.shape, tensor.dtype
+        value.shape, value.dtype = ir.Shape(tensor.shape.numpy()), tensor.dtype
         self.graph.register_initializer(value)
         return value
 
@@ -151,7 +151,7 @@ class _Writer:
     def named(self, name: str) -> str:
         """The checkpoint's name of a tensor: those of models without a head leave `base` out."""
         other = self.decoder.also.get(name)
-        if other in self.weights:
+        if other is not None and other in self.weights:
             return other
         if name not in self.weights and name.startswith(self.decoder.base):
             return name.removeprefix(self.decoder.base)
@@ -346,7 +346,7 @@ class _Writer:
             "Expand", [index, self.ints(1, 1, width)], ["rows", "keep", width], dtype=INT64
         )
         x = self.node("GatherElements", [x, index], ["rows", "keep", width], {"axis": 1})
-        shape = ["rows", "keep", vocabulary]
+        shape: list[Dim] = ["rows", "keep", vocabulary]
         if head.weight is None:
             table = self.table(embedding.table, vocabulary, width)
             x = self.node("FusedMatMul", [x, table], shape, {"transB": 1}, domain=MICROSOFT)
@@ -457,7 +457,7 @@ class _Writer:
                 self.shapes["positions"] = self.node(
                     "Cast", [positions], [*places, 1], {"to": int(FLOAT)}
                 )
-            shape = [*places, len(rotary.inverse)]
+            shape: list[Dim] = [*places, len(rotary.inverse)]
             inverse = self.constant(rotary.inverse)
             angles = self.node("Mul", [self.shapes["positions"], inverse], shape)
             both = [self.node(name, [angles], shape) for name in ("Cos", "Sin")]

@@ -26,7 +26,8 @@ class Tensor(Protocol):
         shape: of all.
     """
 
-    shape: tuple[int, ...]
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
     def read(self, rows: slice) -> NDArray[np.float32]:
         """Some neighbours of its first dimension, in float32."""

@@ -21,7 +21,7 @@ from fastgen.export.onnx_folder.folder import Choice
 from fastgen.export.onnx_folder.plain import Plain
 from fastgen.export.onnx_folder.signature import POSITIONS
 from fastgen.export.prove import check
-from fastgen.export.rewrite.trim import constant
+from fastgen.export.rewrite.edit import constant, flag, sizes_of
 from fastgen.export.source import vocabulary
 from fastgen.export.source.origin import Tolerance, name_of
 from fastgen.store import jsonfile
@@ -73,7 +73,7 @@ class Folder:
     def vocab(self) -> int:
         """Ids that it both reads and says."""
         said = self.logits(np.zeros(1, np.int64)).shape[-1]
-        return min(said, self._said("vocab_size") or said)
+        return min(int(said), self._said("vocab_size") or int(said))
 
     @cached_property
     def limit(self) -> int | None:
@@ -85,10 +85,9 @@ class Folder:
         """Rows of the tables that the graph looks positions up in."""
         found = []
         for node in self.rewritten.model.graph:
-            if node.op_type == "GroupQueryAttention" and node.attributes.get_int("do_rotary", 0):
-                table = node.inputs[7]
-                if table is not None and table.shape is not None:
-                    found.append(int(table.shape[0]))
+            if node.op_type == "GroupQueryAttention" and flag(node, "do_rotary"):
+                rows = sizes_of(node.inputs[7])[:1]
+                found += [count for count in rows if count is not None]
             if node.op_type == "Gather" and (table := constant(node.inputs[0])) is not None:
                 offset = _offset(node.inputs[1])
                 if offset is not None and table.ndim > 1:
@@ -147,7 +146,8 @@ class Folder:
     def describe(self, precision: str) -> dict[str, Any]:
         made = self.rewritten
         logits = next(value for value in made.model.graph.outputs if value.name == "logits")
-        assert logits.shape is not None
+        vocab_size = sizes_of(logits)[2]
+        assert vocab_size is not None
         return {
             "format": FORMAT,
             "fastgen": fastgen.__version__,
@@ -155,7 +155,7 @@ class Folder:
             "model_type": self.config.get("model_type", "unknown"),
             "name": self.name,
             "parameters": _parameters(made.model.graph),
-            "vocab_size": int(logits.shape[2]),
+            "vocab_size": vocab_size,
             "max_length": self.limit,
             "hard_limit": bool(self._tables()),
             "layers": [list(layer) for layer in made.layers],

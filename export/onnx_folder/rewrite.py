@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,17 +20,18 @@ from fastgen.export.onnx_folder.attention import Feed, is_grouped
 from fastgen.export.onnx_folder.prepare import drop_idle, prepare
 from fastgen.export.onnx_folder.signature import KEEP, LOGITS, MASK, POSITIONS, Signature
 from fastgen.export.rewrite import contract
-from fastgen.export.rewrite.trim import (
+from fastgen.export.rewrite.edit import (
     add_initializer,
-    add_lazily,
     clean_up,
     constant,
+    input_of,
     insert,
     is_constant,
-    products_without_reshapes,
     rank,
-    shape_of,
+    set_type,
+    transposed,
 )
+from fastgen.export.rewrite.trim import products_without_reshapes
 from fastgen.store.graph_io import TOKENS, GraphIO, fed_tokens
 
 # Sizes of the two runs: no dimension of one name is as large as another's, in both.
@@ -195,12 +195,13 @@ def _positions(model: ir.Model, seen: shapes.Seen) -> None:
     """
     graph = model.graph
     for value in reversed([output for node in graph for output in node.outputs]):
-        if value.producer() is None or value.producer().graph is None:
+        node, name = value.producer(), str(value.name)
+        if node is None or node.graph is None:
             continue
-        if value.name not in seen[0] or not value.uses() or not _leans(graph, value):
+        if name not in seen[0] or not value.uses() or not _leans(graph, value):
             continue
         if all(
-            _are_positions(run[value.name], past, new)
+            _are_positions(run[name], past, new)
             for run, past, new in zip(seen, PAST, NEW, strict=True)
         ):
             value.replace_all_uses_with(_input(graph, POSITIONS))
@@ -243,7 +244,7 @@ def _uncut_tables(model: ir.Model) -> None:
         if starts is None or ends is not None or axes is None or starts.any():
             continue
         if _read_at_positions(node.outputs[0], int(np.asarray(axes).reshape(-1)[0])):
-            node.outputs[0].replace_all_uses_with(node.inputs[0])
+            node.outputs[0].replace_all_uses_with(input_of(node, 0))
     clean_up(model)
 
 
@@ -267,13 +268,13 @@ def _gather(graph: ir.Graph, seen: shapes.Seen) -> None:
     """`lm_head` runs only at `logits_positions` [rows, keep] of the hidden states."""
     logits = next(value for value in graph.outputs if value.name == LOGITS)
     head = _head(logits, seen)
-    reader, hidden = head, head.inputs[0]
-    before: ir.Value | None = hidden
-    while before is not None and (node := before.producer()) is not None:
-        before = node.inputs[0]
+    reader, hidden = head, input_of(head, 0)
+    before = hidden
+    while (node := before.producer()) is not None:
+        before = input_of(node, 0)
         if node.op_type == "DynamicQuantizeLinear":
             reader, hidden = node, before
-        elif _picks(node, seen) or (node.op_type in RESHAPING and _rank(hidden) != 3):
+        elif _picks(node, seen) or (node.op_type in RESHAPING and rank(hidden) != 3):
             hidden = before  # of all positions, as [rows, new, size]
         elif node.op_type not in RESHAPING:
             break
@@ -283,7 +284,7 @@ def _gather(graph: ir.Graph, seen: shapes.Seen) -> None:
     positions = _input(graph, "logits_positions")
     (places,) = insert(reader, "Unsqueeze", [positions, last])
     (picked,) = insert(reader, "GatherND", [hidden, places], {"batch_dims": 1})
-    picked.dtype = hidden.dtype
+    set_type(picked, hidden)
     picked.shape = ir.Shape(["rows", "keep", hidden.shape[2]])
     reader.replace_input_with(0, picked)
 
@@ -302,13 +303,10 @@ def _head(logits: ir.Value, seen: shapes.Seen) -> ir.Node:
             break
         sized = [one for one in node.inputs if one is not None and one.producer() is not None]
         wide = [one for one in sized if _width(one, seen) == _width(logits, seen)]
-        value = (wide or sized or [None])[0]
-    said = "an input" if value is None or value.producer() is None else value.producer().op_type
+        value = next(iter(wide or sized), None)
+    last = None if value is None else value.producer()
+    said = "an input" if last is None else last.op_type
     raise UnsupportedModel(f"its logits come from {said}, which is not known as an lm_head")
-
-
-def _rank(value: ir.Value) -> int | None:
-    return None if value.shape is None else len(value.shape)
 
 
 def _is_weight(value: ir.Value | None) -> bool:
@@ -322,7 +320,8 @@ def _is_weight(value: ir.Value | None) -> bool:
 
 
 def _width(value: ir.Value, seen: shapes.Seen) -> int | None:
-    shape = shapes.shape_of(seen[0][value.name]) if value.name in seen[0] else ()
+    name = str(value.name)
+    shape = shapes.shape_of(seen[0][name]) if name in seen[0] else ()
     return shape[-1] if len(shape) > 1 else None
 
 
@@ -330,10 +329,10 @@ def _picks(node: ir.Node, seen: shapes.Seen) -> bool:
     """Tell if a node only takes some of the positions, as tools do for the last logits."""
     if node.op_type not in ("Gather", "Slice", "GatherND", "GatherElements"):
         return False
-    given, out = node.inputs[0], node.outputs[0]
-    if given.name not in seen[0]:
+    given, out = (str(value.name) for value in (input_of(node, 0), node.outputs[0]))
+    if given not in seen[0]:
         return False
-    before, after = (shapes.shape_of(seen[0][v.name]) for v in (given, out))
+    before, after = (shapes.shape_of(seen[0][name]) for name in (given, out))
     return len(before) == 3 and before[-1] == after[-1]
 
 
@@ -345,18 +344,11 @@ def _hold_tables(graph: ir.Graph) -> None:
     for node in list(graph):
         if node.op_type != "Transpose" or not is_constant(node.inputs[0]):
             continue
-        matrix, out = node.inputs[0], node.outputs[0]
+        matrix, out = input_of(node, 0), node.outputs[0]
         read = any(use.node.op_type == "Gather" and use.idx == 0 for use in out.uses())
         if not read or rank(matrix) != 2:
             continue
-        held = matrix.const_value
-        shape = shape_of(matrix)[::-1]
-        made = add_lazily(graph, f"{matrix.name}.T", partial(_turned, held), shape, held.dtype)
-        out.replace_all_uses_with(made)
-
-
-def _turned(held: ir.TensorProtocol) -> NDArray[Any]:
-    return held.numpy().T
+        out.replace_all_uses_with(transposed(graph, matrix))
 
 
 # The contract's names
@@ -372,7 +364,7 @@ def _sign(model: ir.Model, signature: Signature, vocab: int) -> GraphIO:
     by_name = {str(value.name): value for value in graph.inputs}
     for name in (MASK, *KEEP):
         if name in by_name and by_name[name].uses():
-            node = by_name[name].uses()[0].node
+            node = next(use.node for use in by_name[name].uses())
             raise UnsupportedModel(
                 f"{name} is read by {node.op_type} ({node.name}) besides attention: it has no "
                 "place in a graph that reads rows of any lengths"
@@ -451,11 +443,11 @@ def _undo_turns(model: ir.Model) -> None:
     for node in list(model.graph):
         if node.op_type != "Transpose":
             continue
-        before = node.inputs[0].producer()
+        before = input_of(node, 0).producer()
         if before is None or before.op_type != "Transpose" or node.outputs[0].is_graph_output():
             continue
         first = list(before.attributes.get_ints("perm", ()))
         second = list(node.attributes.get_ints("perm", ()))
         if [first[place] for place in second] == sorted(first):
-            node.outputs[0].replace_all_uses_with(before.inputs[0])
+            node.outputs[0].replace_all_uses_with(input_of(before, 0))
     clean_up(model)

@@ -15,7 +15,7 @@ import onnx_ir as ir
 import onnxruntime
 from numpy.typing import NDArray
 
-from fastgen.export.quantize import rotate
+from fastgen.export.quantize import rotation
 from fastgen.export.quantize.kernels import (
     Choice,
     Floats,
@@ -61,7 +61,7 @@ def inputs(
     model: ir.Model, products: Sequence[Product], rows: Sequence[NDArray[np.int64]]
 ) -> Iterator[dict[ir.Value, Input]]:
     """Give each distinct input of `products` on `rows`, in files as `values` does."""
-    wanted = list(dict.fromkeys(product.node.inputs[0] for product in products))
+    wanted = list(dict.fromkeys(product.input for product in products))
     widths = [_width(value) for value in wanted]
     longest = max(map(len, rows))
     every = max(1, sum(map(len, rows)) // SAMPLE)
@@ -165,7 +165,7 @@ def shelf(directory: Path) -> Iterator[Callable[[NDArray[Any]], NDArray[Any]]]:
 
         def kept(array: NDArray[Any]) -> NDArray[Any]:
             start = file.seek(-(-file.seek(0, os.SEEK_END) // ALIGNED) * ALIGNED)
-            file.write(memoryview(np.ascontiguousarray(array)).cast("B"))
+            file.write(np.ascontiguousarray(array).data.cast("B"))
             file.flush()
             return np.asarray(np.memmap(file, array.dtype, "r", start, array.shape))
 
@@ -244,14 +244,14 @@ def _spill(model: ir.Model, directory: Path, data: Path) -> None:
                 continue
             file.seek(-(-file.tell() // ALIGNED) * ALIGNED)
             start = file.tell()
-            file.write(memoryview(np.ascontiguousarray(tensor.numpy())).cast("B"))
+            file.write(np.ascontiguousarray(tensor.numpy()).data.cast("B"))
             value.const_value = ir.ExternalTensor(
                 data.relative_to(directory),
                 start,
                 file.tell() - start,
                 tensor.dtype,
                 name=str(value.name),
-                shape=tensor.shape,
+                shape=ir.Shape(tensor.shape.numpy()),
                 base_dir=directory,
             )
 
@@ -282,7 +282,7 @@ def output_error(x: Floats, weight: Floats, choice: Choice, exact: Floats | None
     """
     exact = x @ weight if exact is None else exact
     if (turned := choice.kernel.turned) > 0:
-        x, weight = rotate.turned(x, turned), turned_matrix(turned, False, weight)
+        x, weight = rotation.turned(x, turned), turned_matrix(turned, False, weight)
     approximate = quantized_input(x, choice.kernel) @ stored(weight, choice)
     approximate -= exact
     sizes = np.einsum("to,to->t", exact, exact)
@@ -307,8 +307,8 @@ def stored(weight: Floats, choice: Choice) -> Floats:
     """The matrix [in, out] that the codes of `choice` stand for (smoothing aside)."""
     kernel = choice.kernel
     if kernel.block == 0:
-        codes, per_channel = channel_codes(weight, choice.scales)
-        return multiplied(codes if choice.codes is None else choice.codes, per_channel)
+        nearest, per_channel = channel_codes(weight, choice.scales)
+        return multiplied(nearest if choice.codes is None else choice.codes, per_channel)
     scales = block_scales(weight, kernel) if choice.scales is None else choice.scales
     codes = choice.codes
     if codes is None:

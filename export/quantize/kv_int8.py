@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from fastgen.export.quantize import calibrate
 from fastgen.export.quantize.kernels import Floats
 from fastgen.export.rewrite import contract
+from fastgen.export.rewrite.edit import add_initializer, input_of, replace
 from fastgen.export.rewrite.node import PAST_AND_SCALE, POSITIONS
-from fastgen.export.rewrite.trim import add_initializer, replace
 from fastgen.store.graph_io import READS_PROMPT, beside
 
 DTYPES = {"fp32": "float32", "int8": "int8"}  # of each cache precision
@@ -48,7 +48,7 @@ def reach(
             node.replace_input_with(POSITIONS, positions)
     # What is stored for each past, whatever the order of the graph's outputs.
     present = {
-        str(node.inputs[past].name): str(node.outputs[place + 1].name)
+        str(input_of(node, past).name): str(node.outputs[place + 1].name)
         for node in _attention(positioned)
         for place, (past, _) in enumerate(PAST_AND_SCALE.values())
     }
@@ -86,12 +86,12 @@ def quantize(model: ir.Model, reached: dict[str, Floats]) -> NDArray[np.float32]
     for node in list(_attention(model)):
         constants = {}
         for kind, (past, _) in PAST_AND_SCALE.items():
-            name = str(node.inputs[past].name)
+            name = str(input_of(node, past).name)
             found[name] = scales(reached[name])
             constants[kind] = add_initializer(graph, f"{name}.scale", found[name])
         _split(graph, node, constants, reads_prompt)
-    past = (str(value.name) for value in graph.inputs)
-    return np.concatenate([found[name].ravel() for name in past if name in found])
+    inputs = (str(value.name) for value in graph.inputs)
+    return np.concatenate([found[name].ravel() for name in inputs if name in found])
 
 
 def _split(
@@ -99,7 +99,7 @@ def _split(
 ) -> None:
     """An attention node becomes two, of which one runs."""
     pasts = [past for past, _ in PAST_AND_SCALE.values()]
-    codes = [node.inputs[past] for past in pasts]
+    codes = [input_of(node, past) for past in pasts]
     floats = [contract.value(beside(contract.spec(value))) for value in codes]
     graph.inputs.extend(floats)
     for value in codes:

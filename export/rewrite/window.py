@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from fastgen.export.rewrite import contract
+from fastgen.export.rewrite.edit import input_of, insert
 from fastgen.export.rewrite.node import BIAS, PAST_AND_SCALE, POSITIONS, SEQLENS, TOTAL
-from fastgen.export.rewrite.trim import insert
 from fastgen.store.graph_io import layer_and_half, window_start
 
 
@@ -31,12 +31,15 @@ def bound(model: ir.Model) -> list[int | None]:
     nodes: dict[str, list[ir.Node]] = {name: [] for name in layers}
     for node in graph:
         if node.op_type == "GroupQueryAttention":
-            past = str(node.inputs[PAST_AND_SCALE["k"][0]].name)
+            past = str(input_of(node, PAST_AND_SCALE["k"][0]).name)
             nodes.setdefault(past, []).append(node)
     windows = [_window(nodes[name]) for name in layers]
-    counts = {window: _counts(graph, window, inputs) for window in sorted({*windows} - {None})}
+    known = sorted({window for window in windows if window is not None})
+    counts = {window: _counts(graph, window, inputs) for window in known}
     for name, window in zip(layers, windows, strict=True):
-        for node in nodes[name] if window is not None else ():
+        if window is None:
+            continue
+        for node in nodes[name]:
             for place, value in zip((SEQLENS, TOTAL), counts[window], strict=True):
                 node.replace_input_with(place, value)
             if node.attributes.get_int("do_rotary", 0):  # positions are not counted as keys are

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, TypeGuard
 
 from fastgen.errors import ModelError
 from fastgen.store import jsonfile
@@ -130,11 +130,8 @@ def _is_tensor(said: Any) -> bool:
     if not isinstance(said, dict) or not isinstance(said.get("dtype"), str):
         return False
     shape, offsets = said.get("shape"), said.get("data_offsets")
-    numbers = (shape, offsets)
-    return (
-        all(
-            isinstance(some, list) and all(jsonfile.is_count(n, 2**62, 0) for n in some)
-            for some in numbers
-        )
-        and len(offsets) == 2
-    )
+    return _are_counts(shape) and _are_counts(offsets) and len(offsets) == 2
+
+
+def _are_counts(said: Any) -> TypeGuard[list[int]]:
+    return isinstance(said, list) and all(jsonfile.is_count(n, 2**62, 0) for n in said)

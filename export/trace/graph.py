@@ -23,6 +23,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fastgen.errors import UnsupportedModel
+from fastgen.export.rewrite import mixture
 from fastgen.export.trace import attention, experts, hooks, refuse, repeat, states, stored
 from fastgen.export.trace.attention import Feed, Layer
 from fastgen.export.trace.states import Place, StatefulCache, States
@@ -199,7 +200,7 @@ def convert(model: PreTrainedModel, kept: Kept, whole: bool = False) -> onnx_ir.
     repeated = None if whole or kept.states else _by_repeating(model, kept)
     converted, stand_ins = repeated or _traced(model, kept)
     stored.settle(converted.graph, stand_ins)
-    experts.lay_out(converted)
+    mixture.lay_out(converted)
     converted.meta["repeated"] = repeated is not None
     return converted
 

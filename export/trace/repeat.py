@@ -19,7 +19,7 @@ import onnx_ir as ir
 import torch
 from transformers import PreTrainedModel
 
-from fastgen.export.rewrite import trim
+from fastgen.export.rewrite.edit import clean_up, input_of, tensor_of
 from fastgen.export.trace import stored
 from fastgen.export.trace.attention import Layer
 from fastgen.export.trace.stored import StandIn
@@ -29,6 +29,8 @@ TRACED = 3  # layers: the first, the one that is repeated, and one to see that i
 FEWEST = 6  # layers for which it pays
 OWN = {"layer_idx", "layer_id", "idx"}  # attributes in which layers that are alike differ
 APART = {"_modules", "_parameters", "_buffers"}  # attributes that are looked at by themselves
+
+Pairs = dict[ir.Value | None, ir.Value | None]  # values of one layer, and of another
 
 
 class _Unlike(Exception):
@@ -124,7 +126,7 @@ def unroll(model: ir.Model, layers: Layers, stand_ins: Sequence[StandIn]) -> boo
     Returns:
         False, with the graph of no use, where it is not as expected.
     """
-    trim.clean_up(model)  # what each layer computes again of what all share, it shares now
+    clean_up(model)  # what each layer computes again of what all share, it shares now
     try:
         _Unrolling(model.graph, layers, stand_ins).run()
     except _Unlike:
@@ -170,7 +172,7 @@ class _Unrolling:
         following = self._same(second, third)
         self._check_uses(second, third, tail)
         # What a value that the second layer makes is in the latest one.
-        latest = {value: following[value] for node in second for value in node.outputs}
+        latest: Pairs = {value: following[value] for node in second for value in node.outputs}
         last = {latest[value]: value for value in latest}
         behind = third[-1]
         for number in range(TRACED, len(self.layers.modules)):
@@ -191,7 +193,7 @@ class _Unrolling:
             if any(one.type == ir.AttributeType.GRAPH for one in node.attributes.values()):
                 raise _Unlike
             level = max((self._level(value) for value in node.inputs), default=-1)
-            if node.op_type == "Shape" and node.inputs[0].is_graph_input():
+            if node.op_type == "Shape" and input_of(node, 0).is_graph_input():
                 level = -1  # keys and values of all layers are of one shape
             self.level |= dict.fromkeys(node.outputs, level)
             if level >= 0:
@@ -207,13 +209,13 @@ class _Unrolling:
             return -1
         return self.own[value].number if value in self.own else self.level.get(value, -1)
 
-    def _same(self, second: list[ir.Node], third: list[ir.Node]) -> dict[ir.Value, ir.Value]:
+    def _same(self, second: list[ir.Node], third: list[ir.Node]) -> Pairs:
         """Match each value that the second layer reads or makes with its like in the third.
 
         Raises:
             _Unlike: they are not the same nodes.
         """
-        found: dict[ir.Value | None, ir.Value | None] = {}
+        found: Pairs = {}
         if len(second) != len(third):
             raise _Unlike
         for one, other in zip(second, third, strict=True):
@@ -255,17 +257,17 @@ class _Unrolling:
     def _repeated(
         self,
         second: list[ir.Node],
-        following: dict[ir.Value, ir.Value],
-        latest: dict[ir.Value, ir.Value],
+        following: Pairs,
+        latest: Pairs,
         number: int,
-    ) -> tuple[list[ir.Node], dict[ir.Value, ir.Value]]:
+    ) -> tuple[list[ir.Node], Pairs]:
         """The nodes of another layer, and what each value that the second makes is there.
 
         Args:
             following: what a value that the second layer reads or makes is in the third.
             latest: what a value that the second layer makes is in the layer before.
         """
-        there: dict[ir.Value | None, ir.Value | None] = {}
+        there: Pairs = {}
         nodes = []
         for node in second:
             for value in node.inputs:
@@ -301,8 +303,8 @@ class _Unrolling:
             self.graph.inputs.append(copy)
             return copy
         weight = self.layers.modules[number].get_parameter(own.part[0])
-        held = replace(own.weight, weight=weight).behind(value.const_value.numpy())
-        copy.const_value = stored.read_lazily(held, copy.name)
+        held = replace(own.weight, weight=weight).behind(tensor_of(value).numpy())
+        copy.const_value = stored.read_lazily(held, str(copy.name))
         self.graph.register_initializer(copy)
         return copy
 
@@ -326,9 +328,10 @@ def _own_weights(
         for name, weight in module.named_parameters()
     }
     for value in graph.initializers.values():
-        if value.const_value.dtype != ir.DataType.FLOAT or not value.const_value.size:
+        tensor = tensor_of(value)
+        if tensor.dtype != ir.DataType.FLOAT or not tensor.size:
             continue
-        view = value.const_value.numpy()
+        view = tensor.numpy()
         for one in stand_ins:
             part = one.behind(view)
             if part is not None and id(one.weight) in names:

@@ -60,10 +60,10 @@ def batch(
     with clear_errors():
         from fastgen.engine.schedule import MAX_ROWS
         from fastgen.inputs import params, validators
-        from fastgen.jobs.ask import Reader
-        from fastgen.jobs.generation import Generation
+        from fastgen.jobs.generation import GenerationWork
         from fastgen.jobs.job import Job
-        from fastgen.jobs.source import Source
+        from fastgen.jobs.request import RowReader
+        from fastgen.jobs.source import RowSource
 
         flags = {name: others.pop(name) for name in SPREAD}
         wanted = given(others)
@@ -77,10 +77,10 @@ def batch(
             on_a_cluster("Generate", arguments, source, out, kind, restart, quiet, flags)
             return
         only_on_a_cluster(flags)
-        rows = Source.of(source, kind)
+        rows = RowSource.of(source, kind)
         loaded = load(model, threads, prefill_precision)
         params.resolve(loaded.generation_config.to_dict(), None, wanted)
-        Reader(loaded, wanted, keep).check(rows.columns() or ())
+        RowReader(loaded, wanted, keep).check(rows.columns() or ())
         settings = {
             "command": "batch",
             "model": loaded.model.fingerprint,
@@ -90,5 +90,5 @@ def batch(
         }
         with Job(rows, out, settings, seed=seed, restart=restart) as job:
             begun = job.begun
-            reader = Reader(loaded, wanted, keep, begun["seed"], ids, begun["created"])
-            do(job, Generation(reader, max_rows or MAX_ROWS), quiet)
+            reader = RowReader(loaded, wanted, keep, begun["seed"], ids, begun["created"])
+            do(job, GenerationWork(reader, max_rows or MAX_ROWS), quiet)

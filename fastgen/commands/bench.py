@@ -99,7 +99,7 @@ def bench(
         places = dict(zip(measure.labels(given), map(hub.directory, given), strict=True))
         places = places or {"demo": hub.directory(None)}
         infos = {name: ModelInfo.read(place) for name, place in places.items()}
-        asked = measure.Asked(prompt, rows, beams, threads, new)
+        asked = measure.CaseOptions(prompt, rows, beams, threads, new)
         timed, notes = measure.cases(infos, asked)
         for note in notes:
             say(note)

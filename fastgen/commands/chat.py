@@ -20,8 +20,7 @@ from fastgen.conversation import Conversation, Took
 from fastgen.system.interrupt import noted
 
 if TYPE_CHECKING:
-    from fastgen.serve.tools.reader import Event
-    from fastgen.serve.tools.reader import Reader as Splitter
+    from fastgen.serve.tools.reader import AnswerEvent, AnswerReader
 
 QUOTES = '"""'  # around several lines
 PROMPT, MORE = ">>> ", "... "
@@ -79,7 +78,7 @@ def chat(
 # --- where messages come from --------------------------------------------------------------------
 
 
-class Reader:
+class MessageReader:
     """Messages and commands, each of a line or of several.
 
     Args:
@@ -119,7 +118,7 @@ class Reader:
         return text, False
 
 
-class Stream:
+class InputLines:
     """Standard input as lines of UTF-8, counted."""
 
     def __init__(self) -> None:
@@ -149,8 +148,8 @@ def _typed(prompt: str) -> str:
 
 def _answer_all(conversation: Conversation) -> None:
     """Answer all of standard input; the first error ends it, and names its line."""
-    stream = Stream()
-    reader = Reader(stream)
+    stream = InputLines()
+    reader = MessageReader(stream)
     while True:
         try:
             with clear_errors():
@@ -166,7 +165,7 @@ def _answer_all(conversation: Conversation) -> None:
 def _talk(conversation: Conversation) -> None:
     """Answer what is typed until the user leaves."""
     edited = _line_editor()
-    reader = Reader(_typed)
+    reader = MessageReader(_typed)
     warned = False  # that another Ctrl-C leaves
     conversation.read_ahead()
     while True:
@@ -264,7 +263,7 @@ def _dimmed(conversation: Conversation, text: str, pieces: Iterator[str]) -> Ite
             thought = False
 
 
-def _events(reader: Splitter, pieces: Iterable[str]) -> Iterator[Event]:
+def _events(reader: AnswerReader, pieces: Iterable[str]) -> Iterator[AnswerEvent]:
     for piece in pieces:
         yield from reader.push(piece)
     yield from reader.end()
@@ -292,7 +291,7 @@ def _shown(took: Took) -> str:
 
 @dataclass(frozen=True)
 class Command:
-    """What can be typed besides messages.
+    """A command that can be typed besides messages.
 
     Attributes:
         run: does it with what stands behind its name, and gives what is to be said.

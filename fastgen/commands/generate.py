@@ -16,6 +16,7 @@ import fastgen
 from fastgen.commands.knobs import given, knob_flags
 from fastgen.commands.models import load, model_option, run_options
 from fastgen.commands.say import clear_errors, in_json, one_line
+from fastgen.inputs.lengths import default_length
 from fastgen.inputs.params import resolve
 from fastgen.store import jsonfile
 
@@ -54,8 +55,9 @@ def generate(
         with _kept(prefix_cache) as cache:
             loaded = load(model, threads, prefill_precision)
             wanted = given(knobs)
-            if _open_ended(wanted):
-                wanted["max_new_tokens"] = 64
+            new = default_length("text", wanted)
+            if new is not None:
+                wanted = {"max_new_tokens": new} | wanted
             several = _several(loaded, wanted)
             wanted["prefix_cache"] = cache
             if as_json:
@@ -75,7 +77,7 @@ def generate(
 
 @contextlib.contextmanager
 def _kept(file: Path | None) -> Iterator[fastgen.PrefixCache | None]:
-    """What a file keeps of earlier prompts, if there is one; it is brought up to date after.
+    """The prefix cache of a file, if there is one; the file is brought up to date after.
 
     Raises:
         ValueError: it is no such file, or could not be written afterwards.
@@ -95,12 +97,8 @@ def _kept(file: Path | None) -> Iterator[fastgen.PrefixCache | None]:
     cache.save(file)
 
 
-def _open_ended(knobs: dict[str, Any]) -> bool:
-    return knobs.get("max_new_tokens") is None and knobs.get("max_length") is None
-
-
 def _several(loaded: fastgen.CausalLM, knobs: dict[str, Any]) -> bool:
-    """Whether there is no one text that grows: beams, or more sequences than one."""
+    """True for beams and for several sequences: there is no one text that grows."""
     params = resolve(loaded.generation_config.to_dict(), None, knobs)
     return max(params.num_beams, params.num_beam_groups, params.num_return_sequences) > 1
 

@@ -61,15 +61,12 @@ def info(model: str | None, as_json: bool, verify: bool) -> None:
 
 
 def _windows(found: ModelInfo) -> str:
-    """How many layers see how much: ", 15 of them with a window of 512 tokens"."""
+    """Layers with a window, by its length: ", 15 of them with a window of 512 tokens"."""
     counts = Counter(window for window in found.windows if window is not None)
     return "".join(f", {n} of them with a window of {w:,} tokens" for w, n in counts.items())
 
 
 def _prompts(found: ModelInfo) -> str:
-    """How a model in int4 can read prompts."""
-    return (
-        ' (prefill_precision="int8" reads prompts faster, in memory)'
-        if found.can_read_prompts
-        else ""
-    )
+    """A note on prompts that are read in int8, if the model can."""
+    note = ' (prefill_precision="int8" reads prompts faster, in memory)'
+    return note if found.can_read_prompts else ""

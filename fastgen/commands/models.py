@@ -1,4 +1,4 @@
-"""Which model a command runs, and how."""
+"""The model that a command runs, and its settings."""
 
 from __future__ import annotations
 

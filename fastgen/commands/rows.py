@@ -1,4 +1,4 @@
-"""What `batch` and `score` have in common: a job's flags, its bar, what is said at its end."""
+"""The common part of `batch` and `score`: a job's flags, its bar, the line at its end."""
 
 from __future__ import annotations
 

@@ -39,8 +39,8 @@ def score(
     """
     with clear_errors():
         from fastgen.jobs.job import Job
-        from fastgen.jobs.scoring import Scoring
-        from fastgen.jobs.source import Source
+        from fastgen.jobs.scoring import ScoringWork
+        from fastgen.jobs.source import RowSource
 
         if flags["address"] is not None:
             arguments = {"model": model, "keep": keep, "tokens": each, "threads": threads}
@@ -48,9 +48,9 @@ def score(
             on_a_cluster("Score", arguments, source, out, kind, restart, quiet, flags)
             return
         only_on_a_cluster(flags)
-        rows = Source.of(source, kind)
+        rows = RowSource.of(source, kind)
         loaded = load(model, threads, prefill_precision)
-        work = Scoring(loaded, keep, each)
+        work = ScoringWork(loaded, keep, each)
         work.check(rows.columns() or ())
         settings = {
             "command": "score",

@@ -6,7 +6,6 @@ are all rows here. `step` is: logits, processors, pick, stop.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,21 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastgen.engine.model import Model
-from fastgen.engine.prefill import CALL, CHUNK, Prefill
-from fastgen.engine.request import Request, Row, by_request, context
+from fastgen.engine.prefill import CALL, WHOLE, Chunks, Prefill
+from fastgen.engine.request import Request, Row, State, by_request, context
+from fastgen.engine.slots import Slots
+from fastgen.engine.step import Event
 from fastgen.sampling import pick, stop
 
 CERTAIN = 64  # tokens of a row, at most, that are taken in a step because they must follow
-
-
-@dataclass(frozen=True)
-class Event:
-    """One new token of one row."""
-
-    row: Row
-    token: int
-    logprob: float
-    top_logprobs: tuple[tuple[int, float], ...] | None
 
 
 @dataclass(eq=False)
@@ -38,7 +29,7 @@ class Joining:
     Attributes:
         prefill: the prompts.
         rows: the rows of each of them.
-        before: what else their requests have read, first, a chunk at a time.
+        before: other prompts that their requests have read first, such as negative ones.
     """
 
     prefill: Prefill
@@ -59,7 +50,7 @@ class Joining:
 
     @property
     def left(self) -> int:
-        """How many tokens are still to be read."""
+        """The number of tokens that are still to be read."""
         return sum(one.left for one in (*self.before, self.prefill))
 
     @property
@@ -72,20 +63,16 @@ class Batch:
     """The rows that run, in the first slots of one cache, and behind them those that join.
 
     Args:
-        model: what computes the logits.
-        chunk: tokens that are read at a time, of prompts and of what is certain or guessed; None
-            where nobody waits.
-
-    Attributes:
-        most: tokens that a step may read, unless there are more rows.
+        model: computes the logits.
+        chunks: tokens that are read at a time.
     """
 
-    def __init__(self, model: Model, chunk: int | None = None) -> None:
-        self.model, self.chunk = model, chunk
-        self.most = chunk or sys.maxsize
+    def __init__(self, model: Model, chunks: Chunks = WHOLE) -> None:
+        self.model, self.chunks = model, chunks
         self.rows: list[Row] = []
         self.joining: list[Joining] = []
         self.cache = model.borrow_cache(rows=0, capacity=0)
+        self._slots = Slots(self.cache)
 
     def add(self, request: Request) -> None:
         """Let the rows of `request` join at once: its prompts are prefilled, once each."""
@@ -110,12 +97,12 @@ class Batch:
         first = self.end
         longest = max(request.max_length for request in requests)
         rows = sum(len(request.rows) for request in requests)
-        self.cache.reserve(first + rows, longest + CHUNK)
+        self.cache.reserve(first + rows, longest + self.chunks.margin)
         prompts = [prompt for prompt, _ in waiting]
         known = requests[0].prefix_cache
-        prefill = Prefill(self.model, self.cache, prompts, first, known, self.chunk)
+        prefill = Prefill(self.model, self.cache, prompts, first, known, self.chunks)
         steered = [one.unconditional for one in requests if one.unconditional]
-        before = filter(None, [one.begin(self.chunk) for one in steered])
+        before = filter(None, [one.begin(self.chunks) for one in steered])
         self.joining.append(Joining(prefill, [rows for _, rows in waiting], [*before]))
         return self.joining[-1]
 
@@ -133,24 +120,18 @@ class Batch:
     def _join(self, joining: Joining) -> None:
         """Move what was read behind the rows that run, once for each row of a prompt."""
         self.joining.remove(joining)
-        end = max(self.end, joining.slots.stop)
         sources = np.repeat(np.asarray(joining.slots), [len(rows) for rows in joining.rows])
-        start, stop = len(self.rows), len(self.rows) + len(sources)
-        parents = np.arange(max(end, stop))
-        parents[start:stop] = sources
-        for other in self.joining:
-            if other.slots.start < stop:  # it makes way
-                parents, held = np.append(parents, other.slots), len(parents)
-                other.prefill.first = held
-        parents = parents[: max([stop, *(one.slots.stop for one in self.joining)])]
-        self.cache.reserve(len(parents), 0)
-        self.cache.take(parents)
-        for place, rows in enumerate(joining.rows):
+        others = [other.slots for other in self.joining]
+        firsts = self._slots.insert(sources, len(self.rows), others)
+        for other, first in zip(self.joining, firsts, strict=True):
+            other.prefill.first = first
+        for rows, logits in zip(joining.rows, joining.prefill.logits, strict=True):
             for row in rows:
-                row.logits = joining.prefill.logits[place]
+                row.logits = logits
+                row.begin()
                 self.rows.append(row)
         self.leave()
-        self._empty()  # the slots that they were read into
+        self._clear()  # the slots that they were read into
 
     def close(self) -> None:
         """Give the cache's memory back to the model: nothing runs any more."""
@@ -172,7 +153,7 @@ class Batch:
 
     def _end_step(self) -> list[Event]:
         """Take what is certain, look at the clock, and let rows that have ended leave."""
-        events = take_certain(self.rows, self.most)
+        events = take_certain(self.rows, self.chunks.step)
         for request, _ in by_request(self.rows):
             if request.deadline.passed():
                 request.end("time")
@@ -206,35 +187,31 @@ class Batch:
 
     def leave(self) -> None:
         """Free the slots of rows that have ended; the rest move up, as few as possible."""
-        stay = [row for row in self.rows if not row.finish_reason or _lingering(row)]
+        stay = [row for row in self.rows if row.state is State.RUNNING or row.gets_tokens()]
         joining = [one for one in self.joining if one.wanted]
         if len(stay) < len(self.rows) or len(joining) < len(self.joining):
             self.joining = joining
             self._move_up(stay)
-            self._empty()
+            self._clear()
 
     def _move_up(self, stay: list[Row]) -> None:
+        """Let `stay` be the rows that run."""
         if len(stay) == len(self.rows):
             return
         slots = {id(row): slot for slot, row in enumerate(self.rows)}
-        rows = self.rows[: len(stay)]
-        holes = [i for i, row in enumerate(rows) if row not in stay]
-        late = [row for row in stay if slots[id(row)] >= len(stay)]
-        if any(row.logits is not None for row in late):
-            rows = stay  # they have not taken a step yet: they stay the last
-        else:
-            for hole, row in zip(holes, late, strict=True):
-                rows[hole] = row
-        self.rows, parents = rows, [slots[id(row)] for row in rows]
-        # What is being read further behind stays where it is.
-        self.cache.take([*parents, *range(len(rows), self.end)])
+        held = [slots[id(row)] for row in stay]
+        # Rows that have not taken a step yet stay the last.
+        late = [row for row, slot in zip(stay, held, strict=True) if slot >= len(stay)]
+        in_order = any(row.logits is not None for row in late)
+        # The prompts that are being read behind the rows stay where they are.
+        end = max((joining.slots.stop for joining in self.joining), default=0)
+        now = self._slots.close_gaps(held, end, in_order)
+        self.rows = [row for _, row in sorted(zip(now, stay, strict=True), key=lambda p: p[0])]
 
-    def _empty(self) -> None:
-        """Let slots that nobody uses hold nothing."""
-        used = {*range(len(self.rows)), *(slot for one in self.joining for slot in one.slots)}
-        for slot in np.flatnonzero(self.cache.lengths).tolist():
-            if slot not in used:
-                self.cache.begin(slot)
+    def _clear(self) -> None:
+        """Clear unused slots."""
+        read = (slot for joining in self.joining for slot in joining.slots)
+        self._slots.clear({*range(len(self.rows)), *read})
 
 
 def _advance(rows: Sequence[Row], logits: NDArray[np.float32]) -> list[Event]:
@@ -446,13 +423,6 @@ def _ask(rows: Sequence[Row]) -> None:
     ended = stop.asked(request.criteria, request.padded_to(length), scores)
     for row in rows:
         row.end("criterion" if ended[row.index] else None)
-
-
-def _lingering(row: Row) -> bool:
-    """Whether a row that has ended goes on, until all of its request are as long."""
-    request = row.request
-    until = request.width if request.done else request.max_length
-    return request.lingers and row.length < until
 
 
 def _logprobs(

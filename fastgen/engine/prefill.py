@@ -1,11 +1,13 @@
 """Prompts on their way into the cache: a chunk at a time, several rows together, known ones first.
 
-Whoever has rows that run meanwhile takes one chunk, steps, and takes the next one.
+Where rows run meanwhile, one chunk is read, they step, and the next one is read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +21,36 @@ CHUNK = 256  # tokens of one row that are read at a time
 TOGETHER = 512  # tokens of several rows that are read at a time
 CALL = 20  # tokens that take as long as a call without any: reading the weights, mostly
 
+
+@dataclass(frozen=True)
+class Chunks:
+    """Tokens that are read at a time.
+
+    Attributes:
+        row: of one prompt. Chunks end at its multiples, for every row; a multiple of
+            `prefix_cache.BLOCK` where a prefix cache is used.
+        together: of several prompts, padding included.
+        step: of rows that run, padding included, unless there are more rows: forced tokens and
+            guesses.
+    """
+
+    row: int = CHUNK
+    together: int = TOGETHER
+    step: int = sys.maxsize
+
+    @classmethod
+    def of(cls, tokens: int) -> Chunks:
+        """Chunks where others wait for the end of each: never more than so many tokens."""
+        return cls(tokens, tokens, tokens)
+
+    @property
+    def margin(self) -> int:
+        """Tokens with which a row may be padded where it is read together with longer ones."""
+        return max(self.row, CHUNK)
+
+
+WHOLE = Chunks()  # where nobody waits
+
 States = dict[int, list[NDArray[np.float32]]]  # of a row, by how many tokens were read
 
 
@@ -28,12 +60,10 @@ class Prefill:
     Args:
         prompts: int64 [length] each, shortest first.
         prefix_cache: where their keys and values are kept, if anywhere.
-        chunk: tokens that are read at a time, of all rows together; a multiple of `prefix.BLOCK`.
-            Chunks end at its multiples, for every row. None where nobody waits: CHUNK of a row,
-            TOGETHER of several.
+        chunks: tokens that are read at a time.
 
     Attributes:
-        first: the slot of the first prompt; whoever moves the slots says so here.
+        first: the slot of the first prompt; what moves the slots sets it anew.
         logits: float32 [prompts, vocab]: those after the last token of each that has been read.
         done: whether all have been.
     """
@@ -45,11 +75,10 @@ class Prefill:
         prompts: Sequence[NDArray[np.int64]],
         first: int,
         prefix_cache: PrefixCache | None = None,
-        chunk: int | None = None,
+        chunks: Chunks = WHOLE,
     ) -> None:
         self.model, self.cache, self.prompts, self.first = model, cache, prompts, first
-        self.prefix_cache, self.chunk = prefix_cache, chunk or CHUNK
-        self._most = chunk or TOGETHER
+        self.prefix_cache, self.chunk, self._most = prefix_cache, chunks.row, chunks.together
         self.logits = np.empty((len(prompts), model.info.vocab_size), np.float32)
         self.done = False
         for slot in range(first, first + len(prompts)):
@@ -58,7 +87,7 @@ class Prefill:
 
     @property
     def left(self) -> int:
-        """How many tokens are still to be read."""
+        """The number of tokens that are still to be read."""
         held = self.cache.lengths[self.first : self.first + len(self.prompts)]
         return sum(map(len, self.prompts)) - int(held.sum())
 
@@ -144,20 +173,24 @@ def prefill(
     prompts: Sequence[NDArray[np.int64]],
     first: int,
     prefix_cache: PrefixCache | None = None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> NDArray[np.float32]:
     """Read `prompts`, shortest first, into the slots from `first` on, with nobody waiting.
 
+    Args:
+        stopped: asked before each chunk: whether to stop there.
+
     Returns:
-        float32 [prompts, vocab]: the logits after the last token of each.
+        float32 [prompts, vocab]: the logits after the last token of each that was read whole.
     """
     reading = Prefill(model, cache, prompts, first, prefix_cache)
-    while not reading.done:
+    while not reading.done and not stopped():
         reading.read()
     return reading.logits
 
 
 def together(lengths: Sequence[int], chunk: int, most: int) -> list[tuple[int, int]]:
-    """Which neighbours of rows are read together: (first, last + 1) of each group.
+    """The neighbours of rows that are read together: (first, last + 1) of each group.
 
     Rows are padded to the longest of their group, and every call has a cost of its own; the
     groups are those of the least sum.
@@ -186,7 +219,7 @@ def together(lengths: Sequence[int], chunk: int, most: int) -> list[tuple[int, i
 
 
 def _cost(lengths: Sequence[int], chunk: int) -> float:
-    """Of reading rows together: tokens, padding included, and CALL for each call."""
+    """The cost of reading rows together: tokens, padding included, and CALL for each call."""
     cost, at = 0.0, 0
     while at < lengths[-1]:
         going = sum(length > at for length in lengths)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,15 @@ from fastgen.sampling.processors import Chain, Context
 from fastgen.sampling.stop import Criterion, Deadline, StopText
 
 
+class State(enum.Enum):
+    """The states of a row, in their order; some rows leave out one or the other."""
+
+    WAITING = "its prompt is being read, or its beams are being searched"
+    RUNNING = "it gets tokens"
+    LINGERING = "it has ended, and gets tokens until all rows of its request have ended"
+    FINISHED = "it gets no more tokens"
+
+
 @dataclass(eq=False)
 class Row:
     """One sequence while it grows.
@@ -27,9 +37,9 @@ class Row:
         prompt: int64, the tokens that the model sees, without padding.
         ids: int64 [max_length], the prompt as given (padding included), then what was generated.
         length: how much of `ids` there is.
-        width: of a row that has ended, how much there was then (it may go on: see
-            `Request.lingers`).
+        width: of a row that has ended, how much there was then (it may linger).
         logits: float32 [vocab] for the next token, when they are known already.
+        state: see `State`.
         finish_reason: set once it has ended (see `output.Token`).
         score: of beam search: its log-probability over its length penalty.
         beams: of beam search: int32 [new], the beam of the call that each token continued.
@@ -43,6 +53,7 @@ class Row:
     pad: int
     width: int = 0
     logits: NDArray[np.float32] | None = None
+    state: State = State.WAITING
     finish_reason: str | None = None
     score: float = float("nan")
     beams: NDArray[np.int32] | None = None
@@ -80,6 +91,20 @@ class Row:
         """End it here, if there is a reason and it has not ended before."""
         if reason is not None and self.finish_reason is None:
             self.finish_reason, self.width = reason, self.length
+            self.state = State.LINGERING if self.request.lingers else State.FINISHED
+
+    def begin(self) -> None:
+        """Let it run, unless it has ended while it waited."""
+        if self.state is State.WAITING:
+            self.state = State.RUNNING
+
+    def gets_tokens(self) -> bool:
+        """Whether it still runs or lingers; one that has lingered long enough finishes."""
+        if self.state is State.LINGERING:
+            request = self.request
+            if self.length >= (request.width if request.done else request.max_length):
+                self.state = State.FINISHED
+        return self.state is not State.FINISHED
 
 
 @dataclass(eq=False)
@@ -96,6 +121,8 @@ class Request:
         unconditional: what classifier-free guidance steers away from, if it does.
         prefix_cache: where keys and values of the prompts are kept across calls, if anywhere.
         torch: the module, where the caller works with tensors and its generator is ours.
+        lingers: whether rows that have ended get tokens until all have ended: transformers' way
+            where no end of text is known.
         streams: the source of chance: one for all rows, or one for each; empty when greedy.
         scores, logits: a step: float32 [rows, vocab], if asked for.
         top_logprobs: a row: a step: the likeliest tokens, if asked for.
@@ -125,9 +152,10 @@ class Request:
     def __post_init__(self) -> None:
         params = self.params
         self.error: Exception | None = None
-        self.abandoned = False
         self.deadline = Deadline(params.max_time)
         self.eos = frozenset(params.eos_token_id or ())
+        knows_ends = any(hasattr(criterion, "eos_token_id") for criterion in self.criteria)
+        self.lingers = self.constraint is None and not self.eos and not knows_ends
         for place, prompt in enumerate(self.prompts):
             for copy in range(self.copies):
                 ids = np.zeros(self.max_length, np.int64)
@@ -164,13 +192,6 @@ class Request:
         return eos[0] if eos else 0
 
     @property
-    def lingers(self) -> bool:
-        """Whether rows that have ended go on until all have: transformers, without an eos."""
-        if self.abandoned or self.constraint is not None:
-            return False
-        return not self.eos and not any(hasattr(one, "eos_token_id") for one in self.criteria)
-
-    @property
     def done(self) -> bool:
         return all(row.finish_reason for row in self.rows)
 
@@ -180,14 +201,16 @@ class Request:
             row.end(reason)
 
     def fail(self, error: Exception) -> None:
-        """End its rows by an error, which whoever waits for them gets to see."""
+        """End its rows by an error, which is raised where they are waited for."""
         self.error = error
         self.abandon("error")
 
     def abandon(self, reason: str) -> None:
         """End the rows that have not ended, and let none linger."""
-        self.abandoned = True
+        self.lingers = False
         self.end(reason)
+        for row in self.rows:
+            row.state = State.FINISHED
 
     @property
     def width(self) -> int:
@@ -196,7 +219,7 @@ class Request:
 
     def uniform(self, rows: Sequence[Row], size: int) -> list[pick.Words]:
         """The draws [size] of each of `rows` (of this request) for its next token."""
-        lengths = [row.length for row in self.rows if not row.finish_reason or self.lingers]
+        lengths = [row.length for row in self.rows if row.state is not State.FINISHED]
         if len(self.streams) == 1:
             self.streams[0].forget(min(lengths) - self.prompt_length)
         else:
@@ -212,17 +235,10 @@ class Request:
             return self.streams[0].row(step, index, size)
         return self.streams[index].row(step, 0, size)
 
-    def split_chain(self, names: Sequence[str] | None) -> tuple[Chain, Chain]:
-        """The processors in two parts: up to the last of those in `names`, and the rest.
-
-        The second part is empty if `names` is None.
-        """
+    def split_chain(self, names: Sequence[str]) -> tuple[Chain, Chain]:
+        """The processors in two parts: up to the last of those in `names`, and the rest."""
         steps = self.chain.steps if self.chain else ()
-        if names is None:
-            return Chain(steps), Chain()
-        border = max(
-            (place + 1 for place, (name, _) in enumerate(steps) if name in names), default=0
-        )
+        border = max((i + 1 for i, step in enumerate(steps) if step.name in names), default=0)
         return Chain(steps[:border]), Chain(steps[border:])
 
     @property

@@ -29,6 +29,7 @@ def log_probabilities(
     rows: Sequence[Ids],
     prefix: Ids | None = None,
     prefix_cache: PrefixCache | None = None,
+    chunk: int = CHUNK,
 ) -> list[Scores]:
     """The log-probability of each token, given those before it.
 
@@ -36,6 +37,7 @@ def log_probabilities(
         rows: int64 [length] each, at least one token.
         prefix: what comes before every row; it is read once.
         prefix_cache: where its keys and values are kept, if anywhere.
+        chunk: tokens of a row that are read at a time.
 
     Returns:
         float32 [length] of each row. Without a prefix nothing predicts the first token: nan.
@@ -46,12 +48,12 @@ def log_probabilities(
     held = np.empty(0, np.int64) if prefix is None else prefix[:-1]
     start = held[:0] if prefix is None else prefix[-1:]
     longest = max(len(row) for row in rows)
-    together, capacity = min(len(rows), TOGETHER), len(held) + longest + CHUNK
+    together, capacity = min(len(rows), TOGETHER), len(held) + longest + chunk
     token = model.info.cache_bytes + model.info.reading_bytes
     size = together * (capacity * token + model.info.state_bytes)
     memory_estimate.check({"keys and values": size}, "shorter texts need less")
     desk = Desk(model, model.new_cache(together, capacity), together, capacity)
-    _read(desk, held, prefix_cache)
+    _read(desk, held, prefix_cache, chunk)
     cache = desk.floats
     begun = cache.state(0)
     out: list[Scores] = [np.empty(0, np.float32)] * len(rows)
@@ -60,7 +62,8 @@ def log_probabilities(
         places = order[first : first + TOGETHER]
         cache.restore(0, begun)
         cache.take([0] * len(places))
-        found = _predicted(model, cache, [np.concatenate((start, rows[i])) for i in places])
+        texts = [np.concatenate((start, rows[i])) for i in places]
+        found = _predicted(model, cache, texts, chunk)
         for place, logprobs in zip(places, found, strict=True):
             missing = len(rows[place]) - len(logprobs)
             out[place] = np.append(np.full(missing, np.nan, np.float32), logprobs)
@@ -138,32 +141,32 @@ def perplexity(logprobs: Sequence[Scores]) -> float:
     return float(np.exp(-known.mean()))
 
 
-def _read(desk: Desk, ids: Ids, prefix_cache: PrefixCache | None) -> None:
+def _read(desk: Desk, ids: Ids, prefix_cache: PrefixCache | None, chunk: int) -> None:
     """Read `ids` into the first slot, which is empty; nobody wants logits."""
     model, cache = desk.model, desk.cache
     apart = model.reads_apart(len(ids))
     if prefix_cache is not None:
-        prefix_cache.fetch(model.fingerprint, [ids], cache, 0, CHUNK)
+        prefix_cache.fetch(model.fingerprint, [ids], cache, 0, chunk)
     desk.lay(0, 1)
     nothing, states = np.zeros((1, 0), np.int64), {}
     while (at := int(cache.lengths[0])) < len(ids):
-        desk.forward([ids[at : (at // CHUNK + 1) * CHUNK]], 0, 0, nothing, apart)
+        desk.forward([ids[at : (at // chunk + 1) * chunk]], 0, 0, nothing, apart)
         if prefix_cache is not None:
             length, state = cache.state(0)
             states[length] = state
     if prefix_cache is not None:
-        prefix_cache.keep(model.fingerprint, ids, cache, 0, CHUNK, states)
+        prefix_cache.keep(model.fingerprint, ids, cache, 0, chunk, states)
 
 
-def _predicted(model: Model, cache: Cache, rows: Sequence[Ids]) -> list[Scores]:
+def _predicted(model: Model, cache: Cache, rows: Sequence[Ids], chunk: int) -> list[Scores]:
     """float32 [length - 1] of each row, longest first: how likely its tokens after the first are.
 
     The rows go to the first slots; what the slots hold comes before them.
     """
     out: list[list[Scores]] = [[] for _ in rows]
-    for at in range(0, len(rows[0]) - 1, CHUNK):
+    for at in range(0, len(rows[0]) - 1, chunk):
         going = [row for row in rows if len(row) - 1 > at]
-        new = [row[at : min(at + CHUNK, len(row) - 1)] for row in going]
+        new = [row[at : min(at + chunk, len(row) - 1)] for row in going]
         ends = np.array([[len(ids) - 1] for ids in new])
         positions = np.minimum(np.arange(len(new[0])), ends)
         logits = model.forward(new, cache, 0, positions)

@@ -10,7 +10,7 @@ with the model's own random numbers, which makes it agree often: Daliri et al. 2
 arXiv 2408.07978.)
 
 Reading several tokens costs more than reading one, so a guess that does not hold is time lost.
-`Payoff` keeps the account: guesses from the text shrink and stop where they do not pay.
+`SpeculationBudget` keeps the account: guesses from the text shrink and stop where they do not pay.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgen.engine.batch import Batch, Event, choose, take_in
+from fastgen.engine.batch import Batch, choose, take_in
 from fastgen.engine.model import Model
+from fastgen.engine.prefill import WHOLE, Chunks
 from fastgen.engine.request import Row
+from fastgen.engine.step import Event
 from fastgen.sampling import pick
 
 # The rows that run, how many tokens each may get, and how many a model of its own may read in a
@@ -32,8 +34,8 @@ from fastgen.sampling import pick
 Draft = Callable[[Sequence[Row], Sequence[int], int], list[NDArray[np.int64]]]
 
 
-class Payoff:
-    """How long a guess may be, by the clock: what is lost by guessing stays within SHARE of a call.
+class SpeculationBudget:
+    """The length of guesses, by the clock: guessing loses no more than SHARE of a call.
 
     The account starts at nothing. A step that reads guesses is charged its seconds and credited
     those of the plain steps that it made unnecessary; looking for guesses is charged too. A guess
@@ -91,22 +93,22 @@ class Speculation(Batch):
     """The loop, with guesses: rows advance by one token or more a step.
 
     Args:
-        model: what reads the guesses.
-        draft: what makes them.
-        payoff: limits guesses to what pays; None for as many as `draft` makes.
-        chunk: see `Batch`.
+        model: reads the guesses.
+        draft: makes them.
+        budget: limits guesses to those that pay; None for as many as `draft` makes.
+        chunks: see `Batch`.
     """
 
     def __init__(
         self,
         model: Model,
         draft: Draft,
-        payoff: Payoff | None = None,
-        chunk: int | None = None,
+        budget: SpeculationBudget | None = None,
+        chunks: Chunks = WHOLE,
     ) -> None:
-        super().__init__(model, chunk)
+        super().__init__(model, chunks)
         self.draft = draft
-        self.payoff = payoff
+        self.budget = budget
 
     def step(self) -> list[Event]:
         """Advance every row by the tokens of its guess that hold, and one more."""
@@ -120,31 +122,31 @@ class Speculation(Batch):
         kept = len(events) / len(guesses)
         if longest:
             events += self._end_step()
-        if self.payoff is not None:
+        if self.budget is not None:
             seconds = time.perf_counter() - searched
-            self.payoff.searched(searched - start)
+            self.budget.searched(searched - start)
             if longest:
-                self.payoff.verified(seconds, longest, kept)
+                self.budget.verified(seconds, longest, kept)
             else:
-                self.payoff.stepped(seconds)
+                self.budget.stepped(seconds)
         return events
 
     def _guess(self) -> list[NDArray[np.int64]]:
         """int64 [guessed] for each row; empty where nothing is guessed."""
         held = self.cache.lengths
-        width = self.most // len(self.rows)  # what a row may read
+        width = self.chunks.step // len(self.rows)  # what a row may read
         room = [
             min(row.request.max_length - row.length - 1, width - len(row.unread(held[slot])))
             for slot, row in enumerate(self.rows)
         ]
-        if self.payoff is not None:
+        if self.budget is not None:
             steps = max(row.request.max_length - row.length for row in self.rows)
-            allowed = self.payoff.allowed(steps)
+            allowed = self.budget.allowed(steps)
             room = [min(allowed, most) for most in room]
         room = [max(0, most) for most in room]
         if not any(room):
             return [np.empty(0, np.int64)] * len(room)
-        guesses = self.draft(self.rows, room, self.most)
+        guesses = self.draft(self.rows, room, self.chunks.step)
         return [guess[:most] for guess, most in zip(guesses, room, strict=True)]
 
     def _read(self, guesses: Sequence[NDArray[np.int64]]) -> list[Event]:

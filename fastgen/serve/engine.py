@@ -14,28 +14,21 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from fastgen.engine.call import Writer
 from fastgen.engine.output import Token
 from fastgen.engine.prefix_cache import PrefixCache
 from fastgen.engine.schedule import Job, Scheduler
+from fastgen.engine.writer import Writer
 from fastgen.generator import CausalLM
+from fastgen.serve.refused import Full, Stopping
 
 QUEUE = 256  # calls that may wait
 
 
-class Full(Exception):
-    """As many calls wait as may."""
-
-
-class Stopping(Exception):
-    """No new calls are taken: the service is being stopped."""
-
-
-News = tuple["Stream", list[Token], bool]  # a stream, its new tokens, and whether it is over
+News = tuple["RunningCall", list[Token], bool]  # a stream, its new tokens, and whether it is over
 
 
 @dataclass(eq=False)
-class Stream:
+class RunningCall:
     """One call, or one text that is scored, on its way, as the event loop sees it.
 
     Attributes:
@@ -83,7 +76,7 @@ class Engine:
         max_bytes: int | None = None,
         max_rows: int | None = None,
         chunk: int | None = None,
-        watch: Callable[[list[tuple[Stream, list[Token]]]], None] = lambda news: None,
+        watch: Callable[[list[tuple[RunningCall, list[Token]]]], None] = lambda news: None,
     ) -> None:
         if queue < 1:
             raise ValueError(f"queue must be positive, got {queue}")
@@ -94,8 +87,8 @@ class Engine:
         )
         self.queue = queue
         self._watch = watch
-        self._streams: dict[int, Stream] = {}  # by the id of the call
-        self._inbox: deque[tuple[str, Stream]] = deque()
+        self._streams: dict[int, RunningCall] = {}  # by the id of the call
+        self._inbox: deque[tuple[str, RunningCall]] = deque()
         self._news = threading.Condition()
         self._refusing = self._ended = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -109,7 +102,7 @@ class Engine:
 
     @property
     def serving(self) -> bool:
-        """Whether new calls are taken."""
+        """True while new calls are taken."""
         return self._thread.is_alive() and not self._refusing
 
     @property
@@ -124,7 +117,7 @@ class Engine:
 
     def submit(
         self, call: Job, writer: Writer | None, place: int, inbox: asyncio.Queue[News]
-    ) -> Stream:
+    ) -> RunningCall:
         """Let a call wait for its turn; its tokens come to `inbox`.
 
         Raises:
@@ -138,12 +131,12 @@ class Engine:
         if self.waiting >= self.queue:
             raise Full
         self.scheduler.check(call)
-        stream = Stream(call, writer, place, inbox)
+        stream = RunningCall(call, writer, place, inbox)
         self._streams[id(call)] = stream
         self._post("submit", stream)
         return stream
 
-    def cancel(self, stream: Stream) -> None:
+    def cancel(self, stream: RunningCall) -> None:
         """Let a call leave before the next step."""
         if not stream.done:
             self._post("cancel", stream)
@@ -160,12 +153,12 @@ class Engine:
         while self._thread.is_alive():
             await asyncio.sleep(0.02)
 
-    def _post(self, kind: str, stream: Stream) -> None:
+    def _post(self, kind: str, stream: RunningCall) -> None:
         with self._news:
             self._inbox.append((kind, stream))
             self._news.notify()
 
-    def _tell(self, news: list[tuple[Stream, list[Token], bool, Exception | None]]) -> None:
+    def _tell(self, news: list[tuple[RunningCall, list[Token], bool, Exception | None]]) -> None:
         for stream, tokens, done, error in news:
             if done:
                 self._streams.pop(id(stream.call), None)
@@ -175,7 +168,7 @@ class Engine:
     # --- in the engine's thread ------------------------------------------------------------------
 
     def _run(self) -> None:
-        streams: dict[int, Stream] = {}
+        streams: dict[int, RunningCall] = {}
         try:
             while self._look(streams):
                 news = []
@@ -196,12 +189,12 @@ class Engine:
             self.scheduler.close()
             self._report([(stream, [], True, over) for stream in streams.values()])
 
-    def _report(self, news: list[tuple[Stream, list[Token], bool, Exception | None]]) -> None:
+    def _report(self, news: list[tuple[RunningCall, list[Token], bool, Exception | None]]) -> None:
         assert self._loop is not None
         with contextlib.suppress(RuntimeError):  # the loop is closed: there is nobody to be told
             self._loop.call_soon_threadsafe(self._tell, news)
 
-    def _look(self, streams: dict[int, Stream]) -> bool:
+    def _look(self, streams: dict[int, RunningCall]) -> bool:
         """Take in what came, waiting where nothing runs; False when all is over."""
         with self._news:
             while not self._inbox and self.scheduler.idle and not self._ended:

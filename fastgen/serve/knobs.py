@@ -5,18 +5,17 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from fastgen.inputs.knob import kind_of
 from fastgen.inputs.params import Params, sampling
 
 if TYPE_CHECKING:
     from fastgen.serve.service import Service
 
-KINDS = {"bool": "bool", "int": "int", "float": "float", "str": "text"}
-
 
 def described(service: Service) -> dict[str, Any]:
-    """Every knob and what the model is.
+    """Every knob, and the model in a few words.
 
-    A knob has its default, the model's own, and what the page's field begins with.
+    A knob has its default, the model's own, and the value that the page's field begins with.
     """
     own, info = service.defaults, service.info
     first = sampling(own)
@@ -24,7 +23,7 @@ def described(service: Service) -> dict[str, Any]:
         "knobs": [
             {
                 "name": knob.name,
-                "type": KINDS.get(str(knob.type).removesuffix(" | None"), "json"),
+                "type": kind_of(knob).notation,
                 "default": knob.default,
                 "own_default": own.get(knob.name),
                 "initial": first.get(knob.name),

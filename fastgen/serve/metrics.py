@@ -1,4 +1,4 @@
-"""What `/metrics` shows: requests, tokens and the times between them, rows, queue, prefix cache."""
+"""The counts at `/metrics`: requests, tokens, times between them, rows, queue, prefix cache."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from fastgen.engine.output import Token
 from fastgen.engine.score import Scoring
 
 if TYPE_CHECKING:
-    from fastgen.serve.engine import Engine, Stream
+    from fastgen.serve.engine import Engine, RunningCall
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
 class _Known:
-    """What an engine, its scheduler and its prefix cache count themselves, read when asked for."""
+    """Counts of an engine, its scheduler and its prefix cache, read when asked for."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -97,7 +97,7 @@ class Metrics:
         """Show what the engine knows by itself."""
         self.registry.register(_Known(engine))
 
-    def step(self, news: list[tuple[Stream, list[Token]]]) -> None:
+    def step(self, news: list[tuple[RunningCall, list[Token]]]) -> None:
         """Note what a step brought."""
         now = time.perf_counter()
         if count := sum(len(tokens) for _, tokens in news):

@@ -27,8 +27,6 @@ FOR_TOOLS = "tool_use"  # the name of the one for calls with tools, where there 
 # What a message's reasoning may be called, in transformers' order.
 REASONING = ("reasoning_content", "thinking", "reasoning")
 
-MAX_NEW_TOKENS = 256  # of a reply, where nobody sets a length: that of transformers' pipelines
-
 
 def prompt(
     directory: Path,
@@ -76,7 +74,7 @@ def _reasoned(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def rendered(source: str, config: Mapping[str, Any], given: Mapping[str, Any]) -> str:
-    """What a template makes of variables, which are plain data.
+    """Render a template with variables, which are plain data.
 
     Raises:
         ValueError: see `prompt`.
@@ -90,7 +88,7 @@ def rendered(source: str, config: Mapping[str, Any], given: Mapping[str, Any]) -
         text = template.text(_special_tokens(config) | dict(given))
         text.encode()  # a surrogate alone, in the template or in a message, is no text
         return text
-    except sandbox.Exceeded as error:
+    except sandbox.TooCostly as error:
         raise message_forms.Hopeless(
             f"the chat template refuses these messages: {error}"
         ) from error
@@ -103,7 +101,7 @@ def rendered(source: str, config: Mapping[str, Any], given: Mapping[str, Any]) -
 
 
 def has_template(directory: Path, config: Mapping[str, Any]) -> bool:
-    """Whether a model comes with a template for conversations.
+    """True where a model comes with a template for conversations.
 
     Raises:
         ModelError: what it comes with is damaged.

@@ -37,7 +37,7 @@ class Hopeless(ValueError):
 
 @dataclass(frozen=True)
 class Form:
-    """How messages are written for a template.
+    """A way to write messages for a template.
 
     Attributes:
         parts: the roles whose content is a list of parts; that of all others is a text.
@@ -87,7 +87,7 @@ class Known:
         self._found: OrderedDict[bytes, Found] = OrderedDict()
 
     def form(self, about: Any, find: Callable[[], Found]) -> Found:
-        """What is known for `about`, plain data; else what `find` finds."""
+        """The form that is known for `about`, plain data; else the one that `find` finds."""
         key = hashlib.sha256(json.dumps(about).encode()).digest()
         found = self._found.get(key) or find()
         self._found[key] = found
@@ -233,7 +233,7 @@ def _call(call: Any) -> Any:
 
 
 def _object(text: Any) -> Any:
-    """What a JSON text says, if that is an object; everything else as it is."""
+    """The object that a JSON text is; everything else as it is."""
     if not isinstance(text, str):
         return text
     try:
@@ -275,7 +275,7 @@ def _marked(messages: Sequence[Message]) -> tuple[list[Message], list[Mark]]:
 
 
 def _lost(text: str, marks: Sequence[Mark]) -> list[Mark]:
-    """What a prompt does not show. A part that is written as data is not read either."""
+    """The marks that a prompt lacks. A part that is written as data is not read either."""
     text = text.casefold()
     return [one for one in marks if one.word not in text or one.key in text]
 

@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from fastgen.store.model_info import ModelInfo
 from fastgen.store.report import REPORT
 from fastgen.store.tuning import Tuning, kernels
 from fastgen.system.cpu import physical_cores, usable_cpus
+from fastgen.timing.rounds import in_rounds
 
 NEAR = 0.03  # of two that are as near as this, the one with fewer threads, or that sleeps, wins
 CLOSE = 1e-3  # KL divergence in nats that kernels may add
@@ -34,7 +36,7 @@ WARM = 2  # steps that are not timed
 
 @dataclass(frozen=True)
 class Workload:
-    """What is timed: so many rows, a prompt, and tokens after it."""
+    """The call that is timed: its rows, its prompt, and the tokens after it."""
 
     rows: int = 1
     prompt: int = 64
@@ -95,17 +97,19 @@ def measure(
         rounds: how often; the first of each process warms the file cache too.
         shown: called after each timing.
     """
-    said: dict[Path, NDArray[np.float32]] = {}  # by default settings, which come first
-    for _ in range(rounds):
-        for one in found:
-            model = Model(one.directory, tuning=one.tuning)
-            prefill, decode, logits = _timed(model, work)
-            one.prefill.append(prefill)
-            one.decode.append(decode)
-            expected = log_softmax(said.setdefault(one.directory, logits))
-            difference = np.exp(expected) * (expected - log_softmax(logits))
-            one.divergence = max(one.divergence, float(difference.sum(axis=-1).mean()))
-            shown()
+    by_default: dict[Path, NDArray[np.float32]] = {}  # settings, which come first
+
+    def once(candidate: Candidate, _: int) -> None:
+        model = Model(candidate.directory, tuning=candidate.tuning)
+        prefill, decode, logits = _timed(model, work)
+        candidate.prefill.append(prefill)
+        candidate.decode.append(decode)
+        expected = log_softmax(by_default.setdefault(candidate.directory, logits))
+        difference = np.exp(expected) * (expected - log_softmax(logits))
+        candidate.divergence = max(candidate.divergence, float(difference.sum(axis=-1).mean()))
+        shown()
+
+    in_rounds({n: partial(once, one) for n, one in enumerate(found)}, rounds, warm=0)
 
 
 def _timed(model: Model, work: Workload) -> tuple[float, float, NDArray[np.float32]]:
@@ -141,7 +145,7 @@ def best(found: Sequence[Candidate], new: int) -> Candidate:
 
 
 def within(directory: Path, max_kl: float, min_top1: float) -> bool:
-    """Whether a model's own report keeps the accuracy budget. fp32 was proved equal."""
+    """True where a model's own report keeps the accuracy budget. fp32 was proved equal."""
     kl, top1 = accuracy(directory)
     return kl <= max_kl and top1 >= min_top1
 

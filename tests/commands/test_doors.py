@@ -1,4 +1,4 @@
-"""What an attack from outside broke, door by door: each of these failed before it was mended."""
+"""Attacks from outside, door by door: each of these broke something before it was mended."""
 
 from __future__ import annotations
 

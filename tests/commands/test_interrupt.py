@@ -1,4 +1,4 @@
-"""What SIGTERM and SIGHUP leave behind: nothing, and the exit code that shells know."""
+"""SIGTERM and SIGHUP leave nothing behind, and the exit code that shells know."""
 
 from __future__ import annotations
 

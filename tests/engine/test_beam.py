@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from tiny import left_padded, ragged
 from transformers import StoppingCriteriaList
 
-from fastgen.engine import beam
+from fastgen.engine.beam import run as beams
 from fastgen.engine.cache import Cache
 from fastgen.sampling import pick
 from fastgen.sampling.softmax import log_softmax, normalisers
@@ -258,7 +258,7 @@ def test_callers_criteria_act_on_candidates(pair):
         # A stop text is asked in the same place.
         request = ours._call(rows, knobs=knobs).request
         request.stop_text = lambda ids, stop=stop: int(ids[-1]) in stop
-        list(beam.search(ours.model, request))
+        list(beams.search(ours.model, request))
         assert request.sequences().tolist() == found.sequences
 
 

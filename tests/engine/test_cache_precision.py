@@ -21,12 +21,12 @@ from fastgen.engine import memory_estimate
 from fastgen.engine.cache import Cache
 from fastgen.engine.kv_int8 import SCALES, Codes
 from fastgen.engine.model import Model
-from fastgen.engine.prefill import CHUNK, Prefill
+from fastgen.engine.prefill import CHUNK, Chunks, Prefill
 from fastgen.engine.prompt_reader import Desk
 from fastgen.export import Mismatch, bundle, export, pipeline
-from fastgen.export.prove import corpus
+from fastgen.export.prove.reader import Reader
 from fastgen.export.quantize import calibrate, kv_int8
-from fastgen.export.rewrite import onnx_file, trim
+from fastgen.export.rewrite import edit, onnx_file
 from fastgen.export.source.origin import Tolerance
 from fastgen.sampling.softmax import log_softmax
 from fastgen.store import hub
@@ -210,8 +210,8 @@ def test_chunks_see_what_was_kept_and_so_do_later_calls(exported):
     _, model = exported("llama")
     (row,) = rows_of(90)
     known = fastgen.PrefixCache()
-    first, parts = kept(model.model, [row], prefix_cache=known, chunk=32)
-    again, same = kept(model.model, [row], prefix_cache=known, chunk=32)
+    first, parts = kept(model.model, [row], prefix_cache=known, chunks=Chunks(32, 32))
+    again, same = kept(model.model, [row], prefix_cache=known, chunks=Chunks(32, 32))
     assert known.hits == 1 and known.tokens_reused == 64
     np.testing.assert_array_equal(first, again)
     for one, two in zip(parts, same, strict=True):
@@ -289,13 +289,13 @@ def with_floats(loaded: onnx_ir.Model) -> None:
         if node.op_type != "MatMulIntegerToFloat":
             continue
         rounded, codes, scales = (node.inputs[place] for place in (0, 1, 3))
-        weight = trim.constant(codes).astype(np.float32) * trim.constant(scales)
-        floats = trim.add_initializer(loaded.graph, f"{codes.name}.floats", weight)
+        weight = edit.constant(codes).astype(np.float32) * edit.constant(scales)
+        floats = edit.add_initializer(loaded.graph, f"{codes.name}.floats", weight)
         ((scaled, _),) = node.outputs[0].uses()
         assert scaled.op_type == "Mul" and rounded.producer().op_type == "QuantizeLinear"
-        (product,) = trim.insert(scaled, "MatMul", [rounded.producer().inputs[0], floats])
-        trim.take_place(scaled, product)
-    trim.clean_up(loaded)
+        (product,) = edit.insert(scaled, "MatMul", [rounded.producer().inputs[0], floats])
+        edit.take_place(scaled, product)
+    edit.clean_up(loaded)
 
 
 @pytest.fixture(scope="module")
@@ -313,7 +313,7 @@ def demo(tmp_path_factory):
     info = model.model.info
     text = Path(kv_int8.__file__).parents[1].joinpath("held_out.txt").read_text(encoding="utf-8")
     tokenizer = tokenizers.Tokenizer.from_file(str(hub.DEMO / "tokenizer.json"))
-    rows = corpus.Reader(tokenizer, info.vocab_size, calibrate.ROW).rows(text)
+    rows = Reader(tokenizer, info.vocab_size, calibrate.ROW).rows(text)
     return model.model, rows[0::2], rows[1::2]
 
 

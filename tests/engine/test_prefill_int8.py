@@ -23,7 +23,7 @@ from fastgen.engine.prefill import prefill
 from fastgen.export import export
 from fastgen.export.quantize import prefill_int8
 from fastgen.export.quantize.kernels import Kernel, codes_values
-from fastgen.export.rewrite.trim import add_initializer, constant, insert, take_place
+from fastgen.export.rewrite.edit import add_initializer, constant, insert, take_place
 from fastgen.store import tuning
 from fastgen.store.tuning import Tuning
 from fastgen.timing import tune

@@ -196,7 +196,9 @@ def test_guesses_change_nothing(ours, rows, knobs, guess, seed, repeat):
     if "num_assistant_tokens" in guess:
         guess = {"assistant_model": ours, **guess}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(speculative.Payoff, "allowed", lambda self, left: left if self.plain else 0)
+        patch.setattr(
+            speculative.SpeculationBudget, "allowed", lambda self, left: left if self.plain else 0
+        )
         with lawful(ours):
             plain = ours.generate(rows, **knobs)
             assert ours.generate(rows, **knobs, **guess) == plain

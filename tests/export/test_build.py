@@ -23,7 +23,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 import fastgen
 from fastgen.errors import ModelError
 from fastgen.export import UnsupportedModel, export
-from fastgen.export.build import families, rotary, weights
+from fastgen.export.build import configuration, families, rotary, weights
 from fastgen.export.build import graph as writer
 from fastgen.export.build import origin as build_origin
 from fastgen.export.torch_model import original
@@ -431,7 +431,7 @@ def test_a_graph_that_was_built_wrong_is_told_by_the_original(
 ) -> None:
     wrong = rotary.turning
     monkeypatch.setattr(
-        families, "turning", lambda said, *more: wrong(said | {"rope_theta": 50.0}, *more)
+        configuration, "turning", lambda said, *more: wrong(said | {"rope_theta": 50.0}, *more)
     )
     with pytest.raises(fastgen.export.Mismatch, match="disagrees with the original"):
         export(saved, tmp_path / "out", precision="fp32", prove=True, progress=None)

@@ -12,13 +12,13 @@ import tiny
 import fastgen
 from fastgen.export import bundle, export
 from fastgen.export.prove import check
-from fastgen.export.quantize import rotate
+from fastgen.export.quantize import rotate, rotation
 from fastgen.export.rewrite import onnx_file
 
 
 @pytest.mark.parametrize("size", [1, 12, 64, 96, 128, 576, 640, 896])
 def test_a_rotation_is_orthogonal_and_flat(size):
-    turn = rotate.Rotation(size)
+    turn = rotation.Rotation(size)
     matrix = turn.forward(np.eye(size, dtype=np.float32))
     np.testing.assert_allclose(matrix @ matrix.T, np.eye(size), atol=1e-5)
     assert np.abs(matrix).max() <= 2 / np.sqrt(size) + 1e-6

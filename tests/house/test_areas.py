@@ -41,11 +41,11 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "jobs": (
-        "serve generator engine text store inputs system",
+        "serve generator engine store inputs system",
         (
             "generation scoring",
-            "ask job",
-            "openai source",
+            "job openai request",
+            "source window",
             "journal parquet row",
         ),
     ),
@@ -54,10 +54,13 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         (
             "routes",
             "chats completions knobs",
-            "service",
+            "response service",
+            "front",
+            "run",
             "door wire",
             "limits metrics server",
-            "answers dialects document engine reasoning refused rendered",
+            "answers dialects document engine reasoning rendered",
+            "refused",
         ),
     ),
     "serve/tools": (
@@ -75,10 +78,11 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "timing": (
-        "fastgen engine sampling text store inputs system errors",
+        "fastgen engine sampling store inputs system errors",
         (
             "plot",
             "measure tune",
+            "rounds",
         ),
     ),
     "conversation": (
@@ -102,6 +106,9 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
             "proved",
             "origin",
             "families",
+            "families_gemma families_layer_norm families_llama families_post_norm",
+            "pieces",
+            "configuration",
             "graph rotary",
             "decoder weights",
         ),
@@ -130,10 +137,12 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         (
             "check",
             "corpus profile quality",
+            "own_text",
+            "reader",
         ),
     ),
     "export/trace": (
-        "export/quantize export/rewrite store errors",
+        "export/rewrite store errors",
         (
             "graph",
             "refuse",
@@ -146,10 +155,12 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         "export/rewrite sampling store system",
         (
             "recipe",
-            "kv_int8 smooth",
+            "experts kv_int8 smooth",
             "calibrate gptq prefill_int8",
             "kernels",
-            "rotate",
+            "activations rotate",
+            "rotate_values",
+            "rotation",
             "parts",
         ),
     ),
@@ -160,8 +171,8 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "export/rewrite": (
         "store",
         (
-            "window",
-            "contract node onnx_file trim",
+            "mixture trim window",
+            "contract edit node onnx_file",
         ),
     ),
     "fastgen": (
@@ -180,15 +191,20 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         "sampling text store inputs system errors",
         (
             "schedule",
+            "prepare",
             "call",
-            "beam speculative",
-            "batch",
+            "run speculative",
+            "batch diverse plain",
+            "search",
+            "hypotheses",
+            "writer",
+            "slots step",
             "request score",
             "guidance memory_estimate",
             "prefill",
             "prompt_reader",
             "model prefix_cache",
-            "cache kv_int8 output prefill_int8",
+            "beam cache kv_int8 output plan prefill_int8",
         ),
     ),
     "sampling": (
@@ -218,7 +234,8 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         "",
         (
             "params prompt",
-            "validators",
+            "knob",
+            "lengths validators",
             "tensors",
         ),
     ),
@@ -233,7 +250,7 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 # An import to an area above: late, in a function, and only here.
-LATE = {("store", "export"), ("jobs", "jobs/ray"), ("export/quantize", "export/trace")}
+LATE = {("store", "export"), ("jobs", "jobs/ray")}
 
 
 @functools.cache

@@ -20,7 +20,7 @@ import fastgen
 from fastgen.serve import chats
 from fastgen.serve.reasoning import Budget
 from fastgen.serve.tools.reader import Marks
-from fastgen.serve.tools.whole import Whole
+from fastgen.serve.tools.whole import WholeAnswer
 from fastgen.store import hub
 from fastgen.text import chat_template
 
@@ -373,8 +373,8 @@ def test_unknown_effort_is_let_go(client: openai.OpenAI) -> None:
 
 
 def test_deltas_number_calls_across_steps() -> None:
-    whole, seen = Whole(), []
-    reader = EVERY["mistral11"].read(chats.Asked(TOOLS))
+    whole, seen = WholeAnswer(), []
+    reader = EVERY["mistral11"].read(chats.ReadingOptions(TOOLS))
     text = "[TOOL_CALLS]now[ARGS]{}[TOOL_CALLS]now[ARGS]{}"
     for letter in [*text, None]:
         events = reader.end() if letter is None else reader.push(letter)

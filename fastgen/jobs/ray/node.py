@@ -1,4 +1,4 @@
-"""What an actor of a cluster finds on its node: the model's directory, once, and its threads."""
+"""An actor's node: the model's directory, fetched once, and its threads."""
 
 from __future__ import annotations
 

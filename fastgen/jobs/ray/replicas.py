@@ -47,7 +47,7 @@ def deployment(
         raise ValueError(f"replicas need Ray: {extras.install('ray')} ({error})") from error
 
     class Replica:
-        """What Ray asks besides requests, which the application answers."""
+        """A replica: it answers Ray's own calls, and the application answers requests."""
 
         app: Any  # Ray's: what `made` returns
 

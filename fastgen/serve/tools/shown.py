@@ -1,4 +1,4 @@
-"""What a chat template shows of a model: how it writes calls, and what it thinks between.
+"""A model's forms of calls and of reasoning, as its chat template shows them.
 
 A template is a program, so it is run: on a conversation of words that stand in no template, in
 which a tool is offered, an assistant thinks and calls it. How these words come out is the form.
@@ -81,7 +81,7 @@ MARKS = (
 
 @dataclass(frozen=True)
 class Shown:
-    """What a template shows.
+    """The forms that a template shows.
 
     Attributes:
         tools: whether it shows the tools that are offered.
@@ -103,7 +103,7 @@ SWITCHES = ("enable_thinking", "thinking")
 
 
 def of(model: CausalLM) -> Shown:
-    """What the template of a model shows; nothing where it has none."""
+    """The forms that the template of a model shows; nothing where it has none."""
     if not model.has_tokenizer or not chat_template.has_template(
         model.directory, model.tokenizer.config
     ):
@@ -121,7 +121,7 @@ def of(model: CausalLM) -> Shown:
 
 
 def shown(render: Render, tokens: Collection[str] = ()) -> Shown:
-    """What a template shows.
+    """Probe a template.
 
     Args:
         tokens: the spellings of the tokens that stand for themselves: a model that has those of
@@ -191,6 +191,6 @@ def _rendered(
 
 
 def _common(one: str, other: str) -> int:
-    """How far two texts begin alike."""
+    """The length of the beginning that two texts share."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
