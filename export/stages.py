@@ -23,9 +23,10 @@ from fastgen.export.progress import Cost, Step
 from fastgen.export.prove import check, quality
 from fastgen.export.quantize import calibrate, kv_int8, recipe, rotate
 from fastgen.export.requirements import Budget
-from fastgen.export.rewrite import trim, window
+from fastgen.export.rewrite import contract, trim, window
 from fastgen.export.work import Report, Rows, Work
 from fastgen.generator import CausalLM
+from fastgen.store.graph_io import GraphIO
 from fastgen.store.model_info import GRAPH, WEIGHTS
 from fastgen.store.tuning import Tuning
 from fastgen.system import memory
@@ -97,7 +98,10 @@ class Graph:
         work = self.work
         work.place = work.place_of("fp32")
         graph, about = work.origin.convert(whole)
+        unbound = GraphIO.of(replace(work.info, windows=()))
+        contract.check(graph, unbound, "convert")
         trim.trim(graph, work.info.max_length)
+        contract.check(graph, unbound, "trim")
         work.info = replace(
             work.info,
             hard_limit=work.info.hard_limit or trim.rotations_are_tabled(graph),

@@ -19,9 +19,10 @@ from fastgen.export.opening import Opening
 from fastgen.export.options import ExportOptions, Target
 from fastgen.export.progress import Progress
 from fastgen.export.prove import check, corpus
-from fastgen.export.rewrite import onnx_file
+from fastgen.export.rewrite import contract, onnx_file
 from fastgen.export.source.origin import Origin
 from fastgen.generator import CausalLM
+from fastgen.store.graph_io import GraphIO
 from fastgen.store.model_info import GRAPH, SCALES, ModelInfo
 from fastgen.store.tuning import Tuning
 
@@ -85,6 +86,7 @@ class Work:
 
     def save(self, graph: onnx_ir.Model, to: Path) -> None:
         """Write a graph: it is a model directory then."""
+        contract.check(graph, GraphIO.of(self.info), f"the steps before {to.name} is written")
         to.mkdir(parents=True, exist_ok=True)
         onnx_file.save(graph, to / GRAPH)
         if self.scales is not None:

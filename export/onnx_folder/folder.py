@@ -1,4 +1,4 @@
-"""A folder that others exported: its graphs, their precisions, and what is said of it."""
+"""A folder that others exported: its graphs, their precisions, its configuration."""
 
 from __future__ import annotations
 

@@ -181,7 +181,7 @@ class Folder:
         }
 
     def _notes(self) -> list[str]:
-        """Notes that a user should read: the promise is to equal the folder, right or wrong."""
+        """Notes for the user: the promise is to equal the folder, right or wrong."""
         notes = []
         if self.tolerance is SHARED:
             notes.append(

@@ -44,7 +44,7 @@ def generate(
     file: Path | None,
     as_json: bool,
     threads: int | None,
-    prompts: str | None,
+    prefill_precision: str | None,
     prefix_cache: Path | None,
     **knobs: Any,
 ) -> None:
@@ -52,7 +52,7 @@ def generate(
     with clear_errors():
         text = _prompt(prompt, file)
         with _kept(prefix_cache) as cache:
-            loaded = load(model, threads, prompts)
+            loaded = load(model, threads, prefill_precision)
             wanted = given(knobs)
             new = default_length("text", wanted)
             if new is not None:

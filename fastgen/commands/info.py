@@ -69,4 +69,5 @@ def _windows(found: ModelInfo) -> str:
 
 def _prompts(found: ModelInfo) -> str:
     """A note on prompts that are read in int8, if the model can."""
-    return ' (prompts="int8" reads prompts faster, in memory)' if found.can_read_prompts else ""
+    note = ' (prefill_precision="int8" reads prompts faster, in memory)'
+    return note if found.can_read_prompts else ""

@@ -36,8 +36,7 @@ PRECISIONS = ("fp32", "int8", "int4")
 PRECISION = "int8"  # of an export where none is asked for
 CACHE_PRECISION = "fp32"  # the same for keys and values
 MOST_LAYERS = 2**12
-# How keys and values can be stored: numpy's name, and what the graph's inputs are then.
-CACHE_DTYPES = {"float32": "tensor(float)", "int8": "tensor(int8)"}
+CACHE_DTYPES = ("float32", "int8")  # of stored keys and values
 
 
 @dataclass(frozen=True)
@@ -183,7 +182,7 @@ class ModelInfo:
             why = f"they are for models in int4, it is in {self.precision}"
         else:
             why = "an older fastgen exported it: export the model again"
-        raise ModelError(f'{directory} cannot be loaded with prompts="int8": {why}')
+        raise ModelError(f'{directory} cannot be loaded with prefill_precision="int8": {why}')
 
     def check(self, directory: Path, *names: str) -> None:
         """Compare files with what was exported: size and digest, where there is one.

@@ -19,7 +19,8 @@ from fastgen.store.model_info import TUNING
 from fastgen.system.cpu import cpu_name, physical_cores, usable_cpus
 
 MOST_THREADS = 2**16  # of any machine
-READ_AS = ("same", "int8")  # how prompts can be read: with the weights of all else, or with int8
+# How prompts can be read: with the weights of all else, or with int8.
+PREFILL_PRECISIONS = ("same", "int8")
 
 # Kernels that onnxruntime has besides its default, by the processors that have them: session
 # entries that are tried, and the only ones that are taken from a file.
@@ -37,18 +38,20 @@ class Tuning:
         threads: of a step.
         spinning: whether threads spin while they wait for more of a step, or sleep.
         entries: session configuration entries of onnxruntime that choose kernels.
-        prompts: how they are read, "same" or "int8"; see `fastgen.load`.
+        prefill_precision: of reading prompts, "same" or "int8"; see `fastgen.load`. (The file has
+            it as "prompts".)
     """
 
     threads: int = field(default_factory=physical_cores)
     spinning: bool = True
     entries: dict[str, str] = field(default_factory=dict)
-    prompts: str = "same"
+    prefill_precision: str = "same"
 
     def __str__(self) -> str:
         kernels = [f"{name}={value}" for name, value in self.entries.items()]
         waiting = [] if self.spinning else ["sleeping"]
-        prompts = [] if self.prompts == "same" else [f"prompts in {self.prompts}"]
+        precision = self.prefill_precision
+        prompts = [] if precision == "same" else [f"prompts in {precision}"]
         plural = "s" if self.threads > 1 else ""
         return ", ".join([f"{self.threads} thread{plural}", *waiting, *kernels, *prompts])
 
@@ -88,7 +91,9 @@ def read(directory: Path) -> Tuning | None:
             lambda v: v in [{}, *kernels()] if mine else is_object(v),
             "entries that `fastgen tune` tries on this machine",
         ),
-        prompts=setting("prompts", lambda v: v in READ_AS, " or ".join(READ_AS)),
+        prefill_precision=setting(
+            "prompts", lambda v: v in PREFILL_PRECISIONS, " or ".join(PREFILL_PRECISIONS)
+        ),
     )
     return tuning if mine else None
 
@@ -100,6 +105,8 @@ def kernels() -> list[dict[str, str]]:
 
 def write(directory: Path, tuning: Tuning) -> None:
     """Leave `tuning` beside the model, at once and whole."""
-    content = {"here": here(), "tuning": asdict(tuning)}
+    settings = asdict(tuning)
+    settings["prompts"] = settings.pop("prefill_precision")
+    content = {"here": here(), "tuning": settings}
     with files.atomic_file("the tuning's file", directory / TUNING) as made:
         made.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

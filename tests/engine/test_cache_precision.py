@@ -26,9 +26,8 @@ from fastgen.engine.prompt_reader import PromptReader
 from fastgen.export import Mismatch, bundle, export, options, pipeline
 from fastgen.export.prove.reader import Reader
 from fastgen.export.quantize import calibrate, kv_int8
-from fastgen.export.rewrite import edit
+from fastgen.export.rewrite import edit, onnx_file
 from fastgen.export.source.origin import Tolerance
-from fastgen.export.trace import graph
 from fastgen.sampling.softmax import log_softmax
 from fastgen.store import hub
 from fastgen.store.model_info import GRAPH, INFO, SCALES, ModelInfo
@@ -308,7 +307,7 @@ def demo(tmp_path_factory):
     loaded = onnx_ir.load(directory / GRAPH)
     with_floats(loaded)
     assert not any(node.op_type == "QuantizeLinear" for node in loaded.graph)
-    graph.save(loaded, directory / GRAPH)
+    onnx_file.save(loaded, directory / GRAPH)
     bundle.seal(directory, ModelInfo.parse(directory))
     model = fastgen.load(directory)
     info = model.model.info
@@ -323,7 +322,7 @@ def quantised_demo(demo, directory, limit: int) -> Model:
     shutil.copytree(model.directory, directory)
     loaded = onnx_ir.load(model.directory / GRAPH)
     scales = kv_int8.quantize(loaded, kv_int8.reach(loaded, calibration, limit))
-    graph.save(loaded, directory / GRAPH)
+    onnx_file.save(loaded, directory / GRAPH)
     np.save(directory / SCALES, scales)
     bundle.seal(directory, dataclasses.replace(ModelInfo.parse(directory), cache_dtype="int8"))
     return Model(directory)

@@ -145,7 +145,7 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "export/trace": (
-        "export/rewrite errors",
+        "export/rewrite store errors",
         (
             "graph",
             "refuse",
@@ -175,7 +175,7 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         "store",
         (
             "mixture trim window",
-            "edit node onnx_file",
+            "contract edit node onnx_file",
         ),
     ),
     "fastgen": (
