@@ -23,6 +23,8 @@ from typing import Any
 import numpy as np
 import shapes
 
+from fastgen.timing.rounds import in_rounds
+
 FLOATS = 48 << 20  # of each array of each thread
 ROW = 4096  # of them in a row of a matrix
 
@@ -51,15 +53,12 @@ def main() -> None:
         models = {
             name: fastgen.load(path, threads=args.threads).model for name, path in paths.items()
         }
-        speeds: list[float] = []
-        steps: dict[str, list[float]] = {name: [] for name in models}
-        for turn in range(args.rounds + 1):
-            speed = bandwidth(pool, arrays)
-            times = {name: step(model, args.past, args.new) for name, model in models.items()}
-            if turn:  # the first warms up
-                speeds.append(speed)
-                for name, seconds in times.items():
-                    steps[name].append(seconds)
+        calls = {
+            name: lambda _, model=model: step(model, args.past, args.new)
+            for name, model in models.items()
+        }
+        steps = in_rounds({"": lambda _: bandwidth(pool, arrays), **calls}, args.rounds)
+        speeds = steps[""]
         print(f"{args.shape}; {shapes.machine(args.threads)}")
         print(
             f"memory: {statistics.median(speeds) / 1e9:.1f} GB/s, read by {args.threads} threads\n"

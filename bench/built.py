@@ -40,7 +40,7 @@ import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fastgen.errors import UnsupportedModel
-from fastgen.export.build import families, weights
+from fastgen.export.build import configuration, families, weights
 from fastgen.export.build import graph as built
 from fastgen.export.rewrite import trim
 from fastgen.export.torch_model import source
@@ -75,7 +75,7 @@ def configurations(kind: str) -> Iterator[tuple[str, PretrainedConfig]]:
     """Configurations of a family, and what each turns on."""
     base = shrink.config_of(kind)
     yield "as it is", base
-    said = families.Said(_written(base))
+    said = configuration.Configuration(_written(base))
     families.FAMILIES[kind](said)
     for name in sorted(said.asked):
         if isinstance(getattr(base, name, None), bool):

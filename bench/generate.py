@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import shapes
+
+from fastgen.timing.rounds import in_rounds, ratio, seconds
 
 
 def cases(args: argparse.Namespace) -> dict[str, tuple[int, int, int, int]]:
@@ -82,15 +83,13 @@ def measure(
     """Seconds of a call, by engine and round. Each call has a new random prompt."""
     rows, beams, prompt, new = settings
     random = np.random.default_rng(0)
-    times: dict[str, list[float]] = {name: [] for name in engines}
-    for turn in range(rounds + 1):  # the first warms up
-        ids = random.integers(0, config.vocab_size, (rows, prompt))
-        for name, run in engines.items():
-            start = time.perf_counter()
-            run(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, num_beams=beams)
-            if turn:
-                times[name].append(time.perf_counter() - start)
-    return times
+    prompts = random.integers(0, config.vocab_size, (1 + rounds, rows, prompt))
+    knobs = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "num_beams": beams}
+
+    def timed(run: Callable[..., Any]) -> Callable[[int], float]:
+        return lambda turn: seconds(lambda: run(prompts[turn], **knobs))
+
+    return in_rounds({name: timed(run) for name, run in engines.items()}, rounds)
 
 
 def report(case: str, settings: tuple[int, int, int, int], times: dict[str, list[float]]) -> None:
@@ -98,10 +97,10 @@ def report(case: str, settings: tuple[int, int, int, int], times: dict[str, list
     base = next(iter(times.values()))
     print(f"| {case} | ms a {'step' if new > 1 else 'call'} | tokens/s | times transformers |")
     print("|---|---|---|---|")
-    for name, seconds in times.items():
-        median = statistics.median(seconds)
-        ratio = statistics.median(b / s for b, s in zip(base, seconds, strict=True))
-        print(f"| {name} | {1e3 * median / new:.2f} | {rows * new / median:.0f} | {ratio:.2f} |")
+    for name, took in times.items():
+        median, times_as_fast = statistics.median(took), ratio(base, took)
+        rate = f"{rows * new / median:.0f} | {times_as_fast:.2f}"
+        print(f"| {name} | {1e3 * median / new:.2f} | {rate} |")
     print()
 
 

@@ -20,6 +20,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from fastgen.timing.rounds import in_rounds
+
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 CHILD = """
@@ -59,16 +61,10 @@ def main() -> None:
                 place = Path(temporary) / name
                 save(directory, place, packed)
                 places[name] = (place, "optimised")
-            found: dict[str, list[list[float]]] = {name: [] for name in places}
-            for turn in range(args.rounds + 1):
-                for name, (place, how) in places.items():
-                    out = subprocess.run(
-                        [sys.executable, "-c", CHILD, place, how],
-                        check=True,
-                        stdout=subprocess.PIPE,
-                    ).stdout
-                    if turn:
-                        found[name].append(json.loads(out))
+            found = in_rounds(
+                {name: lambda _, place=place: loaded(*place) for name, place in places.items()},
+                args.rounds,
+            )
             for name, (place, _) in places.items():
                 size = sum(p.stat().st_size for p in place.iterdir()) / 1e6
                 session, first, rss = map(statistics.median, zip(*found[name], strict=True))
@@ -76,6 +72,13 @@ def main() -> None:
                     f"| {directory.name} | {name} | {size:.0f} | {session:.3f} | {first:.3f} "
                     f"| {rss:.0f} |"
                 )
+
+
+def loaded(place: Path, how: str) -> list[float]:
+    """The measurements of a process that loads a model."""
+    command = [sys.executable, "-c", CHILD, place, how]
+    out = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+    return list(json.loads(out))
 
 
 def save(directory: Path, place: Path, packed: bool) -> None:

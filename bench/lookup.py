@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import shapes
 
 import fastgen
+from fastgen.timing.rounds import in_rounds, ratio, seconds
 
 PROMPT, FEW = 64, 32
 
@@ -41,7 +42,7 @@ def main() -> None:
             model = fastgen.load(path, threads=args.threads)
             for text, vocabulary, knobs in cases(model.model.info.vocab_size):
                 plain, guessed = compare(model, vocabulary, knobs, args)
-                times = statistics.median(a / b for a, b in zip(plain, guessed, strict=True))
+                times = ratio(plain, guessed)
                 one, two = (1e3 * statistics.median(side) / args.new for side in (plain, guessed))
                 print(f"| {precision} | {text} | {one:.2f} | {two:.2f} | {times:.3f} |", flush=True)
 
@@ -61,19 +62,15 @@ def compare(
 ) -> tuple[list[float], list[float]]:
     """Seconds of a call in each round, plain and with prompt lookup."""
     random = np.random.default_rng(0)
-    sides: tuple[list[float], list[float]] = ([], [])
-    for turn in range(args.rounds + 1):  # the first warms up
-        ids = random.integers(3, vocabulary, PROMPT)
-        for seconds, guess in zip(
-            sides, ({}, {"prompt_lookup_num_tokens": args.guess}), strict=True
-        ):
-            start = time.perf_counter()
-            model.generate(
-                ids, max_new_tokens=args.new, eos_token_id=None, seed=turn, **knobs, **guess
-            )
-            if turn:
-                seconds.append(time.perf_counter() - start)
-    return sides
+    prompts = random.integers(3, vocabulary, (1 + args.rounds, PROMPT))
+    common = {"max_new_tokens": args.new, "eos_token_id": None, **knobs}
+
+    def timed(guess: int | None) -> Callable[[int], float]:
+        knobs = {**common, "prompt_lookup_num_tokens": guess}
+        return lambda turn: seconds(lambda: model.generate(prompts[turn], seed=turn, **knobs))
+
+    times = in_rounds({"plain": timed(None), "guessed": timed(args.guess)}, args.rounds)
+    return times["plain"], times["guessed"]
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import numpy as np
 import shapes
 
 import fastgen
+from fastgen.timing.rounds import ratio
 
 
 def main() -> None:
@@ -33,7 +34,7 @@ def main() -> None:
         for precision, path in paths.items():
             model = fastgen.load(path, threads=args.threads)
             fresh, kept = compare(model, args)
-            times = statistics.median(a / b for a, b in zip(fresh, kept, strict=True))
+            times = ratio(fresh, kept)
             one, two = statistics.median(fresh), statistics.median(kept)
             print(f"| {precision} | {1e3 * one:.1f} | {1e3 * two:.1f} | {times:.2f} |")
 

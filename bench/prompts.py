@@ -13,13 +13,14 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import shapes
+
+from fastgen.timing.rounds import in_rounds, ratio, seconds
 
 KINDS = {
     "int4": ("int4", "same"),
@@ -33,7 +34,7 @@ sys.path.insert(0, {here!r})
 import shapes
 before = shapes.resident()
 start = time.perf_counter()
-model = fastgen.engine.model.Model(Path({path!r}), {threads}, prompts={prompts!r})
+model = fastgen.engine.model.Model(Path({path!r}), {threads}, prefill_precision={prompts!r})
 seconds, loaded, most = time.perf_counter() - start, shapes.resident(), shapes.resident("VmHWM")
 prompt = numpy.arange({prompt}) % model.info.vocab_size
 fastgen.engine.prefill.prefill(model, model.new_cache(1, {prompt} + 1), [prompt], 0)
@@ -56,7 +57,7 @@ def first_tokens(args: argparse.Namespace, paths: dict[str, Path]) -> Iterator[s
     import fastgen
 
     models = {
-        name: fastgen.load(paths[kind], threads=args.threads, prompts=prompts)
+        name: fastgen.load(paths[kind], threads=args.threads, prefill_precision=prompts)
         for name, (kind, prompts) in KINDS.items()
     }
     yield f"| first token after, ms | {' | '.join(models)} | times int4 | of int8 |"
@@ -65,26 +66,21 @@ def first_tokens(args: argparse.Namespace, paths: dict[str, Path]) -> Iterator[s
         times = timed(models, length, args.rounds)
         own, apart, int8 = times.values()
         medians = [f"{1e3 * statistics.median(one):.1f}" for one in times.values()]
-        ratios = [
-            statistics.median(a / b for a, b in zip(other, apart, strict=True))
-            for other in (own, int8)
-        ]
-        shown = " | ".join([*medians, *(f"{ratio:.2f}" for ratio in ratios)])
+        ratios = [f"{ratio(other, apart):.2f}" for other in (own, int8)]
+        shown = " | ".join([*medians, *ratios])
         yield f"| {length} | {shown} |"
 
 
 def timed(models: dict[str, Any], length: int, rounds: int) -> dict[str, list[float]]:
     """Seconds to the first token, by model and round. Each round has a new random prompt."""
     random = np.random.default_rng(0)
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for turn in range(rounds + 1):  # the first warms up
-        for name, model in models.items():
-            ids = random.integers(0, model.model.info.vocab_size, (1, length))
-            start = time.perf_counter()
-            model.generate(ids, max_new_tokens=1, do_sample=False)
-            if turn:
-                times[name].append(time.perf_counter() - start)
-    return times
+
+    def timed_one(model: Any) -> float:
+        ids = random.integers(0, model.model.info.vocab_size, (1, length))
+        return seconds(lambda: model.generate(ids, max_new_tokens=1, do_sample=False))
+
+    calls = {name: lambda _, model=model: timed_one(model) for name, model in models.items()}
+    return in_rounds(calls, rounds)
 
 
 def loads(args: argparse.Namespace, paths: dict[str, Path]) -> Iterator[str]:
@@ -106,9 +102,9 @@ def loads(args: argparse.Namespace, paths: dict[str, Path]) -> Iterator[str]:
             )
             for _ in range(3)
         ]
-        seconds, loaded, most, after = (statistics.median(one) for one in zip(*runs, strict=True))
+        took, loaded, most, after = (statistics.median(one) for one in zip(*runs, strict=True))
         size = sum(one.stat().st_size for one in paths[kind].iterdir()) / 1e6
-        yield f"| {name} | {seconds:.2f} | {loaded:.0f} | {most:.0f} | {after:.0f} | {size:.1f} |"
+        yield f"| {name} | {took:.2f} | {loaded:.0f} | {most:.0f} | {after:.0f} | {size:.1f} |"
 
 
 if __name__ == "__main__":

@@ -54,11 +54,11 @@ def main() -> None:
 
 def rows(tokenizer: Any, vocab_size: int) -> list[Any]:
     """Rows of held-out text that no export calibrates on: three times what its report measures."""
-    from fastgen.export.prove import corpus
+    from fastgen.export.prove import reader
     from fastgen.export.quantize import calibrate
 
-    text = corpus.TEXTS.with_name("held_out.txt").read_text(encoding="utf-8")
-    found = corpus.Reader(tokenizer.backend_tokenizer, vocab_size, calibrate.ROW).rows(text)
+    text = reader.TEXTS.with_name("held_out.txt").read_text(encoding="utf-8")
+    found = reader.Reader(tokenizer.backend_tokenizer, vocab_size, calibrate.ROW).rows(text)
     return found[: 3 * calibrate.TOKENS // calibrate.ROW]
 
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import shapes
+
+from fastgen.timing.rounds import in_rounds, seconds
 
 PROMPTS, ROWS, PAST = (64, 512), (1, 8, 32), 64
 
@@ -46,14 +47,11 @@ def main() -> None:
 
 def line(title: str, calls: list[Callable[[], None]], rounds: int, parts: int) -> str:
     """Medians in ms of the first, and of the others how often they go into its time."""
-    took: list[list[float]] = [[] for _ in calls]
-    for turn in range(rounds + 1):
-        for place, call in enumerate(calls):
-            start = time.perf_counter()
-            call()
-            if turn:
-                took[place].append((time.perf_counter() - start) / parts)
-    first, *others = map(statistics.median, took)
+    took = in_rounds(
+        {index: lambda _, call=call: seconds(call) / parts for index, call in enumerate(calls)},
+        rounds,
+    )
+    first, *others = map(statistics.median, took.values())
     cells = [f"{first * 1e3:.2f} ms", *(f"{first / other:.2f}" for other in others)]
     return f"| {title} | {' | '.join(cells)} |"
 

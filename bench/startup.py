@@ -13,8 +13,10 @@ import os
 import statistics
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
+
+from fastgen.timing.rounds import in_rounds, ratio, seconds
 
 BARE = """
 import os, sys
@@ -47,23 +49,18 @@ def main() -> None:
         "import fastgen, load, first token of ids": IDS,
         "import fastgen, load, first token of a text": WHOLE,
     }
-    times: dict[str, list[float]] = {name: [] for name in programs}
-    for turn in range(args.rounds + 1):
-        for name, program in programs.items():
-            start = time.perf_counter()
-            subprocess.run(
-                [sys.executable, "-c", program, str(DEMO / "model.onnx")],
-                check=True,
-                env=os.environ | {"PYTHONPATH": str(Path(fastgen.__file__).parents[1])},
-            )
-            if turn:
-                times[name].append(time.perf_counter() - start)
+    env = os.environ | {"PYTHONPATH": str(Path(fastgen.__file__).parents[1])}
+
+    def timed(program: str) -> Callable[[int], float]:
+        command = [sys.executable, "-c", program, str(DEMO / "model.onnx")]
+        return lambda _: seconds(lambda: subprocess.run(command, check=True, env=env))
+
+    times = in_rounds({name: timed(program) for name, program in programs.items()}, args.rounds)
     base = next(iter(times.values()))
     print("| a new process | seconds | times the first |")
     print("|---|---|---|")
-    for name, seconds in times.items():
-        ratio = statistics.median(s / b for b, s in zip(base, seconds, strict=True))
-        print(f"| {name} | {statistics.median(seconds):.3f} | {ratio:.2f} |")
+    for name, took in times.items():
+        print(f"| {name} | {statistics.median(took):.3f} | {ratio(took, base):.2f} |")
 
 
 if __name__ == "__main__":

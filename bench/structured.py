@@ -29,9 +29,10 @@ import numpy as np
 import shapes
 
 import fastgen
-from fastgen.engine import call
+from fastgen.engine import prepare
 from fastgen.sampling import constraint
 from fastgen.sampling.processors import Context
+from fastgen.timing.rounds import in_rounds
 
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -124,17 +125,20 @@ def row(name: str, model: fastgen.CausalLM, tokenizer: Any, rounds: int) -> str:
     text = model.generate(ids, **forms)[0][len(ids) :]
     json.loads(tokenizer.decode(text))
     plain = {"max_new_tokens": len(text), "eos_token_id": None}
-    seconds: dict[str, list[float]] = {"plain": [], "stepped": [], "forced": []}
-    for turn in range(rounds + 1):  # the first warms up
-        for side, knobs in (("plain", plain), ("stepped", forms), ("forced", forms)):
-            with stepping() if side == "stepped" else contextlib.nullcontext():
-                start = time.perf_counter()
-                found = model.generate(ids, **knobs)[0][len(ids) :]
-                took = time.perf_counter() - start
-            if side != "plain":  # int8 rounds a step of several tokens otherwise: another text
-                json.loads(tokenizer.decode(found))
-            if turn:
-                seconds[side].append(took / len(found))
+
+    def timed(side: str, knobs: dict[str, Any]) -> float:
+        with stepping() if side == "stepped" else contextlib.nullcontext():
+            start = time.perf_counter()
+            new = model.generate(ids, **knobs)[0][len(ids) :]
+            took = time.perf_counter() - start
+        if side != "plain":  # int8 rounds a step of several tokens otherwise: another text
+            json.loads(tokenizer.decode(new))
+        return took / len(new)
+
+    sides = {"plain": plain, "stepped": forms, "forced": forms}
+    seconds = in_rounds(
+        {side: lambda _, side=side: timed(side, sides[side]) for side in sides}, rounds
+    )
     each = {side: 1e3 * statistics.median(all_) for side, all_ in seconds.items()}
     extra = statistics.median(
         (b - a) / a for a, b in zip(seconds["plain"], seconds["stepped"], strict=True)
@@ -149,12 +153,12 @@ def row(name: str, model: fastgen.CausalLM, tokenizer: Any, rounds: int) -> str:
 @contextlib.contextmanager
 def stepping() -> Iterator[None]:
     """Every token takes a step, certain or not."""
-    plain = call._may_force
-    call._may_force = lambda request: False
+    plain = prepare._may_force
+    prepare._may_force = lambda request: False
     try:
         yield
     finally:
-        call._may_force = plain
+        prepare._may_force = plain
 
 
 def processor(

@@ -30,7 +30,7 @@ from fastgen.sampling.processors import Context
 from fastgen.serve.reasoning import inside
 from fastgen.serve.service import Service
 from fastgen.serve.tools.deepseek import DeepSeek, DeepSeek3, Dsml, Dsml4, Dsml41
-from fastgen.serve.tools.form import Form, Wanted
+from fastgen.serve.tools.form import AnswerOptions, GrammarRules
 from fastgen.serve.tools.format import Format
 from fastgen.serve.tools.gemma import Gemma
 from fastgen.serve.tools.glm import Glm, Glm47
@@ -40,8 +40,8 @@ from fastgen.serve.tools.kimi import Kimi, Kimi3
 from fastgen.serve.tools.llama import Llama, Pythonic
 from fastgen.serve.tools.mistral import Mistral, Mistral11
 from fastgen.serve.tools.qwen_xml import QwenXml
-from fastgen.serve.tools.reader import THINK, Asked
-from fastgen.serve.tools.whole import Whole
+from fastgen.serve.tools.reader import THINK, ReadingOptions
+from fastgen.serve.tools.whole import WholeAnswer
 
 # The format of a model, by a part of its name: what its chat template shows.
 FORMATS: dict[str, Format] = {
@@ -53,13 +53,13 @@ FORMATS: dict[str, Format] = {
 }  # fmt: skip
 
 
-def asked(case: dict[str, Any], prompt: str, made: Format) -> Asked:
+def asked(case: dict[str, Any], prompt: str, made: Format) -> ReadingOptions:
     functions = [one.get("function", one) for one in case["tools"]]
     tools = {one["name"]: one.get("parameters", True) for one in functions}
     marks = made.reasoning or THINK
     if "<think>" in case["raw_output"] and "istral" in made.name:
         marks = THINK
-    return Asked(tools, marks, inside(prompt, marks))
+    return ReadingOptions(tools, marks, inside(prompt, marks))
 
 
 def pieces(text: str, seed: int) -> Iterator[str]:
@@ -71,16 +71,16 @@ def pieces(text: str, seed: int) -> Iterator[str]:
         at += size
 
 
-def read(made: Format, case: dict[str, Any], prompt: str, seed: int) -> Whole:
+def read(made: Format, case: dict[str, Any], prompt: str, seed: int) -> WholeAnswer:
     cut = "truncated" in case["tags"]
-    reader, whole = made.read(asked(case, prompt, made)), Whole()
+    reader, whole = made.read(asked(case, prompt, made)), WholeAnswer()
     for piece in pieces(case["raw_output"], seed):
         whole.take(reader.push(piece))
     whole.take(reader.end(cut))
     return whole
 
 
-def said(whole: Whole) -> dict[str, Any]:
+def said(whole: WholeAnswer) -> dict[str, Any]:
     calls = [{"name": one.name, "arguments": json.loads(one.arguments)} for one in whole.calls]
     return {"content": whole.content, "reasoning_content": whole.reasoning, "tool_calls": calls}
 
@@ -132,8 +132,8 @@ def cost(directory: Path) -> None:
     names, size = Service(model).specials, model.model.info.vocab_size
     ids = np.array(model.tokenizer.encode(TEXT * 10, add_special_tokens=False), np.int64)
     for count in (1, 20):
-        wanted = Wanted({f"get_{n}": WEATHER for n in range(count)}, False, True)
-        params = Params(grammar=Hermes().grammar(Form(names), wanted), eos_token_id=[0])
+        wanted = AnswerOptions({f"get_{n}": WEATHER for n in range(count)}, False, True)
+        params = Params(grammar=Hermes().grammar(GrammarRules(names), wanted), eos_token_id=[0])
         start = time.perf_counter()
         held = constraint.build(params, model.tokenizer, size, 1)
         built = time.perf_counter() - start

@@ -716,7 +716,7 @@ def train_step(
 
 
 def losses(model: PreTrainedModel, batch: torch.Tensor) -> torch.Tensor:
-    """Of each token of `batch` `[rows, length]` but a row's first: the nats it takes, flat."""
+    """Nats of each token of `batch` `[rows, length]` but the first of a row, flat."""
     logits = model(input_ids=batch[:, :-1], use_cache=False).logits
     return cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
 
@@ -733,7 +733,7 @@ def held_out_loss(model: PreTrainedModel, ids: torch.Tensor, recipe: Recipe) -> 
 # ---------------------------------------------------------------------------------- the directory
 
 
-def quality(loss: float, facts: dict) -> dict:
+def quality(loss: float, facts: dict[str, Any]) -> dict[str, float]:
     """The held-out loss in its three usual units: nats a token, perplexity, bits a byte."""
     bits = loss / math.log(2) * (facts["held_out_tokens"] - 1)
     return {
@@ -743,8 +743,8 @@ def quality(loss: float, facts: dict) -> dict:
     }
 
 
-def versions() -> dict:
-    """What a difference between two trainings of one recipe could come from."""
+def versions() -> dict[str, str]:
+    """Versions that could explain a difference between two trainings of one recipe."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -757,7 +757,7 @@ def write(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     held_out: list[str],
-    facts: dict,
+    facts: dict[str, Any],
 ) -> None:
     """Write the model's directory."""
     out.mkdir(parents=True, exist_ok=True)

@@ -110,7 +110,7 @@ def plain(text: str) -> str:
 
 
 def inline(text: str) -> str:
-    """Without roles and references: what they would show."""
+    """Replace roles and references by the text that they show."""
     text = ROLE.sub(lambda found: shown(found[1].rpartition(":")[2], found[2]), text)
     text = re.sub(r"``([^`]+)``", r'"\1"', text)
     text = re.sub(r"`([^`<]+?)\s*<[^`>]*>`__?", r"\1", text, flags=re.DOTALL)
@@ -118,7 +118,7 @@ def inline(text: str) -> str:
 
 
 def shown(role: str, target: str) -> str:
-    """What a role shows: the last name of `~a.b.c`, a title before `<target>`, a function's ()."""
+    """The text of a role: the last name of `~a.b.c`, a title before `<target>`, a function's ()."""
     title = re.match(r"(.+?)\s*<[^>]*>\Z", target, re.DOTALL)
     if title:
         return title[1]

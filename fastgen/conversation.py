@@ -23,22 +23,20 @@ from typing import Any
 import numpy as np
 
 from fastgen.engine.call import Call
-from fastgen.engine.prefill import CHUNK, Prefill
+from fastgen.engine.prefill import CHUNK, prefill
 from fastgen.engine.prefix_cache import BLOCK, MAX_BYTES, PrefixCache
 from fastgen.generator import CausalLM
 from fastgen.inputs import validators
+from fastgen.inputs.lengths import default_length
 from fastgen.inputs.params import NAMES, Params, drawn, resolve, sampling
 from fastgen.store import files, jsonfile
-from fastgen.store.model_info import ModelInfo
+from fastgen.store.model_info import CHAT_TEMPLATE, ModelInfo
 from fastgen.system.cpu import memory_bytes
 from fastgen.text import chat_template
 
 Message = dict[str, str]  # {"role": "user", "content": "Hi"}
 Pieces = Generator[str, None, None]  # of a text, as it comes
 
-CONTINUED = (
-    64  # new tokens where there is no template, and so mostly no end, if nobody sets a length
-)
 LEAST_ROOM = 1 / 4  # of the positions: what an answer finds, if it may become as long
 KEPT = 3 / 4  # of the positions: what prompt and answer take after old turns were dropped
 ADVICE = "load a file that was saved here, or one of the same form"
@@ -46,7 +44,7 @@ ADVICE = "load a file that was saved here, or one of the same form"
 
 @dataclass(frozen=True)
 class Took:
-    """What an answer took.
+    """The work and the time that an answer took.
 
     Attributes:
         prompt: tokens of the prompt.
@@ -84,8 +82,9 @@ class Conversation:
     Args:
         model: what answers.
         knobs: keywords of `generate`. Where no length is set, here or in the model's defaults, an
-            answer has `chat.MAX_NEW_TOKENS` at most, and `CONTINUED` without a template. What says
-            how tokens are drawn and is not set is that of `params.sampling`.
+            answer has the length of a reply (see `lengths.NEW_TOKENS`), or without a template,
+            and so mostly without an end, that of a text. Knobs of sampling that are not set are
+            those of `params.sampling`.
         system: the system message; None for none.
 
     Attributes:
@@ -106,7 +105,7 @@ class Conversation:
         self, model: CausalLM, knobs: Mapping[str, Any] | None = None, system: str | None = None
     ) -> None:
         self.model = model
-        model.model.info.check(model.directory, chat_template.FILE)
+        model.model.info.check(model.directory, CHAT_TEMPLATE)
         self.has_template = chat_template.has_template(model.directory, model.tokenizer.config)
         self.cache = PrefixCache(_bytes_of_all(model.model.info))
         self.turns: list[Message] = []
@@ -194,7 +193,7 @@ class Conversation:
             ValueError: it cannot be written there.
         """
         text = json.dumps({"messages": self.messages}, ensure_ascii=False, indent=2)
-        with files.written("the conversation's file", path) as file:
+        with files.atomic_file("the conversation's file", path) as file:
             file.write_text(text + "\n", encoding="utf-8")
 
     def load(self, path: Path) -> None:
@@ -214,7 +213,7 @@ class Conversation:
             "content, a text",
             ADVICE,
         )
-        system = [one["content"] for one in found if one["role"] == "system"]
+        system = [message["content"] for message in found if message["role"] == "system"]
         self._ids([*found, _message("user", "Hi")])
         self.system = system[0] if system else None
         self.turns, self.dropped = found[len(system) :], 0
@@ -251,8 +250,8 @@ class Conversation:
         writer, tokens, first = self.model.writer(call), [], 0.0
         try:
             with contextlib.closing(call.steps()) as steps:
-                for events in steps:
-                    for token in writer.take(events):
+                for step in steps:
+                    for token in writer.take(step.events):
                         first = first or time.perf_counter() - start
                         tokens.append(token)
                         yield token.text
@@ -292,9 +291,8 @@ class Conversation:
         model = self.model.model
         cache = model.borrow_cache(1, len(ids) + CHUNK)
         try:
-            reading = Prefill(model, cache, [np.array(ids, np.int64)], 0, self.cache)
-            while not reading.done and not self._leaving:
-                reading.read()
+            prompts = [np.array(ids, np.int64)]
+            prefill(model, cache, prompts, 0, self.cache, lambda: self._leaving)
         finally:
             model.give_back(cache)
 
@@ -309,21 +307,20 @@ class Conversation:
     def _fitted(self, turns: list[Message]) -> tuple[list[int], int, int]:
         """The prompt, the new tokens that it leaves room for, and how many turns it leaves out."""
         params = self._params(self.knobs)
-        usual = chat_template.MAX_NEW_TOKENS if self.has_template else CONTINUED
+        usual = default_length("reply" if self.has_template else "text", vars(params))
         limits = [self.model.model.info.max_length]
-        if params.max_new_tokens is None and params.max_length is not None:
+        if params.max_new_tokens is None:
             limits.append(params.max_length)
-            usual = params.max_length
-        new = params.max_new_tokens or usual
+        new = params.max_new_tokens or usual or params.max_length or 1
         limit = min((one for one in limits if one is not None), default=None)
         ids, dropped = self._prompt(turns, self.dropped), self.dropped
         if limit is None:
             return ids, new, dropped
         room = max(1, min(new, int(LEAST_ROOM * limit)))
         if len(ids) + room > limit:
-            for place in range(dropped + 1, len(turns)):
-                if turns[place]["role"] == "user":
-                    ids, dropped = self._prompt(turns, place), place
+            for first in range(dropped + 1, len(turns)):
+                if turns[first]["role"] == "user":
+                    ids, dropped = self._prompt(turns, first), first
                     if len(ids) + room <= KEPT * limit:
                         break
         if len(ids) >= limit:
@@ -340,11 +337,9 @@ class Conversation:
 
     def _ids(self, messages: list[Message]) -> list[int]:
         """The tokens of messages, up to where the answer begins."""
-        tokenizer = self.model.tokenizer
-        if not self.has_template:
-            return tokenizer.encode(continued(messages))
-        text = chat_template.prompt(self.model.directory, tokenizer.config, messages)
-        return tokenizer.encode(text, add_special_tokens=False)
+        if self.has_template:
+            return self.model.chat_ids(messages)
+        return self.model.tokenizer.encode(continued(messages))
 
     @staticmethod
     def _system(system: str | None) -> list[Message]:
@@ -364,9 +359,9 @@ class Conversation:
 def continued(messages: Sequence[Message]) -> str:
     """The text of messages for a model without a template: an answer goes on where they end."""
     text = ""
-    for one in messages:
-        begins = text and one["role"] != "assistant"
-        text += ("\n" if begins else "") + one["content"]
+    for message in messages:
+        begins = text and message["role"] != "assistant"
+        text += ("\n" if begins else "") + message["content"]
     return text
 
 
@@ -374,19 +369,19 @@ def _message(role: str, content: str) -> Message:
     return {"role": role, "content": content}
 
 
-def _is_conversation(found: Any) -> bool:
+def _is_conversation(value: Any) -> bool:
     roles = {"user", "assistant"}
-    return isinstance(found, list) and all(
-        isinstance(one, dict)
-        and one.keys() == {"role", "content"}
-        and isinstance(one["content"], str)
-        and one["role"] in (roles if place else {*roles, "system"})
-        for place, one in enumerate(found)
+    return isinstance(value, list) and all(
+        isinstance(message, dict)
+        and message.keys() == {"role", "content"}
+        and isinstance(message["content"], str)
+        and message["role"] in (roles if index else {*roles, "system"})
+        for index, message in enumerate(value)
     )
 
 
 def _bytes_of_all(info: ModelInfo) -> int:
-    """What keys, values and states of a whole context take, within an eighth of the memory."""
+    """The bytes of keys, values and states of a whole context, within an eighth of the memory."""
     if info.max_length is None:
         return MAX_BYTES
     whole = info.max_length * info.cache_bytes + (info.max_length // CHUNK + 1) * info.state_bytes

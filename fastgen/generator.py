@@ -1,32 +1,43 @@
-"""What people hold: a loaded model that generates, streams, completes, chats and scores."""
+"""A loaded model that generates, streams, completes, chats and scores: the front of fastgen."""
 
 from __future__ import annotations
 
 import copy
 import functools
 import os
+import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastgen import first_use
 from fastgen.engine import score
-from fastgen.engine.call import Call, Objects, Writer, last_token, prepare, read
+from fastgen.engine.call import Call
 from fastgen.engine.model import Model
 from fastgen.engine.output import Token
 from fastgen.engine.prefix_cache import PrefixCache, check
+from fastgen.engine.prepare import Loaded, Objects, last_token, prepare, read
+from fastgen.engine.writer import Writer
 from fastgen.inputs import tensors, validators
+from fastgen.inputs.lengths import default_length
 from fastgen.inputs.params import Params
 from fastgen.sampling import processors, stop
-from fastgen.store import hub, jsonfile
-from fastgen.store.model_info import ModelInfo
+from fastgen.store import jsonfile
+from fastgen.store.model_info import (
+    CHAT_TEMPLATE,
+    CONFIG,
+    GENERATION_CONFIG,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    ModelInfo,
+)
 from fastgen.store.tuning import Tuning
 from fastgen.text import chat_template, token_healing
-from fastgen.text.tokenizer import CONFIG, TextStream, Tokenizer
-from fastgen.text.tokenizer import FILE as TOKENIZER
+from fastgen.text.tokenizer import TextStream, Tokenizer
 
 
 class Settings:
@@ -52,7 +63,7 @@ class Settings:
 
 
 class Device(str):
-    """Where the model is: "cpu", with the attribute of torch's devices that scripts look at."""
+    """The device of the model: "cpu", with the attribute of torch's devices that scripts use."""
 
     @property
     def type(self) -> str:
@@ -66,7 +77,8 @@ class CausalLM:
         directory: a model directory that `fastgen export` wrote.
         threads: threads of a step; None for the physical cores.
         tuning: how to run it; None for what `fastgen tune` found best on this machine.
-        prompts: see `load`.
+        prefill_precision: see `load`.
+        prompts: the old name of `prefill_precision`.
 
     Attributes:
         config: the model's config.json.
@@ -84,13 +96,16 @@ class CausalLM:
         directory: str | os.PathLike[str],
         threads: int | None = None,
         tuning: Tuning | None = None,
+        prefill_precision: str | None = None,
+        *,
         prompts: str | None = None,
     ) -> None:
+        prefill_precision = _renamed_prompts(prompts, prefill_precision)
         self.directory = Path(directory)
         self.name_or_path = str(directory)
-        self.model = Model(self.directory, threads, tuning, prompts)
-        self.config = Settings(jsonfile.read(self.directory / "config.json"))
-        self.generation_config = Settings(jsonfile.read(self.directory / "generation_config.json"))
+        self.model = Model(self.directory, threads, tuning, prefill_precision)
+        self.config = Settings(jsonfile.read(self.directory / CONFIG))
+        self.generation_config = Settings(jsonfile.read(self.directory / GENERATION_CONFIG))
         self.has_tokenizer = (self.directory / TOKENIZER).is_file()
 
     @classmethod
@@ -101,8 +116,9 @@ class CausalLM:
         precision: str | None = None,
         cache_precision: str | None = None,
         threads: int | None = None,
-        prompts: str | None = None,
+        prefill_precision: str | None = None,
         revision: str | None = None,
+        prompts: str | None = None,
     ) -> Self:
         """Load a fastgen directory, a transformers model, an ONNX folder that others exported, or
         a hub repository of any of these kinds.
@@ -117,16 +133,18 @@ class CausalLM:
                 own, such as "q4" (its default), "q8", "fp16" or "q4f16".
             cache_precision: of keys and values, "fp32" (an export's default) or "int8".
             threads: threads of a step; None for the physical cores.
-            prompts: see `load`.
+            prefill_precision: see `load`.
             revision: a branch, tag or commit of the hub repository.
+            prompts: the old name of `prefill_precision`.
 
         Raises:
             ModelError: there is no such model, or not in that precision, or what is needed to make
                 one of it is not installed.
             ValueError: it cannot be expressed, or its export differs from it.
         """
-        directory = hub.exported(name_or_path, precision, cache_precision, revision)
-        model = cls(directory, threads, prompts=prompts)
+        prefill_precision = _renamed_prompts(prompts, prefill_precision)
+        directory = first_use.exported(name_or_path, precision, cache_precision, revision)
+        model = cls(directory, threads, prefill_precision=prefill_precision)
         model.name_or_path = str(name_or_path)
         return model
 
@@ -138,7 +156,7 @@ class CausalLM:
             ModelError: the model was exported for ids only, or its files are no longer as they were
                 exported.
         """
-        self.model.info.check(self.directory, TOKENIZER, CONFIG)
+        self.model.info.check(self.directory, TOKENIZER, TOKENIZER_CONFIG)
         return Tokenizer(self.directory)
 
     def without_defaults(self) -> Self:
@@ -242,7 +260,7 @@ class CausalLM:
             prefix_cache=prefix_cache,
             knobs=knobs,
         )
-        _warn(call)
+        _warn(call.notes)
         if streamer is not None:
             call.tell(streamer)
         else:
@@ -265,7 +283,7 @@ class CausalLM:
             A `Token` as soon as it is known.
         """
         call = self.call(prompt, logprobs=True, **kwargs)
-        _warn(call)
+        _warn(call.notes)
         return _tokens_of(call, self.writer(call, skip_special_tokens))
 
     def call(
@@ -276,7 +294,7 @@ class CausalLM:
         stop: Sequence[str] = (),
         **kwargs: Any,
     ) -> Call:
-        """A call that is checked and has not begun: for whoever runs many (see `schedule`).
+        """A call that is checked and has not begun, for those that run many (see `schedule`).
 
         Args:
             prompt: as `stream` takes it.
@@ -296,7 +314,7 @@ class CausalLM:
         )
 
     def healing(self, ids: Sequence[int]) -> tuple[list[int], Call | None]:
-        """What `token_healing` reads of a prompt, for whoever runs many calls (see `schedule`).
+        """A prompt's `token_healing` as a call, for those that run many (see `schedule`).
 
         Returns:
             ids that stay, and the call whose only token follows them: then they are the prompt of
@@ -305,11 +323,12 @@ class CausalLM:
         prompt = token_healing.reopen(ids, self.tokenizer)
         if not prompt.biases:
             return prompt.ids, None
-        own = self.generation_config.to_dict()
-        return prompt.ids, last_token(self.model, own, lambda: self.tokenizer, None, prompt)
+        call = last_token(self._loaded, prompt)
+        _warn(call.cautions)
+        return prompt.ids, call
 
     def writer(self, call: Call, skip_special_tokens: bool = True) -> Writer:
-        """What makes tokens with their text of a call's events."""
+        """The `Writer` that makes tokens with their text of a call's events."""
         if not self.has_tokenizer:
             return Writer(None)
         rows = call.request.rows
@@ -345,17 +364,39 @@ class CausalLM:
         Returns:
             The reply without special tokens; a list with `num_return_sequences` above 1.
         """
-        variables = dict(template_variables or {})
-        self.model.info.check(self.directory, chat_template.FILE)
-        text = chat_template.prompt(
-            self.directory, self.tokenizer.config, messages, tools, **variables
-        )
-        ids = self.tokenizer.encode(text, add_special_tokens=False)
-        known = {**self.generation_config.to_dict(), **kwargs}
-        if not any(known.get(n) for n in ("max_length", "max_new_tokens", "generation_config")):
-            kwargs["max_new_tokens"] = chat_template.MAX_NEW_TOKENS
+        ids = self.chat_ids(messages, tools, template_variables)
+        new = default_length("reply", kwargs, self.generation_config.to_dict())
+        if new is not None and not kwargs.get("generation_config"):
+            kwargs["max_new_tokens"] = new
         out = self._written([ids], kwargs)
         return out[0] if len(out) == 1 else out
+
+    def chat_text(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt of a conversation by the model's own chat template, as `chat` reads it.
+
+        Raises:
+            ModelError: the template is not the one that was exported.
+            ValueError: there is none, or it refuses the messages.
+        """
+        self.model.info.check(self.directory, CHAT_TEMPLATE)
+        variables = dict(template_variables or {})
+        config = self.tokenizer.config
+        return chat_template.prompt(self.directory, config, messages, tools, **variables)
+
+    def chat_ids(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """The tokens of `chat_text`, which raises the same."""
+        text = self.chat_text(messages, tools, template_variables)
+        return self.tokenizer.encode(text, add_special_tokens=False)
 
     def score(
         self,
@@ -443,14 +484,16 @@ class CausalLM:
         self, ids: Any, attention_mask: Any = None, special: bool = True
     ) -> list[NDArray[np.int64]]:
         """int64 [length] of each text or row of ids, without what the mask leaves out."""
-        return read(self.model, Params(), self._ids(ids, special), attention_mask).rows
+        prompts = read(self.model, Params(), self._ids(ids, special), attention_mask)
+        _warn(prompts.cautions)
+        return prompts.rows
 
     def _written(self, prompts: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
-        """What `stream` writes, row by row; a row may have no token."""
+        """The texts that `stream` writes, a row each; a row may have no token."""
         kwargs = dict(kwargs)
         skip_special_tokens = kwargs.pop("skip_special_tokens", True)
         call = self.call(prompts, logprobs=True, **kwargs)
-        _warn(call)
+        _warn(call.notes)
         parts: list[list[str]] = [[] for _ in call.request.rows]
         for token in _tokens_of(call, self.writer(call, skip_special_tokens)):
             parts[token.row].append(token.text)
@@ -465,34 +508,51 @@ class CausalLM:
         stop_texts: Sequence[str] = (),
         **objects: Any,
     ) -> Call:
-        return prepare(
-            self.model,
-            self.generation_config.to_dict(),
-            lambda: self.tokenizer,
-            ids,
-            Objects(**objects),
-            knobs,
-            logprobs,
-            stop_texts,
-        )
+        call = prepare(self._loaded, ids, Objects(**objects), knobs, logprobs, stop_texts)
+        _warn(call.cautions)
+        return call
+
+    @functools.cached_property
+    def _chain(self) -> Callable[[Params, int], processors.Chain]:
+        """The processors of knobs: the same for equal ones."""
+        return functools.lru_cache(maxsize=64)(processors.build)
+
+    @property
+    def _loaded(self) -> Loaded:
+        """The model as calls need it, with its defaults as they are now."""
+        defaults = self.generation_config.to_dict()
+        return Loaded(self.model, defaults, lambda: self.tokenizer, self._chain)
 
 
 _OBJECTS = tuple(Objects.__dataclass_fields__)
 
 
-def _warn(call: Call) -> None:
-    """Tell the caller of ours what of the asked form the text is not held to."""
-    for note in call.notes:
-        warnings.warn(note, UserWarning, stacklevel=3)
+def _renamed_prompts(prompts: str | None, prefill_precision: str | None) -> str | None:
+    """The precision, also where the caller of ours gave it by its old name `prompts`."""
+    if prompts is None:
+        return prefill_precision
+    _warn(["prompts is now named prefill_precision"], DeprecationWarning)
+    return prefill_precision or prompts
+
+
+def _warn(texts: Sequence[str], category: type[Warning] = UserWarning) -> None:
+    """Warn at the line that called fastgen, whatever lies between it and here."""
+    if not texts:
+        return
+    frame, level = sys._getframe(), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == "fastgen":
+        frame, level = frame.f_back, level + 1
+    for text in texts:
+        warnings.warn(text, category, stacklevel=level)
 
 
 def _tokens_of(call: Call, writer: Writer) -> Iterator[Token]:
-    for events in call.steps():
-        yield from writer.take(events)
+    for step in call.steps():
+        yield from writer.take(step.events)
 
 
 def _is_one(ids: Any) -> bool:
-    """Whether this is one text or one row of ids, rather than several."""
+    """True of one text or one row of ids, rather than several."""
     return isinstance(ids, str) or not (
         isinstance(ids[0], str) or np.ndim(tensors.array(ids[0])) > 0
     )
@@ -502,6 +562,7 @@ def load(
     name_or_path: str | os.PathLike[str] | None = None,
     *,
     threads: int | None = None,
+    prefill_precision: str | None = None,
     prompts: str | None = None,
 ) -> CausalLM:
     """Load a model by its name: a fastgen directory, an ONNX folder or a transformers model.
@@ -512,17 +573,19 @@ def load(
     Args:
         name_or_path: a directory or a hub id; None for the embedded demo model.
         threads: threads of a step; None for the physical cores.
-        prompts: "int8" lets a model in int4 read long prompts as fast as one in int8 does: a second
-            copy of its layers, one byte a weight, is made in memory on loading. The weights are
-            the same, the activations are rounded otherwise. "same" reads them with the weights of
-            all else; None as `fastgen tune` left it, or "same".
+        prefill_precision: "int8" lets a model in int4 read long prompts as fast as one in int8
+            does: a second copy of its layers, one byte a weight, is made in memory on loading. The
+            weights are the same, the activations are rounded otherwise. "same" reads them with the
+            weights of all else; None as `fastgen tune` left it, or "same".
+        prompts: the old name of `prefill_precision`.
 
     Raises:
         ModelError: there is no usable model, or it cannot read prompts so; the message says what
             was found.
-        ValueError: threads, prompts.
+        ValueError: threads, prefill_precision.
     """
-    return CausalLM(hub.directory(name_or_path), threads, prompts=prompts)
+    prefill_precision = _renamed_prompts(prompts, prefill_precision)
+    return CausalLM(first_use.directory(name_or_path), threads, prefill_precision=prefill_precision)
 
 
 def verify(name_or_path: str | os.PathLike[str] | None = None) -> None:
@@ -538,7 +601,7 @@ def verify(name_or_path: str | os.PathLike[str] | None = None) -> None:
         ModelError: files are missing, truncated or changed: it names them all. Or an older fastgen
             exported the model, without digests.
     """
-    ModelInfo.verify(hub.directory(name_or_path))
+    ModelInfo.verify(first_use.directory(name_or_path))
 
 
 @functools.lru_cache(maxsize=8)
@@ -550,4 +613,4 @@ def generate(
     input_ids: Any = None, *, model: str | os.PathLike[str] | None = None, **kwargs: Any
 ) -> Any:
     """`CausalLM.generate` of a model (see `load`), which is loaded once; None is the demo model."""
-    return _loaded(hub.directory(model).resolve()).generate(input_ids, **kwargs)
+    return _loaded(first_use.directory(model).resolve()).generate(input_ids, **kwargs)

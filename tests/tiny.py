@@ -5,31 +5,30 @@ from __future__ import annotations
 import functools
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
 
 from fastgen import CausalLM
-from fastgen.export import export
+
+if TYPE_CHECKING:  # they take seconds to import, and the core tests do without
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 VOCAB = 99
 
 
 def ragged(seed: int, lengths: tuple[int, ...] = (3, 11, 18)) -> list[list[int]]:
+    """Rows of random ids of these lengths."""
     random = np.random.default_rng(seed)
     return [random.integers(3, VOCAB, length).tolist() for length in lengths]
 
 
 def left_padded(rows: list[list[int]], pad: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    import torch
+
     width = max(map(len, rows))
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
@@ -39,6 +38,11 @@ def left_padded(rows: list[list[int]], pad: int = 0) -> tuple[torch.Tensor, torc
 def some(names: Iterable[str], quick: Collection[str]) -> list[Any]:
     """Parameters: those besides the quick ones, which share their mechanisms, with -m slow."""
     return [one if one in quick else pytest.param(one, marks=pytest.mark.slow) for one in names]
+
+
+def core(*kinds: str) -> list[Any]:
+    """Parameters that are run with -m core: kinds of `pair` that need no export."""
+    return [pytest.param(kind, marks=pytest.mark.core) for kind in kinds]
 
 
 _WIDE: dict[str, Any] = {
@@ -78,6 +82,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 
 def config_of(kind: str, **changes: Any) -> Any:
+    from transformers import AutoConfig
+
     settings = {**_WIDE, **ARCHITECTURES.get(kind, {}), **changes}
     known = set(AutoConfig.for_model(kind).to_dict()) | {"num_hidden_layers", "vocab_size"}
     if kind in ("gpt2", "gpt_bigcode"):
@@ -89,6 +95,9 @@ def config_of(kind: str, **changes: Any) -> Any:
 
 def build(kind: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A random model whose logits spread enough that its likeliest token is clear."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config_of(kind, **changes)).eval()
     with torch.no_grad():
@@ -100,9 +109,12 @@ def build(kind: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
 
 
 def exported(kind: str, directory: Path, **changes: Any) -> tuple[PreTrainedModel, CausalLM]:
-    """A model and its export, loaded."""
+    """A model and its export, loaded; made unless it is there."""
+    from fastgen.export import export
+
     model = build(kind, **changes)
-    export(model, directory, tokenizer=tokenizer(), precision="fp32", progress=None)
+    if not directory.is_dir():
+        export(model, directory, tokenizer=tokenizer(), precision="fp32", progress=None)
     return model, CausalLM(directory)
 
 
@@ -113,6 +125,8 @@ Every good boy deserves fudge; naïve café 你好 🙂 and so it goes, on and o
 @functools.cache
 def tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE whose ids all lie in a tiny model's vocabulary but not all are reached."""
+    from transformers import PreTrainedTokenizerFast
+
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

@@ -1,4 +1,4 @@
-"""What a decoder is, as data: a family says it (`families`), `graph` writes it."""
+"""A decoder as data: a family describes it (`families`), and `graph` writes it."""
 
 from __future__ import annotations
 

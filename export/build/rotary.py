@@ -39,7 +39,7 @@ KNOWN: dict[str, set[str]] = {
 
 @dataclass(frozen=True)
 class Turning:
-    """How queries and keys turn, and the length from which on it would be otherwise."""
+    """A rotation of queries and keys, and the length above which it would be another."""
 
     rotary: Rotary
     limit: int | None = None

@@ -1,4 +1,4 @@
-"""What attention becomes: one GroupQueryAttention node a layer, on the engine's buffers.
+"""Attention becomes one GroupQueryAttention node a layer, on the engine's buffers.
 
 Folders write it in two ways. GroupQueryAttention nodes of other tools read other lengths; they are
 given ours. Where keys are joined (`present = Concat(past, new)`), the nodes from there to the sum
@@ -19,6 +19,15 @@ from numpy.typing import NDArray
 
 from fastgen.errors import UnsupportedModel
 from fastgen.export.onnx_folder.signature import Signature
+from fastgen.export.rewrite.edit import (
+    MICROSOFT,
+    add_initializer,
+    constant,
+    input_of,
+    insert,
+    rank,
+    sizes_of,
+)
 from fastgen.export.rewrite.node import (
     BIAS,
     HEAD_STEP,
@@ -29,7 +38,6 @@ from fastgen.export.rewrite.node import (
     TOTAL,
     attributes,
 )
-from fastgen.export.rewrite.trim import MICROSOFT, add_initializer, constant, insert, rank
 
 HIDDEN = -1e4  # a score below it is of a key that is not seen
 
@@ -116,12 +124,15 @@ def turn_apart(graph: ir.Graph) -> None:
         if node.op_type != "RotaryEmbedding" or node.domain != MICROSOFT:
             continue
         x, positions, cos, sin = node.inputs[:4]
-        if x is None or x.shape is None or len(x.shape) != 3 or cos is None or cos.shape is None:
-            continue
-        if positions is None or positions.shape is None or len(positions.shape) != 2:
+        if rank(x) != 3 or rank(cos) != 2 or rank(positions) != 2:
             continue
         turned = node.attributes.get_int("rotary_embedding_dim", 0)
-        heads = node.attributes.get_int("num_heads", 0) or x.shape[2] // (2 * cos.shape[1])
+        heads = node.attributes.get_int("num_heads", 0)
+        width, half = sizes_of(x)[2], sizes_of(cos)[1]
+        if not heads:
+            if width is None or half is None:
+                continue
+            heads = width // (2 * half)
         angles = [insert(node, "Gather", [table, positions])[0] for table in (cos, sin)]
         attributes = {
             "num_heads": heads, "rotary_embedding_dim": turned,
@@ -141,7 +152,7 @@ def regroup(graph: ir.Graph, node: ir.Node, layer: int, signature: Signature, fe
         raise refused(layer, f"GroupQueryAttention ({node.name}) reads {given}, expected {pasts}")
     inputs = [*node.inputs, *[None] * INPUTS][:INPUTS]
     if inputs[BIAS] is not None:
-        raise refused(layer, f"GroupQueryAttention ({node.name}) adds {inputs[BIAS].name}")
+        raise refused(layer, f"GroupQueryAttention ({node.name}) adds {input_of(node, BIAS).name}")
     if inputs[12] is not None or inputs[13] is not None:
         raise refused(layer, f"GroupQueryAttention ({node.name}) keeps keys in {node.attributes}")
     inputs[SEQLENS], inputs[TOTAL] = feed.seqlens_k, feed.total_sequence_length
@@ -172,7 +183,7 @@ def joined(graph: ir.Graph, layer: int, signature: Signature) -> Joined:
     for kind in range(2):
         node = writer(graph, signature, layer, kind)
         past = signature.past[2 * layer + kind]
-        if node.op_type != "Concat" or len(node.inputs) != 2 or node.inputs[0].name != past:
+        if node.op_type != "Concat" or len(node.inputs) != 2 or input_of(node, 0).name != past:
             raise refused(
                 layer,
                 f"{node.outputs[0].name} comes from {node.op_type} ({node.name}), which is not "
@@ -180,7 +191,7 @@ def joined(graph: ir.Graph, layer: int, signature: Signature) -> Joined:
             )
         if node.attributes.get_int("axis", 0) not in (2, -2):
             raise refused(layer, f"Concat ({node.name}) joins tokens along another axis than 2")
-        new.append(node.inputs[1])
+        new.append(input_of(node, 1))
         present.append(node.outputs[0])
     scores = _product(layer, present[0])
     softmax = _follow(layer, scores, SCORES, "Softmax")
@@ -229,7 +240,7 @@ def _follow(layer: int, node: ir.Node, through: set[str], to: str) -> ir.Node:
 
 @dataclass(frozen=True)
 class Meaning:
-    """What a layer's attention computes."""
+    """The sizes and settings of a layer's attention."""
 
     num_heads: int
     kv_heads: int
@@ -257,7 +268,7 @@ def meaning(one: Joined, seen: Mapping[str, Any], longer: Mapping[str, Any]) -> 
     keys, held = (found(value) for value in one.present)
     rows, kv_heads, total, size = keys.shape
     new = found(one.new[0]).shape[2]
-    query, turned = (found(value) for value in one.scores.inputs)
+    query, turned = (found(input_of(one.scores, index)) for index in range(2))
     query = _four(layer, query, rows, new, size)
     heads = query.shape[1]
     if size % HEAD_STEP or held.shape[3] != size:
@@ -271,7 +282,7 @@ def meaning(one: Joined, seen: Mapping[str, Any], longer: Mapping[str, Any]) -> 
     spread = np.repeat(keys, heads // kv_heads, axis=1).swapaxes(2, 3)
     turned = turned.reshape(*_leading(turned, rows), size, total)
     of_keys = _ratio(layer, turned, spread, "its keys")
-    scores = found(one.softmax.inputs[0]).reshape(rows, heads, new, total)
+    scores = found(input_of(one.softmax, 0)).reshape(rows, heads, new, total)
     raw = query @ spread * of_keys
     shown = scores > HIDDEN
     scale, softcap = _scaled(layer, raw[shown], scores[shown], _cap(one, found))
@@ -282,7 +293,7 @@ def meaning(one: Joined, seen: Mapping[str, Any], longer: Mapping[str, Any]) -> 
     given = found(one.values.outputs[0]).reshape(out.shape)
     if not np.allclose(out, given, rtol=1e-3, atol=1e-4 * (np.abs(out).max() or 1)):
         raise refused(layer, "its sum of values is not what its Softmax weighs")
-    window = _window(layer, np.asarray(longer[str(one.softmax.inputs[0].name)]))
+    window = _window(layer, np.asarray(longer[str(input_of(one.softmax, 0).name)]))
     return Meaning(heads, kv_heads, size, float(scale * of_keys), softcap, window)
 
 
@@ -349,7 +360,7 @@ def _scaled(
 
 
 def _window(layer: int, scores: NDArray[Any]) -> int | None:
-    """How many keys a query sees, itself included; None for all."""
+    """Count the keys that a query sees, itself included; None for all."""
     new, total = scores.shape[-2:]
     shown = scores.reshape(-1, new, total)
     shown = shown > HIDDEN
@@ -381,7 +392,7 @@ def group(
     sizes = [means.num_heads, means.head_dim]
     if rank(query) == 3:  # [rows * heads, new, size]
         query = _reshaped(graph, before, query, ids, ["rows", sizes[0], "new", sizes[1]])
-    parts = []
+    parts: list[ir.Value] = []
     for part in (query, *one.new):
         (turned,) = insert(before, "Transpose", [part], {"perm": [0, 2, 1, 3]})
         parts += insert(before, "Reshape", [turned, flat])
@@ -418,7 +429,7 @@ def take_scales(graph: ir.Graph) -> int:
             if before is None:
                 break
             factor = _factor(before)
-            value = before.inputs[0 if factor is None else factor[0]]
+            value = input_of(before, 0 if factor is None else factor[0])
             if factor is not None:
                 scale = node.attributes.get_float("scale", 0.0) * factor[1]
                 node.attributes["scale"] = ir.AttrFloat32("scale", scale)
@@ -430,7 +441,7 @@ def take_scales(graph: ir.Graph) -> int:
 
 
 def _factor(node: ir.Node) -> tuple[int, float] | None:
-    """Which input a node multiplies by a number, and by which; None for others."""
+    """The input that a node multiplies by a number, and the number; None for other nodes."""
     if node.op_type not in ("Mul", "Div"):
         return None
     for place in (1, 0):

@@ -14,18 +14,17 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-import fastgen
 from fastgen.errors import UnsupportedModel
 from fastgen.export.onnx_folder import folder, rewrite, signature
 from fastgen.export.onnx_folder.folder import Choice
 from fastgen.export.onnx_folder.plain import Plain
 from fastgen.export.onnx_folder.signature import POSITIONS
 from fastgen.export.prove import check
-from fastgen.export.rewrite.trim import constant
+from fastgen.export.rewrite.edit import constant, flag, sizes_of
 from fastgen.export.source import vocabulary
 from fastgen.export.source.origin import Tolerance, name_of
 from fastgen.store import jsonfile
-from fastgen.store.model_info import FORMAT
+from fastgen.store.model_info import CONFIG, GENERATION_CONFIG, ModelInfo
 
 LIMITS = ("max_position_embeddings", "n_positions", "n_ctx", "seq_length", "max_seq_len")
 # What a rewritten graph may differ by from the folder's, by what is in it.
@@ -73,7 +72,7 @@ class Folder:
     def vocab(self) -> int:
         """Ids that it both reads and says."""
         said = self.logits(np.zeros(1, np.int64)).shape[-1]
-        return min(said, self._said("vocab_size") or said)
+        return min(int(said), self._said("vocab_size") or int(said))
 
     @cached_property
     def limit(self) -> int | None:
@@ -85,10 +84,9 @@ class Folder:
         """Rows of the tables that the graph looks positions up in."""
         found = []
         for node in self.rewritten.model.graph:
-            if node.op_type == "GroupQueryAttention" and node.attributes.get_int("do_rotary", 0):
-                table = node.inputs[7]
-                if table is not None and table.shape is not None:
-                    found.append(int(table.shape[0]))
+            if node.op_type == "GroupQueryAttention" and flag(node, "do_rotary"):
+                rows = sizes_of(node.inputs[7])[:1]
+                found += [count for count in rows if count is not None]
             if node.op_type == "Gather" and (table := constant(node.inputs[0])) is not None:
                 offset = _offset(node.inputs[1])
                 if offset is not None and table.ndim > 1:
@@ -105,6 +103,11 @@ class Folder:
                 self._said("sliding_window", "window_size"),
                 self._said(*LIMITS),
             )
+
+    @cached_property
+    def parameters(self) -> int:
+        """As they are before the graph is trimmed."""
+        return _parameters(self.rewritten.model.graph)
 
     @property
     def tolerance(self) -> Tolerance:
@@ -136,32 +139,29 @@ class Folder:
 
     def convert(self, whole: bool = False) -> tuple[ir.Model, list[str]]:
         made = self.rewritten
-        about = [f"{len(made.layers)} attention layers"]
+        shown = [f"{len(made.layers)} attention layers"]
         if made.halves:
-            about.append("half precision became single")
-        return made.model, about
+            shown.append("half precision became single")
+        return made.model, shown
 
     def written(self, place: Path) -> None:
         """It runs by itself."""
 
-    def describe(self, precision: str) -> dict[str, Any]:
+    def describe(self) -> ModelInfo:
         made = self.rewritten
         logits = next(value for value in made.model.graph.outputs if value.name == "logits")
-        assert logits.shape is not None
-        return {
-            "format": FORMAT,
-            "fastgen": fastgen.__version__,
-            "precision": precision,
-            "model_type": self.config.get("model_type", "unknown"),
-            "name": self.name,
-            "parameters": _parameters(made.model.graph),
-            "vocab_size": int(logits.shape[2]),
-            "max_length": self.limit,
-            "hard_limit": bool(self._tables()),
-            "layers": [list(layer) for layer in made.layers],
-            "states": [],
-            "cache_dtype": "float32",
-        }
+        vocab_size = sizes_of(logits)[2]
+        assert vocab_size is not None
+        return ModelInfo(
+            precision=self.first,
+            model_type=self.config.get("model_type", "unknown"),
+            name=self.name,
+            parameters=self.parameters,
+            vocab_size=vocab_size,
+            max_length=self.limit,
+            hard_limit=bool(self._tables()),
+            layers=tuple((heads, dim) for heads, dim in made.layers),
+        )
 
     def report(self) -> dict[str, Any]:
         made = self.rewritten
@@ -181,7 +181,7 @@ class Folder:
         }
 
     def _notes(self) -> list[str]:
-        """What a user should know: the promise is to equal the folder, right or wrong."""
+        """Notes for the user: the promise is to equal the folder, right or wrong."""
         notes = []
         if self.tolerance is SHARED:
             notes.append(
@@ -210,8 +210,8 @@ class Folder:
         return {"onnx": onnx.__version__, "onnx_ir": ir.__version__}
 
     def write_configuration(self, to: Path) -> None:
-        jsonfile.write(to / folder.CONFIG, self.config)
-        jsonfile.write(to / folder.DEFAULTS, self.choice.defaults)
+        jsonfile.write(to / CONFIG, self.config)
+        jsonfile.write(to / GENERATION_CONFIG, self.choice.defaults)
         if self.tokenizer is not None:
             vocabulary.write(self.choice.folder, to)
 
@@ -226,7 +226,7 @@ def _named(name: str) -> Iterator[None]:
 
 
 def _offset(index: ir.Value | None) -> int | None:
-    """What is added to positions before they are looked up; None for other indices."""
+    """The number added to positions before they are looked up; None for other indices."""
     offset = 0
     while index is not None:
         if index.name == POSITIONS:

@@ -11,7 +11,14 @@ import onnx_ir.passes.common as passes
 
 from fastgen.errors import UnsupportedModel
 from fastgen.export.onnx_folder.signature import BRANCH
-from fastgen.export.rewrite.trim import MICROSOFT, add_initializer, clean_up, constant
+from fastgen.export.rewrite.edit import (
+    MICROSOFT,
+    add_initializer,
+    clean_up,
+    input_of,
+    is_constant,
+    tensor_of,
+)
 
 OPSET = 23  # what trim's rules write
 OLDEST = 11  # whose operators mean what today's do, but for those that are brought up here
@@ -91,7 +98,7 @@ def _take_branches(model: ir.Model) -> None:
         if node.op_type != "If":
             continue
         if _root(node.inputs[0]) is not asked:
-            raise UnsupportedModel(f"its graph branches by {node.inputs[0].name} ({node.name})")
+            raise UnsupportedModel(f"its graph branches by {input_of(node, 0).name} ({node.name})")
         branch = node.attributes["then_branch"].as_graph()
         outputs = list(branch.outputs)
         branch.outputs.clear()
@@ -117,7 +124,7 @@ def _take_branches(model: ir.Model) -> None:
 
 
 def _root(value: ir.Value | None) -> ir.Value | None:
-    """What a value is a copy or a cast of."""
+    """The value that one is a copy or a cast of."""
     while value is not None and (node := value.producer()) is not None:
         if node.op_type not in ("Cast", "Identity", "Squeeze", "Reshape"):
             break
@@ -186,7 +193,7 @@ def _widened(tensor: ir.TensorProtocol) -> ir.LazyTensor:
     return ir.LazyTensor(
         lambda: ir.tensor(np.ascontiguousarray(tensor.numpy().astype(np.float32))),
         ir.DataType.FLOAT,
-        ir.Shape(tensor.shape),
+        ir.Shape(tensor.shape.numpy()),
         name=tensor.name,
     )
 
@@ -197,7 +204,7 @@ def drop_idle(graph: ir.Graph) -> None:
     for node in list(graph):
         kind = node.op_type
         if kind == "Cast":
-            source = node.inputs[0]
+            source = input_of(node, 0)
             to = node.attributes.get_int("to")
             given = _dtype(source, known)
             for output in node.outputs:
@@ -209,15 +216,15 @@ def drop_idle(graph: ir.Graph) -> None:
         skip(graph, node)
 
 
-def _dtype(value: ir.Value, known: dict[str, ir.DataType]) -> ir.DataType | None:
-    if constant(value) is not None:
-        return value.const_value.dtype
+def _dtype(value: ir.Value, known: dict[str, ir.DataType | None]) -> ir.DataType | None:
+    if is_constant(value):
+        return tensor_of(value).dtype
     return known.get(str(value.name)) or value.dtype
 
 
 def skip(graph: ir.Graph, node: ir.Node) -> None:
     """Readers of a node read what it reads; one that names an output of the graph stays."""
-    source, output = node.inputs[0], node.outputs[0]
+    source, output = input_of(node, 0), node.outputs[0]
     if len(node.outputs) > 1 and node.outputs[1].uses():
         return
     if output.is_graph_output():

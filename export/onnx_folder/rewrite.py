@@ -1,4 +1,4 @@
-"""Their graph -> ours: the contract of `fastgen.export.trace.graph`, whatever tool wrote the graph.
+"""Their graph -> ours: the contract of `fastgen.store.graph_io`, whatever tool wrote the graph.
 
 Attention reads and writes the engine's buffers, positions come from outside, and `lm_head` runs
 where logits are asked. What then still reads an input that ours does not have is refused by name.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,17 +19,20 @@ from fastgen.export.onnx_folder import attention, plain, rotary, shapes
 from fastgen.export.onnx_folder.attention import Feed, is_grouped
 from fastgen.export.onnx_folder.prepare import drop_idle, prepare
 from fastgen.export.onnx_folder.signature import KEEP, LOGITS, MASK, POSITIONS, Signature
-from fastgen.export.rewrite.trim import (
+from fastgen.export.rewrite import contract
+from fastgen.export.rewrite.edit import (
     add_initializer,
-    add_lazily,
     clean_up,
     constant,
+    input_of,
     insert,
     is_constant,
-    products_without_reshapes,
     rank,
-    shape_of,
+    set_type,
+    transposed,
 )
+from fastgen.export.rewrite.trim import products_without_reshapes
+from fastgen.store.graph_io import TOKENS, GraphIO, fed_tokens
 
 # Sizes of the two runs: no dimension of one name is as large as another's, in both.
 ROWS, NEW, PAST = (2, 3), (4, 7), (6, 11)
@@ -53,7 +55,6 @@ class Rewritten:
         windows: tokens that each layer's queries see; None for all, or what its node says.
         halves: whether the folder's graph was in half precision.
         kinds: of its attention: "GroupQueryAttention" or "joined keys".
-        positions: whether positions were computed inside, and come from outside now.
     """
 
     model: ir.Model
@@ -61,7 +62,6 @@ class Rewritten:
     windows: list[int | None]
     halves: bool
     kinds: list[str]
-    positions: bool
 
 
 def rewrite(
@@ -96,16 +96,16 @@ def rewrite(
     attention.turn_apart(graph)
     kinds, windows = _attend(model, seen, fed[0], single, vocab, window, limit)
     clean_up(model)
-    computed = _positions(model, seen, fed)
+    _positions(model, seen)
     _uncut_tables(model)
     clean_up(model)
     products_without_reshapes(graph)
     _gather(graph, seen)
     clean_up(model)
     _hold_tables(graph)
-    layers = _sign(model, single)
-    _settle(model, vocab, layers)
-    return Rewritten(model, layers, windows, halves, kinds, computed)
+    io = _sign(model, single, vocab)
+    _settle(model, io)
+    return Rewritten(model, list(io.layers), windows, halves, kinds)
 
 
 def _random(
@@ -121,23 +121,11 @@ def _random(
 
 
 def _new_inputs(graph: ir.Graph) -> Feed:
-    """The contract's inputs that the folder's graph does not have."""
-    kinds = {"query_seqlens": ["rows"], "seqlens_k": ["rows"], "total_sequence_length": []}
-    made = {
-        name: ir.Value(name=name, shape=ir.Shape(dims), type=ir.TensorType(ir.DataType.INT32))
-        for name, dims in kinds.items()
-    }
-    made["logits_positions"] = ir.Value(
-        name="logits_positions",
-        shape=ir.Shape(["rows", "keep"]),
-        type=ir.TensorType(ir.DataType.INT64),
-    )
-    if all(value.name != POSITIONS for value in graph.inputs):
-        made[POSITIONS] = ir.Value(
-            name=POSITIONS, shape=ir.Shape(["rows", "new"]), type=ir.TensorType(ir.DataType.INT64)
-        )
-    graph.inputs.extend(made.values())
-    return Feed(made["seqlens_k"], made["total_sequence_length"], made["query_seqlens"])
+    """Add the contract's inputs that the folder's graph does not have."""
+    theirs = {value.name for value in graph.inputs}
+    added = {spec.name: contract.value(spec) for spec in TOKENS if spec.name not in theirs}
+    graph.inputs.extend(added.values())
+    return Feed(added["seqlens_k"], added["total_sequence_length"], added["query_seqlens"])
 
 
 def _input(graph: ir.Graph, name: str) -> ir.Value:
@@ -199,27 +187,25 @@ def _long_run(
 # Positions
 
 
-def _positions(model: ir.Model, seen: shapes.Seen, fed: list[dict[str, NDArray[Any]]]) -> bool:
-    """What the graph counts from the past or the mask comes from outside.
+def _positions(model: ir.Model, seen: shapes.Seen) -> None:
+    """Let positions that the graph counts from the past or the mask come from outside.
 
     Values are looked for that were the positions of the new tokens in both runs. The latest such
     value is replaced first, and what led to it goes, until nothing reads the mask or the past.
     """
     graph = model.graph
-    replaced = False
     for value in reversed([output for node in graph for output in node.outputs]):
-        if value.producer() is None or value.producer().graph is None:
+        node, name = value.producer(), str(value.name)
+        if node is None or node.graph is None:
             continue
-        if value.name not in seen[0] or not value.uses() or not _leans(graph, value):
+        if name not in seen[0] or not value.uses() or not _leans(graph, value):
             continue
         if all(
-            _are_positions(run[value.name], past, new)
+            _are_positions(run[name], past, new)
             for run, past, new in zip(seen, PAST, NEW, strict=True)
         ):
             value.replace_all_uses_with(_input(graph, POSITIONS))
-            replaced = True
             clean_up(model)
-    return replaced
 
 
 def _are_positions(found: Any, past: int, new: int) -> bool:
@@ -233,7 +219,7 @@ def _are_positions(found: Any, past: int, new: int) -> bool:
 
 
 def _leans(graph: ir.Graph, value: ir.Value) -> bool:
-    """Whether a value depends on the mask or the past."""
+    """Tell if a value depends on the mask or the past."""
     pending, done = [value], set()
     while pending:
         one = pending.pop()
@@ -258,12 +244,12 @@ def _uncut_tables(model: ir.Model) -> None:
         if starts is None or ends is not None or axes is None or starts.any():
             continue
         if _read_at_positions(node.outputs[0], int(np.asarray(axes).reshape(-1)[0])):
-            node.outputs[0].replace_all_uses_with(node.inputs[0])
+            node.outputs[0].replace_all_uses_with(input_of(node, 0))
     clean_up(model)
 
 
 def _read_at_positions(value: ir.Value, axis: int) -> bool:
-    """Whether all that is read of a value is read by Gather, along the axis that was cut."""
+    """Tell if only Gather reads a value, along the axis that was cut."""
     for use in value.uses():
         node = use.node
         if node.op_type == "Gather" and use.idx == 0 and node.attributes.get_int("axis", 0) == 0:
@@ -282,13 +268,13 @@ def _gather(graph: ir.Graph, seen: shapes.Seen) -> None:
     """`lm_head` runs only at `logits_positions` [rows, keep] of the hidden states."""
     logits = next(value for value in graph.outputs if value.name == LOGITS)
     head = _head(logits, seen)
-    reader, hidden = head, head.inputs[0]
-    before: ir.Value | None = hidden
-    while before is not None and (node := before.producer()) is not None:
-        before = node.inputs[0]
+    reader, hidden = head, input_of(head, 0)
+    before = hidden
+    while (node := before.producer()) is not None:
+        before = input_of(node, 0)
         if node.op_type == "DynamicQuantizeLinear":
             reader, hidden = node, before
-        elif _picks(node, seen) or (node.op_type in RESHAPING and _rank(hidden) != 3):
+        elif _picks(node, seen) or (node.op_type in RESHAPING and rank(hidden) != 3):
             hidden = before  # of all positions, as [rows, new, size]
         elif node.op_type not in RESHAPING:
             break
@@ -298,7 +284,7 @@ def _gather(graph: ir.Graph, seen: shapes.Seen) -> None:
     positions = _input(graph, "logits_positions")
     (places,) = insert(reader, "Unsqueeze", [positions, last])
     (picked,) = insert(reader, "GatherND", [hidden, places], {"batch_dims": 1})
-    picked.dtype = hidden.dtype
+    set_type(picked, hidden)
     picked.shape = ir.Shape(["rows", "keep", hidden.shape[2]])
     reader.replace_input_with(0, picked)
 
@@ -317,17 +303,14 @@ def _head(logits: ir.Value, seen: shapes.Seen) -> ir.Node:
             break
         sized = [one for one in node.inputs if one is not None and one.producer() is not None]
         wide = [one for one in sized if _width(one, seen) == _width(logits, seen)]
-        value = (wide or sized or [None])[0]
-    said = "an input" if value is None or value.producer() is None else value.producer().op_type
+        value = next(iter(wide or sized), None)
+    last = None if value is None else value.producer()
+    said = "an input" if last is None else last.op_type
     raise UnsupportedModel(f"its logits come from {said}, which is not known as an lm_head")
 
 
-def _rank(value: ir.Value) -> int | None:
-    return None if value.shape is None else len(value.shape)
-
-
 def _is_weight(value: ir.Value | None) -> bool:
-    """Whether a matrix is a constant that is turned or unpacked."""
+    """Tell if a matrix is a constant that is turned or unpacked."""
     while value is not None and constant(value) is None:
         node = value.producer()
         if node is None or node.op_type not in ("Transpose", "DequantizeLinear", "Cast"):
@@ -337,18 +320,19 @@ def _is_weight(value: ir.Value | None) -> bool:
 
 
 def _width(value: ir.Value, seen: shapes.Seen) -> int | None:
-    shape = shapes.shape_of(seen[0][value.name]) if value.name in seen[0] else ()
+    name = str(value.name)
+    shape = shapes.shape_of(seen[0][name]) if name in seen[0] else ()
     return shape[-1] if len(shape) > 1 else None
 
 
 def _picks(node: ir.Node, seen: shapes.Seen) -> bool:
-    """Whether a node only takes some of the positions, as tools do for the last logits."""
+    """Tell if a node only takes some of the positions, as tools do for the last logits."""
     if node.op_type not in ("Gather", "Slice", "GatherND", "GatherElements"):
         return False
-    given, out = node.inputs[0], node.outputs[0]
-    if given.name not in seen[0]:
+    given, out = (str(value.name) for value in (input_of(node, 0), node.outputs[0]))
+    if given not in seen[0]:
         return False
-    before, after = (shapes.shape_of(seen[0][v.name]) for v in (given, out))
+    before, after = (shapes.shape_of(seen[0][name]) for name in (given, out))
     return len(before) == 3 and before[-1] == after[-1]
 
 
@@ -360,42 +344,27 @@ def _hold_tables(graph: ir.Graph) -> None:
     for node in list(graph):
         if node.op_type != "Transpose" or not is_constant(node.inputs[0]):
             continue
-        matrix, out = node.inputs[0], node.outputs[0]
+        matrix, out = input_of(node, 0), node.outputs[0]
         read = any(use.node.op_type == "Gather" and use.idx == 0 for use in out.uses())
         if not read or rank(matrix) != 2:
             continue
-        held = matrix.const_value
-        shape = shape_of(matrix)[::-1]
-        made = add_lazily(graph, f"{matrix.name}.T", partial(_turned, held), shape, held.dtype)
-        out.replace_all_uses_with(made)
-
-
-def _turned(held: ir.TensorProtocol) -> NDArray[Any]:
-    return held.numpy().T
+        out.replace_all_uses_with(transposed(graph, matrix))
 
 
 # The contract's names
 
 
-def _sign(model: ir.Model, signature: Signature) -> list[tuple[int, int]]:
-    """Inputs and outputs by the contract's names and in its order.
+def _sign(model: ir.Model, signature: Signature, vocab: int) -> GraphIO:
+    """Give inputs and outputs the contract's names, types, shapes and order.
 
     Raises:
         UnsupportedModel: something still reads what the contract does not have.
     """
     graph = model.graph
-    ours = [
-        "input_ids",
-        POSITIONS,
-        "query_seqlens",
-        "seqlens_k",
-        "total_sequence_length",
-        "logits_positions",
-    ]
     by_name = {str(value.name): value for value in graph.inputs}
     for name in (MASK, *KEEP):
         if name in by_name and by_name[name].uses():
-            node = by_name[name].uses()[0].node
+            node = next(use.node for use in by_name[name].uses())
             raise UnsupportedModel(
                 f"{name} is read by {node.op_type} ({node.name}) besides attention: it has no "
                 "place in a graph that reads rows of any lengths"
@@ -407,55 +376,39 @@ def _sign(model: ir.Model, signature: Signature) -> list[tuple[int, int]]:
                 f"{name} is read by {odd[0].op_type} ({odd[0].name}) besides attention: what "
                 "depends on the length of the past cannot be read for rows of any lengths"
             )
-    layers = []
-    past, present = [], []
     outputs = {str(value.name): value for value in graph.outputs}
-    for i in range(signature.layers):
-        _, heads, _, size = signature.shapes[2 * i]
-        assert heads is not None and size is not None
-        layers.append((heads, size))
-        for j, kind in enumerate(("key", "value")):
-            value, out = (
-                by_name[signature.past[2 * i + j]], outputs[signature.present[2 * i + j]],
-            )  # fmt: skip
-            for one, name in ((value, f"past_key_values.{i}.{kind}"), (out, f"present.{i}.{kind}")):
-                one.name = name
-                one.shape = ir.Shape(["rows", heads, "capacity", size])
-                one.dtype = ir.DataType.FLOAT
-            past.append(value)
-            present.append(out)
-    inputs = [by_name[name] for name in ours]
-    for value in inputs[:2]:
-        value.shape, kind = ir.Shape(["rows", "new"]), value.dtype
-        if kind != ir.DataType.INT64:
-            _from_int64(graph, value, kind)
-    graph.inputs.clear()
-    graph.inputs.extend([*inputs, *past])
+    past = [by_name[name] for name in signature.past]
+    present = [outputs[name] for name in signature.present]
+    io = GraphIO(vocab, signature.heads())
+    for pair, before, after in zip(io.key_values["float32"], past, present, strict=True):
+        contract.declare(before, pair.past)
+        contract.declare(after, pair.present)
+    tokens = [by_name[spec.name] for spec in TOKENS]
+    for value, spec in zip(tokens, TOKENS, strict=True):
+        theirs = value.dtype
+        contract.declare(value, spec)
+        if theirs is not None and theirs != value.dtype:
+            _cast(graph, value, theirs)
+    graph.inputs[:] = [*tokens, *past]
     logits = outputs[LOGITS]
-    logits.dtype = ir.DataType.FLOAT
-    logits.shape = None
-    graph.outputs.clear()
-    graph.outputs.extend([logits, *present])
+    logits.dtype, logits.shape = ir.DataType.FLOAT, None
+    graph.outputs[:] = [logits, *present]
     clean_up(model)
-    return layers
+    return io
 
 
-def _from_int64(graph: ir.Graph, value: ir.Value, kind: ir.DataType | None) -> None:
-    """Ids in 64 bits for a graph that reads 32."""
-    assert kind is not None
+def _cast(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> None:
+    """Cast an input for a graph that reads another type, such as ids in 32 bits."""
     uses = [(use.node, use.idx) for use in value.uses()]
-    first = next(iter(graph))
-    (cast,) = insert(first, "Cast", [value], {"to": int(kind)})
+    (cast,) = insert(graph[0], "Cast", [value], {"to": int(dtype)})
     for node, place in uses:
         node.replace_input_with(place, cast)
-    value.dtype = ir.DataType.INT64
 
 
-def _settle(model: ir.Model, vocab: int, layers: list[tuple[int, int]]) -> None:
+def _settle(model: ir.Model, io: GraphIO) -> None:
     """Run the new graph twice for its shapes, and fold those that are constant."""
-    sizes = {"rows": ROWS, "new": NEW, "keep": KEPT, "capacity": CAPACITY, "flat": (1, 1)}
-    del sizes["flat"]
-    fed = [_ours(vocab, layers, *one) for one in zip(ROWS, NEW, KEPT, CAPACITY, strict=True)]
+    sizes = {"rows": ROWS, "new": NEW, "keep": KEPT, "capacity": CAPACITY}
+    fed = [_ours(io, {name: run[i] for name, run in sizes.items()}) for i in range(2)]
     seen = shapes.observe(model, fed)
     if shapes.fold(model, seen, sizes) + attention.take_scales(model.graph):
         clean_up(model)
@@ -473,24 +426,15 @@ def _settle(model: ir.Model, vocab: int, layers: list[tuple[int, int]]) -> None:
     logits.shape = ir.Shape(["rows", "keep", found[2]])
 
 
-def _ours(
-    vocab: int, layers: list[tuple[int, int]], rows: int, new: int, keep: int, capacity: int
-) -> dict[str, NDArray[Any]]:
-    """What the engine would feed: rows after 2 tokens each."""
+def _ours(io: GraphIO, sizes: Mapping[str, int]) -> dict[str, NDArray[Any]]:
+    """Random inputs as the engine would give them: rows after 2 tokens each."""
+    rows, new, keep = sizes["rows"], sizes["new"], sizes["keep"]
     random = np.random.default_rng(rows)
-    fed: dict[str, NDArray[Any]] = {
-        "input_ids": random.integers(0, vocab, (rows, new)),
-        POSITIONS: np.broadcast_to(np.arange(2, 2 + new), (rows, new)).copy(),
-        "query_seqlens": np.full(rows, new, np.int32),
-        "seqlens_k": np.full(rows, new + 1, np.int32),
-        "total_sequence_length": np.array(new + 2, np.int32),
-        "logits_positions": random.integers(0, new, (rows, keep)),
-    }
-    for i, (heads, size) in enumerate(layers):
-        for kind in ("key", "value"):
-            fed[f"past_key_values.{i}.{kind}"] = random.normal(
-                size=(rows, heads, capacity, size)
-            ).astype(np.float32)
+    ids = random.integers(0, io.vocab_size, (rows, new))
+    fed = fed_tokens(ids, random.integers(0, new, (rows, keep)), held=2)
+    for pair in io.key_values["float32"]:
+        past = pair.past.zeros(**sizes)
+        fed[pair.past.name] = random.normal(size=past.shape).astype(past.dtype)
     return fed
 
 
@@ -499,11 +443,11 @@ def _undo_turns(model: ir.Model) -> None:
     for node in list(model.graph):
         if node.op_type != "Transpose":
             continue
-        before = node.inputs[0].producer()
+        before = input_of(node, 0).producer()
         if before is None or before.op_type != "Transpose" or node.outputs[0].is_graph_output():
             continue
         first = list(before.attributes.get_ints("perm", ()))
         second = list(node.attributes.get_ints("perm", ()))
         if [first[place] for place in second] == sorted(first):
-            node.outputs[0].replace_all_uses_with(before.inputs[0])
+            node.outputs[0].replace_all_uses_with(input_of(before, 0))
     clean_up(model)

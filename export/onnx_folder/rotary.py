@@ -11,7 +11,16 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from fastgen.export.onnx_folder.shapes import Seen
-from fastgen.export.rewrite.trim import add_initializer, constant, insert, producer, rank, replace
+from fastgen.export.rewrite.edit import (
+    add_initializer,
+    constant,
+    insert,
+    producer,
+    rank,
+    replace,
+    set_type,
+    sizes_of,
+)
 
 Part = tuple[ir.Value, int, int]  # numbers of each head of a value: from one to before another
 
@@ -41,11 +50,11 @@ def _turned(node: ir.Node, seen: Seen, cut: dict[ir.Value, ir.Value]) -> bool:
             if x is None or x not in one.inputs:
                 continue
             cos = next(value for value in one.inputs if value is not x)
-            angles = [_half(value, seen) for value in (cos, sin)]
-            if None in angles:
+            angles = [half for value in (cos, sin) if (half := _half(value, seen)) is not None]
+            size = sizes_of(x)[3]
+            if len(angles) < 2 or size is None:
                 continue
-            size = int(x.shape[3])
-            if any(int(angle.shape[-1]) != size for angle in (cos, sin)):
+            if any(sizes_of(angle)[-1] != size for angle in (cos, sin)):
                 continue
             for angle in angles:
                 if angle not in cut:
@@ -55,10 +64,10 @@ def _turned(node: ir.Node, seen: Seen, cut: dict[ir.Value, ir.Value]) -> bool:
     return False
 
 
-def _swapped(value: ir.Value) -> ir.Value | None:
+def _swapped(value: ir.Value | None) -> ir.Value | None:
     """x where `value` is its second half, negated, and then its first."""
     join = producer(value, "Concat")
-    if join is None or len(join.inputs) != 2 or not _is_last(join, value):
+    if value is None or join is None or len(join.inputs) != 2 or not _is_last(join, value):
         return None
     negated = producer(join.inputs[0], "Neg")
     if negated is None:
@@ -67,24 +76,26 @@ def _swapped(value: ir.Value) -> ir.Value | None:
     if second is None or first is None or second[0] is not first[0]:
         return None
     x = first[0]
-    size = x.shape[3]
+    size = sizes_of(x)[3]
+    if size is None:
+        return None
     return x if first[1:] == (0, size // 2) and second[1:] == (size // 2, size) else None
 
 
 def _is_last(node: ir.Node, value: ir.Value) -> bool:
-    """Whether a node works along the last axis."""
+    """Tell if a node works along the last axis."""
     return node.attributes.get_int("axis", 0) in (-1, (rank(value) or 0) - 1)
 
 
 def _part(value: ir.Value | None) -> Part | None:
-    """What a Slice or a Split along the last axis takes."""
+    """The part that a Slice or a Split along the last axis takes."""
     node = None if value is None else value.producer()
     if node is None or node.op_type not in ("Slice", "Split"):
         return None
     source = node.inputs[0]
-    if source is None or rank(source) != 4 or not isinstance(source.shape[3], int):
+    size = sizes_of(source)[3] if rank(source) == 4 else None
+    if value is None or source is None or size is None:
         return None
-    size = source.shape[3]
     if node.op_type == "Slice":
         given = [constant(v) if v is not None else None for v in [*node.inputs[1:], None, None][:4]]
         start, end, axis, step = (None if a is None else a.reshape(-1).tolist() for a in given)
@@ -130,15 +141,16 @@ def _cut(node: ir.Node, angles: ir.Value, half: int) -> ir.Value:
         for name, at in (("start", 0), ("end", half), ("axis", 2))
     ]
     (cut,) = insert(node, "Slice", [angles, *bounds])
-    cut.dtype, cut.shape = angles.dtype, ir.Shape([*list(angles.shape)[:-1], half])
+    set_type(cut, angles)
+    cut.shape = ir.Shape([*list(angles.shape or ())[:-1], half])
     return cut
 
 
 def _put(node: ir.Node, x: ir.Value, angles: list[ir.Value], size: int) -> None:
     """A RotaryEmbedding, over the whole head if the rest of it is joined behind."""
     out, whole = node.outputs[0], x
-    part, uses = _part(x), out.uses()
-    join = uses[0].node if len(uses) == 1 else None
+    part = _part(x)
+    join = next(use.node for use in out.uses()) if len(out.uses()) == 1 else None
     attributes: dict[str, int] = {}
     if (
         part is not None
@@ -147,7 +159,7 @@ def _put(node: ir.Node, x: ir.Value, angles: list[ir.Value], size: int) -> None:
         and join.op_type == "Concat"
         and list(join.inputs)[:1] == [out]
         and len(join.inputs) == 2
-        and _part(join.inputs[1]) == (part[0], size, part[0].shape[3])
+        and _part(join.inputs[1]) == (part[0], size, sizes_of(part[0])[3])
     ):
         whole, out = part[0], join.outputs[0]
         attributes["rotary_embedding_dim"] = size

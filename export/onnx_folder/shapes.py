@@ -1,4 +1,4 @@
-"""What each value's shape is, found by running the graph twice, and shape arithmetic without it.
+"""Shapes of a graph's values, found by running it twice, and shape arithmetic without it.
 
 Two runs in which every named dimension has another size tell which is which: a dimension that is
 the same in both is a constant, one that is 2 and then 3 is the rows. Graphs of torch's older
@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from fastgen.export.onnx_folder import plain
 from fastgen.export.onnx_folder.prepare import skip
-from fastgen.export.rewrite.trim import add_initializer, clean_up, constant
+from fastgen.export.rewrite.edit import add_initializer, clean_up, constant, flag, input_of
+from fastgen.export.rewrite.edit import shape_of as shape_of_constant
 
 LARGEST = 64  # numbers of a shape, or of what one is made of
 Seen = Sequence[Mapping[str, Any]]  # of two runs: arrays, or shapes of large ones
@@ -41,22 +42,23 @@ def name_shapes(graph: ir.Graph, seen: Seen, sizes: Mapping[str, tuple[int, int]
     names = {pair: name for name, pair in sizes.items()}
     for node in graph:
         for value in node.outputs:
-            if value.name not in seen[0]:
+            name = str(value.name)
+            if name not in seen[0]:
                 continue
-            both = [shape_of(run[value.name]) for run in seen]
+            both = [shape_of(run[name]) for run in seen]
             if len(both[0]) != len(both[1]):
                 value.shape = None
                 continue
             dims = [a if a == b else names.get((a, b)) for a, b in zip(*both, strict=True)]
             value.shape = ir.Shape(dims)
-            array = seen[0][value.name]
+            array = seen[0][name]
             if not isinstance(array, tuple):
                 value.dtype = ir.DataType.from_numpy(array.dtype)
             elif value.dtype is None:
                 value.dtype = ir.DataType.FLOAT
     for name, value in graph.initializers.items():
         if value.const_value is not None:
-            value.shape, value.dtype = ir.Shape(value.const_value.shape), value.const_value.dtype
+            value.shape, value.dtype = ir.Shape(shape_of_constant(value)), value.const_value.dtype
             assert name == value.name
 
 
@@ -73,23 +75,21 @@ def fold(model: ir.Model, seen: Seen, sizes: Mapping[str, tuple[int, int]]) -> i
     derived = _derived(graph)
     for node in list(graph):
         for value in node.outputs:
-            if value not in derived or value.is_graph_output() or value.name not in seen[0]:
+            name = str(value.name)
+            if value not in derived or value.is_graph_output() or name not in seen[0]:
                 continue
-            array, other = (run[value.name] for run in seen)
+            array, other = (run[name] for run in seen)
             if isinstance(array, tuple) or array.size > LARGEST or array.shape != other.shape:
                 continue
             if np.array_equal(array, other) and _may_be_constant(array):
-                value.replace_all_uses_with(add_initializer(graph, f"{value.name}.known", array))
+                value.replace_all_uses_with(add_initializer(graph, f"{name}.known", array))
                 fired += 1
     for node in list(graph):
         if node.op_type == "Reshape" and constant(node.inputs[1]) is None:
             fired += _fold_reshape(graph, node, seen, derived)
-        elif node.op_type == "Expand" and node.inputs[0].name in seen[0]:
-            same = all(
-                shape_of(run[node.inputs[0].name]) == shape_of(run[node.outputs[0].name])
-                for run in seen
-            )
-            if same:
+        elif node.op_type == "Expand":
+            before, after = (str(value.name) for value in (input_of(node, 0), node.outputs[0]))
+            if before in seen[0] and all(shape_of(r[before]) == shape_of(r[after]) for r in seen):
                 skip(graph, node)
                 fired += 1
     clean_up(model)
@@ -124,11 +124,11 @@ def _may_be_constant(array: NDArray[Any]) -> bool:
 
 def _fold_reshape(graph: ir.Graph, node: ir.Node, seen: Seen, derived: set[ir.Value]) -> int:
     """A Reshape to a constant: 0 where a dimension stays, -1 for one that is not known."""
-    shape = node.inputs[1]
-    given = [_shape_in(node.inputs[0], run) for run in seen]
-    if shape not in derived or None in given or node.attributes.get_int("allowzero", 0):
+    shape = input_of(node, 1)
+    given = [one for run in seen if (one := _shape_in(input_of(node, 0), run)) is not None]
+    if shape not in derived or len(given) < len(seen) or flag(node, "allowzero"):
         return 0
-    wanted = [shape_of(run[node.outputs[0].name]) for run in seen]
+    wanted = [shape_of(run[str(node.outputs[0].name)]) for run in seen]
     target = []
     for place, (a, b) in enumerate(zip(*wanted, strict=True)):
         stays = all(
@@ -144,7 +144,7 @@ def _fold_reshape(graph: ir.Graph, node: ir.Node, seen: Seen, derived: set[ir.Va
 
 
 def _shape_in(value: ir.Value, run: Mapping[str, Any]) -> tuple[int, ...] | None:
-    if value.name in run:
+    if value.name is not None and value.name in run:
         return shape_of(run[value.name])
     held = constant(value)
     return None if held is None else held.shape

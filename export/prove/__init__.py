@@ -1,5 +1,6 @@
-"""Whether an export says what its origin says, and what a precision costs.
+"""Comparing an export with its origin, and the cost of a precision.
 
-check    whether both say the same      corpus   the text for calibration and judging
-quality  what a precision costs on text  profile  where a model's time goes
+check    logits and continuations of both    corpus    the text for calibration and judging
+quality  the cost of a precision on text     own_text  text that the model writes itself
+profile  the time of each operator           reader    documents as rows of ids
 """

@@ -1,4 +1,4 @@
-"""Whether the exported model says what the original says: logits, and a greedy continuation.
+"""Compare the exported model with the original: logits, and a greedy continuation.
 
 The original runs row by row without padding. The export runs as it will run: ragged rows in one
 batch, a prefill and then token by token, through fastgen's own engine.
@@ -51,7 +51,7 @@ class Mismatch(ValueError):
 
 @dataclass(frozen=True)
 class Agreement:
-    """How two sets of logits compare. `max_difference` is a share of the largest logit."""
+    """Differences of two sets of logits. `max_difference` is a share of the largest logit."""
 
     positions: int
     max_difference: float
@@ -69,7 +69,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Continuation:
-    """How two greedy continuations compare."""
+    """Agreement of two greedy continuations."""
 
     tokens: int
     same: int
@@ -82,7 +82,7 @@ class Continuation:
 
 @dataclass(frozen=True)
 class Reference:
-    """What the original says: ids, its logits [length, vocab] and its greedy continuation.
+    """Answers of the original: ids, its logits [length, vocab] and its greedy continuation.
 
     Attributes:
         continuation: of each row, once it is known.
@@ -153,7 +153,7 @@ def reference_logits(
 def reference_continuation(
     model: PreTrainedModel, rows: Sequence[NDArray[np.int64]], count: int = NEW_TOKENS
 ) -> list[NDArray[np.int64]]:
-    """What the original's own `generate` adds to each row, greedily and to full length."""
+    """The tokens that the original's own `generate` adds to each row, greedily, to full length."""
     import torch
     from transformers import GenerationConfig
 
@@ -182,7 +182,7 @@ def exported_logits(model: Model, rows: Sequence[NDArray[np.int64]]) -> list[NDA
 def exported_parts(
     model: Model, rows: Sequence[NDArray[np.int64]]
 ) -> Iterator[tuple[int, slice, NDArray[np.float32]]]:
-    """What an export says of rows together: a ragged prefill, then token by token.
+    """Logits of an export for rows together: a ragged prefill, then token by token.
 
     Where logits of all positions would take much memory, the prefill goes by parts.
 
@@ -205,7 +205,7 @@ def exported_parts(
 
 
 def _parts(length: int, most: int) -> list[slice]:
-    """Of a row: a prefill of `most` tokens at a time, and its last tokens one at a time."""
+    """Split a row: a prefill of `most` tokens at a time, and its last tokens one at a time."""
     head = max(1, length - DECODED)
     ends = [*range(most, head, most), *range(head, length + 1)]
     return [slice(start, end) for start, end in pairwise([0, *ends])]
@@ -265,12 +265,13 @@ def continued(model: CausalLM, rows: Sequence[NDArray[np.int64]]) -> GenerateOut
 
     The model's own defaults do not count.
     """
-    return model.without_defaults().generate(
+    output: GenerateOutput = model.without_defaults().generate(
         [row.tolist() for row in rows],
         max_new_tokens=NEW_TOKENS,
         output_logits=True,
         return_dict_in_generate=True,
     )
+    return output
 
 
 def original_continuations(
@@ -306,6 +307,7 @@ def compare_continuation(
     out: GenerateOutput, expected: Sequence[NDArray[np.int64]]
 ) -> Continuation:
     """Compare what `continued` gave with the original's continuation."""
+    assert out.logits is not None
     same = ties = 0
     for i, tokens in enumerate(expected):
         found = np.array(out.sequences[i][-NEW_TOKENS:])
@@ -324,7 +326,7 @@ def compare_continuation(
 def judge(
     logits: Agreement | Quality, tolerance: Tolerance, greedy: Continuation | None = None
 ) -> list[str]:
-    """What lies beyond the tolerance, one line each; empty if all is well."""
+    """Differences beyond the tolerance, one line each; empty if all is well."""
     wrong = []
     most, least = tolerance.max_difference, tolerance.top1
     if most is not None and not logits.max_difference <= most:

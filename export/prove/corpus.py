@@ -12,47 +12,31 @@ row and no paragraph is in both.
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from fastgen.export.prove.own_text import SIDES, Writer
+from fastgen.export.prove.reader import ROW, TEXTS, Document, Reader, Row
 from fastgen.generator import CausalLM
 from fastgen.store import jsonfile
 from fastgen.store.jsonfile import parsed
-from fastgen.text import chat_template
+from fastgen.store.model_info import ModelInfo
 
 if TYPE_CHECKING:
-    import tokenizers
-
     from fastgen.export.source.origin import Origin
 
-Row = NDArray[np.int64]
-Message = Mapping[str, Any]
-Document = str | list[Message] | list[int]  # a text, a conversation, or ids
-
-TEXTS = Path(__file__).parents[1] / "texts"
 KINDS = ("prose", "documentation", "code", "languages", "chat")
 OWN = "own"  # the kind that the model writes itself
 WHOLE = (OWN, "chat")  # kinds whose rows are not cut: how they begin says little of them
-SIDES = ("calibration", "evaluation")
 BREAK = "\n\f\n"  # between the documents of a shipped file
 LINES = {".jsonl", ".ndjson", ".json"}  # endings of files with a JSON object a line
 FIELDS = ("text", "ids", "messages")
 
-ROW = 256  # tokens of a row, at most
-SHORT = 64  # and of those of a small request, at least, so that each kind has two
-LEAST = 16  # tokens of a row that a longer text ends with: fewer say little
+SHORT = 64  # tokens of a row of a small request, at least, so that each kind has two
 PASSAGE = 1000  # characters of a user's paragraphs that stay together, about
 OWN_SHARE = 4  # one token in so many is the model's own, at most, where there is other text
 MOST_OWN = 3072  # tokens of its own where there is no other text: each takes a step
-AT_ONCE, TOGETHER = 32, 12  # rows that the model writes together, at most and at least
-TRIES = 4  # times the rows that full ones would take, where it ends its texts early
 
 
 class Corpus:
@@ -101,7 +85,7 @@ class Corpus:
         return self._take("evaluation", tokens)
 
     def summary(self) -> str:
-        """What was used, side by side."""
+        """The amount of text used for each side, as one line."""
         told = []
         for side, done in zip(SIDES, ("calibrated", "judged"), strict=True):
             used = {name: count[side] for name, count in self.kinds.items() if count[side]}
@@ -140,7 +124,7 @@ class Corpus:
 
 def of(
     origin: Origin,
-    description: Mapping[str, Any],
+    info: ModelInfo,
     files: Sequence[Path] = (),
     own: CausalLM | Callable[[], CausalLM] | None = None,
 ) -> Corpus:
@@ -148,7 +132,7 @@ def of(
 
     Args:
         origin: of the model, for its tokenizer and its chat template.
-        description: the content of `fastgen.json`.
+        info: the content of `fastgen.json`.
         files: a user's text (see `read`), which takes the place of all other; half of it is
             calibrated on, and half judged. None for what comes with fastgen.
         own: the model that writes text of its own, or what loads it once it has to.
@@ -156,7 +140,7 @@ def of(
     Raises:
         ValueError: the user's text is not for this model, or too short.
     """
-    reader = Reader.of(origin, description)
+    reader = Reader.of(origin, info)
     if files:
         return Corpus(_brought(reader, files), notes=reader.notes)
     halves = {name: _shipped(name) for name in KINDS if reader.tokenizer is not None}
@@ -329,280 +313,3 @@ class Shelf:
             if place == len(self._read):
                 self._read.append(self._reader.rows(document))
             yield from self._read[place]
-
-
-@dataclass
-class Reader:
-    """How a model reads a text.
-
-    Attributes:
-        tokenizer: None for ids only.
-        vocab: ids that it has.
-        length: tokens of a row.
-        template: renders a conversation, with or without a reply to come; None without template.
-        bos, eos: the ids that its configuration says begin and end a text.
-    """
-
-    tokenizer: tokenizers.Tokenizer | None
-    vocab: int
-    length: int
-    template: Template | None = None
-    bos: int | None = None
-    eos: tuple[int, ...] = ()
-    notes: list[str] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, origin: Origin, description: Mapping[str, Any]) -> Reader:
-        """From what its directory will hold."""
-        limit = description["max_length"]
-        reader = cls(origin.tokenizer, description["vocab_size"], min(ROW, limit or ROW))
-        with tempfile.TemporaryDirectory() as temporary:
-            place = Path(temporary)
-            origin.write_configuration(place)
-            said = jsonfile.read(place / "config.json") | {
-                name: value
-                for name, value in jsonfile.read(place / "generation_config.json").items()
-                if value is not None
-            }
-            bos, eos = said.get("bos_token_id"), said.get("eos_token_id")
-            reader.bos = bos if _is_id(bos, reader.vocab) else None
-            ends = eos if isinstance(eos, list) else [eos]
-            reader.eos = tuple(one for one in ends if _is_id(one, reader.vocab))
-            settings = jsonfile.read(place / chat_template.CONFIG)
-            if reader.tokenizer is not None and chat_template.has_template(place, settings):
-                reader._use(chat_template.source(place, settings, with_tools=False), settings)
-        return reader
-
-    def _use(self, source: str, settings: Mapping[str, Any]) -> None:
-        template = Template(source, settings)
-        try:
-            template.text([{"role": "user", "content": "Hi"}], reply=True)
-        except ValueError as error:
-            self.notes.append(f"conversations are plain text: {error}")
-        else:
-            self.template = template
-
-    @cached_property
-    def prefix(self) -> list[int]:
-        """What its tokenizer puts before a text."""
-        assert self.tokenizer is not None
-        text = "The first words."
-        bare = self.tokenizer.encode(text, add_special_tokens=False).ids
-        whole = self.tokenizer.encode(text, add_special_tokens=True).ids
-        starts = (at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
-        return [one for one in whole[: next(starts, 0)] if one < self.vocab]
-
-    def rows(self, document: Document) -> list[Row]:
-        """A shipped document, none of one in letters that the model does not know.
-
-        Conversations are plain text where there is no template for them.
-        """
-        text = document if isinstance(document, str) else _plain(document)
-        if not self._knows(text):
-            return []
-        if isinstance(document, str) or self.template is None:
-            return self._of_text(text)
-        ids = self._of_messages(document)
-        return self._of_text(text) if ids is None else [ids]
-
-    def _knows(self, text: str) -> bool:
-        """Whether at least half of a text's letters are there when its ids are read back."""
-        assert self.tokenizer is not None
-        said = self.tokenizer.decode(self.encoded(text)).casefold()
-        letters = {one for one in text.casefold() if one.isalpha()}
-        return 2 * len(letters & set(said)) >= len(letters)
-
-    def asked(self, document: Document) -> list[Row]:
-        """A user's document.
-
-        Raises:
-            ValueError: the model cannot read it.
-        """
-        if not isinstance(document, str) and isinstance(document[0], int):
-            beyond = [one for one in document if not _is_id(one, self.vocab)]
-            if beyond:
-                raise ValueError(f"ids must be below {self.vocab}, got {beyond[0]}")
-            return self._cut([], document)
-        if self.tokenizer is None:
-            raise ValueError("the model has no tokenizer: give ids, not texts or messages")
-        if isinstance(document, str):
-            return self._of_text(document)
-        if self.template is None:
-            why = f" ({self.notes[0]})" if self.notes else ""
-            raise ValueError(f"the model has no chat template: give text, not messages{why}")
-        text = self.template.text(document, reply=False)
-        return self._cut([], self.encoded(text))[:1]
-
-    def encoded(self, text: str) -> list[int]:
-        """Without what the tokenizer puts before a text."""
-        assert self.tokenizer is not None
-        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
-        return [one for one in ids if one < self.vocab]
-
-    def _of_text(self, text: str) -> list[Row]:
-        return self._cut(self.prefix, self.encoded(text))
-
-    def _of_messages(self, messages: list[Message], reply: bool = False) -> Row | None:
-        """The beginning of a conversation; None if the template refuses it in any form."""
-        assert self.template is not None
-        for said in (messages, [one for one in messages if one["role"] != "system"]):
-            try:
-                text = self.template.text(said, reply)
-            except ValueError:
-                continue
-            return np.array(self.encoded(text)[: self.length], np.int64)
-        return None
-
-    def question(self, messages: list[Message]) -> Row | None:
-        """A conversation up to where the first reply begins; None if the template refuses it."""
-        ends = (at for at, one in enumerate(messages) if one["role"] == "user")
-        return self._of_messages(messages[: next(ends, 0) + 1], reply=True)
-
-    def _cut(self, prefix: list[int], ids: Sequence[Any]) -> list[Row]:
-        """Rows that each begin with `prefix`; a short rest is left."""
-        size = max(1, self.length - len(prefix))
-        parts = [ids[at : at + size] for at in range(0, len(ids), size)]
-        rows = [np.array([*prefix, *part], np.int64) for part in parts]
-        return [row for at, row in enumerate(rows) if len(row) >= (LEAST if at else 2)]
-
-
-class Template:
-    """A model's chat template."""
-
-    def __init__(self, source: str, settings: Mapping[str, Any]) -> None:
-        self.settings = {**settings, "chat_template": source}
-
-    def text(self, messages: Sequence[Message], reply: bool) -> str:
-        """A conversation, up to where a reply begins if one is to come.
-
-        Raises:
-            ValueError: see `chat.prompt`.
-        """
-        # A day that stays: templates that tell the date would make other rows every day.
-        variables = {"add_generation_prompt": reply, "date_string": "26 Jul 2024"}
-        return chat_template.prompt(TEXTS / "no files", self.settings, messages, **variables)
-
-
-def _plain(document: Document) -> str:
-    return "\n\n".join(
-        f"{str(one['role']).capitalize()}: {one['content']}"
-        for one in document
-        if isinstance(one, Mapping)
-    )
-
-
-def _is_id(value: Any, vocab: int) -> bool:
-    return type(value) is int and 0 <= value < vocab
-
-
-# -------------------------------------------------------------------------- the model's own text
-
-
-class Writer:
-    """What makes the model's own rows, when they are asked for."""
-
-    def __init__(
-        self,
-        own: CausalLM | Callable[[], CausalLM],
-        reader: Reader,
-        halves: Mapping[str, Mapping[str, Sequence[Document]]],
-    ) -> None:
-        self._own, self._reader, self._halves = own, reader, halves
-        self._made: dict[str, tuple[int, list[Row]]] = {}  # by side: asked tokens, and what came
-
-    def rows(self, side: str, tokens: int) -> list[Row]:
-        """About `tokens` of them; where fewer were asked than a row has, one that is so short."""
-        asked, rows = self._made.get(side, (0, []))
-        if asked < tokens:
-            model = self._own if isinstance(self._own, CausalLM) else self._own()
-            seed = (1 + SIDES.index(side)) << 20
-            length = min(tokens, self._reader.length)
-            rows = own_text(model, tokens, seed, self._starts(side), length, self._reader.eos)
-            missing = tokens - sum(map(len, rows))
-            if missing > tokens // 2:  # it ends its texts at once: they go on past the end
-                rows += own_text(model, missing, seed + (1 << 19), None, length)
-            others = [those for name, (_, those) in self._made.items() if name != side]
-            seen = {row.tobytes() for those in others for row in those}
-            rows = [row for row in rows if row.tobytes() not in seen]
-            self._made[side] = tokens, rows
-        return rows
-
-    def _starts(self, side: str) -> list[list[int]] | None:
-        """What it goes on from: questions, or what its texts begin with; None if nobody knows."""
-        reader = self._reader
-        if reader.template is not None:
-            asked = [reader.question(one) for one in self._halves["chat"][side]]  # type: ignore[arg-type]
-            short = [row.tolist() for row in asked if row is not None]
-            short = [row for row in short if len(row) <= reader.length // 2]
-            if short:
-                return short
-        if reader.tokenizer is not None and reader.prefix:
-            return [reader.prefix]
-        if reader.bos is not None:
-            return [[reader.bos]]
-        if reader.tokenizer is None:
-            return None
-        texts = [one for name in ("prose", "code", "languages") for one in self._halves[name][side]]
-        words = [reader.encoded(one)[:2] for one in texts if isinstance(one, str)]
-        return [row for row in words if row] or None
-
-
-def own_text(
-    model: CausalLM,
-    tokens: int,
-    seed: int,
-    starts: Sequence[Sequence[int]] | None = None,
-    length: int = ROW,
-    eos: Sequence[int] = (),
-) -> list[Row]:
-    """Rows that a model writes, about `tokens` in all: sampled at temperature 1, from all tokens.
-
-    Each row has a seed of its own, so it is the same whatever is asked for beside it.
-
-    Args:
-        starts: ids that rows go on from, in turn; None for a random id each.
-        length: tokens of a row at most, its start counted.
-        eos: ids that end a row, which may be shorter then.
-    """
-    vocab, rows = model.model.info.vocab_size, []
-    starts = _random_starts(vocab, seed, tokens) if starts is None else starts
-    full = -(-tokens // length)
-    while sum(map(len, rows)) < tokens and len(rows) < TRIES * max(full, TOGETHER):
-        missing = -(-(tokens - sum(map(len, rows))) // length)
-        together = min(AT_ONCE, max(TOGETHER, missing))
-        places = range(len(rows), len(rows) + together)
-        begun = [list(starts[place % len(starts)])[: length - 1] for place in places]
-        rows += _sampled(model, begun, [seed + place for place in places], length, eos)
-    wanted = np.searchsorted(np.cumsum([len(row) for row in rows]), tokens) + 1
-    return [row for row in rows[:wanted] if len(row) > 1]
-
-
-def _random_starts(vocab: int, seed: int, tokens: int) -> list[list[int]]:
-    random = np.random.default_rng(seed)
-    return [[int(one)] for one in random.integers(0, vocab, max(1, tokens))]
-
-
-def _sampled(
-    model: CausalLM, begun: list[list[int]], seeds: list[int], length: int, eos: Sequence[int]
-) -> list[Row]:
-    """`begun`, gone on with to `length` or to an end.
-
-    What the model's own defaults say of sampling is not its text.
-    """
-    longest = max(map(len, begun))
-    found = model.without_defaults().generate(
-        begun,
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        seed=tuple(seeds),
-        max_new_tokens=length - longest,
-        eos_token_id=list(eos) or None,
-        pad_token_id=0,
-    )
-    rows = []
-    for start, ids in zip(begun, found, strict=True):
-        row = np.array(ids[longest - len(start) :], np.int64)
-        ends = np.flatnonzero(np.isin(row[len(start) :], list(eos)))
-        rows.append(row[: len(start) + int(ends[0]) + 1] if len(ends) else row)
-    return rows

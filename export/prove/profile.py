@@ -1,4 +1,4 @@
-"""Where a model's time goes: the share of each operator, by onnxruntime's own profiler."""
+"""The share of each operator in a model's time, by onnxruntime's own profiler."""
 
 from __future__ import annotations
 

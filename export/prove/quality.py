@@ -1,4 +1,4 @@
-"""How much a precision costs on text: the exported model beside the original, token by token."""
+"""The cost of a precision on text: the exported model beside the original, token by token."""
 
 from __future__ import annotations
 

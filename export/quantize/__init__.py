@@ -3,6 +3,8 @@
 recipe     which kernel each matrix gets     kernels       weights to codes, and their nodes
 gptq       codes of the least output error   calibrate     what flows through the graph on text
 rotate     outliers turned away, exactly     smooth        outliers moved into the weights
+rotate_values  the same in attention         rotation      the matrices that turn
+activations  nodes that quantise activations
 kv_int8    keys and values in int8           prefill_int8  a second graph that reads prompts
-parts      large matrices, a part at a time
+experts    mixtures of experts           parts         large matrices, a part at a time
 """

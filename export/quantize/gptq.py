@@ -10,6 +10,7 @@ that follow. It is written as Babai's nearest plane, which it is (Chen et al. 20
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -25,84 +26,73 @@ TOGETHER = 32  # inputs that are rounded one by one before the others hear of it
 DAMPING = 0.01  # of the mean diagonal, as in the paper
 
 
-def search_scales(weight: Floats, kernel: Kernel, second_moments: Floats) -> Floats:
-    """[out, blocks] float32: scales that minimise sum(E[x^2] (w - w')^2) within each block.
+def search_scales(
+    weight: Floats, kernel: Kernel, second_moments: Floats
+) -> tuple[Floats, NDArray[np.uint8]]:
+    """Search the scales that minimise sum(E[x^2] (w - w')^2) within each block.
 
     Args:
         weight: float32 [in, out].
-        kernel: bits and block size.
+        kernel: bits and block size, and whether blocks have zero points.
         second_moments: float32 [in], E[x^2] of each input.
+
+    Returns:
+        Scales, float32 [out, blocks], and zero points, uint8 likewise: the middle code where the
+        kernel has none.
     """
-    weigh = blocks(second_moments[:, None].astype(np.float32), kernel.block)  # [1, blocks, block]
+    moments = blocks(second_moments[:, None].astype(np.float32), kernel.block)  # [1, blocks, block]
     size, out = weight.shape
-    found = np.empty((out, weigh.shape[1]), np.float32)
-
-    def part(some: slice) -> None:
-        found[some] = _search(blocks(weight[:, some], kernel.block), kernel, weigh)
-
-    parts.each(out, size, part)
-    return found
-
-
-def _search(weights: Floats, kernel: Kernel, weigh: Floats) -> Floats:
-    """`search_scales` of weights [out, blocks, block], weighed by [1, blocks, block]."""
-    level = np.float32(LEVELS[kernel.bits])
-    largest = np.abs(weights).max(axis=-1) / level
-    largest[largest == 0] = 1
-    best = largest.copy()
-    least = np.full(largest.shape, np.inf, np.float32)
-    for share in GRID:
-        scales = largest * share
-        found = _cost(weights, weigh, scales, -level - 1, level)
-        better = found < least
-        best[better], least[better] = scales[better], found[better]
-    return best
-
-
-def search_zero_points(
-    weight: Floats, kernel: Kernel, second_moments: Floats
-) -> tuple[Floats, NDArray[np.uint8]]:
-    """[out, blocks] float32 and uint8: scales and zero points, as `search_scales` finds scales."""
-    weigh = blocks(second_moments[:, None].astype(np.float32), kernel.block)
-    size, out = weight.shape
-    scales = np.empty((out, weigh.shape[1]), np.float32)
+    scales = np.empty((out, moments.shape[1]), np.float32)
     zeros = np.empty(scales.shape, np.uint8)
 
     def part(some: slice) -> None:
-        found = _search_ranges(blocks(weight[:, some], kernel.block), kernel, weigh)
-        scales[some], zeros[some] = found
+        scales[some], zeros[some] = _search(blocks(weight[:, some], kernel.block), kernel, moments)
 
     parts.each(out, size, part)
     return scales, zeros
 
 
-def _search_ranges(weights: Floats, kernel: Kernel, weigh: Floats) -> tuple[Floats, Floats]:
-    """`search_zero_points` of weights [out, blocks, block]: the middle code is a range's middle.
-
-    Zero is in every range, so that it is one of the codes.
-    """
+def _search(weights: Floats, kernel: Kernel, moments: Floats) -> tuple[Floats, Floats]:
+    """`search_scales` of weights [out, blocks, block], with moments [1, blocks, block]."""
     last = np.float32(2 * kernel.middle - 1)
-    high, low = weights.max(axis=-1).clip(0), weights.min(axis=-1).clip(None, 0)
-    whole = (high - low) / last
-    whole[whole == 0] = 1
-    best, zeros = whole.copy(), np.zeros_like(whole)
-    least = np.full(whole.shape, np.inf, np.float32)
-    for share in RANGES:
-        scales = whole * share
-        zero = np.clip(np.rint((last - (high + low) / scales) / 2), 0, last)
-        found = _cost(weights, weigh, scales, -zero[..., None], last - zero[..., None])
-        better = found < least
-        best[better], zeros[better], least[better] = scales[better], zero[better], found[better]
+    best = np.ones(weights.shape[:2], np.float32)
+    zeros = np.zeros_like(best)
+    least = np.full(best.shape, np.inf, np.float32)
+    for scales, zero in _grid(weights, kernel, last):
+        cost = _cost(weights, moments, scales, -zero[..., None], last - zero[..., None])
+        better = cost < least
+        best[better], least[better] = scales[better], cost[better]
+        zeros[better] = np.broadcast_to(zero, best.shape)[better]
     return best, zeros
 
 
-def _cost(weights: Floats, weigh: Floats, scales: Floats, low: Any, high: Any) -> Floats:
+def _grid(weights: Floats, kernel: Kernel, last: np.float32) -> Iterator[tuple[Floats, Floats]]:
+    """Scales and zero points that are tried; a single one, the middle code, where there are none.
+
+    With zero points the middle code is the middle of a block's range. Zero is in every range, so
+    that it is one of the codes.
+    """
+    if not kernel.zero_points:
+        largest = np.abs(weights).max(axis=-1) / np.float32(LEVELS[kernel.bits])
+        largest[largest == 0] = 1
+        for share in GRID:
+            yield largest * share, np.array(kernel.middle, np.float32)
+        return
+    high, low = weights.max(axis=-1).clip(0), weights.min(axis=-1).clip(None, 0)
+    whole = (high - low) / last
+    whole[whole == 0] = 1
+    for share in RANGES:
+        scales = whole * share
+        yield scales, np.clip(np.rint((last - (high + low) / scales) / 2), 0, last)
+
+
+def _cost(weights: Floats, moments: Floats, scales: Floats, low: Any, high: Any) -> Floats:
     """[out, blocks]: the weighed squared error of weights rounded to codes from `low` to `high`."""
     error = weights / scales[..., None]
     np.clip(np.rint(error, out=error), low, high, out=error)
     error *= scales[..., None]
     np.square(np.subtract(weights, error, out=error), out=error)
-    error *= weigh
+    error *= moments
     return np.asarray(error.sum(axis=-1))
 
 
@@ -127,16 +117,15 @@ def gptq(
     high = level if zeros is None else low + (2 * kernel.middle - 1)
     size, count = weight.shape
     factor = _factor(moments)
-    diagonal = np.diag(factor)
+    diagonal: Floats = np.diag(factor)
     rounded = np.empty((size, count), np.float32)
     errors = np.empty((size, count), np.float32)
     for start in range(0, size, TOGETHER):
         end = min(start + TOGETHER, size)
         # What an input takes over of the error of each one before it.
         shares = factor[start:end, :end] / diagonal[start:end, None]
-        wanted = weight[start:end] + shares[:, :start] @ errors[:start]
+        wanted = np.asarray(weight[start:end] + shares[:, :start] @ errors[:start], np.float32)
         block = start // (kernel.block or size)
-        grid = [np.ascontiguousarray(one[:, block]) for one in (scales, low, high)]
         part = partial(
             _round,
             weight[start:end],
@@ -144,7 +133,9 @@ def gptq(
             rounded[start:end],
             errors[start:end],
             shares[:, start:],
-            *grid,
+            np.ascontiguousarray(scales[:, block]),
+            np.ascontiguousarray(low[:, block]),
+            np.ascontiguousarray(high[:, block]),
         )
         parts.each(count, end - start, part)
     return rounded

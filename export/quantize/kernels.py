@@ -20,14 +20,15 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from fastgen.export.quantize import parts, rotate
-from fastgen.export.rewrite.trim import (
+from fastgen.export.quantize import parts, rotation
+from fastgen.export.quantize.activations import Activations
+from fastgen.export.rewrite.edit import (
     CHANGED,
     MICROSOFT,
     add_initializer,
     add_lazily,
     clean_up,
-    constant,
+    input_of,
     insert,
     is_constant,
     rank,
@@ -35,15 +36,17 @@ from fastgen.export.rewrite.trim import (
     routers,
     shape_of,
     take_place,
+    tensor_of,
 )
 
 Floats = NDArray[np.float32]
+Codes = NDArray[np.int8 | np.uint8]
 LEVELS = {8: 127, 4: 7}  # codes reach from -LEVELS to LEVELS where there are no zero points
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """How a matrix is stored and multiplied.
+    """A form in which a matrix is stored and multiplied.
 
     Attributes:
         bits: of a code.
@@ -75,7 +78,7 @@ W8A8 = Kernel(8)
 
 @dataclass(frozen=True)
 class Choice:
-    """What becomes of a product.
+    """The kernel of a product, with its scales and codes where they are not the usual ones.
 
     Attributes:
         kernel: how it is stored.
@@ -87,11 +90,11 @@ class Choice:
 
     kernel: Kernel
     scales: Floats | None = None
-    codes: NDArray[np.uint8] | NDArray[np.int8] | None = None
+    codes: Codes | None = None
     zeros: NDArray[np.uint8] | None = None
 
     def of_columns(self, some: slice) -> Choice:
-        """What it is for some outputs."""
+        """The same choice for some of the outputs."""
         scales = None if self.scales is None else self.scales[some]
         codes = self.codes
         if codes is not None:
@@ -113,10 +116,14 @@ class Product:
     transposed: bool
 
     @property
+    def input(self) -> ir.Value:
+        """The activation [.., in] that it reads."""
+        return input_of(self.node, 0)
+
+    @property
     def weight(self) -> Floats:
         """float32 [in, out]; it is read each time, and may be made then."""
-        held = constant(self.node.inputs[1])
-        assert held is not None
+        held: Floats = tensor_of(self.node.inputs[1]).numpy()
         return held.T if self.transposed else held
 
     @property
@@ -127,8 +134,8 @@ class Product:
 
     @property
     def is_head(self) -> bool:
-        """Whether it gives the logits: it runs at the asked positions only."""
-        shape = self.node.inputs[0].shape
+        """True if it gives the logits: it runs at the asked positions only."""
+        shape = self.input.shape
         return shape is not None and "keep" in [getattr(dim, "value", dim) for dim in shape]
 
 
@@ -146,11 +153,11 @@ def products(graph: ir.Graph) -> list[Product]:
             continue
         if node in apart or (rank(node.inputs[0]) or 0) > 3:
             continue
-        held = node.inputs[1]
-        if not is_constant(held) or held.const_value.dtype != ir.DataType.FLOAT:
+        held = input_of(node, 1)
+        if not is_constant(held) or tensor_of(held).dtype != ir.DataType.FLOAT:
             continue
         transposed = node.op_type == "FusedMatMul"
-        name = str(node.inputs[1].name).replace(CHANGED, "")
+        name = str(held.name).replace(CHANGED, "")
         seen[name] += 1
         unique = name if seen[name] == 1 else f"{name}.{seen[name]}"
         found.append(Product(node, unique, transposed))
@@ -165,7 +172,7 @@ def quantize(
 
     Args:
         model: the trimmed graph.
-        choose: what becomes of each product; None leaves it in float32.
+        choose: the choice for each product; None leaves it in float32.
     """
     graph = model.graph
     activations = Activations(graph)
@@ -212,7 +219,7 @@ def channel_codes(weight: Floats, scales: Floats | None = None) -> tuple[NDArray
     return codes, scales
 
 
-def multiplied(codes: NDArray[np.int8], scales: Floats) -> Floats:
+def multiplied(codes: Codes, scales: Floats) -> Floats:
     """The matrix [in, out] that codes per channel stand for."""
     values = np.empty(codes.shape, np.float32)
 
@@ -258,11 +265,11 @@ def block_codes(
 
 def packed(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Two codes of 4 bits in each byte, low half first: [..., n] to [..., n / 2]."""
-    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+    return codes[..., 0::2] | (codes[..., 1::2] << np.uint8(4))
 
 
 def codes_values(
-    codes: NDArray[np.uint8],
+    codes: Codes,
     kernel: Kernel,
     scales: Floats,
     size: int,
@@ -299,73 +306,10 @@ def join_blocks(parts: Floats, size: int) -> Floats:
 # Nodes
 
 
-class Activations:
-    """Turned and quantised activations, each made once however many products read it."""
-
-    def __init__(self, graph: ir.Graph) -> None:
-        self._graph = graph
-        self._turned: dict[tuple[ir.Value, int], ir.Value] = {}
-        self._made: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
-        self._constants: dict[str, ir.Value] = {}
-        self._zeros: dict[str, ir.Value] = {}
-
-    def constant(self, name: str, array: NDArray[np.generic]) -> ir.Value:
-        if name not in self._constants:
-            self._constants[name] = add_initializer(self._graph, name, array)
-        return self._constants[name]
-
-    def turned(self, x: ir.Value, size: int, before: ir.Node) -> ir.Value:
-        """float32 in the shape of x, with each `size` channels multiplied by a Hadamard matrix."""
-        if (x, size) not in self._turned:
-            assert x.shape is not None
-            same, name = [0] * (len(x.shape) - 1), f"rank_{len(x.shape)}"
-            apart = self.constant(f"apart_{size}_{name}", np.array([*same, -1, size], np.int64))
-            again = self.constant(f"again_{name}", np.array([*same, -1], np.int64))
-            matrix = self.constant(f"hadamard_{size}", rotate.hadamard(size))
-            (parts,) = insert(before, "Reshape", [x, apart])
-            (mixed,) = insert(before, "MatMul", [parts, matrix])
-            (made,) = insert(before, "Reshape", [mixed, again])
-            made.shape, made.dtype = x.shape, x.dtype
-            self._turned[x, size] = made
-        return self._turned[x, size]
-
-    def quantized(self, x: ir.Value, before: ir.Node) -> tuple[ir.Value, ir.Value]:
-        """uint8 [rows, new, in] and scales [rows, new, 1]: by each token's largest value.
-
-        A token of zeros has the scale zero, and its products are zero: that is right.
-        """
-        if x not in self._made:
-            last = self.constant("last_axis", np.array([-1], np.int64))
-            (size,) = insert(before, "Abs", [x])
-            (size,) = insert(before, "ReduceMax", [size, last], {"keepdims": 1})
-            (scale,) = insert(
-                before, "Mul", [size, self.constant("1/127", np.array(1 / 127, np.float32))]
-            )
-            zero = self._zero_points(x, scale, before)
-            width = x.shape[-1] if x.shape is not None else None
-            assert isinstance(width, int)
-            (codes,) = insert(
-                before, "QuantizeLinear", [x, scale, zero], {"axis": -1, "block_size": width}
-            )
-            self._made[x] = codes, scale
-        return self._made[x]
-
-    def _zero_points(self, x: ir.Value, scale: ir.Value, before: ir.Node) -> ir.Value:
-        """uint8 128 in the shape of `scale`: one for all activations of a shape."""
-        assert x.shape is not None
-        key = str(list(x.shape)[:-1])
-        if key not in self._zeros:
-            (shape,) = insert(before, "Shape", [scale])
-            node = ir.node("ConstantOfShape", [shape], {"value": ir.tensor(np.array([128], "u1"))})
-            self._graph.insert_before(before, node)
-            self._zeros[key] = node.outputs[0]
-        return self._zeros[key]
-
-
 def _replace_w8a8(
     graph: ir.Graph, product: Product, choice: Choice, activations: Activations
 ) -> None:
-    node, name, tensor = product.node, f"{product.name}.codes", _tensor(product)
+    node, name, tensor = product.node, f"{product.name}.codes", tensor_of(product.node.inputs[1])
     scales = channel_scales(product.weight) if choice.scales is None else choice.scales
     if choice.codes is None:
         make = partial(_channel_codes_of, tensor, product.transposed, scales)
@@ -380,7 +324,7 @@ def integer_product(
     node: ir.Node, codes: ir.Value, scales: ir.Value, activations: Activations
 ) -> ir.Value:
     """The product of what `node` reads with int8 codes [in, out] and float32 scales [out]."""
-    x, scale = activations.quantized(node.inputs[0], node)
+    x, scale = activations.quantized(input_of(node, 0), node)
     (sums,) = insert(
         node,
         "MatMulIntegerToFloat",
@@ -400,19 +344,13 @@ def integer_product(
 def _turn(product: Product, size: int, activations: Activations) -> None:
     """Turn what a product reads, and its matrix, which leaves the product as it is."""
     node = product.node
-    node.replace_input_with(0, activations.turned(node.inputs[0], size, node))
+    node.replace_input_with(0, activations.turned(input_of(node, 0), size, node))
     remake(node, 1, partial(turned_matrix, size, product.transposed))
 
 
 def turned_matrix(size: int, transposed: bool, matrix: Floats) -> Floats:
     """A matrix [in, out], or [out, in] if it is transposed, for inputs that are turned."""
-    return rotate.turned(matrix, size) if transposed else rotate.turned(matrix.T, size).T
-
-
-def _tensor(product: Product) -> ir.TensorProtocol:
-    tensor = product.node.inputs[1].const_value
-    assert tensor is not None
-    return tensor
+    return rotation.turned(matrix, size) if transposed else rotation.turned(matrix.T, size).T
 
 
 def _channel_codes_of(
@@ -435,7 +373,9 @@ def _replace_nbits(graph: ir.Graph, product: Product, choice: Choice) -> None:
     scales = block_scales(product.weight, kernel) if choice.scales is None else choice.scales
     name = f"{product.name}.codes"
     if choice.codes is None:
-        make = partial(_block_codes_of, _tensor(product), product.transposed, kernel, scales)
+        make = partial(
+            _block_codes_of, tensor_of(node.inputs[1]), product.transposed, kernel, scales
+        )
         shape = [*scales.shape, kernel.block * kernel.bits // 8]
         codes = add_lazily(graph, name, make, shape, ir.DataType.UINT8)
     else:
@@ -450,7 +390,7 @@ def _replace_nbits(graph: ir.Graph, product: Product, choice: Choice) -> None:
         attributes | {"accuracy_level": 4},
         domain=MICROSOFT,
     )
-    weight = node.inputs[1]
+    weight = input_of(node, 1)
     take_place(node, result)
     if product.transposed:
         for use in list(weight.uses()):
@@ -489,8 +429,9 @@ def _gather_codes(
 
 def _unpacked(graph: ir.Graph, before: ir.Node, codes: ir.Value) -> ir.Value:
     """Two codes of each byte, low half first: [..., block / 2] to [..., block]."""
-    halves = []
-    (low,) = insert(before, "BitwiseAnd", [codes, add_initializer(graph, "15", np.uint8(15)[...])])
+    halves: list[ir.Value] = []
+    lowest = add_initializer(graph, "15", np.array(15, np.uint8))
+    (low,) = insert(before, "BitwiseAnd", [codes, lowest])
     shift = add_initializer(graph, "4", np.array(4, np.uint8))
     (high,) = insert(before, "BitShift", [codes, shift], {"direction": "RIGHT"})
     for half in (low, high):

@@ -16,16 +16,16 @@ from numpy.typing import NDArray
 
 from fastgen.export.quantize import calibrate
 from fastgen.export.quantize.kernels import Floats
+from fastgen.export.rewrite import contract
+from fastgen.export.rewrite.edit import add_initializer, input_of, replace
 from fastgen.export.rewrite.node import PAST_AND_SCALE, POSITIONS
-from fastgen.export.rewrite.trim import add_initializer, replace
+from fastgen.store.graph_io import READS_PROMPT, beside
 
 DTYPES = {"fp32": "float32", "int8": "int8"}  # of each cache precision
 TOKENS = 4 * calibrate.TOKENS  # of calibration, at most: text that was not seen saturates
 MARGIN = 1.1  # on what was seen; more costs resolution
 FURTHEST = 1 << 15  # positions that are calibrated where the model has no limit
 LONG = 1024  # tokens of a row that is measured: errors of a cache show in long contexts
-
-# Inputs of GroupQueryAttention, by place; others are in `trim`.
 
 
 def reach(
@@ -48,7 +48,7 @@ def reach(
             node.replace_input_with(POSITIONS, positions)
     # What is stored for each past, whatever the order of the graph's outputs.
     present = {
-        str(node.inputs[past].name): str(node.outputs[place + 1].name)
+        str(input_of(node, past).name): str(node.outputs[place + 1].name)
         for node in _attention(positioned)
         for place, (past, _) in enumerate(PAST_AND_SCALE.values())
     }
@@ -80,20 +80,18 @@ def quantize(model: ir.Model, reached: dict[str, Floats]) -> NDArray[np.float32]
         The scales of all keys and values, layer by layer, each [kv_heads, head_dim], flat.
     """
     graph = model.graph
-    reads_prompt = ir.Value(
-        name="reads_prompt", shape=ir.Shape([]), type=ir.TensorType(ir.DataType.BOOL)
-    )
+    reads_prompt = contract.value(READS_PROMPT)
     graph.inputs.append(reads_prompt)
     found: dict[str, Floats] = {}
     for node in list(_attention(model)):
         constants = {}
         for kind, (past, _) in PAST_AND_SCALE.items():
-            name = str(node.inputs[past].name)
+            name = str(input_of(node, past).name)
             found[name] = scales(reached[name])
             constants[kind] = add_initializer(graph, f"{name}.scale", found[name])
         _split(graph, node, constants, reads_prompt)
-    past = (str(value.name) for value in graph.inputs)
-    return np.concatenate([found[name].ravel() for name in past if name in found])
+    inputs = (str(value.name) for value in graph.inputs)
+    return np.concatenate([found[name].ravel() for name in inputs if name in found])
 
 
 def _split(
@@ -101,8 +99,9 @@ def _split(
 ) -> None:
     """An attention node becomes two, of which one runs."""
     pasts = [past for past, _ in PAST_AND_SCALE.values()]
-    codes = [node.inputs[past] for past in pasts]
-    floats = [_input(graph, value) for value in codes]
+    codes = [input_of(node, past) for past in pasts]
+    floats = [contract.value(beside(contract.spec(value))) for value in codes]
+    graph.inputs.extend(floats)
     for value in codes:
         value.dtype = ir.DataType.INT8
     prompt = _branch("prompt", node, dict(zip(pasts, floats, strict=True)), codes)
@@ -122,9 +121,8 @@ def _split(
         replace(old, new)
     for value, new in zip(codes, either.outputs[1:3], strict=True):
         new.dtype, new.shape = ir.DataType.INT8, value.shape
-    for value, new in zip(floats, either.outputs[3:], strict=True):
-        new.name = str(value.name).replace("prompt_key_values", "prompt_present")
-        new.dtype, new.shape = value.dtype, value.shape
+    for stored, new in zip(either.outputs[1:3], either.outputs[3:], strict=True):
+        contract.declare(new, beside(contract.spec(stored)))
         graph.outputs.append(new)
     graph.remove(node, safe=True)
 
@@ -152,18 +150,6 @@ def _branch(
     for place, value in enumerate(outputs):  # names are the whole graph's
         value.name = f"{node.outputs[1].name}.{name}.{place}"
     return ir.Graph([], outputs, nodes=nodes, name=name)
-
-
-def _input(graph: ir.Graph, past: ir.Value) -> ir.Value:
-    """The graph's input of the float32 keys or values that stand beside `past`."""
-    _, heads, _, size = past.shape
-    value = ir.Value(
-        name=str(past.name).replace("past_key_values", "prompt_key_values"),
-        shape=ir.Shape(["prompt_rows", heads, "prompt_capacity", size]),
-        type=ir.TensorType(ir.DataType.FLOAT),
-    )
-    graph.inputs.append(value)
-    return value
 
 
 def scales(reached: Floats) -> Floats:

@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 
 
 def each(count: int, size: int, work: Callable[[slice], Result]) -> list[Result]:
-    """What `work` says of `count` things, by neighbours of them, in order.
+    """Results of `work` for `count` things, a few neighbours at a time, in order.
 
     numpy lets other threads run while it computes, so the parts run side by side.
 

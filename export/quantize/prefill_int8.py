@@ -12,6 +12,7 @@ weights file, for who has the memory (`fastgen.engine.prefill_int8`):
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,8 +21,9 @@ import onnx_ir as ir
 import onnx_ir.passes.common
 import onnx_ir.tape
 
-from fastgen.export.quantize.kernels import LEVELS, Activations, Kernel, integer_product
-from fastgen.export.rewrite.trim import take_place
+from fastgen.export.quantize.activations import Activations
+from fastgen.export.quantize.kernels import LEVELS, Kernel, integer_product
+from fastgen.export.rewrite.edit import input_of, take_place, tensor_of
 from fastgen.store.model_info import GRAPH, PROMPTS, UNPACK
 
 
@@ -60,7 +62,7 @@ def _leave_out_logits(model: ir.Model) -> None:
 
 
 def _is_packed(node: ir.Node) -> bool:
-    """Whether it is a product with a matrix of 4 bits, in the weights file."""
+    """Tell if it is a product with a matrix of 4 bits, in the weights file."""
     if node.op_type != "MatMulNBits" or node.attributes.get_int("bits", 4) != 4:
         return False
     codes = node.inputs[1]
@@ -68,7 +70,7 @@ def _is_packed(node: ir.Node) -> bool:
 
 
 def _is_ours(node: ir.Node) -> bool:
-    """Whether it has scales in float32, packed zero points or none, and nothing else."""
+    """Tell if it has scales in float32, packed zero points or none, and nothing else."""
     given = [one for one in node.inputs[2:] if one is not None]
     held = [one.const_value for one in given]
     kinds = [None if one is None else one.dtype for one in held]
@@ -93,11 +95,11 @@ class _Unpacking:
 
         Layers that share a matrix share them.
         """
-        name = str(node.inputs[1].name)
+        name = str(input_of(node, 1).name)
         if name not in self._made:
-            made = self._unpack(node)
-            self._outputs += made
-            self._made[name] = tuple(_promised(graph, value) for value in made)
+            codes, scales = self._unpack(node)
+            self._outputs += [codes, scales]
+            self._made[name] = _promised(graph, codes), _promised(graph, scales)
         return self._made[name]
 
     def model(self) -> ir.Model:
@@ -114,9 +116,10 @@ class _Unpacking:
     def _unpack(self, node: ir.Node) -> tuple[ir.Value, ir.Value]:
         op = self._tape.op
         size, out, block = (node.attributes[key].as_int() for key in ("K", "N", "block_size"))
-        name, count = str(node.inputs[1].name), -(-size // block)
+        name, count = str(input_of(node, 1).name), -(-size // block)
         floats = {"to": int(ir.DataType.FLOAT)}
-        scales = self._constant(str(node.inputs[2].name), node.inputs[2].const_value)
+        held = input_of(node, 2)
+        scales = self._constant(str(held.name), tensor_of(held))
         last, flat = (self._number(f"axis_{v}", [v], np.int64) for v in (2, 1))
         values = op(
             "Cast",
@@ -131,7 +134,7 @@ class _Unpacking:
             values = op("Slice", [values, *ends])
         largest = op("ReduceMax", [op("Abs", [values]), flat], attributes={"keepdims": 1})
         unit = op("Mul", [largest, self._number("1/levels", 1 / LEVELS[8], np.float32)])
-        unit = op("Max", [unit, self._number("tiny", np.finfo(np.float32).tiny, np.float32)])
+        unit = op("Max", [unit, self._number("tiny", float(np.finfo(np.float32).tiny), np.float32)])
         codes = op("Round", [op("Div", [values, unit])])
         codes = op("Cast", [codes], attributes={"to": int(ir.DataType.INT8)})
         codes = op("Transpose", [codes], attributes={"perm": [1, 0]})
@@ -146,7 +149,7 @@ class _Unpacking:
         if len(node.inputs) == 3:
             return self._number("middle", Kernel(4).middle, np.float32)
         even = count + count % 2
-        zeros = self._constant(str(node.inputs[3].name), _nibbles(node, 3, [out, even]))
+        zeros = self._constant(str(input_of(node, 3).name), _nibbles(node, 3, [out, even]))
         zeros = self._tape.op("Cast", [zeros], attributes={"to": int(ir.DataType.FLOAT)})
         if even > count:
             ends = [self._number(f"{v}", [v], np.int64) for v in (0, count, 1)]
@@ -159,16 +162,17 @@ class _Unpacking:
     def _constant(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
         if name not in self._held:
             value = ir.Value(name=name, const_value=tensor)
-            value.shape, value.dtype = tensor.shape, tensor.dtype
+            value.shape, value.dtype = ir.Shape(tensor.shape.numpy()), tensor.dtype
             self._held[name] = value
         return self._held[name]
 
 
 def _promised(graph: ir.Graph, made: ir.Value) -> ir.Value:
     """A constant whose values are given to the session: the file has others in their place."""
-    size = int(np.prod([int(n) for n in made.shape])) * made.dtype.itemsize
+    assert made.shape is not None and made.dtype is not None
+    size = int(math.prod(made.shape.numpy()) * made.dtype.itemsize)
     tensor = ir.ExternalTensor(
-        f"{GRAPH}.data", 0, int(size), made.dtype, name=made.name, shape=made.shape
+        f"{GRAPH}.data", 0, size, made.dtype, name=str(made.name), shape=made.shape
     )
     value = ir.Value(name=made.name, const_value=tensor, shape=made.shape)
     value.dtype = made.dtype
@@ -177,9 +181,9 @@ def _promised(graph: ir.Graph, made: ir.Value) -> ir.Value:
 
 
 def _nibbles(node: ir.Node, place: int, shape: Sequence[int]) -> ir.TensorProtocol:
-    """What is packed into the bytes of an input, as an array of uint4 of its own shape."""
-    value = node.inputs[place]
-    packed = value.const_value
+    """The codes that the bytes of an input pack, as an array of uint4 of its own shape."""
+    value = input_of(node, place)
+    packed = tensor_of(value)
     if not isinstance(packed, ir.ExternalTensor):
         raw = np.frombuffer(packed.tobytes(), np.uint8)
         codes = np.stack([raw & 15, raw >> 4], axis=-1).reshape(shape)

@@ -1,4 +1,4 @@
-"""What becomes of each matrix: the cheapest kernels that keep the model's output near the original.
+"""A kernel for each matrix: the cheapest that keep the model's output near the original's.
 
 A precision has a ladder of kernels, the cheapest first. Every matrix begins at the bottom. Where
 the whole is measured to cost more than it may, each kind of matrix is quantised without the others,
@@ -9,7 +9,7 @@ expected to be within the target; whoever measures the whole says what it came t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -19,8 +19,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from fastgen.export.quantize import calibrate, rotate, smooth
-from fastgen.export.quantize.gptq import gptq, search_zero_points
+from fastgen.export.quantize import calibrate, rotate, rotation, smooth
+from fastgen.export.quantize.gptq import gptq, search_scales
 from fastgen.export.quantize.kernels import (
     W8A8,
     Choice,
@@ -40,7 +40,7 @@ from fastgen.sampling.softmax import divergence, log_softmax
 from fastgen.system.memory import trim
 
 if TYPE_CHECKING:
-    from fastgen.export.trace import experts
+    from fastgen.export.quantize import experts
 
 SAMPLE = 256  # tokens that an error is measured on
 COLUMNS = 256  # of its outputs
@@ -64,7 +64,7 @@ class Rung:
     cost: float
 
     def cost_of(self, product: Product) -> float:
-        """Of a product's weights, and of the matrix that turns its inputs."""
+        """The cost of a product's weights, and of the matrix that turns its inputs."""
         rows, columns = product.shape
         kernel = self.kernel and fitting(self.kernel, product)
         return rows * (columns * self.cost + (kernel.turned * TURNING if kernel else 0.0))
@@ -118,7 +118,7 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class Made:
-    """What became of a matrix.
+    """The form in which a matrix was stored.
 
     Attributes:
         kernel: how it is stored.
@@ -167,7 +167,7 @@ def chosen(steps: Sequence[Step], wanted: float) -> Step:
 
 
 class Plan:
-    """What becomes of the matrices of a graph in float32. See `planned`.
+    """The kernels of the matrices of a graph in float32. See `planned`.
 
     Attributes:
         smoothed: names of matrices whose inputs were divided.
@@ -203,7 +203,7 @@ class Plan:
             )
         for place, (value, seen) in enumerate(self._inputs.items()):
             shown(place, 2 * len(self._inputs))
-            readers = [one for one in self._found if one.node.inputs[0] is value]
+            readers = [one for one in self._found if one.input is value]
             self._smooth(value, readers, seen)
         for product in products(self._model.graph):
             shown(len(self._found) + len(self._matrices), 2 * len(self._found))
@@ -224,10 +224,10 @@ class Plan:
             self.smoothed += [product.name for product in readers]
 
     def _error(self, product: Product, kernel: Kernel | None) -> float:
-        """Of a product's output: some tokens of it and some of its columns tell as much as all."""
+        """The error of a product's output, on some of its tokens and columns."""
         if kernel is None:
             return 0.0
-        x = self._inputs[product.node.inputs[0]].sample
+        x = self._inputs[product.input].sample
         columns = slice(None, None, max(1, product.shape[1] // COLUMNS))
         choice = self._choice(product, kernel).of_columns(columns)
         weight = np.ascontiguousarray(product.weight[:, columns])
@@ -243,8 +243,7 @@ class Plan:
             exact = [self._kept(_log_probabilities(one)) for one in said]
             for place, (name, members) in enumerate(kinds.items()):
                 shown(place, len(kinds))
-                some = {one.product.name for one in members}
-                made = self._quantised(lambda one, some=some: one.name in some)
+                made = self._quantised({one.product.name for one in members})
                 self.sensed[name] = _divergence(exact, calibrate.logits(made, rows, directory))
 
     def _kinds(self) -> dict[str, list[Matrix]]:
@@ -253,7 +252,7 @@ class Plan:
         for one in self._matrices.values():
             if _is_turned(one.product):
                 continue
-            node = one.product.node.inputs[0].producer()
+            node = one.product.input.producer()
             kind = "input" if node is None else node.op_type
             rows, columns = one.product.shape
             found.setdefault(f"{kind} {rows} x {columns}", []).append(one)
@@ -308,7 +307,7 @@ class Plan:
                     yield Step(name, rung, saves, costs[rung] - costs[first.rung])
 
     def _expected(self, kind: str, members: Sequence[Matrix], rung: int) -> float:
-        """What a kind is expected to cost there: its errors' squares say what is left of it."""
+        """The expected cost of a kind there: the squares of its errors say how much is left."""
         if (kind, rung) not in self._left:
             kernels = (self._recipe.ladder[place].kernel for place in (0, rung))
             first, there = (
@@ -330,7 +329,7 @@ class Plan:
             kernel = self._kernel(matrix)
             if kernel is not None:
                 self._choice(matrix.product, kernel)
-        model = self._quantised(lambda _: True)
+        model = self._quantised(self._matrices.keys())
         experts = self._experts.quantize(model, self._mixed) if self._experts is not None else ()
         made = [self._made(one) for one in self._matrices.values()]
         made += [
@@ -344,14 +343,14 @@ class Plan:
         error = round(self._error(one.product, kernel), 6)
         return Made(one.product.name, name, error, one.rung > 0)
 
-    def _quantised(self, wanted: Callable[[Product], bool]) -> ir.Model:
-        """A copy of the graph with some of its products as they are decided."""
+    def _quantised(self, names: Collection[str]) -> ir.Model:
+        """A copy of the graph with the named products as they are decided."""
         model = self._model.clone()
 
         def choice(product: Product) -> Choice | None:
             matrix = self._matrices[product.name]
             kernel = self._kernel(matrix)
-            if kernel is None or not wanted(product):
+            if kernel is None or product.name not in names:
                 return None
             return self._choice(matrix.product, kernel)
 
@@ -368,7 +367,7 @@ class Plan:
     def _choice(self, product: Product, kernel: Kernel) -> Choice:
         """Scales and codes of a matrix, made once for a kernel."""
         if (product.name, kernel) not in self._choices:
-            made = _choice(product, kernel, self._inputs[product.node.inputs[0]])
+            made = _choice(product, kernel, self._inputs[product.input])
             if made.codes is not None:
                 made = replace(made, codes=self._kept(made.codes))
             self._choices[product.name, kernel] = made
@@ -405,16 +404,16 @@ def planned(
 
 
 def _experts(graph: ir.Graph) -> ModuleType | None:
-    """What knows of mixtures, and of torch, which other graphs are quantised without."""
+    """The module for mixtures, which needs torch; None for a graph without one."""
     if all(node.op_type not in ("MoE", "Loop") for node in graph):
         return None
-    from fastgen.export.trace import experts
+    from fastgen.export.quantize import experts
 
     return experts
 
 
 def _is_turned(product: Product) -> bool:
-    """Whether its matrix is what a rotation leaves in the graph."""
+    """True if its matrix is one that a rotation leaves in the graph."""
     return product.name.startswith(rotate.PRODUCT)
 
 
@@ -437,14 +436,14 @@ def _choice(product: Product, kernel: Kernel, seen: calibrate.Input) -> Choice:
     weight, moments = product.weight, seen.moments
     if (turned := kernel.turned) > 0:
         weight = turned_matrix(turned, False, weight)
-        moments = rotate.turned(rotate.turned(moments, turned).T, turned)
+        moments = rotation.turned(rotation.turned(moments, turned).T, turned)
     weight = np.ascontiguousarray(weight)
     if kernel.block == 0:
         scales = channel_scales(weight)
         on_grid = gptq(weight, kernel, scales[:, None], moments)
         return Choice(kernel, scales, channel_codes(on_grid, scales)[0])
     if kernel.zero_points:
-        scales, zeros = search_zero_points(weight, kernel, np.diag(moments))
+        scales, zeros = search_scales(weight, kernel, np.diag(moments))
     else:
         scales, zeros = block_scales(weight, kernel), None
     on_grid = gptq(weight, kernel, scales, moments, zeros)

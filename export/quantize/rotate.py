@@ -17,105 +17,41 @@ it is used.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
-from fastgen.export.quantize import parts
-from fastgen.export.rewrite.trim import (
+from fastgen.export.quantize.rotate_values import attention_nodes, turn_values
+from fastgen.export.quantize.rotation import Floats, Rotation, by_rows
+from fastgen.export.rewrite.edit import (
     add_initializer,
     changed,
     clean_up,
     constant,
+    constant_input,
+    flag,
+    graph_of,
+    input_of,
     insert,
     is_constant,
+    is_float,
     only_use,
     rank,
+    reader_of,
     remake,
     replace,
     shape_of,
+    sizes_of,
+    tensor_of,
 )
 
-Floats = NDArray[np.float32]
-
-SEED = 0  # of the signs
-FACTOR = 64  # a Hadamard matrix of a size above is made of two of smaller ones
 NORMS = {"RMSNormalization": False, "LayerNormalization": True}  # whether it takes the mean off
 PRODUCT = "rotation"  # what the matrices of products that stay are called
 ENDS = 2  # places where the stream may be entered or left by a product of its own, at most
-
-
-@dataclass(frozen=True)
-class Rotation:
-    """An orthogonal matrix R = S K [size, size]: random signs S, and K, symmetric, flat.
-
-    K is the Kronecker product of Hadamard matrices, and of a Hartley matrix for the odd part.
-
-    Attributes:
-        size: of what is turned.
-        signed: whether S is more than the identity.
-    """
-
-    size: int
-    signed: bool = True
-
-    @cached_property
-    def _signs(self) -> Floats:
-        if not self.signed:
-            return np.ones(self.size, np.float32)
-        return np.random.default_rng(SEED).choice([-1, 1], self.size).astype(np.float32)
-
-    @cached_property
-    def _factors(self) -> list[Floats]:
-        power, odd = self.size & -self.size, self.size // (self.size & -self.size)
-        sizes = []
-        while power > 1:
-            sizes.append(min(power, FACTOR))
-            power //= sizes[-1]
-        return [hadamard(size) for size in sizes] + ([_hartley(odd)] if odd > 1 else [])
-
-    def forward(self, x: Floats) -> Floats:
-        """x R [..., size]."""
-        return self._mixed(x * self._signs)
-
-    def back(self, x: Floats) -> Floats:
-        """x R^T [..., size]."""
-        return self._mixed(x) * self._signs
-
-    def _mixed(self, x: Floats) -> Floats:
-        """x K, a factor at a time."""
-        shape, behind = x.shape, self.size
-        for factor in self._factors:
-            behind //= len(factor)
-            x = factor @ x.reshape(-1, len(factor), behind)
-        return np.ascontiguousarray(x.reshape(shape))
-
-
-def turned(x: Floats, size: int) -> Floats:
-    """x [..., in] with each `size` channels multiplied by a Hadamard matrix; twice gives x again.
-
-    Args:
-        size: a power of two that divides the channels.
-    """
-    return np.asarray((x.reshape(*x.shape[:-1], -1, size) @ hadamard(size)).reshape(x.shape))
-
-
-def hadamard(size: int) -> Floats:
-    """float32 [size, size], symmetric and orthogonal, all entries as large; size a power of two."""
-    made = np.ones((1, 1), np.float32)
-    while len(made) < size:
-        made = np.block([[made, made], [made, -made]])
-    return np.asarray(made / np.sqrt(size), np.float32)
-
-
-def _hartley(size: int) -> Floats:
-    """Symmetric and orthogonal, no entry above sqrt(2 / size) (Bracewell 1983)."""
-    angle = 2 * np.pi * np.outer(np.arange(size), np.arange(size)) / size
-    return np.asarray((np.cos(angle) + np.sin(angle)) / np.sqrt(size), np.float32)
 
 
 def rotate(model: ir.Model) -> list[str]:
@@ -126,7 +62,7 @@ def rotate(model: ir.Model) -> list[str]:
     """
     graph = model.graph
     done = []
-    heads = sum(_turn_values(graph, node) for node in _attention(graph))
+    heads = sum(turn_values(graph, node) for node in attention_nodes(graph))
     if heads:
         done.append(f"values of {heads} layers")
     stream = _stream(graph)
@@ -146,12 +82,12 @@ def _stream(graph: ir.Graph) -> Stream | None:
     if not norms:
         return None
     stream = Stream(graph, shape_of(norms[-1].inputs[1])[0])
-    stream.take(norms[-1].inputs[0])
+    stream.take(input_of(norms[-1], 0))
     return stream if stream.can_be_turned() else None
 
 
 def _is_norm(node: ir.Node) -> bool:
-    """Whether it norms the last axis, by weights that are known."""
+    """True if it norms the last axis, by weights that are known."""
     return (
         node.op_type in NORMS
         and rank(node.inputs[0]) == 3
@@ -202,11 +138,14 @@ class Stream:
             self.ends |= one.is_graph_output()
 
     def _made_of(self, value: ir.Value) -> list[ir.Value]:
-        """What goes into it that is of the stream too."""
+        """Inputs of its node that are of the stream too."""
         node = value.producer()
-        kind = None if node is None else node.op_type
+        if node is None:
+            self.entries.append(value)
+            return []
+        kind = node.op_type
         if kind == "Add":
-            parts = [one for one in node.inputs if not is_constant(one)]
+            parts = [one for one in node.inputs if one is not None and not is_constant(one)]
             if len(parts) == 1 and _is_vector(node, self.size):
                 self.biases.append(node)
                 return parts
@@ -227,13 +166,13 @@ class Stream:
         return (
             node.attributes.get_int("axis", 0) == 0
             and is_constant(table)
-            and _is_float(table)
+            and is_float(table)
             and len(shape_of(table)) == 2
             and shape_of(table)[1] == self.size
         )
 
     def _read_by(self, node: ir.Node, place: int) -> list[ir.Value]:
-        """What it becomes in `node` that is of the stream too."""
+        """Outputs of a node that reads it that are of the stream too."""
         kind = node.op_type
         if kind == "Shape":
             return []
@@ -248,7 +187,7 @@ class Stream:
         return []
 
     def _fits(self, value: ir.Value | None) -> bool:
-        return rank(value) == 3 and value.shape[-1] == self.size
+        return rank(value) == 3 and sizes_of(value)[-1] == self.size
 
     @property
     def _last(self) -> list[ir.Node]:
@@ -261,11 +200,11 @@ class Stream:
 
     def _tied(self) -> dict[ir.Value, list[ir.Node]]:
         """The heads that share each embedding's matrix."""
-        found: dict[ir.Value, list[ir.Node]] = {}
+        heads: dict[ir.Value, list[ir.Node]] = {}
         for node in self.tables:
-            others = [use.node for use in node.inputs[0].uses() if use.node not in self.tables]
-            found[node.inputs[0]] = others
-        return found
+            table = input_of(node, 0)
+            heads[table] = [use.node for use in table.uses() if use.node not in self.tables]
+        return heads
 
     def can_be_turned(self) -> bool:
         kinds = {node.op_type for node in self.norms}
@@ -285,7 +224,7 @@ class Stream:
             and all(node in heads for node in shared)
             and len(set(matrices)) == len(matrices)
             and all(only_use(value) for value in matrices)
-            and all(_is_float(value) for value in matrices)
+            and all(is_float(value) for value in matrices)
         )
 
     # Turning it. x' = x T with T = M R; M takes the mean off, where the norms do.
@@ -296,7 +235,7 @@ class Stream:
         for node in self.writers:
             remake(node, 1, into)
         for node in self.biases:
-            remake(node, _constant_place(node), into)
+            remake(node, constant_input(node), into)
         for node in self.readers:
             remake(node, 1, partial(_out_of, rotation, None))
         last = self._last
@@ -340,7 +279,7 @@ class Stream:
         Heads that share the embedding's matrix are turned as that is; others take no harm.
         """
         weight, bias = _weights(norm)
-        name = norm.inputs[1].name
+        name = input_of(norm, 1).name
         heads = _heads(norm.outputs[0]) or []
         shared = {node.inputs[0] for node in self.tables}
         made = self._plain(norm)
@@ -355,16 +294,16 @@ class Stream:
         for head in heads:
             if head.inputs[1] not in shared:  # see `_turn_table`
                 _fold_into_head(head, rotation, None)
-        for value in dict.fromkeys(head.inputs[0] for head in heads) if heads else (made,):
+        for value in dict.fromkeys(input_of(head, 0) for head in heads) if heads else (made,):
             back = _behind(value, matrix, f"{PRODUCT}.out")
             if bias is not None:
-                uses = list(back.uses())
+                uses = back.uses()
                 added = add_initializer(self.graph, f"{name}.bias", bias)
-                (whole,) = insert(_first(self.graph, uses), "Add", [back, added])
+                (whole,) = insert(_first(uses), "Add", [back, added])
                 _read_instead(back, whole, uses)
 
     def _plain(self, norm: ir.Node) -> ir.Value:
-        """What a norm without weights gives: what took the mean off has nothing left to take."""
+        """The output of the norm without weights; the mean that one takes off is zero already."""
         ones = add_initializer(self.graph, "ones", np.ones(self.size, np.float32))
         if norm.op_type == "RMSNormalization":
             norm.replace_input_with(1, ones)
@@ -407,45 +346,34 @@ def _fold_into_head(head: ir.Node, rotation: Rotation, weight: Floats | None) ->
 
 
 def _is_head(node: ir.Node) -> bool:
-    """Whether it is a product with a matrix, [size, out] or, transposed, [out, size]."""
+    """True if it is a product with a matrix, [size, out] or, transposed, [out, size]."""
     fused = node.op_type == "FusedMatMul" and (
-        node.attributes.get_int("transB", 0) == 1
-        and node.attributes.get_int("transA", 0) == 0
+        flag(node, "transB")
+        and not flag(node, "transA")
         and node.attributes.get_float("alpha", 1.0) == 1
     )
     return (
         (fused or node.op_type == "MatMul")
         and is_constant(node.inputs[1])
         and len(shape_of(node.inputs[1])) == 2
-        and _is_float(node.inputs[1])
+        and is_float(node.inputs[1])
     )
 
 
 def _behind(value: ir.Value, matrix: Floats, name: str) -> ir.Value:
     """A product with `matrix` that is read in place of `value`."""
-    uses = list(value.uses())
-    before = _first(value.producer().graph, uses)
-    held = add_initializer(before.graph, name, matrix)
+    uses = value.uses()
+    before = _first(uses)
+    held = add_initializer(graph_of(before), name, matrix)
     (turned,) = insert(before, "MatMul", [value, held])
     _read_instead(value, turned, uses)
     return turned
 
 
-def _read_instead(old: ir.Value, new: ir.Value, uses: Sequence[ir.Usage]) -> None:
+def _read_instead(old: ir.Value, new: ir.Value, uses: Collection[tuple[ir.Node, int]]) -> None:
     new.shape, new.dtype = old.shape, ir.DataType.FLOAT
-    for use in uses:
-        use.node.replace_input_with(use.idx, new)
-
-
-def _by_rows(change: Callable[[Floats], Floats], matrix: Floats) -> Floats:
-    """What `change` makes of the rows of a matrix [rows, size], some at a time; laid out as it."""
-    made = np.empty_like(matrix)
-
-    def part(some: slice) -> None:
-        made[some] = change(matrix[some])
-
-    parts.each(len(matrix), matrix[0].size, part)
-    return made
+    for node, index in uses:
+        node.replace_input_with(index, new)
 
 
 def _into(rotation: Rotation, centred: bool, matrix: Floats) -> Floats:
@@ -456,7 +384,7 @@ def _into(rotation: Rotation, centred: bool, matrix: Floats) -> Floats:
             rows = rows - rows.mean(axis=-1, keepdims=True, dtype=np.float64).astype(np.float32)
         return rotation.forward(rows)
 
-    return change(matrix) if matrix.ndim == 1 else _by_rows(change, matrix)
+    return change(matrix) if matrix.ndim == 1 else by_rows(change, matrix)
 
 
 def _out_of(rotation: Rotation, weight: Floats | None, matrix: Floats) -> Floats:
@@ -465,7 +393,7 @@ def _out_of(rotation: Rotation, weight: Floats | None, matrix: Floats) -> Floats
     def change(columns: Floats) -> Floats:
         return rotation.forward(columns if weight is None else columns * weight)
 
-    return _by_rows(change, matrix.T).T
+    return by_rows(change, matrix.T).T
 
 
 def _products_of(value: ir.Value) -> list[ir.Node] | None:
@@ -490,129 +418,33 @@ def _weights(norm: ir.Node) -> tuple[Floats, Floats | None]:
 
 def _add_bias(graph: ir.Graph, product: ir.Node, bias: Floats) -> None:
     """Add bias W behind a product with W; to the constant that is added there already, if any."""
-    matrix = constant(product.inputs[1])
-    more = np.asarray(bias @ matrix, np.float32)
+    matrix = input_of(product, 1)
+    more = np.asarray(bias @ tensor_of(matrix).numpy(), np.float32)
     out = product.outputs[0]
-    uses = list(out.uses())
-    node = uses[0].node if only_use(out) else None
+    uses, node = out.uses(), reader_of(out)
     if node is not None and node.op_type == "Add" and _is_vector(node, len(more)):
-        remake(node, _constant_place(node), lambda array: array + more)
+        remake(node, constant_input(node), lambda array: array + more)
         return
-    held = add_initializer(graph, f"{product.inputs[1].name}.bias", more)
-    (added,) = insert(_first(graph, uses), "Add", [out, held])
+    held = add_initializer(graph, f"{matrix.name}.bias", more)
+    (added,) = insert(_first(uses), "Add", [out, held])
     _read_instead(out, added, uses)
 
 
-def _first(graph: ir.Graph, uses: Sequence[ir.Usage]) -> ir.Node:
-    """The earliest node of some uses."""
-    nodes = {use.node for use in uses}
-    return next(node for node in graph if node in nodes)
-
-
-def _constant_place(node: ir.Node) -> int:
-    return next(i for i, value in enumerate(node.inputs) if is_constant(value))
+def _first(uses: Collection[tuple[ir.Node, int]]) -> ir.Node:
+    """The earliest node of some uses in a graph."""
+    nodes = [node for node, _ in uses]
+    return next(node for node in graph_of(nodes[0]) if node in nodes)
 
 
 def _is_vector(node: ir.Node, size: int) -> bool:
-    """Whether it adds a constant [size] that is its own."""
+    """True if it adds a constant [size] that is its own."""
     held = [value for value in node.inputs if is_constant(value)]
-    return len(held) == 1 and shape_of(held[0]) == [size] and _is_float(held[0])
+    return len(held) == 1 and shape_of(held[0]) == [size] and is_float(held[0])
 
 
 def _scaled(node: ir.Node) -> ir.Value | None:
-    """What a node multiplies by one constant number."""
+    """The value that a node multiplies by one constant number."""
     for value, other in (node.inputs, node.inputs[::-1]):
-        if is_constant(other) and int(np.prod(shape_of(other))) == 1 and not is_constant(value):
+        if is_constant(other) and math.prod(shape_of(other)) == 1 and not is_constant(value):
             return value
     return None
-
-
-def _is_float(value: ir.Value) -> bool:
-    return value.const_value.dtype == ir.DataType.FLOAT
-
-
-# Values of attention
-
-
-def _attention(graph: ir.Graph) -> list[ir.Node]:
-    """Attention nodes whose cached values are theirs alone."""
-    nodes = [node for node in graph if node.op_type == "GroupQueryAttention"]
-    return [node for node in nodes if node.inputs[4] is not None and only_use(node.inputs[4])]
-
-
-def _turn_values(graph: ir.Graph, node: ir.Node) -> bool:
-    """Turn the values of a layer by head, and what reads them back. Whether it could be done."""
-    past = node.inputs[4]
-    size = past.shape[-1] if past.shape is not None else None
-    out = node.outputs[0]
-    after = out.uses()[0].node if only_use(out) else None
-    if not isinstance(size, int) or past.dtype != ir.DataType.FLOAT or after is None:
-        return False
-    reads = after.op_type == "MatMul" and is_constant(after.inputs[1])
-    if not reads or not _is_own_matrix(after.inputs[1]):
-        return False
-    count = node.attributes.get_int("kv_num_heads", 0) * size
-    found = _written_by(node, count)
-    if found is None:
-        return False
-    writers, start = found
-    rotation = Rotation(size, signed=False)
-    for writer, place in writers:
-        remake(writer, place, partial(_turned_part, rotation, slice(start, start + count)))
-    remake(after, 1, partial(_turned_rows, rotation))
-    return True
-
-
-def _is_own_matrix(value: ir.Value) -> bool:
-    return only_use(value) and rank(value) == 2 and _is_float(value)
-
-
-def _written_by(node: ir.Node, count: int) -> tuple[list[tuple[ir.Node, int]], int] | None:
-    """The product (and the bias) that makes a layer's values, and their first column in it."""
-    value, start = node.inputs[2], 0
-    if value is None:  # packed: queries, keys and values
-        value = node.inputs[0]
-        width = value.shape[-1] if value.shape is not None else None
-        if node.inputs[1] is not None or not isinstance(width, int):
-            return None
-        start = width - count
-    if not only_use(value):
-        return None
-    made = value.producer()
-    if made is not None and made.op_type == "Split":
-        sizes = constant(made.inputs[1]) if len(made.inputs) > 1 else None
-        if sizes is None or not only_use(made.inputs[0]):
-            return None
-        start = int(sizes[: made.outputs.index(value)].sum())
-        made = made.inputs[0].producer()
-    writers = []
-    if made is not None and made.op_type == "Add":
-        place = _constant_place(made) if any(map(is_constant, made.inputs)) else None
-        if place is None or len(shape_of(made.inputs[place])) != 1:
-            return None
-        writers.append((made, place))
-        other = made.inputs[1 - place]
-        made = other.producer() if only_use(other) else None
-    if made is None or made.op_type != "MatMul" or not is_constant(made.inputs[1]):
-        return None
-    if not _is_own_matrix(made.inputs[1]):
-        return None
-    return [*writers, (made, 1)], start
-
-
-def _turned_part(rotation: Rotation, columns: slice, array: Floats) -> Floats:
-    """With some of its columns turned by head."""
-    made = array.copy()
-    heads = array[..., columns].reshape(-1, rotation.size)
-    made[..., columns] = rotation.forward(heads).reshape(made[..., columns].shape)
-    return made
-
-
-def _turned_rows(rotation: Rotation, matrix: Floats) -> Floats:
-    """A matrix [heads * size, out] that reads what was turned by head."""
-
-    def change(columns: Floats) -> Floats:
-        heads = columns.reshape(-1, rotation.size)
-        return rotation.forward(heads).reshape(columns.shape)
-
-    return _by_rows(change, matrix.T).T

@@ -18,7 +18,7 @@ import onnx_ir as ir
 from fastgen.export.quantize import parts
 from fastgen.export.quantize.calibrate import output_error
 from fastgen.export.quantize.kernels import Choice, Floats, Kernel, Product
-from fastgen.export.rewrite.trim import add_initializer, constant, remake
+from fastgen.export.rewrite.edit import add_initializer, constant, input_of, remake, tensor_of
 
 STRENGTHS = (0.3, 0.5, 0.7)  # the paper's alpha; the best on the calibration text is taken
 SAMPLE = 128  # tokens that an error is measured on
@@ -30,7 +30,7 @@ FOLDED = {"LayerNormalization": (1, 2), "RMSNormalization": (1,)}
 
 @dataclass(frozen=True)
 class Place:
-    """Where scales of an activation's channels can be folded in.
+    """A node that scales of an activation's channels can be folded into.
 
     Attributes:
         node: the norm, or the product whose columns are divided.
@@ -42,7 +42,7 @@ class Place:
 
 
 def place_of(value: ir.Value, readers: Sequence[Product]) -> Place | None:
-    """Where scales of the channels of `value` can be folded in; None if they cannot.
+    """The node that scales of the channels of `value` can be folded into; None if there is none.
 
     Args:
         value: an activation.
@@ -69,10 +69,11 @@ def _gated(node: ir.Node) -> Place | None:
         made = None if value is None else value.producer()
         if made is not None and made.op_type == "Split":
             sizes = None if len(made.inputs) < 2 else constant(made.inputs[1])
-            if sizes is None or len(value.uses()) != 1:
+            if value is None or sizes is None or len(value.uses()) != 1:
                 continue
             column = int(sizes[: made.outputs.index(value)].sum())
-            made = made.inputs[0].producer() if len(made.inputs[0].uses()) == 1 else None
+            whole = input_of(made, 0)
+            made = whole.producer() if len(whole.uses()) == 1 else None
         elif value is None or len(value.uses()) != 1:
             continue
         if made is not None and made.op_type == "MatMul" and constant(made.inputs[1]) is not None:
@@ -110,8 +111,8 @@ def best_scales(x: Floats, weights: Sequence[Floats], kernel: Kernel) -> Floats 
 
 def _reach(weight: Floats) -> Floats:
     """float32 [in]: the largest absolute value of each row of a matrix [in, out]."""
-    found = parts.each(weight.shape[1], len(weight), lambda some: _largest(weight[:, some]))
-    return np.max(found, axis=0)
+    largest = parts.each(weight.shape[1], len(weight), lambda some: _largest(weight[:, some]))
+    return np.asarray(np.max(largest, axis=0))
 
 
 def _largest(weight: Floats) -> Floats:
@@ -141,9 +142,8 @@ def _multiplied(scales: Floats, matrix: Floats) -> Floats:
 
 def fold_into_norm(graph: ir.Graph, norm: ir.Node, scales: Floats) -> None:
     """Divide the channels of the first output of `norm` by `scales`."""
-    for place in FOLDED[norm.op_type]:
-        if place < len(norm.inputs) and norm.inputs[place] is not None:
-            array = constant(norm.inputs[place])
-            assert array is not None
-            name = f"{norm.inputs[place].name}.smooth"
-            norm.replace_input_with(place, add_initializer(graph, name, array / scales))
+    for index in FOLDED[norm.op_type]:
+        held = norm.inputs[index] if index < len(norm.inputs) else None
+        if held is not None:
+            name, divided = f"{held.name}.smooth", tensor_of(held).numpy() / scales
+            norm.replace_input_with(index, add_initializer(graph, name, divided))

@@ -1,11 +1,11 @@
-"""GroupQueryAttention, the node that attention becomes: its inputs by place, and what it can be."""
+"""GroupQueryAttention, the node that attention becomes: its inputs by index, and its attributes."""
 
 from __future__ import annotations
 
 from typing import Any
 
 INPUTS = 17
-SEQLENS, TOTAL, POSITIONS, BIAS, QUERIES = 5, 6, 9, 10, 16
+SEQLENS, TOTAL, POSITIONS, BIAS, SINK, QUERIES = 5, 6, 9, 10, 11, 16
 PAST_AND_SCALE = {"k": (3, 12), "v": (4, 13)}  # the inputs of keys and of values
 HEAD_STEP = 8  # sizes of heads are multiples of it
 FURTHEST = 1 << 21  # positions up to which a mask is looked at; a longer window is no window
@@ -20,9 +20,9 @@ def attributes(
         window: tokens that a query sees, itself included; None for all.
         softcap: of the scores; 0 for none.
     """
-    found: dict[str, Any] = {"num_heads": num_heads, "kv_num_heads": kv_heads, "scale": scale}
+    given: dict[str, Any] = {"num_heads": num_heads, "kv_num_heads": kv_heads, "scale": scale}
     if window is not None:
-        found["local_window_size"] = window
+        given["local_window_size"] = window
     if softcap:
-        found["softcap"] = softcap
-    return found
+        given["softcap"] = softcap
+    return given

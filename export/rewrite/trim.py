@@ -7,18 +7,42 @@ A rule knows operators, never models: where its pattern does not hold, it does n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnx_ir.passes.common
 import onnxruntime
 from numpy.typing import NDArray
 
-MICROSOFT = "com.microsoft"
-CHANGED = ".changed"  # how the name of a constant ends that was made of another
+from fastgen.export.rewrite.edit import (
+    MICROSOFT,
+    add_initializer,
+    add_lazily,
+    clean_up,
+    constant,
+    flag,
+    input_of,
+    insert,
+    is_constant,
+    only_use,
+    producer,
+    product_of,
+    rank,
+    reader_of,
+    replace,
+    routers,
+    same_shape,
+    set_type,
+    shape_of,
+    sizes_of,
+    take_place,
+    tensor_of,
+)
+
 LARGEST_TABLE = 1 << 16  # positions for which a table of rotations is worth its memory
 
 
@@ -50,180 +74,11 @@ def trim(model: ir.Model, max_length: int | None) -> dict[str, int]:
 
 
 def rotations_are_tabled(model: ir.Model) -> bool:
-    """Whether some rotation comes from a table, which ends at the model's last position."""
+    """True if some rotation comes from a table, which ends at the model's last position."""
     return any(
         node.op_type == "GroupQueryAttention" and node.attributes.get_int("do_rotary", 0)
         for node in model.graph
     )
-
-
-# Reading a graph
-
-
-def producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
-    """The node behind `value` if it is an `op_type`."""
-    node = value.producer() if value is not None else None
-    return node if node is not None and node.op_type == op_type else None
-
-
-def only_use(value: ir.Value) -> bool:
-    """Whether exactly one node reads `value`, and the graph does not return it."""
-    return len(value.uses()) == 1 and not value.is_graph_output()
-
-
-def constant(value: ir.Value | None) -> NDArray[np.generic] | None:
-    """The array of an initializer; None for what is computed."""
-    if value is None or value.const_value is None or not value.is_initializer():
-        return None
-    return value.const_value.numpy()
-
-
-def is_constant(value: ir.Value | None) -> bool:
-    """Whether it is an initializer, whose array may be large: it is not read."""
-    return value is not None and value.const_value is not None and value.is_initializer()
-
-
-def shape_of(constant: ir.Value) -> list[int]:
-    """Of an initializer: that of its array, whatever the graph says."""
-    return [int(size) for size in constant.const_value.shape]
-
-
-def same_shape(one: ir.Value | None, other: ir.Value | None) -> bool:
-    """Whether both shapes are known and equal, symbolic dimensions by name."""
-    if one is None or other is None or one.shape is None or other.shape is None:
-        return False
-    named = [[d if isinstance(d, int) else d.value for d in v.shape] for v in (one, other)]
-    return named[0] == named[1] and None not in named[0]
-
-
-def rank(value: ir.Value | None) -> int | None:
-    return None if value is None or value.shape is None else len(value.shape)
-
-
-def is_plain(gemm: ir.Node) -> bool:
-    """Whether a Gemm is a product and a sum, and nothing else."""
-    attributes = gemm.attributes
-    return (
-        attributes.get_float("alpha", 1.0) == 1
-        and attributes.get_float("beta", 1.0) == 1
-        and attributes.get_int("transA", 0) == 0
-    )
-
-
-def routers(graph: ir.Graph) -> set[ir.Node]:
-    """Products that choose among experts: the last ones before the k largest are taken.
-
-    What they choose jumps where two are close: they stay by themselves, and in float32.
-    """
-    found: set[ir.Node] = set()
-    seen: set[ir.Node] = set()
-    pending = [node.inputs[0] for node in graph if node.op_type == "TopK"]
-    while pending:
-        value = pending.pop()
-        node = None if value is None else value.producer()
-        if node is None or node in seen or node.op_type == "Shape":
-            continue
-        seen.add(node)
-        if node.op_type == "MatMul" and is_constant(node.inputs[1]):
-            found.add(node)
-        else:
-            pending += node.inputs
-    return found
-
-
-# Changing it
-
-
-def add_initializer(graph: ir.Graph, name: str, array: NDArray[np.generic]) -> ir.Value:
-    """A constant of the graph, under a name that is free."""
-    return _added(graph, name, ir.tensor(np.asarray(array, order="C")))
-
-
-def add_lazily(
-    graph: ir.Graph,
-    name: str,
-    make: Callable[[], NDArray[np.generic]],
-    shape: Sequence[int],
-    dtype: ir.DataType,
-) -> ir.Value:
-    """A constant whose array is made whenever it is read, and not kept."""
-    tensor = ir.LazyTensor(lambda: ir.tensor(np.ascontiguousarray(make())), dtype, ir.Shape(shape))
-    return _added(graph, name, tensor)
-
-
-def _added(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-    free, number = name, 0
-    while free in graph.initializers:
-        number += 1
-        free = f"{name}.{number}"
-    tensor.name = free
-    value = ir.Value(name=free, const_value=tensor)
-    value.shape, value.dtype = tensor.shape, tensor.dtype
-    graph.register_initializer(value)
-    return value
-
-
-def remake(
-    node: ir.Node, place: int, change: Callable[[NDArray[np.float32]], NDArray[np.float32]]
-) -> None:
-    """Let a node read another constant: what `change` makes of the one that it reads."""
-    node.replace_input_with(place, changed(node.graph, node.inputs[place], change))
-
-
-def changed(
-    graph: ir.Graph,
-    old: ir.Value,
-    change: Callable[[NDArray[np.float32]], NDArray[np.float32]],
-) -> ir.Value:
-    """What `change` makes of a constant; of a matrix it is made whenever it is read."""
-    tensor, name, shape = old.const_value, f"{old.name}{CHANGED}", shape_of(old)
-    if len(shape) == 1:
-        return add_initializer(graph, name, change(tensor.numpy()))
-    return add_lazily(graph, name, lambda: change(tensor.numpy()), shape, ir.DataType.FLOAT)
-
-
-def insert(
-    before: ir.Node,
-    op_type: str,
-    inputs: Sequence[ir.Value | None],
-    attributes: dict[str, int | float | str | Sequence[int]] | None = None,
-    *,
-    domain: str = "",
-    outputs: int = 1,
-) -> tuple[ir.Value, ...]:
-    """New outputs of a new node in front of `before`."""
-    node = ir.node(op_type, inputs, attributes or {}, domain=domain, num_outputs=outputs)
-    assert before.graph is not None
-    before.graph.insert_before(before, node)
-    return tuple(node.outputs)
-
-
-def replace(old: ir.Value, new: ir.Value) -> None:
-    """Every reader of `old` reads `new`; a graph output keeps its name."""
-    new.shape, new.dtype = old.shape, old.dtype
-    if old.is_graph_output():
-        old.name, new.name = f"{old.name}_replaced", old.name
-    old.replace_all_uses_with(new, replace_graph_outputs=True)
-
-
-def take_place(node: ir.Node, new: ir.Value) -> None:
-    """`new` stands for the only output of `node`, which goes."""
-    replace(node.outputs[0], new)
-    assert node.graph is not None
-    node.graph.remove(node, safe=True)
-
-
-def _set_width(product: ir.Value, like: ir.Value, width: int) -> None:
-    """The type of a product: that of its activation with another last dimension."""
-    product.dtype = like.dtype
-    if like.shape is not None:
-        product.shape = ir.Shape([*list(like.shape)[:-1], width])
-
-
-def clean_up(model: ir.Model) -> None:
-    """Drop what nothing reads, and compute equal things once."""
-    ir.passes.common.CommonSubexpressionEliminationPass()(model)
-    ir.passes.common.RemoveUnusedNodesPass()(model)
 
 
 # The rules
@@ -235,7 +90,7 @@ def share_tied_weights(graph: ir.Graph) -> int:
     torch's exporter transposes the weight of a Linear: in a node, or (small ones) into a second
     copy. The fused product transposes while it packs, so the embedding serves both.
     """
-    tables = [node.inputs[0] for node in graph if node.op_type == "Gather"]
+    tables = [input_of(node, 0) for node in graph if node.op_type == "Gather"]
     tables = [table for table in tables if rank(table) == 2 and is_constant(table)]
     fired = 0
     for node in list(graph):
@@ -256,44 +111,40 @@ def _transposed_weight(value: ir.Value | None, tables: Sequence[ir.Value]) -> ir
     transpose = producer(value, "Transpose")
     if transpose is not None and rank(transpose.inputs[0]) == 2:
         return transpose.inputs[0] if is_constant(transpose.inputs[0]) else None
-    for table in tables:
-        if not is_constant(value) or shape_of(table) != shape_of(value)[::-1]:
-            continue
-        if _equal(constant(table), constant(value).T):
-            return table
-    return None
+    if not is_constant(value):
+        return None
+    shape = shape_of(value)[::-1]
+    alike = (table for table in tables if shape_of(table) == shape)
+    tensor = tensor_of(value)
+    return next((t for t in alike if _equal(tensor_of(t).numpy(), tensor.numpy().T)), None)
 
 
 def products_without_reshapes(graph: ir.Graph) -> int:
     """Reshape, Gemm, Reshape on [rows, new, in] is MatMul and Add: neither needs two dimensions."""
     fired = 0
     for node in list(graph):
-        if node.op_type != "Gemm" or not is_plain(node):
-            continue
-        before = producer(node.inputs[0], "Reshape")
-        uses = node.outputs[0].uses()
-        after = uses[0].node if only_use(node.outputs[0]) else None
-        matrix = node.inputs[1]
+        before = producer(node.inputs[0], "Reshape") if node.op_type == "Gemm" else None
+        after = reader_of(node.outputs[0])
         if before is None or after is None or after.op_type != "Reshape":
             continue
-        if not is_constant(matrix):
+        x, out = input_of(before, 0), after.outputs[0]
+        if not _same_widths(node, x, out):
             continue
-        x, out = before.inputs[0], after.outputs[0]
-        shape = shape_of(matrix)
-        shape = shape[::-1] if node.attributes.get_int("transB", 0) else shape
-        if rank(x) != 3 or rank(out) != 3 or [x.shape[-1], out.shape[-1]] != shape:
-            continue
-        if node.attributes.get_int("transB", 0):
-            read = partial(_transposed, matrix.const_value)
-            matrix = add_lazily(graph, f"{matrix.name}.T", read, shape, matrix.const_value.dtype)
-        (product,) = insert(node, "MatMul", [x, matrix])
-        product.shape, product.dtype = out.shape, out.dtype
-        if len(node.inputs) > 2 and node.inputs[2] is not None:
-            (product,) = insert(node, "Add", [product, node.inputs[2]])
-        replace(out, product)
-        graph.remove([after, node], safe=True)
-        fired += 1
+        product = product_of(node, x, out)
+        if product is not None:
+            replace(out, product)
+            graph.remove([after, node], safe=True)
+            fired += 1
     return fired
+
+
+def _same_widths(gemm: ir.Node, x: ir.Value, out: ir.Value) -> bool:
+    """True if x [rows, new, in] and out [rows, new, out] have the sizes of the Gemm's matrix."""
+    if rank(x) != 3 or rank(out) != 3 or not is_constant(gemm.inputs[1]):
+        return False
+    shape = shape_of(gemm.inputs[1])
+    shape = shape[::-1] if flag(gemm, "transB") else shape
+    return [sizes_of(x)[-1], sizes_of(out)[-1]] == shape
 
 
 def rotate_flat(graph: ir.Graph) -> int:
@@ -304,10 +155,11 @@ def rotate_flat(graph: ir.Graph) -> int:
             continue
         split = _split_heads(node.inputs[0])
         join = _joined_heads(node.outputs[0])
-        if split is None or join is None or not same_shape(split, join):
+        heads = sizes_of(node.inputs[0])[1]
+        if heads is None or split is None or join is None or not same_shape(split, join):
             continue
         attributes = {
-            "num_heads": int(node.inputs[0].shape[1]),
+            "num_heads": heads,
             "interleaved": node.attributes.get_int("interleaved", 0),
             "rotary_embedding_dim": node.attributes.get_int("rotary_embedding_dim", 0),
         }
@@ -323,9 +175,9 @@ def drop_round_trips(graph: ir.Graph) -> int:
     for node in list(graph):
         if node.op_type != "Reshape":
             continue
-        source = node.inputs[0]
+        source = input_of(node, 0)
         while (earlier := producer(source, "Reshape")) is not None:
-            source = earlier.inputs[0]
+            source = input_of(earlier, 0)
         if same_shape(source, node.outputs[0]) and not node.outputs[0].is_graph_output():
             node.outputs[0].replace_all_uses_with(source)
             fired += 1
@@ -335,7 +187,7 @@ def drop_round_trips(graph: ir.Graph) -> int:
 def pack_attention(model: ir.Model, max_length: int | None) -> int:
     """One product for queries, keys and values, and the rotation inside the attention node."""
     graph = model.graph
-    tables: dict[tuple[str | None, str | None], tuple[ir.Value, ir.Value] | None] = {}
+    tables: dict[tuple[ir.Value, ir.Value], tuple[ir.Value, ir.Value] | None] = {}
     fired = 0
     for node in list(graph):
         if node.op_type != "GroupQueryAttention" or node.inputs[1] is None:
@@ -349,13 +201,13 @@ def pack_attention(model: ir.Model, max_length: int | None) -> int:
             continue
         inputs = [source, None, None, *node.inputs[3:]]
         if rotation is not None:
-            cos, sin = rotation.inputs[1], rotation.inputs[2]
-            key = (cos.name, sin.name)
-            if key not in tables:
-                tables[key] = _rotation_tables(model, cos, sin, max_length)
-            if tables[key] is None:
+            cos, sin = input_of(rotation, 1), input_of(rotation, 2)
+            if (cos, sin) not in tables:
+                tables[cos, sin] = _rotation_tables(model, cos, sin, max_length)
+            table = tables[cos, sin]
+            if table is None:
                 continue
-            inputs[7:9] = tables[key]
+            inputs[7:9] = table
             attributes["do_rotary"] = 1
             attributes["rotary_interleaved"] = rotation.attributes.get_int("interleaved", 0)
         outputs = insert(
@@ -368,10 +220,9 @@ def pack_attention(model: ir.Model, max_length: int | None) -> int:
 
 
 def _kernel_rotates(node: ir.Node, rotation: ir.Node) -> bool:
-    """Whether the attention node can: heads, and what turns of them, are multiples of 16."""
-    angles = rotation.inputs[1].shape
-    half = None if angles is None else angles[-1]
-    return not node.inputs[3].shape[3] % 16 and not (isinstance(half, int) and half % 8)
+    """True if the attention node can: head sizes, and the parts that turn, are multiples of 16."""
+    size, half = sizes_of(node.inputs[3])[3], (sizes_of(rotation.inputs[1]) or [None])[-1]
+    return size is not None and size % 16 == 0 and (half is None or half % 8 == 0)
 
 
 def merge_products(graph: ir.Graph) -> int:
@@ -392,7 +243,7 @@ def merge_products(graph: ir.Graph) -> int:
             continue
         order = {node: place for place, node in enumerate(graph)}
         siblings.sort(key=lambda node: order[node])
-        matrices = [node.inputs[1] for node in siblings]
+        matrices = [input_of(node, 1) for node in siblings]
         sizes = [shape_of(matrix)[1] for matrix in matrices]
         name = f"{matrices[0].name}.merged"
         merged = _side_by_side(graph, name, matrices)
@@ -411,19 +262,22 @@ def merge_products(graph: ir.Graph) -> int:
 # What the rules ask
 
 
+def _set_width(product: ir.Value, like: ir.Value, width: int) -> None:
+    """The type of a product: that of its activation with another last dimension."""
+    set_type(product, like)
+    if like.shape is not None:
+        product.shape = ir.Shape([*list(like.shape)[:-1], width])
+
+
 def _side_by_side(graph: ir.Graph, name: str, matrices: Sequence[ir.Value]) -> ir.Value:
     """Matrices [in, out] as one, joined when it is read."""
-    held = [matrix.const_value for matrix in matrices]
+    held = [tensor_of(matrix) for matrix in matrices]
     shape = [shape_of(matrices[0])[0], sum(shape_of(matrix)[1] for matrix in matrices)]
     return add_lazily(graph, name, partial(_joined, held), shape, held[0].dtype)
 
 
 def _joined(held: Sequence[ir.TensorProtocol]) -> NDArray[np.generic]:
     return np.concatenate([one.numpy() for one in held], axis=1)
-
-
-def _transposed(held: ir.TensorProtocol) -> NDArray[np.generic]:
-    return held.numpy().T
 
 
 def _equal(one: NDArray[np.generic], other: NDArray[np.generic]) -> bool:
@@ -446,9 +300,9 @@ def _split_heads(value: ir.Value | None) -> ir.Value | None:
 def _joined_heads(value: ir.Value) -> ir.Value | None:
     """The [rows, new, heads * dim] that `value` [rows, heads, new, dim] becomes, and only that."""
     for op_type in ("Transpose", "Reshape"):
-        if not only_use(value) or value.uses()[0].node.op_type != op_type:
+        node = reader_of(value)
+        if node is None or node.op_type != op_type:
             return None
-        node = value.uses()[0].node
         perm = list(node.attributes.get_ints("perm", ()))
         if op_type == "Transpose" and perm != [0, 2, 1, 3]:
             return None
@@ -459,41 +313,50 @@ def _joined_heads(value: ir.Value) -> ir.Value | None:
 def _packed(graph: ir.Graph, node: ir.Node) -> tuple[ir.Value, ir.Node | None] | None:
     """One value that holds queries, keys and values of an attention node, and their rotation."""
     query, key, value = node.inputs[:3]
-    rotations = [producer(query, "RotaryEmbedding"), producer(key, "RotaryEmbedding")]
-    if (rotations[0] is None) != (rotations[1] is None):
+    rotation, other = producer(query, "RotaryEmbedding"), producer(key, "RotaryEmbedding")
+    if (rotation is None) != (other is None):
         return None
-    rotation = rotations[0]
-    if rotation is not None:
-        if not _same_rotation(*rotations) or not all(only_use(v) for v in (query, key)):
+    if rotation is not None and other is not None:
+        if not _same_rotation(rotation, other) or not all(only_use(v) for v in (query, key)):
             return None
-        query, key = (turned.inputs[0] for turned in rotations)
+        query, key = rotation.inputs[0], other.inputs[0]
     split = producer(query, "Split")
     if split is not None and [query, key, value] == list(split.outputs):
-        return split.inputs[0], rotation
-    parts = [_linear(part) for part in (query, key, value)]
-    if any(part is None for part in parts) or len({part[0] for part in parts}) != 1:
+        return input_of(split, 0), rotation
+    parts = [part for one in (query, key, value) if (part := _linear(one)) is not None]
+    if len(parts) < 3 or len({part.x for part in parts}) != 1:
         return None
-    matrices = [part[1] for part in parts]
+    x, matrices = parts[0].x, [part.matrix for part in parts]
     matrix = _side_by_side(graph, f"{matrices[0].name}.packed", matrices)
     width = shape_of(matrix)[1]
-    first = min((part[2] for part in parts), key=list(graph).index)
-    (product,) = insert(first, "MatMul", [parts[0][0], matrix])
-    _set_width(product, parts[0][0], width)
-    if any(part[3] is not None for part in parts):
-        biases = [
-            np.zeros(shape_of(part[1])[1], np.float32) if part[3] is None else constant(part[3])
-            for part in parts
-        ]
-        bias = add_initializer(graph, f"{matrix.name}.bias", np.concatenate(biases))
-        (product,) = insert(first, "Add", [product, bias])
-        _set_width(product, parts[0][0], width)
+    first = min((part.node for part in parts), key=list(graph).index)
+    (product,) = insert(first, "MatMul", [x, matrix])
+    _set_width(product, x, width)
+    if any(part.bias is not None for part in parts):
+        bias = np.concatenate([part.bias_or_zeros() for part in parts])
+        added = add_initializer(graph, f"{matrix.name}.bias", bias)
+        (product,) = insert(first, "Add", [product, added])
+        _set_width(product, x, width)
     return product, rotation
 
 
-def _linear(
-    value: ir.Value,
-) -> tuple[ir.Value, ir.Value, ir.Node, ir.Value | None] | None:
-    """(input, matrix, product node, bias) if `value` is a linear function with constants."""
+@dataclass(frozen=True)
+class _Linear:
+    """A product of x with a constant [in, out], and perhaps the sum with a constant [out]."""
+
+    x: ir.Value
+    matrix: ir.Value
+    node: ir.Node
+    bias: ir.Value | None
+
+    def bias_or_zeros(self) -> NDArray[Any]:
+        if self.bias is None:
+            return np.zeros(shape_of(self.matrix)[1], np.float32)
+        return tensor_of(self.bias).numpy()
+
+
+def _linear(value: ir.Value | None) -> _Linear | None:
+    """`value` as a linear function with constants, if it is one."""
     bias = None
     add = producer(value, "Add")
     if add is not None:
@@ -506,22 +369,21 @@ def _linear(
         return None
     if rank(product.inputs[1]) != 2:
         return None
-    return product.inputs[0], product.inputs[1], product, bias
+    return _Linear(input_of(product, 0), input_of(product, 1), product, bias)
 
 
 def _same_rotation(one: ir.Node, other: ir.Node) -> bool:
-    """Whether two rotations turn by the same angles."""
-    if one.attributes.get_int("interleaved", 0) != other.attributes.get_int("interleaved", 0):
+    """True if two rotations turn by the same angles."""
+    if flag(one, "interleaved") != flag(other, "interleaved"):
         return False
-    return all(
-        a is b or (a.producer() is not None and _same_value(a, b))
-        for a, b in zip(one.inputs[1:3], other.inputs[1:3], strict=True)
-    )
+    pairs = zip(one.inputs[1:3], other.inputs[1:3], strict=True)
+    return all(a is b or _same_value(a, b) for a, b in pairs)
 
 
-def _same_value(one: ir.Value, other: ir.Value) -> bool:
-    """Whether two values come from equal nodes of the same inputs."""
-    a, b = one.producer(), other.producer()
+def _same_value(one: ir.Value | None, other: ir.Value | None) -> bool:
+    """True if two values come from equal nodes of the same inputs."""
+    a = None if one is None else one.producer()
+    b = None if other is None else other.producer()
     return (
         a is not None
         and b is not None
@@ -543,16 +405,17 @@ def _rotation_tables(
     arrays = evaluate(model, [cos, sin], np.arange(max_length, dtype=np.int64)[None])
     if arrays is None or any(a.ndim != 3 or a.shape[:2] != (1, max_length) for a in arrays):
         return None
-    return tuple(  # type: ignore[return-value]
-        add_initializer(model.graph, name, array[0])
-        for name, array in zip(("rotation.cos", "rotation.sin"), arrays, strict=True)
+    cosines, sines = (array[0] for array in arrays)
+    return (
+        add_initializer(model.graph, "rotation.cos", cosines),
+        add_initializer(model.graph, "rotation.sin", sines),
     )
 
 
 def evaluate(
     model: ir.Model, values: Sequence[ir.Value], position_ids: NDArray[np.int64]
 ) -> list[NDArray[np.float32]] | None:
-    """What the graph computes for `values` from `position_ids` alone; None if it needs more."""
+    """Compute `values` of the graph from `position_ids` alone; None if they need more."""
     needed: list[ir.Node] = []
     pending = [value.producer() for value in values]
     while pending:
@@ -572,6 +435,10 @@ def evaluate(
     return list(session.run(None, {"position_ids": position_ids}))
 
 
+def _float_info(value: ir.Value) -> onnx.ValueInfoProto:
+    return onnx.helper.make_tensor_value_info(str(value.name), onnx.TensorProto.FLOAT, None)
+
+
 def _part_of(
     model: ir.Model, needed: Sequence[ir.Node], values: Sequence[ir.Value]
 ) -> onnx.ModelProto:
@@ -579,16 +446,19 @@ def _part_of(
     order = {node: place for place, node in enumerate(model.graph)}
     nodes = sorted(needed, key=lambda node: order[node])
     constants = {
-        value.name: constant(value)
+        str(value.name): array
         for node in nodes
         for value in node.inputs
-        if value is not None and constant(value) is not None
+        if value is not None and (array := constant(value)) is not None
     }
     graph = onnx.helper.make_graph(
         [ir.serde.serialize_node(node) for node in nodes],
         "rotation",
         [onnx.helper.make_tensor_value_info("position_ids", onnx.TensorProto.INT64, [1, None])],
-        [onnx.helper.make_tensor_value_info(v.name, onnx.TensorProto.FLOAT, None) for v in values],
+        [
+            onnx.helper.make_tensor_value_info(str(v.name), onnx.TensorProto.FLOAT, None)
+            for v in values
+        ],
         [onnx.numpy_helper.from_array(array, name) for name, array in constants.items()],
     )
     opsets = [onnx.helper.make_opsetid(name, v) for name, v in model.opset_imports.items()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 from transformers import (
@@ -16,7 +17,7 @@ from transformers import (
 CLASSES = (AutoModelForCausalLM, AutoModelForMultimodalLM)
 
 
-def known(config: PretrainedConfig) -> type | None:
+def known(config: PretrainedConfig) -> Any:
     """transformers' door to a model that writes text, whatever it reads; None if it has none."""
     return next((auto for auto in CLASSES if type(config) in auto._model_mapping), None)
 

@@ -1,8 +1,11 @@
-"""What attention becomes in the graph: one GroupQueryAttention node a layer, on shared buffers.
+"""Attention as one GroupQueryAttention node a layer, on shared buffers.
 
 transformers routes nearly every decoder through `AttentionInterface` and
 `AttentionMaskInterface`, and every new key and value through `Cache.update`. So three small
-parts stand in for all models: an attention function, a mask function and a cache.
+parts stand in for all models: an attention function, a mask function and a cache. transformers
+finds the functions in registries of the process, by a name (hence the registration at the end), and
+calls all three from within the model's code, which hands nothing of ours on. So the run that they
+work for is a variable of this module, `_current`, for as long as `_running` lasts.
 
 A model is run twice. `recording` runs it as it is and notes, for each layer, the shapes of its
 keys and values and what its mask is (`Layer`); whatever GroupQueryAttention cannot express is
@@ -22,7 +25,17 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import DynamicCache
 
 from fastgen.errors import UnsupportedModel
-from fastgen.export.rewrite.node import FURTHEST, HEAD_STEP, attributes
+from fastgen.export.rewrite.node import (
+    BIAS,
+    FURTHEST,
+    HEAD_STEP,
+    INPUTS,
+    QUERIES,
+    SEQLENS,
+    SINK,
+    TOTAL,
+    attributes,
+)
 
 Bias = Callable[[torch.Tensor], torch.Tensor]  # positions [total] -> [num_heads, total]
 # Whether a query sees a key, by their positions: bool of the two shapes, broadcast.
@@ -79,7 +92,7 @@ class Turn:
 
 
 class All:
-    """What an index picks, where it picks all (`sparse`): of a mask, all that it shows."""
+    """The pick of an index that picks all (`sparse`): of a mask, all that it shows."""
 
     def __rand__(self, mask: torch.Tensor) -> torch.Tensor:
         return mask
@@ -103,6 +116,12 @@ class Pass:
 
 
 _current: Pass | None = None
+
+
+def _run() -> Pass:
+    if _current is None:
+        raise RuntimeError("attention 'fastgen' is only for exporting; use eager or sdpa to run")
+    return _current
 
 
 @contextlib.contextmanager
@@ -149,32 +168,28 @@ class PassingCache(DynamicCache):
 
 def write(key: torch.Tensor, value: torch.Tensor) -> None:
     """Note the keys and values of the new tokens, which are to be attended next."""
-    if _current is None:
-        raise RuntimeError("PassingCache is used outside of an export")
-    if _current.pending is not None:
+    run = _run()
+    if run.pending is not None:
         raise UnsupportedModel(
-            f"layer {len(_current.layers)} writes keys and values that are not attended before "
+            f"layer {len(run.layers)} writes keys and values that are not attended before "
             "others are: its attention does not go through transformers' AttentionInterface"
         )
-    _current.pending = (key, value)
+    run.pending = (key, value)
 
 
 def turn_next(turn: Turn) -> None:
     """The next attention is in the space of `turn`, as its keys and values are."""
-    assert _current is not None
-    _current.turn = turn
+    _run().turn = turn
 
 
 def raise_next(scores: torch.Tensor) -> None:
     """Add `scores` [rows, kv_heads, new] to all that queries give to the next keys."""
-    assert _current is not None
-    _current.raised = scores
+    _run().raised = scores
 
 
 def places(new: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The places of queries [rows or 1, new], and of keys [total], in their texts."""
-    assert _current is not None
-    feed = _current.feed
+    feed = _run().feed
     if feed is None:
         return torch.arange(new)[None], torch.arange(new)
     total = feed.total_sequence_length.item()
@@ -194,8 +209,7 @@ def attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:  # [rows, new, num_heads, head_dim]
     """The function that stands behind `attn_implementation="fastgen"`."""
-    if _current is None:
-        raise RuntimeError("attention 'fastgen' is only for exporting; use eager or sdpa to run")
+    run = _run()
     softcap = float(kwargs.pop("softcap", None) or 0.0)
     sinks = kwargs.pop("s_aux", None)
     added = kwargs.pop("position_bias", None)
@@ -209,21 +223,19 @@ def attention(
                 f"its attention takes {name!r}, which the graph has no place for"
             )
     window = None
-    if attention_mask is not None and _current.feed is None:
+    if attention_mask is not None and run.feed is None:
         place = attention_mask.untyped_storage().data_ptr()
-        if place not in _current.windows:
+        if place not in run.windows:
             raise UnsupportedModel(
-                f"layer {len(_current.layers)}: its mask is not one of transformers' causal or "
+                f"layer {len(run.layers)}: its mask is not one of transformers' causal or "
                 "sliding-window masks"
             )
-        window = _current.windows[place]
+        window = run.windows[place]
     if isinstance(window, UnsupportedModel):
         raise window
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if (
-        attention_mask is None
-        and _current.pending is None
-        and not getattr(module, "is_causal", True)
+        attention_mask is None and run.pending is None and not getattr(module, "is_causal", True)
     ):  # not to tokens: to what the layers before said of one, say
         weights = (query @ key.transpose(-1, -2) * scale).softmax(-1)
         return (weights @ value).transpose(1, 2), None
@@ -241,30 +253,30 @@ def attend(
     bias: Bias | None = None,
     added: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """What `attention` does, for those who know what it means: [rows, new, num_heads, value_dim].
+    """Attention whose meaning is known: [rows, new, num_heads, value_dim].
 
     Args:
         query: [rows, num_heads, new, head_dim], as `attention` takes it; key and value too.
         bias: of a score, which depends on the head and the key's position alone.
         added: to the scores, [rows, num_heads, new, total], by `places`.
     """
-    assert _current is not None
-    turn, _current.turn = _current.turn, None
+    run = _run()
+    turn, run.turn = run.turn, None
     if turn is not None:
         return turn.found(
             attend(turn.query(query), key, value, scale, window, softcap, sinks, bias, added)
         )
-    raised, _current.raised = _current.raised, None
+    raised, run.raised = run.raised, None
     if raised is not None:  # by one more number of each key, which is kept with it
         key = torch.cat((key, raised[..., None]), dim=-1)
         query = torch.cat((query, torch.full_like(query[..., :1], 1 / scale)), dim=-1)
-    written, _current.pending = _current.pending, None
-    if _current.feed is not None:
+    written, run.pending = run.pending, None
+    if run.feed is not None:
         return _emit(query, key, value, sinks, bias, added)
     layer = _describe(query, key, value, scale, window, softcap, sinks is not None)
     if written is None or written[0] is not key or written[1] is not value:
-        _current.derived[len(_current.layers)] = (key, value)
-    _current.layers.append(layer)
+        run.derived[len(run.layers)] = (key, value)
+    run.layers.append(layer)
     return _reference(query, key, value, layer, bias)
 
 
@@ -273,7 +285,7 @@ def is_recording() -> bool:
 
 
 def is_written() -> bool:
-    """Whether keys and values wait to be attended."""
+    """True if keys and values wait to be attended."""
     return _current is not None and _current.pending is not None
 
 
@@ -308,8 +320,7 @@ def _describe(
     softcap: float,
     sinks: bool,
 ) -> Layer:
-    assert _current is not None
-    number = len(_current.layers)
+    number = len(_run().layers)
     rows, num_heads, new, head_dim = query.shape
     for states in (key, value):
         if states.shape[0] != rows or states.shape[2] != new:
@@ -362,9 +373,10 @@ def _emit(
     bias: Bias | None,
     added: torch.Tensor | None,
 ) -> torch.Tensor:
-    assert _current is not None and _current.feed is not None
-    feed, number = _current.feed, len(_current.present)
-    layer, (past_key, past_value) = _current.layers[number], feed.past[number]
+    run = _run()
+    assert run.feed is not None
+    feed, number = run.feed, len(run.present)
+    layer, (past_key, past_value) = run.layers[number], feed.past[number]
     rows, _, new, _ = query.shape
     width = layer.num_heads * layer.head_dim
 
@@ -377,34 +389,19 @@ def _emit(
     head_sink = None if sinks is None else sinks.reshape(-1)
     if bias is not None or layer.seen is not None:
         added = _added(new, bias, layer.seen, added)
+    inputs: list[torch.Tensor | None] = [None] * INPUTS
+    inputs[:5] = flat(query), flat(key), flat(value), past_key, past_value
+    inputs[SEQLENS], inputs[TOTAL] = feed.seqlens_k, feed.total_sequence_length
+    inputs[BIAS], inputs[SINK], inputs[QUERIES] = added, head_sink, feed.query_seqlens
     out, present_key, present_value = torch.onnx.ops.symbolic_multi_out(
         "com.microsoft::GroupQueryAttention",
-        # cos, sin, position_ids | attention_bias, sink | k_scale, v_scale, q_norm, k_norm
-        [
-            flat(query),
-            flat(key),
-            flat(value),
-            past_key,
-            past_value,
-            feed.seqlens_k,
-            feed.total_sequence_length,
-            None,
-            None,
-            None,
-            added,
-            head_sink,
-            None,
-            None,
-            None,
-            None,
-            feed.query_seqlens,
-        ],
+        inputs,
         attributes(layer.num_heads, layer.kv_heads, layer.scale, layer.window, layer.softcap),
         dtypes=[torch.float32] * 3,
         shapes=[[rows, new, width], past_key.shape, past_value.shape],
         version=1,
     )
-    _current.present.append((present_key, present_value))
+    run.present.append((present_key, present_value))
     out = out.reshape(rows, new, layer.num_heads, layer.head_dim)
     return out if value.shape[-1] == layer.head_dim else out[..., : value.shape[-1]]
 
@@ -412,7 +409,7 @@ def _emit(
 def _added(
     new: int, bias: Bias | None, seen: Seen | None, added: torch.Tensor | None
 ) -> torch.Tensor:
-    """What is added to the scores: float32 [rows or 1, num_heads or 1, new, total].
+    """The sum that is added to the scores: float32 [rows or 1, num_heads or 1, new, total].
 
     The key of position j is the buffer's key j. What the kernel masks is anything here.
     """
@@ -435,26 +432,27 @@ def mask(**kwargs: Any) -> torch.Tensor | None:
     (it has an index, see `sparse`) gets one that is not used.
     """
     needed = not kwargs.get("allow_is_causal_skip", True)
-    if _current is None or (_current.feed is not None and not needed):
+    run = _current
+    if run is None or (run.feed is not None and not needed):
         return None
     dtype = torch.bool if needed else torch.float32
     token = torch.empty(
         kwargs["batch_size"], 1, kwargs["q_length"], kwargs["kv_length"], dtype=dtype
     )
-    if _current.feed is not None:
+    if run.feed is not None:
         return token
-    _current.masks.append(token)
+    run.masks.append(token)
     place = token.untyped_storage().data_ptr()
     try:
         positions = getattr(kwargs.get("config"), "max_position_embeddings", None)
-        _current.windows[place] = window_of(kwargs["mask_function"], positions)
+        run.windows[place] = window_of(kwargs["mask_function"], positions)
     except UnsupportedModel as error:  # it may be for layers that the model does not have
-        _current.windows[place] = error
+        run.windows[place] = error
     return token
 
 
 def window_of(mask_function: Any, positions: int | None = None) -> int | Seen | None:
-    """How many tokens a query sees, itself included, by asking the mask itself; None for all.
+    """Count the tokens that a query sees, itself included, by asking the mask; None for all.
 
     Where these are not just the last ones (it is chunked, say), the mask as a function.
 

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from fastgen.errors import UnsupportedModel
 from fastgen.export.trace import attention, sparse
-from fastgen.export.trace.attention import CACHES, Bias, Turn, UnsupportedModel, attend
+from fastgen.export.trace.attention import CACHES, Bias, Turn, attend
 
 CLOSE = 1e-4  # of the largest number that the model's own function gives
 
@@ -46,7 +47,7 @@ def own_code(model: PreTrainedModel) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def positions(model: PreTrainedModel, position_ids: Tensor) -> Iterator[dict[str, Tensor]]:
-    """What to call the model with, so that it uses `position_ids` [rows, new].
+    """Arguments that make the model use `position_ids` [rows, new].
 
     A model whose forward takes none looks positions up by how many tokens it has seen: while this
     lasts, it looks up these.
@@ -62,7 +63,7 @@ def positions(model: PreTrainedModel, position_ids: Tensor) -> Iterator[dict[str
 
 
 def knows_positions(model: PreTrainedModel) -> bool:
-    """Whether positions can be given to the model, or attention alone needs them (ALiBi)."""
+    """True if positions can be given to the model, or attention alone needs them (ALiBi)."""
     return (
         takes_positions(model)
         or any(True for _ in _position_tables(model))
@@ -104,7 +105,7 @@ def _replaced(owner: Any, name: str, ours: Callable[..., Any]) -> Iterator[None]
 
 
 def _attention_places(model: PreTrainedModel) -> Iterator[Place]:
-    """Where the model's attention is computed by code of its own, and what stands in for it."""
+    """Functions of the model that compute attention in their own way, and their stand-ins."""
     for module in model.modules():
         kind = _kind(module)
         if kind in _INNER and hasattr(module, "_attn"):  # some lost it in transformers 5.24
@@ -166,7 +167,7 @@ def _inner(
 
 
 def _window(module: torch.nn.Module) -> int | None:
-    """That of a module with a mask of its own, [1, 1, positions, positions]."""
+    """The window of a module with a mask of its own, [1, 1, positions, positions]."""
     mask = getattr(module, "bias", None)
     if mask is None:
         return None
@@ -311,7 +312,7 @@ _BIASES: dict[str, Callable[[Any], Bias]] = {
 
 
 def _other_places(model: PreTrainedModel) -> Iterator[Place]:
-    """Where something besides attention is computed in a way that a graph cannot."""
+    """Functions besides attention that no graph can hold, and their stand-ins."""
     yield from sparse.places(model)
     turned = set()
     for module in model.modules():
@@ -361,7 +362,7 @@ def _turned(axis: int, query: Tensor, key: Tensor, angles: Tensor) -> tuple[Tens
 
 
 def _by_distance(profiles: Tensor, states: Tensor, *_: Tensor) -> Tensor:
-    """What a query's state [rows, new, heads, size] adds to the scores of keys, by distance.
+    """The sum that a query's state [rows, new, heads, size] adds to scores, by distance.
 
     Args:
         profiles: [size, extent], of distances from 0.
@@ -391,7 +392,7 @@ def _grown(
 
 
 def _largest(cut: float, inputs: Tensor) -> Tensor:
-    """What lies over `cut` standard deviations, less that."""
+    """The part above `cut` standard deviations, less that."""
     deviation = inputs.std(dim=-1, keepdim=True, unbiased=False)
     return torch.relu(inputs - (inputs.mean(dim=-1, keepdim=True) + cut * deviation))
 
@@ -402,7 +403,7 @@ def _largest(cut: float, inputs: Tensor) -> Tensor:
 
 
 def _saves(module: Any) -> bool:
-    """Whether latents take less memory than the keys and values made of them."""
+    """True if latents take less memory than the keys and values made of them."""
     heads = module.kv_b_proj.out_features // (module.qk_nope_head_dim + module.v_head_dim)
     each = max(module.qk_nope_head_dim + module.qk_rope_head_dim, module.v_head_dim)
     latent = module.kv_lora_rank + module.qk_rope_head_dim
@@ -410,7 +411,7 @@ def _saves(module: Any) -> bool:
 
 
 def _spaces(module: Any) -> tuple[Tensor, Tensor]:
-    """From queries to latents [heads, size, rank], and from there to values [heads, rank, size]."""
+    """Matrices to latents [heads, size, rank] for queries, and from them to values, turned."""
     sizes = (module.qk_nope_head_dim, module.v_head_dim)
     weight = module.kv_b_proj.weight.detach().unflatten(0, (-1, sum(sizes)))
     keys, values = weight.split(sizes, dim=1)

@@ -1,4 +1,4 @@
-"""What can be said of a model before it is run: which ones the graph cannot express, and why.
+"""Refuse models that no graph can express, before they are run, and say why.
 
 These are reasons that a user understands. Whatever passes here and still does not fit is found
 while the model is recorded (`attention`), converted (`graph`) or compared (`check`). One kind is
@@ -108,7 +108,7 @@ def layers(model: PreTrainedModel, found: Sequence[Layer]) -> None:
 
 
 def has_attention(model: PreTrainedModel) -> bool:
-    """Whether there is a layer whose tokens look at each other; a recurrence needs no positions."""
+    """True if the tokens of some layer look at each other; a recurrence needs no positions."""
     kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None)
     return bool(ATTENTION_LAYERS & set(kinds)) if kinds else not model._is_stateful
 

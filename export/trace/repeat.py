@@ -19,15 +19,18 @@ import onnx_ir as ir
 import torch
 from transformers import PreTrainedModel
 
-from fastgen.export.rewrite import trim
+from fastgen.export.rewrite.edit import clean_up, input_of, tensor_of
 from fastgen.export.trace import stored
 from fastgen.export.trace.attention import Layer
 from fastgen.export.trace.stored import StandIn
+from fastgen.store.graph_io import PAST, PRESENT, layer_and_half
 
 TRACED = 3  # layers: the first, the one that is repeated, and one to see that it can be
 FEWEST = 6  # layers for which it pays
 OWN = {"layer_idx", "layer_id", "idx"}  # attributes in which layers that are alike differ
 APART = {"_modules", "_parameters", "_buffers"}  # attributes that are looked at by themselves
+
+Pairs = dict[ir.Value | None, ir.Value | None]  # values of one layer, and of another
 
 
 class _Unlike(Exception):
@@ -123,7 +126,7 @@ def unroll(model: ir.Model, layers: Layers, stand_ins: Sequence[StandIn]) -> boo
     Returns:
         False, with the graph of no use, where it is not as expected.
     """
-    trim.clean_up(model)  # what each layer computes again of what all share, it shares now
+    clean_up(model)  # what each layer computes again of what all share, it shares now
     try:
         _Unrolling(model.graph, layers, stand_ins).run()
     except _Unlike:
@@ -133,7 +136,7 @@ def unroll(model: ir.Model, layers: Layers, stand_ins: Sequence[StandIn]) -> boo
 
 @dataclass(frozen=True)
 class _Own:
-    """What is of one layer alone: a part of a weight, or what is kept of keys or values.
+    """A value of one layer alone: a part of a weight, or its past keys or values.
 
     Attributes:
         number: of the layer.
@@ -160,9 +163,8 @@ class _Unrolling:
         self.layers = layers
         self.own = dict(_own_weights(graph, layers, stand_ins))
         for value in graph.inputs:
-            kind, number, part = _parts(value)
-            if kind == "past_key_values":
-                self.own[value] = _Own(number, part)
+            if (found := layer_and_half(value.name)) is not None:
+                self.own[value] = _Own(*found)
         self.level: dict[ir.Value, int] = {}
 
     def run(self) -> None:
@@ -170,7 +172,7 @@ class _Unrolling:
         following = self._same(second, third)
         self._check_uses(second, third, tail)
         # What a value that the second layer makes is in the latest one.
-        latest = {value: following[value] for node in second for value in node.outputs}
+        latest: Pairs = {value: following[value] for node in second for value in node.outputs}
         last = {latest[value]: value for value in latest}
         behind = third[-1]
         for number in range(TRACED, len(self.layers.modules)):
@@ -182,7 +184,7 @@ class _Unrolling:
                 if value in last:
                     node.replace_input_with(place, latest[last[value]])
         for values in (self.graph.inputs, self.graph.outputs):
-            values[:] = sorted(values, key=lambda value: _parts(value)[1:])
+            values[:] = sorted(values, key=lambda value: layer_and_half(value.name) or (-1, ""))
 
     def _blocks(self) -> tuple[list[ir.Node], list[ir.Node], list[ir.Node]]:
         """Nodes of the second and of the third layer, and those after it."""
@@ -191,7 +193,7 @@ class _Unrolling:
             if any(one.type == ir.AttributeType.GRAPH for one in node.attributes.values()):
                 raise _Unlike
             level = max((self._level(value) for value in node.inputs), default=-1)
-            if node.op_type == "Shape" and node.inputs[0].is_graph_input():
+            if node.op_type == "Shape" and input_of(node, 0).is_graph_input():
                 level = -1  # keys and values of all layers are of one shape
             self.level |= dict.fromkeys(node.outputs, level)
             if level >= 0:
@@ -207,13 +209,13 @@ class _Unrolling:
             return -1
         return self.own[value].number if value in self.own else self.level.get(value, -1)
 
-    def _same(self, second: list[ir.Node], third: list[ir.Node]) -> dict[ir.Value, ir.Value]:
-        """What each value that the second layer reads or makes is in the third.
+    def _same(self, second: list[ir.Node], third: list[ir.Node]) -> Pairs:
+        """Match each value that the second layer reads or makes with its like in the third.
 
         Raises:
             _Unlike: they are not the same nodes.
         """
-        found: dict[ir.Value | None, ir.Value | None] = {}
+        found: Pairs = {}
         if len(second) != len(third):
             raise _Unlike
         for one, other in zip(second, third, strict=True):
@@ -255,17 +257,17 @@ class _Unrolling:
     def _repeated(
         self,
         second: list[ir.Node],
-        following: dict[ir.Value, ir.Value],
-        latest: dict[ir.Value, ir.Value],
+        following: Pairs,
+        latest: Pairs,
         number: int,
-    ) -> tuple[list[ir.Node], dict[ir.Value, ir.Value]]:
+    ) -> tuple[list[ir.Node], Pairs]:
         """The nodes of another layer, and what each value that the second makes is there.
 
         Args:
             following: what a value that the second layer reads or makes is in the third.
             latest: what a value that the second layer makes is in the layer before.
         """
-        there: dict[ir.Value | None, ir.Value | None] = {}
+        there: Pairs = {}
         nodes = []
         for node in second:
             for value in node.inputs:
@@ -294,22 +296,22 @@ class _Unrolling:
         return nodes, {value: there[value] for value in latest}
 
     def _own(self, value: ir.Value, number: int) -> ir.Value:
-        """What a value of one layer alone is in another."""
+        """The like of a value of one layer alone, in another layer."""
         copy = ir.Value(name=self._name(value, number), shape=value.shape, type=value.type)
         own = self.own[value]
         if own.weight is None:
             self.graph.inputs.append(copy)
             return copy
         weight = self.layers.modules[number].get_parameter(own.part[0])
-        held = replace(own.weight, weight=weight).behind(value.const_value.numpy())
-        copy.const_value = stored.read_lazily(held, copy.name)
+        held = replace(own.weight, weight=weight).behind(tensor_of(value).numpy())
+        copy.const_value = stored.read_lazily(held, str(copy.name))
         self.graph.register_initializer(copy)
         return copy
 
     def _name(self, value: ir.Value, number: int) -> str:
         """As a trace would call it, where that can be told."""
         name = str(value.name)
-        for place in ("past_key_values.", "present.", f"{self.layers.name}."):
+        for place in (f"{PAST}.", f"{PRESENT}.", f"{self.layers.name}."):
             before, found, after = name.partition(f"{place}1.")
             if found:
                 return f"{before}{place}{number}.{after}"
@@ -326,22 +328,16 @@ def _own_weights(
         for name, weight in module.named_parameters()
     }
     for value in graph.initializers.values():
-        if value.const_value.dtype != ir.DataType.FLOAT or not value.const_value.size:
+        tensor = tensor_of(value)
+        if tensor.dtype != ir.DataType.FLOAT or not tensor.size:
             continue
-        view = value.const_value.numpy()
+        view = tensor.numpy()
         for one in stand_ins:
             part = one.behind(view)
             if part is not None and id(one.weight) in names:
                 number, name = names[id(one.weight)]
                 place = view.ctypes.data - one.array.ctypes.data
                 yield value, _Own(number, (name, place, view.shape, view.strides), one)
-
-
-def _parts(value: ir.Value) -> tuple[str, int, str]:
-    """Of the name of keys or values: which, of which layer, and which of both."""
-    kind, _, rest = str(value.name).partition(".")
-    number, _, part = rest.partition(".")
-    return (kind, int(number), part) if kind in ("past_key_values", "present") else ("", -1, "")
 
 
 def _kind(node: ir.Node) -> tuple[Any, ...]:

@@ -43,7 +43,7 @@ def settle(model: PreTrainedModel) -> None:
 
 
 def settled(module: torch.nn.Module) -> bool:
-    """Whether the rotations of a module do not change any more."""
+    """True if the rotations of a module do not change any more."""
     return isinstance(module.forward, _First)
 
 

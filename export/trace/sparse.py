@@ -37,7 +37,7 @@ def settle(model: PreTrainedModel) -> None:
 
 
 def places(model: PreTrainedModel) -> Iterator[tuple[Any, str, Callable[..., Any]]]:
-    """What stands in for the indices while a model is exported."""
+    """Stand-ins for the indices while a model is exported."""
     for picks in _picking(model):
         if hasattr(picks, "prepare_dynamic_mask"):  # by scores that count besides
             yield picks, "prepare_dynamic_mask", _raised
@@ -46,7 +46,7 @@ def places(model: PreTrainedModel) -> Iterator[tuple[Any, str, Callable[..., Any
 
 
 def _by_blocks(model: PreTrainedModel) -> bool:
-    """Whether tokens of a long text see blocks of it (BigBird, arXiv 2007.14062)."""
+    """True if tokens of a long text see blocks of it (BigBird, arXiv 2007.14062)."""
     switches = hasattr(model.base_model, "set_attention_type")
     return switches and model.config.attention_type == "block_sparse"
 

@@ -7,6 +7,9 @@ LinearAttention node. Its rules: `gated` S = exp(g) S + k v, `gated_delta` (Yang
 2412.06464). Mamba (Gu and Dao 2023, arXiv 2312.00752) and Mamba-2 (2405.21060) are `gated`, with C
 as the query, B as the key and dt x as the value.
 
+As in `attention`, the model's code calls them and hands nothing of ours on: the run that they work
+for is a variable of this module, `_current`, for as long as `running` lasts.
+
 Rows are padded on the right. A padded token leaves every state as it is: its decay is 0 (as a
 logarithm) and so is what it adds; of a convolution's inputs the last real ones are kept.
 """
@@ -23,13 +26,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.activations import ACT2FN
 
 from fastgen.errors import UnsupportedModel
 from fastgen.export.trace.attention import CACHES, PassingCache
 
-Tensor = torch.Tensor
 Place = tuple[str, int, int]  # "conv", "shift" or "recurrent", the layer, which of its states
 
 

@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 from torch.utils import _pytree as trees
 from transformers import PreTrainedModel
 
+from fastgen.export.rewrite.edit import tensor_of
+
 LARGE = 1 << 16  # numbers of a weight for which it pays; smaller ones are cast once
 PART = 1 << 20  # numbers of a weight that are cast at a time for a product
 HALVES = (torch.bfloat16, torch.float16)
@@ -140,7 +142,7 @@ class StandIn:
 def standing_in(
     model: PreTrainedModel, known_again: Sequence[torch.nn.Module] = ()
 ) -> Iterator[list[StandIn]]:
-    """For tracing, which reads no large weight: others stand in for those that are `Stored`.
+    """Let arrays stand in for weights that are `Stored`, so that tracing reads no large one.
 
     Args:
         known_again: modules for all of whose weights others stand in. Small ones are random
@@ -173,7 +175,7 @@ def standing_in(
 def settle(graph: ir.Graph, stand_ins: Sequence[StandIn]) -> None:
     """Let a graph that was traced with stand-ins read what they stood for."""
     for value in graph.initializers.values() if stand_ins else ():
-        tensor = value.const_value
+        tensor = tensor_of(value)
         if isinstance(tensor, ir.LazyTensor) or tensor.dtype != ir.DataType.FLOAT:
             continue
         view = tensor.numpy()

@@ -20,8 +20,7 @@ from fastgen.conversation import Conversation, Took
 from fastgen.system.interrupt import noted
 
 if TYPE_CHECKING:
-    from fastgen.serve.tools.reader import Event
-    from fastgen.serve.tools.reader import Reader as Splitter
+    from fastgen.serve.tools.reader import AnswerEvent, AnswerReader
 
 QUOTES = '"""'  # around several lines
 PROMPT, MORE = ">>> ", "... "
@@ -33,7 +32,11 @@ PROMPT, MORE = ">>> ", "... "
 @run_options
 @knob_flags
 def chat(
-    model: str | None, system: str | None, threads: int | None, prompts: str | None, **knobs: Any
+    model: str | None,
+    system: str | None,
+    threads: int | None,
+    prefill_precision: str | None,
+    **knobs: Any,
 ) -> None:
     """Talk with a model: MODEL is a directory or a hub id (default: the demo model).
 
@@ -51,7 +54,7 @@ def chat(
     tokens at most. An answer has 256. --max-new-tokens or --max-length change that.
     """
     with clear_errors():
-        loaded = load(model, threads, prompts, "MODEL")
+        loaded = load(model, threads, prefill_precision, "MODEL")
         conversation = Conversation(loaded, given(knobs), system)
         info = loaded.model.info
         name = info.name or loaded.directory.name
@@ -75,7 +78,7 @@ def chat(
 # --- where messages come from --------------------------------------------------------------------
 
 
-class Reader:
+class MessageReader:
     """Messages and commands, each of a line or of several.
 
     Args:
@@ -115,7 +118,7 @@ class Reader:
         return text, False
 
 
-class Stream:
+class InputLines:
     """Standard input as lines of UTF-8, counted."""
 
     def __init__(self) -> None:
@@ -145,8 +148,8 @@ def _typed(prompt: str) -> str:
 
 def _answer_all(conversation: Conversation) -> None:
     """Answer all of standard input; the first error ends it, and names its line."""
-    stream = Stream()
-    reader = Reader(stream)
+    stream = InputLines()
+    reader = MessageReader(stream)
     while True:
         try:
             with clear_errors():
@@ -162,7 +165,7 @@ def _answer_all(conversation: Conversation) -> None:
 def _talk(conversation: Conversation) -> None:
     """Answer what is typed until the user leaves."""
     edited = _line_editor()
-    reader = Reader(_typed)
+    reader = MessageReader(_typed)
     warned = False  # that another Ctrl-C leaves
     conversation.read_ahead()
     while True:
@@ -260,7 +263,7 @@ def _dimmed(conversation: Conversation, text: str, pieces: Iterator[str]) -> Ite
             thought = False
 
 
-def _events(reader: Splitter, pieces: Iterable[str]) -> Iterator[Event]:
+def _events(reader: AnswerReader, pieces: Iterable[str]) -> Iterator[AnswerEvent]:
     for piece in pieces:
         yield from reader.push(piece)
     yield from reader.end()
@@ -288,7 +291,7 @@ def _shown(took: Took) -> str:
 
 @dataclass(frozen=True)
 class Command:
-    """What can be typed besides messages.
+    """A command that can be typed besides messages.
 
     Attributes:
         run: does it with what stands behind its name, and gives what is to be said.

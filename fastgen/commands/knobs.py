@@ -10,6 +10,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from fastgen.inputs.knob import Notation, kind_of
 from fastgen.inputs.params import Params
 
 
@@ -19,28 +20,31 @@ def knob_flags(command: Callable[..., Any]) -> Callable[..., Any]:
         flag, default = "--" + knob.name.replace("_", "-"), knob.default
         shown = "" if default is None else f" [default: {str(default).lower()}]"
         options: dict[str, Any] = {"default": None, "help": knob.metadata["help"] + shown}
-        kind = str(knob.type)
-        if kind == "bool":
+        kind = kind_of(knob)
+        if kind.repeats:
+            options |= {"multiple": True, "default": ()}
+        elif kind.notation == "bool":
             flag = f"{flag}/--no-{flag[2:]}"
-        elif kind.removesuffix(" | None") in ("int", "float"):
-            options["type"] = {"int": int, "float": float}[kind.removesuffix(" | None")]
-        elif kind == "str | None":
-            options["metavar"] = "TEXT"
-        elif kind == "tuple[str, ...] | None":
-            options["multiple"] = True
-            options["default"] = ()
         else:
-            options |= {"type": json_or_text, "metavar": "JSON"}
+            options |= OPTIONS[kind.notation]
         command = click.option(flag, **options)(command)
     return command
 
 
 def json_or_text(value: str) -> Any:
-    """What a JSON text says; what is not JSON is taken as text."""
+    """The value of a JSON text; any other text as it is."""
     try:
         return json.loads(value)
     except (ValueError, RecursionError):
         return value
+
+
+OPTIONS: dict[Notation, dict[str, Any]] = {
+    "int": {"type": int},
+    "float": {"type": float},
+    "text": {"metavar": "TEXT"},
+    "json": {"type": json_or_text, "metavar": "JSON"},
+}
 
 
 def given(knobs: dict[str, Any]) -> dict[str, Any]:

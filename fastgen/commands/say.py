@@ -1,27 +1,20 @@
-"""What every command says in one way: errors in a line, JSON that every reader takes."""
+"""Output of every command in one way: errors in a line, JSON that every reader takes."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import math
 from collections.abc import Iterator
 from typing import Any
 
 import click
 
+from fastgen.store import jsonfile
+
 
 def in_json(value: Any, indent: int | None = None) -> str:
     """JSON that every reader takes: it has no NaN and no Infinity, null stands for them."""
-    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, indent=indent)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _finite(one) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.dumps(jsonfile.finite(value), ensure_ascii=False, allow_nan=False, indent=indent)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import click
 from fastgen.commands.models import load, run_options
 from fastgen.commands.say import clear_errors, say
 from fastgen.sampling import trial
-from fastgen.serve.limits import Limits
+from fastgen.serve.limits import RequestLimits
 from fastgen.system import extras
 
 FORMATS = ("auto", "none")  # of reasoning: those of `fastgen.serve.reasoning`
@@ -25,7 +25,7 @@ MEMORY = "a quarter of the machine's memory"
 
 def limit_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """A flag for each limit of a request."""
-    for one in reversed(fields(Limits)):
+    for one in reversed(fields(RequestLimits)):
         flag = click.option(
             f"--max-{one.name.replace('_', '-')}",
             type=click.IntRange(1),
@@ -113,7 +113,7 @@ def serve(
     port: int,
     api_key: str | None,
     threads: int | None,
-    prompts: str | None,
+    prefill_precision: str | None,
     name: str | None,
     rows: int | None,
     memory: float | None,
@@ -159,11 +159,13 @@ def serve(
         settings |= {"plain_tools": plain_tools, "free_calls": free_calls}
         settings["max_bytes"] = None if memory is None else int(memory * 1e9)
         given = {key: value for key, value in settings.items() if value is not None}
-        limits = Limits(**{n.removeprefix("max_"): v for n, v in most.items() if v is not None})
+        limits = RequestLimits(
+            **{n.removeprefix("max_"): v for n, v in most.items() if v is not None}
+        )
         given["grammars"] = trial.Limits(grammar_seconds, grammar_memory << 20)
         with _listening(host, port) as place:
             hosts = _hosts(place, host, allowed_hosts, api_key is not None)
-            loaded = load(model, threads, prompts, "MODEL")
+            loaded = load(model, threads, prefill_precision, "MODEL")
             made = app(
                 loaded,
                 name=name,

@@ -4,9 +4,12 @@ model          new ids and a cache -> logits       cache         keys and values
 kv_int8        keys and values in 8 bits           prompt_reader in 32, where prompts are read
 prefill        prompts -> the cache, by chunks     prefill_int8  by a second session, for 4 bits
 prefix_cache   what is kept of prompts for later   request       the rows of one call
-batch          THE LOOP: rows join, step, leave    beam          beam search over the same stages
+batch          THE LOOP: rows join, step, leave    beam/         beam search over the same stages
+slots          rows move between a cache's slots    step          which kind it was, its new tokens
 speculative    several tokens a step               guidance      logits without the prompt
-call           one call, checked and ready to run  schedule      many people's calls, side by side
+prepare        arguments -> one call, checked      call          one call, ready to run
+schedule       many people's calls, side by side   plan          which of them are next, in numbers
+writer         tokens with their text
 score          how likely given tokens are         memory_estimate  what a call would take
 output         what comes out
 """

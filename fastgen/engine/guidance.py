@@ -1,4 +1,4 @@
-"""Classifier-free guidance: what the model would say without the prompt (arXiv 2306.17806)."""
+"""Classifier-free guidance: the logits without the prompt (arXiv 2306.17806)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastgen.engine.model import Model
-from fastgen.engine.prefill import CHUNK, Prefill
+from fastgen.engine.prefill import WHOLE, Chunks, Prefill
 from fastgen.sampling.processors import Context
 
 
@@ -39,19 +39,15 @@ class Unconditional:
         self._negative = negative_prompts
         self._copies = copies
         longest = max((len(row) for row in negative_prompts or ()), default=1)
-        self._cache = model.new_cache(rows, capacity + longest + CHUNK)
+        self._cache = model.new_cache(rows, capacity + longest + WHOLE.margin)
         self._slots: list[int] = []  # which row of the request each slot holds
         self._prefill: Prefill | None = None
 
-    def begin(self, chunk: int | None = None) -> Prefill | None:
-        """What reads the negative prompts, if there are any.
-
-        Args:
-            chunk: see `Prefill`.
-        """
+    def begin(self, chunks: Chunks = WHOLE) -> Prefill | None:
+        """Begin to read the negative prompts, if there are any."""
         if self._negative is not None:
             rows = sorted(self._negative, key=len)
-            self._prefill = Prefill(self._model, self._cache, rows, 0, chunk=chunk)
+            self._prefill = Prefill(self._model, self._cache, rows, 0, chunks=chunks)
         return self._prefill
 
     def __call__(self, context: Context) -> NDArray[np.float32]:

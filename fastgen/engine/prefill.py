@@ -1,11 +1,13 @@
 """Prompts on their way into the cache: a chunk at a time, several rows together, known ones first.
 
-Whoever has rows that run meanwhile takes one chunk, steps, and takes the next one.
+Where rows run meanwhile, one chunk is read, they step, and the next one is read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,11 +15,41 @@ from numpy.typing import NDArray
 from fastgen.engine.cache import Cache
 from fastgen.engine.model import Model
 from fastgen.engine.prefix_cache import PrefixCache
-from fastgen.engine.prompt_reader import Desk
+from fastgen.engine.prompt_reader import PromptReader
 
 CHUNK = 256  # tokens of one row that are read at a time
 TOGETHER = 512  # tokens of several rows that are read at a time
 CALL = 20  # tokens that take as long as a call without any: reading the weights, mostly
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Tokens that are read at a time.
+
+    Attributes:
+        row: of one prompt. Chunks end at its multiples, for every row; a multiple of
+            `prefix_cache.BLOCK` where a prefix cache is used.
+        together: of several prompts, padding included.
+        step: of rows that run, padding included, unless there are more rows: forced tokens and
+            guesses.
+    """
+
+    row: int = CHUNK
+    together: int = TOGETHER
+    step: int = sys.maxsize
+
+    @classmethod
+    def of(cls, tokens: int) -> Chunks:
+        """Chunks where others wait for the end of each: never more than so many tokens."""
+        return cls(tokens, tokens, tokens)
+
+    @property
+    def margin(self) -> int:
+        """Tokens with which a row may be padded where it is read together with longer ones."""
+        return max(self.row, CHUNK)
+
+
+WHOLE = Chunks()  # where nobody waits
 
 States = dict[int, list[NDArray[np.float32]]]  # of a row, by how many tokens were read
 
@@ -28,12 +60,10 @@ class Prefill:
     Args:
         prompts: int64 [length] each, shortest first.
         prefix_cache: where their keys and values are kept, if anywhere.
-        chunk: tokens that are read at a time, of all rows together; a multiple of `prefix.BLOCK`.
-            Chunks end at its multiples, for every row. None where nobody waits: CHUNK of a row,
-            TOGETHER of several.
+        chunks: tokens that are read at a time.
 
     Attributes:
-        first: the slot of the first prompt; whoever moves the slots says so here.
+        first: the slot of the first prompt; what moves the slots sets it anew.
         logits: float32 [prompts, vocab]: those after the last token of each that has been read.
         done: whether all have been.
     """
@@ -45,11 +75,10 @@ class Prefill:
         prompts: Sequence[NDArray[np.int64]],
         first: int,
         prefix_cache: PrefixCache | None = None,
-        chunk: int | None = None,
+        chunks: Chunks = WHOLE,
     ) -> None:
         self.model, self.cache, self.prompts, self.first = model, cache, prompts, first
-        self.prefix_cache, self.chunk = prefix_cache, chunk or CHUNK
-        self._most = chunk or TOGETHER
+        self.prefix_cache, self.chunk, self._most = prefix_cache, chunks.row, chunks.together
         self.logits = np.empty((len(prompts), model.info.vocab_size), np.float32)
         self.done = False
         for slot in range(first, first + len(prompts)):
@@ -58,7 +87,7 @@ class Prefill:
 
     @property
     def left(self) -> int:
-        """How many tokens are still to be read."""
+        """The number of tokens that are still to be read."""
         held = self.cache.lengths[self.first : self.first + len(self.prompts)]
         return sum(map(len, self.prompts)) - int(held.sum())
 
@@ -81,35 +110,36 @@ class Prefill:
     def _read_group(self, start: int, end: int) -> Iterator[None]:
         """Read prompts `start` to `end`, but what the prefix cache knows of them."""
         prompts, known = self.prompts[start:end], self.prefix_cache
-        apart = self.model.reads_apart(len(prompts[0]))
+        apart = self.model.reads_apart(len(prompts[0]))  # all but its last token
         texts = [prompt[:-1] for prompt in prompts] if apart else prompts
         if known is not None:
             model = self.model.fingerprint
             known.fetch(model, texts, self.cache, self.first + start, self.chunk)
-        desk = Desk(self.model, self.cache, len(prompts), len(prompts[-1]) + self.chunk)
-        desk.lay(self.first + start, len(prompts))
+        reader = PromptReader(self.model, self.cache, len(prompts), len(prompts[-1]) + self.chunk)
+        reader.load(self.first + start, len(prompts))
         states: list[States] | None = None if known is None else [{} for _ in prompts]
-        yield from self._read_rows(desk, start, texts, apart, states)
+        yield from self._read_rows(reader, start, texts, apart, states)
         if apart:
             ends = [prompt[-1:] for prompt in prompts]
-            self.logits[start:end] = desk.forward(ends, self.first + start, 0)[:, 0]
-        desk.close()
+            self.logits[start:end] = reader.forward(ends, self.first + start, 0)[:, 0]
+        reader.close()
         if known is not None and states is not None:
-            for place, (text, mine) in enumerate(zip(texts, states, strict=True), start):
-                known.keep(model, text, self.cache, self.first + place, self.chunk, mine)
+            for index, (text, mine) in enumerate(zip(texts, states, strict=True), start):
+                known.keep(model, text, self.cache, self.first + index, self.chunk, mine)
 
     def _read_rows(
         self,
-        desk: Desk,
+        reader: PromptReader,
         start: int,
         texts: Sequence[NDArray[np.int64]],
-        apart: bool,
+        by_prefill_session: bool,
         states: list[States] | None,
     ) -> Iterator[None]:
         """Read what the slots do not hold yet, row by row shorter ones leaving.
 
         Args:
-            texts: the prompts from `start` on; without their last tokens if they are read apart.
+            texts: the prompts from `start` on; without their last tokens if the
+                prefill session reads them.
             states: gets each row's states where a chunk ended; None where nobody wants them.
         """
         at, end = start, start + len(texts)
@@ -120,14 +150,14 @@ class Prefill:
             stop = (held.min() // self.chunk + 1) * self.chunk
             new = [prompt[done:stop] for prompt, done in zip(prompts, held, strict=True)]
             ended = sum(len(prompt) <= stop for prompt in prompts)
-            # Only a chunk in which a prompt ends needs logits, and none that is read apart.
-            wanted = ended and not apart
+            # Only a chunk in which a prompt ends needs logits; the prefill session has none.
+            wanted = ended and not by_prefill_session
             positions = None if wanted else np.zeros((len(new), 0), np.int64)
-            logits = desk.forward(new, first, at - start, positions, apart)
+            logits = reader.forward(new, first, at - start, positions, by_prefill_session)
             if wanted:
                 self.logits[at : at + ended] = logits[:ended, 0]
             if states is None:  # no prefix cache wants what was read first
-                desk.forget(first, at - start, len(new))
+                reader.forget(first, at - start, len(new))
             for row in range(at, end) if states is not None else ():
                 assert states is not None
                 if self.cache.lengths[self.first + row] == stop:
@@ -144,20 +174,24 @@ def prefill(
     prompts: Sequence[NDArray[np.int64]],
     first: int,
     prefix_cache: PrefixCache | None = None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> NDArray[np.float32]:
     """Read `prompts`, shortest first, into the slots from `first` on, with nobody waiting.
 
+    Args:
+        stopped: asked before each chunk: whether to stop there.
+
     Returns:
-        float32 [prompts, vocab]: the logits after the last token of each.
+        float32 [prompts, vocab]: the logits after the last token of each that was read whole.
     """
     reading = Prefill(model, cache, prompts, first, prefix_cache)
-    while not reading.done:
+    while not reading.done and not stopped():
         reading.read()
     return reading.logits
 
 
 def together(lengths: Sequence[int], chunk: int, most: int) -> list[tuple[int, int]]:
-    """Which neighbours of rows are read together: (first, last + 1) of each group.
+    """The neighbours of rows that are read together: (first, last + 1) of each group.
 
     Rows are padded to the longest of their group, and every call has a cost of its own; the
     groups are those of the least sum.
@@ -186,7 +220,7 @@ def together(lengths: Sequence[int], chunk: int, most: int) -> list[tuple[int, i
 
 
 def _cost(lengths: Sequence[int], chunk: int) -> float:
-    """Of reading rows together: tokens, padding included, and CALL for each call."""
+    """The cost of reading rows together: tokens, padding included, and CALL for each call."""
     cost, at = 0.0, 0
     while at < lengths[-1]:
         going = sum(length > at for length in lengths)

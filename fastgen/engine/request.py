@@ -1,7 +1,8 @@
-"""What one call asks for: its rows, and what they share (knobs, processors, chance, limits)."""
+"""The rows of one call, and what they share: knobs, processors, chance and limits."""
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,10 +13,19 @@ from numpy.typing import NDArray
 from fastgen.engine.guidance import Unconditional
 from fastgen.engine.prefix_cache import PrefixCache
 from fastgen.inputs.params import Params
-from fastgen.sampling import pick
+from fastgen.sampling import sampler
 from fastgen.sampling.constraint import Constraint
 from fastgen.sampling.processors import Chain, Context
 from fastgen.sampling.stop import Criterion, Deadline, StopText
+
+
+class State(enum.Enum):
+    """The states of a row, in their order; some rows leave out one or the other."""
+
+    WAITING = "its prompt is being read, or its beams are being searched"
+    RUNNING = "it gets tokens"
+    LINGERING = "it has ended, and gets tokens until all rows of its request have ended"
+    FINISHED = "it gets no more tokens"
 
 
 @dataclass(eq=False)
@@ -23,13 +33,13 @@ class Row:
     """One sequence while it grows.
 
     Attributes:
-        index: its place among the rows of the call, which is its place in the result.
+        index: of the row in the call, and so in the result.
         prompt: int64, the tokens that the model sees, without padding.
         ids: int64 [max_length], the prompt as given (padding included), then what was generated.
         length: how much of `ids` there is.
-        width: of a row that has ended, how much there was then (it may go on: see
-            `Request.lingers`).
+        width: of a row that has ended, how much there was then (it may linger).
         logits: float32 [vocab] for the next token, when they are known already.
+        state: see `State`.
         finish_reason: set once it has ended (see `output.Token`).
         score: of beam search: its log-probability over its length penalty.
         beams: of beam search: int32 [new], the beam of the call that each token continued.
@@ -43,6 +53,7 @@ class Row:
     pad: int
     width: int = 0
     logits: NDArray[np.float32] | None = None
+    state: State = State.WAITING
     finish_reason: str | None = None
     score: float = float("nan")
     beams: NDArray[np.int32] | None = None
@@ -80,6 +91,20 @@ class Row:
         """End it here, if there is a reason and it has not ended before."""
         if reason is not None and self.finish_reason is None:
             self.finish_reason, self.width = reason, self.length
+            self.state = State.LINGERING if self.request.lingers else State.FINISHED
+
+    def begin(self) -> None:
+        """Let it run, unless it has ended while it waited."""
+        if self.state is State.WAITING:
+            self.state = State.RUNNING
+
+    def gets_tokens(self) -> bool:
+        """True while it runs or lingers; a row that has lingered long enough finishes here."""
+        if self.state is State.LINGERING:
+            request = self.request
+            if self.length >= (request.width if request.done else request.max_length):
+                self.state = State.FINISHED
+        return self.state is not State.FINISHED
 
 
 @dataclass(eq=False)
@@ -96,6 +121,8 @@ class Request:
         unconditional: what classifier-free guidance steers away from, if it does.
         prefix_cache: where keys and values of the prompts are kept across calls, if anywhere.
         torch: the module, where the caller works with tensors and its generator is ours.
+        lingers: whether rows that have ended get tokens until all have ended: transformers' way
+            where no end of text is known.
         streams: the source of chance: one for all rows, or one for each; empty when greedy.
         scores, logits: a step: float32 [rows, vocab], if asked for.
         top_logprobs: a row: a step: the likeliest tokens, if asked for.
@@ -117,7 +144,7 @@ class Request:
     of_model: bool = False  # whether that is the model's own, and not of the processed scores
     prefix_cache: PrefixCache | None = None
     torch: Any | None = None
-    streams: list[pick.Stream] = field(default_factory=list)
+    streams: list[sampler.Stream] = field(default_factory=list)
     scores: list[NDArray[np.float32]] = field(default_factory=list)
     logits: list[NDArray[np.float32]] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
@@ -125,15 +152,16 @@ class Request:
     def __post_init__(self) -> None:
         params = self.params
         self.error: Exception | None = None
-        self.abandoned = False
         self.deadline = Deadline(params.max_time)
         self.eos = frozenset(params.eos_token_id or ())
-        for place, prompt in enumerate(self.prompts):
+        knows_ends = any(hasattr(criterion, "eos_token_id") for criterion in self.criteria)
+        self.lingers = self.constraint is None and not self.eos and not knows_ends
+        for i, prompt in enumerate(self.prompts):
             for copy in range(self.copies):
                 ids = np.zeros(self.max_length, np.int64)
-                ids[: self.prompt_length] = self.padded[place]
-                pad = int(self.pads[place])
-                row = Row(self, place * self.copies + copy, prompt, ids, self.prompt_length, pad)
+                ids[: self.prompt_length] = self.padded[i]
+                pad = int(self.pads[i])
+                row = Row(self, i * self.copies + copy, prompt, ids, self.prompt_length, pad)
                 self.rows.append(row)
         self.top_logprobs: list[list[tuple[tuple[int, float], ...]]] = [[] for _ in self.rows]
         if params.do_sample:
@@ -151,7 +179,7 @@ class Request:
 
     @property
     def pad_token_id(self) -> int:
-        """What fills rows that end early: the pad token, or the first end-of-text token.
+        """The token that fills rows which end early: the pad token, or the first end-of-text token.
 
         transformers' beam search takes a pad token of 0 for none, and without an end of text
         it fills with -1 (`pad_token_id or eos_token_id[0] if eos_token_id is not None else -1`).
@@ -164,13 +192,6 @@ class Request:
         return eos[0] if eos else 0
 
     @property
-    def lingers(self) -> bool:
-        """Whether rows that have ended go on until all have: transformers, without an eos."""
-        if self.abandoned or self.constraint is not None:
-            return False
-        return not self.eos and not any(hasattr(one, "eos_token_id") for one in self.criteria)
-
-    @property
     def done(self) -> bool:
         return all(row.finish_reason for row in self.rows)
 
@@ -180,23 +201,25 @@ class Request:
             row.end(reason)
 
     def fail(self, error: Exception) -> None:
-        """End its rows by an error, which whoever waits for them gets to see."""
+        """End its rows by an error, which is raised where they are waited for."""
         self.error = error
         self.abandon("error")
 
     def abandon(self, reason: str) -> None:
         """End the rows that have not ended, and let none linger."""
-        self.abandoned = True
+        self.lingers = False
         self.end(reason)
+        for row in self.rows:
+            row.state = State.FINISHED
 
     @property
     def width(self) -> int:
-        """How long the longest row is, or was when it ended."""
+        """The length of the longest row, now or when it ended."""
         return max(row.width or row.length for row in self.rows)
 
-    def uniform(self, rows: Sequence[Row], size: int) -> list[pick.Words]:
+    def uniform(self, rows: Sequence[Row], size: int) -> list[sampler.Words]:
         """The draws [size] of each of `rows` (of this request) for its next token."""
-        lengths = [row.length for row in self.rows if not row.finish_reason or self.lingers]
+        lengths = [row.length for row in self.rows if row.state is not State.FINISHED]
         if len(self.streams) == 1:
             self.streams[0].forget(min(lengths) - self.prompt_length)
         else:
@@ -204,7 +227,7 @@ class Request:
                 self.streams[row.index].forget(row.length - self.prompt_length)
         return [self.draws(row.length - self.prompt_length, row.index, size) for row in rows]
 
-    def draws(self, step: int, index: int, size: int) -> pick.Words:
+    def draws(self, step: int, index: int, size: int) -> sampler.Words:
         """The draws [size] of a row (of a prompt, if it has beams) at `step`, counted from 0."""
         if self.params.num_beams > 1:  # all beams are at one step
             self.streams[0 if len(self.streams) == 1 else index].forget(step)
@@ -212,32 +235,25 @@ class Request:
             return self.streams[0].row(step, index, size)
         return self.streams[index].row(step, 0, size)
 
-    def split_chain(self, names: Sequence[str] | None) -> tuple[Chain, Chain]:
-        """The processors in two parts: up to the last of those in `names`, and the rest.
-
-        The second part is empty if `names` is None.
-        """
+    def split_chain(self, names: Sequence[str]) -> tuple[Chain, Chain]:
+        """The processors in two parts: up to the last of those in `names`, and the rest."""
         steps = self.chain.steps if self.chain else ()
-        if names is None:
-            return Chain(steps), Chain()
-        border = max(
-            (place + 1 for place, (name, _) in enumerate(steps) if name in names), default=0
-        )
+        border = max((i + 1 for i, step in enumerate(steps) if step.name in names), default=0)
         return Chain(steps[:border]), Chain(steps[border:])
 
     @property
     def keeps(self) -> bool:
-        """Whether anything of a step is recorded besides its tokens."""
+        """True if anything of a step is recorded besides its tokens."""
         return self.keeps_logits or self.keeps_scores or self.params.top_logprobs > 0
 
     @property
     def keeps_logits(self) -> bool:
-        """Whether the model's logits are kept: asked for, and there is a record to show them."""
+        """True if the model's logits are kept: asked for, and there is a record to show them."""
         return self.params.output_logits and self.params.return_dict_in_generate
 
     @property
     def keeps_scores(self) -> bool:
-        """Whether processed scores are kept, for the record and for stopping criteria."""
+        """True if processed scores are kept, for the record and for stopping criteria."""
         return self.params.output_scores and self.params.return_dict_in_generate
 
     def keep(
@@ -258,12 +274,12 @@ class Request:
                     self._step(steps, row, values.shape[1])[row.index] = line
         if self.params.top_logprobs:
             seen = logits if self.of_model else scores
-            best = pick.top_logprobs(seen, self.params.top_logprobs)
+            best = sampler.top_logprobs(seen, self.params.top_logprobs)
             for row, pairs in zip(rows, best, strict=True):
                 self.top_logprobs[row.index].append(tuple(pairs))
 
     def _step(self, steps: list[NDArray[np.float32]], row: Row, vocab: int) -> NDArray[np.float32]:
-        """Where the next step of `row` is kept: [rows, vocab]; ended rows stay certain padding."""
+        """The record of the next step of `row`: [rows, vocab]; ended rows stay certain padding."""
         if row.length - self.prompt_length == len(steps):
             steps.append(self._blank(vocab))
         return steps[row.length - self.prompt_length]
@@ -301,7 +317,7 @@ class Request:
 
 def streams(
     seed: int | Sequence[int] | None, rows: int, torch: Any | None = None
-) -> list[pick.Stream]:
+) -> list[sampler.Stream]:
     """One stream that `rows` share, or one for each where each has a seed.
 
     Args:
@@ -311,24 +327,24 @@ def streams(
         ValueError: another number of seeds than of rows.
     """
     if seed is None and torch is not None:
-        return [pick.TorchStream(torch, rows)]
+        return [sampler.TorchStream(torch, rows)]
     if seed is None or isinstance(seed, int):
-        return [pick.Stream(seed, rows)]
+        return [sampler.Stream(seed, rows)]
     if len(seed) != rows:
         raise ValueError(f"seed has {len(seed)} values for {rows} rows: give one, or one a row")
-    return [pick.Stream(one) for one in seed]
+    return [sampler.Stream(own) for own in seed]
 
 
 def by_request(rows: Sequence[Row]) -> list[tuple[Request, list[int]]]:
-    """The requests behind `rows`, each with the places of its rows."""
+    """The requests behind `rows`, each with the indices of its rows."""
     groups: dict[int, tuple[Request, list[int]]] = {}
-    for place, row in enumerate(rows):
-        groups.setdefault(id(row.request), (row.request, []))[1].append(place)
+    for index, row in enumerate(rows):
+        groups.setdefault(id(row.request), (row.request, []))[1].append(index)
     return list(groups.values())
 
 
 def context(rows: Sequence[Row]) -> Context:
-    """What processors see of `rows`."""
+    """Make of `rows` what processors are shown."""
     return Context(
         ids=[row.history for row in rows],
         prompt_lengths=np.array([row.request.prompt_length for row in rows]),
@@ -345,7 +361,7 @@ def context_of_beams(
     prompts: NDArray[np.int64],
     beams: NDArray[np.int64],
 ) -> Context:
-    """What processors see of beams.
+    """Make of beams what processors are shown.
 
     Args:
         ids: int64 [length] of each beam.

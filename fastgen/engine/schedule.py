@@ -1,12 +1,12 @@
 """Calls of many people, side by side: they wait in order, join between steps, and leave.
 
 Between two steps of the rows that run there is at most one chunk of a prompt and one step of one
-search (beams, guessed tokens), whatever a call holds, so that nobody who reads along waits for
-long. A chunk has `chunk` tokens, of one prompt or of several; no step reads more either, of what is
-certain or guessed, unless there are more rows. Chunks go by turns to the prompts that are nearest
+search (beams, guessed tokens), whatever a call holds, so that a stream of tokens never stops for
+long. A chunk has `chunk` tokens, of one prompt or of several; no step reads more either, of forced
+or guessed tokens, unless there are more rows. Chunks go by turns to the prompts that are nearest
 to their end, so that a short question does not wait for a long text, and to those that came first,
 so that a long text does not wait for ever. Searches take turns. Texts that are only scored take
-turns with each other, and every other chunk where prompts are read too.
+turns with each other, and every other chunk where prompts are read too. `plan` decides all that.
 
 Continuous batching is Orca's (Yu et al. 2022, OSDI), chunks between steps are Sarathi's (Agrawal et
 al. 2023, arXiv 2308.16369).
@@ -15,20 +15,21 @@ al. 2023, arXiv 2308.16369).
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 
 import numpy as np
 
 from fastgen.engine import memory_estimate
-from fastgen.engine.batch import Batch, Event, Joining
+from fastgen.engine.batch import Batch, Joining
 from fastgen.engine.call import Call
 from fastgen.engine.model import Model
-from fastgen.engine.prefill import CHUNK
+from fastgen.engine.plan import Entry, Planner, Work
+from fastgen.engine.prefill import CHUNK, WHOLE, Chunks
 from fastgen.engine.prefix_cache import PrefixCache
 from fastgen.engine.request import Request
 from fastgen.engine.score import Scoring
 from fastgen.engine.speculative import Assistant
+from fastgen.engine.step import Event, Step
 from fastgen.system.cpu import memory_bytes
 
 SHARE = 0.25  # of the machine's memory that calls may come to hold
@@ -42,22 +43,27 @@ Job = Call | Scoring
 
 
 class Scheduler:
-    """Runs many calls of one model. One thread owns it.
+    """Runs many calls of one model: a step is planned, and the plan is run.
+
+    One thread submits, steps and cancels. `check`, `waiting`, `rows` and `held` may be asked from
+    others, such as a service's event loop: they read a number, or what never changes.
 
     A call's tokens are those that it gets alone: exactly in float32, in int8, in int4 and with int8
     keys up to the rounding that depends on what is read together (docs/precisions.md). Its error
     is its own.
 
     Args:
-        model: what all of them run on.
-        max_bytes: that the calls that run may come to hold together (see `bounds.of_call`), most
-            of it keys and values; None for a quarter of the machine's memory. While the cache is
-            rearranged, what is held is there twice.
+        model: the model of all calls.
+        max_bytes: that the calls that run may come to hold together, most of it keys and values
+            (see `memory_estimate.of_call`); None for a quarter of the machine's memory. While the
+            cache is rearranged, what is held is there twice.
         max_rows: rows that run together, at most.
         chunk: tokens that are read between two steps, and by one, a multiple of 32; None for 256,
             or 128 or 64 if that takes longer than STALL on this machine.
         prefix_cache: where prompts are kept for later ones, unless a call brings a cache of its
             own.
+        max_buffers: bytes that the buffers of the cache may be as large as, reached or not (and at
+            least `max_bytes`); None for half of the machine's memory.
 
     Attributes:
         max_bytes, max_rows, chunk: as above, with their defaults.
@@ -75,14 +81,16 @@ class Scheduler:
         max_rows: int = MAX_ROWS,
         chunk: int | None = None,
         prefix_cache: PrefixCache | None = None,
+        max_buffers: int | None = None,
     ) -> None:
         for name, value in (("max_bytes", max_bytes), ("max_rows", max_rows), ("chunk", chunk)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be positive, got {value}")
         if chunk is not None and chunk % 32:
             raise ValueError(f"chunk must be a multiple of 32, got {chunk}")
-        if max_bytes is None:
-            max_bytes = int(SHARE * (memory_bytes() or 4e9))
+        there = memory_bytes() or 4e9
+        max_bytes = int(SHARE * there) if max_bytes is None else max_bytes
+        max_buffers = int(VIRTUAL * there) if max_buffers is None else max_buffers
         self.model, self.max_bytes, self.max_rows = model, max_bytes, max_rows
         self.prefix_cache = prefix_cache
         self.stall: float | None = None
@@ -90,37 +98,32 @@ class Scheduler:
             chunk, self.stall = fitting_chunk(model)
         self.chunk = chunk
         self._token = max(1, model.info.cache_bytes)
-        self._most = max(max_bytes, int(VIRTUAL * (memory_bytes() or 4e9)))
-        self._batch = Batch(model, chunk)
-        self._waiting: deque[Job] = deque()
-        self._bytes: dict[int, int] = {}  # of each call that was let in, by id
-        self._unread: list[Call] = []  # let in, but nothing of their prompts has been read
-        self._running: list[Call] = []
-        self._searches: deque[tuple[Call, Generator[list[Event]]]] = deque()
-        self._scorings: deque[tuple[Scoring, Iterator[None]]] = deque()
-        self._turn, self._scored_last = 0, False
+        max_tokens = max(max_bytes, max_buffers) // self._token
+        self.planner = Planner(max_bytes, max_rows, chunk, max_tokens, margin=WHOLE.margin)
+        self._batch = Batch(model, Chunks.of(chunk))
+        self._entries: dict[int, Entry] = {}  # of each job that is not over, by its id
+        self._searches: dict[int, Generator[Step]] = {}
+        self._scorings: dict[int, Iterator[None]] = {}
 
     @property
     def idle(self) -> bool:
-        """Whether nothing runs and nothing waits."""
-        return not (self._waiting or self._bytes)
+        """True if nothing runs and nothing waits."""
+        return not self._entries
 
     @property
     def waiting(self) -> int:
-        """The calls and texts that wait for room."""
-        return len(self._waiting)
+        """The number of calls and texts that wait for room."""
+        return len(self.planner.waiting)
 
     @property
     def rows(self) -> int:
         """The rows that run or are being read, those of searches and scored texts included."""
-        searching = [call for call, _ in self._searches]
-        calls = (*self._unread, *self._running, *searching)
-        return sum(_rows(call) for call in calls) + len(self._scorings)
+        return self.planner.rows
 
     @property
     def held(self) -> int:
         """The bytes that the calls that run may come to hold."""
-        return sum(self._bytes.values())
+        return self.planner.held
 
     def check(self, job: Job) -> None:
         """Raise a ValueError if a call can never run: it needs more than there is of something."""
@@ -139,31 +142,22 @@ class Scheduler:
         """Let a call, or a text that is to be scored, wait for its turn.
 
         Raises:
-            ValueError: see `check`.
+            ValueError: see `check`. It could wait for ever, so it is not taken on trust.
         """
         self.check(job)
         if isinstance(job, Call) and job.request.prefix_cache is None:
             job.request.prefix_cache = self.prefix_cache
-        self._waiting.append(job)
+        entry = self._entries[id(job)] = _entry(job, self._needs(job))
+        self.planner.waiting.append(entry)
 
     def cancel(self, job: Job) -> None:
         """Let a call leave before the next step, wherever it is; its rows end as "cancelled"."""
-        self._waiting = deque(one for one in self._waiting if one is not job)
         if isinstance(job, Scoring):
             job.end()
-            self._scorings = deque(one for one in self._scorings if one[0] is not job)
-            self._bytes.pop(id(job), None)
         else:
-            self._cancel(job)
-
-    def _cancel(self, call: Call) -> None:
-        call.request.abandon("cancelled")
-        for one, steps in list(self._searches):
-            if one is call:
-                self._searches.remove((one, steps))
-                steps.close()
-        self._batch.leave()
-        self._forget([call])
+            job.request.abandon("cancelled")
+            self._batch.leave()
+        self._forget(job)
 
     def step(self) -> list[tuple[Job, list[Event]]]:
         """Read a chunk, advance every row that runs by a token, and one search by a step.
@@ -171,89 +165,65 @@ class Scheduler:
         Returns:
             The calls that got tokens or have ended, with their new tokens, row by row. A call has
             ended when its `request` is done; if by an error, that is `request.error`. A text that
-            has been scored comes without tokens; what was found, or its error, is its own.
+            has been scored comes without tokens; its numbers, or its error, are its own.
         """
-        self._let_in()
-        scored = self._read()
-        out = self._by_call(self._advance())
-        searched = self._search()
-        if searched is not None:
-            out.append(searched)
-        self._forget([call for call, _ in out if call.request.done])
+        plan = self.planner.plan(self._batch.joining)
+        for entry in plan.enter:
+            self._enter(entry)
+        out: list[tuple[Job, list[Event]]] = []
+        if plan.score is not None:
+            self._score(plan.score)
+        elif plan.begin:
+            self._read(self._begin(plan.begin))
+        else:
+            self._read(plan.read)
+        out += self._by_call(self._advance())
+        if plan.search is not None:
+            out += self._search(plan.search)
+        if plan.score is not None and plan.score.job.done:
+            out.append((plan.score.job, []))
+        for job, _ in out:
+            if job.done:
+                self._forget(job)
         self._tidy()
-        return [*out, *((scoring, []) for scoring in scored)]
+        return out
 
     def close(self) -> None:
         """Cancel everything, and give the memory back."""
-        for call in [
-            *self._waiting,
-            *self._unread,
-            *self._running,
-            *(c for c, _ in self._searches),
-            *(c for c, _ in self._scorings),
-        ]:
-            self.cancel(call)
+        for entry in [*self._entries.values()]:
+            self.cancel(entry.job)
         self._batch.close()
-
-    def _let_in(self) -> None:
-        """Let in what comes next, as long as there is room; nobody overtakes."""
-        while self._waiting:
-            call = self._waiting[0]
-            needed, rows = self._needs(call), self.rows + _rows(call)
-            if self.held + needed > self.max_bytes or rows > self.max_rows:
-                return
-            if isinstance(call, Call) and not self._has_buffers(call, rows):
-                return
-            self._waiting.popleft()
-            self._bytes[id(call)] = needed
-            if isinstance(call, Scoring):
-                self._scorings.append((call, call.steps(self.chunk)))
-            elif call.searches:
-                self._searches.append((call, call.steps(self.chunk)))
-            else:
-                self._unread.append(call)
 
     def _needs(self, job: Job) -> int:
         """The bytes that it may come to hold."""
         return job.bytes if isinstance(job, Scoring) else bytes_of(job, self.chunk)
 
-    def _has_buffers(self, call: Call, rows: int) -> bool:
-        """Whether the cache may be so large that `rows` fit, the call's own being the last."""
-        needed = rows * self._longest([call]) * self._token
-        return rows == _rows(call) or needed <= self._most
+    def _enter(self, entry: Entry) -> None:
+        """Let a job begin its own steps, if it has any."""
+        if entry.work is Work.SEARCH:
+            self._searches[id(entry)] = entry.job.steps(Chunks.of(self.chunk))
+        elif entry.work is Work.SCORING:
+            self._scorings[id(entry)] = entry.job.steps(self.chunk)
 
-    def _longest(self, calls: Sequence[Call]) -> int:
-        """Tokens of the longest row that runs, or that these calls may come to have."""
-        every = (*calls, *self._unread, *self._running)
-        return max((call.request.max_length for call in every), default=0) + CHUNK
-
-    def _read(self) -> list[Scoring]:
-        """Read one chunk, of some prompt or of a text that is scored, which may be over by it."""
-        others = self._unread or self._batch.joining
-        if self._scorings and not (others and self._scored_last):
-            self._scored_last = True
-            return self._score()
-        self._scored_last = False
-        self._read_prompt()
-        return []
-
-    def _score(self) -> list[Scoring]:
-        """Score a chunk of the text whose turn it is; it comes back where it is over."""
-        scoring, steps = self._scorings.popleft()
+    def _score(self, entry: Entry) -> None:
+        """Score a chunk of a text."""
         try:
-            next(steps, None)
+            next(self._scorings[id(entry)], None)
         except Exception as error:  # logits without a number, or no memory
-            scoring.end(error)
-        if not scoring.done:
-            self._scorings.append((scoring, steps))
-            return []
-        del self._bytes[id(scoring)]
-        return [scoring]
+            entry.job.end(error)
 
-    def _read_prompt(self) -> None:
-        """Read one chunk of some prompt."""
-        self._turn += 1
-        joining = self._oldest() if self._turn % 2 else self._nearest()
+    def _begin(self, entries: Sequence[Entry]) -> Joining | None:
+        """Begin to read the prompts of calls, together."""
+        requests = [entry.job.request for entry in entries]
+        try:
+            self._make_room(sum(entry.rows for entry in entries))
+            return self._batch.begin(requests)
+        except Exception as error:  # no memory
+            _fail(requests, error)
+            return None
+
+    def _read(self, joining: Joining | None) -> None:
+        """Read one chunk of prompts, if there are any."""
         if joining is None:
             return
         try:
@@ -262,75 +232,19 @@ class Scheduler:
             _fail((row.request for rows in joining.rows for row in rows), error)
             self._batch.leave()
 
-    def _oldest(self) -> Joining | None:
-        """What has been let in first, and what is read together with it."""
-        return self._batch.joining[0] if self._batch.joining else self._begin(self._unread)
-
-    def _nearest(self) -> Joining | None:
-        """What is nearest to its end: short prompts together, or the rest of a longer one."""
-        short = sorted(self._unread, key=_prompt)
-        begun = min(self._batch.joining, key=lambda one: one.left, default=None)
-        if begun and (not short or begun.left <= _prompt(short[0])):
-            return begun
-        return self._begin(short)
-
-    def _begin(self, calls: Sequence[Call]) -> Joining | None:
-        """Begin with the first of these calls, and with others that fit into its only chunk."""
-        if not calls:
-            return None
-        count = 1
-        while count < len(calls) and self._fit(calls[: count + 1]):
-            count += 1
-        begun = list(calls[:count])
-        self._unread = [call for call in self._unread if call not in begun]
-        self._running += begun
-        requests = [call.request for call in begun]
-        try:
-            self._make_room(begun)
-            return self._batch.begin(requests)
-        except Exception as error:  # no memory
-            _fail(requests, error)
-            return None
-
-    def _fit(self, calls: Sequence[Call]) -> bool:
-        """Whether the prompts of these calls are read in one chunk together."""
-        prompts = sum(len(call.request.prompts) for call in calls)
-        same = {id(call.request.prefix_cache) for call in calls}
-        return prompts * max(map(_prompt, calls)) <= self.chunk and len(same) == 1
-
-    def _make_room(self, calls: Sequence[Call]) -> None:
-        """Let the cache have slots for these calls, and more, so that it seldom grows.
+    def _make_room(self, new: int) -> None:
+        """Let the cache have slots for `new` rows, and more, so that it seldom grows.
 
         The buffers are as long as the longest row. What is not reached takes no memory, but the
         system does not promise it without bounds: then they are made anew, no larger than needed.
         """
-        cache, longest = self._batch.cache, self._longest(calls)
-        needed = self._batch.end + sum(map(_rows, calls))
+        cache, longest = self._batch.cache, self.planner.longest()
+        needed = self._batch.end + new
         rows = max(cache.rows, 1 << (needed - 1).bit_length())
-        if rows * max(longest, cache.capacity) * self._token <= self._most:
+        if rows * max(longest, cache.capacity) <= self.planner.max_tokens:
             cache.reserve(rows, longest)
         else:
             cache.renew(needed, longest)
-
-    def _search(self) -> tuple[Call, list[Event]] | None:
-        """A step of the search whose turn it is; beams' tokens come when it is over."""
-        if not self._searches:
-            return None
-        call, steps = self._searches.popleft()
-        events: list[Event] = []
-        try:
-            for events in steps:
-                if call.draft is not None or not events:
-                    break
-                # The search is over: it tells its tokens in one piece.
-                events += [event for more in steps for event in more]
-        except Exception as error:
-            call.request.fail(error)
-        if not call.request.done:
-            self._searches.append((call, steps))
-            return (call, events) if events else None
-        steps.close()
-        return call, events
 
     def _advance(self) -> list[Event]:
         """A step of the rows that run."""
@@ -344,25 +258,39 @@ class Scheduler:
             return []
 
     def _by_call(self, events: Sequence[Event]) -> list[tuple[Call, list[Event]]]:
+        """The new tokens of each call that has any, and the calls that have ended."""
         mine: dict[int, list[Event]] = {}
         for event in events:
             mine.setdefault(id(event.row.request), []).append(event)
-        calls = [(call, mine.get(id(call.request), [])) for call in self._running]
-        return [(call, got) for call, got in calls if got or call.request.done]
+        calls = [(entry.job, mine.get(id(entry.job.request), [])) for entry in self.planner.begun]
+        return [(call, got) for call, got in calls if got or call.done]
 
-    def _forget(self, calls: Sequence[Call]) -> None:
-        """Free what these calls were promised."""
-        gone = {id(call) for call in calls}
-        for call in calls:
-            self._bytes.pop(id(call), None)
-        self._unread = [call for call in self._unread if id(call) not in gone]
-        self._running = [call for call in self._running if id(call) not in gone]
+    def _search(self, entry: Entry) -> list[tuple[Call, list[Event]]]:
+        """A step of a search; beams' tokens come when it is over."""
+        call: Call = entry.job
+        events: list[Event] = []
+        try:
+            step = next(self._searches[id(entry)], None)  # None: cancelled before it came
+            events += step.events if step else ()
+        except Exception as error:
+            call.request.fail(error)
+        return [(call, events)] if events or call.done else []
+
+    def _forget(self, job: Job) -> None:
+        """Free the room of a job that is over."""
+        entry = self._entries.pop(id(job), None)
+        if entry is None:
+            return
+        self.planner.leave(entry)
+        self._scorings.pop(id(entry), None)
+        if (steps := self._searches.pop(id(entry), None)) is not None:
+            steps.close()
 
     def _tidy(self) -> None:
-        """Give memory back that earlier rows have reached and those of now have not."""
+        """Shrink the cache if what rows have reached of it outgrew `max_bytes`."""
         cache = self._batch.cache
         if cache.reached() * self._token > self.max_bytes:
-            cache.renew(max(1, self._batch.end), self._longest([]))
+            cache.renew(max(1, self._batch.end), self.planner.longest())
 
 
 def _fail(requests: Iterable[Request], error: Exception) -> None:
@@ -371,15 +299,28 @@ def _fail(requests: Iterable[Request], error: Exception) -> None:
 
 
 def _rows(job: Job) -> int:
+    """The rows, or beams, that it has."""
     if isinstance(job, Scoring):
         return 1
     request = job.request
     return max(len(request.rows), len(request.prompts) * request.params.num_beams)
 
 
-def _prompt(call: Call) -> int:
-    """Tokens of its longest prompt."""
-    return max(map(len, call.request.prompts))
+def _entry(job: Job, needed: int) -> Entry:
+    """A job for the plan; it may come to hold `needed` bytes."""
+    if isinstance(job, Scoring):
+        return Entry(job, Work.SCORING, 1, needed)
+    request = job.request
+    return Entry(
+        job,
+        Work.SEARCH if job.searches else Work.ROWS,
+        _rows(job),
+        needed,
+        prompts=len(request.prompts),
+        prompt=max(map(len, request.prompts)),
+        longest=request.max_length,
+        read_with=request.prefix_cache,
+    )
 
 
 def bytes_of(call: Call, chunk: int = CHUNK) -> int:
@@ -393,11 +334,12 @@ def bytes_of(call: Call, chunk: int = CHUNK) -> int:
     return sum(parts.values())
 
 
-def fitting_chunk(model: Model) -> tuple[int, float]:
-    """Tokens of a chunk, and the seconds it takes: the largest of CHUNKS within STALL, or the last.
+def fitting_chunk(model: Model, stall: float = STALL) -> tuple[int, float]:
+    """Tokens of a chunk, and the seconds it takes.
 
-    The time is the shortest of READINGS: the first one touches the memory, and of a machine that
-    is busy at the moment the others say little.
+    It is the largest of CHUNKS that takes `stall` seconds at most, or the last. The time is the
+    shortest of READINGS: the first one touches the memory, and of a machine that is busy at the
+    moment the others say little.
     """
     most = model.info.max_length or CHUNK
     seconds = 0.0
@@ -410,6 +352,6 @@ def fitting_chunk(model: Model) -> tuple[int, float]:
             nothing = np.zeros((1, 0), np.int64)
             model.forward([ids], cache, 0, nothing, model.reads_apart(len(ids)))
             seconds = min(seconds, time.perf_counter() - start)
-        if seconds <= STALL:
+        if seconds <= stall:
             break
     return chunk, seconds

@@ -10,7 +10,7 @@ with the model's own random numbers, which makes it agree often: Daliri et al. 2
 arXiv 2408.07978.)
 
 Reading several tokens costs more than reading one, so a guess that does not hold is time lost.
-`Payoff` keeps the account: guesses from the text shrink and stop where they do not pay.
+`SpeculationBudget` keeps the account: guesses from the text shrink and stop where they do not pay.
 """
 
 from __future__ import annotations
@@ -22,18 +22,20 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgen.engine.batch import Batch, Event, choose, take_in
+from fastgen.engine.batch import Batch, append_tokens, choose
 from fastgen.engine.model import Model
+from fastgen.engine.prefill import WHOLE, Chunks
 from fastgen.engine.request import Row
-from fastgen.sampling import pick
+from fastgen.engine.step import Event
+from fastgen.sampling import sampler
 
 # The rows that run, how many tokens each may get, and how many a model of its own may read in a
 # call -> int64 [guessed] of each.
 Draft = Callable[[Sequence[Row], Sequence[int], int], list[NDArray[np.int64]]]
 
 
-class Payoff:
-    """How long a guess may be, by the clock: what is lost by guessing stays within SHARE of a call.
+class SpeculationBudget:
+    """The length of guesses, by the clock: guessing loses no more than SHARE of a call.
 
     The account starts at nothing. A step that reads guesses is charged its seconds and credited
     those of the plain steps that it made unnecessary; looking for guesses is charged too. A guess
@@ -91,22 +93,22 @@ class Speculation(Batch):
     """The loop, with guesses: rows advance by one token or more a step.
 
     Args:
-        model: what reads the guesses.
-        draft: what makes them.
-        payoff: limits guesses to what pays; None for as many as `draft` makes.
-        chunk: see `Batch`.
+        model: reads the guesses.
+        draft: makes them.
+        budget: limits guesses to those that pay; None for as many as `draft` makes.
+        chunks: see `Batch`.
     """
 
     def __init__(
         self,
         model: Model,
         draft: Draft,
-        payoff: Payoff | None = None,
-        chunk: int | None = None,
+        budget: SpeculationBudget | None = None,
+        chunks: Chunks = WHOLE,
     ) -> None:
-        super().__init__(model, chunk)
+        super().__init__(model, chunks)
         self.draft = draft
-        self.payoff = payoff
+        self.budget = budget
 
     def step(self) -> list[Event]:
         """Advance every row by the tokens of its guess that hold, and one more."""
@@ -120,31 +122,31 @@ class Speculation(Batch):
         kept = len(events) / len(guesses)
         if longest:
             events += self._end_step()
-        if self.payoff is not None:
+        if self.budget is not None:
             seconds = time.perf_counter() - searched
-            self.payoff.searched(searched - start)
+            self.budget.searched(searched - start)
             if longest:
-                self.payoff.verified(seconds, longest, kept)
+                self.budget.verified(seconds, longest, kept)
             else:
-                self.payoff.stepped(seconds)
+                self.budget.stepped(seconds)
         return events
 
     def _guess(self) -> list[NDArray[np.int64]]:
         """int64 [guessed] for each row; empty where nothing is guessed."""
         held = self.cache.lengths
-        width = self.most // len(self.rows)  # what a row may read
+        width = self.chunks.step // len(self.rows)  # what a row may read
         room = [
             min(row.request.max_length - row.length - 1, width - len(row.unread(held[slot])))
             for slot, row in enumerate(self.rows)
         ]
-        if self.payoff is not None:
+        if self.budget is not None:
             steps = max(row.request.max_length - row.length for row in self.rows)
-            allowed = self.payoff.allowed(steps)
+            allowed = self.budget.allowed(steps)
             room = [min(allowed, most) for most in room]
         room = [max(0, most) for most in room]
         if not any(room):
             return [np.empty(0, np.int64)] * len(room)
-        guesses = self.draft(self.rows, room, self.most)
+        guesses = self.draft(self.rows, room, self.chunks.step)
         return [guess[:most] for guess, most in zip(guesses, room, strict=True)]
 
     def _read(self, guesses: Sequence[NDArray[np.int64]]) -> list[Event]:
@@ -154,9 +156,9 @@ class Speculation(Batch):
         new = [np.append(*pair) for pair in zip(known, guesses, strict=True)]
         logits = self._verify(known, new)
         events: list[Event] = []
-        for places in self._alike():
+        for indices in self._alike():
             events += _accept(
-                [self.rows[i] for i in places], [guesses[i] for i in places], logits[places]
+                [self.rows[i] for i in indices], [guesses[i] for i in indices], logits[indices]
             )
         kept = [
             len(ids) - 1 + sum(event.row is row for event in events)
@@ -220,7 +222,7 @@ def _accept(
         scores, tokens = choose([rows[i] for i in going], raw)
         for at, i in enumerate(going):
             alone = slice(at, at + 1)
-            events += take_in([rows[i]], raw[alone], scores[alone], tokens[alone])
+            events += append_tokens([rows[i]], raw[alone], scores[alone], tokens[alone])
         picked = dict(zip(going, tokens.tolist(), strict=True))
         going = [
             i
@@ -260,11 +262,11 @@ def continuation(
     for size in range(min(max_ngram, len(ids) - 1), 0, -1):
         windows = np.lib.stride_tricks.sliding_window_view(ids, size)[:-1]
         for start in np.flatnonzero((windows == ids[-size:]).all(axis=1)).tolist():
-            found = ids[start + size : start + size + num_tokens]
-            ends = np.flatnonzero(np.isin(found, list(eos)))
-            found = found[: ends[0]] if len(ends) else found
-            if len(found):
-                return found
+            guess = ids[start + size : start + size + num_tokens]
+            ends = np.flatnonzero(np.isin(guess, list(eos)))
+            guess = guess[: ends[0]] if len(ends) else guess
+            if len(guess):
+                return guess
     return ids[:0]
 
 
@@ -318,7 +320,7 @@ class Assistant:
                 scores, tokens = choose(ahead, logits)
             except Exception:  # of a caller's function too: it may not know a text that never comes
                 break  # and if the text does come, the model asks again and its error counts
-            sure = np.exp(pick.logprob_of(scores, tokens)) >= self.confidence
+            sure = np.exp(sampler.logprob_of(scores, tokens)) >= self.confidence
             for i, token in enumerate(tokens.tolist()):
                 if not going[i]:
                     continue

@@ -1,4 +1,4 @@
-"""Every generation knob, once: its name, its neutral default, its check and its one line of help.
+"""Every generation knob, once: its name, neutral default, help, kind and rule.
 
 The names and meanings are those of transformers' `GenerationConfig`; the merge order of
 `resolve` is that of its `_prepare_generation_config`. Flags of the command line are made from
@@ -8,17 +8,29 @@ the fields of `Params`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from fastgen.inputs import validators
+from fastgen.inputs.keywords import ARGUMENTS, BY_DEFAULT, INERT, UNSUPPORTED
+from fastgen.inputs.knob import (
+    ANY,
+    CUTOFF,
+    FLAG,
+    FRACTION,
+    INTEGER,
+    INTEGERS,
+    NOT_NEGATIVE,
+    NUMBER,
+    POSITIVE,
+    TEXT,
+    Kind,
+    Rule,
+    checked,
+    knob,
+)
 
 Seed = int | tuple[int, ...] | None
-
-
-def knob(default: Any, help: str, *, like: str = "transformers") -> Any:
-    """A field of `Params`: `help` becomes the flag's help, `like` says whose meaning it has."""
-    return field(default=default, metadata={"help": help, "like": like})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,161 +42,199 @@ class Params:
     """
 
     # How long
-    max_length: int | None = knob(None, "length of prompt and new tokens together")
-    max_new_tokens: int | None = knob(None, "number of new tokens, at most (default: 20)")
-    min_length: int = knob(0, "no end of text before this length, prompt included")
-    min_new_tokens: int | None = knob(None, "no end of text before this many new tokens")
-    early_stopping: bool | str = knob(False, "beams: true, false or 'never'")
-    max_time: float | None = knob(None, "seconds after which generation stops")
-    stop_strings: tuple[str, ...] | None = knob(None, "texts that end the generation")
+    max_length: int | None = knob(
+        None, "length of prompt and new tokens together", kind=INTEGER, rule=POSITIVE
+    )
+    max_new_tokens: int | None = knob(
+        None, "number of new tokens, at most (default: 20)", kind=INTEGER, rule=POSITIVE
+    )
+    min_length: int = knob(
+        0, "no end of text before this length, prompt included", kind=INTEGER, rule=NOT_NEGATIVE
+    )
+    min_new_tokens: int | None = knob(
+        None, "no end of text before this many new tokens", kind=INTEGER, rule=NOT_NEGATIVE
+    )
+    early_stopping: bool | str = knob(
+        False, "beams: true, false or 'never'", kind=Kind(validators.early_stopping)
+    )
+    max_time: float | None = knob(
+        None, "seconds after which generation stops", kind=NUMBER, rule=NOT_NEGATIVE
+    )
+    stop_strings: tuple[str, ...] | None = knob(
+        None, "texts that end the generation", kind=Kind(validators.strings, repeats=True)
+    )
 
     # Which search
-    do_sample: bool = knob(False, "draw tokens at random; without it the likeliest is taken")
-    num_beams: int = knob(1, "width of the beam search")
-    num_beam_groups: int = knob(1, "groups of diverse beam search")
-    diversity_penalty: float = knob(0.0, "taken off a token for each earlier group that chose it")
-    length_penalty: float = knob(1.0, "beams: a score is divided by length ** length_penalty")
-    num_return_sequences: int = knob(1, "sequences returned for each prompt")
-    seed: Seed = knob(None, "sampling repeats torch.manual_seed(seed)", like="fastgen")
+    do_sample: bool = knob(
+        False, "draw tokens at random; without it the likeliest is taken", kind=FLAG
+    )
+    num_beams: int = knob(1, "width of the beam search", kind=INTEGER, rule=POSITIVE)
+    num_beam_groups: int = knob(1, "groups of diverse beam search", kind=INTEGER, rule=POSITIVE)
+    diversity_penalty: float = knob(
+        0.0, "taken off a token for each earlier group that chose it", kind=NUMBER
+    )
+    length_penalty: float = knob(
+        1.0, "beams: a score is divided by length ** length_penalty", kind=NUMBER
+    )
+    num_return_sequences: int = knob(
+        1, "sequences returned for each prompt", kind=INTEGER, rule=POSITIVE
+    )
+    seed: Seed = knob(
+        None, "sampling repeats torch.manual_seed(seed)", kind=Kind(validators.seed), like="fastgen"
+    )
 
     # What the distribution becomes
-    temperature: float = knob(1.0, "logits are divided by it before sampling")
-    top_k: int = knob(50, "sample from the k likeliest tokens; 0 for all")
-    top_p: float = knob(1.0, "sample from the smallest set of tokens with this probability")
-    min_p: float | None = knob(None, "drop tokens less likely than min_p times the likeliest")
-    top_h: float | None = knob(None, "keep tokens up to this share of the entropy")
-    typical_p: float = knob(1.0, "sample from the locally typical tokens of this mass")
-    epsilon_cutoff: float = knob(0.0, "drop tokens less likely than this")
-    eta_cutoff: float = knob(0.0, "drop tokens less likely than an entropy-dependent bound")
-    repetition_penalty: float = knob(1.0, "logits of tokens already there are divided by it")
-    encoder_repetition_penalty: float = knob(1.0, "logits of the prompt's tokens multiplied by it")
+    temperature: float = knob(1.0, "logits are divided by it before sampling", kind=NUMBER)
+    top_k: int = knob(
+        50,
+        "sample from the k likeliest tokens; 0 for all",
+        kind=Kind(validators.whole, "int"),
+        rule=NOT_NEGATIVE,
+    )
+    top_p: float = knob(
+        1.0,
+        "sample from the smallest set of tokens with this probability",
+        kind=NUMBER,
+        rule=NOT_NEGATIVE,
+    )
+    min_p: float | None = knob(
+        None, "drop tokens less likely than min_p times the likeliest", kind=NUMBER, rule=FRACTION
+    )
+    top_h: float | None = knob(
+        None,
+        "keep tokens up to this share of the entropy",
+        kind=NUMBER,
+        rule=Rule("above 0, at most 1", lambda value: 0 < value <= 1),
+    )
+    typical_p: float = knob(
+        1.0,
+        "sample from the locally typical tokens of this mass",
+        kind=NUMBER,
+        rule=Rule("above 0", lambda value: value > 0),
+    )
+    epsilon_cutoff: float = knob(0.0, "drop tokens less likely than this", kind=NUMBER, rule=CUTOFF)
+    eta_cutoff: float = knob(
+        0.0, "drop tokens less likely than an entropy-dependent bound", kind=NUMBER, rule=CUTOFF
+    )
+    repetition_penalty: float = knob(
+        1.0, "logits of tokens already there are divided by it", kind=NUMBER, rule=POSITIVE
+    )
+    encoder_repetition_penalty: float = knob(
+        1.0, "logits of the prompt's tokens multiplied by it", kind=NUMBER, rule=POSITIVE
+    )
     frequency_penalty: float = knob(
-        0.0, "taken off a token's logit for each time it was generated", like="OpenAI"
+        0.0, "taken off a token's logit for each time it was generated", kind=NUMBER, like="OpenAI"
     )
     presence_penalty: float = knob(
-        0.0, "taken off a token's logit once it was generated", like="OpenAI"
+        0.0, "taken off a token's logit once it was generated", kind=NUMBER, like="OpenAI"
     )
     logit_bias: tuple[tuple[int, float], ...] | None = knob(
-        None, "{token: bias} added to the logits", like="OpenAI"
+        None, "{token: bias} added to the logits", kind=Kind(validators.logit_bias), like="OpenAI"
     )
-    no_repeat_ngram_size: int = knob(0, "n-grams of this size occur at most once")
-    encoder_no_repeat_ngram_size: int = knob(0, "n-grams of the prompt do not occur again")
-    bad_words_ids: tuple[tuple[int, ...], ...] | None = knob(None, "sequences never generated")
+    no_repeat_ngram_size: int = knob(
+        0, "n-grams of this size occur at most once", kind=INTEGER, rule=NOT_NEGATIVE
+    )
+    encoder_no_repeat_ngram_size: int = knob(
+        0, "n-grams of the prompt do not occur again", kind=INTEGER, rule=NOT_NEGATIVE
+    )
+    bad_words_ids: tuple[tuple[int, ...], ...] | None = knob(
+        None, "sequences never generated", kind=Kind(validators.integer_lists)
+    )
     sequence_bias: tuple[tuple[tuple[int, ...], float], ...] | None = knob(
-        None, "[[ids, bias], ...] added where a sequence would be completed"
+        None,
+        "[[ids, bias], ...] added where a sequence would be completed",
+        kind=Kind(validators.biases),
     )
-    renormalize_logits: bool = knob(False, "scores are log-probabilities after all processors")
-    forced_bos_token_id: int | None = knob(None, "the token that follows a one-token prompt")
-    forced_eos_token_id: tuple[int, ...] | None = knob(None, "the token forced at max_length")
-    remove_invalid_values: bool = knob(False, "nan and infinite logits become finite")
+    renormalize_logits: bool = knob(
+        False, "scores are log-probabilities after all processors", kind=FLAG
+    )
+    forced_bos_token_id: int | None = knob(
+        None, "the token that follows a one-token prompt", kind=INTEGER
+    )
+    forced_eos_token_id: tuple[int, ...] | None = knob(
+        None,
+        "the token forced at max_length",
+        kind=INTEGERS,
+        rule=Rule("a token id or several", bool),
+    )
+    remove_invalid_values: bool = knob(False, "nan and infinite logits become finite", kind=FLAG)
     exponential_decay_length_penalty: tuple[int, float] | None = knob(
-        None, "[start, factor]: end of text grows likelier after `start` new tokens"
+        None,
+        "[start, factor]: end of text grows likelier after `start` new tokens",
+        kind=Kind(validators.decay),
     )
-    suppress_tokens: tuple[int, ...] | None = knob(None, "tokens never generated")
-    begin_suppress_tokens: tuple[int, ...] | None = knob(None, "tokens not generated first")
-    guidance_scale: float | None = knob(None, "classifier-free guidance: its scale")
-    watermarking_config: Any = knob(None, "a watermark's settings, as transformers writes them")
-    token_healing: bool = knob(False, "regenerate the prompt's last token so that words can join")
+    suppress_tokens: tuple[int, ...] | None = knob(None, "tokens never generated", kind=INTEGERS)
+    begin_suppress_tokens: tuple[int, ...] | None = knob(
+        None, "tokens not generated first", kind=INTEGERS
+    )
+    guidance_scale: float | None = knob(None, "classifier-free guidance: its scale", kind=NUMBER)
+    watermarking_config: Any = knob(
+        None, "a watermark's settings, as transformers writes them", kind=ANY
+    )
+    token_healing: bool = knob(
+        False, "regenerate the prompt's last token so that words can join", kind=FLAG
+    )
 
     # What the text has to be
     json_schema: str | None = knob(
-        None, "the text is JSON of this schema; {} for any JSON", like="fastgen"
+        None,
+        "the text is JSON of this schema; {} for any JSON",
+        kind=Kind(validators.json_schema, "text"),
+        like="fastgen",
     )
-    regex: str | None = knob(None, "the text is what this expression matches", like="fastgen")
-    grammar: str | None = knob(None, "the text is one of this grammar, in Lark", like="fastgen")
+    regex: str | None = knob(
+        None, "the text is what this expression matches", kind=TEXT, like="fastgen"
+    )
+    grammar: str | None = knob(
+        None, "the text is one of this grammar, in Lark", kind=TEXT, like="fastgen"
+    )
 
     # Guessing several tokens at once
-    prompt_lookup_num_tokens: int | None = knob(None, "tokens guessed from the text so far")
-    max_matching_ngram_size: int | None = knob(None, "longest n-gram looked up (default: 2)")
-    num_assistant_tokens: int = knob(20, "tokens an assistant model guesses")
-    num_assistant_tokens_schedule: str = knob(
-        "constant", "'constant', 'heuristic' or 'heuristic_transient'"
+    prompt_lookup_num_tokens: int | None = knob(
+        None, "tokens guessed from the text so far", kind=INTEGER, rule=POSITIVE
     )
-    assistant_confidence_threshold: float = knob(0.4, "the assistant stops below this probability")
+    max_matching_ngram_size: int | None = knob(
+        None, "longest n-gram looked up (default: 2)", kind=INTEGER, rule=POSITIVE
+    )
+    num_assistant_tokens: int = knob(
+        20, "tokens an assistant model guesses", kind=INTEGER, rule=POSITIVE
+    )
+    num_assistant_tokens_schedule: str = knob(
+        "constant",
+        "'constant', 'heuristic' or 'heuristic_transient'",
+        kind=TEXT,
+        rule=Rule(
+            "'constant', 'heuristic' or 'heuristic_transient'",
+            lambda value: value in ("constant", "heuristic", "heuristic_transient"),
+        ),
+    )
+    assistant_confidence_threshold: float = knob(
+        0.4, "the assistant stops below this probability", kind=NUMBER, rule=FRACTION
+    )
 
     # What comes back
-    return_dict_in_generate: bool = knob(False, "return a GenerateOutput")
-    output_scores: bool = knob(False, "keep the processed scores of each step")
-    output_logits: bool = knob(False, "keep the raw logits of each step")
-    top_logprobs: int = knob(0, "log-probabilities of this many likeliest tokens", like="fastgen")
+    return_dict_in_generate: bool = knob(False, "return a GenerateOutput", kind=FLAG)
+    output_scores: bool = knob(False, "keep the processed scores of each step", kind=FLAG)
+    output_logits: bool = knob(False, "keep the raw logits of each step", kind=FLAG)
+    top_logprobs: int = knob(
+        0,
+        "log-probabilities of this many likeliest tokens",
+        kind=INTEGER,
+        rule=NOT_NEGATIVE,
+        like="fastgen",
+    )
 
     # Special tokens
-    pad_token_id: int | None = knob(None, "fills rows that finish early")
-    bos_token_id: int | None = knob(None, "starts the text when there is no prompt")
-    eos_token_id: tuple[int, ...] | None = knob(None, "ends the text; several are allowed")
+    pad_token_id: int | None = knob(None, "fills rows that finish early", kind=INTEGER)
+    bos_token_id: int | None = knob(None, "starts the text when there is no prompt", kind=INTEGER)
+    eos_token_id: tuple[int, ...] | None = knob(
+        None, "ends the text; several are allowed", kind=INTEGERS
+    )
 
     def __post_init__(self) -> None:
-        for name, kind in _KINDS.items():
-            value = getattr(self, name)
-            if value is not None:
-                object.__setattr__(self, name, kind(name, validators.plain(value)))
-        for name, (rule, holds) in _RULES.items():
-            value = getattr(self, name)
-            if value is not None and not holds(value):
-                raise ValueError(f"{name} must be {rule}, got {validators.shown(value)}")
+        for field in fields(self):
+            object.__setattr__(self, field.name, checked(field, getattr(self, field.name)))
         _check_together(self)
-
-
-_BY_ANNOTATION = {
-    "int": validators.integer,
-    "int | None": validators.integer,
-    "float": validators.number,
-    "float | None": validators.number,
-    "bool": validators.flag,
-    "str": validators.text,
-    "str | None": validators.text,
-    "tuple[int, ...] | None": validators.integers,
-    "tuple[tuple[int, ...], ...] | None": validators.integer_lists,
-    "tuple[str, ...] | None": validators.strings,
-    "tuple[tuple[tuple[int, ...], float], ...] | None": validators.biases,
-    "tuple[tuple[int, float], ...] | None": validators.logit_bias,
-    "tuple[int, float] | None": validators.decay,
-    "Seed": validators.seed,
-}
-_KINDS = {
-    knob.name: _BY_ANNOTATION[str(knob.type)]
-    for knob in fields(Params)
-    if str(knob.type) in _BY_ANNOTATION
-} | {
-    "early_stopping": validators.early_stopping,
-    "json_schema": validators.json_schema,
-    "top_k": validators.whole,
-}
-
-_POSITIVE = ("positive", lambda value: value > 0)
-_NOT_NEGATIVE = ("zero or more", lambda value: value >= 0)
-_FRACTION = ("between 0 and 1", lambda value: 0 <= value <= 1)
-_RULES: dict[str, tuple[str, Any]] = {
-    "max_length": _POSITIVE,
-    "max_new_tokens": _POSITIVE,
-    "min_length": _NOT_NEGATIVE,
-    "min_new_tokens": _NOT_NEGATIVE,
-    "max_time": _NOT_NEGATIVE,
-    "num_beams": _POSITIVE,
-    "num_beam_groups": _POSITIVE,
-    "num_return_sequences": _POSITIVE,
-    "top_k": _NOT_NEGATIVE,
-    "top_p": ("zero or more", lambda value: value >= 0),
-    "min_p": _FRACTION,
-    "top_h": ("above 0, at most 1", lambda value: 0 < value <= 1),
-    "typical_p": ("above 0", lambda value: value > 0),
-    "epsilon_cutoff": ("at least 0, below 1", lambda value: 0 <= value < 1),
-    "eta_cutoff": ("at least 0, below 1", lambda value: 0 <= value < 1),
-    "repetition_penalty": _POSITIVE,
-    "encoder_repetition_penalty": _POSITIVE,
-    "no_repeat_ngram_size": _NOT_NEGATIVE,
-    "encoder_no_repeat_ngram_size": _NOT_NEGATIVE,
-    "prompt_lookup_num_tokens": _POSITIVE,
-    "max_matching_ngram_size": _POSITIVE,
-    "num_assistant_tokens": _POSITIVE,
-    "assistant_confidence_threshold": _FRACTION,
-    "num_assistant_tokens_schedule": (
-        "'constant', 'heuristic' or 'heuristic_transient'",
-        lambda value: value in ("constant", "heuristic", "heuristic_transient"),
-    ),
-    "top_logprobs": _NOT_NEGATIVE,
-    "forced_eos_token_id": ("a token id or several", bool),
-}
 
 
 def _check_together(params: Params) -> None:
@@ -217,7 +267,7 @@ def _check_together(params: Params) -> None:
 
 def _check_form(params: Params) -> None:
     """The rules of the knobs that say what the text has to be."""
-    forms = [n for n in ("json_schema", "regex", "grammar") if getattr(params, n) is not None]
+    forms = [name for name in FORMS if getattr(params, name) is not None]
     if len(forms) > 1:
         raise ValueError(f"{forms[0]} cannot be used with {forms[1]}: a text has one form")
     for name in ("forced_bos_token_id", "forced_eos_token_id"):
@@ -228,59 +278,8 @@ def _check_form(params: Params) -> None:
             )
 
 
+FORMS = ("json_schema", "regex", "grammar")  # the knobs that give a text a form
 NAMES = frozenset(knob.name for knob in fields(Params))
-
-# Knobs of transformers that change nothing here: accepted, so that scripts run unchanged.
-INERT = {
-    "use_cache": "keys and values are always kept; the tokens are the same",
-    "cache_implementation": "there is one cache, in place",
-    "cache_config": "there is one cache, in place",
-    "max_cache_len": "the cache is as long as the call needs",
-    "prefill_chunk_size": "prompts are always prefilled in chunks",
-    "logits_to_keep": "only the logits that are needed are computed",
-    "compile_config": "nothing is compiled",
-    "disable_compile": "nothing is compiled",
-    "return_dict": "about the model's own call",
-    "decoder_start_token_id": "for encoder-decoder models",
-    "assistant_lookbehind": "for an assistant with another tokenizer, which is not supported",
-    "target_lookbehind": "for an assistant with another tokenizer, which is not supported",
-    "synced_gpus": "for several GPUs",
-    "transformers_version": "a note of the file's writer",
-}
-
-# Knobs of transformers that ask for something that is not done here.
-UNSUPPORTED = {
-    "output_attentions": "the graph does not compute attention weights apart",
-    "output_hidden_states": "the graph returns logits alone",
-    "penalty_alpha": "contrastive search has left transformers for remote code",
-    "dola_layers": "DoLa has left transformers for remote code and needs hidden states",
-    "constraints": "constrained beam search has left transformers for remote code",
-    "force_words_ids": "constrained beam search has left transformers for remote code",
-    "low_memory": "transformers no longer supports it; beams share their prompt here anyway",
-    "use_mtp": "multi-token prediction heads are not exported",
-    "speculation_type": "draft heads are not exported",
-    "is_assistant": "set on a draft model by transformers itself",
-    "assistant_early_exit": "the graph has one exit",
-    "assistant_ensemble_weight": "it changes the distribution",
-    "assistant_tokenizer": "an assistant must share the model's vocabulary",
-    "continuous_batching_config": "deprecated in transformers",
-    "inputs_embeds": "the graph takes token ids",
-    "token_type_ids": "the graph takes no other ids than tokens",
-    "position_ids": "positions follow from the attention_mask",
-    "past_key_values": "the cache belongs to the call",
-    "cache": "the cache belongs to the call",
-    "encoder_outputs": "for encoder-decoder models",
-    "decoder_input_ids": "for encoder-decoder models",
-    "custom_generate": "remote code is not run",
-    "trust_remote_code": "remote code is not run",
-}
-
-# What of it a model's own defaults can ask for. The rest changes no token there: outputs that no
-# call asked for, and arguments that a generation config does not have.
-BY_DEFAULT = {
-    "penalty_alpha", "dola_layers", "constraints", "force_words_ids", "use_mtp", "is_assistant",
-    "assistant_early_exit", "assistant_ensemble_weight",
-}  # fmt: skip
 
 
 def resolve(
@@ -350,7 +349,7 @@ _ALWAYS = {
 def sampling(
     model_defaults: Mapping[str, Any], knobs: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """How answers to people are drawn, in `fastgen chat` and on the service's page.
+    """The knobs by which answers to people are drawn, in `fastgen chat` and on the service's page.
 
     As the model's own generation_config.json has it, where that says anything of it; else at
     `SANE`. Settings without `do_sample` are settings of what is drawn, but with beams, and at a
@@ -379,7 +378,7 @@ def drawn(params: Params) -> dict[str, Any] | None:
 
 
 def _clashes(name: str, knobs: Mapping[str, Any]) -> bool:
-    """Whether the search that is asked for has no use for a model's default and goes without it."""
+    """True where the search that is asked for has no use for a default of the model's."""
     beams = _above_one(knobs.get("num_beams"))
     if name == "prompt_lookup_num_tokens":
         return beams or knobs.get("guidance_scale") not in (None, 1)
@@ -387,7 +386,7 @@ def _clashes(name: str, knobs: Mapping[str, Any]) -> bool:
         return beams or bool(knobs.get("do_sample"))
     if name == "diversity_penalty":
         return not _above_one(knobs.get("num_beam_groups"))
-    forms = (knobs.get(form) is not None for form in ("json_schema", "regex", "grammar"))
+    forms = (knobs.get(form) is not None for form in FORMS)
     return name in ("forced_bos_token_id", "forced_eos_token_id") and any(forms)
 
 
@@ -414,33 +413,17 @@ def _check_name(name: str) -> None:
 
 
 def _asks(value: Any) -> bool:
-    """Whether an unsupported knob is set to something: off, 0 and None ask for nothing."""
+    """True where an unsupported knob is set to something: off, 0 and None ask for nothing."""
     return value is not None and not (isinstance(value, int | float) and value == 0)
 
 
-# The arguments of `generate` that are objects rather than knobs (see generator).
-ARGUMENTS = (
-    "attention_mask",
-    "generation_config",
-    "logits_processor",
-    "stopping_criteria",
-    "prefix_allowed_tokens_fn",
-    "negative_prompt_ids",
-    "negative_prompt_attention_mask",
-    "assistant_model",
-    "tokenizer",
-    "prefix_cache",
-    "streamer",
-)
-
-
 def table() -> str:
-    """Every knob as Markdown: what it does, what changes nothing, and what is left out and why."""
+    """Every knob as Markdown, then those that change nothing and those left out, and why."""
     lines = ["| knob | default | |", "|---|---|---|"]
-    for knob in fields(Params):
-        whose = "" if knob.metadata["like"] == "transformers" else f" ({knob.metadata['like']}'s)"
-        default = "" if knob.default is None else f"`{knob.default}`"
-        lines.append(f"| `{knob.name}` | {default} | {knob.metadata['help']}{whose} |")
+    for field in fields(Params):
+        whose = "" if field.metadata["like"] == "transformers" else f" ({field.metadata['like']}'s)"
+        default = "" if field.default is None else f"`{field.default}`"
+        lines.append(f"| `{field.name}` | {default} | {field.metadata['help']}{whose} |")
     for title, reasons in (
         ("Accepted, and nothing changes:", INERT),
         ("Not supported, and an error that says so:", UNSUPPORTED),
@@ -448,16 +431,3 @@ def table() -> str:
         lines += ["", title, "", "| knob | why |", "|---|---|"]
         lines += [f"| `{name}` | {why} |" for name, why in reasons.items()]
     return "\n".join(lines)
-
-
-__all__ = [
-    "ARGUMENTS",
-    "INERT",
-    "NAMES",
-    "UNSUPPORTED",
-    "Params",
-    "drawn",
-    "resolve",
-    "sampling",
-    "table",
-]

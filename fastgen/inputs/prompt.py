@@ -1,8 +1,7 @@
-"""What callers pass as ids, made one thing: left-padded rows and which of their tokens count."""
+"""The ids of a call, whatever they came as: left-padded rows, and which of their tokens count."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastgen.inputs import tensors, validators
+
+PADDED_ON_THE_RIGHT = (
+    "a row is padded on the right: it continues after its last token (transformers would continue "
+    "after the padding); pad on the left"
+)
 
 
 @dataclass(frozen=True)
@@ -21,12 +25,14 @@ class Prompts:
         ids: int64 [rows, width], as given; a ragged list is padded on the left.
         mask: bool [rows, width], False for padding. What is masked is as if it were not there:
             for left padding that is what transformers computes too.
-        kind: what came in and goes out: "list", "numpy" or "torch".
+        kind: of what came in and goes out: "list", "numpy" or "torch".
+        cautions: what the caller is to be warned of.
     """
 
     ids: NDArray[np.int64]
     mask: NDArray[np.bool_]
     kind: str
+    cautions: tuple[str, ...] = ()
 
     @property
     def rows(self) -> list[NDArray[np.int64]]:
@@ -60,7 +66,7 @@ def read(
     Without a mask, one is inferred as transformers does: padding is where `pad_token_id` stands,
     if it occurs and is not also an end-of-text token. (A list of rows that differ in length is
     padded here, so its mask is known.) Unlike there, a row that is padded on the right continues
-    after its last real token, with a warning.
+    after its last real token; `cautions` says so.
 
     Args:
         ids: a list of ints, a (ragged) list of lists, an integer array of one or two
@@ -91,14 +97,7 @@ def read(
             f"token id {array[row, column]} (row {row}, position {column}) is outside the "
             f"vocabulary of {vocab_size}"
         )
-    if not mask[:, -1].all():
-        warnings.warn(
-            "a row is padded on the right: it continues after its last token (transformers "
-            "would continue after the padding); pad on the left",
-            UserWarning,
-            stacklevel=6,
-        )
-    return Prompts(array, mask, kind)
+    return Prompts(array, mask, kind, () if mask[:, -1].all() else (PADDED_ON_THE_RIGHT,))
 
 
 def _padding(pad_token_id: int | None, eos_token_id: Sequence[int] | None) -> int:

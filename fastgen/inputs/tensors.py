@@ -69,7 +69,7 @@ def bridged(name: str, functions: Any, to_tensors: bool) -> list[Callable[..., A
 
 
 def of_transformers(value: Any) -> bool:
-    """Whether this is an object of a class of transformers, or of one that is derived from one."""
+    """True for an object of a class of transformers, or of one that is derived from one."""
     return any(kind.__module__.partition(".")[0] == "transformers" for kind in type(value).__mro__)
 
 

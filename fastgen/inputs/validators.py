@@ -1,4 +1,4 @@
-"""What a caller may pass as a number, a flag, a list of ids: one check for each kind of value.
+"""Checks of what a caller passes as a number, a flag, a list of ids: one for each kind of value.
 
 Each takes the name of what is checked and the value, and gives it back as plain Python or raises a
 ValueError with the name, the rule and the value.
@@ -115,7 +115,7 @@ def seed(name: str, value: Any) -> int | tuple[int, ...]:
 
 
 def _one_seed(name: str, value: Any) -> int:
-    """What torch.manual_seed takes."""
+    """An integer that torch.manual_seed takes."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise wrong(name, "an integer, or a list of them", value)
     found = int(value.__index__())
@@ -176,7 +176,7 @@ def json_schema(name: str, value: Any) -> str:
 
 
 def _read(name: str, rule: str, value: str) -> Any:
-    """What a JSON text says."""
+    """The value of a JSON text."""
     try:
         return json.loads(value)
     except json.JSONDecodeError as error:

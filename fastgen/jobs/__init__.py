@@ -1,10 +1,10 @@
 """Many rows: files in, files out, on one machine or a cluster.
 
-row         a row as found, and what it became     source      files -> rows
-ask         a row -> a prompt and knobs            parquet     tables in and out
+row         a row as found, and its outcome        source      files -> rows
+request     a row -> a prompt and knobs            parquet     tables in and out
 openai      a line of OpenAI's -> its answer       scoring     rows -> how likely they are
-generation  what is asked for -> texts             journal     what is done, whatever happens
-job         all of it together
+generation  requests -> texts                      journal     rows that are done, on disk
+window      rows that are read ahead               job         all of it together
 ray         the same on a cluster
 """
 
@@ -20,7 +20,7 @@ __all__ = ["Generate", "Score", "deployment"]
 
 
 def __getattr__(name: str) -> Any:
-    """What is offered, imported when it is first used."""
+    """Import a public name when it is first used."""
     if name not in __all__:
         raise AttributeError(f"module 'fastgen.jobs' has no attribute {name!r}")
     from fastgen.jobs.ray import cluster, replicas

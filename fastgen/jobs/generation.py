@@ -1,22 +1,30 @@
-"""Rows to texts: what they ask for runs together through one scheduler, a step at a time."""
+"""Rows to texts: their requests run together through one scheduler, a step at a time."""
 
 from __future__ import annotations
 
+import functools
+import time
 import warnings
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from fastgen.engine.call import Call, Writer
+from fastgen.engine.call import Call
 from fastgen.engine.output import Token
 from fastgen.engine.prefill import CHUNK
 from fastgen.engine.prefix_cache import PrefixCache
 from fastgen.engine.schedule import MAX_ROWS, Scheduler
-from fastgen.jobs.ask import Reader, Wanted, is_openai
-from fastgen.jobs.row import Done, Outcome, Row
+from fastgen.engine.writer import Writer
+from fastgen.jobs.request import RowReader, RowRequest, is_openai
+from fastgen.jobs.row import Done, InputRow, Outcome
+from fastgen.jobs.window import Window
+from fastgen.system import extras
 
-# A window: so many tokens are read ahead and sorted, and so many rows at most.
-WINDOW_TOKENS, WINDOW_ROWS = 2**17, 4096
+if TYPE_CHECKING:
+    from fastgen.jobs.openai import Offline
+
+WINDOW = Window(tokens=2**17, rows=4096)
 AHEAD = 16  # calls that wait in the scheduler, so that none of its steps is for fewer rows
 
 
@@ -30,8 +38,8 @@ class Running:
         error: of the first of its calls that failed.
     """
 
-    row: Row
-    wanted: Wanted
+    row: InputRow
+    request: RowRequest
     calls: list[Call]
     writers: list[Writer]
     tokens: list[list[Token]]
@@ -40,18 +48,23 @@ class Running:
     error: Exception | None = None
 
 
-class Generation:
-    """What `fastgen batch` does with rows.
+class GenerationWork:
+    """The work of `fastgen batch`.
 
     Args:
-        reader: says what rows ask for.
-        max_rows, max_bytes: of what runs together (see `Scheduler`).
+        reader: makes requests of rows.
+        max_rows, max_bytes: of the calls that run together (see `Scheduler`).
+        window: rows that are read ahead.
     """
 
     def __init__(
-        self, reader: Reader, max_rows: int = MAX_ROWS, max_bytes: int | None = None
+        self,
+        reader: RowReader,
+        max_rows: int = MAX_ROWS,
+        max_bytes: int | None = None,
+        window: Window = WINDOW,
     ) -> None:
-        self.reader = reader
+        self.reader, self.window = reader, window
         # Nobody reads along, so a chunk is the one that is read fastest.
         self.scheduler = Scheduler(
             reader.model.model,
@@ -67,25 +80,25 @@ class Generation:
         self.reader.check(names)
 
     def is_kept(self, name: str) -> bool:
-        """Whether the output has this field of the input."""
-        return self.reader.is_kept(name)
+        """True where the output has this field of the input."""
+        return name in self.reader.kept
 
-    def run(self, rows: Iterable[Row]) -> Iterator[Done]:
-        """What each row becomes, in whatever order they are done.
+    def run(self, rows: Iterable[InputRow]) -> Iterator[Done]:
+        """Each row with its outcome, in the order in which they are done.
 
         A window of rows is read, and its longest run first, so that at the end no long one is
-        left alone. The next window is read when the last row of this one has begun: nobody waits
-        for the others of his window.
+        left alone. The next window is read when the last row of this one has begun: no row waits
+        for the others of its window.
         """
         try:
             yield from self._run(iter(rows))
         finally:  # whoever reads no further leaves nothing behind
-            for one, place in list(self._running.values()):
-                self.scheduler.cancel(one.calls[place])
+            for running, index in list(self._running.values()):
+                self.scheduler.cancel(running.calls[index])
             self._running.clear()
 
-    def _run(self, rows: Iterator[Row]) -> Iterator[Done]:
-        window: deque[tuple[Row, Wanted]] = deque()
+    def _run(self, rows: Iterator[InputRow]) -> Iterator[Done]:
+        window: deque[tuple[InputRow, RowRequest]] = deque()
         more = True
         while True:
             while self.scheduler.waiting < AHEAD and (window or more):
@@ -101,73 +114,77 @@ class Generation:
                 return
             yield from self._step()
 
-    def _fill(self, window: deque[tuple[Row, Wanted]], rows: Iterator[Row]) -> list[Done]:
+    def _fill(
+        self, window: deque[tuple[InputRow, RowRequest]], rows: Iterator[InputRow]
+    ) -> list[Done]:
         """Read the next window, longest first; returns the rows that are no good."""
-        bad: list[Done] = []
-        found: list[tuple[Row, Wanted]] = []
-        tokens = 0
-        for row in rows:
-            read = self._read(row)
-            if isinstance(read, Outcome):
-                bad.append(Done(row, read))
-            else:
-                found.append((row, read))
-                tokens += read.length
-            if tokens >= WINDOW_TOKENS or len(found) + len(bad) >= WINDOW_ROWS:
-                break
-        window.extend(sorted(found, key=lambda pair: -pair[1].length))
+        bad, good = self.window.read(rows, self._read, lambda request: request.length)
+        window.extend(sorted(good, key=lambda pair: -pair[1].length))
         return bad
 
-    def _read(self, row: Row) -> Wanted | Outcome:
-        """What a row asks for, or why it cannot be told.
+    def _read(self, row: InputRow) -> RowRequest | Outcome:
+        """The request of a row, or why it cannot be told.
 
         Raises:
-            ValueError: of what is installed; whatever is wrong with the row is its outcome.
+            ValueError: an extra is not installed; whatever is wrong with the row is its outcome.
         """
         kept: Mapping[str, object] = row.place
         try:
             fields = row.fields()
             if not is_openai(fields):
-                kept = row.place | self.reader.kept(fields)
+                kept = self.reader.kept.of(row, fields)
                 return self.reader(row, fields)
         except ValueError as error:
             return Outcome.failed(error, kept)
-        return self.reader.line(row, fields)
+        return self._offline.line(fields, row.name)
 
-    def _begin(self, row: Row, wanted: Wanted) -> Done | None:
+    @functools.cached_property
+    def _offline(self) -> Offline:
+        """Reads and answers lines of OpenAI's batch API, by the code of the service."""
+        try:
+            from fastgen.jobs.openai import Offline
+        except ImportError as error:
+            raise ValueError(
+                f"OpenAI's lines need the service: {extras.install('serve')} ({error})"
+            ) from error
+        reader = self.reader
+        created = int(time.time()) if reader.created is None else reader.created
+        return Offline(reader.model, reader.knobs, reader.seed, created)
+
+    def _begin(self, row: InputRow, request: RowRequest) -> Done | None:
         """Let the scheduler have a row's calls; it is done at once if it has none, or cannot be."""
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                made = wanted.calls()
+                made = request.calls()
             for call, _ in made:
                 self.scheduler.check(call)
         except Exception as error:
-            return Done(row, wanted.refused(error))
+            return Done(row, request.refused(error))
         notes = [" ".join(str(one.message).split()) for one in caught]
         notes += dict.fromkeys(note for call, _ in made for note in call.notes)
         if not made:
-            return Done(row, wanted.answer([], notes))
+            return Done(row, request.answer([], notes))
         calls, writers = [call for call, _ in made], [writer for _, writer in made]
-        one = Running(row, wanted, calls, writers, [[] for _ in made], notes, len(made))
-        for place, call in enumerate(calls):
-            self._running[id(call)] = one, place
+        running = Running(row, request, calls, writers, [[] for _ in made], notes, len(made))
+        for index, call in enumerate(calls):
+            self._running[id(call)] = running, index
             self.scheduler.submit(call)
         return None
 
     def _step(self) -> Iterator[Done]:
         """A step of all that run; gives the rows that end with it."""
         for call, events in self.scheduler.step():
-            one, place = self._running[id(call)]
-            one.tokens[place] += one.writers[place].take(events)
+            running, index = self._running[id(call)]
+            running.tokens[index] += running.writers[index].take(events)
             if not call.done:
                 continue
             del self._running[id(call)]
-            one.left -= 1
-            one.error = one.error or call.error
-            if one.left:
+            running.left -= 1
+            running.error = running.error or call.error
+            if running.left:
                 continue
-            if one.error is None:
-                yield Done(one.row, one.wanted.answer(one.tokens, one.notes))
+            if running.error is None:
+                yield Done(running.row, running.request.answer(running.tokens, running.notes))
             else:
-                yield Done(one.row, one.wanted.refused(one.error))
+                yield Done(running.row, running.request.refused(running.error))

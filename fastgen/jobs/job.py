@@ -13,18 +13,18 @@ from typing import Any, BinaryIO, Protocol, Self
 
 from fastgen.jobs import parquet
 from fastgen.jobs.journal import Entry, Journal, write_lines
-from fastgen.jobs.row import Done, Row
-from fastgen.jobs.source import Source, kind_of
+from fastgen.jobs.row import Done, InputRow
+from fastgen.jobs.source import RowSource, kind_of
 
 
 class Work(Protocol):
-    """What a job does with its rows."""
+    """The work of a job on its rows."""
 
-    def run(self, rows: Iterable[Row]) -> Iterator[Done]:
-        """What each row becomes, in any order; rows are taken as they are needed."""
+    def run(self, rows: Iterable[InputRow]) -> Iterator[Done]:
+        """Each row with its outcome, in any order; rows are taken as they are needed."""
 
 
-class Job:
+class RowJob:
     """Rows of one place that become rows of another.
 
     Args:
@@ -49,7 +49,7 @@ class Job:
 
     def __init__(
         self,
-        source: Source,
+        source: RowSource,
         out: str,
         settings: Mapping[str, Any],
         *,
@@ -89,7 +89,7 @@ class Job:
             is_table = kind_of(str(self.out)) == "parquet"
             self.journal.finish(parquet.write if is_table else write_lines)
 
-    def _pending(self, sink: _InOrder | None) -> Iterator[Row]:
+    def _pending(self, sink: _InOrder | None) -> Iterator[InputRow]:
         """The rows that are not done."""
         again = 0
         for row in self.source.rows(self.columns):
@@ -102,7 +102,7 @@ class Job:
         self._all_there(again)
 
     def _count(self) -> int | None:
-        """How many rows there are. Those that are done must be the ones that were."""
+        """Count the rows. Those that are done must be the ones that were."""
         if not self.source.again:
             return None
         rows = again = 0
@@ -112,7 +112,7 @@ class Job:
         self._all_there(again)
         return rows
 
-    def _is_done(self, row: Row) -> bool:
+    def _is_done(self, row: InputRow) -> bool:
         known = self.journal.digest(row.number) if self.journal else None
         if known is not None and known != row.digest:
             raise self._another(f"row {row.number} of the input was another")
@@ -130,7 +130,7 @@ class Job:
         )
 
     def close(self) -> None:
-        """What is done stays done."""
+        """Close the journal, which keeps the rows that are done."""
         if self.journal is not None:
             self.journal.close()
 
@@ -141,8 +141,8 @@ class Job:
         self.close()
 
 
-def _target(out: str, source: Source) -> Path:
-    """Where the output goes, links followed.
+def _target(out: str, source: RowSource) -> Path:
+    """The path of the output, links followed.
 
     Raises:
         ValueError: nothing can be put there.
@@ -170,7 +170,7 @@ class _InOrder:
         self._expected: deque[int] = deque()
         self._waiting: dict[int, bytes] = {}
 
-    def expect(self, row: Row) -> None:
+    def expect(self, row: InputRow) -> None:
         self._expected.append(row.number)
 
     def add(self, done: Done) -> None:

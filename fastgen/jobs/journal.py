@@ -1,4 +1,4 @@
-"""What is done of a job, kept beside its output, so that a kill at any moment costs nothing.
+"""The rows of a job that are done, kept beside its output: a kill at any moment costs nothing.
 
 `OUT.part` begins with a line that says which job it is of. Each line after that is a row's: its
 number, its digest, whether it is bad, a checksum, and the line that it becomes in OUT, with tabs in
@@ -51,7 +51,7 @@ class Entry:
 
     @classmethod
     def read(cls, written: bytes) -> Self | None:
-        """What `written` wrote; None if it is not whole."""
+        """Read an entry that `written` wrote; None if it is not whole."""
         parts = written.removesuffix(b"\n").split(b"\t", 4)
         if len(parts) != 5 or not written.endswith(b"\n"):
             return None
@@ -172,7 +172,7 @@ class Journal:
         self._synced = time.monotonic()
 
     def lines(self) -> Iterator[bytes]:
-        """What the rows became, in the order of their numbers."""
+        """The outputs of the rows, in the order of their numbers."""
         with self.path.open("rb") as file:
             for place in self._places:
                 if place != NOTHING:
@@ -188,7 +188,7 @@ class Journal:
             write: makes the file of the lines.
         """
         self.sync()
-        with files.written("the output", self.out) as made:
+        with files.atomic_file("the output", self.out) as made:
             write(made, self.lines)
             with made.open("rb+") as file:
                 os.fsync(file.fileno())

@@ -6,27 +6,26 @@ answer is {"id", "custom_id", "response": {"status_code", "request_id", "body"},
 
 from __future__ import annotations
 
-import asyncio
-import weakref
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from fastgen.engine.call import Call, Writer
+from fastgen.engine.call import Call
 from fastgen.engine.output import Token
-from fastgen.engine.prefill import CHUNK
 from fastgen.engine.schedule import Job
+from fastgen.engine.writer import Writer
 from fastgen.generator import CausalLM
-from fastgen.jobs.row import LENGTHS, Outcome, seed_of
+from fastgen.inputs.lengths import LENGTHS
+from fastgen.jobs.row import Outcome, seed_of
 from fastgen.serve import chats, completions
 from fastgen.serve.dialects import given
-from fastgen.serve.engine import Stream
+from fastgen.serve.front import Front
 from fastgen.serve.refused import Refused
-from fastgen.serve.service import Run, Service
-from fastgen.serve.wire import ChatCompletion, Completion, Wish
+from fastgen.serve.run import Run
+from fastgen.serve.wire import ChatCompletion, Completion, GenerationRequest
 
 ROUTES: dict[str, tuple[type[Any], Any]] = {
     "/v1/completions": (Completion, completions.answer),
@@ -35,32 +34,45 @@ ROUTES: dict[str, tuple[type[Any], Any]] = {
 FIELDS = {"custom_id", "method", "url", "body"}
 OF_LENGTH = (*LENGTHS, "max_tokens", "max_completion_tokens")
 
+Result = TypeVar("Result")
+
 
 @dataclass
-class Held(Run):
-    """A request's calls before they are made, and their tokens when they are over.
+class BatchRun(Run):
+    """A request's prompts before its calls are made, and their tokens when they are over.
 
     Attributes:
-        usual: new tokens where nobody says how many, and there is room for so many.
+        usual: new tokens where nobody says how many, and there is room for them.
         kept: special tokens that are part of the text.
         came: the tokens of each call.
     """
 
     prompts: Sequence[list[int]] = field(kw_only=True)
-    wish: Wish = field(kw_only=True)
+    request: GenerationRequest = field(kw_only=True)
     usual: int = field(kw_only=True)
     kept: frozenset[int] = field(kw_only=True)
     came: Sequence[Sequence[Token]] = ()
 
     async def tokens(self) -> AsyncIterator[tuple[int, Token]]:
-        for place, tokens in enumerate(self.came):
+        for call, tokens in enumerate(self.came):
             for token in tokens:
-                for text in self.places(place, token):
+                for text in self.texts_of(call, token):
                     yield text, token
 
 
-class Offline(Service):
-    """The service's door and its answers, without its thread.
+def result_of(coroutine: Coroutine[Any, Any, Result]) -> Result:
+    """Run a coroutine of `Offline`, which does all work at once and waits for nothing."""
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        result: Result = end.value
+        return result
+    coroutine.close()
+    raise RuntimeError("a line of a job waited for an event loop, which it does not have")
+
+
+class Offline(Front):
+    """The front of the service and its answers, for calls that a job runs.
 
     Args:
         knobs: the job's own, for lines that say nothing else.
@@ -69,63 +81,57 @@ class Offline(Service):
     """
 
     def __init__(self, model: CausalLM, knobs: Mapping[str, Any], seed: int, created: int) -> None:
-        super().__init__(model, chunk=CHUNK)
+        super().__init__(model)
         self.knobs, self.seed, self.created = dict(knobs), seed, created
-        self._runner = asyncio.Runner()
-        weakref.finalize(self, self._runner.close)
 
     async def run(
         self,
         prompts: Sequence[list[int]],
-        wish: Wish,
+        request: GenerationRequest,
         usual: int,
         kept: frozenset[int] = frozenset(),
     ) -> Run:
         """A request whose calls the job makes and runs."""
-        texts = self.texts(len(prompts), wish, kept)
-        return Held(
-            self.engine,
-            [],
-            asyncio.Queue(),
-            texts,
-            wish.copies,
+        return BatchRun(
+            self.texts(len(prompts), request, kept),
+            request.copies,
             sum(map(len, prompts)),
             prompts=prompts,
-            wish=wish,
+            request=request,
             usual=usual,
             kept=kept,
-            same=wish.same,
+            same=request.same,
         )
 
-    async def _through(self, jobs: Sequence[tuple[Job, Writer | None]]) -> list[tuple[int, Token]]:
-        """What becomes of them here and now: a job has no clients who wait."""
+    async def through(self, jobs: Sequence[tuple[Job, Writer | None]]) -> list[tuple[int, Token]]:
+        """Run jobs here and now: a job has no clients who wait."""
         return [
-            (place, token)
-            for place, (job, writer) in enumerate(jobs)
-            for events in job.steps()
-            for token in (writer.take(events or ()) if writer else ())
+            (index, token)
+            for index, (job, writer) in enumerate(jobs)
+            for step in job.steps()
+            for token in (writer.take(step.events) if writer and step else ())
         ]
 
-    def streams(self, run: Held, name: str) -> list[Stream]:
-        """The calls of a request, a prompt each.
+    def calls_of(self, run: BatchRun, name: str) -> list[tuple[Call, Writer]]:
+        """The calls of a request, a prompt each, with the writers of their tokens.
 
         Raises:
             Refused: one that cannot be.
         """
-        made = []
-        for place, ids in enumerate(run.prompts):
-            seed = {"seed": seed_of(self.seed, f"{name} {place}")}
-            off = {name: None for name, value in self.knobs.items() if value is None}
-            wish = replace(run.wish, knobs=off | seed | run.wish.knobs)
-            (call,) = self._calls([ids], wish, run.usual)
-            made.append(Stream(call, self.model.writer(call, not run.kept), place, run.inbox))
+        calls = []
+        for index, ids in enumerate(run.prompts):
+            seed = {"seed": seed_of(self.seed, f"{name} {index}")}
+            off = {knob: None for knob, value in self.knobs.items() if value is None}
+            request = replace(run.request, knobs=off | seed | run.request.knobs)
+            (call,) = self.calls([ids], request, run.usual)
+            calls.append((call, self.model.writer(call, not run.kept)))
             run.notes |= dict.fromkeys(call.notes)
-        return made
+        return calls
 
     def line(self, fields: Mapping[str, Any], name: str) -> Line:
-        """What a line asks for. One that cannot be has its reason instead."""
+        """The request of a line. One that cannot be has its reason instead."""
         try:
-            return Line(self, fields, name, self._runner.run(self._begun(fields)))
+            return Line(self, fields, name, result_of(self._begun(fields)))
         except Refused as error:
             return Line(self, fields, name, error)
 
@@ -158,22 +164,17 @@ class Offline(Service):
             knobs = {name: value for name, value in knobs.items() if name not in LENGTHS}
         return {**knobs, **given(body)}
 
-    def whole(self, answer: Any) -> dict[str, Any]:
-        """An answer whose tokens are there."""
-        found: dict[str, Any] = self._runner.run(answer.whole())
-        return found
-
 
 @dataclass
 class Line:
-    """What a line asks for, or why it cannot be.
+    """The request of a line, or why it cannot be.
 
     Attributes:
-        name: what tells the line from others; its seed and its ids depend on it.
+        name: tells the line from others; its seed and its ids depend on it.
         begun: an answer of the service that has begun.
     """
 
-    service: Offline
+    front: Offline
     fields: Mapping[str, Any]
     name: str
     begun: Any
@@ -182,9 +183,9 @@ class Line:
     def length(self) -> int:
         """Tokens that its longest prompt may come to."""
         run = getattr(self.begun, "run", None)
-        if not isinstance(run, Held):
+        if not isinstance(run, BatchRun):
             return 0
-        return max(map(len, run.prompts)) + (run.wish.new or run.usual)
+        return max(map(len, run.prompts)) + (run.request.new or run.usual)
 
     def calls(self) -> list[tuple[Call, Writer]]:
         """Its calls, a prompt each; none where its prompts are only scored.
@@ -195,21 +196,19 @@ class Line:
         if isinstance(self.begun, Refused):
             raise self.begun
         run = self.begun.run
-        if isinstance(run, Held):
-            run.streams = self.service.streams(run, self.name)
-        return [(stream.call, stream.writer) for stream in run.streams]
+        return self.front.calls_of(run, self.name) if isinstance(run, BatchRun) else []
 
     def answer(self, tokens: Sequence[Sequence[Token]], notes: Sequence[str]) -> Outcome:
         """Its answer, of its calls' tokens."""
         run = self.begun.run
-        if isinstance(run, Held):
+        if isinstance(run, BatchRun):
             run.came = tokens
-        body = self.service.whole(self.begun)
+        body: dict[str, Any] = result_of(self.begun.whole())
         kind = body["id"].partition("-")[0]
-        body |= {"id": f"{kind}-{self._id('body')}", "created": self.service.created}
+        body |= {"id": f"{kind}-{self._id('body')}", "created": self.front.created}
         for choice in body["choices"]:
-            for place, call in enumerate(choice.get("message", {}).get("tool_calls", ())):
-                call["id"] = "call_" + self._id(f"call {choice['index']} {place}")
+            for index, call in enumerate(choice.get("message", {}).get("tool_calls", ())):
+                call["id"] = "call_" + self._id(f"call {choice['index']} {index}")
         return Outcome(self._said(200, body), sum(map(len, tokens)))
 
     def refused(self, error: Exception) -> Outcome:
@@ -231,5 +230,5 @@ class Line:
 
     def _id(self, of: str) -> str:
         """24 hexadecimal digits: the same whenever the job is done again."""
-        text = f"{self.service.seed} {self.service.created} {self.name} {of}"
+        text = f"{self.front.seed} {self.front.created} {self.name} {of}"
         return blake2b(text.encode(), digest_size=12).hexdigest()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from hashlib import blake2b
@@ -12,11 +12,12 @@ from typing import Any, Self
 
 from fastgen.store import jsonfile
 
-LENGTHS = ("max_new_tokens", "max_length")  # the knobs by which a row sets its length
+ALWAYS = ("id", "custom_id", "metadata")  # fields that are given back without being asked for
+ALL = "*"  # of `keep`: every field that means nothing here
 
 
 @dataclass(frozen=True)
-class Row:
+class InputRow:
     """One row as it was found.
 
     Attributes:
@@ -35,7 +36,7 @@ class Row:
 
     @property
     def place(self) -> dict[str, Any]:
-        """What its output says of where it was."""
+        """The fields of its output that say where it was."""
         if not self.is_numbered:
             return {}
         return (
@@ -44,16 +45,16 @@ class Row:
 
     @property
     def name(self) -> str:
-        """What its chance depends on: its place, or what it says."""
+        """The text that its chance depends on: its place, or else its digest."""
         return " ".join(map(str, self.place.values())) or self.digest
 
     @property
     def digest(self) -> str:
-        """What tells this row from another: 16 hexadecimal digits."""
+        """Tells this row from another: 16 hexadecimal digits."""
         return blake2b(self.content, digest_size=8).hexdigest()
 
     def fields(self) -> dict[str, Any]:
-        """What it says, by name.
+        """Its fields by name.
 
         Raises:
             ValueError: it is not UTF-8, no JSON, or no object.
@@ -65,9 +66,37 @@ class Row:
         return {"prompt": line} if self.text else jsonfile.parsed(line)
 
 
+class KeptFields:
+    """The fields of a row that its output has too.
+
+    Args:
+        keep: fields to give back besides `ALWAYS`; `ALL` for all that are not `known`.
+        known: fields that mean something here.
+        output: names of the output's own fields.
+
+    Raises:
+        ValueError: a field to keep has the name of one of the output's.
+    """
+
+    def __init__(
+        self, keep: Collection[str], known: Collection[str], output: Collection[str]
+    ) -> None:
+        self._names, self._all = {*ALWAYS, *keep}, ALL in keep
+        self._not_of_all = frozenset([*known, *output])
+        if odd := sorted(self._names & frozenset(output)):
+            raise ValueError(f"{odd[0]} cannot be kept: the output has a field of that name")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._names or (self._all and name not in self._not_of_all)
+
+    def of(self, row: InputRow, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """The row's place in its file and the fields that are kept."""
+        return row.place | {name: value for name, value in fields.items() if name in self}
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """What a row became.
+    """The result of a row.
 
     Attributes:
         output: an object for JSON.
@@ -90,7 +119,7 @@ class Outcome:
 class Done:
     """A row and what it became."""
 
-    row: Row
+    row: InputRow
     outcome: Outcome
 
     @property
@@ -111,16 +140,8 @@ class Done:
         try:
             text = json.dumps(self.output, ensure_ascii=False, allow_nan=False)
         except ValueError:
-            text = json.dumps(_finite(self.output), ensure_ascii=False)
+            text = json.dumps(jsonfile.finite(self.output), ensure_ascii=False)
         return text.encode()
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _finite(one) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def as_json(fields: Mapping[str, Any]) -> str:

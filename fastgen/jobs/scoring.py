@@ -12,32 +12,31 @@ from numpy.typing import NDArray
 from fastgen.engine.prefix_cache import PrefixCache
 from fastgen.generator import CausalLM
 from fastgen.inputs import validators
-from fastgen.jobs.ask import ALL, ALWAYS
-from fastgen.jobs.row import Done, Outcome, Row
+from fastgen.jobs.row import Done, InputRow, KeptFields, Outcome
+from fastgen.jobs.window import Window
 
 TEXTS = ("text", "prompt", "ids", "input_ids")  # a line of text comes as a prompt
 FIELDS = frozenset({*TEXTS, "prefix"})
-OURS = frozenset({"file", "row", "logprob", "tokens", "perplexity", "logprobs", "error"})
-# A window: so many tokens are read ahead and sorted, and so many rows at most.
-WINDOW_TOKENS, WINDOW_ROWS = 2**16, 1024
+OUTPUT = frozenset({"file", "row", "logprob", "tokens", "perplexity", "logprobs", "error"})
+WINDOW = Window(tokens=2**16, rows=1024)
 TOGETHER = 16  # rows between two that are written down
 
 
 @dataclass(frozen=True)
-class Given:
-    """A row to be scored: its ids, those before it, if any, and what its output has of it."""
+class ScoreRequest:
+    """A row to be scored: its ids, those before it, if any, and the fields that are kept."""
 
-    row: Row
+    row: InputRow
     kept: Mapping[str, Any]
     ids: list[int]
     prefix: tuple[int, ...] | None
 
 
-class Scoring:
-    """What `fastgen score` does with rows.
+class ScoringWork:
+    """The work of `fastgen score`.
 
     Args:
-        keep: fields to give back besides `ALWAYS`; `ALL` for all that mean nothing here.
+        keep: fields to give back (see `KeptFields`).
         each: whether every token's log-probability is given too.
 
     Raises:
@@ -46,17 +45,18 @@ class Scoring:
 
     def __init__(self, model: CausalLM, keep: Collection[str] = (), each: bool = False) -> None:
         self.model, self.each = model, each
-        self.keep, self.keeps_all = {*ALWAYS, *keep}, ALL in keep
-        if odd := sorted(OURS & self.keep):
-            raise ValueError(f"{odd[0]} cannot be kept: the output has a field of that name")
+        self._kept = KeptFields(keep, FIELDS, OUTPUT)
         self.cache = PrefixCache()
 
-    def run(self, rows: Iterable[Row]) -> Iterator[Done]:
+    def run(self, rows: Iterable[InputRow]) -> Iterator[Done]:
         """The numbers of each row, window by window: those with one prefix together, by length."""
         left = iter(rows)
-        while window := self._window(left):
-            bad, given = window
+        while True:
+            bad, good = WINDOW.read(left, self._read, lambda request: len(request.ids))
+            if not bad and not good:
+                return
             yield from bad
+            given = [request for _, request in good]
             given.sort(key=lambda one: (one.prefix or (), one.prefix is None, -len(one.ids)))
             while given:
                 some = [one for one in given[:TOGETHER] if one.prefix == given[0].prefix]
@@ -71,28 +71,21 @@ class Scoring:
                 raise ValueError(f"{name} is none of {known} (fields of your own: --keep {name})")
 
     def is_kept(self, name: str) -> bool:
-        """Whether the output has this field of the input."""
-        return name in self.keep or (self.keeps_all and name not in FIELDS | OURS)
+        """True where the output has this field of the input."""
+        return name in self._kept
 
-    def _window(self, rows: Iterator[Row]) -> tuple[list[Done], list[Given]] | None:
-        """The next rows, as many as are sorted together; None if there are no more."""
-        bad: list[Done] = []
-        found: list[Given] = []
-        tokens = 0
-        for row in rows:
-            kept: Mapping[str, Any] = row.place
-            try:
-                fields = row.fields()
-                kept = row.place | {n: value for n, value in fields.items() if self.is_kept(n)}
-                found.append(self._given(row, fields, kept))
-                tokens += len(found[-1].ids)
-            except ValueError as error:
-                bad.append(Done(row, Outcome.failed(error, kept)))
-            if tokens >= WINDOW_TOKENS or len(found) + len(bad) >= WINDOW_ROWS:
-                break
-        return (bad, found) if bad or found else None
+    def _read(self, row: InputRow) -> ScoreRequest | Outcome:
+        kept: Mapping[str, Any] = row.place
+        try:
+            fields = row.fields()
+            kept = self._kept.of(row, fields)
+            return self._request(row, fields, kept)
+        except ValueError as error:
+            return Outcome.failed(error, kept)
 
-    def _given(self, row: Row, fields: Mapping[str, Any], kept: Mapping[str, Any]) -> Given:
+    def _request(
+        self, row: InputRow, fields: Mapping[str, Any], kept: Mapping[str, Any]
+    ) -> ScoreRequest:
         self.check(fields)
         named = [name for name in TEXTS if fields.get(name) is not None]
         if len(named) != 1:
@@ -101,7 +94,7 @@ class Scoring:
         prefix = fields.get("prefix")
         before = None if prefix is None else tuple(self._ids("prefix", prefix, True))
         ids = self._ids(named[0], fields[named[0]], prefix is None)
-        return Given(row, kept, ids, before)
+        return ScoreRequest(row, kept, ids, before)
 
     def _ids(self, name: str, value: Any, special: bool) -> list[int]:
         """A text or a list as ids, as `CausalLM.score` would read it."""
@@ -114,7 +107,7 @@ class Scoring:
             raise ValueError(f"{name} is empty: it needs at least one token")
         return ids
 
-    def _scored(self, some: list[Given]) -> Iterator[Done]:
+    def _scored(self, some: list[ScoreRequest]) -> Iterator[Done]:
         """Rows with one prefix. One that cannot be is bad, and the others are not."""
         prefix, cache = some[0].prefix, None if some[0].prefix is None else self.cache
         rows, before = [one.ids for one in some], None if prefix is None else [list(prefix)]
@@ -130,7 +123,7 @@ class Scoring:
         for one, logprobs in zip(some, found, strict=True):
             yield Done(one.row, Outcome(self._written(one, logprobs), len(one.ids)))
 
-    def _written(self, one: Given, logprobs: NDArray[np.float32]) -> dict[str, Any]:
+    def _written(self, one: ScoreRequest, logprobs: NDArray[np.float32]) -> dict[str, Any]:
         known = logprobs[~np.isnan(logprobs)].astype(np.float64)
         return {
             **one.kept,

@@ -1,4 +1,4 @@
-"""Where rows come from: JSON lines, text lines, Parquet; a file, or standard input.
+"""Sources of rows: JSON lines, text lines, Parquet; a file, or standard input.
 
 A row's number is its line's, counted from 0 (blank lines have one and are no row).
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastgen.jobs import parquet
-from fastgen.jobs.row import Row, as_json
+from fastgen.jobs.row import InputRow, as_json
 from fastgen.store import jsonfile
 
 KINDS = {
@@ -22,7 +22,7 @@ AT_ONCE = 256  # rows of a Parquet file that are made Python's at a time
 
 
 @dataclass
-class Source:
+class RowSource:
     """The rows of a file, or of standard input.
 
     Attributes:
@@ -34,8 +34,8 @@ class Source:
     kind: str
 
     @classmethod
-    def of(cls, name: str, kind: str | None = None) -> Source:
-        """What a command line names: a path, or "-".
+    def of(cls, name: str, kind: str | None = None) -> RowSource:
+        """The source that a command line names: a path, or "-".
 
         Raises:
             ValueError: there is no such file, or nobody knows its kind.
@@ -54,10 +54,10 @@ class Source:
 
     @property
     def again(self) -> bool:
-        """Whether it can be read more than once."""
+        """True where it can be read more than once."""
         return self.path is not None and self.path.is_file()
 
-    def rows(self, columns: Collection[str] | None = None) -> Iterator[Row]:
+    def rows(self, columns: Collection[str] | None = None) -> Iterator[InputRow]:
         """Row by row; nothing is read ahead but a buffer."""
         if self.kind == "parquet":
             assert self.path is not None
@@ -89,26 +89,26 @@ def kind_of(name: str) -> str:
     return found
 
 
-def _of_lines(lines: Iterable[bytes], text: bool) -> Iterator[Row]:
+def _of_lines(lines: Iterable[bytes], text: bool) -> Iterator[InputRow]:
     for number, line in enumerate(lines):
         row = of_line(number, line, text)
         if row is not None:
             yield row
 
 
-def of_line(number: int, line: bytes, text: bool, file: str | None = None) -> Row | None:
+def of_line(number: int, line: bytes, text: bool, file: str | None = None) -> InputRow | None:
     """The row that a line is; None for a blank one."""
     content = line.removeprefix(BOM) if number == 0 else line
     content = content.rstrip(b"\r\n")
-    return Row(number, content, text, file) if content.strip() else None
+    return InputRow(number, content, text, file) if content.strip() else None
 
 
-def _of_parquet(path: Path, columns: Collection[str] | None) -> Iterator[Row]:
+def _of_parquet(path: Path, columns: Collection[str] | None) -> Iterator[InputRow]:
     number = 0
     with parquet.opened(path) as file:
         names = file.schema_arrow.names
         wanted = names if columns is None else [name for name in names if name in columns]
         for batch in file.iter_batches(batch_size=AT_ONCE, columns=wanted):
             for fields in batch.to_pylist():
-                yield Row(number, as_json(fields).encode("utf-8", "surrogatepass"))
+                yield InputRow(number, as_json(fields).encode("utf-8", "surrogatepass"))
                 number += 1

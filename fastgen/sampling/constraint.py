@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastgen.inputs.params import FORMS
 from fastgen.sampling import schema
 from fastgen.sampling.trial import Exceeded, Limits, Trial
 from fastgen.sampling.trial_process import Spellings
@@ -33,8 +34,6 @@ from fastgen.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from fastgen.inputs.params import Params
     from fastgen.sampling.processors import Context
-
-KNOBS = ("json_schema", "regex", "grammar")
 
 # JSON in one line, as Python's json.dumps writes it: what models have read most, and all that has
 # to come is certain. A schema may say otherwise: {"x-guidance": {"whitespace_flexible": true}}.
@@ -57,7 +56,7 @@ MASKS = 16  # different sets of tokens that are kept: within a text many are the
 
 def asked(params: Params) -> tuple[str, str] | None:
     """The knob that asks for a form and its value, if one does."""
-    found = [(name, getattr(params, name)) for name in KNOBS]
+    found = [(name, getattr(params, name)) for name in FORMS]
     return next(((name, text) for name, text in found if text is not None), None)
 
 
@@ -113,7 +112,7 @@ _NOTHING = Allowed(np.zeros(0, np.bool_), complete=False)
 
 
 class Constraint:
-    """What the generated text of each row of a call has to be: a processor, and what it knows.
+    """The form of the generated text of each row of a call, as a processor with states of texts.
 
     Args:
         name: the knob.
@@ -163,7 +162,7 @@ class Constraint:
         return scores
 
     def complete(self, generated: NDArray[np.int64]) -> bool:
-        """Whether nothing but an end of text may follow these tokens [new]."""
+        """True where nothing but an end of text may follow these tokens [new]."""
         state = self._state(generated)
         return state is not None and state.allowed.complete
 
@@ -180,7 +179,7 @@ class Constraint:
         return tokens
 
     def _state(self, generated: NDArray[np.int64]) -> State | None:
-        """What is known of a text, int64 [new]; None if it is none of this form."""
+        """The state after a text, int64 [new]; None for one that is not of this form."""
         key = np.ascontiguousarray(generated, np.int64).tobytes()
         if key in self._states:
             self._states.move_to_end(key)
@@ -220,7 +219,7 @@ class Constraint:
         return ahead if ahead[:1] == (allowed.only,) else (allowed.only,)
 
     def _may_come(self, token: int) -> bool:
-        """Whether it is a token that the model has and that ends no text."""
+        """True for a token that the model has and that ends no text."""
         return token < self._vocab_size and token not in self._eos
 
     def _allowed(self, mask: bytes) -> Allowed:
@@ -245,7 +244,7 @@ class Constraint:
             raise ValueError(f"{self.name} cannot be followed: {_reason(matcher.get_error())}")
 
 
-class Writer(Spellings):
+class GuidanceTokenizer(Spellings):
     """A tokenizer as llguidance wants one: the bytes of all tokens, and a call that writes a text.
 
     A token's bytes are those that it adds to a text. Ids without a token stand for none. One more
@@ -313,7 +312,7 @@ class Compiled:
 
 
 class Vocabulary:
-    """What llguidance knows of a tokenizer, and the grammars that were compiled for it."""
+    """A tokenizer as llguidance knows it, and the grammars that were compiled for it."""
 
     KEPT = 16  # compiled grammars
     KEPT_BYTES = 2**29  # that they took
@@ -321,7 +320,7 @@ class Vocabulary:
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         llguidance = _llguidance()
-        self._writer = Writer(tokenizer, vocab_size)
+        self._writer = GuidanceTokenizer(tokenizer, vocab_size)
         TRIAL.ready(self._writer)
         self._seen = llguidance.LLTokenizer(self._writer)
         self._limits = llguidance.LLParserLimits(**LIMITS)
@@ -330,7 +329,7 @@ class Vocabulary:
         self._refused: OrderedDict[tuple[Limits, bytes], str] = OrderedDict()
 
     def has(self, name: str, text: str) -> bool:
-        """Whether this grammar has been compiled."""
+        """True where this grammar has been compiled."""
         return self._found(name, text) is not None
 
     def compiled(self, name: str, text: str, limits: Limits) -> Compiled:
@@ -425,18 +424,18 @@ _KNOWN: weakref.WeakKeyDictionary[Tokenizer, Vocabularies] = weakref.WeakKeyDict
 
 
 def of(tokenizer: Tokenizer) -> Vocabularies:
-    """What is known of a tokenizer."""
+    """The vocabularies of a tokenizer."""
     return _KNOWN.setdefault(tokenizer, Vocabularies())
 
 
 def is_known(params: Params, tokenizer: Tokenizer, vocab_size: int) -> bool:
-    """Whether what `params` asks the text to be has been compiled, or is nothing."""
+    """True where the form that `params` asks for has been compiled, or none is asked for."""
     wanted = asked(params)
     return wanted is None or of(tokenizer).of(tokenizer, vocab_size).has(*wanted)
 
 
 def build(params: Params, tokenizer: Tokenizer, vocab_size: int, rows: int) -> Constraint | None:
-    """What `params` asks the text to be, if anything.
+    """The constraint that `params` asks for, if any.
 
     Args:
         tokenizer: what writes the text.
@@ -481,7 +480,7 @@ def _check_size(name: str, text: str) -> None:
 
 
 def _references(schema: Any) -> int:
-    """How many `$ref` and the like there are in a schema."""
+    """Count the `$ref` and the like in a schema."""
     count, rest = 0, [schema]
     while rest:
         one = rest.pop()
@@ -509,6 +508,6 @@ def _llguidance() -> Any:
         import llguidance
     except ImportError as error:
         raise ValueError(
-            f"{', '.join(KNOBS)} need llguidance: {extras.install('structured')}"
+            f"{', '.join(FORMS)} need llguidance: {extras.install('structured')}"
         ) from error
     return llguidance

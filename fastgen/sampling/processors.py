@@ -1,4 +1,4 @@
-"""What happens to the logits between the model and the choice of a token.
+"""The processors: all that happens to logits between the model and the choice of a token.
 
 Every processor and warper of transformers 5.24 (`generation/logits_process.py`), and OpenAI's
 penalties: functions from `logits [rows, vocab] float32` to such logits. A processor may write
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Context:
-    """What processors may look at besides the logits: one entry a row, of any length each."""
+    """The rows, for processors that look beyond logits: one entry a row, of any length each."""
 
     ids: Sequence[np.ndarray]  # int64 [length of the row]: prompt with its padding, then new tokens
     prompt_lengths: np.ndarray  # int64 [rows], padding included
@@ -57,41 +58,75 @@ PrefixAllowedTokens = Callable[[int, np.ndarray], Sequence[int]]
 UserProcessor = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
+class Effect(Enum):
+    """The effect of a processor on the choice of a token."""
+
+    RESCALES = "changes scores, and leaves a token that was allowed"
+    BANS = "forbids tokens, and leaves the scores of all others alone"
+    BANS_AND_RESCALES = "forbids tokens, and may change the scores of others"
+    UNKNOWN = "a caller's own: it may do anything, and remember what it was asked"
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessorStep:
+    """A processor in its place in a chain.
+
+    Attributes:
+        name: the knob that asks for it.
+        effect: forced tokens, fast beams and errors rely on it.
+    """
+
+    name: str
+    effect: Effect
+    processor: Processor
+
+
 @dataclass(frozen=True)
 class Chain:
-    """Named processors, applied one after the other. False when there are none."""
+    """Processors, applied one after the other. False when there are none."""
 
-    steps: tuple[tuple[str, Processor], ...] = ()
+    steps: tuple[ProcessorStep, ...] = ()
 
     def __call__(self, context: Context, logits: np.ndarray, spare: bool = False) -> np.ndarray:
         """Apply them all.
 
         Args:
             logits: float32 [rows, vocab].
-            spare: whether nobody needs `logits` afterwards: they may be overwritten.
+            spare: the logits are not needed afterwards, and may be overwritten.
         """
         if self.steps and not spare:
             logits = logits.copy()
-        for _, processor in self.steps:
-            logits = processor(context, logits)
+        for step in self.steps:
+            logits = step.processor(context, logits)
         return logits
 
     def __bool__(self) -> bool:
         return bool(self.steps)
+
+    @property
+    def only_bans(self) -> bool:
+        """True where the scores of tokens that are not forbidden stay as they are."""
+        return all(step.effect is Effect.BANS for step in self.steps)
+
+    def may_ban(self, but: Processor | None = None) -> bool:
+        """True where a processor other than `but` may forbid tokens."""
+        return any(
+            step.effect is not Effect.RESCALES for step in self.steps if step.processor is not but
+        )
 
     def ruling_out(self, context: Context, vocab_size: int) -> list[str]:
         """The processors that rule out a token for one of these rows, by what the caller set.
 
         A caller's own may remember what they are asked, so they are named without asking them.
         """
-        found = []
-        for name, processor in self.steps:
-            if name.startswith(CALLERS):
-                found.append(name)
-            elif name in RULE_OUT:
-                scores = processor(context, np.zeros((len(context.ids), vocab_size), np.float32))
-                found += [name] if (scores == -np.inf).any() else []
-        return found
+        names = []
+        for step in self.steps:
+            if step.effect is Effect.UNKNOWN:
+                names.append(step.name)
+            elif step.effect is not Effect.RESCALES:
+                zeros = np.zeros((len(context.ids), vocab_size), np.float32)
+                names += [step.name] if (step.processor(context, zeros) == -np.inf).any() else []
+        return names
 
 
 def build(
@@ -119,41 +154,26 @@ def build(
     Raises:
         ValueError: a knob names tokens outside the vocabulary, or lacks what it needs.
     """
-    return Chain(
-        (
-            *_guidance(params, unconditional),
-            *_penalties(params, vocab_size),
-            *_bans(params, vocab_size, prefix_allowed_tokens_fn),
-            *((f"{CALLERS} {_name(fn)}", _with(user_processor, fn)) for fn in logits_processor),
-            *((constraint,) if constraint else ()),
-            *(_warpers(params) if params.do_sample else ()),
-            *_finish(params, vocab_size),
-        )
+    steps = (
+        *_guidance(params, unconditional),
+        *_penalties(params, vocab_size),
+        *_bans(params, vocab_size, prefix_allowed_tokens_fn),
+        *(
+            (f"{CALLERS} {_name(fn)}", UNKNOWN, _with(user_processor, fn))
+            for fn in logits_processor
+        ),
+        *(((constraint[0], BANS_AND_RESCALES, constraint[1]),) if constraint else ()),
+        *(_warpers(params) if params.do_sample else ()),
+        *_finish(params, vocab_size),
     )
+    return Chain(tuple(ProcessorStep(*step) for step in steps))
 
 
-Steps = list[tuple[str, Processor]]
+Steps = list[tuple[str, Effect, Processor]]
+RESCALES, BANS, UNKNOWN = Effect.RESCALES, Effect.BANS, Effect.UNKNOWN
+BANS_AND_RESCALES = Effect.BANS_AND_RESCALES
 
-# Processors that forbid tokens and leave the scores of all others alone.
-BANS = frozenset(
-    {
-        "no_repeat_ngram_size",
-        "encoder_no_repeat_ngram_size",
-        "bad_words_ids",
-        "min_new_tokens",
-        "min_length",
-        "suppress_tokens",
-        "begin_suppress_tokens",
-    }
-)
-
-# Those that forbid tokens, and may do other things besides.
-RULE_OUT = BANS | {
-    "sequence_bias", "logit_bias", "prefix_allowed_tokens_fn", "forced_bos_token_id",
-    "forced_eos_token_id", "json_schema", "regex", "grammar",
-}  # fmt: skip
-
-CALLERS = "logits_processor"  # what the names of callers' own processors begin with
+CALLERS = "logits_processor"  # the names of callers' own processors begin with it
 
 
 def _guidance(p: Params, unconditional: Callable[[Context], np.ndarray] | None) -> Steps:
@@ -163,29 +183,31 @@ def _guidance(p: Params, unconditional: Callable[[Context], np.ndarray] | None) 
     if unconditional is None:
         raise ValueError(f"guidance_scale={scale!r} needs the unconditional logits of the model")
     logits_of = unconditional
-    return [("guidance_scale", lambda c, x: classifier_free_guidance(x, logits_of(c), scale))]
+    return [
+        ("guidance_scale", RESCALES, lambda c, x: classifier_free_guidance(x, logits_of(c), scale))
+    ]
 
 
 def _penalties(p: Params, vocab: int) -> Steps:
     steps: Steps = []
     if p.sequence_bias is not None:
         groups = by_prefix_length("sequence_bias", dict(p.sequence_bias), vocab)
-        steps += [("sequence_bias", _with(sequence_bias, groups))]
+        steps += [("sequence_bias", BANS_AND_RESCALES, _with(sequence_bias, groups))]
     if p.encoder_repetition_penalty != 1:
         penalize_prompt = _with(encoder_repetition_penalty, p.encoder_repetition_penalty)
-        steps += [("encoder_repetition_penalty", penalize_prompt)]
+        steps += [("encoder_repetition_penalty", RESCALES, penalize_prompt)]
     if p.repetition_penalty != 1:
-        steps += [("repetition_penalty", _with(repetition_penalty, p.repetition_penalty))]
+        steps += [("repetition_penalty", RESCALES, _with(repetition_penalty, p.repetition_penalty))]
     # OpenAI's stand with the other penalties, before anything is banned: what follows may
     # rely on -inf, and remove_invalid_values sees (and repairs) an infinite bias too.
     if p.frequency_penalty or p.presence_penalty:
         penalties = p.frequency_penalty, p.presence_penalty
-        steps += [("frequency_penalty", _with(frequency_penalty, *penalties))]
+        steps += [("frequency_penalty", RESCALES, _with(frequency_penalty, *penalties))]
     if p.logit_bias:
         biases = dict(p.logit_bias)
         tokens = _check_tokens("logit_bias", list(biases), vocab)
         values = np.array(list(biases.values()), dtype=np.float32)
-        steps += [("logit_bias", _alone(logit_bias, tokens, values))]
+        steps += [("logit_bias", BANS_AND_RESCALES, _alone(logit_bias, tokens, values))]
     return steps
 
 
@@ -193,43 +215,45 @@ def _bans(p: Params, vocab: int, allowed: PrefixAllowedTokens | None) -> Steps:
     steps: Steps = []
     eos = _inside(p.eos_token_id or (), vocab)
     if p.no_repeat_ngram_size:
-        steps += [("no_repeat_ngram_size", _with(no_repeat_ngram, p.no_repeat_ngram_size))]
+        steps += [("no_repeat_ngram_size", BANS, _with(no_repeat_ngram, p.no_repeat_ngram_size))]
     if p.encoder_no_repeat_ngram_size:
         size = p.encoder_no_repeat_ngram_size
-        steps += [("encoder_no_repeat_ngram_size", _with(encoder_no_repeat_ngram, size))]
+        steps += [("encoder_no_repeat_ngram_size", BANS, _with(encoder_no_repeat_ngram, size))]
     if p.bad_words_ids is not None:
         ends = {(token,) for token in p.eos_token_id or ()}
         words = {word: -np.inf for word in p.bad_words_ids if word not in ends}
         groups = by_prefix_length("bad_words_ids", words, vocab)
-        steps += [("bad_words_ids", _with(sequence_bias, groups))]
+        steps += [("bad_words_ids", BANS, _with(sequence_bias, groups))]
     # min_new_tokens overrides min_length in transformers, which sets both to the same bound.
     if p.min_new_tokens is not None:
         if p.min_new_tokens and len(eos):
-            steps += [("min_new_tokens", _with(min_new_tokens, p.min_new_tokens, eos))]
+            steps += [("min_new_tokens", BANS, _with(min_new_tokens, p.min_new_tokens, eos))]
     elif p.min_length and len(eos):
-        steps += [("min_length", _with(min_length, p.min_length, eos))]
+        steps += [("min_length", BANS, _with(min_length, p.min_length, eos))]
     if allowed is not None:
-        steps += [("prefix_allowed_tokens_fn", _with(prefix_allowed_tokens, allowed))]
+        steps += [
+            ("prefix_allowed_tokens_fn", BANS_AND_RESCALES, _with(prefix_allowed_tokens, allowed))
+        ]
     if p.forced_bos_token_id is not None:
         bos = _check_tokens("forced_bos_token_id", [p.forced_bos_token_id], vocab)
-        steps += [("forced_bos_token_id", _with(forced_bos, bos))]
+        steps += [("forced_bos_token_id", BANS_AND_RESCALES, _with(forced_bos, bos))]
     if p.forced_eos_token_id is not None:
         last = _check_tokens("forced_eos_token_id", p.forced_eos_token_id, vocab)
-        steps += [("forced_eos_token_id", _with(forced_eos, last))]
+        steps += [("forced_eos_token_id", BANS_AND_RESCALES, _with(forced_eos, last))]
     if p.remove_invalid_values:
-        steps += [("remove_invalid_values", _alone(remove_invalid_values))]
+        steps += [("remove_invalid_values", RESCALES, _alone(remove_invalid_values))]
     if p.exponential_decay_length_penalty is not None:
         if p.eos_token_id is None:
             raise ValueError("exponential_decay_length_penalty needs an eos_token_id, got None")
         decay = _with(exponential_decay_length_penalty, *p.exponential_decay_length_penalty, eos)
-        steps += [("exponential_decay_length_penalty", decay)]
+        steps += [("exponential_decay_length_penalty", RESCALES, decay)]
     if p.suppress_tokens is not None:
         tokens = _inside(p.suppress_tokens, vocab)
-        steps += [("suppress_tokens", _with(suppress_tokens, tokens))]
+        steps += [("suppress_tokens", BANS, _with(suppress_tokens, tokens))]
     if p.begin_suppress_tokens is not None:
         tokens = _inside(p.begin_suppress_tokens, vocab)
         after_bos = p.forced_bos_token_id is not None
-        steps += [("begin_suppress_tokens", _with(begin_suppress_tokens, tokens, after_bos))]
+        steps += [("begin_suppress_tokens", BANS, _with(begin_suppress_tokens, tokens, after_bos))]
     return steps
 
 
@@ -238,21 +262,21 @@ def _warpers(p: Params) -> Steps:
     keep = 1 if p.num_beams == 1 else 1 + len(p.eos_token_id or (0,))
     steps: Steps = []
     if p.temperature != 1:
-        steps += [("temperature", _alone(temperature, p.temperature))]
+        steps += [("temperature", RESCALES, _alone(temperature, p.temperature))]
     if p.top_h is not None:
-        steps += [("top_h", _alone(top_h, p.top_h))]
+        steps += [("top_h", RESCALES, _alone(top_h, p.top_h))]
     if p.top_k:
-        steps += [("top_k", _alone(top_k, max(p.top_k, keep)))]
+        steps += [("top_k", RESCALES, _alone(top_k, max(p.top_k, keep)))]
     if p.top_p < 1:
-        steps += [("top_p", _alone(top_p, p.top_p, keep))]
+        steps += [("top_p", RESCALES, _alone(top_p, p.top_p, keep))]
     if p.min_p is not None:
-        steps += [("min_p", _alone(min_p, p.min_p, keep))]
+        steps += [("min_p", RESCALES, _alone(min_p, p.min_p, keep))]
     if p.typical_p < 1:
-        steps += [("typical_p", _alone(typical_p, p.typical_p, keep))]
+        steps += [("typical_p", RESCALES, _alone(typical_p, p.typical_p, keep))]
     if p.epsilon_cutoff:
-        steps += [("epsilon_cutoff", _alone(epsilon_cutoff, p.epsilon_cutoff, keep))]
+        steps += [("epsilon_cutoff", RESCALES, _alone(epsilon_cutoff, p.epsilon_cutoff, keep))]
     if p.eta_cutoff:
-        steps += [("eta_cutoff", _alone(eta_cutoff, p.eta_cutoff, keep))]
+        steps += [("eta_cutoff", RESCALES, _alone(eta_cutoff, p.eta_cutoff, keep))]
     return steps
 
 
@@ -260,9 +284,9 @@ def _finish(p: Params, vocab: int) -> Steps:
     steps: Steps = []
     if p.watermarking_config is not None:
         mark = watermark.from_config(p.watermarking_config, vocab)
-        steps += [("watermarking_config", lambda c, x: mark(c.ids, c.prompt_lengths, x))]
+        steps += [("watermarking_config", RESCALES, lambda c, x: mark(c.ids, c.prompt_lengths, x))]
     if p.renormalize_logits:
-        steps += [("renormalize_logits", _alone(log_softmax))]
+        steps += [("renormalize_logits", RESCALES, _alone(log_softmax))]
     return steps
 
 
@@ -334,7 +358,7 @@ def _largest(values: np.ndarray, count: int) -> np.ndarray:
 def _crossing(
     keys: np.ndarray, weights: np.ndarray, passes: Callable[..., Any], bound: float
 ) -> tuple[Any, int]:
-    """Where the sum of the weights, in ascending order of their keys, passes a bound.
+    """Find where the sum of the weights, in ascending order of their keys, passes a bound.
 
     Only a small part is sorted: numbers that are not negative have the order of their bits, so
     the leading ones (exponent and a little more) make a histogram, and the sum over its bars
@@ -371,6 +395,15 @@ def classifier_free_guidance(
     """Away from what would come without the prompt (Sanchez et al. 2023, arXiv 2306.17806)."""
     unconditional = log_softmax(unconditional_logits)
     return np.asarray(scale * (log_softmax(logits) - unconditional) + unconditional)
+
+
+def _guided(
+    context: Context,
+    logits: np.ndarray,
+    unconditional: Callable[[Context], np.ndarray],
+    scale: float,
+) -> np.ndarray:
+    return classifier_free_guidance(logits, unconditional(context), scale)
 
 
 @dataclass(frozen=True)
@@ -448,7 +481,7 @@ def logit_bias(logits: np.ndarray, tokens: np.ndarray, biases: np.ndarray) -> np
     return logits
 
 
-# -- What is banned or forced ------------------------------------------------------------------
+# -- Bans and forced tokens ------------------------------------------------------------------
 
 
 def no_repeat_ngram(context: Context, logits: np.ndarray, size: int) -> np.ndarray:
@@ -602,7 +635,7 @@ def user_processor(context: Context, logits: np.ndarray, function: UserProcessor
 
 @_quiet
 def _asked(function: UserProcessor, ids: np.ndarray, logits: np.ndarray) -> np.ndarray:
-    """What a caller's callable makes of the logits [rows, vocab] of ids [rows, length]."""
+    """Ask a caller's callable for the scores of logits [rows, vocab] after ids [rows, length]."""
     name = f"{CALLERS} {_name(function)}"
     shape = logits.shape
     scores = function(ids, logits)
@@ -614,7 +647,7 @@ def _asked(function: UserProcessor, ids: np.ndarray, logits: np.ndarray) -> np.n
     return scores.astype(np.float32, copy=False)
 
 
-# -- Warpers: what the distribution becomes before a draw ---------------------------------------
+# -- Warpers: the distribution before a draw ---------------------------------------
 
 
 @_quiet
@@ -727,7 +760,7 @@ def epsilon_cutoff(logits: np.ndarray, epsilon: float, keep: int = 1) -> np.ndar
 
 
 def _at_least(values: np.ndarray, bound: float, keep: int) -> np.ndarray:
-    """What has that probability, and the `keep` largest with all that equal the last of them."""
+    """Keep that probability and above, and the `keep` largest with all equal to their last."""
     mask = softmax(values) >= np.float32(bound)
     if _count(mask) < keep:
         mask |= values >= _kth_largest(values, min(keep, len(values)))

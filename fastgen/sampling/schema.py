@@ -151,7 +151,7 @@ def _subschemas(root: Any, elsewhere: bool = True) -> Iterator[dict[str, Any]]:
 
 
 def _target(root: Any, node: dict[str, Any]) -> Any:
-    """What the `$ref` of a schema points to within the root; None where that is nothing."""
+    """The target of a schema's `$ref` within the root; None where there is none."""
     reference = node.get("$ref")
     if not isinstance(reference, str) or "#" not in reference:
         return None
@@ -212,14 +212,14 @@ def _check_values(node: dict[str, Any]) -> None:
 
 
 def _is_exact(value: int | float) -> bool:
-    """Whether llguidance writes this number and no neighbour of it."""
+    """True where llguidance writes this number and no neighbour of it."""
     if value == int(value):
         return abs(value) <= LARGEST and float(value) == int(value)
     return _is_read_exactly(Decimal(repr(value)))
 
 
 def _is_read_exactly(value: Decimal) -> bool:
-    """Whether a decimal is read as the float next to it, by the simplest of readers."""
+    """True where the simplest of readers takes a decimal for the float next to it."""
     _, digits, exponent = value.as_tuple()
     significand = int("".join(map(str, digits)))
     return significand < EXACT and isinstance(exponent, int) and abs(exponent) <= PLACES
@@ -359,7 +359,7 @@ def _check_ends(root: Any, nodes: list[dict[str, Any]]) -> None:
 
 
 def _may_end(node: dict[str, Any], does: Callable[[Any], bool]) -> bool:
-    """Whether what a schema needs comes to an end, where that is known of its parts."""
+    """True where a value of the schema comes to an end, where that is known of its parts."""
 
     def listed(name: str) -> list[Any]:
         return node[name] if isinstance(node.get(name), list) else []

@@ -1,21 +1,19 @@
-"""When a row ends: its length, the clock, an end-of-text token, a text, or a caller's criterion."""
+"""The ends of a row: its length, the clock, an end-of-text token, a text, a caller's criterion."""
 
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastgen.inputs.lengths import default_length
 from fastgen.inputs.params import Params
 
 # Whether the text of a row, int64 [length], ends with its last token.
 StopText = Callable[[NDArray[np.int64]], bool]
-
-DEFAULT_NEW_TOKENS = 20
 
 # A step: float32 [rows, vocab] of it and of each step before; None where nobody keeps them.
 Scores = tuple[NDArray[np.float32], ...] | None
@@ -26,7 +24,7 @@ Criterion = Callable[[NDArray[np.int64], Scores], Any]
 
 def length_limit(
     params: Params, width: int, longest: int, model_limit: int | None, hard_limit: bool
-) -> int:
+) -> tuple[int, tuple[str, ...]]:
     """The length, prompt and padding included, at which rows end: transformers' `max_length`.
 
     Args:
@@ -36,33 +34,35 @@ def length_limit(
         model_limit: positions that the model was made for; None for any.
         hard_limit: whether the model cannot compute a position beyond the limit.
 
+    Returns:
+        The length, and what the caller is to be warned of.
+
     Raises:
         ValueError: no room for a new token, or more than the model can compute.
     """
     if model_limit is not None and longest > model_limit:
         raise ValueError(f"the prompt has {longest} tokens, the model takes at most {model_limit}")
-    if params.max_new_tokens is not None:
-        limit = width + params.max_new_tokens
-    elif params.max_length is not None:
-        limit = params.max_length
-    else:
-        limit = width + DEFAULT_NEW_TOKENS
-        limit = limit if model_limit is None else min(limit, model_limit)
+    usual = default_length("generate", vars(params))
+    new = params.max_new_tokens or usual
+    limit = width + new if new else params.max_length or 0
+    if usual and model_limit is not None:
+        limit = min(limit, model_limit)
     if width >= limit:
         raise ValueError(
             f"the prompt has {width} tokens and max_length is {limit}: there is no room for a new "
             "one; set max_new_tokens"
         )
+    cautions = []
     if model_limit is not None and longest + limit - width > model_limit:
         text = f"{longest} prompt tokens and {limit - width} new ones exceed the {model_limit} "
         text += "positions that the model was made for"
         if hard_limit:
             raise ValueError(f"{text}: lower max_new_tokens to {model_limit - longest}")
-        warnings.warn(text, UserWarning, stacklevel=5)
-    if params.max_new_tokens is None and params.max_length is None:
+        cautions.append(text)
+    if usual:
         text = f"no length is set, so {limit - width} new tokens are generated at most: set "
-        warnings.warn(text + "max_new_tokens", UserWarning, stacklevel=5)
-    return limit
+        cautions.append(text + "max_new_tokens")
+    return limit, tuple(cautions)
 
 
 class StopStrings:
@@ -120,7 +120,7 @@ class Deadline:
 def asked(
     criteria: Sequence[Criterion], ids: NDArray[np.int64], scores: Scores
 ) -> NDArray[np.bool_]:
-    """Which rows [rows] any of the callers' criteria ends.
+    """The rows, as bool [rows], that any of the callers' criteria ends.
 
     Raises:
         ValueError: a criterion returns neither one truth nor one for each row.

@@ -36,7 +36,7 @@ class Exceeded(ValueError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What a grammar may take until it is compiled.
+    """The most that a grammar may take until it is compiled.
 
     Attributes:
         seconds: of the processor; four times as many by the clock.
@@ -57,7 +57,7 @@ class Limits:
             )
 
     def exceeded(self, verdict: Mapping[str, Any]) -> str:
-        """How a grammar's trial ended that gave no result."""
+        """Say in words why a grammar's trial gave no result."""
         return {
             "time": f"compiling it takes more than {self.seconds:g} seconds",
             "memory": f"compiling it takes more than {self.bytes >> 20:,} MB of memory",

@@ -6,10 +6,12 @@ door         hosts, the key, sizes
 document     the OpenAPI document                rendered    answers as bytes
 refused      errors as clients see them          server      uvicorn, and how it stops
 completions  prompts -> texts                    chats       conversations -> answers
-service      a request -> calls -> tokens        engine      the thread that runs them
-answers      tokens -> OpenAI's answers          tools       calls of tools, a file a format
-knobs        the one list, for the page          reasoning   where it begins, and its budget
-page         the page at /                       metrics     what /metrics shows
+response     what the answers of both share      run         the texts of one request
+front        a request -> calls                  service     runs the calls in its engine
+engine       the thread that runs the model      answers     tokens -> texts, log-probabilities
+tools        calls of tools, a file a format     reasoning   where it begins, and its budget
+knobs        the one list, for the page          page        the page at /
+metrics      the counts at /metrics
 """
 
 from __future__ import annotations

@@ -23,11 +23,13 @@ def reason_of(token: Token) -> str | None:
 
 
 @dataclass
-class Text:
+class GeneratedText:
     """A row's text as it comes, cut before the first stop text.
 
-    Stop texts are looked for in the text with its special tokens, which are then left out. What
-    could be the beginning of one is held back until it is known.
+    `sampling.stop` has ended the row at the token that completes a stop text. Here the text is cut
+    before it, within a token, and a piece that could begin one is held back until that is known:
+    clients never see a part of it. Stop texts are looked for in the text with its special tokens,
+    which are then left out.
 
     Attributes:
         stop: texts that end it.
@@ -83,7 +85,7 @@ class Text:
         return 0
 
     def _give(self, count: int) -> str:
-        """What is shown of so many characters that were held."""
+        """Let out the first `count` characters that were held; returns those that are shown."""
         piece = "".join(char for char, shown in self._held[:count] if shown)
         del self._held[:count]
         self.given += len(piece)
@@ -137,7 +139,7 @@ def logprobs(
 
 
 def starts(tokens: Sequence[Token]) -> list[int]:
-    """How many characters of the text of `tokens` come before each."""
+    """The number of characters of the text of `tokens` before each of them."""
     return [0, *accumulate(len(token.text) for token in tokens)][: len(tokens)]
 
 
@@ -170,5 +172,5 @@ def number(logprob: float) -> float | None:
 
 
 def usage(prompt: int, new: int) -> dict[str, int]:
-    """What a request took, in tokens."""
+    """The tokens of a request, as OpenAI counts them."""
     return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}

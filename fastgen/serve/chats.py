@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import importlib.util
 import secrets
-import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from fastgen.engine.output import Token
-from fastgen.sampling import constraint, schema
+from fastgen.inputs.lengths import NEW_TOKENS
+from fastgen.inputs.params import FORMS
+from fastgen.sampling import schema
 from fastgen.serve import dialects, reasoning
-from fastgen.serve.answers import Text, chat_logprobs, usage
+from fastgen.serve.answers import GeneratedText, chat_logprobs
+from fastgen.serve.front import Front
 from fastgen.serve.refused import Refused
-from fastgen.serve.service import Run, Service, put_together, so_far
+from fastgen.serve.response import Answer
 from fastgen.serve.tools.choice import Choice, chosen
-from fastgen.serve.tools.form import Form, Wanted
-from fastgen.serve.tools.reader import Asked, Event, Marks, Reader
-from fastgen.serve.tools.whole import Call, Whole
-from fastgen.serve.wire import StreamOptions, Wish, wish
-from fastgen.text import chat_template
+from fastgen.serve.tools.form import AnswerOptions, GrammarRules
+from fastgen.serve.tools.reader import AnswerEvent, AnswerReader, Marks, ReadingOptions
+from fastgen.serve.tools.whole import ToolCall, WholeAnswer
+from fastgen.serve.wire import GenerationRequest, StreamOptions, generation_request
 
 
 @dataclass
-class Said:
-    """What one text of an answer says.
+class ChatText:
+    """One text of an answer, as it is read.
 
     Attributes:
         text: as it comes.
@@ -34,17 +35,17 @@ class Said:
         tokens: those whose text has come and that no chunk of a stream has had yet.
     """
 
-    text: Text
-    reader: Reader | None
-    whole: Whole = field(default_factory=Whole)
+    text: GeneratedText
+    reader: AnswerReader | None
+    whole: WholeAnswer = field(default_factory=WholeAnswer)
     tokens: list[Token] = field(default_factory=list)
 
-    def push(self, token: Token) -> list[Event]:
-        """What one more token says."""
+    def push(self, token: Token) -> list[AnswerEvent]:
+        """Read one more token."""
         piece, tokens = self.text.push(token)
         self.tokens += tokens
         if self.reader is None:
-            events = [Event("content", piece)] if piece else []
+            events = [AnswerEvent("content", piece)] if piece else []
         else:
             events = self.reader.push(piece) if piece else []
             if self.text.reason is not None and not self.reader.text.ended:
@@ -54,45 +55,34 @@ class Said:
 
 
 @dataclass
-class Answer:
+class ChatAnswer(Answer):
     """An answer that has begun.
 
     Attributes:
-        events: gives the chunks of a stream; None where the answer is wanted whole.
         readers: of each text; None where there is nothing to be read but content.
         named: whether the request says which tool is to be called.
     """
 
-    service: Service
-    run: Run
-    wish: Wish
-    readers: Sequence[Reader | None]
+    readers: Sequence[AnswerReader | None]
     named: bool
-    options: StreamOptions
-    streamed: bool
+
+    ID = "chatcmpl"
 
     def __post_init__(self) -> None:
-        self.about = {
-            "id": f"chatcmpl-{secrets.token_hex(12)}",
-            "object": "chat.completion.chunk" if self.streamed else "chat.completion",
-            "created": int(time.time()),
-            "model": self.service.name,
-        }
-        self.events = self._events if self.streamed else None
+        super().__post_init__()
         self._said = [
-            Said(text, reader) for text, reader in zip(self.run.texts, self.readers, strict=True)
+            ChatText(text, reader)
+            for text, reader in zip(self.run.texts, self.readers, strict=True)
         ]
 
+    @property
+    def kind(self) -> str:
+        return "chat.completion.chunk" if self.streamed else "chat.completion"
+
     async def whole(self) -> dict[str, Any]:
-        """The answer, when all is done."""
         async for place, token in self.run.tokens():
             self._said[place].push(token)
-        return await put_together(self.size, self._made)
-
-    @property
-    def size(self) -> int:
-        """Tokens of the answer so far, each with its alternatives."""
-        return self.run.new_tokens * (1 + (self.wish.alternatives or 0))
+        return await self.front.put_together(self.size, self._made)
 
     def _made(self) -> dict[str, Any]:
         choices = []
@@ -115,23 +105,22 @@ class Answer:
                     "finish_reason": self._reason(said),
                 }
             )
-        total = usage(self.run.prompt_tokens, self.run.new_tokens)
-        return {**self.about, "choices": choices, "usage": total, **self.run.warnings()}
+        return self.with_choices(choices)
 
-    def _reason(self, said: Said) -> str | None:
-        """Why it ended, as OpenAI says it: "tool_calls" only where the model chose to call."""
+    def _reason(self, said: ChatText) -> str | None:
+        """The reason of its end, OpenAI's: "tool_calls" only where the model chose to call."""
         called = said.text.reason == "stop" and said.whole.calls and not self.named
         return "tool_calls" if called else said.text.reason
 
     def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
-        if self.wish.alternatives is None:
+        if self.request.alternatives is None:
             return None
-        return chat_logprobs(tokens, self.service.model.tokenizer)
+        return chat_logprobs(tokens, self.front.model.tokenizer)
 
-    async def _events(self) -> AsyncIterator[dict[str, Any] | None]:
+    async def chunks(self) -> AsyncIterator[dict[str, Any] | None]:
         """A chunk for each thing that a token says; None for a token that says nothing yet."""
         for index in range(len(self.run.texts)):
-            yield self._chunk(index, {"role": "assistant", "content": "", "refusal": None})
+            yield self._delta(index, {"role": "assistant", "content": "", "refusal": None})
         async for place, token in self.run.tokens():
             said = self._said[place]
             if said.text.reason is not None:
@@ -143,26 +132,20 @@ class Answer:
                 deltas = [{"content": ""}]
             for delta in deltas:
                 tokens, said.tokens = said.tokens, []
-                yield self._chunk(place, delta, self._logprobs(tokens))
+                yield self._delta(place, delta, self._logprobs(tokens))
             if said.text.reason is not None:
-                yield self._chunk(place, {}, None, self._reason(said))
-        if self.options.include_usage:
-            total = usage(self.run.prompt_tokens, self.run.new_tokens)
-            yield {**self.about, "choices": [], "usage": total}
+                yield self._delta(place, {}, None, self._reason(said))
+        for chunk in self.last_chunks():
+            yield chunk
 
-    def _chunk(
+    def _delta(
         self, index: int, delta: dict[str, Any], logprobs: Any = None, reason: str | None = None
     ) -> dict[str, Any]:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-        return {
-            **self.about,
-            "choices": [choice],
-            **so_far(self.run, self.options),
-            **self.run.warnings(),
-        }
+        return self.chunk(choice)
 
 
-def _in_message(call: Call) -> dict[str, Any]:
+def _in_message(call: ToolCall) -> dict[str, Any]:
     """A call as an OpenAI message has it."""
     function = {"name": call.name, "arguments": call.arguments}
     return {"id": _call_id(), "type": "function", "function": function}
@@ -172,7 +155,7 @@ def _call_id() -> str:
     return f"call_{secrets.token_hex(12)}"
 
 
-def _deltas(events: Sequence[Event], whole: Whole) -> Iterator[dict[str, Any]]:
+def _deltas(events: Sequence[AnswerEvent], whole: WholeAnswer) -> Iterator[dict[str, Any]]:
     """Events as a stream's deltas.
 
     Args:
@@ -194,56 +177,61 @@ def _deltas(events: Sequence[Event], whole: Whole) -> Iterator[dict[str, Any]]:
             yield {"tool_calls": [{"index": place, "function": {"arguments": event.text}}]}
 
 
-async def answer(service: Service, body: Any) -> Answer:
+async def answer(front: Front, body: Any) -> ChatAnswer:
     """Begin an answer.
 
     Raises:
         Refused: what cannot be done.
     """
-    wished = wish(body, service.defaults, service.limits)
-    if wished.new == 0:
+    request = generation_request(body, front.defaults, front.limits)
+    if request.new == 0:
         raise Refused(400, "an answer has one token at least", param="max_tokens")
-    choice = _choice(service, body)
+    choice = _choice(front, body)
     functions = list(body.tools) if body.tools and body.tool_choice != "none" else None
     messages = [one.model_dump(exclude_unset=True) for one in body.messages]
-    ids, prompt = await service.conversation(messages, functions, _variables(service, body))
-    marks = service.marks
+    ids, prompt = await front.conversation(messages, functions, _variables(front, body))
+    marks = front.marks
     begun = reasoning.inside(prompt, marks)
-    notes = await _held_to(service, body, wished, choice, begun)
+    notes = await _held_to(front, body, request, choice, begun)
     if body.max_reasoning_tokens is not None:
-        _limit(service, wished, marks, body.max_reasoning_tokens, len(ids), begun)
-    kept = service.kept_for(bool(choice.tools))
-    usual = service.defaults.get("max_new_tokens") or chat_template.MAX_NEW_TOKENS
-    run = await service.run([ids], wished, usual, kept)
+        _limit(front, request, marks, body.max_reasoning_tokens, len(ids), begun)
+    kept = front.kept_for(bool(choice.tools))
+    usual = front.defaults.get("max_new_tokens") or NEW_TOKENS["reply"]
+    run = await front.run([ids], request, usual, kept)
     run.notes |= dict.fromkeys(notes)
-    asked = Asked(choice.tools, marks, begun, service.raw)
-    readers = [service.reader(asked) for _ in run.texts]
+    asked = ReadingOptions(choice.tools, marks, begun, front.raw)
+    readers = [front.reader(asked) for _ in run.texts]
     options = body.stream_options or StreamOptions()
-    return Answer(service, run, wished, readers, choice.named, options, bool(body.stream))
+    return ChatAnswer(front, run, request, options, bool(body.stream), readers, choice.named)
 
 
 def _limit(
-    service: Service, wished: Wish, marks: Marks | None, most: int, prompt: int, begun: bool
+    front: Front,
+    request: GenerationRequest,
+    marks: Marks | None,
+    most: int,
+    prompt: int,
+    begun: bool,
 ) -> None:
-    """Let reasoning end after so many tokens."""
+    """End reasoning after `most` tokens."""
     if marks is None:
         raise Refused(
             400,
             "max_reasoning_tokens: the chat template shows no reasoning that could be ended",
             param="max_reasoning_tokens",
         )
-    budget = reasoning.Budget(service.model.tokenizer, marks, most, prompt, begun)
-    wished.knobs["logits_processor"] = [budget]
+    budget = reasoning.Budget(front.model.tokenizer, marks, most, prompt, begun)
+    request.knobs["logits_processor"] = [budget]
 
 
-def _variables(service: Service, body: Any) -> dict[str, Any]:
-    """What else the template gets to see; the log is told of what nothing looks at."""
+def _variables(front: Front, body: Any) -> dict[str, Any]:
+    """The template's other variables; the log is told of fields that nothing looks at."""
     sent, given = body.model_dump(exclude_unset=True), body.chat_template_kwargs or {}
-    used = dialects.for_template(sent, service.template)
+    used = dialects.for_template(sent, front.template)
     effort = sent.get("reasoning_effort") if "reasoning_effort" not in used else None
     enabled = given.get("enable_thinking")
-    switched = reasoning.switched(effort, service.shown.switches, enabled)
-    service.noted(sent, {**used, **({"reasoning_effort": effort} if switched else {})})
+    switched = reasoning.switched(effort, front.shown.switches, enabled)
+    front.noted(sent, {**used, **({"reasoning_effort": effort} if switched else {})})
     return switched | used | given
 
 
@@ -268,18 +256,18 @@ def _format(wanted: Any) -> dict[str, Any]:
         raise Refused(400, f"response_format: {error}", param="response_format") from error
 
 
-def _choice(service: Service, body: Any) -> Choice:
-    """What the request says of its tools."""
+def _choice(front: Front, body: Any) -> Choice:
+    """The tools of a request and its choice among them."""
     several = body.parallel_tool_calls is not False
     try:
         choice = chosen(body.tools, body.tool_choice, several)
     except ValueError as error:
         param = "tool_choice" if str(error).startswith("tool_choice") else "tools"
         raise Refused(400, str(error), param=param) from error
-    if choice.tools and service.has_template and service.format is None:
+    if choice.tools and front.has_template and front.format is None:
         why = (
             "does not show in a known form how the model calls them"
-            if service.shown.tools
+            if front.shown.tools
             else "knows no tools; fastgen serve --plain-tools tells the model of them in words"
         )
         raise Refused(400, f"tools: the chat template {why}", param="tools")
@@ -287,25 +275,27 @@ def _choice(service: Service, body: Any) -> Choice:
 
 
 async def _held_to(
-    service: Service, body: Any, wished: Wish, choice: Choice, begun: bool
+    front: Front, body: Any, request: GenerationRequest, choice: Choice, begun: bool
 ) -> list[str]:
     """Let the knobs say what the answer has to be; returns what it is not held to, and why."""
     wanted = {} if body.response_format is None else _format(body.response_format)
-    form = next((name for name in constraint.KNOBS if wished.knobs.get(name) is not None), None)
+    form = next((name for name in FORMS if request.knobs.get(name) is not None), None)
     if choice.forced and form is not None:
         raise Refused(400, f"tool_choice forces a call, and {form} another text", param=form)
-    free = not choice.tools or (not choice.forced and (service.free_calls or form is not None))
+    free = not choice.tools or (not choice.forced and (front.free_calls or form is not None))
     if free or (not choice.forced and importlib.util.find_spec("llguidance") is None):
-        wished.knobs.update(wanted)
+        request.knobs.update(wanted)
         return []
-    made = Form(service.specials)
+    made = GrammarRules(front.specials)
     content = None if choice.forced or not wanted else made.json(wanted["json_schema"])
     try:
-        asks = Wanted(choice.tools, choice.forced, choice.several, service.marks, begun, content)
-        assert service.format is not None
-        grammar = service.format.grammar(made, asks)
+        asks = AnswerOptions(
+            choice.tools, choice.forced, choice.several, front.marks, begun, content
+        )
+        assert front.format is not None
+        grammar = front.format.grammar(made, asks)
         if not choice.forced:  # the service can do without
-            await service.compiled({"grammar": grammar})
+            await front.compiled({"grammar": grammar})
     except (ValueError, Refused) as error:
         if choice.forced or (isinstance(error, Refused) and error.status != 400):
             raise (
@@ -313,7 +303,7 @@ async def _held_to(
                 if isinstance(error, Refused)
                 else Refused(400, f"tools: {error}", param="tools")
             ) from error
-        wished.knobs.update(wanted)
+        request.knobs.update(wanted)
         return [f"calls are not held to the tools' schemas: {error}"]
-    wished.knobs["grammar"] = grammar
+    request.knobs["grammar"] = grammar
     return []

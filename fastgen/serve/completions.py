@@ -2,60 +2,55 @@
 
 from __future__ import annotations
 
-import asyncio
-import secrets
-import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from fastgen.engine.output import Token
-from fastgen.serve.answers import logprobs, starts, usage
+from fastgen.inputs.lengths import NEW_TOKENS
+from fastgen.serve.answers import logprobs, starts
+from fastgen.serve.front import Front
 from fastgen.serve.refused import Refused
-from fastgen.serve.service import Run, Service, put_together, so_far
-from fastgen.serve.wire import COMPLETION_TOKENS, StreamOptions, Wish, wish
+from fastgen.serve.response import Answer
+from fastgen.serve.run import Run
+from fastgen.serve.wire import (
+    GenerationRequest,
+    StreamOptions,
+    generation_request,
+)
 
 
 @dataclass
-class Answer:
+class CompletionAnswer(Answer):
     """A completion that has begun.
 
     Attributes:
-        events: gives the chunks of a stream; None where the answer is wanted whole.
         echoes: of each prompt its text, and its tokens with their log-probabilities; empty where
             the prompt is not repeated.
     """
 
-    service: Service
-    run: Run
-    wish: Wish
     echoes: list[tuple[str, list[Token]]]
-    options: StreamOptions
-    streamed: bool
 
-    def __post_init__(self) -> None:
-        self.about = {
-            "id": f"cmpl-{secrets.token_hex(12)}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": self.service.name,
-        }
-        self.events = self._events if self.streamed else None
+    ID = "cmpl"
+
+    @property
+    def kind(self) -> str:
+        return "text_completion"
 
     async def whole(self) -> dict[str, Any]:
-        """The answer, when all is done."""
         parts: list[list[str]] = [[] for _ in self.run.texts]
         made: list[list[Token]] = [[] for _ in self.run.texts]
         async for place, token in self.run.tokens():
             parts[place].append(self.run.texts[place].push(token)[0])
             made[place].append(token)
-        return await put_together(self.size, lambda: self._made(parts, made))
+        return await self.front.put_together(self.size, lambda: self._made(parts, made))
 
     @property
     def size(self) -> int:
-        """Tokens of the answer so far, each with its alternatives."""
+        """Tokens of the answer so far, the prompt's too, each with its alternatives."""
         echoed = sum(len(tokens) for _, tokens in self.echoes)
-        return (self.run.new_tokens + echoed) * (1 + (self.wish.alternatives or 0))
+        return super().size + echoed * (1 + (self.request.alternatives or 0))
 
     def _made(
         self, parts: Sequence[Sequence[str]], made: Sequence[Sequence[Token]]
@@ -75,17 +70,16 @@ class Answer:
                     [*starts(before), *(len(said) + at for at in text.starts)],
                 )
             )
-        if not self.run.streams:  # nothing but the prompts was wanted
+        if not self.run.texts:  # nothing but the prompts was wanted
             choices = [
                 self._choice(index, said, before, "length", [], starts(before))
                 for index, (said, before) in enumerate(self.echoes)
             ]
-        total = usage(self.run.prompt_tokens, self.run.new_tokens)
-        return {**self.about, "choices": choices, "usage": total, **self.run.warnings()}
+        return self.with_choices(choices)
 
     def _chosen(self, made: Sequence[Sequence[Token]]) -> list[int]:
         """The texts that are given out: of each prompt the n likeliest by the mean of a token."""
-        n, copies = self.wish.n, self.wish.copies
+        n, copies = self.request.n, self.request.copies
         out: list[int] = []
         for first in range(0, len(made), copies):
             places = list(range(first, first + copies))
@@ -95,7 +89,7 @@ class Answer:
         return out
 
     def _echo(self, place: int) -> tuple[str, list[Token]]:
-        return self.echoes[place // self.wish.copies] if self.echoes else ("", [])
+        return self.echoes[place // self.request.copies] if self.echoes else ("", [])
 
     def _choice(
         self,
@@ -108,52 +102,40 @@ class Answer:
     ) -> dict[str, Any]:
         choice: dict[str, Any] = {"index": index, "text": text, "logprobs": None,
                                   "finish_reason": reason}  # fmt: skip
-        if self.wish.alternatives is not None and self.service.model.has_tokenizer:
-            choice["logprobs"] = logprobs(tokens, self.service.model.tokenizer, begin)
-        if not self.service.model.has_tokenizer:
+        if self.request.alternatives is not None and self.front.model.has_tokenizer:
+            choice["logprobs"] = logprobs(tokens, self.front.model.tokenizer, begin)
+        if not self.front.model.has_tokenizer:
             choice["token_ids"] = [token.id for token in made]
         return choice
 
-    async def _events(self) -> AsyncIterator[dict[str, Any] | None]:
+    async def chunks(self) -> AsyncIterator[dict[str, Any] | None]:
         """A chunk for each piece of a text; None for a token that adds nothing to it yet."""
         offsets = [0] * len(self.run.texts)
         for place in range(len(self.run.texts)) if self.echoes else ():
             said, before = self._echo(place)
             offsets[place] = len(said)
-            yield {
-                **self.about,
-                "choices": [self._choice(place, said, before, None, [], starts(before))],
-                **so_far(self.run, self.options),
-                **self.run.warnings(),
-            }
+            yield self.chunk(self._choice(place, said, before, None, [], starts(before)))
         async for place, token in self.run.tokens():
             text = self.run.texts[place]
             piece, tokens = text.push(token)
-            if not (piece or tokens or text.reason) and self.service.model.has_tokenizer:
+            if not (piece or tokens or text.reason) and self.front.model.has_tokenizer:
                 yield None
                 continue
             begin = [offsets[place] + at for at in text.starts[len(text.starts) - len(tokens) :]]
-            choice = self._choice(place, piece, tokens, text.reason, [token], begin)
-            yield {
-                **self.about,
-                "choices": [choice],
-                **so_far(self.run, self.options),
-                **self.run.warnings(),
-            }
-        if self.options.include_usage:
-            total = usage(self.run.prompt_tokens, self.run.new_tokens)
-            yield {**self.about, "choices": [], "usage": total}
+            yield self.chunk(self._choice(place, piece, tokens, text.reason, [token], begin))
+        for chunk in self.last_chunks():
+            yield chunk
 
 
 async def _echoes(
-    service: Service, prompts: Sequence[list[int]], wish: Wish
+    front: Front, prompts: Sequence[list[int]], request: GenerationRequest
 ) -> list[tuple[str, list[Token]]]:
     """Of each prompt its text, and its tokens where log-probabilities are asked for."""
-    decode = service.model.tokenizer.decode
-    texts = [await asyncio.to_thread(decode, ids, False) for ids in prompts]
-    if wish.alternatives is None:
+    decode = front.model.tokenizer.decode
+    texts = [await front.aside(partial(decode, ids, False)) for ids in prompts]
+    if request.alternatives is None:
         return [(text, []) for text in texts]
-    scored = await service.scored(prompts, wish.alternatives)
+    scored = await front.scored(prompts, request.alternatives)
     return list(zip(texts, scored, strict=True))
 
 
@@ -161,7 +143,7 @@ def _mean(tokens: Sequence[Token]) -> float:
     return sum(token.logprob for token in tokens) / max(1, len(tokens))
 
 
-async def answer(service: Service, body: Any) -> Answer:
+async def answer(front: Front, body: Any) -> CompletionAnswer:
     """Begin a completion.
 
     Raises:
@@ -171,19 +153,19 @@ async def answer(service: Service, body: Any) -> Answer:
         raise Refused(
             400, "suffix is not supported: nothing is filled in before it", param="suffix"
         )
-    wished = wish(body, service.defaults, service.limits)
-    service.noted(body.model_dump(exclude_unset=True), {})
-    if body.echo and not service.model.has_tokenizer:
+    request = generation_request(body, front.defaults, front.limits)
+    front.noted(body.model_dump(exclude_unset=True), {})
+    if body.echo and not front.model.has_tokenizer:
         raise Refused(400, "echo needs a tokenizer: this model was exported for ids only")
-    prompts = await service.prompts(body.prompt, wished.new)
-    if wished.new == 0 and (not body.echo or body.stream or wished.n > 1):
+    prompts = await front.prompts(body.prompt, request.new)
+    if request.new == 0 and (not body.echo or body.stream or request.n > 1):
         raise Refused(
             400, "max_tokens=0 scores a prompt: with echo, without stream and n", param="max_tokens"
         )
-    echoes = await _echoes(service, prompts, wished) if body.echo else []
-    if wished.new == 0:
-        run = Run(service.engine, [], asyncio.Queue(), [], 1, sum(map(len, prompts)))
+    echoes = await _echoes(front, prompts, request) if body.echo else []
+    if request.new == 0:
+        run = Run([], 1, sum(map(len, prompts)))
     else:
-        run = await service.run(prompts, wished, COMPLETION_TOKENS)
+        run = await front.run(prompts, request, NEW_TOKENS["completion"])
     options = body.stream_options or StreamOptions()
-    return Answer(service, run, wished, echoes, options, bool(body.stream))
+    return CompletionAnswer(front, run, request, options, bool(body.stream), echoes)

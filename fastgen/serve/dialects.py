@@ -1,4 +1,4 @@
-"""What clients of OpenAI and of vLLM send besides: honoured, let go, or refused by its name.
+"""Fields that clients of OpenAI and of vLLM send besides: honoured, let go, or refused by name.
 
 null is no field: typed clients send it for whatever they do not use, unknown names too. vLLM's
 fields become knobs. What changes no token is let go, with a warning in the log; what would change
@@ -69,7 +69,7 @@ class Sent(BaseModel):
 
 
 def given(sent: Mapping[str, Any]) -> dict[str, Any]:
-    """What is not null."""
+    """The fields that are not null."""
     return {name: value for name, value in sent.items() if value is not None}
 
 
@@ -135,11 +135,11 @@ def knobs(sent: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any
 
 
 def for_template(sent: Mapping[str, Any], template: str) -> dict[str, Any]:
-    """What the template gets to see of `OF_TEMPLATES`: what it names."""
+    """The fields of `OF_TEMPLATES` that the template names."""
     return {name: sent[name] for name in OF_TEMPLATES if name in sent and name in template}
 
 
-class Noted:
+class FieldLog:
     """Tells the log once of each field that is let go."""
 
     def __init__(self) -> None:

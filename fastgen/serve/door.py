@@ -1,4 +1,4 @@
-"""What every request passes before a route sees it: its address, its key, and its size."""
+"""Checks that every request passes before a route sees it: its address, its key, and its size."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What one request may ask for: every limit once, with its default and its line of help.
+"""Limits of one request: each of them once, with its default and its line of help.
 
-The flags of `fastgen serve` are made from the fields of `Limits`.
+The flags of `fastgen serve` are made from the fields of `RequestLimits`.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from fastgen.serve.refused import Refused
 
 
 def limit(default: int, help: str) -> Any:
-    """A field of `Limits`."""
+    """A field of `RequestLimits`."""
     return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
+class RequestLimits:
     """The most that one request may hold of each thing, however the request spells it.
 
     Raises:
@@ -66,4 +66,4 @@ class Limits:
                 left += one
 
 
-_HELP = {one.name: str(one.metadata["help"]) for one in fields(Limits)}
+_HELP = {one.name: str(one.metadata["help"]) for one in fields(RequestLimits)}

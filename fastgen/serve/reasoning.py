@@ -9,20 +9,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastgen.generator import CausalLM
-from fastgen.serve.tools.reader import Asked, Marks, Reader
-from fastgen.text import chat_template
+from fastgen.serve.tools.reader import AnswerReader, Marks, ReadingOptions
 from fastgen.text.tokenizer import Tokenizer
 
 FORMATS = ("auto", "none")  # split from the content where a template shows it; left there
 
 
 def inside(prompt: str, marks: Marks | None) -> bool:
-    """Whether an answer to a prompt begins within reasoning, as the prompt ends with its mark."""
+    """True where an answer begins within reasoning, as the prompt ends with its mark."""
     return marks is not None and prompt.rstrip().endswith(marks.begin.rstrip())
 
 
-def reader(model: CausalLM, marks: Marks | None, messages: Sequence[Any]) -> Reader | None:
-    """What splits the thoughts from an answer to messages; None where none can be seen.
+def reader(model: CausalLM, marks: Marks | None, messages: Sequence[Any]) -> AnswerReader | None:
+    """The reader that splits the thoughts from an answer to messages; None where none can be seen.
 
     Args:
         marks: what the model's template shows around thoughts. Where they are special tokens, a
@@ -34,12 +33,12 @@ def reader(model: CausalLM, marks: Marks | None, messages: Sequence[Any]) -> Rea
     hidden = {tokenizer.token(one) for one in tokenizer.special_ids()}
     if {marks.begin, marks.end} & hidden:
         return None
-    prompt = chat_template.prompt(model.directory, tokenizer.config, messages)
-    return Reader(Asked({}, marks, inside(prompt, marks)))
+    begun = inside(model.chat_text(messages), marks)
+    return AnswerReader(ReadingOptions({}, marks, begun))
 
 
 class Budget:
-    """Ends reasoning after so many tokens, as a logits processor: then its end mark has to come.
+    """Ends reasoning after `most` tokens, as a logits processor: then its end mark has to come.
 
     Args:
         marks: what reasoning stands between.

@@ -1,8 +1,13 @@
-"""An error as the client of a service gets to see it."""
+"""Errors as the client of a service gets to see them."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+
+from fastgen.inputs.params import NAMES
+
+RETRY = 1  # seconds after which a client may try again where the queue is full
 
 
 class Refused(Exception):
@@ -24,3 +29,48 @@ class Refused(Exception):
         self.body = {
             "error": {"message": message, "type": kind, "param": param, "code": code},
         }
+
+
+class Full(Exception):
+    """The queue of calls has no room."""
+
+
+class Stopping(Exception):
+    """New calls are not taken: the service is being stopped."""
+
+
+def refusal(error: Exception) -> Refused:
+    """The error of a call as its client gets to see it."""
+    if isinstance(error, Refused):
+        return error
+    if isinstance(error, Stopping):
+        return Refused(503, "the service is being stopped", code="stopping")
+    if isinstance(error, Full):
+        return Refused(
+            429,
+            "as many requests wait as may: try again later",
+            code="queue_full",
+            headers={"Retry-After": str(RETRY)},
+        )
+    if isinstance(error, ValueError):
+        return wrong(str(error))
+    return failure(error)
+
+
+def wrong(message: str, names: Mapping[str, str] | None = None) -> Refused:
+    """Refuse a bad request in the words that it used itself.
+
+    Args:
+        names: the client's own name of a knob that it gave under another (see
+            `wire.GenerationRequest`).
+    """
+    names = names or {}
+    first = message.partition(" ")[0].partition("=")[0]
+    for ours, theirs in names.items():
+        message = re.sub(rf"\b{ours}\b", theirs, message)
+    return Refused(400, message, param=names.get(first, first) if first in NAMES else None)
+
+
+def failure(error: Exception) -> Refused:
+    """An error that is not the client's."""
+    return Refused(500, f"{type(error).__name__}: {error}", code="internal_error")

@@ -23,10 +23,10 @@ from fastgen.serve import chats, completions
 from fastgen.serve.document import OF_READING, OF_RUNNING, document, errors, takes
 from fastgen.serve.door import Door, Guard, Hosts
 from fastgen.serve.knobs import described
-from fastgen.serve.limits import Limits
-from fastgen.serve.refused import Refused
+from fastgen.serve.limits import RequestLimits
+from fastgen.serve.refused import Refused, failure
 from fastgen.serve.rendered import Json, as_json, in_parts
-from fastgen.serve.service import Service, failure, put_together
+from fastgen.serve.service import Service
 from fastgen.serve.wire import ChatCompletion, Completion, Detokenize, Tokenize
 
 GRACE = 30.0  # seconds that running calls have once the service is to stop
@@ -50,7 +50,7 @@ def application(
     api_key: str | None = None,
     cors: str | None = None,
     hosts: Collection[str] | None = None,
-    limits: Limits | None = None,
+    limits: RequestLimits | None = None,
     grace: float = GRACE,
     grammars: trial.Limits | None = None,
     **settings: Any,
@@ -125,7 +125,7 @@ def _errors(made: FastAPI) -> None:
         return await refused(request, failure(error))
 
 
-async def _read(request: Request, kind: type[Kind], limits: Limits) -> Kind:
+async def _read(request: Request, kind: type[Kind], limits: RequestLimits) -> Kind:
     """The body of a request.
 
     Raises:
@@ -247,7 +247,7 @@ def _model(service: Service) -> dict[str, Any]:
 
 
 async def _answer(request: Request, begun: Coroutine[Any, Any, Any]) -> Response:
-    """What `answer` of a route makes, whole or as events, given up where the client goes away."""
+    """Send the answer that a route began, whole or as events; drop it if the client goes away."""
     made = await _unless_gone(begun, request.receive)
     if made is None:
         return Response(status_code=499)  # nobody reads it
@@ -259,11 +259,11 @@ async def _answer(request: Request, begun: Coroutine[Any, Any, Any]) -> Response
         made.run.cancel()
     if whole is None:
         return Response(status_code=499)
-    return Json(await put_together(made.size, lambda: in_parts(whole)))
+    return Json(await made.front.put_together(made.size, lambda: in_parts(whole)))
 
 
 async def _unless_gone(work: Coroutine[Any, Any, Any], receive: Receive) -> Any:
-    """What `work` returns; None where the client has gone away before."""
+    """The result of `work`; None where the client has gone away before."""
     tasks = asyncio.create_task(work), asyncio.create_task(_disconnected(receive))
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

@@ -74,7 +74,7 @@ class Http(HttpToolsProtocol):
 
 
 def config(app: FastAPI) -> uvicorn.Config:
-    """How uvicorn serves an application of `serve.routes`."""
+    """The configuration of uvicorn for an application of `serve.routes`."""
     http = type("Limited", (Http,), {"most": app.state.service.limits.head})
     return uvicorn.Config(
         app, http=http, log_level="warning", access_log=False, timeout_graceful_shutdown=CLOSING

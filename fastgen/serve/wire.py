@@ -1,4 +1,4 @@
-"""What clients may send: OpenAI's fields, and every knob of `Params`, made from the one list.
+"""Bodies of requests: OpenAI's fields, and every knob of `Params`, made from the one list.
 
 OpenAI's fields are checked here; knobs are checked where they always are, by `generate`'s door.
 """
@@ -21,14 +21,12 @@ from pydantic_core import PydanticCustomError
 from fastgen.inputs.params import Params
 from fastgen.serve import dialects
 from fastgen.serve.dialects import Sent
-from fastgen.serve.limits import Limits
+from fastgen.serve.limits import RequestLimits
 from fastgen.serve.refused import Refused
-
-COMPLETION_TOKENS = 16  # where nobody says how many: OpenAI's own default
 
 
 class StreamOptions(Sent):
-    """What a stream carries besides."""
+    """Options of a stream."""
 
     include_usage: bool | None = False
     continuous_usage_stats: bool | None = False  # so far, with each chunk
@@ -36,7 +34,7 @@ class StreamOptions(Sent):
 
 
 class Common(Sent):
-    """What both kinds of requests have."""
+    """Fields of both kinds of requests."""
 
     model: str | None = Field(None, description="any name: there is one model")
     n: int | None = Field(1, ge=1, description="answers to each prompt")
@@ -118,7 +116,7 @@ class Message(Sent):
 
 
 class ResponseFormat(Sent):
-    """What an answer must be."""
+    """The form of an answer."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: dict[str, Any] | None = None
@@ -167,8 +165,8 @@ class Detokenize(Sent):
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What a request asks of each of its prompts.
+class GenerationRequest:
+    """A request as it is for each of its prompts.
 
     Attributes:
         knobs: keywords of `generate`, without the length.
@@ -177,7 +175,7 @@ class Wish:
         alternatives: of each token; None where no log-probabilities are asked for.
         stop: texts that end it, looked for in what is new.
         same: whether all copies are one sequence: the likeliest token is always taken.
-        names: what the client calls a knob that it gave under another name.
+        names: the client's own names of knobs that it gave under another.
     """
 
     knobs: dict[str, Any]
@@ -197,7 +195,9 @@ class Wish:
         return self.stop + tuple(one for one in strings if isinstance(one, str))
 
 
-def wish(body: Any, defaults: Mapping[str, Any], limits: Limits) -> Wish:
+def generation_request(
+    body: Any, defaults: Mapping[str, Any], limits: RequestLimits
+) -> GenerationRequest:
     """Translate a request.
 
     Sampling follows OpenAI: tokens are drawn at temperature 1 from the whole vocabulary, but where
@@ -247,7 +247,7 @@ def wish(body: Any, defaults: Mapping[str, Any], limits: Limits) -> Wish:
         )
     if getattr(body, "best_of", None) is not None and body.best_of < n:
         raise Refused(400, f"best_of={body.best_of} is less than n={n}", param="best_of")
-    return Wish(
+    return GenerationRequest(
         knobs=knobs,
         new=next(iter(lengths.values()), None),
         n=n,
@@ -303,7 +303,7 @@ def _given(body: Any, *names: str) -> str:
     return next((name for name in names if name in body.model_fields_set), names[0])
 
 
-def _alternatives(body: Any, limits: Limits) -> int | None:
+def _alternatives(body: Any, limits: RequestLimits) -> int | None:
     """Alternatives of each token; None where no log-probabilities are asked for."""
     top: int | None = body.top_logprobs
     limits.check("alternatives", top or 0, "top_logprobs")

@@ -1,4 +1,4 @@
-"""What this machine offers a session: physical cores, memory, and products of small integers."""
+"""The machine that runs a session: physical cores, memory, and products of small integers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def usable_cpus() -> list[int]:
 
 
 def cpu_name() -> str:
-    """What the processor calls itself; the kind of machine where the system does not say."""
+    """The processor's own name; the kind of machine where the system does not say."""
     try:
         about = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -73,7 +73,7 @@ def memory_bytes() -> int | None:
 
 
 def int8_overflows() -> bool:
-    """Whether products of uint8 and int8 may overflow: x86 without VNNI, or one that cannot tell.
+    """True if products of uint8 and int8 may overflow: x86 without VNNI, or one that cannot tell.
 
     AVX2 and AVX-512 add two such products in 16 bits; VNNI adds them in 32.
     """

@@ -1,4 +1,4 @@
-"""What is installed besides: the distribution's name, and how to ask for one of its extras.
+"""Optional dependencies: the distribution's name, and the command that installs an extra.
 
 The import and the command are `fastgen`; that name on the package index is somebody else's program,
 so every text that tells people what to install takes the name from here.

@@ -16,18 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from fastgen.store import jsonfile
+from fastgen.store.model_info import CHAT_TEMPLATE, TOKENIZER_CONFIG
 from fastgen.system import extras
 from fastgen.text import message_forms
 
-CONFIG = "tokenizer_config.json"
-FILE = "chat_template.jinja"
 OTHERS = "additional_chat_templates"  # templates with a name, a file each
 FOR_TOOLS = "tool_use"  # the name of the one for calls with tools, where there is one
 
 # What a message's reasoning may be called, in transformers' order.
 REASONING = ("reasoning_content", "thinking", "reasoning")
-
-MAX_NEW_TOKENS = 256  # of a reply, where nobody sets a length: that of transformers' pipelines
 
 
 def prompt(
@@ -76,7 +73,7 @@ def _reasoned(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def rendered(source: str, config: Mapping[str, Any], given: Mapping[str, Any]) -> str:
-    """What a template makes of variables, which are plain data.
+    """Render a template with variables, which are plain data.
 
     Raises:
         ValueError: see `prompt`.
@@ -90,8 +87,8 @@ def rendered(source: str, config: Mapping[str, Any], given: Mapping[str, Any]) -
         text = template.text(_special_tokens(config) | dict(given))
         text.encode()  # a surrogate alone, in the template or in a message, is no text
         return text
-    except sandbox.Exceeded as error:
-        raise message_forms.Hopeless(
+    except sandbox.TooCostly as error:
+        raise message_forms.NoFormHelps(
             f"the chat template refuses these messages: {error}"
         ) from error
     except TemplateError as error:
@@ -103,7 +100,7 @@ def rendered(source: str, config: Mapping[str, Any], given: Mapping[str, Any]) -
 
 
 def has_template(directory: Path, config: Mapping[str, Any]) -> bool:
-    """Whether a model comes with a template for conversations.
+    """True where a model comes with a template for conversations.
 
     Raises:
         ModelError: what it comes with is damaged.
@@ -129,12 +126,12 @@ def _templates(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         found = {str(one.get("name")): one.get("template") for one in found}
     if not isinstance(found, Mapping) or not all(isinstance(one, str) for one in found.values()):
         raise jsonfile.damaged(
-            directory / CONFIG,
+            directory / TOKENIZER_CONFIG,
             f"chat_template must be a text, or several with names, got {reprlib.repr(found)}",
         )
     files = {path.stem: path for path in (directory / OTHERS).glob("*.jinja")}
-    if (directory / FILE).is_file():
-        files["default"] = directory / FILE
+    if (directory / CHAT_TEMPLATE).is_file():
+        files["default"] = directory / CHAT_TEMPLATE
     return {**found, **{name: _text(path) for name, path in files.items()}}
 
 
@@ -171,7 +168,7 @@ class Template:
     """
 
     text: Callable[[dict[str, Any]], str]
-    forms: message_forms.Known = field(default_factory=message_forms.Known)
+    forms: message_forms.KnownForms = field(default_factory=message_forms.KnownForms)
 
 
 @functools.lru_cache(maxsize=16)

@@ -1,4 +1,4 @@
-"""Where chat templates run: jinja2's immutable sandbox, with an end to time and memory.
+"""The sandbox of chat templates: jinja2's immutable one, with an end to time and memory.
 
 jinja2's own sandbox keeps a template away from Python, but not from loops within loops or from
 `'a' * 10**10`. Here every rendering has a `Meter`, and what a template does in loops, calls,
@@ -45,23 +45,23 @@ WIDE_BRACES = re.compile(r"\{[^{}]*:[^{}]*(\d{5}|\{)")
 in_context: Callable[[Callable[..., Any]], Callable[..., Any]] = pass_context
 
 
-class Exceeded(TemplateError):  # type: ignore[misc,unused-ignore]
+class TooCostly(TemplateError):  # type: ignore[misc,unused-ignore]
     """A template that does more than it may."""
 
 
 class Meter:
-    """What one rendering has used, and what it may."""
+    """The work of one rendering so far, and its limits."""
 
     def __init__(self) -> None:
         self.made, self.end = 0, time.monotonic() + SECONDS
 
     def charge(self, amount: int) -> None:
-        """Count what is about to be made; raises `Exceeded` at the end of time or room."""
+        """Count what is about to be made; raises `TooCostly` at the end of time or room."""
         self.made += 1 + max(amount, 0)
         if amount > LARGEST or self.made > MOST:
-            raise Exceeded(f"it makes more than {min(MOST, LARGEST):,} characters")
+            raise TooCostly(f"it makes more than {min(MOST, LARGEST):,} characters")
         if time.monotonic() > self.end:
-            raise Exceeded(f"it takes more than {SECONDS:g} seconds")
+            raise TooCostly(f"it takes more than {SECONDS:g} seconds")
 
     def passed(self, value: Any) -> Any:
         """A value that was made, if it is not too large; an iterator counts its items."""
@@ -69,7 +69,7 @@ class Meter:
             return self.counted(value)
         self.charge(len(value) if isinstance(value, str | bytes | list | tuple | dict) else 0)
         if size(value) > LARGEST:
-            raise Exceeded(f"it makes a value of more than {LARGEST:,} characters")
+            raise TooCostly(f"it makes a value of more than {LARGEST:,} characters")
         return value
 
     def counted(self, items: Iterable[Any]) -> Iterator[Any]:
@@ -92,7 +92,7 @@ def size(value: Any) -> int:
 
 
 def grown(name: str, of: Any, given: list[Any]) -> int:
-    """How much a method or a filter can make of a value; 0 for those that make no more than it.
+    """The most that a method or filter can make of a value; 0 for those that make no more than it.
 
     Args:
         name: of the method or filter.
@@ -103,7 +103,7 @@ def grown(name: str, of: Any, given: list[Any]) -> int:
     if name in WIDENING:
         width = sum(abs(one) for one in given if isinstance(one, int))
         if width > WIDEST:
-            raise Exceeded(f"{name} has a width of more than {WIDEST:,}")
+            raise TooCostly(f"{name} has a width of more than {WIDEST:,}")
         char = WIDENING[name]
         return (1 + str(of).count(char) if char else 1) * (width + sum(map(len, texts)))
     if name == "tojson":
@@ -118,20 +118,20 @@ def grown(name: str, of: Any, given: list[Any]) -> int:
 
 
 def formatted(text: str, given: Any) -> int:
-    """How much a format can make of what it is given."""
+    """The most that a format can make of its arguments."""
     if WIDE_PERCENT.search(text) or WIDE_BRACES.search(text):
-        raise Exceeded(f"a format has a width of more than {WIDEST:,}, or a computed one")
+        raise TooCostly(f"a format has a width of more than {WIDEST:,}, or a computed one")
     return (1 + text.count("{") + text.count("%")) * (WIDEST + size(given))
 
 
 def binary(operator: str, left: Any, right: Any) -> int:
-    """How much an operator can make of two values."""
+    """The most that an operator can make of two values."""
     if operator == "%" and isinstance(left, str | bytes):
         return formatted(left if isinstance(left, str) else left.decode("latin-1"), right)
     if isinstance(left, int) and isinstance(right, int):
         bits, more = max(left.bit_length(), 1), right.bit_length()
         if (bits * abs(right) if operator == "**" else bits + more) > BITS:
-            raise Exceeded(f"it makes a number of more than {BITS:,} bits")
+            raise TooCostly(f"it makes a number of more than {BITS:,} bits")
         return 0
     length = sum(len(one) for one in (left, right) if isinstance(one, str | bytes | list | tuple))
     times = sum(one for one in (left, right) if isinstance(one, int)) if operator == "*" else 1
@@ -227,7 +227,7 @@ class Generation(Extension):  # type: ignore[misc,unused-ignore]
 def lipsum(n: int = 5, html: bool = True, min: int = 20, max: int = 100) -> str:
     """jinja2's own: `n` paragraphs of words that mean nothing, each of `min` to `max` of them."""
     if n * max > WORDS:
-        raise Exceeded(f"lipsum makes more than {WORDS:,} words")
+        raise TooCostly(f"lipsum makes more than {WORDS:,} words")
     return str(generate_lorem_ipsum(n, html, min, max))
 
 
@@ -276,7 +276,7 @@ class Sandbox(ImmutableSandboxedEnvironment):  # type: ignore[misc,unused-ignore
     def compiled(self, source: str) -> Any:
         """A template; `render` it with a `Meter` by the name of METER."""
         if len(source) > SOURCE:
-            raise Exceeded(f"it has {len(source):,} characters, more than {SOURCE:,}")
+            raise TooCostly(f"it has {len(source):,} characters, more than {SOURCE:,}")
         tree = Rewritten().visit(self.parse(source))
         return self.from_string(tree.set_environment(self))
 

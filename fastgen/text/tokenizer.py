@@ -12,9 +12,8 @@ from typing import Any, Protocol
 
 from fastgen.errors import ModelError
 from fastgen.store import jsonfile
+from fastgen.store.model_info import TOKENIZER, TOKENIZER_CONFIG
 
-FILE = "tokenizer.json"
-CONFIG = "tokenizer_config.json"
 BYTE = re.compile(r"<0x[0-9a-fA-F]{2}>")  # a token that falls back to bytes
 REPLACEMENT = "\ufffd"  # what bytes that are no character (yet) decode to
 LONG = 1 << 12  # characters of a text for which no other thread is to wait
@@ -31,17 +30,18 @@ class Tokenizer:
     def __init__(self, directory: Path) -> None:
         import tokenizers
 
-        path = directory / FILE
+        path = directory / TOKENIZER
         if not path.is_file():
             raise ModelError(
-                f"{directory} has no {FILE}: the model was exported for ids only; pass token ids"
+                f"{directory} has no {TOKENIZER}: the model was exported for ids only; "
+                "pass token ids"
             )
         jsonfile.check_fetched(path)
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises plain Exception
             raise jsonfile.damaged(path, str(error)) from error
-        self._use(backend, jsonfile.read(directory / CONFIG))
+        self._use(backend, jsonfile.read(directory / TOKENIZER_CONFIG))
 
     @classmethod
     def of(cls, tokenizer: Any) -> Tokenizer:
@@ -127,13 +127,13 @@ class Tokenizer:
 
     @functools.cached_property
     def bytes_are(self) -> str | None:
-        """How the decoder writes bytes: "ByteFallback", "ByteLevel" or not at all (None)."""
+        """The decoder's way to write bytes: "ByteFallback", "ByteLevel" or none (None)."""
         found = self._decoders
         return next((kind for kind in ("ByteFallback", "ByteLevel") if kind in found), None)
 
     @functools.cached_property
     def is_byte_level(self) -> bool:
-        """Whether the text of tokens is their bytes joined, and nothing else."""
+        """True where the text of tokens is their bytes joined, and nothing else."""
         return [kind for kind in self._decoders if kind != "Fuse"] == ["ByteLevel"]
 
     @functools.cached_property
@@ -147,7 +147,7 @@ class Tokenizer:
         return frozenset(self.special_ids())
 
     def is_byte(self, index: int) -> bool:
-        """Whether it is a byte of a tokenizer that falls back to bytes."""
+        """True for a byte of a tokenizer that falls back to bytes."""
         return index in self._byte_tokens
 
     @functools.cached_property
@@ -210,16 +210,16 @@ class TextStream:
         return "" if self._is_silent(token) else self._new(self._reader.push(int(token)))
 
     def end(self) -> str:
-        """What was held back."""
+        """The rest of the text, which was held back."""
         return self._new(self._reader.rest())
 
     def _is_silent(self, token: int) -> bool:
-        """Whether decoding leaves it out, as if it were not there."""
+        """True for a token that decoding leaves out, as if it were not there."""
         skipped = self._skip and token in self._tokenizer.silent
         return skipped or self._tokenizer.token(token) is None
 
     def _new(self, text: str) -> str:
-        """What of `text` the prompt did not say."""
+        """The part of `text` that the prompt did not say."""
         if not self._told or not text:
             return text
         pairs = enumerate(zip(self._told, text, strict=False))
@@ -245,7 +245,7 @@ class _Reader(Protocol):
         """The text that is certain with one more token, and was not before."""
 
     def rest(self) -> str:
-        """What follows it if no token does."""
+        """The text that follows if no token does."""
 
 
 class _Bytes:
@@ -255,7 +255,7 @@ class _Bytes:
         self._spelling = tokenizer.spelling
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         end = b""
-        for token in reversed(prompt):  # a character begins within so many bytes
+        for token in reversed(prompt):  # a character begins within that many bytes
             if len(end) >= LONGEST_PARTIAL:
                 break
             end = (self._spelling(token) or b"") + end

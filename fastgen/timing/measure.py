@@ -1,4 +1,4 @@
-"""How fast models are on this machine: reading prompts, one row, many rows, beams, threads.
+"""The speed of models on this machine: reading prompts, one row, many rows, beams, threads.
 
 A case is a call of `generate` whose length is forced. In every round each model is loaded, does
 every case once and is dropped, and medians of the rounds count: a busy minute hits all of them, and
@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,14 @@ import numpy as np
 import onnxruntime
 
 from fastgen.engine import memory_estimate
-from fastgen.engine.call import Objects, prepare
 from fastgen.engine.model import Model
+from fastgen.engine.prepare import Loaded, Objects, prepare
+from fastgen.engine.step import Kind
 from fastgen.inputs.params import Params
 from fastgen.store.model_info import ModelInfo
 from fastgen.store.tuning import Tuning, read
 from fastgen.system.cpu import cpu_name, memory_bytes, physical_cores, usable_cpus
-from fastgen.text.tokenizer import Tokenizer
+from fastgen.timing.rounds import in_rounds
 
 WARM = 3  # new tokens of the call before a case, which is not timed
 
@@ -51,7 +53,7 @@ class Case:
 
     @property
     def tokens(self) -> int:
-        """What is counted: tokens of the prompt, or those of all rows after the first."""
+        """The tokens that count: those of the prompt, or those of all rows after the first."""
         return self.prompt if self.kind == "read" else self.rows * (self.new - 1)
 
     @property
@@ -94,8 +96,8 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What is to be timed; None for what is usual, as far as it fits."""
+class CaseOptions:
+    """The cases that are wanted; None for the usual ones, as far as they fit."""
 
     prompts: Sequence[int] | None = None
     rows: Sequence[int] | None = None
@@ -113,8 +115,8 @@ def thread_counts() -> list[int]:
     return sorted({*(2**n for n in range(cores.bit_length())), cores})
 
 
-def cases(infos: Mapping[str, ModelInfo], asked: Asked) -> tuple[list[Case], list[str]]:
-    """What is timed of every model, and what is left out since it does not fit one of them.
+def cases(infos: Mapping[str, ModelInfo], asked: CaseOptions) -> tuple[list[Case], list[str]]:
+    """The cases of every model, and notes on those that do not fit one of them.
 
     Raises:
         ValueError: what was asked for does not fit a model's positions, or the memory.
@@ -137,7 +139,7 @@ def cases(infos: Mapping[str, ModelInfo], asked: Asked) -> tuple[list[Case], lis
     return out, notes
 
 
-def _lengths(infos: Mapping[str, ModelInfo], asked: Asked) -> list[int]:
+def _lengths(infos: Mapping[str, ModelInfo], asked: CaseOptions) -> list[int]:
     """The prompts' lengths: those that were asked for, or the usual ones cut to what fits."""
     limits = {name: one.max_length for name, one in infos.items() if one.max_length is not None}
     if not limits:
@@ -176,7 +178,7 @@ def rows(count: int) -> str:
 def planned(
     models: Mapping[str, Path], timed: Sequence[Case], threads: Sequence[int] | None
 ) -> list[list[Result]]:
-    """What is measured, still empty: those of one load together.
+    """The results to come, still empty: those of one load together.
 
     All cases run with the most of the threads that are asked for, else with those that the model
     was tuned to. With other numbers of threads, the longest prompt and the fewest rows.
@@ -212,13 +214,15 @@ def measure(
         ModelError: a directory cannot be used.
         ValueError: a number of threads, or beams that a vocabulary does not have.
     """
-    for _ in range(rounds):
-        for load in loads:
-            model = Model(models[load[0].model], load[0].threads)
-            for result in load:
-                run(model, replace(result.case, new=min(result.case.new, WARM)))
-                result.seconds.append(run(model, result.case))
-                shown()
+
+    def once(load: Sequence[Result], _: int) -> None:
+        model = Model(models[load[0].model], load[0].threads)
+        for result in load:
+            run(model, replace(result.case, new=min(result.case.new, WARM)))
+            result.seconds.append(run(model, result.case))
+            shown()
+
+    in_rounds({n: partial(once, one) for n, one in enumerate(loads)}, rounds, warm=0)
 
 
 def run(model: Model, case: Case) -> float:
@@ -227,21 +231,21 @@ def run(model: Model, case: Case) -> float:
     knobs = {"max_new_tokens": case.new, "num_beams": case.beams, "eos_token_id": None}
     mask = np.ones_like(ids)
     start = time.perf_counter()
-    call = prepare(model, {}, _no_tokenizer, ids, Objects(attention_mask=mask), knobs)
-    # A search tells its tokens when it has found them all; before, each step gives nothing.
-    ends = [time.perf_counter() for events in call.steps() if not (events and case.beams > 1)]
+    call = prepare(Loaded(model), ids, Objects(attention_mask=mask), knobs)
+    read, ends = start, []
+    for step in call.steps():
+        if step.kind is Kind.READ:
+            read = time.perf_counter()
+        elif step.kind is Kind.SEARCHED or case.beams == 1:
+            ends.append(time.perf_counter())
     if case.kind == "read":
         return ends[-1] - start
     # The first token of plain rows comes of the prompt alone; beams go on to the next one at once.
-    return ends[-1] - ends[-case.new - (case.beams > 1)]
-
-
-def _no_tokenizer() -> Tokenizer:
-    raise AssertionError("no text is asked for")
+    return ends[-1] - (read if case.beams > 1 else ends[0])
 
 
 def machine() -> dict[str, Any]:
-    """What a measurement holds for: the processor and the versions of what runs."""
+    """The machine that a measurement holds for: the processor and the versions of what runs."""
     import fastgen
 
     return {
@@ -258,6 +262,6 @@ def machine() -> dict[str, Any]:
 
 
 def labels(given: Sequence[str]) -> list[str]:
-    """What models are shown as: the last part of a path or a hub id, or all where two are alike."""
+    """Short names of models: the last part of a path or a hub id, or all where two are alike."""
     last = [Path(os.path.abspath(one)).name for one in given]
     return [name if last.count(name) == 1 else one for name, one in zip(last, given, strict=True)]

@@ -1,4 +1,4 @@
-"""What `measure` found, for people: bars in the terminal, and a PNG."""
+"""The results of `measure` for people: bars in the terminal, and a PNG."""
 
 from __future__ import annotations
 
@@ -136,12 +136,12 @@ def _spread(result: Result) -> str:
 
 
 def _cut(text: str, width: int) -> str:
-    """A text in so many columns; its end tells more than its beginning."""
+    """A text in `width` columns; its end tells more than its beginning."""
     return text if len(text) <= width else "~" + text[len(text) - width + 1 :]
 
 
 def _bar(encoding: str) -> Callable[[float], str]:
-    """What draws a bar of so many columns."""
+    """The function that draws a bar of a number of columns."""
     try:
         EIGHTHS.encode(encoding)
         marks = EIGHTHS
@@ -156,7 +156,7 @@ def _bar(encoding: str) -> Callable[[float], str]:
     return draw
 
 
-# --- as a picture --------------------------------------------------------------------------------
+# --- as a plot -----------------------------------------------------------------------------------
 
 
 def png(found: Sequence[Result], machine: Mapping[str, Any], rounds: int, path: Path) -> None:

@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +22,10 @@ from fastgen.errors import ModelError
 from fastgen.sampling.softmax import log_softmax
 from fastgen.store import jsonfile
 from fastgen.store.jsonfile import is_number, is_object, take
-from fastgen.store.model_info import ModelInfo
-from fastgen.store.report import REPORT
+from fastgen.store.model_info import REPORT, ModelInfo
 from fastgen.store.tuning import Tuning, kernels
 from fastgen.system.cpu import physical_cores, usable_cpus
+from fastgen.timing.rounds import in_rounds
 
 NEAR = 0.03  # of two that are as near as this, the one with fewer threads, or that sleeps, wins
 CLOSE = 1e-3  # KL divergence in nats that kernels may add
@@ -34,7 +35,7 @@ WARM = 2  # steps that are not timed
 
 @dataclass(frozen=True)
 class Workload:
-    """What is timed: so many rows, a prompt, and tokens after it."""
+    """The call that is timed: its rows, its prompt, and the tokens after it."""
 
     rows: int = 1
     prompt: int = 64
@@ -58,15 +59,15 @@ class Candidate:
     divergence: float = 0.0
 
     def seconds(self, new: int) -> float:
-        """Of a whole call: the prompt and `new` tokens."""
+        """Seconds of a whole call: the prompt and `new` tokens."""
         return statistics.median(self.prefill) + new * statistics.median(self.decode)
 
 
-def candidates(directory: Path, prompts: str = "same") -> list[Candidate]:
+def candidates(directory: Path, prefill_precision: str = "same") -> list[Candidate]:
     """The settings that are tried with a model.
 
     Args:
-        prompts: how they may be read besides, where the model can (see `fastgen.load`).
+        prefill_precision: tried besides, where the model has it (see `fastgen.load`).
     """
     threads = {1, physical_cores(), len(usable_cpus())}
     count = physical_cores() // 2
@@ -76,8 +77,8 @@ def candidates(directory: Path, prompts: str = "same") -> list[Candidate]:
     plain = [Tuning(threads=n) for n in sorted(threads)]
     sleeping = [Tuning(threads=n, spinning=False) for n in sorted(threads) if n > 1]
     others = [Tuning(threads=physical_cores(), entries=entries) for entries in kernels()]
-    if prompts != "same" and ModelInfo.read(directory).can_read_prompts:
-        others += [replace(tuning, prompts=prompts) for tuning in plain]
+    if prefill_precision != "same" and ModelInfo.read(directory).can_read_prompts:
+        others += [replace(tuning, prefill_precision=prefill_precision) for tuning in plain]
     return [Candidate(directory, tuning) for tuning in plain + sleeping + others]
 
 
@@ -95,17 +96,19 @@ def measure(
         rounds: how often; the first of each process warms the file cache too.
         shown: called after each timing.
     """
-    said: dict[Path, NDArray[np.float32]] = {}  # by default settings, which come first
-    for _ in range(rounds):
-        for one in found:
-            model = Model(one.directory, tuning=one.tuning)
-            prefill, decode, logits = _timed(model, work)
-            one.prefill.append(prefill)
-            one.decode.append(decode)
-            expected = log_softmax(said.setdefault(one.directory, logits))
-            difference = np.exp(expected) * (expected - log_softmax(logits))
-            one.divergence = max(one.divergence, float(difference.sum(axis=-1).mean()))
-            shown()
+    by_default: dict[Path, NDArray[np.float32]] = {}  # settings, which come first
+
+    def once(candidate: Candidate, _: int) -> None:
+        model = Model(candidate.directory, tuning=candidate.tuning)
+        prefill, decode, logits = _timed(model, work)
+        candidate.prefill.append(prefill)
+        candidate.decode.append(decode)
+        expected = log_softmax(by_default.setdefault(candidate.directory, logits))
+        difference = np.exp(expected) * (expected - log_softmax(logits))
+        candidate.divergence = max(candidate.divergence, float(difference.sum(axis=-1).mean()))
+        shown()
+
+    in_rounds({n: partial(once, one) for n, one in enumerate(found)}, rounds, warm=0)
 
 
 def _timed(model: Model, work: Workload) -> tuple[float, float, NDArray[np.float32]]:
@@ -133,7 +136,7 @@ def best(found: Sequence[Candidate], new: int) -> Candidate:
     allowed = [
         one
         for one in found
-        if one.divergence <= (CLOSE if one.tuning.prompts == "same" else ROUNDED)
+        if one.divergence <= (CLOSE if one.tuning.prefill_precision == "same" else ROUNDED)
     ]
     fastest = min(one.seconds(new) for one in allowed)
     near = [one for one in allowed if one.seconds(new) <= (1 + NEAR) * fastest]
@@ -141,7 +144,7 @@ def best(found: Sequence[Candidate], new: int) -> Candidate:
 
 
 def within(directory: Path, max_kl: float, min_top1: float) -> bool:
-    """Whether a model's own report keeps the accuracy budget. fp32 was proved equal."""
+    """True where a model's own report keeps the accuracy budget. fp32 was proved equal."""
     kl, top1 = accuracy(directory)
     return kl <= max_kl and top1 >= min_top1
 

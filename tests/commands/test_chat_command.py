@@ -74,7 +74,7 @@ def run(*args: str | Path, stdin: str | bytes = "") -> tuple[int, str, str]:
 
 
 def replies(directory: Path, *texts: str, system: str | None = None, **knobs: Any) -> list[str]:
-    """What `CausalLM.chat` answers to the same texts, one after the other."""
+    """The answers of `CausalLM.chat` to the same texts, one after the other."""
     model = fastgen.load(directory)
     messages = [{"role": "system", "content": system}] if system else []
     out = []
@@ -579,7 +579,7 @@ class Terminal:
         os.close(theirs)
 
     def until(self, words: str, seconds: float = 60) -> str:
-        """What is shown up to these words, which come soon."""
+        """The output up to these words, which come soon."""
         shown, deadline = b"", time.monotonic() + seconds
         while words.replace("\n", "\r\n").encode() not in shown:
             ready, _, _ = select.select([self.ours], [], [], max(0, deadline - time.monotonic()))

@@ -139,7 +139,7 @@ def test_json_is_one_object_a_sequence(model, directory):
 
 
 def test_json_has_no_infinity_and_no_nan(directory):
-    """What is not a number is null: a token that processors rule out has no log-probability."""
+    """Null stands for what is not a number: a token that was ruled out has no log-probability."""
     code, out, err = run(
         "generate",
         PROMPT,
@@ -176,7 +176,7 @@ ENDLESS = ["--max-new-tokens", "30000", "--eos-token-id", "null", "--do-sample",
 
 @contextlib.contextmanager
 def interrupt(does: Any) -> Iterator[None]:
-    """What Ctrl-C does to the processes that are started now, however the tests were started."""
+    """Ctrl-C reaches the processes that are started now, however the tests were started."""
     before = signal.signal(signal.SIGINT, does)
     try:
         yield
@@ -268,7 +268,7 @@ def test_ctrl_c_while_libraries_are_imported_ends_it_quietly(
      (">/dev/full", 2), ("2>/dev/full", 0), (">/dev/full 2>&1", 2)],
 )  # fmt: skip
 def test_streams_that_are_closed_or_full(closed, code, expected, directory, tmp_path):
-    """What is opened later never takes the number of a standard stream."""
+    """A file that is opened later never takes the number of a standard stream."""
     cache = tmp_path / "cache"
     line = (
         f"'{sys.executable}' -m fastgen generate '{PROMPT}' -m '{directory}' "

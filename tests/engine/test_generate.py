@@ -28,7 +28,7 @@ from transformers import (
 from transformers.generation.stopping_criteria import EosTokenCriteria, StopStringCriteria
 
 import fastgen
-from fastgen.engine import call
+from fastgen.engine import prepare
 from fastgen.inputs import params
 from fastgen.sampling.stop import StopStrings
 from fastgen.text import token_healing
@@ -635,8 +635,9 @@ def test_what_the_last_token_becomes_is_one_that_it_begins():
     prompt = token_healing.reopen(ids, model.tokenizer)
     assert (prompt.ids, prompt.biases[ids[-1]]) == (ids[:-1], token_healing.ORIGINAL)
     defaults, biases = {"logit_bias": {other: 900.0}}, prompt.biases
-    one = call.last_token(model.model, defaults, lambda: model.tokenizer, None, prompt)
-    found = next(filter(None, one.steps()))[0].token
+    loaded = prepare.Loaded(model.model, defaults, lambda: model.tokenizer)
+    one = prepare.last_token(loaded, prompt)
+    found = next(step.events[0].token for step in one.steps() if step.events)
     assert found in biases and other not in biases
 
 

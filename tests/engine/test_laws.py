@@ -1,4 +1,4 @@
-"""What must hold whatever the model says."""
+"""Laws that hold whatever the model says."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ import itertools
 import threading
 
 import numpy as np
+import numpy_model
 import pytest
 import tiny
-from tiny import ragged
+from calls import generate
+from tiny import core, ragged
 
 import fastgen
 from fastgen.engine import batch, prefill
 from fastgen.engine import model as model_module
-from fastgen.sampling import pick
+from fastgen.sampling import sampler
 from fastgen.text.tokenizer import TextStream
 
-KINDS = ["gpt2", "llama", "gemma2"]
+KINDS = ["gpt2", "llama", "gemma2", *core(*numpy_model.KINDS)]
 SAMPLING = {"do_sample": True, "top_k": 20, "top_p": 0.95, "temperature": 0.9}
 
 
@@ -44,13 +46,12 @@ def test_sampling_with_a_seed_a_row_is_single(pair, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("chunk", [1, 5, 16])
-def test_chunked_prefill_is_whole(pair, kind, chunk, monkeypatch):
+def test_chunked_prefill_is_whole(pair, kind, chunk):
     _, model = pair(kind)
     rows = ragged(6, (40, 33, 2))
     whole = model.generate(rows, max_new_tokens=8)
-    monkeypatch.setattr(prefill, "CHUNK", chunk)
-    monkeypatch.setattr(prefill, "TOGETHER", 3 * chunk)
-    assert model.generate(rows, max_new_tokens=8) == whole
+    chunks = prefill.Chunks(chunk, 3 * chunk)
+    assert generate(model, rows, chunks, max_new_tokens=8) == whole
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -66,8 +67,9 @@ def test_streamed_is_returned(pair, kind):
             assert all(token.logprob <= 0 for token in tokens)
 
 
-def test_streamed_text_is_completed_text(pair):
-    _, model = pair("llama")
+@pytest.mark.parametrize("kind", ["llama", *core("demo")])
+def test_streamed_text_is_completed_text(pair, kind):
+    _, model = pair(kind)
     text = "The quick na\u00efve \u4f60\u597d fox"
     knobs = {"max_new_tokens": 40, "seed": 1, "do_sample": True, "top_k": 0}
     pieces = [token.text for token in model.stream(text, **knobs)]
@@ -88,24 +90,26 @@ def test_first_of_several_sequences_is_a_prompt_prefilled_once(pair, kind):
         assert out[place][9 - len(row) :][: len(alone)] == alone
 
 
+@pytest.mark.parametrize("kind", ["llama", *core("numpy")])
 @pytest.mark.parametrize("seed", [7, [1, 2, 3]], ids=["one", "each its own"])
-def test_what_was_drawn_is_not_kept(pair, seed, monkeypatch):
-    kept, row = [], pick.Stream.row
+def test_what_was_drawn_is_not_kept(pair, kind, seed, monkeypatch):
+    kept, row = [], sampler.Stream.row
 
     def counted(self, *place):
         words = row(self, *place)
         kept.append(len(self._blocks))
         return words
 
-    monkeypatch.setattr(pick.Stream, "row", counted)
-    _, model = pair("llama")
+    monkeypatch.setattr(sampler.Stream, "row", counted)
+    _, model = pair(kind)
     model.generate(ragged(8, (4, 9, 6)), seed=seed, max_new_tokens=9, **SAMPLING)
     assert len(kept) > 9 and max(kept) == 1
 
 
-def test_rows_that_join_late_change_nothing(pair):
+@pytest.mark.parametrize("kind", ["llama", *core(*numpy_model.KINDS)])
+def test_rows_that_join_late_change_nothing(pair, kind):
     """A server's rows: they join while others run, and leave at different times."""
-    _, model = pair("llama")
+    _, model = pair(kind)
     rows = ragged(9, (5, 12, 3, 20))
     alone = [model.generate(row, max_new_tokens=4 + 3 * i)[0] for i, row in enumerate(rows)]
     running = batch.Batch(model.model)
@@ -120,8 +124,9 @@ def test_rows_that_join_late_change_nothing(pair):
         assert request.sequences()[0].tolist() == expected
 
 
-def test_threads_may_share_a_model(pair):
-    _, model = pair("gpt2")
+@pytest.mark.parametrize("kind", ["gpt2", *core(*numpy_model.KINDS)])
+def test_threads_may_share_a_model(pair, kind):
+    _, model = pair(kind)
     rows = [ragged(seed, (6,))[0] for seed in range(6)]
     expected = [model.generate(row, max_new_tokens=12) for row in rows]
     found: dict[int, object] = {}
@@ -137,8 +142,9 @@ def test_threads_may_share_a_model(pair):
     assert [found[i] for i in range(len(rows))] == expected
 
 
-def test_a_step_allocates_nothing_that_grows_with_the_context(pair):
-    _, model = pair("llama")
+@pytest.mark.parametrize("kind", ["llama", *core(*numpy_model.KINDS)])
+def test_a_step_allocates_nothing_that_grows_with_the_context(pair, kind):
+    _, model = pair(kind)
     running = batch.Batch(model.model)
     knobs = {"max_new_tokens": 60, "eos_token_id": None}
     running.add(model._call(ragged(1, (5, 9)), knobs=knobs).request)
@@ -152,17 +158,19 @@ def test_a_step_allocates_nothing_that_grows_with_the_context(pair):
         assert running.cache.bindings == bound
 
 
-def test_inputs_are_not_changed(pair):
-    _, model = pair("gpt2")
+@pytest.mark.parametrize("kind", ["gpt2", *core("numpy")])
+def test_inputs_are_not_changed(pair, kind):
+    _, model = pair(kind)
     ids = np.array([[0, 5, 6], [7, 8, 9]])
     mask = np.array([[0, 1, 1], [1, 1, 1]])
     model.generate(ids, attention_mask=mask, max_new_tokens=3)
     assert ids.tolist() == [[0, 5, 6], [7, 8, 9]] and mask.tolist() == [[0, 1, 1], [1, 1, 1]]
 
 
+@pytest.mark.parametrize("kind", ["gpt2", *core("demo")])
 @pytest.mark.parametrize("seed", range(20))
-def test_streamed_text_never_shows_half_a_character(pair, seed):
-    _, model = pair("gpt2")
+def test_streamed_text_never_shows_half_a_character(pair, kind, seed):
+    _, model = pair(kind)
     tokenizer: fastgen.Tokenizer = model.tokenizer
     random = np.random.default_rng(seed)
     text = "".join(random.choice(list("ab \u00ef\u4f60\U0001f642\u597d\u00e9")) for _ in range(30))
@@ -188,6 +196,7 @@ def test_broken_bytes_come_out_as_they_decode(pair):
         assert shown == tokenizer.decode(ids)
 
 
+@pytest.mark.core
 def test_rows_are_read_together_where_that_costs_least():
     """Beside every way to cut a few rows into groups."""
     random = np.random.default_rng(0)
@@ -208,9 +217,10 @@ def test_rows_are_read_together_where_that_costs_least():
         assert cost(tuple(b for _, b in found[:-1])) == min(map(cost, every))
 
 
-def test_a_call_leaves_nothing_to_the_next_but_memory(pair):
+@pytest.mark.parametrize("kind", ["llama", *core(*numpy_model.KINDS)])
+def test_a_call_leaves_nothing_to_the_next_but_memory(pair, kind):
     """Calls of other sizes, searches and an abandoned stream in between change nothing."""
-    _, model = pair("llama")
+    _, model = pair(kind)
     rows = ragged(8, (9, 3, 30))
     first = model.generate(rows, max_new_tokens=12)
     for knobs in ({"num_beams": 3}, {"do_sample": True, "seed": 1}, {"max_new_tokens": 60}):
@@ -224,8 +234,9 @@ def test_a_call_leaves_nothing_to_the_next_but_memory(pair):
     assert len(model.model._spare) == 1
 
 
-def test_a_processor_may_keep_what_it_sees(pair):
-    _, model = pair("gpt2")
+@pytest.mark.parametrize("kind", ["gpt2", *core(*numpy_model.KINDS)])
+def test_a_processor_may_keep_what_it_sees(pair, kind):
+    _, model = pair(kind)
     seen = []
 
     def look(_, scores):
@@ -244,8 +255,9 @@ def test_a_processor_may_keep_what_it_sees(pair):
     assert all(np.array_equal(*pair) for pair in zip(seen, out.scores, strict=True))
 
 
-def test_memory_of_a_call_serves_the_next(pair):
-    _, model = pair("gpt2")
+@pytest.mark.parametrize("kind", ["gpt2", *core(*numpy_model.KINDS)])
+def test_memory_of_a_call_serves_the_next(pair, kind):
+    _, model = pair(kind)
     model.generate(ragged(9, (20, 4)), max_new_tokens=8)
     (kept,) = model.model._spare.values()
     model.generate(ragged(10, (7,)), max_new_tokens=8)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+from calls import generate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripts import run
@@ -18,8 +19,9 @@ from tiny import ragged
 
 import fastgen
 from fastgen import PrefixCache
-from fastgen.engine import batch, prefill
+from fastgen.engine import batch
 from fastgen.engine.cache import Cache
+from fastgen.engine.prefill import WHOLE, Chunks
 from fastgen.engine.prefix_cache import BLOCK
 from fastgen.export import bundle, export
 from fastgen.export.source.origin import Tolerance
@@ -40,11 +42,8 @@ KNOBS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture
-def small_chunks(monkeypatch):
-    """Chunks that the prompts of models with 128 positions fill several times."""
-    monkeypatch.setattr(prefill, "CHUNK", 2 * BLOCK)
-    monkeypatch.setattr(prefill, "TOGETHER", 5 * BLOCK)
+# Chunks that the prompts of models with 128 positions fill several times.
+SMALL = Chunks(2 * BLOCK, 5 * BLOCK)
 
 
 @pytest.fixture(scope="module", params=["fp32", "int8", "int4"])
@@ -78,16 +77,16 @@ def assert_same(one: fastgen.GenerateOutput, other: fastgen.GenerateOutput) -> N
         assert np.array_equal(a, b)
 
 
-def outputs(model: fastgen.CausalLM, rows: Any, **kwargs: Any) -> Any:
+def outputs(model: fastgen.CausalLM, rows: Any, chunks: Chunks = WHOLE, **kwargs: Any) -> Any:
     settings = {"max_new_tokens": 6, "return_dict_in_generate": True, "output_logits": True}
-    return model.generate(rows, **settings, **kwargs)
+    return generate(model, rows, chunks, **settings, **kwargs)
 
 
 # --- a hit is a fresh prefill -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", tiny.some(KINDS, {*KINDS} - {"phi3"}))
-def test_a_hit_gives_the_tokens_and_logits_of_a_fresh_prefill(pair, kind, small_chunks):
+def test_a_hit_gives_the_tokens_and_logits_of_a_fresh_prefill(pair, kind):
     _, model = pair(kind)
     cache = PrefixCache()
     for rows in (
@@ -96,30 +95,30 @@ def test_a_hit_gives_the_tokens_and_logits_of_a_fresh_prefill(pair, kind, small_
         prompts(3, (97, 1), (64, 32)),
         prompts(2, (100, 9), (40, 40), (0, 7), (70, 1)),
     ):
-        assert_same(outputs(model, rows, prefix_cache=cache), outputs(model, rows))
+        assert_same(outputs(model, rows, SMALL, prefix_cache=cache), outputs(model, rows, SMALL))
     assert cache.hits >= 7 and cache.tokens_reused >= 5 * BLOCK
 
 
 @pytest.mark.parametrize("name", KNOBS)
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
-def test_every_search_gives_the_same_with_a_hit(pair, kind, name, small_chunks):
+def test_every_search_gives_the_same_with_a_hit(pair, kind, name):
     _, model = pair(kind)
     rows, cache = prompts(4, (90, 4), (70, 20), (0, 9)), PrefixCache()
     knobs = KNOBS[name]
-    fresh = outputs(model, rows, **knobs)
-    assert_same(outputs(model, rows, **knobs, prefix_cache=cache), fresh)
+    fresh = outputs(model, rows, SMALL, **knobs)
+    assert_same(outputs(model, rows, SMALL, **knobs, prefix_cache=cache), fresh)
     first = cache.tokens_reused
-    assert_same(outputs(model, rows, **knobs, prefix_cache=cache), fresh)
+    assert_same(outputs(model, rows, SMALL, **knobs, prefix_cache=cache), fresh)
     assert cache.tokens_reused >= first + 3 * BLOCK
 
 
-def test_an_assistant_may_be_used_with_it(pair, small_chunks):
+def test_an_assistant_may_be_used_with_it(pair):
     _, model = pair("llama")
     _, helper = pair("llama", num_hidden_layers=1)
     rows, cache = prompts(5, (90, 4), (70, 20)), PrefixCache()
     for _ in range(2):
-        found = outputs(model, rows, assistant_model=helper, prefix_cache=cache)
-        assert found.sequences == outputs(model, rows).sequences
+        found = outputs(model, rows, SMALL, assistant_model=helper, prefix_cache=cache)
+        assert found.sequences == outputs(model, rows, SMALL).sequences
     assert cache.hits >= 2
 
 
@@ -173,7 +172,7 @@ def test_a_conversation_goes_on_from_what_is_kept(long):
     assert cache.hits == 2
 
 
-def test_texts_streams_and_scores_take_it(pair, small_chunks):
+def test_texts_streams_and_scores_take_it(pair):
     _, model = pair("llama")
     cache, text = PrefixCache(), "The quick brown fox jumps over the lazy dog. " * 2
     one = model.complete([text, text + "And"], max_new_tokens=5, prefix_cache=cache)
@@ -220,17 +219,17 @@ def test_rows_that_join_late_find_what_is_kept(long):
 # --- whose it is --------------------------------------------------------------------------------
 
 
-def test_models_share_a_cache_and_find_only_their_own(pair, small_chunks):
+def test_models_share_a_cache_and_find_only_their_own(pair):
     _, model = pair("llama")
     _, other = pair("llama", rope_theta=50000.0)  # the same shapes
     assert model.model.fingerprint != other.model.fingerprint
     assert model.model.fingerprint == fastgen.load(model.directory).model.fingerprint
     cache, row = PrefixCache(), BASE[:100]
     for one in (model, other):
-        assert_same(outputs(one, row, prefix_cache=cache), outputs(one, row))
+        assert_same(outputs(one, row, SMALL, prefix_cache=cache), outputs(one, row, SMALL))
     assert (cache.hits, cache.misses) == (0, 2)
     for one in (model, other):
-        assert_same(outputs(one, row, prefix_cache=cache), outputs(one, row))
+        assert_same(outputs(one, row, SMALL, prefix_cache=cache), outputs(one, row, SMALL))
     assert (cache.hits, cache.misses) == (2, 2)
 
 
@@ -337,17 +336,18 @@ def test_the_arrays_that_are_kept_are_no_views():
 # --- threads ------------------------------------------------------------------------------------
 
 
-def test_threads_may_share_it(pair, small_chunks):
+def test_threads_may_share_it(pair):
     _, model = pair("llama")
     rows = prompts(8, (90, 4), (90, 9), (64, 20), (40, 41), (33, 1), (0, 70))
-    expected = [model.generate(row, max_new_tokens=4) for row in rows]
+    expected = [generate(model, row, SMALL, max_new_tokens=4) for row in rows]
     size = model.model.new_cache(1, 1).nbytes(BLOCK)
     cache, wrong = PrefixCache(4 * size), []
 
     def work(place: int) -> None:
         for turn in range(8):
             at = (place + turn) % len(rows)
-            if model.generate(rows[at], max_new_tokens=4, prefix_cache=cache) != expected[at]:
+            found = generate(model, rows[at], SMALL, max_new_tokens=4, prefix_cache=cache)
+            if found != expected[at]:
                 wrong.append(at)
             if cache.nbytes > 4 * size or cache.nbytes != len(cache) // BLOCK * size:
                 wrong.append(cache.nbytes)
@@ -424,7 +424,7 @@ def test_a_file_that_is_not_whole_is_one_clear_error(kept, tmp_path):
             PrefixCache.load(tmp_path / "file")
 
 
-def test_a_foreign_file_is_one_clear_error(tmp_path, monkeypatch):
+def test_a_foreign_file_is_one_clear_error(tmp_path):
     path = tmp_path / "file.npz"
     np.savez(path, a=np.arange(3))
     with pytest.raises(ValueError, match="no file of PrefixCache"):
@@ -437,9 +437,7 @@ def test_a_foreign_file_is_one_clear_error(tmp_path, monkeypatch):
         np.save(file, np.array([{}]), allow_pickle=True)
     with pytest.raises(ValueError, match="no file of PrefixCache"):
         PrefixCache.load(path)
-    monkeypatch.setattr(fastgen.engine.prefix_cache, "FORMAT", 3)
-    PrefixCache().save(path)
-    monkeypatch.undo()
+    forged(path, HEADER | {"format": 3, "names": [], "sizes": []})
     with pytest.raises(ValueError, match=r"has format 3 .* reads format 2"):
         PrefixCache.load(path)
     with pytest.raises(FileNotFoundError):

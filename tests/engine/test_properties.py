@@ -121,7 +121,7 @@ def knobs_of(draw: Any, strategies: dict[str, Any], most: int = 6) -> dict[str, 
 
 
 def theirs_of(model: Any, ids: Any, knobs: dict[str, Any]) -> Any:
-    """What transformers answers; None if it raises."""
+    """The answer of transformers; None if it raises."""
     tokenizer = {"tokenizer": tiny.tokenizer()} if "stop_strings" in knobs else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -196,7 +196,9 @@ def test_guesses_change_nothing(ours, rows, knobs, guess, seed, repeat):
     if "num_assistant_tokens" in guess:
         guess = {"assistant_model": ours, **guess}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(speculative.Payoff, "allowed", lambda self, left: left if self.plain else 0)
+        patch.setattr(
+            speculative.SpeculationBudget, "allowed", lambda self, left: left if self.plain else 0
+        )
         with lawful(ours):
             plain = ours.generate(rows, **knobs)
             assert ours.generate(rows, **knobs, **guess) == plain

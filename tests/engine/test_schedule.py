@@ -7,16 +7,18 @@ import os
 from pathlib import Path
 
 import numpy as np
+import numpy_model
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import core
 
 from fastgen import PrefixCache
 from fastgen.engine.cache import Cache
 from fastgen.engine.model import Model
 from fastgen.engine.prefill import CHUNK
 from fastgen.engine.schedule import Scheduler, bytes_of, fitting_chunk
-from fastgen.engine.speculative import Payoff
+from fastgen.engine.speculative import SpeculationBudget
 
 EXAMPLES = int(os.environ.get("FASTGEN_EXAMPLES", "12"))
 
@@ -33,7 +35,7 @@ KNOBS = (
 
 
 def alone(model, prompt, knobs):
-    """What each row of a call generates when nothing else runs."""
+    """The tokens of each row of a call when nothing else runs."""
     rows: dict[int, list[int]] = {}
     for token in model.stream([prompt], **knobs):
         rows.setdefault(token.row, []).append(token.id)
@@ -58,7 +60,7 @@ def run(scheduler, arrivals, cancels=()):
     return [got[id(call)] for _, call in arrivals], step
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "mamba"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mamba", *core(*numpy_model.KINDS)])
 def test_each_call_gets_what_it_gets_alone(name, pair):
     _, model = pair(name)
 
@@ -190,7 +192,7 @@ def test_no_call_keeps_others_waiting_for_more_than_a_chunk(what, pair, monkeypa
     that run and by a search (and what guesses for it) another one each.
     """
     _, model = pair("llama")
-    monkeypatch.setattr(Payoff, "allowed", lambda self, remaining: remaining)
+    monkeypatch.setattr(SpeculationBudget, "allowed", lambda self, remaining: remaining)
     prompts, knobs = DEMANDING[what]
     if "assistant_model" in knobs:
         knobs = {**knobs, "assistant_model": model}
@@ -251,27 +253,28 @@ def test_memory_that_rows_have_reached_is_given_back(pair):
         assert cache.reached() * model.model.info.cache_bytes <= scheduler.max_bytes
 
 
-def test_buffers_are_no_larger_than_the_machine_allows(pair, monkeypatch):
+def test_buffers_are_no_larger_than_the_machine_allows(pair):
     """They are as long as the longest row: a long one waits, and then they are made anew."""
     _, model = pair("gpt2")
-    monkeypatch.setattr("fastgen.engine.schedule.VIRTUAL", 0.0)
     token, knobs = model.model.info.cache_bytes, {"max_new_tokens": 20, "eos_token_id": None}
     prompt = [*range(3, 98)]
     short = [model.call([[5, 6, place]], max_new_tokens=4) for place in range(7, 16)]
     long, later = model.call([prompt], **knobs), model.call([prompt[:80]], max_new_tokens=4)
     most = 4 * (long.request.max_length + CHUNK) * token
-    scheduler = Scheduler(model.model, max_bytes=most, chunk=32)
+    scheduler = Scheduler(model.model, max_bytes=most, chunk=32, max_buffers=0)
     for call in (*short, long, later):
         scheduler.submit(call)
     waited, cancelled = False, False
     while not scheduler.idle:
         scheduler.step()
         waited = waited or (scheduler.rows < 5 and scheduler.waiting == 2)
-        if later in scheduler._running and not cancelled:  # while it is being read
+        if (
+            later in [entry.job for entry in scheduler.planner.begun] and not cancelled
+        ):  # while it is being read
             scheduler.cancel(later)
             cancelled = True
             scheduler.submit(model.call([[5, 6, 7]], max_new_tokens=4))
-        assert scheduler.rows * scheduler._longest([]) * token <= most
+        assert scheduler.rows * scheduler.planner.longest() * token <= most
         assert scheduler._batch.cache.size <= 2 * most
     assert waited and cancelled
     assert [call.request.error for call in (*short, long)] == [None] * 10
@@ -285,11 +288,10 @@ def test_settings_that_cannot_be(bad, pair):
         Scheduler(model.model, **bad)
 
 
-def test_a_chunk_that_takes_too_long_is_cut(pair, monkeypatch):
+def test_a_chunk_that_takes_too_long_is_cut(pair):
     _, model = pair("gpt2")
     assert fitting_chunk(model.model)[0] == 256
-    monkeypatch.setattr("fastgen.engine.schedule.STALL", 0.0)
-    assert fitting_chunk(model.model)[0] == 64
+    assert fitting_chunk(model.model, stall=0.0)[0] == 64
 
 
 def test_calls_with_equal_knobs_go_through_their_processors_together(pair):

@@ -10,11 +10,11 @@ from tiny import left_padded, ragged
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
 import fastgen
-from fastgen.engine.speculative import Payoff, continuation
+from fastgen.engine.speculative import SpeculationBudget, continuation
 from fastgen.export import export
 from fastgen.inputs.params import resolve
 
-# Here guesses are to be right; whether they pay is asked of `Payoff`, below.
+# Here guesses are to be right; whether they pay is asked of `SpeculationBudget`, below.
 pytestmark = pytest.mark.usefixtures("always_guess")
 
 SAMPLING = {"do_sample": True, "top_k": 0, "temperature": 0.6}
@@ -173,11 +173,13 @@ def test_a_models_own_default_that_a_search_has_no_use_for_is_left_out():
 # --- whether it pays -----------------------------------------------------------------------------
 
 
-def run(payoff: Payoff, steps: int, holds, cost, search: float = 0.0) -> tuple[float, int]:
+def run(
+    budget: SpeculationBudget, steps: int, holds, cost, search: float = 0.0
+) -> tuple[float, int]:
     """Seconds and tokens of a call by a model whose plain step takes 1 and a guessed token `cost`.
 
     Args:
-        payoff: what decides how many tokens are guessed.
+        budget: what decides how many tokens are guessed.
         steps: tokens that are wanted.
         holds: (token) -> how many tokens of a guess hold there.
         cost: plain steps that a guessed token adds to a step.
@@ -185,59 +187,61 @@ def run(payoff: Payoff, steps: int, holds, cost, search: float = 0.0) -> tuple[f
     """
     seconds, done, verified = 0.0, 0, 0
     while done < steps:
-        width = min(ALLOWED(payoff, steps - done), steps - done - 1)
+        width = min(ALLOWED(budget, steps - done), steps - done - 1)
         if width > 0:
-            payoff.searched(search)
+            budget.searched(search)
             kept = min(holds(done), width) + 1
             took = 1 + cost * width
-            payoff.verified(took, width, kept)
+            budget.verified(took, width, kept)
             seconds, done, verified = seconds + search + took, done + kept, verified + 1
         else:
-            payoff.stepped(1.0)
+            budget.stepped(1.0)
             seconds, done = seconds + 1, done + 1
     return seconds, verified
 
 
-ALLOWED = Payoff.allowed
+ALLOWED = SpeculationBudget.allowed
 
 
 @pytest.mark.parametrize("cost", [0.02, 0.1, 0.5, 1.0])
 @pytest.mark.parametrize("steps", [64, 300, 2000])
 def test_guesses_that_never_hold_cost_little(cost, steps):
-    seconds, _ = run(Payoff(), steps, lambda _: 0, cost)
+    seconds, _ = run(SpeculationBudget(), steps, lambda _: 0, cost)
     assert seconds <= 1.03 * steps
 
 
 @pytest.mark.parametrize("cost", [0.02, 0.1, 0.3])
 def test_guesses_that_hold_are_used_and_grow(cost):
-    seconds, verified = run(Payoff(), 300, lambda _: 100, cost)
+    seconds, verified = run(SpeculationBudget(), 300, lambda _: 100, cost)
     assert seconds < (0.2 if cost < 0.2 else 0.5) * 300
     assert verified > 5
 
 
 def test_what_stops_holding_is_noticed():
     """Guesses hold for 200 tokens and then never again: what was gained is not gambled away."""
-    good, _ = run(Payoff(), 200, lambda _: 100, 0.1)
-    seconds, _ = run(Payoff(), 1200, lambda at: 100 if at < 200 else 0, 0.1)
+    good, _ = run(SpeculationBudget(), 200, lambda _: 100, 0.1)
+    seconds, _ = run(SpeculationBudget(), 1200, lambda at: 100 if at < 200 else 0, 0.1)
     assert seconds < good + 1000 * 1.03
 
 
 def test_a_search_that_finds_nothing_stops(pair):
-    payoff = Payoff()
+    budget = SpeculationBudget()
     for _ in range(500):
-        payoff.stepped(1.0)
-        if ALLOWED(payoff, 100):
-            payoff.searched(0.1)
-    assert payoff.lost <= 0.02 * 600 + 0.1
+        budget.stepped(1.0)
+        if ALLOWED(budget, 100):
+            budget.searched(0.1)
+    assert budget.lost <= 0.02 * 600 + 0.1
 
 
 def test_a_text_without_repetitions_is_generated_plainly(pair, monkeypatch):
     """The whole loop, by the real clock: few steps read guesses where none holds."""
-    monkeypatch.setattr(Payoff, "allowed", ALLOWED)
+    monkeypatch.setattr(SpeculationBudget, "allowed", ALLOWED)
     _, model = pair("llama")
     read = []
-    real = Payoff.verified
-    monkeypatch.setattr(Payoff, "verified", lambda self, *a: read.append(a) or real(self, *a))
+    real = SpeculationBudget.verified
+    monkeypatch.setattr(
+        SpeculationBudget, "verified", lambda self, *a: read.append(a) or real(self, *a)
+    )
     random = np.random.default_rng(5)
     ids = random.integers(3, tiny.VOCAB, 40).tolist()
     knobs = {"max_new_tokens": 80, "eos_token_id": None, "do_sample": True, "top_k": 0, "seed": 1,

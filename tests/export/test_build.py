@@ -23,7 +23,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 import fastgen
 from fastgen.errors import ModelError
 from fastgen.export import UnsupportedModel, export
-from fastgen.export.build import families, rotary, weights
+from fastgen.export.build import configuration, families, rotary, weights
 from fastgen.export.build import graph as writer
 from fastgen.export.build import origin as build_origin
 from fastgen.export.torch_model import original
@@ -414,7 +414,7 @@ def test_what_cannot_be_built_is_no_surprise(
         export(copy, tmp_path / "out", build=True, progress=None)
     with pytest.raises(UnsupportedModel, match="cannot be built: it is no checkpoint"):
         export(llama, tmp_path / "out", build=True, progress=None)
-    monkeypatch.setattr(fastgen.store.hub, "has_torch", lambda: False)
+    monkeypatch.setattr(fastgen.store.resolve, "has_torch", lambda: False)
     with pytest.raises(ModelError, match=r"\[export\]'.*attn_gate"):
         export(copy, tmp_path / "out", progress=None)
     with pytest.raises(ModelError, match="no directory, nor a hub id"):
@@ -431,7 +431,7 @@ def test_a_graph_that_was_built_wrong_is_told_by_the_original(
 ) -> None:
     wrong = rotary.turning
     monkeypatch.setattr(
-        families, "turning", lambda said, *more: wrong(said | {"rope_theta": 50.0}, *more)
+        configuration, "turning", lambda said, *more: wrong(said | {"rope_theta": 50.0}, *more)
     )
     with pytest.raises(fastgen.export.Mismatch, match="disagrees with the original"):
         export(saved, tmp_path / "out", precision="fp32", prove=True, progress=None)

@@ -17,7 +17,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 import fastgen
 from fastgen.export import export
 from fastgen.export.prove import corpus
-from fastgen.export.prove.corpus import Reader
+from fastgen.export.prove.own_text import Writer, own_text
+from fastgen.export.prove.reader import ROW, Reader
+from fastgen.store.model_info import ModelInfo
 from fastgen.text.tokenizer import _byte_level
 
 BOS, EOS, VOCAB = 256, 257, 258
@@ -54,8 +56,8 @@ class Origin:
         (to / "tokenizer_config.json").write_text(json.dumps(said))
 
 
-def about(limit: int | None = 512, vocab: int = VOCAB) -> dict:
-    return {"max_length": limit, "vocab_size": vocab}
+def about(limit: int | None = 512, vocab: int = VOCAB) -> ModelInfo:
+    return ModelInfo("fp32", "gpt2", vocab, limit, hard_limit=False, layers=())
 
 
 @functools.cache
@@ -78,7 +80,7 @@ def test_calibration_and_judgement_share_no_row_and_no_paragraph(tokens, templat
     assert not paragraphs(one) & paragraphs(other)
     for rows in (one, other):
         assert tokens <= sum(map(len, rows)) < tokens + 300
-        assert all(row.dtype == np.int64 and 2 <= len(row) <= corpus.ROW for row in rows)
+        assert all(row.dtype == np.int64 and 2 <= len(row) <= ROW for row in rows)
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
@@ -87,7 +89,7 @@ def test_all_kinds_count_alike_and_fewer_tokens_are_of_the_same_text(few, more):
     text = shipped()
     small, large = text.evaluation(few), text.evaluation(few + more)
     used = [count["evaluation"] for count in text.kinds.values()]
-    assert sum(used) == sum(map(len, large)) and max(used) - min(used) <= corpus.ROW
+    assert sum(used) == sum(map(len, large)) and max(used) - min(used) <= ROW
     begins = [row.tobytes() for row in large]
     assert all(any(one.startswith(row.tobytes()) for one in begins) for row in small)
     again = shipped(True).evaluation(few)  # read anew
@@ -139,13 +141,13 @@ def test_the_models_own_text_is_what_it_says_and_differs_by_side(pair):
     one, other = text.calibration(200), text.evaluation(200)
     assert set(text.kinds) == {corpus.OWN} and text.kinds["own"]["calibration"] >= 200
     assert not {row.tobytes() for row in one} & {row.tobytes() for row in other}
-    assert [r.tolist() for r in corpus.own_text(model, 60, 5, None, 32)] == [
-        r.tolist() for r in corpus.own_text(model, 60, 5, None, 32)
+    assert [r.tolist() for r in own_text(model, 60, 5, None, 32)] == [
+        r.tolist() for r in own_text(model, 60, 5, None, 32)
     ]
     random = np.random.default_rng(0).integers(0, model.model.info.vocab_size, (4, 32))
     told = [
         np.nanmean(np.concatenate(model.score([r.tolist() for r in rows])))
-        for rows in (corpus.own_text(model, 128, 1, None, 32), random)
+        for rows in (own_text(model, 128, 1, None, 32), random)
     ]
     assert told[0] > told[1]
 
@@ -173,7 +175,7 @@ def test_what_ends_its_texts_at_once_is_written_on(pair):
     """All tokens end a text: rows would be of two tokens."""
     _, model = pair("gpt2")
     reader = Reader(None, model.model.info.vocab_size, 64, eos=tuple(range(10_000)))
-    rows = corpus.Writer(model, reader, {}).rows("evaluation", 300)
+    rows = Writer(model, reader, {}).rows("evaluation", 300)
     assert sum(map(len, rows)) >= 300
 
 

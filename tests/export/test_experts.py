@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import fastgen
 from fastgen.export import UnsupportedModel, export
@@ -22,7 +23,7 @@ from fastgen.export.quantize.kernels import (
     codes_values,
     products,
 )
-from fastgen.export.rewrite import trim
+from fastgen.export.rewrite import edit, mixture, trim
 from fastgen.export.source.origin import Tolerance
 from fastgen.export.trace import experts, graph
 
@@ -96,8 +97,8 @@ def test_experts_in_three_flat_matrices(tmp_path):
     part = {"moe_num_experts": 4, "moe_top_k": 2, "ffn_hidden_size": 48}
     changes = {"d_model": 64, "n_heads": 4, "n_layers": 1, "max_seq_len": 128, "ffn_config": part,
                "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8}}  # fmt: skip
-    config = tiny.AutoConfig.for_model("dbrx", vocab_size=tiny.VOCAB, **changes)
-    model = tiny.AutoModelForCausalLM.from_config(config).eval()
+    config = AutoConfig.for_model("dbrx", vocab_size=tiny.VOCAB, **changes)
+    model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(0.12 * torch.randn_like(parameter))
@@ -148,9 +149,9 @@ def test_a_graph_without_experts_is_left_alone():
     model = tiny.build("llama", num_hidden_layers=1)
     converted = graph.convert(model, graph.kept_by(model))
     before = [(node.op_type, node.inputs, node.outputs) for node in converted.graph]
-    experts.lay_out(converted)
+    mixture.lay_out(converted)
     assert before == [(node.op_type, node.inputs, node.outputs) for node in converted.graph]
-    assert not trim.routers(converted.graph) and not experts.mixtures(converted.graph)
+    assert not edit.routers(converted.graph) and not mixture.mixtures(converted.graph)
     trim.trim(converted, 128)
     assert [one.is_head for one in products(converted.graph)] == [False] * 4 + [True]
 
@@ -161,9 +162,9 @@ def test_which_gate_a_module_has_is_found_by_trying():
         one = next(m for m in model.modules() if hasattr(m, "_is_expert_parallel"))
         return experts.activation_of(one)
 
-    silu = experts.Gate(1.0, 0.0, None).attributes()
+    silu = mixture.Gate(1.0, 0.0, None).attributes()
     assert found("mixtral") == silu and "swiglu_limit" not in silu
-    assert found("gpt_oss") == experts.Gate(1.702, 1.0, 7.0).attributes()
+    assert found("gpt_oss") == mixture.Gate(1.702, 1.0, 7.0).attributes()
     looped = {"activation_type": "gelu_tanh", "swiglu_fusion": 2}
     assert found("mixtral", hidden_act="gelu_pytorch_tanh") == looped
     assert found("mixtral", hidden_act="tanh") is None
@@ -198,12 +199,12 @@ def routed() -> tuple[np.ndarray, np.ndarray]:
     weights = np.zeros((TOKENS, EXPERTS), np.float32)
     for row in weights:
         row[random.permutation(EXPERTS)[:CHOSEN]] = random.uniform(0.01, 3, CHOSEN)
-    weights[0, weights[0].argmax()] = experts.LEAST
-    logits = np.where(weights > 0, np.log(np.maximum(weights, experts.LEAST)), experts.NEVER)
+    weights[0, weights[0].argmax()] = mixture.LEAST
+    logits = np.where(weights > 0, np.log(np.maximum(weights, mixture.LEAST)), mixture.NEVER)
     return weights, logits.astype(np.float32)
 
 
-def mixture(weights, first, second, seen=lambda x: x):
+def summed(weights, first, second, seen=lambda x: x):
     """The sum over experts in numpy; `seen` is what becomes of each product's input."""
     out = np.zeros_like(X)
     for expert in range(EXPERTS):
@@ -236,7 +237,7 @@ def run(kind: str, logits, constants: dict[str, np.ndarray], order: list[str], *
 def test_logarithms_express_any_weights():
     weights, logits = routed()
     found = run("MoE", logits, {"a": FIRST, "b": SECOND}, ["x", "p", "a", "", "b"])
-    expected = mixture(weights, FIRST, SECOND)
+    expected = summed(weights, FIRST, SECOND)
     found = found * weights.sum(axis=1, keepdims=True)
     assert np.abs(found - expected).max() <= 1e-6 * np.abs(expected).max()
 
@@ -268,8 +269,8 @@ def test_codes_are_computed_as_they_are_understood(kernel, level, activations):
     more |= {"block_size": kernel.block, "accuracy_level": level} if kernel.block else {}
     order = ["x", "p", "a", "a.scales", "", "b", "b.scales"]
     found = run("QMoE", logits, arrays, order, **more) * weights.sum(axis=1, keepdims=True)
-    plain = mixture(weights, *exact)
-    rounded = mixture(weights, *exact, lambda x: calibrate.quantized_input(x, kernel))
+    plain = summed(weights, *exact)
+    rounded = summed(weights, *exact, lambda x: calibrate.quantized_input(x, kernel))
     scale = np.abs(plain).max()
     wrong = np.abs(found - (rounded if activations else plain)) / scale
     assert np.median(wrong) <= 1e-6 and wrong.max() <= (5e-4 if activations else 2e-6)

@@ -15,7 +15,7 @@ import torch
 
 import fastgen
 from fastgen.export import Mismatch, export
-from fastgen.export.quantize import calibrate, gptq, parts, rotate, smooth
+from fastgen.export.quantize import calibrate, gptq, parts, rotate, rotation, smooth
 from fastgen.export.quantize.kernels import (
     W8A8,
     Choice,
@@ -80,14 +80,16 @@ def test_zero_points_take_a_block_from_its_smallest_weight_to_its_largest():
     drawn = np.random.default_rng(1).standard_normal((96, 12)).astype(np.float32)
     weight, kernel = np.abs(drawn) + 0.5, Kernel(4, 32, zero_points=True)
     weight[:, 3], weight[:, 4] = 0, -weight[:, 4]
-    scales, zeros = gptq.search_zero_points(weight, kernel, np.ones(96, np.float32))
+    scales, zeros = gptq.search_scales(weight, kernel, np.ones(96, np.float32))
     assert zeros.dtype == np.uint8 and zeros.max() == 15 and zeros.min() == 0
     codes = block_codes(weight, kernel, scales, zeros)
     values = codes_values(codes, kernel, scales, 96, zeros)
     step = np.repeat(scales.T, 32, axis=0)
     assert (np.abs(values - weight) <= step / 2 + np.abs(weight) / 4).all()
     assert not values[:, 3].any()
-    symmetric = Choice(Kernel(4, 32), gptq.search_scales(weight, kernel, np.ones(96, np.float32)))
+    symmetric = Choice(
+        Kernel(4, 32), gptq.search_scales(weight, Kernel(4, 32), np.ones(96, np.float32))[0]
+    )
     error = np.linalg.norm(values - weight)
     assert error < 0.6 * np.linalg.norm(calibrate.stored(weight, symmetric) - weight)
     wide = Choice(kernel, scales, codes, zeros)
@@ -106,7 +108,7 @@ def test_searched_scales_and_gptq_each_lower_the_error_of_the_output():
     x = (matrix(600, 96) @ mixed) * np.exp(random.standard_normal(96)).astype(np.float32)
     weight, kernel = matrix(96, 40), Kernel(4, 32)
     plain = Choice(kernel)
-    scales = gptq.search_scales(weight, kernel, np.einsum("ti,ti->i", x, x) / len(x))
+    scales, _ = gptq.search_scales(weight, kernel, np.einsum("ti,ti->i", x, x) / len(x))
     searched = Choice(kernel, scales)
     rounded = gptq.gptq(weight, kernel, scales, x.T @ x / len(x))
     better = Choice(kernel, scales, block_codes(rounded, kernel, scales))
@@ -205,7 +207,7 @@ def test_gptq_rounds_as_the_paper_does(monkeypatch, factors, tokens):
         monkeypatch.delitem(sys.modules, "torch")
     weight, x, kernel = matrix(80, 50), matrix(tokens, 80) @ matrix(80, 80), Kernel(4, 32)
     x[:, 3] *= 100  # an outlier
-    scales = gptq.search_scales(weight, kernel, np.einsum("ti,ti->i", x, x) / len(x))
+    scales, _ = gptq.search_scales(weight, kernel, np.einsum("ti,ti->i", x, x) / len(x))
     moments = (x.T @ x).astype(np.float64) / len(x)
     moments += np.eye(80) * (gptq.DAMPING * np.diag(moments).mean() + 1e-12)
     factor = np.linalg.cholesky(np.linalg.inv(moments)).T
@@ -224,7 +226,7 @@ def test_gptq_rounds_to_the_codes_that_zero_points_leave():
     x = (draws.standard_normal((300, 96)) @ draws.standard_normal((96, 96))).astype(np.float32)
     kernel = Kernel(4, 32, zero_points=True)
     moments = x.T @ x / len(x)
-    scales, zeros = gptq.search_zero_points(weight, kernel, np.diag(moments))
+    scales, zeros = gptq.search_scales(weight, kernel, np.diag(moments))
     rounded = gptq.gptq(weight, kernel, scales, moments.copy(), zeros)
     choice = Choice(kernel, scales, block_codes(rounded, kernel, scales, zeros), zeros)
     np.testing.assert_allclose(calibrate.stored(weight, choice), rounded, atol=1e-5)
@@ -289,7 +291,7 @@ def test_inputs_that_are_turned_leave_the_product_and_spread_an_outlier(tmp_path
     """As the graph has it: exact but for the codes, which hold an outlier channel far better."""
     x, weight = matrix(40, 96), matrix(96, 24)
     x[:, 5], weight[5] = 100, 0
-    mixed = rotate.turned(x, 32) @ turned_matrix(32, False, weight)
+    mixed = rotation.turned(x, 32) @ turned_matrix(32, False, weight)
     np.testing.assert_allclose(mixed, x @ weight, rtol=0, atol=1e-3)
     assert (turned_matrix(32, True, weight.T) == turned_matrix(32, False, weight).T).all()
     errors = {}

@@ -1,4 +1,4 @@
-"""A model that others trained (SmolLM2-135M-Instruct): what real weights say here, as there."""
+"""Models that others trained (SmolLM2-135M-Instruct, MGM): they say here what they say there."""
 
 from __future__ import annotations
 
@@ -140,6 +140,7 @@ def test_streamed_pieces_are_the_text(ours):
     assert "".join(pieces) + stream.end() == WRITTEN
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_int8_is_within_its_target_with_no_flag(source, theirs, ours, tmp_path):
     """By its report, and by the original's own distributions on texts that it has not seen."""
@@ -160,6 +161,18 @@ def test_int8_is_within_its_target_with_no_flag(source, theirs, ours, tmp_path):
         f"{asked}The capital of France is", do_sample=False, max_new_tokens=8
     )
     assert "Paris" in said
+
+
+@pytest.mark.real
+def test_int8_of_a_small_model_is_within_its_target_with_no_flag(real_model, tmp_path):
+    """MGM's weights never lay on a grid of fewer bits, and it takes a fifth of the time."""
+    source = real_model("mgm")
+    out = export(str(source), tmp_path / "int8", precision="int8", progress=None)
+    report = json.loads((out / "report.json").read_text())
+    assert report["mismatch"] == [] and report["quality"]["kl"] <= 0.006
+    assert any("residual stream of 256" in one for one in report["turned"])
+    size = (out / "model.onnx.data").stat().st_size
+    assert size < 0.35 * (source / "pytorch_model.bin").stat().st_size
 
 
 def test_a_model_that_cannot_be_had_says_which_package_once(monkeypatch, tmp_path):

@@ -22,7 +22,7 @@ import fastgen
 from fastgen import __main__
 from fastgen.export import pipeline, progress, requirements
 from fastgen.export.prove import check
-from fastgen.export.rewrite import onnx_file, trim
+from fastgen.export.rewrite import edit, onnx_file
 from fastgen.export.trace import stored
 from fastgen.store.report import _notes, table
 
@@ -120,8 +120,8 @@ def test_an_export_is_within_its_bound(precision, tmp_path):
         "llama",
         vocab_size=16000,
         hidden_size=768,
-        intermediate_size=3072,
-        num_hidden_layers=3,
+        intermediate_size=1536,
+        num_hidden_layers=2,
         num_attention_heads=12,
         num_key_value_heads=4,
         max_position_embeddings=256,
@@ -195,16 +195,14 @@ def test_a_quick_export_leaves_out_the_text_and_never_the_proof(half, tmp_path, 
 
 
 def test_the_time_left_follows_what_was_expected():
-    names = ["load", "original logits", "convert", "bundle"]
-    shown = progress.Progress(names, None)
+    costs = [progress.Cost(*one) for one in ((4, 0.5), (0.5, 1.6), (5, 2), (0.2, 0.3))]
+    shown = progress.Progress(None)
+    shown.planned = [progress.Step(f"step {n}", cost, list) for n, cost in enumerate(costs)]
     shown.weights = 2_000_000_000
     assert shown._left(0) == ""
-    for name in names[:2]:
-        with shown.step(name):
-            pass
-    load, logits, convert, bundled = (
-        once + each * 2 for once, each in (progress.EXPECTED[name] for name in names)
-    )
+    for _ in costs[:2]:
+        shown.take()
+    load, logits, convert, bundled = (one.seconds + one.more * 2 for one in costs)
     shown._started = shown._ended - (load + logits)  # as long as both were expected to take
     assert shown._left(0) == f" about {convert + bundled:.0f} s left"
     shown._started = shown._ended - 3 * (load + logits)
@@ -229,10 +227,10 @@ def test_a_graph_reads_its_weights_from_the_file_it_was_written_to(pair, tmp_pat
     graph = onnx_ir.load(pair("llama")[1].directory / "model.onnx")
     array = np.arange(2000, dtype=np.float32).reshape(50, 40)
     made: list[int] = []
-    lazy = trim.add_lazily(
+    lazy = edit.add_lazily(
         graph.graph, "lazy", lambda: made.append(1) or array.T, (40, 50), onnx_ir.DataType.FLOAT
     )
-    assert not made and trim.is_constant(lazy) and trim.shape_of(lazy) == [40, 50]
+    assert not made and edit.is_constant(lazy) and edit.shape_of(lazy) == [40, 50]
     onnx_file.save(graph, tmp_path / "model.onnx")
     large = [v.const_value for v in graph.graph.initializers.values() if v.const_value.nbytes > 256]
     assert {Path(tensor.path) for tensor in large} == {tmp_path / "model.onnx.data"}

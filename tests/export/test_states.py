@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from calls import generate
 from tiny import ragged
 
 import fastgen
 from fastgen import commands
-from fastgen.engine import batch, prefill
+from fastgen.engine import batch
 from fastgen.engine.cache import Cache
+from fastgen.engine.prefill import Chunks
 from fastgen.export import export
 
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 16}
@@ -112,13 +114,11 @@ def test_a_recurrence_alone_has_no_last_position(tmp_path):
 
 @pytest.mark.parametrize("kind", MOVED)
 @pytest.mark.parametrize("chunk", [1, 5])
-def test_prompts_may_be_read_in_chunks(stateful, kind, chunk, monkeypatch):
+def test_prompts_may_be_read_in_chunks(stateful, kind, chunk):
     _, ours = stateful(kind)
     rows = ragged(6, (40, 33, 2))
     whole = ours.generate(rows, **GREEDY)
-    monkeypatch.setattr(prefill, "CHUNK", chunk)
-    monkeypatch.setattr(prefill, "TOGETHER", 3 * chunk)
-    assert ours.generate(rows, **GREEDY) == whole
+    assert generate(ours, rows, Chunks(chunk, 3 * chunk), **GREEDY) == whole
 
 
 @pytest.mark.parametrize("kind", MOVED)
@@ -175,27 +175,27 @@ def test_what_cannot_be_taken_back_is_said(stateful, pair):
 
 
 @pytest.mark.parametrize("kind", MOVED)
-def test_what_was_read_of_a_prompt_is_found_where_it_was_cut(stateful, kind, tmp_path, monkeypatch):
+def test_what_was_read_of_a_prompt_is_found_where_it_was_cut(stateful, kind, tmp_path):
     # Two threads share mamba's work by chance: a call made twice may differ in a last bit.
     ours = fastgen.load(stateful(kind)[1].directory, threads=1)
-    monkeypatch.setattr(prefill, "CHUNK", 8)
+    read = functools.partial(generate, ours, chunks=Chunks(row=8))
     kept = {"return_dict_in_generate": True, "output_logits": True, **GREEDY}
     row = ragged(3, (30,))[0]
     rows = [row, row[:20] + [5, 6, 7], row[:17], row[:9], row[:8], [*row, 9, 9]]
     cache = fastgen.PrefixCache()
     for place in range(2):
         for one in rows:
-            plain = ours.generate([one], **kept)
-            found = ours.generate([one], prefix_cache=cache, **kept)
+            plain = read([one], **kept)
+            found = read([one], prefix_cache=cache, **kept)
             assert found.sequences == plain.sequences
             assert all(map(np.array_equal, found.logits, plain.logits))
         assert cache.tokens_reused == [16 + 16 + 8 + 24, 40 + 24 + 16 + 16 + 8 + 24 + 24][place]
         cache.save(tmp_path / "file")
         reused, cache = cache.tokens_reused, fastgen.PrefixCache.load(tmp_path / "file")
         cache.tokens_reused = reused
-    assert ours.generate(rows, prefix_cache=cache, **GREEDY) == ours.generate(rows, **GREEDY)
+    assert read(rows, prefix_cache=cache, **GREEDY) == read(rows, **GREEDY)
     beams = {"num_beams": 3, **GREEDY}
-    assert ours.generate([row], prefix_cache=cache, **beams) == ours.generate([row], **beams)
+    assert read([row], prefix_cache=cache, **beams) == read([row], **beams)
     texts = fastgen.PrefixCache()
     for _ in range(2):
         found = ours.score(rows[1:], prefix=row * 3, prefix_cache=texts)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from fastgen.engine.output import Token
 from fastgen.export.onnx_folder import folder
 from fastgen.export.source import vocabulary
-from fastgen.serve.answers import LOWEST, Text, number
+from fastgen.serve.answers import LOWEST, GeneratedText, number
 from fastgen.text.tokenizer import TextStream, Tokenizer, pieces
 
 KINDS = {
@@ -181,7 +181,7 @@ def test_a_text_is_cut_with_its_special_tokens_which_are_then_left_out(
         for one in said
     ]
     tokens.append(Token(9, "", 0.0, None, "length"))
-    text = Text(stops, HIDDEN)
+    text = GeneratedText(stops, HIDDEN)
     parts = [text.push(token) for token in tokens]
     expected, count = cut(tokens, stops)
     assert "".join(piece for piece, _ in parts) == expected
@@ -202,7 +202,7 @@ def test_stop_counts_new_text_and_stop_strings_the_prompts_too(pair: Any) -> Non
 
     def ids(**knobs: Any) -> list[int]:
         call = model.call(prompt, max_new_tokens=8, eos_token_id=None, **knobs)
-        return [event.token for events in call.steps() for event in events]
+        return [event.token for step in call.steps() for event in step.events]
 
     assert len(ids(stop_strings=[across])) == 1 < len(ids(stop=[across]))
     assert ids(stop=[free[0]]) == ids(stop_strings=[free[0]])
@@ -250,7 +250,7 @@ def test_log_probabilities_of_the_model_are_its_own(pair: Any, knobs: dict[str, 
     call = model.call(
         [prompt], logprobs="model", max_new_tokens=6, top_logprobs=300, eos_token_id=None, **knobs
     )
-    events = [event for some in call.steps() for event in some]
+    events = [event for step in call.steps() for event in step.events]
     ids = [event.token for event in events]
     expected = model.score([prompt + ids])[0][3:]
     np.testing.assert_allclose([event.logprob for event in events], expected, atol=1e-4)

@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from fastgen.export.quantize.calibrate import feeds
-from fastgen.export.rewrite import trim
+from fastgen.export.rewrite import edit, trim
 from fastgen.export.trace import graph
 
 # Which rules an architecture is known to need, so that a rule that stops firing is noticed.
@@ -69,4 +69,4 @@ def test_a_table_of_rotations_is_what_the_graph_computes_and_ends(convert_once):
 def test_a_number_stays_a_number_as_a_constant():
     """A shape of one dimension in its place could not be joined with others."""
     held = ir.Graph([], [], nodes=[], opset_imports={"": 23})
-    assert trim.constant(trim.add_initializer(held, "four", np.array(4))).shape == ()
+    assert edit.constant(edit.add_initializer(held, "four", np.array(4))).shape == ()

@@ -11,14 +11,15 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import tiny
+from calls import generate
 from click.testing import CliRunner
 from tiny import left_padded, ragged
 
 import fastgen
 from fastgen import PrefixCache, commands
-from fastgen.engine import prefill
 from fastgen.engine.cache import Cache
-from fastgen.engine.model import _Call
+from fastgen.engine.model import BoundStep
+from fastgen.engine.prefill import WHOLE, Chunks
 from fastgen.export import export
 from fastgen.export.rewrite import window
 from fastgen.export.source.origin import Tolerance
@@ -42,13 +43,13 @@ KNOBS: dict[str, dict[str, Any]] = {
 @pytest.fixture
 def shown(monkeypatch) -> list[int]:
     """The first tokens that were shown, as they moved."""
-    real, starts = _Call.show, []
+    real, starts = BoundStep.show, []
 
-    def show(call: _Call, window: int, start: int) -> None:
+    def show(call: BoundStep, window: int, start: int) -> None:
         starts.append(start)
         real(call, window, start)
 
-    monkeypatch.setattr(_Call, "show", show)
+    monkeypatch.setattr(BoundStep, "show", show)
     return starts
 
 
@@ -61,9 +62,9 @@ def windowed(pair, request) -> Iterator[fastgen.CausalLM]:
     model.model.grain = grain
 
 
-def outputs(model: fastgen.CausalLM, rows: Any, **knobs: Any) -> Any:
+def outputs(model: fastgen.CausalLM, rows: Any, chunks: Chunks = WHOLE, **knobs: Any) -> Any:
     settings = {"max_new_tokens": 20, "return_dict_in_generate": True, "output_logits": True}
-    return model.generate(rows, **settings, eos_token_id=None, **knobs)
+    return generate(model, rows, chunks, **settings, eos_token_id=None, **knobs)
 
 
 def everything(model: fastgen.CausalLM, rows: Any, **knobs: Any) -> Any:
@@ -106,8 +107,8 @@ def test_only_layers_with_a_window_count_otherwise(pair):
         assert model.model.info.windows == windows
         graph = ir.load(model.directory / GRAPH).graph
         names = {value.name for value in graph.inputs}
-        assert (window_start(WINDOW) in names) is bool(windows)
-        starts = [one for one in graph.inputs if one.name == window_start(WINDOW)]
+        assert (window_start(WINDOW).name in names) is bool(windows)
+        starts = [one for one in graph.inputs if one.name == window_start(WINDOW).name]
         counted = {user.outputs[0] for value in starts for user, _ in value.uses()}
         nodes = [node for node in graph if node.op_type == "GroupQueryAttention"]
         assert [bool(counted & set(node.inputs)) for node in nodes] == [
@@ -156,14 +157,14 @@ def long(tmp_path_factory) -> fastgen.CausalLM:
 
 
 @pytest.mark.parametrize("chunk", [64, 256, 384, 512])
-def test_a_hit_of_the_prefix_cache_is_a_fresh_prefill_bit_for_bit(long, chunk, shown, monkeypatch):
-    monkeypatch.setattr(prefill, "CHUNK", chunk)
+def test_a_hit_of_the_prefix_cache_is_a_fresh_prefill_bit_for_bit(long, chunk, shown):
+    chunks = Chunks(row=chunk)
     (row,) = ragged(7, (1100,))
-    fresh = outputs(long, [row])
+    fresh = outputs(long, [row], chunks)
     for shared in (600, 800, 1050):
         cache = PrefixCache()
-        long.generate([row[:shared]], max_new_tokens=1, prefix_cache=cache)
-        found = outputs(long, [row], prefix_cache=cache)
+        generate(long, [row[:shared]], chunks, max_new_tokens=1, prefix_cache=cache)
+        found = outputs(long, [row], chunks, prefix_cache=cache)
         assert cache.tokens_reused >= shared // chunk * chunk
         assert found.sequences == fresh.sequences
         for one, other in zip(found.logits, fresh.logits, strict=True):

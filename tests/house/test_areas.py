@@ -24,8 +24,8 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         (),
     ),
     "commands": (
-        "jobs/ray jobs serve serve/tools timing conversation export fastgen engine sampling "
-        "store inputs system",
+        "jobs/ray jobs serve serve/tools timing conversation export fastgen first_use engine "
+        "sampling store inputs system",
         (
             "batch chat generate score serve tune",
             "bench export info models rows",
@@ -33,7 +33,7 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "jobs/ray": (
-        "jobs serve generator engine store inputs system errors",
+        "jobs serve generator first_use engine store inputs system errors",
         (
             "spread",
             "cluster replicas",
@@ -41,11 +41,11 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "jobs": (
-        "serve generator engine text store inputs system",
+        "serve generator engine store inputs system",
         (
             "generation scoring",
-            "ask job",
-            "openai source",
+            "job openai request",
+            "source window",
             "journal parquet row",
         ),
     ),
@@ -54,10 +54,13 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         (
             "routes",
             "chats completions knobs",
-            "service",
+            "response service",
+            "front",
+            "run",
             "door wire",
             "limits metrics server",
-            "answers dialects document engine reasoning refused rendered",
+            "answers dialects document engine reasoning rendered",
+            "refused",
         ),
     ),
     "serve/tools": (
@@ -75,10 +78,11 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "timing": (
-        "fastgen engine sampling text store inputs system errors",
+        "fastgen engine sampling store inputs system errors",
         (
             "plot",
             "measure tune",
+            "rounds",
         ),
     ),
     "conversation": (
@@ -91,23 +95,29 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         "errors",
         (
             "pipeline",
+            "stages",
+            "work",
+            "opening",
             "demo requirements",
-            "bundle manual progress",
+            "bundle manual options progress",
         ),
     ),
     "export/build": (
-        "export/torch_model export/prove export/quantize export/source export/rewrite fastgen "
+        "export/torch_model export/prove export/quantize export/source export/rewrite "
         "generator engine sampling store errors",
         (
             "proved",
             "origin",
             "families",
+            "families_gemma families_layer_norm families_llama families_post_norm",
+            "pieces",
+            "configuration",
             "graph rotary",
             "decoder weights",
         ),
     ),
     "export/torch_model": (
-        "export/prove export/trace export/source fastgen text store system errors",
+        "export/prove export/trace export/source text store system errors",
         (
             "original",
             "source",
@@ -115,7 +125,7 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "export/onnx_folder": (
-        "export/prove export/source export/rewrite fastgen store errors",
+        "export/prove export/source export/rewrite store errors",
         (
             "origin",
             "rewrite",
@@ -130,10 +140,12 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         (
             "check",
             "corpus profile quality",
+            "own_text",
+            "reader",
         ),
     ),
     "export/trace": (
-        "export/quantize export/rewrite errors",
+        "export/rewrite store errors",
         (
             "graph",
             "refuse",
@@ -146,10 +158,12 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         "export/rewrite sampling store system",
         (
             "recipe",
-            "kv_int8 smooth",
+            "experts kv_int8 smooth",
             "calibrate gptq prefill_int8",
             "kernels",
-            "rotate",
+            "activations rotate",
+            "rotate_values",
+            "rotation",
             "parts",
         ),
     ),
@@ -160,8 +174,8 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "export/rewrite": (
         "store",
         (
-            "window",
-            "node onnx_file trim",
+            "mixture trim window",
+            "contract edit node onnx_file",
         ),
     ),
     "fastgen": (
@@ -169,33 +183,42 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         (),
     ),
     "generator": (
-        "engine sampling text store inputs",
+        "first_use engine sampling text store inputs",
         (),
     ),
     "params": (
         "inputs",
         (),
     ),
+    "first_use": (
+        "store errors",
+        (),
+    ),
     "engine": (
         "sampling text store inputs system errors",
         (
             "schedule",
+            "prepare",
             "call",
-            "beam speculative",
-            "batch",
+            "run speculative",
+            "batch diverse plain",
+            "search",
+            "hypotheses",
+            "writer",
+            "slots step",
             "request score",
             "guidance memory_estimate",
             "prefill",
             "prompt_reader",
             "model prefix_cache",
-            "cache kv_int8 output prefill_int8",
+            "beam cache kv_int8 output plan prefill_int8",
         ),
     ),
     "sampling": (
         "text inputs system",
         (
             "constraint",
-            "pick processors trial",
+            "processors sampler trial",
             "schema softmax stop trial_process watermark",
         ),
     ),
@@ -209,16 +232,18 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "store": (
         "system errors",
         (
-            "hub",
-            "model_info report tuning",
-            "files graph_io jsonfile onnx_folders swap",
+            "resolve",
+            "hub report tuning",
+            "model_info",
+            "files graph_io jsonfile onnx_folders",
         ),
     ),
     "inputs": (
         "",
         (
             "params prompt",
-            "validators",
+            "knob",
+            "keywords lengths validators",
             "tensors",
         ),
     ),
@@ -233,7 +258,7 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 # An import to an area above: late, in a function, and only here.
-LATE = {("store", "export"), ("jobs", "jobs/ray"), ("export/quantize", "export/trace")}
+LATE = {("first_use", "export"), ("jobs", "jobs/ray")}
 
 
 @functools.cache

@@ -37,14 +37,14 @@ from fastgen.commands import cli
 from fastgen.commands.chat import COMMANDS
 from fastgen.engine import prefill_int8, prefix_cache, schedule
 from fastgen.export import export
-from fastgen.export.pipeline import TOLERANCES
+from fastgen.export.options import TOLERANCES
 from fastgen.inputs import params
 from fastgen.jobs import Generate
 from fastgen.sampling import trial, trial_process
 from fastgen.serve.engine import QUEUE
-from fastgen.serve.limits import Limits
+from fastgen.serve.front import MOST_GRAMMARS
+from fastgen.serve.limits import RequestLimits
 from fastgen.serve.routes import GRACE
-from fastgen.serve.service import MOST_GRAMMARS
 
 ROOT = Path(fastgen.__file__).parents[1]
 README, DOCS = ROOT / "README.md", ROOT / "docs"
@@ -498,7 +498,11 @@ def test_what_is_touched_to_add_something_is_there() -> None:
             assert re.search(rf"(?<!\w){name}\b", content), f"{file} has no {name}"
 
 
-LIMITS, GRAMMARS, KL = Limits(), trial.Limits(), {k: v.kl for k, v in TOLERANCES.items()}
+LIMITS, GRAMMARS, KL = (
+    RequestLimits(),
+    trial.Limits(),
+    {k: v.kl for k, v in TOLERANCES.items()},
+)
 SAID = {  # numbers that pages say in passing, as the code has them
     "cli.md": [f"at temperature {params.SANE['temperature']} and top_p {params.SANE['top_p']} if"],
     "precisions.md": [

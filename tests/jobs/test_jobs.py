@@ -25,12 +25,13 @@ from pyarrow import parquet
 import fastgen
 from fastgen import commands
 from fastgen.commands import rows as rows_of_commands
-from fastgen.jobs import generation, journal
-from fastgen.jobs.ask import Reader
-from fastgen.jobs.generation import Generation
+from fastgen.jobs import journal
+from fastgen.jobs.generation import GenerationWork
 from fastgen.jobs.journal import Entry, Journal
-from fastgen.jobs.row import Row, seed_of
-from fastgen.jobs.scoring import Scoring
+from fastgen.jobs.request import RowReader
+from fastgen.jobs.row import InputRow, seed_of
+from fastgen.jobs.scoring import ScoringWork
+from fastgen.jobs.window import Window
 
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m.role }} {{ m.content }}</s>{% endfor %}"
@@ -73,7 +74,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def batch(model: fastgen.CausalLM, rows: Sequence[Any], *flags: str) -> list[dict[str, Any]]:
-    """What `fastgen batch` makes of lines, in the directory that we are in."""
+    """Run `fastgen batch` on lines, in the directory that we are in."""
     write(Path("in.jsonl"), rows)
     code, _, said = run(
         "batch", "in.jsonl", "out.jsonl", "-m", model.directory, "--restart", *flags
@@ -628,14 +629,14 @@ def test_a_full_disk_loses_nothing(model, here):
 # --- how the rows are run ------------------------------------------------------------------------
 
 
-def as_rows(rows: Sequence[dict[str, Any]]) -> list[Row]:
-    return [Row(n, json.dumps(one).encode()) for n, one in enumerate(rows)]
+def as_rows(rows: Sequence[dict[str, Any]]) -> list[InputRow]:
+    return [InputRow(n, json.dumps(one).encode()) for n, one in enumerate(rows)]
 
 
 def test_rows_are_cut_by_tokens_and_the_longest_run_first(model, monkeypatch):
     """So no step has few rows because one long row is left; and windows are read as needed."""
     lengths = [2, 2, 2, 60, 2, 2, 60, 2] * 4
-    work = Generation(Reader(model, {}), max_rows=4)
+    work = GenerationWork(RowReader(model, {}), max_rows=4)
     taken: list[int] = []
 
     def rows() -> Any:
@@ -662,7 +663,7 @@ def test_rows_are_cut_by_tokens_and_the_longest_run_first(model, monkeypatch):
     assert len(running) < tokens / 4 * 1.3  # nearly always four rows a step
 
     taken.clear()
-    monkeypatch.setattr(generation, "WINDOW_TOKENS", 200)
+    work.window = Window(tokens=200, rows=4096)
     begun = work.run(rows())
     next(begun)
     assert len(taken) == 23  # 200 tokens and, since all of those wait or run, 200 more
@@ -675,10 +676,10 @@ def test_what_prompts_have_in_common_is_read_once(pair):
     model = pair("llama", max_position_embeddings=1 << 15)[1]
     common = [5 + n % 80 for n in range(600)]
     rows = as_rows([{"input_ids": [*common, 7 + n], "max_new_tokens": 2} for n in range(12)])
-    work = Generation(Reader(model, {}), max_rows=2)
+    work = GenerationWork(RowReader(model, {}), max_rows=2)
     assert len(list(work.run(rows))) == 12
     assert work.scheduler.prefix_cache.hits >= 9
-    scoring = Scoring(model)
+    scoring = ScoringWork(model)
     asked = [{"ids": [7 + n, 9], "prefix": common} for n in range(20)]
     assert len(list(scoring.run(as_rows(asked)))) == 20
     assert scoring.cache.hits >= 1

@@ -49,7 +49,7 @@ def nothing(rows: int) -> Context:
 
 
 def torch_of(processor, ids, logits: np.ndarray) -> np.ndarray:
-    """What a transformers processor makes of equally long rows."""
+    """The result of a transformers processor for equally long rows."""
     with torch.no_grad():
         out = processor(torch.tensor(np.array(ids)), torch.tensor(logits))
     return out.numpy()
@@ -401,7 +401,7 @@ def test_user_processors_run_in_their_place():
         VOCAB,
         logits_processor=[shift],
     )
-    assert [name for name, _ in chain.steps] == [
+    assert [step.name for step in chain.steps] == [
         "suppress_tokens",
         "logits_processor shift",
         "temperature",
@@ -685,7 +685,7 @@ def test_order_of_all_knobs(model):
     chain = build(
         Params(**everything, do_sample=True, eos_token_id=EOS), VOCAB, unconditional=lambda c: c
     )
-    assert [name for name, _ in chain.steps] == list(everything)
+    assert [step.name for step in chain.steps] == list(everything)
     assert len(chain.steps) == len(their_list) + len(ours)
 
 

@@ -1,4 +1,4 @@
-"""What `json_schema`, `regex` and `grammar` ask for is what comes, however tokens are chosen."""
+"""The text has the form that `json_schema`, `regex` and `grammar` ask for, in every search."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tokenizers_made import byte_level, llama, metaspace, prefixed, wordpiece
 
 import fastgen
 from fastgen import commands
-from fastgen.engine import batch, call
+from fastgen.engine import batch, prepare
 from fastgen.engine.model import Model
 from fastgen.engine.schedule import Scheduler
 from fastgen.sampling import constraint, trial_process
@@ -131,7 +131,7 @@ def answers(model: fastgen.CausalLM, prompt: Any, **knobs: Any) -> list[tuple[st
 
 
 def begins(written: str, text: str) -> bool:
-    """Whether some text of a grammar of llguidance begins with `text`, by its bytes alone."""
+    """True where some text of a grammar of llguidance begins with `text`, by its bytes alone."""
     matcher = LLMatcher(LLTokenizer("byte"), written, log_level=0)
     raw = text.encode()
     return matcher.try_consume_tokens(list(raw)) == len(raw)
@@ -310,7 +310,7 @@ def test_what_is_certain_takes_no_step_and_changes_nothing(
         return found, len(forwards)
 
     taken, steps = run()
-    monkeypatch.setattr(call, "_may_force", lambda request: False)
+    monkeypatch.setattr(prepare, "_may_force", lambda request: False)
     one_by_one, more = run()
     assert taken == one_by_one
     assert steps < more
@@ -389,7 +389,7 @@ def test_what_is_certain_comes_some_tokens_a_step_and_nobody_waits_for_it(demo, 
         assert told.get(id(neighbour)) == 1 and max(read) <= 32 and len(read) <= 2
         for one in forced:
             taken = told.get(id(one), 0)
-            assert taken <= 1 + batch.CERTAIN
+            assert taken <= 1 + batch.FORCED
             got[id(one)] = max(got.get(id(one), 0), taken)
     assert all(most > 5 for most in got.values())  # they are taken together
     assert len(forced[0].request.rows[0].generated) == 90
@@ -399,13 +399,13 @@ def test_what_is_certain_comes_some_tokens_a_step_and_nobody_waits_for_it(demo, 
 def test_what_is_certain_is_written_once(demo, monkeypatch):
     """However much has to come: the work grows with the text, not with its square."""
     written: list[int] = []
-    plain = constraint.Writer.written
+    plain = constraint.GuidanceTokenizer.written
 
     def counted(self: Any, wanted: bytes) -> list[int]:
         written.append(len(wanted))
         return plain(self, wanted)
 
-    monkeypatch.setattr(constraint.Writer, "written", counted)
+    monkeypatch.setattr(constraint.GuidanceTokenizer, "written", counted)
     for times in (50, 500, 2000):
         written.clear()
         made = demo.call("x", regex=f"(<tool_call>y{times}){{{times}}}", max_new_tokens=60)
@@ -497,7 +497,7 @@ def test_an_eos_that_is_an_ordinary_token_ends_only_what_is_complete(demo):
 @pytest.mark.parametrize("mode", ["beams", "beam sampling", "diverse beams"])
 @pytest.mark.parametrize("eos", [True, False])
 def test_fewer_texts_than_beams(demo, mode, eos):
-    """What is found of two texts is those two, and nothing that is none."""
+    """The parts found of two texts are those two, and nothing that is none."""
     if mode == "diverse beams" and not eos:
         return
     more = {} if eos else {"eos_token_id": None}
@@ -570,7 +570,7 @@ def test_every_kind_of_tokenizer_writes_it(wide, kind, mode):
 def test_what_is_certain_is_written_as_the_tokenizer_writes_it(kind):
     backend = KINDS[kind]()
     theirs = fastgen.Tokenizer.of(backend)
-    writer = constraint.Writer(theirs, 512)
+    writer = constraint.GuidanceTokenizer(theirs, 512)
     for text in ('{"name": "', '"age": ', "}", " the cat", "naïve 🙂"):
         ids = writer(text)
         assert b"".join(writer.tokens[i] for i in ids) == text.encode()

@@ -25,7 +25,7 @@ from serving import served
 import fastgen
 from fastgen.sampling import constraint, schema, trial_process
 from fastgen.sampling.trial import Exceeded, Limits, Trial
-from fastgen.serve import service
+from fastgen.serve import front
 
 PRIMES = {"type": "integer", "multipleOf": 223092870}  # llguidance counts modulo it
 RAW = {"const": -(2**63)}
@@ -311,7 +311,7 @@ OTHERS = (
 
 @pytest.mark.parametrize("name", sorted(schema.FORMATS | {*OTHERS}))
 def test_formats_that_llguidance_does_not_know_are_told_about(demo, name):
-    """When it learns another one, this fails: it belongs to FORMATS then."""
+    """This fails once it learns another one, which belongs to FORMATS then."""
     raw = LLMatcher.validate_grammar(written({"type": "string", "format": name}))
     assert ("Unknown format" in raw) == (name in OTHERS)
     made = demo.call("x", json_schema={"type": "string", "format": name}, max_new_tokens=3)
@@ -457,7 +457,7 @@ def test_only_so_many_new_grammars_wait(url, monkeypatch):
 
     assert post(url, regex="known")[0] == 200
     monkeypatch.setattr(Trial, "run", slow)
-    monkeypatch.setattr(service, "MOST_GRAMMARS", 1)
+    monkeypatch.setattr(front, "MOST_GRAMMARS", 1)
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(post, url, regex="waits[0-9]")
         assert begun.wait(30)

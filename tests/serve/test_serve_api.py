@@ -71,7 +71,7 @@ def talking_to(address: str, key: str = "none") -> openai.OpenAI:
 
 
 def alone(model: fastgen.CausalLM, prompt: Any, **knobs: Any) -> Any:
-    """What `complete` writes; without knobs that say otherwise, as OpenAI samples."""
+    """The text that `complete` writes; without knobs that say otherwise, as OpenAI samples."""
     return model.complete(prompt, **{"do_sample": True, "top_k": 0, **knobs})
 
 

@@ -1,4 +1,4 @@
-"""What OpenAI's and vLLM's clients send besides: null is no field, others' names are knobs."""
+"""Fields of OpenAI's and vLLM's clients: null is no field, others' names are knobs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from serving import address, model
 import fastgen
 from fastgen import commands
 from fastgen.serve import dialects, wire
-from fastgen.serve.limits import Limits
+from fastgen.serve.limits import RequestLimits
 from fastgen.serve.service import Service
 
 __all__ = ["address", "model"]  # fixtures, which take the TEMPLATE
@@ -70,8 +70,8 @@ def test_null_is_not_given_whatever_the_field(names):
     ):
         body = kind.model_validate({**nulls, **needed})
         assert body == kind.model_validate(needed)
-        alone = wire.wish(kind.model_validate(needed), {}, Limits())
-        assert wire.wish(body, {}, Limits()) == alone
+        alone = wire.generation_request(kind.model_validate(needed), {}, RequestLimits())
+        assert wire.generation_request(body, {}, RequestLimits()) == alone
 
 
 def test_null_within_a_request_and_in_a_batch(address, model, tmp_path):

@@ -37,11 +37,11 @@ import fastgen
 from fastgen.engine import score
 from fastgen.engine.schedule import Scheduler
 from fastgen.serve.door import Guard, name_of
-from fastgen.serve.limits import Limits
+from fastgen.serve.limits import RequestLimits
 from fastgen.serve.refused import Refused
 from fastgen.serve.rendered import as_json, in_parts
-from fastgen.serve.tools.reader import Asked
-from fastgen.serve.tools.whole import Whole
+from fastgen.serve.tools.reader import ReadingOptions
+from fastgen.serve.tools.whole import WholeAnswer
 
 __all__ = ["TEMPLATE", "address", "model"]  # fixtures, and what they take
 
@@ -180,7 +180,9 @@ def test_sigterm_ends_a_service_that_scores() -> None:
 
 def test_limits_are_those_of_the_application(model: fastgen.CausalLM) -> None:
     """Whatever a request calls a thing, it has one limit."""
-    few = Limits(copies=2, alternatives=1, stops=1, stop_text=3, prompts=1, text=20, values=40)
+    few = RequestLimits(
+        copies=2, alternatives=1, stops=1, stop_text=3, prompts=1, text=20, values=40
+    )
     with served(model, limits=few) as address:
         for field, most, more in (
             ("n", 2, 3),
@@ -202,7 +204,7 @@ def test_limits_are_those_of_the_application(model: fastgen.CausalLM) -> None:
             assert status == 400, field
             assert found["error"]["param"] == (None if field == "suppress_tokens" else field)
     with pytest.raises(ValueError, match="stops must be a positive integer"):
-        Limits(stops=0)
+        RequestLimits(stops=0)
 
 
 @QUICK
@@ -219,7 +221,7 @@ def test_values_are_counted_wherever_they_are(value: Any, most: int) -> None:
         return 1 + sum(map(count, inside))
 
     try:
-        Limits(values=most).check_values({"x": value, "prompt": [1] * 99})
+        RequestLimits(values=most).check_values({"x": value, "prompt": [1] * 99})
         assert count(value) <= most
     except Refused:
         assert count(value) > most
@@ -263,7 +265,7 @@ def test_whatever_a_model_writes_is_read_in_time_that_grows_with_it(name: str) -
     deep = '{"name": "weather", "arguments": {"x": ' + "[" * 50_000 + "]" * 50_000 + "}}"
     blank, many = begin + " " * 300_000, (begin or "{") * 30_000
     for text in (begin + deep, blank, many, begin + "[" * 99_999):
-        reader, whole = made.read(Asked(TOOLS)), Whole()
+        reader, whole = made.read(ReadingOptions(TOOLS)), WholeAnswer()
         start = time.process_time()
         whole.take([*reader.push(text), *reader.end()])
         assert time.process_time() - start < 2
@@ -274,7 +276,7 @@ def test_whatever_a_model_writes_is_read_in_time_that_grows_with_it(name: str) -
 
 
 def raw(address: str, request: bytes, more: bytes = b"", times: int = 0) -> bytes:
-    """What comes back for plain bytes, after which the connection is not closed by us."""
+    """The reply to plain bytes, after which the connection is not closed by us."""
     host, port = address.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=30) as connection:
         connection.sendall(request)

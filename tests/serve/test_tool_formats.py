@@ -17,31 +17,31 @@ from tool_forms import ALONE, ANSWERS, EVERY, EXPECTED, FORMS, KNOWN, TOOLS, tem
 
 from fastgen.sampling import schema
 from fastgen.serve.tools.choice import chosen
-from fastgen.serve.tools.form import Form, Wanted
+from fastgen.serve.tools.form import AnswerOptions, GrammarRules
 from fastgen.serve.tools.format import Format
-from fastgen.serve.tools.reader import THINK, Asked, Marks
-from fastgen.serve.tools.shown import Shown, shown
-from fastgen.serve.tools.whole import Whole
+from fastgen.serve.tools.reader import THINK, Marks, ReadingOptions
+from fastgen.serve.tools.shown import TemplateForms, shown
+from fastgen.serve.tools.whole import WholeAnswer
 from fastgen.text import chat_template
 
 
-def read(made: Format, pieces: Sequence[str], cut: bool = False, **asked: Any) -> Whole:
-    """What an answer says that comes in pieces."""
-    whole = Whole()
-    reader = made.read(Asked(asked.pop("tools", TOOLS), **asked))
+def read(made: Format, pieces: Sequence[str], cut: bool = False, **asked: Any) -> WholeAnswer:
+    """Read an answer that comes in pieces."""
+    whole = WholeAnswer()
+    reader = made.read(ReadingOptions(asked.pop("tools", TOOLS), **asked))
     for piece in pieces:
         whole.take(reader.push(piece))
     whole.take(reader.end(cut))
     return whole
 
 
-def said(whole: Whole) -> tuple[str, str, list[tuple[str, Any]]]:
+def said(whole: WholeAnswer) -> tuple[str, str, list[tuple[str, Any]]]:
     calls = [(one.name, json.loads(one.arguments)) for one in whole.calls]
     return whole.content, whole.reasoning, calls
 
 
-def seen(source: str, tokens: Sequence[str] = ()) -> Shown:
-    """What a template shows."""
+def seen(source: str, tokens: Sequence[str] = ()) -> TemplateForms:
+    """The forms that a template shows."""
 
     def render(messages: Any, tools: Any, variables: Any) -> str:
         given = {"messages": messages, "tools": tools, "add_generation_prompt": True}
@@ -295,7 +295,7 @@ def test_reading_takes_time_by_length_alone(name: str) -> None:
     mark = made.mark
     for count in (3_000, 30_000):
         text = ANSWERS[name].replace("Zürich", "x <y [ " * (count // 8)) + f"{mark[:-1]} " * 50
-        reader = made.read(Asked(TOOLS))
+        reader = made.read(ReadingOptions(TOOLS))
         start = time.process_time()
         for letter in text:
             reader.push(letter)
@@ -448,8 +448,8 @@ def test_a_call_that_is_forced_is_a_call(name: str, special: bool) -> None:
     for seed in range(6):
         forced, several, inside = seed < 4, seed % 2 == 1, seed in (1, 5)
         reasoning = (made.reasoning or THINK) if inside else None
-        wanted = Wanted(MANY, forced, several, reasoning, inside)
-        grammar = made.grammar(Form(ids), wanted)
+        wanted = AnswerOptions(MANY, forced, several, reasoning, inside)
+        grammar = made.grammar(GrammarRules(ids), wanted)
         ends = [*hints, *([reasoning.end] if reasoning else [])]
         text = written(grammar, letters, random.Random(seed), ends)
         found = read(made, [text], tools=MANY, reasoning=reasoning, inside=inside)
@@ -468,7 +468,7 @@ def test_a_thought_of_a_call_begins_none(name: str, special: bool) -> None:
     letters, ids = Letters(listed), {one: 256 + i for i, one in enumerate(listed)}
     mark = '{"name": "' if name == "llama" else "[now(" if name == "pythonic" else made.mark
     for inside, begin in ((False, marks.begin), (False, f"\n{marks.begin}"), (True, "")):
-        grammar = made.grammar(Form(ids), Wanted(TOOLS, False, True, marks, inside))
+        grammar = made.grammar(GrammarRules(ids), AnswerOptions(TOOLS, False, True, marks, inside))
         for text, whole in (
             (f"{begin}Is it {mark} x?{marks.end}Yes.", True),
             (f"{begin}Is it{marks.end}{mark}!", False),
@@ -488,12 +488,14 @@ def test_what_a_form_cannot_say_is_refused() -> None:
     strict = {"type": "object", "properties": {"a": {"type": "string", "format": "date"}}}
     for name in ("glm", "qwen_xml", "gemma", "deepseek32", "kimi3"):
         with pytest.raises(ValueError, match="cannot be forced"):
-            EVERY[name].grammar(Form({}), Wanted({"f": strict}, True, True))
+            EVERY[name].grammar(GrammarRules({}), AnswerOptions({"f": strict}, True, True))
     closed = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}
     with pytest.raises(ValueError, match="uniqueItems"):
-        EVERY["pythonic"].grammar(Form({}), Wanted({"f": closed}, True, True))
+        EVERY["pythonic"].grammar(GrammarRules({}), AnswerOptions({"f": closed}, True, True))
     with pytest.raises(ValueError, match="object"):
-        EVERY["hermes"].grammar(Form({}), Wanted({"f": {"type": "array"}}, True, True))
+        EVERY["hermes"].grammar(
+            GrammarRules({}), AnswerOptions({"f": {"type": "array"}}, True, True)
+        )
 
 
 # --- what a request says -------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import torch
 
 import fastgen
 from fastgen.export import bundle
+from fastgen.store.model_info import ModelInfo
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +106,24 @@ def test_a_row_padded_on_the_right_warns_and_continues_after_its_text(model):
     assert out[4:] == plain[3:]
 
 
+@pytest.mark.parametrize(
+    "door",
+    [
+        lambda model, ids, mask: model.generate(ids, attention_mask=mask, max_new_tokens=2),
+        lambda model, ids, mask: list(model.stream(ids, attention_mask=mask, max_new_tokens=2)),
+        lambda model, ids, mask: model.call(ids, attention_mask=mask, max_new_tokens=2),
+        lambda model, ids, mask: model.score(ids, attention_mask=mask),
+        lambda model, ids, mask: fastgen.generate(
+            ids, model=model.directory, attention_mask=mask, max_new_tokens=2
+        ),
+    ],
+)
+def test_a_warning_names_the_line_of_the_caller(model, door):
+    with pytest.warns(UserWarning, match="padded on the right") as caught:
+        door(model, [5, 6, 7, 0], [1, 1, 1, 0])
+    assert {warning.filename for warning in caught} == {__file__}
+
+
 @pytest.fixture
 def directory(model, tmp_path):
     return shutil.copytree(model.directory, tmp_path / "model")
@@ -162,7 +181,7 @@ def test_a_graph_that_is_no_graph(directory):
     path.write_bytes(b"x" * path.stat().st_size)
     with pytest.raises(fastgen.ModelError, match=r"model\.onnx has not the .* bytes that were"):
         fastgen.load(directory)
-    bundle.seal(directory, json.loads((directory / "fastgen.json").read_text()))  # no digests
+    bundle.seal(directory, ModelInfo.parse(directory))  # no digests
     with pytest.raises(fastgen.ModelError, match="onnxruntime cannot load"):
         fastgen.load(directory)
 

@@ -1,4 +1,4 @@
-"""What messages look like to a chat template: whatever form it reads, it shows what was said."""
+"""Messages as a chat template reads them: whatever form it wants, it shows what was said."""
 
 from __future__ import annotations
 

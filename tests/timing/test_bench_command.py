@@ -21,7 +21,7 @@ from fastgen.store.hub import DEMO
 from fastgen.store.model_info import ModelInfo
 from fastgen.system.cpu import cpu_name
 from fastgen.timing import measure, plot
-from fastgen.timing.measure import Asked, Case, Result
+from fastgen.timing.measure import Case, CaseOptions, Result
 
 SMALL = ["--prompt", "4,9", "--rows", "1,3", "--beams", "2", "--new", "4", "--threads", "1",
          "--rounds", "2"]  # fmt: skip
@@ -225,7 +225,7 @@ def test_seconds_are_those_of_the_steps_that_count(monkeypatch):
 def test_models_take_turns(two, monkeypatch):
     models = {place.name: place for place in two}
     infos = {name: ModelInfo.read(place) for name, place in models.items()}
-    timed, _ = measure.cases(infos, Asked((4,), (1, 2), (2,), None, 3))
+    timed, _ = measure.cases(infos, CaseOptions((4,), (1, 2), (2,), None, 3))
     loads = measure.planned(models, timed, (1, 2))
     ran: list[tuple[str, int]] = []
     monkeypatch.setattr(measure, "Model", lambda place, threads: (place.name, threads))
@@ -258,27 +258,27 @@ def test_usual_prompts_are_cut_to_what_every_model_takes(info):
     endless = replace(info, max_length=None)
     for limit, prompts in ((None, [64, 512]), (544, [64, 512]), (512, [64, 480]), (60, [28])):
         infos = {"a": endless, "b": replace(info, max_length=limit)}
-        timed, notes = measure.cases(infos, Asked())
+        timed, notes = measure.cases(infos, CaseOptions())
         assert [case.prompt for case in timed if case.kind == "read"] == prompts
         assert {case.prompt for case in timed if case.kind != "read"} == {prompts[0]}
         assert notes == []
     with pytest.raises(ValueError, match="b takes 30 positions, --new 32 leaves none"):
-        measure.cases({"b": replace(info, max_length=30)}, Asked())
+        measure.cases({"b": replace(info, max_length=30)}, CaseOptions())
 
 
 def test_what_memory_cannot_hold_is_left_out_or_refused(info, monkeypatch):
     monkeypatch.setattr(
         "fastgen.engine.memory_estimate.memory_bytes", lambda: 1536 * info.cache_bytes
     )
-    timed, notes = measure.cases({"a": info}, Asked())
+    timed, notes = measure.cases({"a": info}, CaseOptions())
     assert [case.rows for case in timed if case.kind == "rows"] == [1, 8]
     (note,) = notes
     assert note.startswith("left out: 32 rows: this needs up to")
     with pytest.raises(ValueError, match="GB of memory"):
-        measure.cases({"a": info}, Asked(rows=(1, 32)))
+        measure.cases({"a": info}, CaseOptions(rows=(1, 32)))
     monkeypatch.setattr("fastgen.engine.memory_estimate.memory_bytes", lambda: 1024)
     with pytest.raises(ValueError, match="this needs up to"):
-        measure.cases({"a": info}, Asked())
+        measure.cases({"a": info}, CaseOptions())
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from fastgen.engine.schedule import MAX_ROWS
 from fastgen.generator import CausalLM
 from fastgen.inputs import params
-from fastgen.jobs.ask import Reader
-from fastgen.jobs.generation import Generation
+from fastgen.jobs.generation import GenerationWork
 from fastgen.jobs.ray import node
-from fastgen.jobs.row import Done, Row, as_json
-from fastgen.jobs.scoring import Scoring
+from fastgen.jobs.request import RowReader
+from fastgen.jobs.row import Done, InputRow, as_json
+from fastgen.jobs.scoring import ScoringWork
 from fastgen.jobs.source import of_line
 
 Columns = dict[str, NDArray[Any]]
@@ -25,7 +25,7 @@ NAN = float("nan")
 NUMBERS = {"prompt_tokens": 0, "new_tokens": 0, "tokens": 0, "logprob": NAN, "perplexity": NAN}
 
 
-class Engine:
+class RowActor:
     """One engine, and batches of rows that go through it: what Ray Data calls in an actor.
 
     Attributes:
@@ -35,11 +35,11 @@ class Engine:
     """
 
     model: CausalLM
-    work: Generation | Scoring
+    work: GenerationWork | ScoringWork
     given: list[str]
 
     def __call__(self, batch: Any) -> Columns:
-        """What a batch becomes.
+        """Do the work on a batch.
 
         Args:
             batch: columns {name: array}, a pandas DataFrame or a pyarrow Table. A row has the
@@ -58,8 +58,8 @@ class Engine:
         kept = {name: values for name, values in table.items() if self.work.is_kept(name)}
         return kept | self.new_columns(self.done(_rows(table)))
 
-    def done(self, rows: Iterable[Row]) -> list[Done]:
-        """What each row becomes, in order."""
+    def done(self, rows: Iterable[InputRow]) -> list[Done]:
+        """Each row with its outcome, in order."""
         return sorted(self.work.run(rows), key=lambda done: done.row.number)
 
     def new_columns(self, found: list[Done]) -> Columns:
@@ -74,7 +74,7 @@ class Engine:
         return out | {"error": _objects([done.bad for done in found])}
 
 
-class Generate(Engine):
+class Generate(RowActor):
     """`fastgen batch` for Ray Data, or for a loop of one's own.
 
         dataset.map_batches(
@@ -97,8 +97,9 @@ class Generate(Engine):
         ids: whether there is a column "ids" of the new tokens.
         max_rows: rows that run together.
         threads: of a step; None for the CPUs that Ray gives the actor, or the physical cores.
-        prompts: see `fastgen.load`.
+        prefill_precision: see `fastgen.load`.
         created: what OpenAI's answers say of when they were made (Unix seconds); None for now.
+        prompts: the old name of `prefill_precision`.
         knobs: the keywords of `generate`, for rows that say nothing else.
 
     Raises:
@@ -114,27 +115,33 @@ class Generate(Engine):
         ids: bool = False,
         max_rows: int = MAX_ROWS,
         threads: int | None = None,
-        prompts: str | None = None,
+        prefill_precision: str | None = None,
         created: int | None = None,
+        prompts: str | None = None,
         **knobs: Any,
     ) -> None:
-        self.model = CausalLM(node.directory(model), threads or node.threads(), prompts=prompts)
+        self.model = CausalLM(
+            node.directory(model),
+            threads or node.threads(),
+            prefill_precision=prefill_precision,
+            prompts=prompts,
+        )
         found = params.resolve(self.model.generation_config.to_dict(), None, knobs)
-        reader = Reader(self.model, knobs, keep, seed, ids, created)
-        self.work = Generation(reader, max_rows, node.memory())
+        reader = RowReader(self.model, knobs, keep, seed, ids, created)
+        self.work = GenerationWork(reader, max_rows, node.memory())
         self.given = ["text"] if self.model.has_tokenizer else []
         self.given += ["ids"] if ids or not self.model.has_tokenizer else []
         self.given += ["finish_reason", "prompt_tokens", "new_tokens", "warnings"]
         self.given += ["top_logprobs"] if found.top_logprobs else []
 
 
-class Score(Engine):
+class Score(RowActor):
     """`fastgen score` for Ray Data, as `Generate` is `fastgen batch`.
 
     Called with a batch, it adds the columns "logprob", "tokens", "perplexity" and "error".
 
     Args:
-        model, keep, threads, prompts: see `Generate`.
+        model, keep, threads, prefill_precision, prompts: see `Generate`.
         tokens: whether there is a column "logprobs" of each token's.
     """
 
@@ -145,10 +152,16 @@ class Score(Engine):
         keep: Collection[str] = (),
         tokens: bool = False,
         threads: int | None = None,
+        prefill_precision: str | None = None,
         prompts: str | None = None,
     ) -> None:
-        self.model = CausalLM(node.directory(model), threads or node.threads(), prompts=prompts)
-        self.work = Scoring(self.model, keep, tokens)
+        self.model = CausalLM(
+            node.directory(model),
+            threads or node.threads(),
+            prefill_precision=prefill_precision,
+            prompts=prompts,
+        )
+        self.work = ScoringWork(self.model, keep, tokens)
         self.given = ["logprob", "tokens", "perplexity", *(["logprobs"] if tokens else [])]
 
 
@@ -164,7 +177,7 @@ class OfLines:
 
     def __init__(
         self,
-        engine: type[Engine],
+        engine: type[RowActor],
         arguments: Mapping[str, Any],
         text: bool,
         to_lines: bool,
@@ -243,12 +256,12 @@ def _columns(batch: Any) -> Columns:
     raise ValueError(f"a batch must be columns, a DataFrame or a Table, got {type(batch).__name__}")
 
 
-def _rows(table: Columns) -> list[Row]:
+def _rows(table: Columns) -> list[InputRow]:
     """The rows of columns, as lines of JSON."""
     names = list(table)
     lists = [_whole(values).tolist() for values in table.values()]
     return [
-        Row(
+        InputRow(
             place,
             as_json(dict(zip(names, row, strict=True))).encode("utf-8", "surrogatepass"),
             is_numbered=False,

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgen.jobs.ray.cluster import Engine, OfLines
+from fastgen.jobs.ray.cluster import OfLines, RowActor
 from fastgen.jobs.source import kind_of
-from fastgen.store import swap
+from fastgen.store import files
 from fastgen.system import extras
 
 # What an actor's own errors end with, of those that a user can mend. Ray passes on their text.
@@ -23,7 +23,7 @@ TOLD = re.compile(r"^(?:\w+\.)*(?:ValueError|ModelError): (.+)$", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Spread:
-    """How a job is spread over a cluster.
+    """Settings of a job on a cluster.
 
     Attributes:
         address: "local" for a cluster of its own on this machine, "auto" for the one that there
@@ -43,7 +43,7 @@ class Spread:
 
 def run(
     spread: Spread,
-    engine: type[Engine],
+    engine: type[RowActor],
     arguments: Mapping[str, Any],
     source: str,
     out: str,
@@ -109,7 +109,7 @@ def run(
     try:
         if place is None:
             return _write(ray.data, made, out, wanted)
-        with swap.appearing(place) as new:
+        with files.atomic_directory(place) as new:
             return _write(ray.data, made, str(new), wanted)
     except ray.exceptions.RayError as error:
         told = TOLD.findall(str(error))
@@ -130,7 +130,7 @@ def _connect(address: str) -> None:
 
 
 def _shape(spread: Spread) -> tuple[int, float]:
-    """How many actors, and the CPUs of each. One CPU of a node is left for reading and writing."""
+    """Actors, and the CPUs of each. One CPU of a node is left for reading and writing."""
     import ray
 
     nodes = [
@@ -147,7 +147,7 @@ def _shape(spread: Spread) -> tuple[int, float]:
 
 
 def _is_file(source: str) -> bool:
-    """Whether this is one file, and not a directory of some.
+    """True for one file, and not a directory of some.
 
     Raises:
         ValueError: there is nothing of that name.
@@ -194,6 +194,6 @@ def _write(data: Any, made: Any, place: str, kind: str) -> tuple[int, int]:
 
 
 def _counted(table: Any) -> dict[str, NDArray[np.int64]]:
-    """How many rows there are, and how many of them came to nothing."""
+    """Count the rows, and those of them that came to nothing."""
     rows = table.num_rows
     return {"rows": np.array([rows]), "bad": np.array([rows - table.column("error").null_count])}

@@ -1,4 +1,4 @@
-"""What a request says of its tools: which there are, which may be called, and whether one must."""
+"""The tools of a request: those there are, those that may be called, and whether one must be."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ NOTHING = Choice({})
 
 
 def chosen(tools: Any, choice: Any, several: bool) -> Choice:
-    """What `tools` and `tool_choice` say.
+    """Read `tools` and `tool_choice`.
 
     Raises:
         ValueError: they are not as OpenAI has them; the message begins with the field's name.

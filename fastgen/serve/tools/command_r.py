@@ -6,9 +6,9 @@ import json
 import re
 
 from fastgen.serve.tools import json_text
-from fastgen.serve.tools.form import Form, Wanted, parameters_of
+from fastgen.serve.tools.form import AnswerOptions, GrammarRules, parameters_of
 from fastgen.serve.tools.format import TOOL, Format
-from fastgen.serve.tools.reader import Marks, Reader, Steps
+from fastgen.serve.tools.reader import AnswerReader, Marks, Steps
 
 BEGIN, END = "<|START_ACTION|>", "<|END_ACTION|>"
 THINK = Marks("<|START_THINKING|>", "<|END_THINKING|>")
@@ -16,7 +16,7 @@ ID, QUOTE = '{"tool_call_id": "', '"'
 RESPONSE = ("<|START_RESPONSE|>", "<|END_RESPONSE|>", "<|START_TEXT|>", "<|END_TEXT|>")
 
 
-class Actions(Reader):
+class Actions(AnswerReader):
     """Reads thoughts, actions and the response, each between its marks."""
 
     def _answer(self) -> Steps[None]:
@@ -34,7 +34,7 @@ class Actions(Reader):
         yield from text.accept("[")
         while True:
             yield from text.space()
-            call = json_text.Call(self, names=("tool_name", "name"))
+            call = json_text.JsonCall(self, names=("tool_name", "name"))
             if not (yield from call.read()):
                 return self.broken()
             yield from text.space()
@@ -63,7 +63,7 @@ class CommandR(Format):
     def told(self, tools: str) -> bool:
         return BEGIN in tools and '"tool_name"' in tools
 
-    def body(self, made: Form, wanted: Wanted) -> str:
+    def body(self, made: GrammarRules, wanted: AnswerOptions) -> str:
         number = made.rule("/[0-9]{1,3}/", "NUMBER")
         parts = [
             f"{made.literal(', ' + json.dumps('tool_name') + ': ' + json.dumps(name))} "

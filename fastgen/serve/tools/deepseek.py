@@ -7,10 +7,10 @@ import re
 from functools import partial
 
 from fastgen.serve.tools import form, json_text
-from fastgen.serve.tools.form import Form, Wanted, parameters_of
+from fastgen.serve.tools.form import AnswerOptions, GrammarRules, parameters_of
 from fastgen.serve.tools.format import KEY, TOOL, Format
 from fastgen.serve.tools.hermes import LINE
-from fastgen.serve.tools.reader import NAME, THINK, Reader, Steps
+from fastgen.serve.tools.reader import NAME, THINK, AnswerReader, Steps
 from fastgen.serve.tools.typed import EVERY, Parameters, closed
 
 ALL, END_ALL = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
@@ -21,7 +21,7 @@ TEXT, OTHER = '"true">', '"false">'
 QUOTED = re.compile(r'[^"<>\n]+')
 
 
-class Sections(Reader):
+class Sections(AnswerReader):
     """Reads a section of calls, with a fence around their arguments or without."""
 
     begins = (ALL,)
@@ -67,7 +67,7 @@ class DeepSeek(Format):
     def shown(self, call: str) -> bool:
         return re.search(rf"{ONE}{TOOL}{SEPARATOR}\s*\{{\s*\"{KEY}", call) is not None
 
-    def body(self, made: Form, wanted: Wanted) -> str:
+    def body(self, made: GrammarRules, wanted: AnswerOptions) -> str:
         parts = [
             f"{made.literal(self._head(name))} {made.json(parameters_of(schema))}"
             for name, schema in wanted.tools.items()
@@ -98,7 +98,7 @@ class DeepSeek3(DeepSeek):
         return f"{ONE}function{SEPARATOR}{name}\n{FENCE}\n"
 
 
-class Tags(Reader):
+class Tags(AnswerReader):
     """Reads functions and their parameters between tags, which say of each whether it is a text.
 
     A space after the tags' first word in a section's is in all of its tags.
@@ -182,7 +182,7 @@ class Dsml(Format):
     def told(self, tools: str) -> bool:
         return f"<{DSML}{self.outer}>" in tools
 
-    def body(self, made: Form, wanted: Wanted) -> str:
+    def body(self, made: GrammarRules, wanted: AnswerOptions) -> str:
         word, calls = f"{DSML}{self.space}", []
         for name, schema in wanted.tools.items():
             parts = self._parameters(made, parameters_of(schema), word)
@@ -193,7 +193,7 @@ class Dsml(Format):
         end = made.literal(f"</{DSML}{self.outer}>")
         return f"{made.literal(LINE)} {one} {again} {end}"
 
-    def _parameters(self, made: Form, root: object, word: str) -> str:
+    def _parameters(self, made: GrammarRules, root: object, word: str) -> str:
         parts, close = [], f"</{word}parameter>"
         for name, schema, needed in form.members(root, root):
             head = f"<{word}parameter name={json.dumps(name, ensure_ascii=False)} string="

@@ -28,7 +28,7 @@ NESTED = 3  # levels of values of which nothing is said
 SAYS = {"type", "properties", "items", "prefixItems", "not", "if", "allOf"}
 
 
-class Form:
+class GrammarRules:
     """Rules of a grammar, as they are needed.
 
     Args:
@@ -69,7 +69,7 @@ class Form:
         return f"{self.rule('/(?s:.+)/', 'ANY')}?"
 
     def has_special(self, mark: str) -> bool:
-        """Whether a special token is in a mark."""
+        """True where a special token is in a mark."""
         return bool(self._split(mark)[1])
 
     def until(self, mark: str, but: str = "") -> str:
@@ -108,7 +108,7 @@ class Form:
         return f"{self.rule(f'/(?s:.+)/ & ~{inside}{but}', 'WITHOUT')}?"
 
     def _split(self, mark: str) -> tuple[str, str]:
-        """What of a mark comes before the first special token in it, and the rest."""
+        """Split a mark before the first special token in it."""
         first = min((mark.find(one) for one in self.special if one in mark), default=len(mark))
         return mark[:first], mark[first:]
 
@@ -231,7 +231,7 @@ def options(schema: Any, root: Any, deep: int = 0) -> list[dict[str, Any]]:
     return [schema]
 
 
-def plain(form: Form, schema: Any, root: Any, close: str) -> str:
+def plain(form: GrammarRules, schema: Any, root: Any, close: str) -> str:
     """A value that is written as it is, if it is a text, or else in JSON; and the mark behind it.
 
     Raises:
@@ -243,7 +243,7 @@ def plain(form: Form, schema: Any, root: Any, close: str) -> str:
     return form.choice([_plain(form, one, root, close) for one in each])
 
 
-def _plain(form: Form, schema: Mapping[str, Any], root: Any, close: str) -> str:
+def _plain(form: GrammarRules, schema: Mapping[str, Any], root: Any, close: str) -> str:
     end = form.literal(close)
     fixed = [schema["const"]] if "const" in schema else schema.get("enum")
     if isinstance(fixed, list):
@@ -254,7 +254,7 @@ def _plain(form: Form, schema: Mapping[str, Any], root: Any, close: str) -> str:
 
 
 def _is_any_text(schema: Mapping[str, Any]) -> bool:
-    """Whether every text is a value of a schema that is no alternative."""
+    """True where every text is a value of a schema that is no alternative."""
     if "const" in schema or "enum" in schema:
         return False
     return not schema.keys() & SAYS or (
@@ -288,7 +288,7 @@ def _kinds_of(value: Any) -> set[str]:
     return {kind, "number"} if kind == "integer" else {kind}
 
 
-def by_kind(form: Form, schema: Any, root: Any, close: str) -> list[tuple[str, str]]:
+def by_kind(form: GrammarRules, schema: Any, root: Any, close: str) -> list[tuple[str, str]]:
     """The kinds of which a value may be, each with how it is written, and the mark behind it."""
     found = []
     for one in options(schema, root):
@@ -312,7 +312,7 @@ def by_kind(form: Form, schema: Any, root: Any, close: str) -> list[tuple[str, s
 
 @dataclass(frozen=True)
 class Dialect:
-    """How values are written where that is nearly JSON.
+    """A notation of values that is nearly JSON.
 
     Attributes:
         words: for true, false and null.
@@ -327,19 +327,19 @@ class Dialect:
     colon: str
     comma: str
 
-    def key(self, form: Form, name: str) -> str:
+    def key(self, form: GrammarRules, name: str) -> str:
         if not self.quoted_keys:
             return form.literal(f"{name}{self.colon}")
         return form.literal(json.dumps(name, ensure_ascii=False) + self.colon)
 
-    def string(self, form: Form, schema: Any) -> str:
+    def string(self, form: GrammarRules, schema: Any) -> str:
         if self.quote is None:
             return form.json({**schema, "type": "string"} if isinstance(schema, dict) else schema)
         if isinstance(schema, dict) and schema.keys() & BOUNDS:
             return f"{form.literal(self.quote)} {form.bounded(_pattern(schema), self.quote)}"
         return f"{form.literal(self.quote)} {form.until(self.quote)}"
 
-    def fixed(self, form: Form, value: Any) -> str:
+    def fixed(self, form: GrammarRules, value: Any) -> str:
         """A value that is given."""
         if isinstance(value, bool) or value is None:
             return form.literal(self.words[2 if value is None else 0 if value else 1])
@@ -355,7 +355,7 @@ class Dialect:
             return f'"{{" {inner} "}}"'
         return form.literal(json.dumps(value))
 
-    def value(self, form: Form, schema: Any, root: Any, deep: int = 0) -> str:
+    def value(self, form: GrammarRules, schema: Any, root: Any, deep: int = 0) -> str:
         """A value of a schema.
 
         Raises:
@@ -379,7 +379,7 @@ class Dialect:
         parts = [self._of(form, kind, schema, root, deep) for kind in sorted(kinds(schema, root))]
         return form.choice([one for one in dict.fromkeys(parts) if one])
 
-    def _of(self, form: Form, kind: str, schema: Any, root: Any, deep: int) -> str:
+    def _of(self, form: GrammarRules, kind: str, schema: Any, root: Any, deep: int) -> str:
         if kind == "string":
             return self.string(form, schema)
         if kind == "boolean":
@@ -397,7 +397,7 @@ class Dialect:
             return self._free(form, schema.get("additionalProperties", True), root, deep)
         return f'"{{" {self.members(form, schema, root, deep)} "}}"'
 
-    def _array(self, form: Form, schema: Any, root: Any, deep: int) -> str:
+    def _array(self, form: GrammarRules, schema: Any, root: Any, deep: int) -> str:
         _check(schema)
         low, high = schema.get("minItems", 0), schema.get("maxItems")
         if high == 0 or ("items" not in schema and deep > NESTED):
@@ -407,7 +407,7 @@ class Dialect:
         items = f"{one} ({form.literal(self.comma)} {one}){{{max(low - 1, 0)},{most}}}"
         return f'"[" {items if low else f"({items})?"} "]"'
 
-    def _free(self, form: Form, schema: Any, root: Any, deep: int) -> str:
+    def _free(self, form: GrammarRules, schema: Any, root: Any, deep: int) -> str:
         """An object of any names."""
         if deep > NESTED:
             return '"{}"'
@@ -417,7 +417,7 @@ class Dialect:
         one = form.rule(f"{key} {form.literal(self.colon)} {value}", "pair")
         return f'"{{" ({one} ({form.literal(self.comma)} {one})*)? "}}"'
 
-    def members(self, form: Form, schema: Any, root: Any, deep: int = 0) -> str:
+    def members(self, form: GrammarRules, schema: Any, root: Any, deep: int = 0) -> str:
         """The members of an object, those that have to be there and any of the others, in order."""
         pairs = [
             (f"{self.key(form, name)} {self.value(form, one, root, deep + 1)}", needed)
@@ -426,7 +426,7 @@ class Dialect:
         return separated(form, pairs, form.literal(self.comma))
 
 
-def separated(form: Form, parts: Sequence[tuple[str, bool]], comma: str) -> str:
+def separated(form: GrammarRules, parts: Sequence[tuple[str, bool]], comma: str) -> str:
     """Parts in order with something between them, each with whether it has to be there."""
     tail, later = "", ""  # what may follow something, and what may begin
     for part, needed in reversed(parts):
@@ -448,8 +448,8 @@ def separated(form: Form, parts: Sequence[tuple[str, bool]], comma: str) -> str:
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What is wanted of an answer.
+class AnswerOptions:
+    """The parts that an answer may have, or must.
 
     Attributes:
         tools: those that may be called.
@@ -471,7 +471,7 @@ class Wanted:
 SPACE = r"[ \n]{0,4}"  # what may stand before and after reasoning
 
 
-def thought(form: Form, wanted: Wanted) -> str:
+def thought(form: GrammarRules, wanted: AnswerOptions) -> str:
     """The reasoning that may come, or has begun, up to its end."""
     marks = wanted.reasoning
     if marks is None:
@@ -481,8 +481,8 @@ def thought(form: Form, wanted: Wanted) -> str:
     return end if wanted.inside else f"({space} {form.literal(marks.begin)} {end})?"
 
 
-def no_thought(form: Form, wanted: Wanted) -> str:
-    """What has to be added to a regular expression of a text that may begin an answer.
+def no_thought(form: GrammarRules, wanted: AnswerOptions) -> str:
+    """An addition to the regular expression of a text that may begin an answer.
 
     So that a text with the mark of reasoning is none but reasoning: within that, anything may be.
     """
@@ -492,7 +492,9 @@ def no_thought(form: Form, wanted: Wanted) -> str:
     return f" & ~/{SPACE}{pattern(marks.begin)}(?s:.*)/"
 
 
-def answer(form: Form, wanted: Wanted, mark: str, body: str, between: str, repeats: bool) -> str:
+def answer(
+    form: GrammarRules, wanted: AnswerOptions, mark: str, body: str, between: str, repeats: bool
+) -> str:
     """The grammar of an answer.
 
     Args:

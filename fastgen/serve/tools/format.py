@@ -1,12 +1,12 @@
-"""What every format of calls has; see the package for the formats."""
+"""The interface of every format of calls; see the package for the formats."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from fastgen.serve.tools import form
-from fastgen.serve.tools.form import Form, Wanted
-from fastgen.serve.tools.reader import Asked, Marks, Reader
+from fastgen.serve.tools.form import AnswerOptions, GrammarRules
+from fastgen.serve.tools.reader import AnswerReader, Marks, ReadingOptions
 
 # What templates are probed with: words that stand in no template.
 TOOL, KEY, VALUE = "probe_tool_qx", "probe_key_qx", "probe_value_qx"
@@ -14,7 +14,7 @@ THOUGHT, ANSWER = "probe thought qx", "probe answer qx"
 
 
 class Format:
-    """How models of a kind write calls.
+    """A form in which models write calls.
 
     Attributes:
         name: the format's.
@@ -28,7 +28,7 @@ class Format:
     """
 
     name: str
-    reader: type[Reader]
+    reader: type[AnswerReader]
     mark: str
     marks: Sequence[str]
     between: str = ""
@@ -37,7 +37,7 @@ class Format:
     channels: bool = False
 
     def shown(self, call: str) -> bool:
-        """Whether a template's rendering of the probe's call is of this format.
+        """True where a template's rendering of the probe's call is of this format.
 
         Args:
             call: from where the model's answer would begin.
@@ -45,22 +45,22 @@ class Format:
         raise NotImplementedError
 
     def told(self, tools: str) -> bool:
-        """Whether its rendering of the probe's tools asks for calls of this format."""
+        """True where its rendering of the probe's tools asks for calls of this format."""
         return False
 
-    def read(self, asked: Asked) -> Reader:
+    def read(self, asked: ReadingOptions) -> AnswerReader:
         return self.reader(asked)
 
-    def body(self, made: Form, wanted: Wanted) -> str:
-        """What follows the mark, as an expression of a grammar.
+    def body(self, made: GrammarRules, wanted: AnswerOptions) -> str:
+        """The text behind the mark, as an expression of a grammar.
 
         Raises:
             ValueError: a schema cannot be held to in this format.
         """
         raise NotImplementedError
 
-    def grammar(self, made: Form, wanted: Wanted) -> str:
-        """What an answer has to be.
+    def grammar(self, made: GrammarRules, wanted: AnswerOptions) -> str:
+        """The grammar of an answer.
 
         Raises:
             ValueError: a schema cannot be held to in this format.

@@ -7,9 +7,9 @@ import re
 from collections.abc import Sequence
 
 from fastgen.serve.tools import json_text
-from fastgen.serve.tools.form import Dialect, Form, Wanted, parameters_of
+from fastgen.serve.tools.form import AnswerOptions, Dialect, GrammarRules, parameters_of
 from fastgen.serve.tools.format import KEY, TOOL, Format
-from fastgen.serve.tools.reader import NAME, Marks, Out, Reader, Steps
+from fastgen.serve.tools.reader import NAME, AnswerReader, Marks, Out, Steps
 
 BEGIN, END, QUOTE = "<|tool_call>", "<tool_call|>", '<|"|>'
 THOUGHT = Marks("<|channel>thought", "<channel|>")
@@ -18,7 +18,7 @@ OLD = ("<start_function_call>", "<end_function_call>", "<escape>")
 WORD = re.compile(r"[^,{}\[\]<]+")
 
 
-class Braces(Reader):
+class Braces(AnswerReader):
     """Reads calls whose arguments have keys without quotes and texts between marks."""
 
     begins: Sequence[str] = (BEGIN,)
@@ -137,7 +137,7 @@ class Gemma(Format):
     def shown(self, call: str) -> bool:
         return re.search(rf"{re.escape(self.mark)}\s*call:{TOOL}\{{\s*{KEY}:", call) is not None
 
-    def body(self, made: Form, wanted: Wanted) -> str:
+    def body(self, made: GrammarRules, wanted: AnswerOptions) -> str:
         dialect = Dialect(("true", "false", "null"), self.quote, False, ":", ",")
         calls, end = [], made.literal("}" + self.end_mark)
         for name, schema in wanted.tools.items():

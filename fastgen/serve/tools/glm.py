@@ -6,17 +6,17 @@ import re
 from functools import partial
 
 from fastgen.serve.tools import form
-from fastgen.serve.tools.form import Form, Wanted, parameters_of
+from fastgen.serve.tools.form import AnswerOptions, GrammarRules, parameters_of
 from fastgen.serve.tools.format import KEY, TOOL, Format
 from fastgen.serve.tools.hermes import BEGIN, END
-from fastgen.serve.tools.reader import NAME, THINK, Reader, Steps
+from fastgen.serve.tools.reader import NAME, THINK, AnswerReader, Steps
 from fastgen.serve.tools.typed import Parameters, closed
 
 LOST = ("", BEGIN)  # what follows the end of a call
 KEYS, VALUES = ("<arg_key>", "</arg_key>"), ("<arg_value>", "</arg_value>")
 
 
-class Pairs(Reader):
+class Pairs(AnswerReader):
     """Reads a name, then keys and values between tags."""
 
     begins = (BEGIN,)
@@ -70,7 +70,7 @@ class Glm(Format):
     def shown(self, call: str) -> bool:
         return re.search(rf"{BEGIN}\s*{TOOL}\n\s*<arg_key>\s*{KEY}", call) is not None
 
-    def body(self, made: Form, wanted: Wanted) -> str:
+    def body(self, made: GrammarRules, wanted: AnswerOptions) -> str:
         return made.choice(
             [
                 f"{made.literal(name + self.line)} {self._parameters(made, parameters_of(schema))} "
@@ -79,7 +79,7 @@ class Glm(Format):
             ]
         )
 
-    def _parameters(self, made: Form, root: object) -> str:
+    def _parameters(self, made: GrammarRules, root: object) -> str:
         parts = []
         for name, schema, needed in form.members(root, root):
             head = made.literal(f"{KEYS[0]}{name}{KEYS[1]}{self.line}{VALUES[0]}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from fastgen.serve.tools.form import Form, Wanted
+from fastgen.serve.tools.form import AnswerOptions, GrammarRules
 from fastgen.serve.tools.format import Format
 from fastgen.serve.tools.hermes import OBJECT, objects
 from fastgen.serve.tools.mistral import Listed
@@ -37,7 +37,7 @@ class Granite(Format):
     def told(self, tools: str) -> bool:
         return self.mark in tools
 
-    def body(self, made: Form, wanted: Wanted) -> str:
+    def body(self, made: GrammarRules, wanted: AnswerOptions) -> str:
         one = objects(made, wanted)
         again = f'(", " {one})*' if wanted.several else ""
         return f'"[" {one} {again} "]"'

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 
 from fastgen.serve.tools import json_text
-from fastgen.serve.tools.form import Form, Wanted, parameters_of
+from fastgen.serve.tools.form import AnswerOptions, GrammarRules, parameters_of
 from fastgen.serve.tools.format import TOOL, Format
-from fastgen.serve.tools.reader import Marks, Reader, Steps
+from fastgen.serve.tools.reader import AnswerReader, Marks, Steps
 
 START, CHANNEL, CONSTRAIN, MESSAGE = "<|start|>", "<|channel|>", "<|constrain|>", "<|message|>"
 END, CALL, RETURN = "<|end|>", "<|call|>", "<|return|>"
@@ -17,7 +17,7 @@ FUNCTIONS = "functions."
 ANALYSIS = f"{CHANNEL}analysis{MESSAGE}"
 
 
-class Messages(Reader):
+class Messages(AnswerReader):
     """Reads messages: a header that says whose turn it is and to whom it speaks, and a body."""
 
     def _answer(self) -> Steps[None]:
@@ -100,7 +100,7 @@ class Harmony(Format):
     def told(self, tools: str) -> bool:
         return f"{START}assistant" in tools and CHANNEL in tools
 
-    def body(self, made: Form, wanted: Wanted) -> str:
+    def body(self, made: GrammarRules, wanted: AnswerOptions) -> str:
         head = f" {CONSTRAIN}json{MESSAGE}"
         return made.choice(
             [
@@ -109,7 +109,7 @@ class Harmony(Format):
             ]
         )
 
-    def grammar(self, made: Form, wanted: Wanted) -> str:
+    def grammar(self, made: GrammarRules, wanted: AnswerOptions) -> str:
         """Channels in their order: thoughts and preambles, then a call or a text."""
         again = made.literal(f"{START}assistant")
         body = made.rule(self.body(made, wanted), "calls")

@@ -6,15 +6,15 @@ import json
 import re
 
 from fastgen.serve.tools import json_text
-from fastgen.serve.tools.form import Form, Wanted, parameters_of
+from fastgen.serve.tools.form import AnswerOptions, GrammarRules, parameters_of
 from fastgen.serve.tools.format import KEY, TOOL, Format
-from fastgen.serve.tools.reader import Reader, Steps
+from fastgen.serve.tools.reader import AnswerReader, Steps
 
 BEGIN, END, LINE = "<tool_call>", "</tool_call>", "\n"
 OBJECT = rf'\{{\s*"name"\s*:\s*"{TOOL}"\s*,\s*"(arguments|parameters)"\s*:\s*"?\{{\s*\\?"{KEY}'
 
 
-def objects(made: Form, wanted: Wanted, key: str = "arguments") -> str:
+def objects(made: GrammarRules, wanted: AnswerOptions, key: str = "arguments") -> str:
     """One call as an object, of any of the tools."""
     parts = []
     for name, schema in wanted.tools.items():
@@ -23,7 +23,7 @@ def objects(made: Form, wanted: Wanted, key: str = "arguments") -> str:
     return made.rule(made.choice(parts), "object")
 
 
-class Tagged(Reader):
+class Tagged(AnswerReader):
     """Reads blocks of one or several objects between tags."""
 
     begins = (BEGIN,)
@@ -34,7 +34,7 @@ class Tagged(Reader):
         yield from text.accept("[")
         while True:
             yield from text.space()
-            if not (yield from json_text.Call(self).read()):
+            if not (yield from json_text.JsonCall(self).read()):
                 return self.broken()
             yield from text.space()
             while (yield from text.accept("]")) or (yield from text.accept(",")):
@@ -62,6 +62,6 @@ class Hermes(Format):
     def told(self, tools: str) -> bool:
         return re.search(BEGIN + r'\s*\{\s*"name"', tools) is not None
 
-    def body(self, made: Form, wanted: Wanted) -> str:
+    def body(self, made: GrammarRules, wanted: AnswerOptions) -> str:
         end = made.literal(f"\n{END}")
         return f"{made.literal(LINE)} {objects(made, wanted)} {end}"

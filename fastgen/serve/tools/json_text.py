@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Collection
 from typing import Any
 
-from fastgen.serve.tools.reader import Out, Reader, Steps, Text
+from fastgen.serve.tools.reader import AnswerReader, Out, Steps, TextBuffer
 
 DEEP = 200  # levels; what is deeper is no arguments of anybody's
 PLAIN = re.compile(r'[^"\\\x00-\x1f]+')
@@ -20,7 +20,7 @@ WORDS = {"true": "true", "false": "false", "null": "null", "True": "true", "Fals
 ARGUMENTS = ("arguments", "parameters")
 
 
-def value(text: Text, out: Out) -> Steps[bool]:
+def value(text: TextBuffer, out: Out) -> Steps[bool]:
     """Pass on the value that comes next; False where it is none, and then the rest is not taken.
 
     What models write instead of JSON and can mean one thing only becomes it: Python's words, and
@@ -48,7 +48,7 @@ def value(text: Text, out: Out) -> Steps[bool]:
             return True
 
 
-def _closed(text: Text, out: Out, closes: list[str]) -> Steps[bool]:
+def _closed(text: TextBuffer, out: Out, closes: list[str]) -> Steps[bool]:
     """Pass on what closes, up to where the next value begins; False where something else comes."""
     while closes:
         yield from text.run(BLANK, out)
@@ -64,7 +64,7 @@ def _closed(text: Text, out: Out, closes: list[str]) -> Steps[bool]:
     return True
 
 
-def _key(text: Text, out: Out) -> Steps[bool]:
+def _key(text: TextBuffer, out: Out) -> Steps[bool]:
     yield from text.run(BLANK, out)
     if not (yield from string(text, out)):
         return False
@@ -75,7 +75,7 @@ def _key(text: Text, out: Out) -> Steps[bool]:
     return True
 
 
-def string(text: Text, out: Out) -> Steps[bool]:
+def string(text: TextBuffer, out: Out) -> Steps[bool]:
     """Pass on a text in quotes."""
     if (yield from text.peek()) != '"':
         return False
@@ -94,7 +94,7 @@ def string(text: Text, out: Out) -> Steps[bool]:
             return False
 
 
-def _escape(text: Text, out: Out) -> Steps[bool]:
+def _escape(text: TextBuffer, out: Out) -> Steps[bool]:
     there = yield from text.peek(2)
     if len(there) == 2 and there[1] in '"\\/bfnrt':
         out(text.take(2))
@@ -110,7 +110,7 @@ def _escape(text: Text, out: Out) -> Steps[bool]:
     return False
 
 
-def _scalar(text: Text, out: Out) -> Steps[bool]:
+def _scalar(text: TextBuffer, out: Out) -> Steps[bool]:
     if (yield from text.peek()) == '"':
         return (yield from string(text, out))
     word = yield from text.run(WORD)
@@ -121,7 +121,7 @@ def _scalar(text: Text, out: Out) -> Steps[bool]:
 
 
 def is_object(raw: str) -> bool:
-    """Whether a text is a legal object, as strict readers want it."""
+    """True for a text that is a legal object, as strict readers want it."""
 
     def refuse(name: str) -> Any:
         raise ValueError(name)
@@ -132,7 +132,7 @@ def is_object(raw: str) -> bool:
         return False
 
 
-def object_of(reader: Reader, name: str | None) -> Steps[bool]:
+def object_of(reader: AnswerReader, name: str | None) -> Steps[bool]:
     """Read the arguments of a call of `name`, an object that comes next; False where it is none."""
     if name not in reader.asked.tools or (yield from reader.text.peek()) != "{":
         return False
@@ -141,7 +141,7 @@ def object_of(reader: Reader, name: str | None) -> Steps[bool]:
     return (yield from value(reader.text, reader.arguments))
 
 
-class Call:
+class JsonCall:
     """Reads `{"name": "f", "arguments": {...}}`, its members in any order, into events.
 
     Args:
@@ -153,7 +153,7 @@ class Call:
 
     def __init__(
         self,
-        reader: Reader,
+        reader: AnswerReader,
         names: Collection[str] = ("name",),
         arguments: Collection[str] = ARGUMENTS,
         lacking: bool = True,

@@ -7,9 +7,9 @@ import re
 from functools import partial
 
 from fastgen.serve.tools import form, json_text
-from fastgen.serve.tools.form import Form, Wanted, parameters_of
+from fastgen.serve.tools.form import AnswerOptions, GrammarRules, parameters_of
 from fastgen.serve.tools.format import KEY, TOOL, Format
-from fastgen.serve.tools.reader import THINK, Marks, Reader, Steps
+from fastgen.serve.tools.reader import THINK, AnswerReader, Marks, Steps
 from fastgen.serve.tools.typed import EVERY, Parameters, closed
 
 ALL, END_ALL = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
@@ -17,7 +17,7 @@ ONE, ARGUMENTS, END_ONE = "<|tool_call_begin|>", "<|tool_call_argument_begin|>",
 ID = re.compile(r"[^<\s]+")
 
 
-class Sections(Reader):
+class KimiSections(AnswerReader):
     """Reads sections of calls, each with an id that names its tool, such as `functions.f:0`."""
 
     begins = (ALL,)
@@ -60,7 +60,7 @@ class Kimi(Format):
     """K2."""
 
     name = "kimi"
-    reader = Sections
+    reader = KimiSections
     mark, marks = ALL, (ALL, END_ALL, ONE, ARGUMENTS, END_ONE)
     repeats = False
     reasoning = THINK
@@ -78,7 +78,7 @@ class Kimi(Format):
     def told(self, tools: str) -> bool:
         return "tool_declare<|im_middle|>" in tools
 
-    def body(self, made: Form, wanted: Wanted) -> str:
+    def body(self, made: GrammarRules, wanted: AnswerOptions) -> str:
         number = made.rule("/[0-9]{1,3}/", "NUMBER")
         parts = [
             f"{made.literal(f'{ONE}functions.{name}:')} {number} {made.literal(ARGUMENTS)} "
@@ -98,7 +98,7 @@ KINDS = {"string": frozenset({"string"})}
 THINK3 = Marks(f"{OPEN}think{SEPARATOR}", f"{CLOSE}think{SEPARATOR}")
 
 
-class Elements(Reader):
+class Elements(AnswerReader):
     """Reads elements: think, response, tools; what stands outside of them is content."""
 
     def _answer(self) -> Steps[None]:
@@ -162,7 +162,7 @@ class Kimi3(Format):
     def shown(self, call: str) -> bool:
         return f'{OPEN}call tool="{TOOL}"' in call
 
-    def body(self, made: Form, wanted: Wanted) -> str:
+    def body(self, made: GrammarRules, wanted: AnswerOptions) -> str:
         calls = []
         number = made.rule("/[0-9]{1,3}/", "NUMBER")
         for name, schema in wanted.tools.items():
@@ -175,7 +175,9 @@ class Kimi3(Format):
         again = f"{one}*" if wanted.several else ""
         return f"{one} {again} {made.literal(f'{CLOSE}tools{SEPARATOR}')}"
 
-    def _argument(self, made: Form, root: object, name: str, schema: object, needed: bool) -> str:
+    def _argument(
+        self, made: GrammarRules, root: object, name: str, schema: object, needed: bool
+    ) -> str:
         close, options = f"{CLOSE}argument{SEPARATOR}", []
         head = f'{OPEN}argument key="{name}" type="'
         for kind, value in form.by_kind(made, schema, root, close):
@@ -183,7 +185,7 @@ class Kimi3(Format):
             options.append(f"{made.literal(head + told + QUOTE + SEPARATOR)} {value}")
         return made.rule(made.choice(options), "argument") + ("" if needed else "?")
 
-    def grammar(self, made: Form, wanted: Wanted) -> str:
+    def grammar(self, made: GrammarRules, wanted: AnswerOptions) -> str:
         """The elements in their order: a response, which may be empty, then the calls."""
         thought = form.thought(made, wanted)
         response = f"{OPEN}response{SEPARATOR}"

@@ -8,17 +8,17 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from fastgen.serve.tools import form, json_text
-from fastgen.serve.tools.form import Dialect, Form, Wanted, parameters_of, pattern
+from fastgen.serve.tools.form import AnswerOptions, Dialect, GrammarRules, parameters_of, pattern
 from fastgen.serve.tools.format import KEY, TOOL, VALUE, Format
 from fastgen.serve.tools.hermes import OBJECT, objects
-from fastgen.serve.tools.reader import NAME, Out, Reader, Steps, Text
+from fastgen.serve.tools.reader import NAME, AnswerReader, Out, Steps, TextBuffer
 
 TAGS = ("<|python_tag|>", "<|python_start|>")
 END_TAG = "<|python_end|>"
 PYTHON = Dialect(("True", "False", "None"), None, True, ": ", ", ")
 
 
-class Bare(Reader):
+class Bare(AnswerReader):
     """Reads an answer that is calls and nothing else: objects, or a list of Python's calls."""
 
     def _answer(self) -> Steps[None]:
@@ -32,7 +32,7 @@ class Bare(Reader):
                 self.content(mark)
 
     def _tagged(self) -> Steps[bool]:
-        """Whether calls follow a tag."""
+        """True where calls follow a tag."""
         before = self._called
         self._called = False
         yield from self._calls()
@@ -72,7 +72,7 @@ class Bare(Reader):
                 return None
 
     def _object(self) -> Steps[bool]:
-        return json_text.Call(self, names=("name", "function"), lacking=False).read()
+        return json_text.JsonCall(self, names=("name", "function"), lacking=False).read()
 
     def _pythonic(self) -> Steps[bool]:
         """Calls with a comma between, up to the bracket; the last one is left open."""
@@ -119,7 +119,7 @@ ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "0": "\0", "\n
 CODES = {"x": 2, "u": 4, "U": 8}
 
 
-def literal(text: Text, out: Out, deep: int = 0) -> Steps[bool]:
+def literal(text: TextBuffer, out: Out, deep: int = 0) -> Steps[bool]:
     """Pass on a literal of Python's as JSON; False where it is none, or too deep."""
     yield from text.space()
     first = yield from text.peek()
@@ -132,7 +132,7 @@ def literal(text: Text, out: Out, deep: int = 0) -> Steps[bool]:
     return (yield from json_text.value(text, out))
 
 
-def _several(text: Text, out: Out, first: str, deep: int) -> Steps[bool]:
+def _several(text: TextBuffer, out: Out, first: str, deep: int) -> Steps[bool]:
     close, named, count = {"[": "]", "(": ")", "{": "}"}[first], first == "{", 0
     text.take(1)
     out("{" if named else "[")
@@ -157,7 +157,7 @@ def _several(text: Text, out: Out, first: str, deep: int) -> Steps[bool]:
             return False
 
 
-def _string(text: Text, out: Out) -> Steps[bool]:
+def _string(text: TextBuffer, out: Out) -> Steps[bool]:
     quote = text.take(1)
 
     def write(piece: str) -> None:
@@ -173,7 +173,7 @@ def _string(text: Text, out: Out) -> Steps[bool]:
             return False
 
 
-def _escaped(text: Text, write: Callable[[str], None]) -> Steps[bool]:
+def _escaped(text: TextBuffer, write: Callable[[str], None]) -> Steps[bool]:
     there = yield from text.peek(2)
     if len(there) < 2:
         return False
@@ -198,10 +198,10 @@ class Llama(Format):
     def shown(self, call: str) -> bool:
         return re.match(r"\s*(<\|python_\w+\|>\s*)*" + OBJECT, call) is not None
 
-    def body(self, made: Form, wanted: Wanted) -> str:
+    def body(self, made: GrammarRules, wanted: AnswerOptions) -> str:
         return objects(made, wanted, "parameters")
 
-    def grammar(self, made: Form, wanted: Wanted) -> str:
+    def grammar(self, made: GrammarRules, wanted: AnswerOptions) -> str:
         return whole(made, wanted, self.body(made, wanted), "; ", pattern('{"name": "'))
 
 
@@ -218,13 +218,13 @@ class Pythonic(Format):
     def told(self, tools: str) -> bool:
         return re.search(r"\[\w+\(\w+=\w+", tools) is not None
 
-    def body(self, made: Form, wanted: Wanted) -> str:
+    def body(self, made: GrammarRules, wanted: AnswerOptions) -> str:
         calls = [self._call(made, name, schema) for name, schema in wanted.tools.items()]
         one = made.rule(made.choice(calls), "call")
         again = f'(", " {one})*' if wanted.several else ""
         return f'"[" {one} {again} "]"'
 
-    def _call(self, made: Form, name: str, schema: object) -> str:
+    def _call(self, made: GrammarRules, name: str, schema: object) -> str:
         root = parameters_of(schema)
         pairs = [
             (f"{made.literal(key + '=')} {PYTHON.value(made, one, root)}", needed)
@@ -233,12 +233,12 @@ class Pythonic(Format):
         inner = form.separated(made, pairs, '", "')
         return f'{made.literal(name + "(")} {inner} ")"'
 
-    def grammar(self, made: Form, wanted: Wanted) -> str:
+    def grammar(self, made: GrammarRules, wanted: AnswerOptions) -> str:
         names = "|".join(map(pattern, wanted.tools))
         return whole(made, wanted, self.body(made, wanted), "", rf"\[({names})\(")
 
 
-def whole(made: Form, wanted: Wanted, body: str, between: str, begins: str) -> str:
+def whole(made: GrammarRules, wanted: AnswerOptions, body: str, between: str, begins: str) -> str:
     """The grammar of an answer that is calls and nothing else, or no call at all.
 
     Args:

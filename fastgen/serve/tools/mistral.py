@@ -6,16 +6,16 @@ import re
 from collections.abc import Sequence
 
 from fastgen.serve.tools import json_text
-from fastgen.serve.tools.form import Form, Wanted, parameters_of
+from fastgen.serve.tools.form import AnswerOptions, GrammarRules, parameters_of
 from fastgen.serve.tools.format import KEY, TOOL, Format
 from fastgen.serve.tools.hermes import OBJECT, objects
-from fastgen.serve.tools.reader import NAME, Marks, Reader, Steps
+from fastgen.serve.tools.reader import NAME, AnswerReader, Marks, Steps
 
 BEGIN, ARGS, ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
 THINK = Marks("[THINK]", "[/THINK]")
 
 
-class Listed(Reader):
+class Listed(AnswerReader):
     """Reads both: what follows the mark tells."""
 
     begins: Sequence[str] = (BEGIN,)
@@ -41,7 +41,7 @@ class Listed(Reader):
         listed = yield from text.accept("[")
         while True:
             yield from text.space()
-            if not (yield from json_text.Call(self).read()):
+            if not (yield from json_text.JsonCall(self).read()):
                 return self.broken()
             yield from text.space()
             more = yield from text.accept(",")
@@ -65,7 +65,7 @@ class Mistral(Format):
     def shown(self, call: str) -> bool:
         return re.search(r"\[TOOL_CALLS\]\s*\[\s*" + OBJECT, call) is not None
 
-    def body(self, made: Form, wanted: Wanted) -> str:
+    def body(self, made: GrammarRules, wanted: AnswerOptions) -> str:
         one = objects(made, wanted)
         again = f'(", " {one})*' if wanted.several else ""
         return f'" "? "[" {one} {again} "]"'
@@ -81,7 +81,7 @@ class Mistral11(Mistral):
         pattern = rf"\[TOOL_CALLS\]{TOOL}(\[CALL_ID\]\w+)?(\[ARGS\])?\s*\{{\s*\"{KEY}"
         return re.search(pattern, call) is not None
 
-    def body(self, made: Form, wanted: Wanted) -> str:
+    def body(self, made: GrammarRules, wanted: AnswerOptions) -> str:
         return made.choice(
             [
                 f"{made.literal(name + ARGS)} {made.json(parameters_of(schema))}"

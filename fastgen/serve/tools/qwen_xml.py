@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from functools import partial
 
 from fastgen.serve.tools import form
-from fastgen.serve.tools.form import Form, Wanted, parameters_of
+from fastgen.serve.tools.form import AnswerOptions, GrammarRules, parameters_of
 from fastgen.serve.tools.format import KEY, TOOL, Format
 from fastgen.serve.tools.hermes import BEGIN, END, LINE
-from fastgen.serve.tools.reader import Reader, Steps
+from fastgen.serve.tools.reader import AnswerReader, Steps
 from fastgen.serve.tools.typed import Parameters, closed
 
 FUNCTION, PARAMETER = "<function=", "<parameter="
@@ -18,7 +18,7 @@ END_FUNCTION, END_PARAMETER = "</function>", "</parameter>"
 NAMED = re.compile(r"[^<>\n]+")
 
 
-class Functions(Reader):
+class Functions(AnswerReader):
     """Reads functions and their parameters between tags; the outer tag may be missing."""
 
     begins = (BEGIN, FUNCTION)
@@ -85,7 +85,7 @@ class QwenXml(Format):
     def told(self, tools: str) -> bool:
         return re.search(r"<function=\w+>\s*<parameter=\w+>", tools) is not None
 
-    def body(self, made: Form, wanted: Wanted) -> str:
+    def body(self, made: GrammarRules, wanted: AnswerOptions) -> str:
         calls = []
         for name, schema in wanted.tools.items():
             root = parameters_of(schema)

@@ -1,4 +1,4 @@
-"""What an answer's text says, read as it comes: reasoning, content, and calls of tools.
+"""Reads an answer's text as it comes: reasoning, content, and calls of tools.
 
 A reader is a coroutine over a text that comes in pieces. It asks for more where it cannot tell yet
 what it sees, so where the pieces are cut changes nothing; and it looks at each character a bounded
@@ -22,7 +22,7 @@ ANYTHING = {"type": "object"}
 
 
 @dataclass(frozen=True)
-class Event:
+class AnswerEvent:
     """Something that an answer says.
 
     Attributes:
@@ -37,7 +37,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Marks:
-    """What reasoning stands between."""
+    """The marks around reasoning."""
 
     begin: str
     end: str
@@ -47,8 +47,8 @@ THINK = Marks("<think>", "</think>")
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a reader has to know of the request.
+class ReadingOptions:
+    """The parts of a request that a reader has to know.
 
     Attributes:
         tools: the schema of the parameters of each tool, by its name.
@@ -63,7 +63,7 @@ class Asked:
     raw: bool = False
 
 
-class Text:
+class TextBuffer:
     """A text that comes in pieces, and what was taken of it.
 
     Attributes:
@@ -87,13 +87,13 @@ class Text:
         self._record = [mark]
 
     def recorded(self) -> str:
-        """What was taken since; it is kept no longer."""
+        """Give back the characters taken since, which are kept no longer."""
         taken, self._record = "".join(self._record or ()), None
         return taken
 
     @property
     def rest(self) -> str:
-        """What is there and has not been taken."""
+        """The characters that have not been taken."""
         return self._held[self._at :]
 
     def take(self, count: int) -> str:
@@ -201,7 +201,7 @@ class Trim:
         return held
 
 
-class Reader:
+class AnswerReader:
     """Reads an answer of one format, which says how in `calls`, or in `_answer`.
 
     Args:
@@ -213,22 +213,22 @@ class Reader:
 
     begins: Sequence[str] = ()
 
-    def __init__(self, asked: Asked) -> None:
-        self.asked, self.text = asked, Text()
-        self._events: list[Event] = []
+    def __init__(self, asked: ReadingOptions) -> None:
+        self.asked, self.text = asked, TextBuffer()
+        self._events: list[AnswerEvent] = []
         self._content, self._thought = Trim(False), Trim(True)
         self._called = self._open = self._said = False
         self._steps = self._all()
         self._over = False
         self._go()
 
-    def push(self, piece: str) -> list[Event]:
-        """What one more piece says."""
+    def push(self, piece: str) -> list[AnswerEvent]:
+        """Read one more piece."""
         self.text.push(piece)
         return self._go()
 
-    def end(self, cut: bool = False) -> list[Event]:
-        """What the end says.
+    def end(self, cut: bool = False) -> list[AnswerEvent]:
+        """Read the end.
 
         Args:
             cut: whether the text was to go on: then a call that has not been closed is none.
@@ -236,7 +236,7 @@ class Reader:
         self.text.end(cut)
         return self._go()
 
-    def _go(self) -> list[Event]:
+    def _go(self) -> list[AnswerEvent]:
         if not self._over:
             self._over = next(self._steps, self) is self
         made, self._events = self._events, []
@@ -296,7 +296,7 @@ class Reader:
             self.content(mark)
 
     def interruptions(self) -> Sequence[str]:
-        """What ends reasoning besides its mark: some models call without having said it."""
+        """The marks that end reasoning besides its own: some models call without having said it."""
         return ()
 
     def think(self, piece: str) -> None:
@@ -316,7 +316,7 @@ class Reader:
         if not self._said:
             self._content.rest()
             self._content.begin = True
-        self._events.append(Event("call", name))
+        self._events.append(AnswerEvent("call", name))
 
     def arguments(self, piece: str) -> None:
         self._event("arguments", piece)
@@ -325,10 +325,10 @@ class Reader:
         """The call is whole."""
         self.text.recorded()
         self._open = False
-        self._events.append(Event("end"))
+        self._events.append(AnswerEvent("end"))
 
     def broken(self) -> None:
-        """What was taken since the recording began is no call after all.
+        """Give back the characters taken since the recording began: they are no call after all.
 
         It is content, unless it is only the beginning of one that the end of the text cut off.
         """
@@ -339,7 +339,7 @@ class Reader:
             raw = ""
         if self._open:
             self._open = False
-            self._events.append(Event("broken", raw))
+            self._events.append(AnswerEvent("broken", raw))
         else:
             self.content(raw)
 
@@ -349,6 +349,6 @@ class Reader:
         self._said = self._said or kind == "content"
         last = self._events[-1] if self._events else None
         if last is not None and last.kind == kind:
-            self._events[-1] = Event(kind, last.text + text)
+            self._events[-1] = AnswerEvent(kind, last.text + text)
         else:
-            self._events.append(Event(kind, text))
+            self._events.append(AnswerEvent(kind, text))

@@ -1,4 +1,4 @@
-"""What a chat template shows of a model: how it writes calls, and what it thinks between.
+"""A model's forms of calls and of reasoning, as its chat template shows them.
 
 A template is a program, so it is run: on a conversation of words that stand in no template, in
 which a tool is offered, an assistant thinks and calls it. How these words come out is the form.
@@ -80,8 +80,8 @@ MARKS = (
 
 
 @dataclass(frozen=True)
-class Shown:
-    """What a template shows.
+class TemplateForms:
+    """The forms that a template shows.
 
     Attributes:
         tools: whether it shows the tools that are offered.
@@ -98,12 +98,12 @@ class Shown:
     switches: tuple[str, ...] = ()
 
 
-NOTHING = Shown(False, None, None)
+NOTHING = TemplateForms(False, None, None)
 SWITCHES = ("enable_thinking", "thinking")
 
 
-def of(model: CausalLM) -> Shown:
-    """What the template of a model shows; nothing where it has none."""
+def of(model: CausalLM) -> TemplateForms:
+    """The forms that the template of a model shows; nothing where it has none."""
     if not model.has_tokenizer or not chat_template.has_template(
         model.directory, model.tokenizer.config
     ):
@@ -120,8 +120,8 @@ def of(model: CausalLM) -> Shown:
         return shown(render, {one.content for one in added})
 
 
-def shown(render: Render, tokens: Collection[str] = ()) -> Shown:
-    """What a template shows.
+def shown(render: Render, tokens: Collection[str] = ()) -> TemplateForms:
+    """Probe a template.
 
     Args:
         tokens: the spellings of the tokens that stand for themselves: a model that has those of
@@ -137,7 +137,7 @@ def shown(render: Render, tokens: Collection[str] = ()) -> Shown:
     found = _format(render, told, variables) if TOOL in told else None
     switches = tuple(one for one in SWITCHES if _switches(render, one))
     thoughts = _reasoning(render, bare, found, tokens)
-    return Shown(TOOL in told, found, thoughts, variables, switches)
+    return TemplateForms(TOOL in told, found, thoughts, variables, switches)
 
 
 def _switches(render: Render, name: str) -> bool:
@@ -191,6 +191,6 @@ def _rendered(
 
 
 def _common(one: str, other: str) -> int:
-    """How far two texts begin alike."""
+    """The length of the beginning that two texts share."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fastgen.serve.tools.json_text import is_object
-from fastgen.serve.tools.reader import Out, Reader, Steps, Text
+from fastgen.serve.tools.reader import AnswerReader, Out, Steps, TextBuffer
 
 KINDS: dict[type, str] = {
     str: "string", bool: "boolean", int: "integer", float: "number", type(None): "null",
@@ -19,7 +19,7 @@ DEEP = 20  # schemas within one another that are looked at
 
 
 def kinds(schema: Any, root: Any, deep: int = 0) -> frozenset[str]:
-    """What a value of a schema may be, in JSON Schema's words."""
+    """The types of a value of a schema, in JSON Schema's words."""
     if not isinstance(schema, dict) or deep > DEEP:
         return EVERY
     found = EVERY
@@ -48,7 +48,7 @@ def _integers(schema: Any) -> set[str]:
 
 
 def target(reference: str, root: Any) -> Any:
-    """What a `$ref` of a schema points to; None where that is nothing."""
+    """The target of a schema's `$ref`; None where there is none."""
     found = root
     for part in reference.removeprefix("#").split("/")[1:]:
         part = part.replace("~1", "/").replace("~0", "~")
@@ -77,7 +77,7 @@ def as_json(raw: str, allowed: frozenset[str]) -> str:
 
 
 def _parsed(raw: str) -> tuple[Any, bool]:
-    """What a text is in JSON, or else as a literal of Python's; and whether it is something."""
+    """A text read as JSON, or else as a literal of Python's; and whether that was possible."""
     if is_object(f'{{"a": {raw}}}'):
         return json.loads(raw), True
     if raw.lower() in ("true", "false"):
@@ -101,7 +101,7 @@ class Parameters:
         parameters: the tool's schema.
     """
 
-    def __init__(self, reader: Reader, parameters: Any) -> None:
+    def __init__(self, reader: AnswerReader, parameters: Any) -> None:
         self._reader, self._schema = reader, parameters
         self._said: set[str] = set()
 
@@ -140,7 +140,7 @@ class Parameters:
 
 
 def closed(
-    text: Text,
+    text: TextBuffer,
     close: str,
     after: Sequence[str],
     newline: bool,
@@ -182,8 +182,8 @@ def closed(
         push(mark + space)
 
 
-def _follows(text: Text, mark: str, after: Sequence[str]) -> Steps[bool]:
-    """Whether one of `after` follows a mark; then the mark is given back, or else the space is."""
+def _follows(text: TextBuffer, mark: str, after: Sequence[str]) -> Steps[bool]:
+    """True if one of `after` follows a mark; then the mark is given back, or else the space is."""
     space = yield from text.space()
     found = not after
     for one in after:

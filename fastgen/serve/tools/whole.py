@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from fastgen.serve.tools.reader import Event
+from fastgen.serve.tools.reader import AnswerEvent
 
 
 @dataclass
-class Call:
+class ToolCall:
     """A call of a tool.
 
     Attributes:
@@ -20,7 +20,7 @@ class Call:
     arguments: str = ""
 
 
-class Whole:
+class WholeAnswer:
     """An answer: what a call that never became whole was, is content.
 
     Attributes:
@@ -32,17 +32,17 @@ class Whole:
         self._content: list[str] = []
         self._reasoning: list[str] = []
         self._open: list[str] = []
-        self.calls: list[Call] = []
+        self.calls: list[ToolCall] = []
         self.begun = 0
 
-    def take(self, events: Iterable[Event]) -> None:
+    def take(self, events: Iterable[AnswerEvent]) -> None:
         for event in events:
             if event.kind == "content":
                 self._content.append(event.text)
             elif event.kind == "reasoning":
                 self._reasoning.append(event.text)
             elif event.kind == "call":
-                self.calls.append(Call(event.text))
+                self.calls.append(ToolCall(event.text))
                 self.begun += 1
                 self._open = []
             elif event.kind == "arguments":

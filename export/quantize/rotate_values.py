@@ -1,0 +1,105 @@
+"""The values of attention, turned by head: in the product that makes them, and the next one."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import onnx_ir as ir
+
+from fastgen.export.quantize.rotation import Floats, Rotation, by_rows
+from fastgen.export.rewrite.edit import (
+    constant,
+    constant_input,
+    input_of,
+    is_constant,
+    is_float,
+    only_use,
+    rank,
+    reader_of,
+    remake,
+    shape_of,
+    sizes_of,
+)
+
+
+def attention_nodes(graph: ir.Graph) -> list[ir.Node]:
+    """Attention nodes whose cached values are theirs alone."""
+    nodes = [node for node in graph if node.op_type == "GroupQueryAttention"]
+    return [node for node in nodes if node.inputs[4] is not None and only_use(node.inputs[4])]
+
+
+def turn_values(graph: ir.Graph, node: ir.Node) -> bool:
+    """Turn the values of a layer by head, and what reads them back. Whether it could be done."""
+    past = input_of(node, 4)
+    size = sizes_of(past)[-1] if past.shape is not None else None
+    after = reader_of(node.outputs[0])
+    if size is None or past.dtype != ir.DataType.FLOAT or after is None:
+        return False
+    reads = after.op_type == "MatMul" and is_constant(after.inputs[1])
+    if not reads or not _is_own_matrix(after.inputs[1]):
+        return False
+    count = node.attributes.get_int("kv_num_heads", 0) * size
+    found = _written_by(node, count)
+    if found is None:
+        return False
+    writers, start = found
+    rotation = Rotation(size, signed=False)
+    for writer, place in writers:
+        remake(writer, place, partial(_turned_part, rotation, slice(start, start + count)))
+    remake(after, 1, partial(_turned_rows, rotation))
+    return True
+
+
+def _is_own_matrix(value: ir.Value | None) -> bool:
+    return only_use(value) and rank(value) == 2 and is_float(value)
+
+
+def _written_by(node: ir.Node, count: int) -> tuple[list[tuple[ir.Node, int]], int] | None:
+    """The product (and the bias) that makes a layer's values, and their first column in it."""
+    value, start = node.inputs[2], 0
+    if value is None:  # packed: queries, keys and values
+        value = input_of(node, 0)
+        width = sizes_of(value)[-1] if value.shape is not None else None
+        if node.inputs[1] is not None or width is None:
+            return None
+        start = width - count
+    if not only_use(value):
+        return None
+    made = value.producer()
+    if made is not None and made.op_type == "Split":
+        sizes = constant(made.inputs[1]) if len(made.inputs) > 1 else None
+        if sizes is None or not only_use(made.inputs[0]):
+            return None
+        start = int(sizes[: made.outputs.index(value)].sum())
+        made = input_of(made, 0).producer()
+    writers = []
+    if made is not None and made.op_type == "Add":
+        place = constant_input(made) if any(map(is_constant, made.inputs)) else None
+        if place is None or len(shape_of(made.inputs[place])) != 1:
+            return None
+        writers.append((made, place))
+        other = input_of(made, 1 - place)
+        made = other.producer() if only_use(other) else None
+    if made is None or made.op_type != "MatMul" or not is_constant(made.inputs[1]):
+        return None
+    if not _is_own_matrix(made.inputs[1]):
+        return None
+    return [*writers, (made, 1)], start
+
+
+def _turned_part(rotation: Rotation, columns: slice, array: Floats) -> Floats:
+    """The array with some of its columns turned by head."""
+    made = array.copy()
+    heads = array[..., columns].reshape(-1, rotation.size)
+    made[..., columns] = rotation.forward(heads).reshape(made[..., columns].shape)
+    return made
+
+
+def _turned_rows(rotation: Rotation, matrix: Floats) -> Floats:
+    """A matrix [heads * size, out] that reads what was turned by head."""
+
+    def change(columns: Floats) -> Floats:
+        heads = columns.reshape(-1, rotation.size)
+        return rotation.forward(heads).reshape(columns.shape)
+
+    return by_rows(change, matrix.T).T
