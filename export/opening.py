@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from fastgen.errors import ModelError, UnsupportedModel
 from fastgen.export import bundle, requirements
 from fastgen.export.build import origin as build_origin
+from fastgen.export.gguf import parts as gguf
 from fastgen.export.onnx_folder import folder
 from fastgen.export.onnx_folder import origin as onnx_folder
 from fastgen.export.options import PRECISIONS, ExportOptions
@@ -18,7 +19,7 @@ from fastgen.export.requirements import Budget
 from fastgen.export.source.origin import Origin
 from fastgen.store import resolve
 from fastgen.store.model_info import PRECISION
-from fastgen.store.resolve import CHECKPOINT, FASTGEN, ONNX_FOLDER, Resolved
+from fastgen.store.resolve import CHECKPOINT, FASTGEN, GGUF, ONNX_FOLDER, Resolved
 
 if TYPE_CHECKING:  # which a folder needs none of
     from fastgen.export.torch_model.source import Source
@@ -35,6 +36,7 @@ class Opening:
         label: which a directory is called after: `precision`, or the folder's own name of it.
         asks_graph: nothing of it runs, so its graph is asked in place of an original.
         load: gives the origin.
+        held: weights stay on the grid that their file has them on.
     """
 
     name: str | None
@@ -43,6 +45,7 @@ class Opening:
     label: str
     asks_graph: bool
     load: Callable[[Budget], Origin]
+    held: bool = False
 
 
 def opening(model: object, options: ExportOptions) -> Opening:
@@ -60,9 +63,10 @@ def opening(model: object, options: ExportOptions) -> Opening:
         model = resolve.resolve(model, options.precision, options.revision, adapted=adapted)
     if isinstance(model, Resolved) and model.kind == ONNX_FOLDER:
         return _of_folder(model, options.precision)
+    if isinstance(model, Resolved) and model.kind == GGUF:
+        return _of_gguf(model, options)
     precision = options.precision or PRECISION
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    _check_precision(precision)
     name = model.name if isinstance(model, Resolved) else None
     if _is_built(model, options) and isinstance(model, Resolved):
         load = partial(_of_tensors, model, options)
@@ -78,6 +82,35 @@ def _of_folder(model: Resolved, precision: str | None) -> Opening:
         return onnx_folder.Folder(choice)
 
     return Opening(model.name, choice.first, choice.precision, label, False, load)
+
+
+def _of_gguf(model: Resolved, options: ExportOptions) -> Opening:
+    """A GGUF file: in its own numbers, where it is quantised and no precision is asked for.
+
+    Raises:
+        UnsupportedModel: what is asked for needs a transformers model.
+    """
+    asked = {"adapter": options.adapter, "prove": options.prove, "tokenizer": options.tokenizer}
+    if odd := [name for name, value in asked.items() if value]:
+        raise UnsupportedModel(f"{odd[0]} is for transformers models: {model.name} is {GGUF}")
+    gguf.check_library()  # before the file is downloaded
+    file = gguf.opened(model.fetch() / str(model.file))
+    own = gguf.precision_of(file)
+    precision = options.precision or own or PRECISION
+    _check_precision(precision)
+
+    def load(budget: Budget) -> Origin:
+        shapes = [("F32", held.shape) for held in file.tensors.values()]
+        budget.settle(requirements.of_shapes(shapes), may_stay=False)
+        return build_origin.Built(gguf.of_file(file))
+
+    held = options.precision is None and own is not None
+    return Opening(file.path.stem, "fp32", precision, precision, True, load, held)
+
+
+def _check_precision(precision: str) -> None:
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
 
 
 def _original(model: object, options: ExportOptions, budget: Budget) -> Origin:
@@ -129,7 +162,7 @@ def _of_tensors(model: Resolved, options: ExportOptions, budget: Budget) -> Orig
     size = requirements.of_checkpoint(directory)
     if size is not None:
         budget.settle(replace(size, is_float32=True), may_stay=False)  # each is cast as it is read
-    return build_origin.Built(directory)
+    return build_origin.Built(build_origin.of_directory(directory))
 
 
 def _is_built(model: object, options: ExportOptions) -> bool:

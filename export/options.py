@@ -21,6 +21,9 @@ TOLERANCES = {
     "fp32": Tolerance(),
     "int8": Tolerance.quantised(kl=0.006),
     "int4": Tolerance.quantised(kl=0.1),
+    # Weights on the grid of their file cost nothing: what is left is activations in 8 bits, and
+    # the nearest codes of types with a minimum.
+    "grid": Tolerance.quantised(kl=0.02),
 }
 
 
@@ -56,19 +59,23 @@ class ExportOptions:
         for path in self.texts:
             corpus.read(path)
 
-    def target(self, first: str, precision: str) -> Target:
+    def target(self, first: str, precision: str, held: bool = False) -> Target:
         """The target for a graph that is in the precision `first` already.
+
+        Args:
+            held: weights stay on the grid that their file has them on.
 
         Raises:
             ValueError: nothing of it is quantised, and there are texts to calibrate on.
         """
         parts = ["cache"] if self.cache_precision != "fp32" else []
-        parts += ["weights"] if precision != first else []
+        parts += ["grid" if held else "weights"] if precision != first else []
         if self.texts and not parts:
             raise ValueError(
                 f"text is for what is quantised, and of {precision} nothing is: leave it out"
             )
-        usual = usual_tolerance(precision, self.cache_precision, self.max_kl, self.min_top1)
+        judged = "grid" if "grid" in parts else precision
+        usual = usual_tolerance(judged, self.cache_precision, self.max_kl, self.min_top1)
         return Target(precision, self.cache_precision, parts, self.tolerance or usual)
 
 
@@ -78,7 +85,7 @@ class Target:
 
     Attributes:
         precision, cache_precision: in the end.
-        parts: that are quantised, in order: "cache", "weights", both or none.
+        parts: that are quantised, in order: "cache", and "weights" or "grid", both or none.
         tolerance: what may differ from the original then.
     """
 

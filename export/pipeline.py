@@ -126,7 +126,7 @@ def export(
     if out is None:
         out = _usual_place(opened, cache_precision)
         bundle.check_free(out, force)
-    target = options.target(opened.first, opened.precision)
+    target = options.target(opened.first, opened.precision, opened.held)
     shown = Progress(progress)
     with shown.watch.working(), ExitStack() as stack:
         work = Work(opened, options, target, Path(out), shown, stack)

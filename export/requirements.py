@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,7 @@ def of_checkpoint(directory: Path) -> Size | None:
         if header is None:
             return None
         shapes += [(said["dtype"], said["shape"]) for said in header.values()]
-    return _size(shapes) if shapes else None
+    return of_shapes(shapes) if shapes else None
 
 
 def of_model(model: Any, is_mapped: bool) -> Size:
@@ -151,10 +152,11 @@ def of_model(model: Any, is_mapped: bool) -> Size:
         is_mapped: whether its weights need no file of their own: they are in one, or the caller's.
     """
     seen = {id(p): p for p in model.parameters()}.values()
-    return _size([("F32" if is_mapped else "BF16", list(p.shape)) for p in seen])
+    return of_shapes([("F32" if is_mapped else "BF16", list(p.shape)) for p in seen])
 
 
-def _size(shapes: list[tuple[str, list[int]]]) -> Size:
+def of_shapes(shapes: Sequence[tuple[str, Sequence[int]]]) -> Size:
+    """The size of tensors of these types, as safetensors calls them, and shapes."""
     matrices = [shape for _, shape in shapes if len(shape) > 1]
     vocabulary = max((shape[0] for shape in matrices), default=0)
     inner = [shape[-2:] for shape in matrices if shape[0] != vocabulary]

@@ -21,7 +21,7 @@ from fastgen.engine.output import GenerateOutput
 from fastgen.export import bundle, requirements
 from fastgen.export.progress import Cost, Step
 from fastgen.export.prove import check, quality
-from fastgen.export.quantize import calibrate, kv_int8, recipe, rotate
+from fastgen.export.quantize import calibrate, grid, kv_int8, recipe, rotate
 from fastgen.export.requirements import Budget
 from fastgen.export.rewrite import contract, trim, window
 from fastgen.export.work import Report, Rows, Work
@@ -351,6 +351,36 @@ class Weights:
         del self.plan
 
 
+class Grid:
+    """Holds weights on the grid that their file has them on: nothing is quantised twice."""
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+        self.made: list[str] = []
+        self.rows: Rows = ()
+
+    def steps(self) -> list[Step]:
+        precision = self.work.target.precision
+        hold = Step("hold weights on their grid", Cost(1, 1), self._hold)
+        return [hold, *Comparison(self.work, precision, self._judge, lambda: self.rows).steps()]
+
+    def _hold(self) -> list[str]:
+        gc.collect()  # graphs are full of cycles: the one before goes now, with its weights
+        work = self.work
+        graph = onnx_ir.load(work.place / GRAPH)
+        self.made = grid.hold(graph, work.shown.part)
+        work.place = work.place_of("grid")
+        work.save(graph, work.place)
+        self.rows = work.judged_on(quality.TOKENS)
+        kernels = Counter(self.made)
+        return [", ".join(f"{count} {kernel}" for kernel, count in kernels.most_common())]
+
+    def _judge(self, report: Report) -> None:
+        report |= {"kernels": dict(Counter(self.made)), "text": dict(self.work.corpus.kinds)}
+        self.work.judge(report)
+        self.work.report = {"fp32": self.work.report} | self.work.report | report
+
+
 def apart(rows: Rows, tokens: int) -> tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]:
     """Some of the rows, of all kinds, about so many tokens together, and the others."""
     every = max(2, sum(map(len, rows)) // tokens)
@@ -359,7 +389,11 @@ def apart(rows: Rows, tokens: int) -> tuple[list[NDArray[np.int64]], list[NDArra
     ]
 
 
-PARTS: dict[str, Callable[[Work], Cache | Weights]] = {"cache": Cache, "weights": Weights}
+PARTS: dict[str, Callable[[Work], Cache | Grid | Weights]] = {
+    "cache": Cache,
+    "grid": Grid,
+    "weights": Weights,
+}
 
 
 def quantised(work: Work) -> Sequence[Step]:

@@ -12,7 +12,7 @@ from fastgen.errors import ModelError
 from fastgen.store import files, onnx_folders
 from fastgen.store.hub import DEMO
 from fastgen.store.model_info import CACHE_PRECISION, INFO, PRECISION, ModelInfo, kind
-from fastgen.store.resolve import FASTGEN, ONNX_FOLDER, Resolved, needs, resolve
+from fastgen.store.resolve import FASTGEN, GGUF, ONNX_FOLDER, Resolved, needs, resolve
 
 
 def directory(name_or_path: str | os.PathLike[str] | None) -> Path:
@@ -33,11 +33,11 @@ def exported(
     """A fastgen directory for any model: itself, or its export in the cache, made if need be.
 
     Args:
-        name_or_path: a fastgen directory, an ONNX folder or a transformers model, each here or on
-            the hub.
+        name_or_path: a fastgen directory, an ONNX folder, a transformers model or a GGUF file,
+            each here or on the hub.
         precision, cache_precision: None for any of a fastgen directory, for PRECISION and
-            CACHE_PRECISION of a transformers model's export, for the folder's own of an ONNX
-            folder's.
+            CACHE_PRECISION of a transformers model's export, for its own of an ONNX folder's or a
+            GGUF file's.
         revision: a branch, tag or commit of a hub repository.
 
     Raises:
@@ -50,10 +50,12 @@ def exported(
     if model.kind == ONNX_FOLDER:
         model.needed()  # or there is none of that precision
         wanted = precision or onnx_folders.usual(model.files)
+    elif model.kind == GGUF:
+        wanted = precision  # or the file's own
     else:
         wanted = precision or PRECISION
     kept = cache_precision or CACHE_PRECISION
-    out = _place(model, kind(wanted or "onnx", kept))
+    out = _place(model, kind(wanted or ("gguf" if model.kind == GGUF else "onnx"), kept))
     if not (out / INFO).is_file():
         with files.locked(out.with_name(out.name + ".lock")):
             if not (out / INFO).is_file():  # another process may have made it meanwhile

@@ -229,6 +229,19 @@ def real_model() -> Callable[[str], Path]:
     return find
 
 
+@pytest.fixture(scope="session")
+def real_gguf() -> Callable[[str], Path]:
+    """`real_gguf(name)`: a GGUF file of weights that others trained; skips where there is none."""
+
+    def find(name: str) -> Path:
+        try:
+            return real.gguf_file(name)
+        except real.Unavailable as error:
+            pytest.skip(f"needs a real model. {error}")
+
+    return find
+
+
 @pytest.fixture
 def world(hub: fake_hub.Hub, tmp_path: Path) -> fake_hub.World:
     """Somebody who uses the `hub` of the module."""

@@ -7,9 +7,10 @@ says the same of rows together, as they are served, as of each alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -72,21 +73,72 @@ def refused(place: Path, names: Iterable[str]) -> str | None:
     return None
 
 
+@dataclass(frozen=True)
+class Parts:
+    """Everything that a graph and its directory are made of, whatever file it was read from.
+
+    Attributes:
+        name: of the model.
+        config: the content of its config.json.
+        decoder: that this describes.
+        weights: its tensors under transformers' names.
+        tokenizer: None for a model of ids.
+        note: why there is no tokenizer.
+        defaults: the content of its generation_config.json.
+        write_tokenizer: writes the tokenizer's files to a directory.
+        about: what the file is, in a few words.
+    """
+
+    name: str
+    config: dict[str, Any]
+    decoder: Decoder
+    weights: Mapping[str, Tensor]
+    tokenizer: tokenizers.Tokenizer | None
+    note: str
+    defaults: dict[str, Any]
+    write_tokenizer: Callable[[Path], None]
+    about: str
+
+
+def of_directory(directory: Path, name: str | None = None) -> Parts:
+    """Read a checkpoint's directory: safetensors, config.json and tokenizer.json.
+
+    Raises:
+        ModelError: a file is missing or damaged.
+        UnsupportedModel: its family is not known.
+    """
+    name = name or name_of(directory)
+    checkpoint.check(directory)
+    with naming(name):
+        config = families.complete(jsonfile.read(directory / CONFIG, checkpoint.ADVICE))
+        decoder = check_known(config, (path.name for path in directory.iterdir()))
+        held = _without_copy(decoder, weights.of_safetensors(directory))
+    tokenizer, note = vocabulary.read(directory)
+    path = directory / GENERATION_CONFIG
+    ids = {name: config[name] for name in families.IDS if name in config}
+    return Parts(
+        name=name,
+        config=config,
+        decoder=decoder,
+        weights=held,
+        tokenizer=tokenizer,
+        note=note,
+        defaults=jsonfile.read(path) if path.is_file() else ids,
+        write_tokenizer=partial(vocabulary.write, directory),
+        about="built of its tensors, without torch",
+    )
+
+
 class Built:
-    """A checkpoint of a known family. See `origin.Origin`."""
+    """A model of a known family. See `origin.Origin`."""
 
     first = "fp32"
     tolerance = Tolerance()
 
-    def __init__(self, directory: Path, name: str | None = None) -> None:
-        self.directory = directory
-        self.name = name or name_of(directory)
-        checkpoint.check(directory)
-        with _named(self.name):
-            self.config = families.complete(jsonfile.read(directory / CONFIG, checkpoint.ADVICE))
-            self.decoder = check_known(self.config, (path.name for path in directory.iterdir()))
-            self.weights = _without_copy(self.decoder, weights.of_safetensors(directory))
-        self.tokenizer, self.note = vocabulary.read(directory)
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        self.name, self.config, self.decoder = parts.name, parts.config, parts.decoder
+        self.weights, self.tokenizer, self.note = parts.weights, parts.tokenizer, parts.note
         self.place: Path | None = None
         # By the bytes of each probe, nats of its tokens, once it was asked.
         self.spent: dict[bytes, NDArray[np.float32] | None] = {}
@@ -104,7 +156,7 @@ class Built:
 
     def about(self) -> list[str]:
         kind = f"{self.config['model_type']}, {self.parameters / 1e6:,.1f} M weights"
-        about = [kind, "built of its tensors, without torch"]
+        about = [kind, self.parts.about]
         return about + ([f"for ids only: {self.note}"] if self.tokenizer is None else [])
 
     def probes(self) -> list[NDArray[np.int64]]:
@@ -143,7 +195,7 @@ class Built:
         return np.array(out.sequences[0][-count:], np.int64)
 
     def convert(self, whole: bool = False) -> tuple[ir.Model, list[str]]:
-        with _named(self.name):
+        with naming(self.name):
             made = graph.write(self.decoder, self.weights)
         shown = [f"{len(self.decoder.layers)} attention layers"]
         shown.append(f"all {len(self.weights)} tensors are read once")
@@ -177,15 +229,13 @@ class Built:
 
     def write_configuration(self, to: Path) -> None:
         jsonfile.write(to / CONFIG, self.config)
-        path = self.directory / GENERATION_CONFIG
-        ids = {name: self.config[name] for name in families.IDS if name in self.config}
-        jsonfile.write(to / GENERATION_CONFIG, jsonfile.read(path) if path.is_file() else ids)
+        jsonfile.write(to / GENERATION_CONFIG, self.parts.defaults)
         if self.tokenizer is not None:
-            vocabulary.write(self.directory, to)
+            self.parts.write_tokenizer(to)
 
 
 @contextmanager
-def _named(name: str) -> Iterator[None]:
+def naming(name: str) -> Iterator[None]:
     """Errors with the name of the model before them."""
     try:
         yield

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from fastgen.export.build.origin import Built
+from fastgen.export.build.origin import Built, of_directory
 from fastgen.export.torch_model.original import Original
 from fastgen.export.torch_model.source import Source
 from fastgen.store.model_info import ModelInfo
@@ -19,7 +19,7 @@ class Proved(Original):
 
     def __init__(self, loaded: Source, directory: Path) -> None:
         super().__init__(loaded)
-        self.built = Built(directory, loaded.name)
+        self.built = Built(of_directory(directory, loaded.name))
 
     @property
     def parameters(self) -> int:

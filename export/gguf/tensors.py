@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgen.errors import UnsupportedModel
+from fastgen.errors import ModelError
 from fastgen.export.build.weights import Tensor
 from fastgen.export.gguf.file import Held
 from fastgen.system import extras
@@ -19,12 +19,14 @@ def library() -> Any:
     """The library `gguf`.
 
     Raises:
-        UnsupportedModel: it is not installed.
+        ModelError: it is not installed.
     """
     try:
         import gguf
     except ImportError as error:
-        raise UnsupportedModel(f"a GGUF file needs `{extras.install('gguf')}` ({error})") from error
+        raise ModelError(
+            f"opening a GGUF file needs the library gguf: {extras.install('gguf')} ({error})"
+        ) from error
     return gguf
 
 

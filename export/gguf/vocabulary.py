@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 from tokenizers import (
     AddedToken,
     Regex,
@@ -86,7 +85,7 @@ def read(file: File) -> tuple[Tokenizer | None, dict[str, Any], str]:
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
         raise UnsupportedModel("its vocabulary has no tokens")
     types = file.metadata.get("tokenizer.ggml.token_type")
-    types = np.full(len(tokens), NORMAL) if types is None else types
+    types = [NORMAL] * len(tokens) if types is None else list(types)
     if len(types) != len(tokens):
         raise UnsupportedModel(f"it has {len(tokens)} tokens and {len(types)} types of them")
     config = _configuration(file, tokens)
@@ -239,6 +238,14 @@ def special_ids(file: File, tokens: int) -> dict[str, int]:
             raise UnsupportedModel(f"its {name} is {number!r}, and it has {tokens} tokens")
         found[f"{name}_id"] = number
     return found
+
+
+def end_ids(file: File, tokens: int) -> dict[str, Any]:
+    """The ids that end a text, where there are several: of the text, of a turn, of a message."""
+    names = ("eos", "eot", "eom")
+    said = [file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in names]
+    ids = [number for number in said if isinstance(number, int) and 0 <= number < tokens]
+    return {"eos_token_id": list(dict.fromkeys(ids))} if len(set(ids)) > 1 else {}
 
 
 def _configuration(file: File, tokens: list[str]) -> dict[str, Any]:

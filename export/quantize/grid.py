@@ -71,7 +71,7 @@ def _scales(weight: Floats, ends: tuple[int, ...]) -> tuple[Floats, bool]:
     return scales, bool(exact.all())
 
 
-def quantise(model: ir.Model, shown: Callable[[int, int], None]) -> list[str]:
+def hold(model: ir.Model, shown: Callable[[int, int], None]) -> list[str]:
     """Hold every matrix of a graph in the kernel of its grid, in place.
 
     Args:
@@ -81,7 +81,8 @@ def quantise(model: ir.Model, shown: Callable[[int, int], None]) -> list[str]:
     Returns:
         The kernel of each.
     """
-    total, made = len(products(model.graph)), []
+    total = len(products(model.graph))
+    made: list[str] = []
 
     def choose(product: Product) -> Choice:
         shown(len(made), total)

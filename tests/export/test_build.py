@@ -153,7 +153,7 @@ def copy(saved: Path, tmp_path: Path) -> Path:
 
 
 def write(place: Path) -> onnx_ir.Model:
-    found = build_origin.Built(place)
+    found = build_origin.of_directory(place)
     return found.convert()[0]
 
 
@@ -220,7 +220,7 @@ def test_a_tied_head_that_is_stored_too_is_read_once(copy: Path) -> None:
     assert "FusedMatMul" in {node.op_type for node in made.graph}
     store(copy, tensors | {"lm_head.weight": table + 1})
     with pytest.raises(UnsupportedModel, match=r"little cannot be built: its lm_head\.weight is"):
-        build_origin.Built(copy)
+        build_origin.of_directory(copy)
 
 
 def test_a_matrix_is_read_when_it_is_wanted(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -355,7 +355,7 @@ def test_a_header_that_lies_is_told(copy: Path) -> None:
     told = json.dumps(header).encode()
     path.write_bytes(len(told).to_bytes(8, "little") + told + data[8 + length :])
     with pytest.raises(ModelError, match=r"model\.norm\.weight has 256 bytes for the shape"):
-        build_origin.Built(copy)
+        build_origin.of_directory(copy)
 
 
 # What well-known configurations of the hub hold besides.

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import json
 import struct
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import gguf
 import gguf_files
 import numpy as np
+import onnx_ir
 import pytest
 import sentencepiece
 import tiny
 import tokenizers_made
+import torch
+from fake_hub import Hub, World, blocked, serving
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Tokenizer
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import fastgen
 from fastgen.errors import ModelError, UnsupportedModel
+from fastgen.export import export
 from fastgen.export.gguf import architectures, file, tensors, vocabulary
+from fastgen.export.prove import check
 from fastgen.export.quantize import grid
-from fastgen.export.quantize.kernels import codes_values
+from fastgen.export.quantize.kernels import Kernel, codes_values
+from fastgen.store import resolve
 
 KINDS = {
     "cohere": {},
@@ -323,3 +332,118 @@ def test_other_numbers_get_the_nearest_codes_of_8_bits():
     found = grid.choice_of(np.ascontiguousarray(rows.T))
     error = np.abs(codes_values(found.codes, found.kernel, found.scales, 64).T - rows)
     assert found.kernel == grid.EIGHT and error.max() <= np.abs(rows).max() / 254 + 1e-6
+
+
+# --- from a file to text --------------------------------------------------------------------------
+
+QUICK = {"gemma3_text", "gpt2", "llama"}
+NO_TORCH = blocked("torch", "transformers", "onnxscript", "peft", "safetensors")
+MAIN = "from fastgen.__main__ import main; main()"
+
+
+@pytest.mark.parametrize("kind", tiny.some(KINDS, QUICK))
+def test_a_file_says_what_the_model_says_that_it_was_made_of(kind: str, tmp_path: Path):
+    model = tiny.build(kind, **KINDS[kind])
+    path = gguf_files.write(model, tmp_path / "model.gguf")
+    ours = fastgen.CausalLM(export(path, tmp_path / "out", precision="fp32", progress=None))
+    rows = [np.array(row) for row in tiny.ragged(1)]
+    for row, found in zip(rows, check.exported_logits(ours.model, rows), strict=True):
+        with torch.no_grad():
+            expected = model(torch.from_numpy(row)[None]).logits[0].numpy()
+        assert np.abs(found - expected).max() <= 2e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision"), [(TYPES.Q8_0, "int8"), (TYPES.Q4_0, "int4"), (TYPES.Q4_1, "int8")]
+)
+def test_it_stays_in_its_own_numbers(kind, precision, llama, tmp_path):
+    """The matrices are those of the file, where the kernel has them exactly."""
+    path = gguf_files.write(llama, tmp_path / "model.gguf", kind)
+    out = export(path, tmp_path / "out", quick=True, progress=None)
+    assert fastgen.load(out).model.info.precision == precision
+    report = json.loads((out / "report.json").read_text())
+    bits = 4 if precision == "int4" else 8
+    assert report["kernels"].keys() == {f"int{bits}, blocks of 32"}
+    exact = export(path, tmp_path / "exact", precision="fp32", progress=None)
+    held = onnx_ir.load(out / "model.onnx").graph.initializers
+    for name, value in onnx_ir.load(exact / "model.onnx").graph.initializers.items():
+        codes, scales = held.get(f"{name}.codes"), held.get(f"{name}.scales")
+        if codes is None or kind == TYPES.Q4_1:
+            continue
+        expected = value.const_value.numpy()
+        size = llama.config.hidden_size if expected.shape[0] != 96 else 96
+        found = codes_values(
+            codes.const_value.numpy(), Kernel(bits, 32), scales.const_value.numpy(), size
+        )
+        np.testing.assert_array_equal(
+            found, expected if found.shape == expected.shape else expected.T
+        )
+
+
+def test_what_is_asked_for_is_made_of_it(llama, tmp_path):
+    path = gguf_files.write(llama, tmp_path / "model.gguf", TYPES.Q8_0)
+    out = export(path, tmp_path / "out", precision="int4", quick=True, progress=None)
+    assert fastgen.load(out).model.info.precision == "int4"
+    with pytest.raises(UnsupportedModel, match=r"prove is for transformers models: .*a GGUF file"):
+        export(path, tmp_path / "other", prove=True, progress=None)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_directory_stands_for_its_only_file(llama, tmp_path):
+    gguf_files.write(llama, tmp_path / "a.gguf")
+    found = resolve.resolve(tmp_path)
+    assert (found.kind, found.file) == (resolve.GGUF, "a.gguf")
+    gguf_files.write(llama, tmp_path / "b.gguf")
+    with pytest.raises(ModelError, match=r"has 2 GGUF files: name one of a\.gguf, b\.gguf"):
+        resolve.resolve(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def hub(llama, tmp_path_factory) -> Iterator[Hub]:
+    root = tmp_path_factory.mktemp("hub")
+    (root / "org" / "files").mkdir(parents=True)
+    for kind in (TYPES.F32, TYPES.Q8_0):
+        place = root / "org" / "files" / f"little-{kind.name}.gguf"
+        gguf_files.write(llama, place, kind, tokenizers_made.byte_level())
+    with serving(root) as server:
+        yield server
+
+
+def test_a_file_of_the_hub_becomes_text_without_torch(world: World):
+    """Exported on first use, and no other file of the repository is fetched."""
+    flags = ("--max-new-tokens", "3", "--threads", "1")
+    name = "org/files:little-Q8_0.gguf"
+    code, out, err = world.run(NO_TORCH + MAIN, "generate", "the quick", "--model", name, *flags)
+    assert code == 0 and out.startswith("the quick"), err
+    fetched = {one.rpartition("/")[2] for one in world.hub.asked if "/resolve/" in one}
+    assert fetched == {"little-Q8_0.gguf"}
+    code, again, err = world.run(NO_TORCH + MAIN, "generate", "the quick", "--model", name, *flags)
+    assert (code, again) == (0, out), err
+    code, _, err = world.run(NO_TORCH + MAIN, "info", "org/files:other.gguf")
+    assert code != 0 and "org/files:other.gguf is not there" in err and "little-F32.gguf" in err
+
+
+def test_without_the_library_it_says_what_to_install(world: World):
+    program = blocked("gguf", "torch", "transformers") + MAIN
+    code, _, err = world.run(program, "export", "org/files:little-Q8_0.gguf", "out")
+    assert code != 0 and "pip install 'fastgen-onnx[gguf]'" in err and err.count("\n") <= 2
+
+
+@pytest.mark.real
+def test_a_real_file_says_what_transformers_reads_of_it(real_gguf: Callable[[str], Path], tmp_path):
+    """SmolLM2 in Q4_1: logits to 1e-4, and the ids of texts."""
+    path = real_gguf("smollm2")
+    found = opened(path)
+    config = architectures.configuration(found)
+    held = architectures.weights(found, architectures.described(found, config))
+    theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
+    state = theirs.state_dict()
+    for name in ("model.layers.3.self_attn.q_proj.weight", "model.layers.29.mlp.down_proj.weight"):
+        np.testing.assert_allclose(held[name].read(slice(None)), state[name].numpy(), atol=1e-6)
+    ours = fastgen.CausalLM(export(path, tmp_path / "out", precision="fp32", progress=None))
+    text = "The quick brown fox jumps over the lazy dog, and 3 > 2.\n\n  def f(x): return x"
+    ids = np.array(ours.tokenizer.encode(text))
+    (logits,) = check.exported_logits(ours.model, [ids])
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(ids)[None]).logits[0].numpy()
+    assert np.abs(logits - expected).max() <= 1e-4 * np.abs(expected).max()
