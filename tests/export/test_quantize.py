@@ -139,7 +139,7 @@ def test_a_row_does_not_feel_its_neighbours(quantized):
 
 
 def test_an_outlier_token_spoils_nobody_else(quantized):
-    """What a per-tensor scale gets wrong: the first token's activations are huge."""
+    """The first token's activations are huge, which a scale for the whole tensor gets wrong."""
     precision, reference, model = quantized
     worst = []
     for _ in range(12):  # the worst logit of one row is a matter of luck
@@ -305,7 +305,7 @@ def test_inputs_that_are_turned_leave_the_product_and_spread_an_outlier(tmp_path
 
 
 def _said(x: np.ndarray, weight: np.ndarray, choice: Choice, path: Path) -> np.ndarray:
-    """What onnxruntime says of x [tokens, in] times a matrix that is quantised in a graph."""
+    """onnxruntime's product of x [tokens, in] and a matrix that is quantised in a graph."""
     held = ir.val("w", ir.DataType.FLOAT, weight.shape, const_value=ir.tensor(weight, name="w"))
     read = ir.val("x", ir.DataType.FLOAT, [1, len(x), len(weight)])
     node = ir.node("MatMul", [read, held])

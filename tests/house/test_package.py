@@ -1,4 +1,4 @@
-"""What the package is made of: light imports, layers, and nothing else in site-packages."""
+"""The package has light imports and complete maps, and installs nothing else."""
 
 from __future__ import annotations
 
@@ -141,6 +141,24 @@ def test_the_wheel_installs_fastgen_alone(tmp_path):
     assert not re.findall(r"\]\((?!https://)", described)  # an index has no files to link to
 
 
+RIDDLE = re.compile(
+    r"(what|who|whom|whose|how|whether|where|when|which|why|whatever|whoever|wherever)\b", re.I
+)
+
+
+@pytest.mark.parametrize("folder", ["fastgen", "export", "tests", "bench"])
+def test_docstrings_begin_with_a_verb_or_the_thing(folder):
+    """None begins with a question word: "Clear unused slots.", not "What clears unused slots"."""
+    kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    found = []
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            text = ast.get_docstring(node) if isinstance(node, kinds) else None
+            if text and RIDDLE.match(text):
+                found.append(f"{path.relative_to(ROOT)}: {text.splitlines()[0]}")
+    assert found == []
+
+
 def texts() -> dict[str, bytes]:
     """The repository's files by name: git's, where there is one."""
     asked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
@@ -174,7 +192,7 @@ OF_EXTRAS = {
 
 
 def test_what_is_imported_is_declared():
-    """What is not of an extra; and each has a lowest version, which `.ci/lowest` has tested."""
+    """Each import of no extra is declared, with a lowest version that `.ci/lowest` tested."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     declared = {re.split(r"[<>=!~ ]", one)[0] for one in project["dependencies"]}
     imported = set()
