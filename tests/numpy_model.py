@@ -63,7 +63,7 @@ class NumpyModel(Model):
         self.directory = Path("numpy")
         self.info = info(windows, states, vocab, max_length)
         self.tuning = Tuning()
-        self.reader = self.codes = None
+        self.prefill_session = self.codes = None
         self.grain = GRAIN
         self._spare: dict[str, Cache] = {}
         self.fingerprint = f"{windows} {states} {vocab} {seed}"
