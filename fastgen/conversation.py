@@ -30,7 +30,7 @@ from fastgen.inputs import validators
 from fastgen.inputs.lengths import default_length
 from fastgen.inputs.params import NAMES, Params, drawn, resolve, sampling
 from fastgen.store import files, jsonfile
-from fastgen.store.model_info import ModelInfo
+from fastgen.store.model_info import CHAT_TEMPLATE, ModelInfo
 from fastgen.system.cpu import memory_bytes
 from fastgen.text import chat_template
 
@@ -105,7 +105,7 @@ class Conversation:
         self, model: CausalLM, knobs: Mapping[str, Any] | None = None, system: str | None = None
     ) -> None:
         self.model = model
-        model.model.info.check(model.directory, chat_template.FILE)
+        model.model.info.check(model.directory, CHAT_TEMPLATE)
         self.has_template = chat_template.has_template(model.directory, model.tokenizer.config)
         self.cache = PrefixCache(_bytes_of_all(model.model.info))
         self.turns: list[Message] = []
@@ -193,7 +193,7 @@ class Conversation:
             ValueError: it cannot be written there.
         """
         text = json.dumps({"messages": self.messages}, ensure_ascii=False, indent=2)
-        with files.written("the conversation's file", path) as file:
+        with files.atomic_file("the conversation's file", path) as file:
             file.write_text(text + "\n", encoding="utf-8")
 
     def load(self, path: Path) -> None:

@@ -37,7 +37,7 @@ def batch(
     quiet: bool,
     model: str | None,
     threads: int | None,
-    prompts: str | None,
+    prefill_precision: str | None,
     ids: bool,
     max_rows: int | None,
     **others: Any,
@@ -61,7 +61,7 @@ def batch(
         from fastgen.engine.schedule import MAX_ROWS
         from fastgen.inputs import params, validators
         from fastgen.jobs.generation import GenerationWork
-        from fastgen.jobs.job import Job
+        from fastgen.jobs.job import RowJob
         from fastgen.jobs.request import RowReader
         from fastgen.jobs.source import RowSource
 
@@ -72,13 +72,13 @@ def batch(
             seed = validators.integer("--seed", seed)
         if flags["address"] is not None:
             arguments = {"model": model, "keep": keep, "seed": seed or 0, "ids": ids, **wanted}
-            arguments |= {"threads": threads, "prompts": prompts, "max_rows": max_rows or MAX_ROWS}
-            arguments |= {"created": int(time.time())}
+            arguments |= {"threads": threads, "prefill_precision": prefill_precision}
+            arguments |= {"max_rows": max_rows or MAX_ROWS, "created": int(time.time())}
             on_a_cluster("Generate", arguments, source, out, kind, restart, quiet, flags)
             return
         only_on_a_cluster(flags)
         rows = RowSource.of(source, kind)
-        loaded = load(model, threads, prompts)
+        loaded = load(model, threads, prefill_precision)
         params.resolve(loaded.generation_config.to_dict(), None, wanted)
         RowReader(loaded, wanted, keep).check(rows.columns() or ())
         settings = {
@@ -88,7 +88,7 @@ def batch(
             "keep": sorted(keep),
             "ids": ids,
         }
-        with Job(rows, out, settings, seed=seed, restart=restart) as job:
+        with RowJob(rows, out, settings, seed=seed, restart=restart) as job:
             begun = job.begun
             reader = RowReader(loaded, wanted, keep, begun["seed"], ids, begun["created"])
             do(job, GenerationWork(reader, max_rows or MAX_ROWS), quiet)

@@ -14,7 +14,7 @@ from fastgen.system import extras
 from fastgen.system.interrupt import QUIET_EXIT
 
 if TYPE_CHECKING:
-    from fastgen.jobs.job import Job, Work
+    from fastgen.jobs.job import RowJob, Work
     from fastgen.jobs.row import Done
 
 SPREAD = ("address", "actors", "cpus", "at_once", "ordered")  # what the flags of a cluster set
@@ -120,7 +120,7 @@ def only_on_a_cluster(flags: dict[str, Any]) -> None:
             raise ValueError(f"--{name.replace('_', '-')} needs --ray")
 
 
-def do(job: Job, work: Work, quiet: bool) -> None:
+def do(job: RowJob, work: Work, quiet: bool) -> None:
     """Run a job, and say how it went; the exit code is 1 if a row came to nothing."""
     start = time.monotonic()
     rows = tokens = 0
@@ -148,7 +148,7 @@ def do(job: Job, work: Work, quiet: bool) -> None:
         raise click.exceptions.Exit(SOME_BAD)
 
 
-def _with_bar(job: Job, rows: Iterator[Done], quiet: bool) -> Iterator[Done]:
+def _with_bar(job: RowJob, rows: Iterator[Done], quiet: bool) -> Iterator[Done]:
     """The rows, with a bar on stderr where somebody looks."""
     if quiet or not sys.stderr.isatty():
         yield from rows

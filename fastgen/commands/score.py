@@ -26,7 +26,7 @@ def score(
     quiet: bool,
     model: str | None,
     threads: int | None,
-    prompts: str | None,
+    prefill_precision: str | None,
     each: bool,
     **flags: Any,
 ) -> None:
@@ -38,18 +38,18 @@ def score(
     wrong in single rows as `fastgen batch` is.
     """
     with clear_errors():
-        from fastgen.jobs.job import Job
+        from fastgen.jobs.job import RowJob
         from fastgen.jobs.scoring import ScoringWork
         from fastgen.jobs.source import RowSource
 
         if flags["address"] is not None:
             arguments = {"model": model, "keep": keep, "tokens": each, "threads": threads}
-            arguments |= {"prompts": prompts}
+            arguments |= {"prefill_precision": prefill_precision}
             on_a_cluster("Score", arguments, source, out, kind, restart, quiet, flags)
             return
         only_on_a_cluster(flags)
         rows = RowSource.of(source, kind)
-        loaded = load(model, threads, prompts)
+        loaded = load(model, threads, prefill_precision)
         work = ScoringWork(loaded, keep, each)
         work.check(rows.columns() or ())
         settings = {
@@ -58,5 +58,5 @@ def score(
             "keep": sorted(keep),
             "tokens": each,
         }
-        with Job(rows, out, settings, restart=restart) as job:
+        with RowJob(rows, out, settings, restart=restart) as job:
             do(job, work, quiet)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from fastgen.inputs import validators
+from fastgen.inputs.keywords import ARGUMENTS, BY_DEFAULT, INERT, UNSUPPORTED
 from fastgen.inputs.knob import (
     ANY,
     CUTOFF,
@@ -266,7 +267,7 @@ def _check_together(params: Params) -> None:
 
 def _check_form(params: Params) -> None:
     """The rules of the knobs that say what the text has to be."""
-    forms = [n for n in ("json_schema", "regex", "grammar") if getattr(params, n) is not None]
+    forms = [name for name in FORMS if getattr(params, name) is not None]
     if len(forms) > 1:
         raise ValueError(f"{forms[0]} cannot be used with {forms[1]}: a text has one form")
     for name in ("forced_bos_token_id", "forced_eos_token_id"):
@@ -277,59 +278,8 @@ def _check_form(params: Params) -> None:
             )
 
 
+FORMS = ("json_schema", "regex", "grammar")  # the knobs that give a text a form
 NAMES = frozenset(knob.name for knob in fields(Params))
-
-# Knobs of transformers that change nothing here: accepted, so that scripts run unchanged.
-INERT = {
-    "use_cache": "keys and values are always kept; the tokens are the same",
-    "cache_implementation": "there is one cache, in place",
-    "cache_config": "there is one cache, in place",
-    "max_cache_len": "the cache is as long as the call needs",
-    "prefill_chunk_size": "prompts are always prefilled in chunks",
-    "logits_to_keep": "only the logits that are needed are computed",
-    "compile_config": "nothing is compiled",
-    "disable_compile": "nothing is compiled",
-    "return_dict": "about the model's own call",
-    "decoder_start_token_id": "for encoder-decoder models",
-    "assistant_lookbehind": "for an assistant with another tokenizer, which is not supported",
-    "target_lookbehind": "for an assistant with another tokenizer, which is not supported",
-    "synced_gpus": "for several GPUs",
-    "transformers_version": "a note of the file's writer",
-}
-
-# Knobs of transformers that ask for something that is not done here.
-UNSUPPORTED = {
-    "output_attentions": "the graph does not compute attention weights apart",
-    "output_hidden_states": "the graph returns logits alone",
-    "penalty_alpha": "contrastive search has left transformers for remote code",
-    "dola_layers": "DoLa has left transformers for remote code and needs hidden states",
-    "constraints": "constrained beam search has left transformers for remote code",
-    "force_words_ids": "constrained beam search has left transformers for remote code",
-    "low_memory": "transformers no longer supports it; beams share their prompt here anyway",
-    "use_mtp": "multi-token prediction heads are not exported",
-    "speculation_type": "draft heads are not exported",
-    "is_assistant": "set on a draft model by transformers itself",
-    "assistant_early_exit": "the graph has one exit",
-    "assistant_ensemble_weight": "it changes the distribution",
-    "assistant_tokenizer": "an assistant must share the model's vocabulary",
-    "continuous_batching_config": "deprecated in transformers",
-    "inputs_embeds": "the graph takes token ids",
-    "token_type_ids": "the graph takes no other ids than tokens",
-    "position_ids": "positions follow from the attention_mask",
-    "past_key_values": "the cache belongs to the call",
-    "cache": "the cache belongs to the call",
-    "encoder_outputs": "for encoder-decoder models",
-    "decoder_input_ids": "for encoder-decoder models",
-    "custom_generate": "remote code is not run",
-    "trust_remote_code": "remote code is not run",
-}
-
-# What of it a model's own defaults can ask for. The rest changes no token there: outputs that no
-# call asked for, and arguments that a generation config does not have.
-BY_DEFAULT = {
-    "penalty_alpha", "dola_layers", "constraints", "force_words_ids", "use_mtp", "is_assistant",
-    "assistant_early_exit", "assistant_ensemble_weight",
-}  # fmt: skip
 
 
 def resolve(
@@ -436,7 +386,7 @@ def _clashes(name: str, knobs: Mapping[str, Any]) -> bool:
         return beams or bool(knobs.get("do_sample"))
     if name == "diversity_penalty":
         return not _above_one(knobs.get("num_beam_groups"))
-    forms = (knobs.get(form) is not None for form in ("json_schema", "regex", "grammar"))
+    forms = (knobs.get(form) is not None for form in FORMS)
     return name in ("forced_bos_token_id", "forced_eos_token_id") and any(forms)
 
 
@@ -467,22 +417,6 @@ def _asks(value: Any) -> bool:
     return value is not None and not (isinstance(value, int | float) and value == 0)
 
 
-# The arguments of `generate` that are objects rather than knobs (see generator).
-ARGUMENTS = (
-    "attention_mask",
-    "generation_config",
-    "logits_processor",
-    "stopping_criteria",
-    "prefix_allowed_tokens_fn",
-    "negative_prompt_ids",
-    "negative_prompt_attention_mask",
-    "assistant_model",
-    "tokenizer",
-    "prefix_cache",
-    "streamer",
-)
-
-
 def table() -> str:
     """Every knob as Markdown, then those that change nothing and those left out, and why."""
     lines = ["| knob | default | |", "|---|---|---|"]
@@ -497,16 +431,3 @@ def table() -> str:
         lines += ["", title, "", "| knob | why |", "|---|---|"]
         lines += [f"| `{name}` | {why} |" for name, why in reasons.items()]
     return "\n".join(lines)
-
-
-__all__ = [
-    "ARGUMENTS",
-    "INERT",
-    "NAMES",
-    "UNSUPPORTED",
-    "Params",
-    "drawn",
-    "resolve",
-    "sampling",
-    "table",
-]

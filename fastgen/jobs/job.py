@@ -24,7 +24,7 @@ class Work(Protocol):
         """Each row with its outcome, in any order; rows are taken as they are needed."""
 
 
-class Job:
+class RowJob:
     """Rows of one place that become rows of another.
 
     Args:

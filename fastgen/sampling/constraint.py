@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastgen.inputs.params import FORMS
 from fastgen.sampling import schema
 from fastgen.sampling.trial import Exceeded, Limits, Trial
 from fastgen.sampling.trial_process import Spellings
@@ -33,8 +34,6 @@ from fastgen.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from fastgen.inputs.params import Params
     from fastgen.sampling.processors import Context
-
-KNOBS = ("json_schema", "regex", "grammar")
 
 # JSON in one line, as Python's json.dumps writes it: what models have read most, and all that has
 # to come is certain. A schema may say otherwise: {"x-guidance": {"whitespace_flexible": true}}.
@@ -57,7 +56,7 @@ MASKS = 16  # different sets of tokens that are kept: within a text many are the
 
 def asked(params: Params) -> tuple[str, str] | None:
     """The knob that asks for a form and its value, if one does."""
-    found = [(name, getattr(params, name)) for name in KNOBS]
+    found = [(name, getattr(params, name)) for name in FORMS]
     return next(((name, text) for name, text in found if text is not None), None)
 
 
@@ -509,6 +508,6 @@ def _llguidance() -> Any:
         import llguidance
     except ImportError as error:
         raise ValueError(
-            f"{', '.join(KNOBS)} need llguidance: {extras.install('structured')}"
+            f"{', '.join(FORMS)} need llguidance: {extras.install('structured')}"
         ) from error
     return llguidance

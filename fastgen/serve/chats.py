@@ -10,7 +10,8 @@ from typing import Any
 
 from fastgen.engine.output import Token
 from fastgen.inputs.lengths import NEW_TOKENS
-from fastgen.sampling import constraint, schema
+from fastgen.inputs.params import FORMS
+from fastgen.sampling import schema
 from fastgen.serve import dialects, reasoning
 from fastgen.serve.answers import GeneratedText, chat_logprobs
 from fastgen.serve.front import Front
@@ -278,7 +279,7 @@ async def _held_to(
 ) -> list[str]:
     """Let the knobs say what the answer has to be; returns what it is not held to, and why."""
     wanted = {} if body.response_format is None else _format(body.response_format)
-    form = next((name for name in constraint.KNOBS if request.knobs.get(name) is not None), None)
+    form = next((name for name in FORMS if request.knobs.get(name) is not None), None)
     if choice.forced and form is not None:
         raise Refused(400, f"tool_choice forces a call, and {form} another text", param=form)
     free = not choice.tools or (not choice.forced and (front.free_calls or form is not None))

@@ -139,7 +139,7 @@ def for_template(sent: Mapping[str, Any], template: str) -> dict[str, Any]:
     return {name: sent[name] for name in OF_TEMPLATES if name in sent and name in template}
 
 
-class Noted:
+class FieldLog:
     """Tells the log once of each field that is let go."""
 
     def __init__(self) -> None:

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from fastgen.engine.output import Token
 from fastgen.engine.prefix_cache import PrefixCache
@@ -24,7 +25,13 @@ from fastgen.serve.refused import Full, Stopping
 QUEUE = 256  # calls that may wait
 
 
-News = tuple["RunningCall", list[Token], bool]  # a stream, its new tokens, and whether it is over
+class Progress(NamedTuple):
+    """A step of one call: its new tokens, whether it is over, and the error that ended it."""
+
+    call: RunningCall
+    tokens: list[Token]
+    done: bool
+    error: Exception | None = None
 
 
 @dataclass(eq=False)
@@ -32,27 +39,27 @@ class RunningCall:
     """One call, or one text that is scored, on its way, as the event loop sees it.
 
     Attributes:
-        writer: what makes tokens of its events; None for a text, which has none.
-        place: which of the calls of its request it is.
-        inbox: where its tokens go, with those of the other calls of its request.
-        begun: when it was submitted (`time.perf_counter`).
+        writer: makes tokens of its events; None for a text, which has none.
+        index: its number among the calls of its request.
+        inbox: takes its steps, with those of the other calls of its request.
+        begun: the time of its submission (`time.perf_counter`).
         done: whether it is over.
-        error: what ended it, if something did.
+        error: the error that ended it, if any.
     """
 
     call: Job
     writer: Writer | None
-    place: int
-    inbox: asyncio.Queue[News]
+    index: int
+    inbox: asyncio.Queue[Progress]
     begun: float = field(default_factory=time.perf_counter)
     done: bool = False
     error: Exception | None = None
 
-    def tell(self, tokens: list[Token], done: bool, error: Exception | None) -> None:
-        """Pass on a step's tokens; in the event loop."""
+    def tell(self, progress: Progress) -> None:
+        """Pass on a step; in the event loop."""
         if not self.done:
-            self.done, self.error = done, error
-            self.inbox.put_nowait((self, tokens, done))
+            self.done, self.error = progress.done, progress.error
+            self.inbox.put_nowait(progress)
 
 
 class Engine:
@@ -62,7 +69,7 @@ class Engine:
         model: whose calls they are.
         queue: calls that may wait until there is room.
         max_bytes, max_rows, chunk: see `Scheduler`.
-        watch: told of each step: how many seconds it took and the streams with their new tokens.
+        watch: told of each step, in the event loop.
 
     Raises:
         ValueError: a setting that cannot be.
@@ -76,7 +83,7 @@ class Engine:
         max_bytes: int | None = None,
         max_rows: int | None = None,
         chunk: int | None = None,
-        watch: Callable[[list[tuple[RunningCall, list[Token]]]], None] = lambda news: None,
+        watch: Callable[[list[Progress]], None] = lambda steps: None,
     ) -> None:
         if queue < 1:
             raise ValueError(f"queue must be positive, got {queue}")
@@ -89,7 +96,7 @@ class Engine:
         self._watch = watch
         self._streams: dict[int, RunningCall] = {}  # by the id of the call
         self._inbox: deque[tuple[str, RunningCall]] = deque()
-        self._news = threading.Condition()
+        self._changed = threading.Condition()
         self._refusing = self._ended = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="fastgen-engine", daemon=True)
@@ -116,7 +123,7 @@ class Engine:
         return len(self._streams)
 
     def submit(
-        self, call: Job, writer: Writer | None, place: int, inbox: asyncio.Queue[News]
+        self, call: Job, writer: Writer | None, index: int, inbox: asyncio.Queue[Progress]
     ) -> RunningCall:
         """Let a call wait for its turn; its tokens come to `inbox`.
 
@@ -131,7 +138,7 @@ class Engine:
         if self.waiting >= self.queue:
             raise Full
         self.scheduler.check(call)
-        stream = RunningCall(call, writer, place, inbox)
+        stream = RunningCall(call, writer, index, inbox)
         self._streams[id(call)] = stream
         self._post("submit", stream)
         return stream
@@ -147,23 +154,23 @@ class Engine:
         until = time.monotonic() + grace
         while self._streams and time.monotonic() < until and self._thread.is_alive():
             await asyncio.sleep(0.02)
-        with self._news:
+        with self._changed:
             self._ended = True
-            self._news.notify()
+            self._changed.notify()
         while self._thread.is_alive():
             await asyncio.sleep(0.02)
 
     def _post(self, kind: str, stream: RunningCall) -> None:
-        with self._news:
+        with self._changed:
             self._inbox.append((kind, stream))
-            self._news.notify()
+            self._changed.notify()
 
-    def _tell(self, news: list[tuple[RunningCall, list[Token], bool, Exception | None]]) -> None:
-        for stream, tokens, done, error in news:
-            if done:
-                self._streams.pop(id(stream.call), None)
-            stream.tell(tokens, done, error)
-        self._watch([(stream, tokens) for stream, tokens, _, _ in news])
+    def _tell(self, steps: list[Progress]) -> None:
+        for progress in steps:
+            if progress.done:
+                self._streams.pop(id(progress.call.call), None)
+            progress.call.tell(progress)
+        self._watch(steps)
 
     # --- in the engine's thread ------------------------------------------------------------------
 
@@ -171,15 +178,15 @@ class Engine:
         streams: dict[int, RunningCall] = {}
         try:
             while self._look(streams):
-                news = []
+                steps = []
                 for call, events in self.scheduler.step():
                     stream, done = streams[id(call)], call.done
                     if done:
                         del streams[id(call)]
                     tokens = stream.writer.take(events) if stream.writer else []
-                    news.append((stream, tokens, done, call.error))
-                if news:
-                    self._report(news)
+                    steps.append(Progress(stream, tokens, done, call.error))
+                if steps:
+                    self._report(steps)
             over: Exception = Stopping()
         except BaseException as error:
             over = RuntimeError(f"the engine has failed: {error!r}")
@@ -187,18 +194,18 @@ class Engine:
         finally:
             self._refusing = True
             self.scheduler.close()
-            self._report([(stream, [], True, over) for stream in streams.values()])
+            self._report([Progress(stream, [], True, over) for stream in streams.values()])
 
-    def _report(self, news: list[tuple[RunningCall, list[Token], bool, Exception | None]]) -> None:
+    def _report(self, steps: list[Progress]) -> None:
         assert self._loop is not None
         with contextlib.suppress(RuntimeError):  # the loop is closed: there is nobody to be told
-            self._loop.call_soon_threadsafe(self._tell, news)
+            self._loop.call_soon_threadsafe(self._tell, steps)
 
     def _look(self, streams: dict[int, RunningCall]) -> bool:
         """Take in what came, waiting where nothing runs; False when all is over."""
-        with self._news:
+        with self._changed:
             while not self._inbox and self.scheduler.idle and not self._ended:
-                self._news.wait()
+                self._changed.wait()
             if self._ended:
                 return False
             came, self._inbox = self._inbox, deque()
@@ -208,5 +215,5 @@ class Engine:
                 self.scheduler.submit(stream.call)
             elif streams.pop(id(stream.call), None):
                 self.scheduler.cancel(stream.call)
-                self._report([(stream, [], True, None)])
+                self._report([Progress(stream, [], True)])
         return True

@@ -16,10 +16,10 @@ from fastgen.engine.output import Token
 from fastgen.engine.schedule import Job
 from fastgen.engine.writer import Writer
 from fastgen.generator import CausalLM
-from fastgen.inputs.params import Params
+from fastgen.inputs.params import FORMS, Params
 from fastgen.sampling import constraint
 from fastgen.serve.answers import GeneratedText
-from fastgen.serve.dialects import Noted
+from fastgen.serve.dialects import FieldLog
 from fastgen.serve.limits import RequestLimits
 from fastgen.serve.reasoning import FORMATS
 from fastgen.serve.refused import Full, Refused, refusal, wrong
@@ -28,7 +28,7 @@ from fastgen.serve.tools import shown
 from fastgen.serve.tools.format import Format
 from fastgen.serve.tools.plain import Plain, told
 from fastgen.serve.tools.reader import AnswerReader, Marks, ReadingOptions
-from fastgen.serve.tools.shown import Shown
+from fastgen.serve.tools.shown import TemplateForms
 from fastgen.serve.wire import GenerationRequest
 from fastgen.text import chat_template
 from fastgen.text.tokenizer import pieces
@@ -73,7 +73,7 @@ class Front:
         self.model, self.limits = model, limits or RequestLimits()
         self.raw, self.free_calls, self._plain_tools = reasoning == "none", free_calls, plain_tools
         self._new_grammars = 0
-        self.noted = Noted()
+        self.noted = FieldLog()
         self.info = model.model.info
         self.name = name or self.info.name or model.directory.name
         self.defaults = model.generation_config.to_dict()
@@ -127,7 +127,7 @@ class Front:
     # --- the model's own forms -------------------------------------------------------------------
 
     @cached_property
-    def shown(self) -> Shown:
+    def shown(self) -> TemplateForms:
         """The forms of calls and of reasoning that the chat template shows."""
         return shown.of(self.model)
 
@@ -187,10 +187,10 @@ class Front:
             given = [given]
         self.limits.check("prompts", len(given), "prompt")
         out = []
-        for place, one in enumerate(given):
-            ids = await self.ids(one) if isinstance(one, str) else list(one)
+        for index, prompt in enumerate(given):
+            ids = await self.ids(prompt) if isinstance(prompt, str) else list(prompt)
             if not ids:
-                raise Refused(400, f"prompt {place} is empty", param="prompt")
+                raise Refused(400, f"prompt {index} is empty", param="prompt")
             self.known(ids, "prompt")
             self.room(len(ids), new, 1)
             out.append(ids)
@@ -265,7 +265,7 @@ class Front:
         Raises:
             Refused: it cannot be used, or too many wait.
         """
-        asked = {name: knobs[name] for name in constraint.KNOBS if knobs.get(name) is not None}
+        asked = {name: knobs[name] for name in FORMS if knobs.get(name) is not None}
         if len(asked) != 1 or not self.model.has_tokenizer:
             return
         tokenizer, vocab_size = self.model.tokenizer, self.info.vocab_size
@@ -298,16 +298,16 @@ class Front:
         if asked is not True or not self.model.has_tokenizer:
             return prompts, request
         try:
-            made = [await self.aside(partial(self.model.healing, ids)) for ids in prompts]
+            healed = [await self.aside(partial(self.model.healing, ids)) for ids in prompts]
         except ValueError as error:
             raise refusal(error) from error
-        out = [ids for ids, _ in made]
-        calls = [(place, call) for place, (_, call) in enumerate(made) if call is not None]
+        out = [ids for ids, _ in healed]
+        calls = [(index, call) for index, (_, call) in enumerate(healed) if call is not None]
         for which, token in await self.through(
             [(call, self.model.writer(call)) for _, call in calls]
         ):
-            place = calls[which][0]
-            out[place] = [*out[place], token.id]
+            index = calls[which][0]
+            out[index] = [*out[index], token.id]
         return out, replace(request, knobs={**request.knobs, "token_healing": False})
 
     def texts(

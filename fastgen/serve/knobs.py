@@ -9,15 +9,15 @@ from fastgen.inputs.knob import kind_of
 from fastgen.inputs.params import Params, sampling
 
 if TYPE_CHECKING:
-    from fastgen.serve.service import Service
+    from fastgen.serve.front import Front
 
 
-def described(service: Service) -> dict[str, Any]:
+def described(front: Front) -> dict[str, Any]:
     """Every knob, and the model in a few words.
 
     A knob has its default, the model's own, and the value that the page's field begins with.
     """
-    own, info = service.defaults, service.info
+    own, info = front.defaults, front.info
     first = sampling(own)
     return {
         "knobs": [
@@ -32,12 +32,12 @@ def described(service: Service) -> dict[str, Any]:
             for knob in fields(Params)
         ],
         "model": {
-            "name": service.name,
+            "name": front.name,
             "type": info.model_type,
             "weights": info.parameters,
             "precision": info.precision,
             "max_length": info.max_length,
-            "has_template": service.has_template,
-            "has_tokenizer": service.model.has_tokenizer,
+            "has_template": front.has_template,
+            "has_tokenizer": front.model.has_tokenizer,
         },
     }

@@ -15,11 +15,10 @@ from prometheus_client.core import (
     HistogramMetricFamily,
 )
 
-from fastgen.engine.output import Token
 from fastgen.engine.score import Scoring
 
 if TYPE_CHECKING:
-    from fastgen.serve.engine import Engine, RunningCall
+    from fastgen.serve.engine import Engine, Progress
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
@@ -91,18 +90,18 @@ class Metrics:
         )
         self.registry.register(self.first)
         self.registry.register(self.between)
-        self._latest: dict[int, float] = {}  # of each stream, by id: when its last tokens came
+        self._latest: dict[int, float] = {}  # of each call, by id: when its last tokens came
 
     def watch(self, engine: Engine) -> None:
-        """Show what the engine knows by itself."""
+        """Show the engine's own counts."""
         self.registry.register(_Known(engine))
 
-    def step(self, news: list[tuple[RunningCall, list[Token]]]) -> None:
-        """Note what a step brought."""
+    def step(self, steps: list[Progress]) -> None:
+        """Count a step of some calls."""
         now = time.perf_counter()
-        if count := sum(len(tokens) for _, tokens in news):
+        if count := sum(len(progress.tokens) for progress in steps):
             self.new_tokens.inc(count)
-        for stream, tokens in news:
+        for stream, tokens, _, _ in steps:
             if isinstance(stream.call, Scoring):
                 if stream.done and stream.error is None:
                     self.scored_tokens.inc(len(stream.call.logprobs))

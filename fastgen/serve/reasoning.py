@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from fastgen.generator import CausalLM
 from fastgen.serve.tools.reader import AnswerReader, Marks, ReadingOptions
-from fastgen.text import chat_template
 from fastgen.text.tokenizer import Tokenizer
 
 FORMATS = ("auto", "none")  # split from the content where a template shows it; left there
@@ -34,8 +33,8 @@ def reader(model: CausalLM, marks: Marks | None, messages: Sequence[Any]) -> Ans
     hidden = {tokenizer.token(one) for one in tokenizer.special_ids()}
     if {marks.begin, marks.end} & hidden:
         return None
-    prompt = chat_template.prompt(model.directory, tokenizer.config, messages)
-    return AnswerReader(ReadingOptions({}, marks, inside(prompt, marks)))
+    begun = inside(model.chat_text(messages), marks)
+    return AnswerReader(ReadingOptions({}, marks, begun))
 
 
 class Budget:

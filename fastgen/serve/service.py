@@ -15,7 +15,7 @@ from fastgen.engine.schedule import Job
 from fastgen.engine.writer import Writer
 from fastgen.generator import CausalLM
 from fastgen.sampling import constraint, trial
-from fastgen.serve.engine import Engine, News, RunningCall
+from fastgen.serve.engine import Engine, Progress, RunningCall
 from fastgen.serve.front import Front, Made
 from fastgen.serve.limits import RequestLimits
 from fastgen.serve.metrics import Metrics
@@ -30,19 +30,19 @@ class LiveRun(Run):
 
     engine: Engine = field(kw_only=True)
     streams: list[RunningCall] = field(kw_only=True)
-    inbox: asyncio.Queue[News] = field(kw_only=True)
+    inbox: asyncio.Queue[Progress] = field(kw_only=True)
 
     async def tokens(self) -> AsyncIterator[tuple[int, Token]]:
-        left = len(self.streams)
-        while left:
-            stream, tokens, done = await self.inbox.get()
-            for left_here, token in zip(range(len(tokens) - 1, -1, -1), tokens, strict=True):
-                self.behind = left_here > 0 or not self.inbox.empty()
-                for text in self.texts_of(stream.place, token):
+        running = len(self.streams)
+        while running:
+            call, tokens, done, error = await self.inbox.get()
+            for later, token in zip(range(len(tokens) - 1, -1, -1), tokens, strict=True):
+                self.behind = later > 0 or not self.inbox.empty()
+                for text in self.texts_of(call.index, token):
                     yield text, token
-            left -= done
-            if stream.error is not None:
-                raise refusal(stream.error)
+            running -= done
+            if error is not None:
+                raise refusal(error)
 
     def cancel(self) -> None:
         for stream in self.streams:
@@ -106,7 +106,7 @@ class Service(Front):
         await self.compiled(request.knobs)
         prompts, request = await self.healed(prompts, request)
         jobs = await self.aside(partial(self.written, prompts, request, usual, kept))
-        inbox: asyncio.Queue[News] = asyncio.Queue()
+        inbox: asyncio.Queue[Progress] = asyncio.Queue()
         run = LiveRun(
             self.texts(len(jobs), request, kept),
             request.copies,
@@ -121,7 +121,7 @@ class Service(Front):
 
     async def through(self, jobs: Sequence[tuple[Job, Writer | None]]) -> list[tuple[int, Token]]:
         """Run jobs to their end; if whoever waits for them leaves, so do they."""
-        inbox: asyncio.Queue[News] = asyncio.Queue()
+        inbox: asyncio.Queue[Progress] = asyncio.Queue()
         streams = self._submitted(jobs, inbox)
         run = LiveRun([], 1, 0, engine=self.engine, streams=streams, inbox=inbox)
         try:
@@ -130,13 +130,13 @@ class Service(Front):
             run.cancel()
 
     def _submitted(
-        self, jobs: Sequence[tuple[Job, Writer | None]], inbox: asyncio.Queue[News]
+        self, jobs: Sequence[tuple[Job, Writer | None]], inbox: asyncio.Queue[Progress]
     ) -> list[RunningCall]:
         """Submit all jobs of one request, or none of them."""
         streams: list[RunningCall] = []
         try:
-            for place, (job, writer) in enumerate(jobs):
-                streams.append(self.engine.submit(job, writer, place, inbox))
+            for index, (job, writer) in enumerate(jobs):
+                streams.append(self.engine.submit(job, writer, index, inbox))
         except Exception as error:
             for stream in streams:
                 self.engine.cancel(stream)

@@ -31,7 +31,7 @@ KNOWN = 256  # forms that are kept of a template
 MAY_LACK = OF_SYSTEM | {"assistant", "tool", "function"}
 
 
-class Hopeless(ValueError):
+class NoFormHelps(ValueError):
     """A template that no other form of the messages would help."""
 
 
@@ -68,7 +68,7 @@ class Mark:
 
 
 @dataclass(frozen=True)
-class Found:
+class BestForm:
     """The form in which a template shows the most of messages.
 
     Attributes:
@@ -80,13 +80,13 @@ class Found:
     lost: frozenset[str] = frozenset()
 
 
-class Known:
+class KnownForms:
     """The forms that one template was found to read, by all that it was given but the words."""
 
     def __init__(self) -> None:
-        self._found: OrderedDict[bytes, Found] = OrderedDict()
+        self._found: OrderedDict[bytes, BestForm] = OrderedDict()
 
-    def form(self, about: Any, find: Callable[[], Found]) -> Found:
+    def form(self, about: Any, find: Callable[[], BestForm]) -> BestForm:
         """The form that is known for `about`, plain data; else the one that `find` finds."""
         key = hashlib.sha256(json.dumps(about).encode()).digest()
         found = self._found.get(key) or find()
@@ -96,7 +96,7 @@ class Known:
         return found
 
 
-def shown(messages: Sequence[Message], render: Render, known: Known, given: Any) -> str:
+def shown(messages: Sequence[Message], render: Render, known: KnownForms, given: Any) -> str:
     """The template's text of messages, in the first form in which it shows all that was said.
 
     Where none does, it is the one that lacks the least (see `MAY_LACK`).
@@ -124,21 +124,21 @@ def shown(messages: Sequence[Message], render: Render, known: Known, given: Any)
 
 def _find(
     forms: Sequence[Form], marked: Sequence[Message], marks: Sequence[Mark], render: Render
-) -> Found:
+) -> BestForm:
     """The first of these forms that shows all marks, or lacks the least."""
-    found: list[tuple[tuple[int, int], Found]] = []
+    found: list[tuple[tuple[int, int], BestForm]] = []
     for form in forms:
         try:
             lost = _lost(render(written(marked, form)), marks)
-        except Hopeless:
+        except NoFormHelps:
             raise
         except ValueError:
             continue
         wrong = sum(one.role not in MAY_LACK for one in lost)
-        found.append(((wrong, len(lost)), Found(form, frozenset(one.word for one in lost))))
+        found.append(((wrong, len(lost)), BestForm(form, frozenset(one.word for one in lost))))
         if not lost:
             break
-    return min(found, key=lambda one: one[0], default=((0, 0), Found(None)))[1]
+    return min(found, key=lambda one: one[0], default=((0, 0), BestForm(None)))[1]
 
 
 def written(messages: Sequence[Message], form: Form) -> list[Message]:

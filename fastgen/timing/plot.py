@@ -156,7 +156,7 @@ def _bar(encoding: str) -> Callable[[float], str]:
     return draw
 
 
-# --- as a picture --------------------------------------------------------------------------------
+# --- as a plot -----------------------------------------------------------------------------------
 
 
 def png(found: Sequence[Result], machine: Mapping[str, Any], rounds: int, path: Path) -> None:

@@ -399,13 +399,13 @@ def test_what_is_certain_comes_some_tokens_a_step_and_nobody_waits_for_it(demo, 
 def test_what_is_certain_is_written_once(demo, monkeypatch):
     """However much has to come: the work grows with the text, not with its square."""
     written: list[int] = []
-    plain = constraint.Writer.written
+    plain = constraint.GuidanceTokenizer.written
 
     def counted(self: Any, wanted: bytes) -> list[int]:
         written.append(len(wanted))
         return plain(self, wanted)
 
-    monkeypatch.setattr(constraint.Writer, "written", counted)
+    monkeypatch.setattr(constraint.GuidanceTokenizer, "written", counted)
     for times in (50, 500, 2000):
         written.clear()
         made = demo.call("x", regex=f"(<tool_call>y{times}){{{times}}}", max_new_tokens=60)
@@ -570,7 +570,7 @@ def test_every_kind_of_tokenizer_writes_it(wide, kind, mode):
 def test_what_is_certain_is_written_as_the_tokenizer_writes_it(kind):
     backend = KINDS[kind]()
     theirs = fastgen.Tokenizer.of(backend)
-    writer = constraint.Writer(theirs, 512)
+    writer = constraint.GuidanceTokenizer(theirs, 512)
     for text in ('{"name": "', '"age": ', "}", " the cat", "naïve 🙂"):
         ids = writer(text)
         assert b"".join(writer.tokens[i] for i in ids) == text.encode()

@@ -20,7 +20,7 @@ from fastgen.serve.tools.choice import chosen
 from fastgen.serve.tools.form import AnswerOptions, GrammarRules
 from fastgen.serve.tools.format import Format
 from fastgen.serve.tools.reader import THINK, Marks, ReadingOptions
-from fastgen.serve.tools.shown import Shown, shown
+from fastgen.serve.tools.shown import TemplateForms, shown
 from fastgen.serve.tools.whole import WholeAnswer
 from fastgen.text import chat_template
 
@@ -40,7 +40,7 @@ def said(whole: WholeAnswer) -> tuple[str, str, list[tuple[str, Any]]]:
     return whole.content, whole.reasoning, calls
 
 
-def seen(source: str, tokens: Sequence[str] = ()) -> Shown:
+def seen(source: str, tokens: Sequence[str] = ()) -> TemplateForms:
     """The forms that a template shows."""
 
     def render(messages: Any, tools: Any, variables: Any) -> str:

@@ -80,7 +80,7 @@ MARKS = (
 
 
 @dataclass(frozen=True)
-class Shown:
+class TemplateForms:
     """The forms that a template shows.
 
     Attributes:
@@ -98,11 +98,11 @@ class Shown:
     switches: tuple[str, ...] = ()
 
 
-NOTHING = Shown(False, None, None)
+NOTHING = TemplateForms(False, None, None)
 SWITCHES = ("enable_thinking", "thinking")
 
 
-def of(model: CausalLM) -> Shown:
+def of(model: CausalLM) -> TemplateForms:
     """The forms that the template of a model shows; nothing where it has none."""
     if not model.has_tokenizer or not chat_template.has_template(
         model.directory, model.tokenizer.config
@@ -120,7 +120,7 @@ def of(model: CausalLM) -> Shown:
         return shown(render, {one.content for one in added})
 
 
-def shown(render: Render, tokens: Collection[str] = ()) -> Shown:
+def shown(render: Render, tokens: Collection[str] = ()) -> TemplateForms:
     """Probe a template.
 
     Args:
@@ -137,7 +137,7 @@ def shown(render: Render, tokens: Collection[str] = ()) -> Shown:
     found = _format(render, told, variables) if TOOL in told else None
     switches = tuple(one for one in SWITCHES if _switches(render, one))
     thoughts = _reasoning(render, bare, found, tokens)
-    return Shown(TOOL in told, found, thoughts, variables, switches)
+    return TemplateForms(TOOL in told, found, thoughts, variables, switches)
 
 
 def _switches(render: Render, name: str) -> bool:
