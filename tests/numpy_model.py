@@ -88,7 +88,7 @@ class NumpyModel(Model):
         cache: Cache,
         first: int = 0,
         logits_positions: NDArray[np.int64] | None = None,
-        apart: bool = False,
+        by_prefill_session: bool = False,
     ) -> Array:
         """As `Model.forward`."""
         if logits_positions is None:
