@@ -10,7 +10,6 @@ interleaved rounds; the table gives medians.
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
 from pathlib import Path
 from unittest import mock
@@ -28,7 +27,9 @@ SIZES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--past", nargs="+", type=int, default=[512, 2048], help="tokens held")
+    parser.add_argument(
+        "--past", nargs="+", type=int, default=[512, 2048], help="tokens of a prompt"
+    )
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
@@ -50,22 +51,17 @@ def main() -> None:
                 out = export(model, Path(home) / name, precision="fp32", progress=None)
             loaded[name] = fastgen.load(out, threads=options.threads).model
         print(f"{shapes.machine(options.threads)}\n")
-        print("| rows | tokens held | kept | MB cache | ms a step | ms a chunk of 128 |")
-        print("|---|---|---|---|---|---|")
+        print("| rows | tokens | kept | MB | s to read | tokens a second | ms a step after |")
+        print("|---|---|---|---|---|---|---|")
         for past in options.past:
             for rows in options.rows:
-                args = argparse.Namespace(rows=rows, past=past, chunk=128, new=8)
-                contexts = {name: Context(one, args) for name, one in loaded.items()}
+                args = argparse.Namespace(rows=rows, new=8)
+                contexts = {name: Context(one, args, past) for name, one in loaded.items()}
                 for turn in range(options.rounds + 1):  # the first warms up
                     for context in contexts.values():
                         context.round(keep=turn > 0)
                 for name, one in contexts.items():
-                    step, chunk = (1e3 * statistics.median(t) for t in (one.steps, one.chunks))
-                    print(
-                        f"| {rows} | {past} | {name} | {one.megabytes:.1f} | {step:.2f} "
-                        f"| {chunk:.1f} |",
-                        flush=True,
-                    )
+                    print(f"| {rows} | {past} | {name} | {one.summary()} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ sys.path.insert(0, {here!r})
 import shapes
 before = shapes.resident()
 start = time.perf_counter()
-model = fastgen.engine.model.Model(Path({path!r}), {threads}, prompts={prompts!r})
+model = fastgen.engine.model.Model(Path({path!r}), {threads}, prefill_precision={prompts!r})
 seconds, loaded, most = time.perf_counter() - start, shapes.resident(), shapes.resident("VmHWM")
 prompt = numpy.arange({prompt}) % model.info.vocab_size
 fastgen.engine.prefill.prefill(model, model.new_cache(1, {prompt} + 1), [prompt], 0)
@@ -57,7 +57,7 @@ def first_tokens(args: argparse.Namespace, paths: dict[str, Path]) -> Iterator[s
     import fastgen
 
     models = {
-        name: fastgen.load(paths[kind], threads=args.threads, prompts=prompts)
+        name: fastgen.load(paths[kind], threads=args.threads, prefill_precision=prompts)
         for name, (kind, prompts) in KINDS.items()
     }
     yield f"| first token after, ms | {' | '.join(models)} | times int4 | of int8 |"

@@ -16,6 +16,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,21 +48,21 @@ class Lab:
         import onnx_ir
 
         import fastgen
-        from fastgen.export import export, pipeline
+        from fastgen.export import export, stages
         from fastgen.export.prove import corpus, quality
         from fastgen.export.quantize import recipe, rotate
         from fastgen.export.rewrite import onnx_file
         from fastgen.export.torch_model.original import Original
         from fastgen.export.torch_model.source import load
-        from fastgen.store.jsonfile import read
+        from fastgen.store.model_info import ModelInfo
 
         self.precision, self.home = precision, home
         floats = export(source, home / "fp32", precision="fp32", progress=None)
         origin = Original(load(str(source)))
-        self.description = read(floats / "fastgen.json") | {"precision": precision}
-        found = corpus.of(origin, self.description, texts, lambda: fastgen.load(floats))
-        more = recipe.RECIPES[precision].tokens + pipeline.TUNED
-        tuned, self.used = pipeline._apart(found.calibration(more), pipeline.TUNED)
+        self.info = replace(ModelInfo.parse(floats), precision=precision)
+        found = corpus.of(origin, self.info, texts, lambda: fastgen.load(floats))
+        more = recipe.RECIPES[precision].tokens + stages.TUNED
+        tuned, self.used = stages.apart(found.calibration(more), stages.TUNED)
         self.rows = [tuned, found.evaluation(quality.TOKENS)]
         said = {row.tobytes(): origin.logits(row) for rows in self.rows for row in rows}
         self.said = lambda row: said[row.tobytes()]
@@ -110,7 +111,7 @@ class Lab:
         out = self.home / "made"
         out.mkdir()
         onnx_file.save(graph, out / "model.onnx")
-        bundle.seal(out, self.description)
+        bundle.seal(out, self.info)
         model = fastgen.load(out).model
         cells = [quality.measure(self.said, model, rows) for rows in self.rows]
         size = sum(path.stat().st_size for path in out.glob("model.onnx*")) / 1e6

@@ -73,7 +73,7 @@ def exported(
     Their names are the precision, and that of keys and values where it is not fp32: int8-kv-int8.
     """
     from fastgen.export import export
-    from fastgen.store.hub import kind
+    from fastgen.store.model_info import kind
 
     with tempfile.TemporaryDirectory() as temporary:
         home, paths = keep or Path(temporary), {}

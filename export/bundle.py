@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from fastgen.errors import ModelError
-from fastgen.store import jsonfile, swap
-from fastgen.store.model_info import INFO, digest
+from fastgen.store import files
+from fastgen.store.model_info import INFO, ModelInfo, digest
 
 
 @contextmanager
@@ -24,7 +24,7 @@ def directory(out: Path, force: bool) -> Iterator[Path]:
     made = [parent for parent in place.parents if not parent.exists()]
     place.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with swap.appearing(place) as temporary:
+        with files.atomic_directory(place) as temporary:
             yield temporary
             _check_replaceable(place, force)  # it may have come meanwhile
     finally:
@@ -40,14 +40,14 @@ def check_free(out: Path, force: bool) -> Path:
         ModelError: `out` exists and `force` is False, or is not ours to replace, or its place
             cannot be written.
     """
-    swap.restore(out)
+    files.restore(out)
     place = Path(os.path.realpath(out) if os.path.islink(out) else os.path.abspath(out))
     if os.path.islink(out) and not place.exists():
         raise ModelError(f"{out} is a link to {place}, which does not exist: remove the link")
     _check_replaceable(place, force)
     parent = _above(place)
     try:
-        swap.neighbour(place, "new", parent).rmdir()
+        files.temporary_neighbour(place, "new", parent).rmdir()
     except OSError as error:
         raise ModelError(f"{out} cannot be written, {parent}: {error.strerror}") from error
     return place
@@ -77,18 +77,15 @@ def _check_replaceable(out: Path, force: bool) -> None:
         raise ModelError(f"{out} is not a fastgen model directory: --force does not replace it")
 
 
-def seal(to: Path, description: dict[str, Any]) -> None:
-    """Write `fastgen.json`: from now on the directory is a model."""
-    found = [p for p in sorted(to.iterdir()) if p.is_file() and p.name != INFO]
-    files = {p.name: p.stat().st_size for p in found}
-    jsonfile.write(to / INFO, description | {"files": files})
+def seal(to: Path, info: ModelInfo) -> None:
+    """Write `fastgen.json` with the files that are there: from now on the directory is a model."""
+    found = [path for path in sorted(to.iterdir()) if path.is_file() and path.name != INFO]
+    sizes = {path.name: path.stat().st_size for path in found}
+    replace(info, files=sizes, digests={}).write(to)
 
 
 def sign(to: Path) -> None:
     """Put the files' digests into `fastgen.json`: once, at the end, since it reads all weights."""
-    said = jsonfile.read(to / INFO)
-    files = {
-        name: {"bytes": (to / name).stat().st_size, "sha256": digest(to / name)}
-        for name in said["files"]
-    }
-    jsonfile.write(to / INFO, said | {"files": files})
+    info = ModelInfo.parse(to)
+    sizes = {name: (to / name).stat().st_size for name in info.files}
+    replace(info, files=sizes, digests={name: digest(to / name) for name in sizes}).write(to)

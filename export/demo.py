@@ -716,7 +716,7 @@ def train_step(
 
 
 def losses(model: PreTrainedModel, batch: torch.Tensor) -> torch.Tensor:
-    """Of each token of `batch` `[rows, length]` but a row's first: the nats it takes, flat."""
+    """Nats of each token of `batch` `[rows, length]` but the first of a row, flat."""
     logits = model(input_ids=batch[:, :-1], use_cache=False).logits
     return cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
 

@@ -110,7 +110,7 @@ def plain(text: str) -> str:
 
 
 def inline(text: str) -> str:
-    """Without roles and references: what they would show."""
+    """Replace roles and references by the text that they show."""
     text = ROLE.sub(lambda found: shown(found[1].rpartition(":")[2], found[2]), text)
     text = re.sub(r"``([^`]+)``", r'"\1"', text)
     text = re.sub(r"`([^`<]+?)\s*<[^`>]*>`__?", r"\1", text, flags=re.DOTALL)

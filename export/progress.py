@@ -1,11 +1,11 @@
-"""What an export shows while it runs, and what it takes of the machine: time, memory and disk."""
+"""The steps of an export, shown as they run, and what they take: time, memory and disk."""
 
 from __future__ import annotations
 
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,21 +16,39 @@ from fastgen.system.memory import trim
 PAUSE = 0.02  # seconds between two looks at the memory
 LOOKS = 25  # of those for each look at the disk
 
-# What a step takes on one machine: seconds, and more of them for each GB of float32 weights. What
-# is left is told by their proportions.
-EXPECTED = {
-    "load": (4, 0.5),
-    "original logits": (0.5, 1.6),
-    "convert": (5, 2),
-    "logits compared": (0.5, 1),
-    "greedy text compared": (0.5, 2.5),
-    "quantise to": (2, 7),
-    "quantise keys and values": (2, 15),
-    "text compared": (1, 3.5),
-    "time by operator": (1, 1),
-    "bundle": (0.2, 0.3),
-}
-INT4 = 3  # times as long for GPTQ
+
+@dataclass(frozen=True)
+class Cost:
+    """The time of a step on one machine; what is left is told by their proportions.
+
+    Attributes:
+        seconds: of any model.
+        more: seconds for each GB of float32 weights.
+    """
+
+    seconds: float
+    more: float
+
+    def of(self, weights: int) -> float:
+        """Seconds for a model of so many bytes in float32."""
+        return self.seconds + self.more * weights / 1e9
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of an export.
+
+    Attributes:
+        name: as it is shown.
+        cost: about what it takes.
+        run: does it and returns its findings, which are shown.
+        then: decides on what was found, once it is shown: it raises, or has steps taken again.
+    """
+
+    name: str
+    cost: Cost
+    run: Callable[[], list[str]]
+    then: Callable[[], None] | None = None
 
 
 @dataclass
@@ -54,7 +72,7 @@ class Peaks:
 
 
 def memory(process: int | str = "self") -> Peaks:
-    """What a process holds now, by the system's own account of it (Linux).
+    """The memory that a process holds now, by the system's own account of it (Linux).
 
     Of one that has ended, and elsewhere, nothing is known.
     """
@@ -131,64 +149,78 @@ def on_disk(directory: Path) -> int:
 
 
 class Progress:
-    """Shows each step with its time and what it found; on a terminal, the running one too.
+    """Takes steps one after the other, and shows each with its time and what it found.
+
+    On a terminal the running one is shown too.
 
     Attributes:
-        steps: what was shown, for the report.
+        stream: where they are shown; None for nowhere.
+        planned: all steps, in order.
+        taken: what was shown of those that were taken, for the report.
         weights: bytes of the weights in float32, as soon as they are known.
         watch: what looks at the memory.
     """
 
-    def __init__(self, names: list[str], stream: TextIO | None) -> None:
-        self.names = names
+    def __init__(self, stream: TextIO | None) -> None:
         self.stream = stream
-        self.steps: list[dict[str, Any]] = []
+        self.planned: list[Step] = []
+        self.taken: list[dict[str, Any]] = []
         self.weights = 0
         self.watch = Watch()
         self._started = self._ended = time.perf_counter()
 
-    @contextmanager
-    def step(self, name: str) -> Iterator[list[str]]:
-        """Time a step; what is appended to the yielded list is shown as its finding."""
-        label = f"[{len(self.steps) + 1}/{len(self.names)}] {name}"
+    def run(self, steps: Sequence[Step]) -> None:
+        """Take all steps, and those that are added meanwhile."""
+        self.planned = list(steps)
+        while len(self.taken) < len(self.planned):
+            self.take()
+
+    def take(self) -> None:
+        """Take the next step, and time it."""
+        step = self.planned[len(self.taken)]
+        label = f"{self._number()} {step.name}"
         live = self.stream is not None and self.stream.isatty()
         if live:
             self._write(f"{label} ...{self._left(0)}")
-        found: list[str] = []
         start = time.perf_counter()
         try:
-            yield found
+            found = "; ".join(step.run())
         except BaseException:
             if live:
                 self._write("\n")
             raise
         self._ended = time.perf_counter()
         seconds, took = self._ended - start, self.watch.step()
-        shown = {"step": name, "seconds": round(seconds, 3), "found": "; ".join(found)}
-        self.steps.append(shown | vars(took))
+        shown = {"step": step.name, "seconds": round(seconds, 3), "found": found}
+        self.taken.append(shown | vars(took))
         trim()  # the next step needs the memory
         clear = "\r\x1b[K" if live else ""
-        self._write(f"{clear}{label:<38}{seconds:7.1f} s  {'; '.join(found)}\n")
+        self._write(f"{clear}{label:<38}{seconds:7.1f} s  {found}\n")
+        if step.then is not None:
+            step.then()
 
-    def again(self, *names: str) -> None:
-        """Some steps are taken once more, now."""
-        at = len(self.steps)
-        self.names[at:at] = names
+    def again(self, steps: Sequence[Step]) -> None:
+        """Take some steps once more, now."""
+        at = len(self.taken)
+        self.planned[at:at] = steps
 
     def part(self, done: int, total: int) -> None:
         """Show how far the running step is, on a terminal."""
         if self.stream is not None and self.stream.isatty():
-            step = f"[{len(self.steps) + 1}/{len(self.names)}]"
-            self._write(f"\r\x1b[K{step} {done + 1} of {total} ...{self._left(done / total)}")
+            left = self._left(done / total)
+            self._write(f"\r\x1b[K{self._number()} {done + 1} of {total} ...{left}")
+
+    def _number(self) -> str:
+        return f"[{len(self.taken) + 1}/{len(self.planned)}]"
 
     def _left(self, share: float) -> str:
-        """About how long it will be, by how long what is done was expected to take.
+        """The time that is left, by how long what is done was expected to take.
 
         Args:
             share: of the running step that is done.
         """
-        expected = [_expected(name, self.weights) for name in self.names]
-        done = len(self.steps)
+        expected = [step.cost.of(self.weights) for step in self.planned]
+        done = len(self.taken)
         if not done:
             return ""
         began = self._ended if share == 0 else time.perf_counter()
@@ -200,9 +232,3 @@ class Progress:
         if self.stream is not None:
             self.stream.write(text)
             self.stream.flush()
-
-
-def _expected(name: str, weights: int) -> float:
-    kind = next((kind for kind in EXPECTED if kind in name), "bundle")
-    fixed, more = EXPECTED[kind]
-    return (fixed + more * weights / 1e9) * (INT4 if name == "quantise to int4" else 1)

@@ -1,4 +1,4 @@
-"""What an export needs of memory and disk, told before it begins; and which way it goes.
+"""The memory and disk that an export needs, told before it begins; and which way it goes.
 
 Weights stay in files. Those of a checkpoint in float32 are mapped as they are. Others become
 float32 in a file of their own, which is mapped too; where the machine has not room to keep that
@@ -34,7 +34,7 @@ WRITTEN = {"fp32": 4.0, "int8": 1.1, "int4": 0.9}
 
 @dataclass(frozen=True)
 class Size:
-    """What a checkpoint says of itself.
+    """The size of a checkpoint, as it says.
 
     Attributes:
         weights: how many it has.
@@ -100,7 +100,7 @@ SEEN = 2 * calibrate.SAMPLE  # tokens of activations that are kept, and those of
 
 
 def needs(size: Size, precision: str, steps: int, may_stay: bool = True) -> Needs:
-    """What exporting a checkpoint takes.
+    """Estimate what exporting a checkpoint takes.
 
     Args:
         precision: "fp32", "int8" or "int4".
@@ -134,7 +134,7 @@ def needs(size: Size, precision: str, steps: int, may_stay: bool = True) -> Need
 
 
 def of_checkpoint(directory: Path) -> Size | None:
-    """What the safetensors files of a directory say; None if there are none that can be read."""
+    """Read the safetensors files of a directory; None if there are none that can be read."""
     shapes: list[tuple[str, list[int]]] = []
     for path in sorted(directory.glob("*.safetensors")):
         header = checkpoint.header(path)
@@ -145,7 +145,7 @@ def of_checkpoint(directory: Path) -> Size | None:
 
 
 def of_model(model: Any, is_mapped: bool) -> Size:
-    """What a transformers model has.
+    """The size of a transformers model.
 
     Args:
         is_mapped: whether its weights need no file of their own: they are in one, or the caller's.
@@ -166,3 +166,38 @@ def _size(shapes: list[tuple[str, list[int]]]) -> Size:
         vocabulary=vocabulary,
         is_float32=all(kind == "F32" for kind, _ in shapes if kind[0] in "BF"),
     )
+
+
+@dataclass
+class Budget:
+    """The memory and disk of this machine, and what a transformers model may take of it.
+
+    Attributes:
+        out: where it is exported to.
+        precision: that is made.
+        parts: how many of it are quantised.
+        needs: of the model, as they turn out.
+        spilled: bytes of a file with its weights in float32.
+    """
+
+    out: Path
+    precision: str
+    parts: int
+    needs: Needs | None = None
+    spilled: int = 0
+
+    @property
+    def spills(self) -> bool:
+        """True if its weights go to a file of their own."""
+        return self.needs is not None and self.needs.disk[ORIGINAL] > 0
+
+    def in_own_types(self, directory: Path) -> bool:
+        """True if the weights of a checkpoint stay as they are; raises for what cannot fit."""
+        size = of_checkpoint(directory)
+        return size is not None and self.settle(size).own_types
+
+    def settle(self, size: Size, may_stay: bool = True) -> Needs:
+        """Find out what a model needs, and raise a ModelError for what cannot fit."""
+        self.needs = needs(size, self.precision, self.parts, may_stay)
+        self.needs.check(self.out)
+        return self.needs

@@ -9,6 +9,7 @@ From the bottom to the top; an area imports those above it in this list:
     text          text and messages <-> ids
     sampling      logits -> tokens, and when a row ends
     engine        the loop: prompts are read into a cache, rows step and leave
+    first_use     a name -> a model directory, exported if need be
     generator     what people hold: CausalLM, load, generate
     conversation  turns of a chat, answered and kept
     timing        how fast models are on this machine

@@ -30,7 +30,7 @@ from fastgen.inputs import validators
 from fastgen.inputs.lengths import default_length
 from fastgen.inputs.params import NAMES, Params, drawn, resolve, sampling
 from fastgen.store import files, jsonfile
-from fastgen.store.model_info import ModelInfo
+from fastgen.store.model_info import CHAT_TEMPLATE, ModelInfo
 from fastgen.system.cpu import memory_bytes
 from fastgen.text import chat_template
 
@@ -44,7 +44,7 @@ ADVICE = "load a file that was saved here, or one of the same form"
 
 @dataclass(frozen=True)
 class Took:
-    """What an answer took.
+    """The work and the time that an answer took.
 
     Attributes:
         prompt: tokens of the prompt.
@@ -105,7 +105,7 @@ class Conversation:
         self, model: CausalLM, knobs: Mapping[str, Any] | None = None, system: str | None = None
     ) -> None:
         self.model = model
-        model.model.info.check(model.directory, chat_template.FILE)
+        model.model.info.check(model.directory, CHAT_TEMPLATE)
         self.has_template = chat_template.has_template(model.directory, model.tokenizer.config)
         self.cache = PrefixCache(_bytes_of_all(model.model.info))
         self.turns: list[Message] = []
@@ -193,7 +193,7 @@ class Conversation:
             ValueError: it cannot be written there.
         """
         text = json.dumps({"messages": self.messages}, ensure_ascii=False, indent=2)
-        with files.written("the conversation's file", path) as file:
+        with files.atomic_file("the conversation's file", path) as file:
             file.write_text(text + "\n", encoding="utf-8")
 
     def load(self, path: Path) -> None:
@@ -213,7 +213,7 @@ class Conversation:
             "content, a text",
             ADVICE,
         )
-        system = [one["content"] for one in found if one["role"] == "system"]
+        system = [message["content"] for message in found if message["role"] == "system"]
         self._ids([*found, _message("user", "Hi")])
         self.system = system[0] if system else None
         self.turns, self.dropped = found[len(system) :], 0
@@ -318,9 +318,9 @@ class Conversation:
             return ids, new, dropped
         room = max(1, min(new, int(LEAST_ROOM * limit)))
         if len(ids) + room > limit:
-            for place in range(dropped + 1, len(turns)):
-                if turns[place]["role"] == "user":
-                    ids, dropped = self._prompt(turns, place), place
+            for first in range(dropped + 1, len(turns)):
+                if turns[first]["role"] == "user":
+                    ids, dropped = self._prompt(turns, first), first
                     if len(ids) + room <= KEPT * limit:
                         break
         if len(ids) >= limit:
@@ -359,9 +359,9 @@ class Conversation:
 def continued(messages: Sequence[Message]) -> str:
     """The text of messages for a model without a template: an answer goes on where they end."""
     text = ""
-    for one in messages:
-        begins = text and one["role"] != "assistant"
-        text += ("\n" if begins else "") + one["content"]
+    for message in messages:
+        begins = text and message["role"] != "assistant"
+        text += ("\n" if begins else "") + message["content"]
     return text
 
 
@@ -369,19 +369,19 @@ def _message(role: str, content: str) -> Message:
     return {"role": role, "content": content}
 
 
-def _is_conversation(found: Any) -> bool:
+def _is_conversation(value: Any) -> bool:
     roles = {"user", "assistant"}
-    return isinstance(found, list) and all(
-        isinstance(one, dict)
-        and one.keys() == {"role", "content"}
-        and isinstance(one["content"], str)
-        and one["role"] in (roles if place else {*roles, "system"})
-        for place, one in enumerate(found)
+    return isinstance(value, list) and all(
+        isinstance(message, dict)
+        and message.keys() == {"role", "content"}
+        and isinstance(message["content"], str)
+        and message["role"] in (roles if index else {*roles, "system"})
+        for index, message in enumerate(value)
     )
 
 
 def _bytes_of_all(info: ModelInfo) -> int:
-    """What keys, values and states of a whole context take, within an eighth of the memory."""
+    """The bytes of keys, values and states of a whole context, within an eighth of the memory."""
     if info.max_length is None:
         return MAX_BYTES
     whole = info.max_length * info.cache_bytes + (info.max_length // CHUNK + 1) * info.state_bytes

@@ -7,13 +7,14 @@ import functools
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastgen import first_use
 from fastgen.engine import score
 from fastgen.engine.call import Call
 from fastgen.engine.model import Model
@@ -25,12 +26,18 @@ from fastgen.inputs import tensors, validators
 from fastgen.inputs.lengths import default_length
 from fastgen.inputs.params import Params
 from fastgen.sampling import processors, stop
-from fastgen.store import hub, jsonfile
-from fastgen.store.model_info import ModelInfo
+from fastgen.store import jsonfile
+from fastgen.store.model_info import (
+    CHAT_TEMPLATE,
+    CONFIG,
+    GENERATION_CONFIG,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    ModelInfo,
+)
 from fastgen.store.tuning import Tuning
 from fastgen.text import chat_template, token_healing
-from fastgen.text.tokenizer import CONFIG, TextStream, Tokenizer
-from fastgen.text.tokenizer import FILE as TOKENIZER
+from fastgen.text.tokenizer import TextStream, Tokenizer
 
 
 class Settings:
@@ -56,7 +63,7 @@ class Settings:
 
 
 class Device(str):
-    """Where the model is: "cpu", with the attribute of torch's devices that scripts look at."""
+    """The device of the model: "cpu", with the attribute of torch's devices that scripts use."""
 
     @property
     def type(self) -> str:
@@ -70,7 +77,8 @@ class CausalLM:
         directory: a model directory that `fastgen export` wrote.
         threads: threads of a step; None for the physical cores.
         tuning: how to run it; None for what `fastgen tune` found best on this machine.
-        prompts: see `load`.
+        prefill_precision: see `load`.
+        prompts: the old name of `prefill_precision`.
 
     Attributes:
         config: the model's config.json.
@@ -88,13 +96,16 @@ class CausalLM:
         directory: str | os.PathLike[str],
         threads: int | None = None,
         tuning: Tuning | None = None,
+        prefill_precision: str | None = None,
+        *,
         prompts: str | None = None,
     ) -> None:
+        prefill_precision = _renamed_prompts(prompts, prefill_precision)
         self.directory = Path(directory)
         self.name_or_path = str(directory)
-        self.model = Model(self.directory, threads, tuning, prompts)
-        self.config = Settings(jsonfile.read(self.directory / "config.json"))
-        self.generation_config = Settings(jsonfile.read(self.directory / "generation_config.json"))
+        self.model = Model(self.directory, threads, tuning, prefill_precision)
+        self.config = Settings(jsonfile.read(self.directory / CONFIG))
+        self.generation_config = Settings(jsonfile.read(self.directory / GENERATION_CONFIG))
         self.has_tokenizer = (self.directory / TOKENIZER).is_file()
 
     @classmethod
@@ -105,8 +116,9 @@ class CausalLM:
         precision: str | None = None,
         cache_precision: str | None = None,
         threads: int | None = None,
-        prompts: str | None = None,
+        prefill_precision: str | None = None,
         revision: str | None = None,
+        prompts: str | None = None,
     ) -> Self:
         """Load a fastgen directory, a transformers model, an ONNX folder that others exported, or
         a hub repository of any of these kinds.
@@ -121,16 +133,18 @@ class CausalLM:
                 own, such as "q4" (its default), "q8", "fp16" or "q4f16".
             cache_precision: of keys and values, "fp32" (an export's default) or "int8".
             threads: threads of a step; None for the physical cores.
-            prompts: see `load`.
+            prefill_precision: see `load`.
             revision: a branch, tag or commit of the hub repository.
+            prompts: the old name of `prefill_precision`.
 
         Raises:
             ModelError: there is no such model, or not in that precision, or what is needed to make
                 one of it is not installed.
             ValueError: it cannot be expressed, or its export differs from it.
         """
-        directory = hub.exported(name_or_path, precision, cache_precision, revision)
-        model = cls(directory, threads, prompts=prompts)
+        prefill_precision = _renamed_prompts(prompts, prefill_precision)
+        directory = first_use.exported(name_or_path, precision, cache_precision, revision)
+        model = cls(directory, threads, prefill_precision=prefill_precision)
         model.name_or_path = str(name_or_path)
         return model
 
@@ -142,7 +156,7 @@ class CausalLM:
             ModelError: the model was exported for ids only, or its files are no longer as they were
                 exported.
         """
-        self.model.info.check(self.directory, TOKENIZER, CONFIG)
+        self.model.info.check(self.directory, TOKENIZER, TOKENIZER_CONFIG)
         return Tokenizer(self.directory)
 
     def without_defaults(self) -> Self:
@@ -369,7 +383,7 @@ class CausalLM:
             ModelError: the template is not the one that was exported.
             ValueError: there is none, or it refuses the messages.
         """
-        self.model.info.check(self.directory, chat_template.FILE)
+        self.model.info.check(self.directory, CHAT_TEMPLATE)
         variables = dict(template_variables or {})
         config = self.tokenizer.config
         return chat_template.prompt(self.directory, config, messages, tools, **variables)
@@ -498,16 +512,30 @@ class CausalLM:
         _warn(call.cautions)
         return call
 
+    @functools.cached_property
+    def _chain(self) -> Callable[[Params, int], processors.Chain]:
+        """The processors of knobs: the same for equal ones."""
+        return functools.lru_cache(maxsize=64)(processors.build)
+
     @property
     def _loaded(self) -> Loaded:
         """The model as calls need it, with its defaults as they are now."""
-        return Loaded(self.model, self.generation_config.to_dict(), lambda: self.tokenizer)
+        defaults = self.generation_config.to_dict()
+        return Loaded(self.model, defaults, lambda: self.tokenizer, self._chain)
 
 
 _OBJECTS = tuple(Objects.__dataclass_fields__)
 
 
-def _warn(texts: Sequence[str]) -> None:
+def _renamed_prompts(prompts: str | None, prefill_precision: str | None) -> str | None:
+    """The precision, also where the caller of ours gave it by its old name `prompts`."""
+    if prompts is None:
+        return prefill_precision
+    _warn(["prompts is now named prefill_precision"], DeprecationWarning)
+    return prefill_precision or prompts
+
+
+def _warn(texts: Sequence[str], category: type[Warning] = UserWarning) -> None:
     """Warn at the line that called fastgen, whatever lies between it and here."""
     if not texts:
         return
@@ -515,7 +543,7 @@ def _warn(texts: Sequence[str]) -> None:
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == "fastgen":
         frame, level = frame.f_back, level + 1
     for text in texts:
-        warnings.warn(text, UserWarning, stacklevel=level)
+        warnings.warn(text, category, stacklevel=level)
 
 
 def _tokens_of(call: Call, writer: Writer) -> Iterator[Token]:
@@ -524,7 +552,7 @@ def _tokens_of(call: Call, writer: Writer) -> Iterator[Token]:
 
 
 def _is_one(ids: Any) -> bool:
-    """Whether this is one text or one row of ids, rather than several."""
+    """True of one text or one row of ids, rather than several."""
     return isinstance(ids, str) or not (
         isinstance(ids[0], str) or np.ndim(tensors.array(ids[0])) > 0
     )
@@ -534,6 +562,7 @@ def load(
     name_or_path: str | os.PathLike[str] | None = None,
     *,
     threads: int | None = None,
+    prefill_precision: str | None = None,
     prompts: str | None = None,
 ) -> CausalLM:
     """Load a model by its name: a fastgen directory, an ONNX folder or a transformers model.
@@ -544,17 +573,19 @@ def load(
     Args:
         name_or_path: a directory or a hub id; None for the embedded demo model.
         threads: threads of a step; None for the physical cores.
-        prompts: "int8" lets a model in int4 read long prompts as fast as one in int8 does: a second
-            copy of its layers, one byte a weight, is made in memory on loading. The weights are
-            the same, the activations are rounded otherwise. "same" reads them with the weights of
-            all else; None as `fastgen tune` left it, or "same".
+        prefill_precision: "int8" lets a model in int4 read long prompts as fast as one in int8
+            does: a second copy of its layers, one byte a weight, is made in memory on loading. The
+            weights are the same, the activations are rounded otherwise. "same" reads them with the
+            weights of all else; None as `fastgen tune` left it, or "same".
+        prompts: the old name of `prefill_precision`.
 
     Raises:
         ModelError: there is no usable model, or it cannot read prompts so; the message says what
             was found.
-        ValueError: threads, prompts.
+        ValueError: threads, prefill_precision.
     """
-    return CausalLM(hub.directory(name_or_path), threads, prompts=prompts)
+    prefill_precision = _renamed_prompts(prompts, prefill_precision)
+    return CausalLM(first_use.directory(name_or_path), threads, prefill_precision=prefill_precision)
 
 
 def verify(name_or_path: str | os.PathLike[str] | None = None) -> None:
@@ -570,7 +601,7 @@ def verify(name_or_path: str | os.PathLike[str] | None = None) -> None:
         ModelError: files are missing, truncated or changed: it names them all. Or an older fastgen
             exported the model, without digests.
     """
-    ModelInfo.verify(hub.directory(name_or_path))
+    ModelInfo.verify(first_use.directory(name_or_path))
 
 
 @functools.lru_cache(maxsize=8)
@@ -582,4 +613,4 @@ def generate(
     input_ids: Any = None, *, model: str | os.PathLike[str] | None = None, **kwargs: Any
 ) -> Any:
     """`CausalLM.generate` of a model (see `load`), which is loaded once; None is the demo model."""
-    return _loaded(hub.directory(model).resolve()).generate(input_ids, **kwargs)
+    return _loaded(first_use.directory(model).resolve()).generate(input_ids, **kwargs)

@@ -29,7 +29,7 @@ from beam_ties import TIE, closest
 from tiny import left_padded, ragged
 from transformers import WatermarkingConfig
 
-from fastgen.sampling import pick
+from fastgen.sampling import sampler
 
 Pair = Callable[[str], tuple[Any, Any]]
 
@@ -172,8 +172,8 @@ def gap(
     step = column - ids.shape[1]
     values = out.scores[step][row].softmax(-1).double().numpy()
     if case.mode == "sampling":
-        stream = pick.Stream(case.seed, len(found))
-        values = values / pick.exponential(pick.uniform(stream.row(step, row, len(values))))
+        stream = sampler.Stream(case.seed, len(found))
+        values = values / sampler.exponential(sampler.uniform(stream.row(step, row, len(values))))
     else:
         values = out.scores[step][row].double().numpy()
     second, first = np.sort(values)[-2:]

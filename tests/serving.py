@@ -26,7 +26,7 @@ from fastgen.serve import app
 from fastgen.serve.engine import Engine
 from fastgen.serve.server import config
 from fastgen.store import hub
-from fastgen.text import chat_template
+from fastgen.store.model_info import CHAT_TEMPLATE
 
 
 @contextlib.contextmanager
@@ -59,7 +59,7 @@ def model(
     """The demo model (float32), with the chat template of the module's tests: its TEMPLATE."""
     place = tmp_path_factory.mktemp("served") / "model"
     shutil.copytree(hub.DEMO, place)
-    (place / chat_template.FILE).write_text(request.module.TEMPLATE)
+    (place / CHAT_TEMPLATE).write_text(request.module.TEMPLATE)
     return fastgen.load(place)
 
 

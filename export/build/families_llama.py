@@ -95,7 +95,7 @@ def mistral(config: Configuration) -> Decoder:
 
 
 def _qwen_windows(config: Configuration) -> list[int | None]:
-    """Of all layers from `max_window_layers` on, if any."""
+    """The windows of layers, those from `max_window_layers` on; None for a layer without."""
     window = config.get("sliding_window", 4096)
     window = window if config.flag("use_sliding_window") else None
     first = config.get("max_window_layers", 28)

@@ -1,4 +1,4 @@
-"""A decoder's description and its weights to the graph that a trace of it gives (see `graph`).
+"""A decoder's description and its weights to the graph that a trace of it gives.
 
 What `trim` makes of a trace is left to `trim` here too: products that are packed or merged, tables
 of rotations. Weights are constants that are read when they are wanted, and not kept.
@@ -31,12 +31,14 @@ from fastgen.export.build.decoder import (
     Rotary,
 )
 from fastgen.export.build.weights import Weights
+from fastgen.export.rewrite import contract
 from fastgen.export.rewrite.edit import MICROSOFT
 from fastgen.export.rewrite.node import HEAD_STEP, INPUTS, QUERIES, SEQLENS, TOTAL, attributes
+from fastgen.store.graph_io import GraphIO
 from fastgen.store.jsonfile import some
 
 OPSET, IR_VERSION = 23, 10
-FLOAT, INT32, INT64 = ir.DataType.FLOAT, ir.DataType.INT32, ir.DataType.INT64
+FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
 Dim = int | str
 END = np.iinfo(np.int64).max
 
@@ -72,13 +74,13 @@ class _Writer:
         self.graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET, MICROSOFT: 1})
         self.model = ir.Model(self.graph, ir_version=IR_VERSION, producer_name="fastgen")
         self.graph.name = "main_graph"
+        self.io = _io(decoder)
         self.inputs: dict[str, ir.Value] = {}
 
     def write(self) -> None:
         decoder = self.decoder
-        for name, dtype, shape in _inputs(decoder.layers):
-            self.inputs[name] = _value(name, dtype, shape)
-            self.graph.inputs.append(self.inputs[name])
+        self.inputs = {spec.name: contract.value(spec) for spec in self.io.inputs}
+        self.graph.inputs.extend(self.inputs.values())
         x = self.embed(decoder.embedding)
         present = []
         for number, layer in enumerate(decoder.layers):
@@ -87,7 +89,7 @@ class _Writer:
         if decoder.norm is not None:
             x = self.norm(x, decoder.norm)
         logits = self.head(x, decoder.head, decoder.embedding)
-        logits.name = "logits"
+        logits.name = self.io.logits.name
         self.graph.outputs.extend([logits, *present])
 
     # What the graph is made of
@@ -147,7 +149,7 @@ class _Writer:
         return found
 
     def named(self, name: str) -> str:
-        """What the checkpoint calls a tensor: those of models without a head leave `base` out."""
+        """The checkpoint's name of a tensor: those of models without a head leave `base` out."""
         other = self.decoder.also.get(name)
         if other is not None and other in self.weights:
             return other
@@ -366,14 +368,14 @@ class _Writer:
     def attention(
         self, x: ir.Value, attention: Attention, number: int
     ) -> tuple[ir.Value, list[ir.Value]]:
-        """What attention finds, and its keys and values with those of the new tokens."""
-        one = attention
+        """The result of attention, and its keys and values with those of the new tokens."""
+        one, pairs = attention, self.io.key_values["float32"][2 * number : 2 * number + 2]
         query = self.turned(self.linear(x, one.query), one, one.heads, one.query_norm)
         key = self.turned(self.linear(x, one.key), one, one.kv_heads, one.key_norm)
         value = self.linear(x, one.value)
         inputs: list[ir.Value | None] = [None] * INPUTS
         inputs[:3] = query, key, value
-        inputs[3:5] = (self.inputs[f"past_key_values.{number}.{kind}"] for kind in KINDS)
+        inputs[3:5] = (self.inputs[pair.past.name] for pair in pairs)
         inputs[SEQLENS] = self.inputs["seqlens_k"]
         inputs[TOTAL] = self.inputs["total_sequence_length"]
         inputs[QUERIES] = self.inputs["query_seqlens"]
@@ -383,10 +385,8 @@ class _Writer:
         found, *kept = node.outputs
         found.shape = ir.Shape(["rows", "new", one.heads * one.head_dim])
         found.dtype = FLOAT
-        for kind, present in zip(KINDS, kept, strict=True):
-            past = self.inputs[f"past_key_values.{number}.{kind}"]
-            present.name, present.shape = f"present.{number}.{kind}", past.shape
-            present.dtype = FLOAT
+        for pair, present in zip(pairs, kept, strict=True):
+            contract.declare(present, pair.present)
         return self.linear(found, one.out), kept
 
     def turned(self, x: ir.Value, one: Attention, heads: int, norm: Norm | None) -> ir.Value:
@@ -426,7 +426,7 @@ class _Writer:
     def length(self, name: str) -> ir.Value:
         if name not in self.shapes:
             # (The trace asks the second layer's values for the number of rows.)
-            second = f"past_key_values.{min(1, len(self.decoder.layers) - 1)}.value"
+            second = self.io.key_values["float32"][:4][-1].past.name
             of, place = (second, 0) if name == "rows" else ("input_ids", 1)
             self.shapes[name] = self.node(
                 "Shape", [self.inputs[of]], [1], {"start": place, "end": place + 1}, dtype=INT64
@@ -469,11 +469,6 @@ class _Writer:
 
 
 GELUS = {"gelu": "none", "gelu_pytorch_tanh": "tanh"}
-KINDS = ("key", "value")
-
-
-def _value(name: str, dtype: ir.DataType, shape: Sequence[Dim]) -> ir.Value:
-    return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
 
 
 def _dims(x: ir.Value) -> list[Dim]:
@@ -481,23 +476,13 @@ def _dims(x: ir.Value) -> list[Dim]:
     return [one if isinstance(one, int) else str(one.value) for one in x.shape]
 
 
-def _inputs(layers: Sequence[Layer]) -> list[tuple[str, ir.DataType, list[Dim]]]:
-    """The inputs that the docstring of `graph` has."""
-    found: list[tuple[str, ir.DataType, list[Dim]]] = [
-        ("input_ids", INT64, ["rows", "new"]),
-        ("position_ids", INT64, ["rows", "new"]),
-        ("query_seqlens", INT32, ["rows"]),
-        ("seqlens_k", INT32, ["rows"]),
-        ("total_sequence_length", INT32, []),
-        ("logits_positions", INT64, ["rows", "keep"]),
-    ]
-    for number, layer in enumerate(layers):
-        one = layer.attention
-        if one.head_dim % HEAD_STEP:
-            raise UnsupportedModel(f"its heads are of the size {one.head_dim}")
-        shape: list[Dim] = ["rows", one.kv_heads, "capacity", one.head_dim]
-        found += [(f"past_key_values.{number}.{kind}", FLOAT, shape) for kind in KINDS]
-    return found
+def _io(decoder: Decoder) -> GraphIO:
+    """The inputs and outputs of a decoder's graph."""
+    layers = tuple((one.attention.kv_heads, one.attention.head_dim) for one in decoder.layers)
+    for _, head_dim in layers:
+        if head_dim % HEAD_STEP:
+            raise UnsupportedModel(f"its heads are of the size {head_dim}")
+    return GraphIO(decoder.vocabulary, layers)
 
 
 def _columns(tensor: held.Tensor, rows: tuple[int, int, int] | None) -> NDArray[np.float32]:

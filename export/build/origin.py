@@ -19,7 +19,6 @@ import onnx_ir as ir
 import tokenizers
 from numpy.typing import NDArray
 
-import fastgen
 from fastgen.engine.model import UNPACKED, Model
 from fastgen.engine.output import GenerateOutput
 from fastgen.errors import ModelError, UnsupportedModel
@@ -32,16 +31,15 @@ from fastgen.export.source.origin import Tolerance, name_of
 from fastgen.generator import CausalLM
 from fastgen.sampling.softmax import log_softmax
 from fastgen.store import jsonfile
-from fastgen.store.model_info import FORMAT
+from fastgen.store.model_info import CONFIG, GENERATION_CONFIG, TOKENIZER, ModelInfo
 from fastgen.store.tuning import Tuning
 
-CONFIG, DEFAULTS = "config.json", "generation_config.json"
 AT_ONCE = 1 << 25  # logits that are asked for at once
 COMPARED = 1 << 10  # rows of two tables that are compared at a time
 
 
 def check_known(config: dict[str, Any], names: Iterable[str]) -> Decoder:
-    """What a config.json describes, of a directory that holds files of these names.
+    """Read what a config.json describes, of a directory that holds files of these names.
 
     Raises:
         UnsupportedModel: why it cannot be built.
@@ -53,13 +51,13 @@ def check_known(config: dict[str, Any], names: Iterable[str]) -> Decoder:
     if "adapter_config.json" in names:
         raise UnsupportedModel("it is an adapter")
     vocabularies = [name for name in names if checkpoint.VOCABULARY.fullmatch(name)]
-    if vocabularies and "tokenizer.json" not in names:
-        raise UnsupportedModel(f"its tokenizer is {vocabularies[0]}, and no tokenizer.json")
+    if vocabularies and TOKENIZER not in names:
+        raise UnsupportedModel(f"its tokenizer is {vocabularies[0]}, and no {TOKENIZER}")
     return decoder
 
 
 def refused(place: Path, names: Iterable[str]) -> str | None:
-    """Why a model whose config.json lies at `place` cannot be built; None where it can.
+    """Say why a model whose config.json lies at `place` cannot be built; None where it can.
 
     Args:
         names: of its files.
@@ -147,26 +145,23 @@ class Built:
     def convert(self, whole: bool = False) -> tuple[ir.Model, list[str]]:
         with _named(self.name):
             made = graph.write(self.decoder, self.weights)
-        about = [f"{len(self.decoder.layers)} attention layers"]
-        return made, [*about, f"all {len(self.weights)} tensors are read once"]
+        shown = [f"{len(self.decoder.layers)} attention layers"]
+        shown.append(f"all {len(self.weights)} tensors are read once")
+        return made, shown
 
-    def describe(self, precision: str) -> dict[str, Any]:
+    def describe(self) -> ModelInfo:
         decoder = self.decoder
         layers = [layer.attention for layer in decoder.layers]
-        return {
-            "format": FORMAT,
-            "fastgen": fastgen.__version__,
-            "precision": precision,
-            "model_type": self.config["model_type"],
-            "name": self.name,
-            "parameters": self.parameters,
-            "vocab_size": decoder.vocabulary,
-            "max_length": decoder.limit,
-            "hard_limit": decoder.hard,
-            "layers": [[layer.kv_heads, layer.head_dim] for layer in layers],
-            "states": [],
-            "cache_dtype": "float32",
-        }
+        return ModelInfo(
+            precision=self.first,
+            model_type=self.config["model_type"],
+            name=self.name,
+            parameters=self.parameters,
+            vocab_size=decoder.vocabulary,
+            max_length=decoder.limit,
+            hard_limit=decoder.hard,
+            layers=tuple((layer.kv_heads, layer.head_dim) for layer in layers),
+        )
 
     def report(self) -> dict[str, Any]:
         spent = [one for one in self.spent.values() if one is not None]
@@ -182,9 +177,9 @@ class Built:
 
     def write_configuration(self, to: Path) -> None:
         jsonfile.write(to / CONFIG, self.config)
-        path = self.directory / DEFAULTS
+        path = self.directory / GENERATION_CONFIG
         ids = {name: self.config[name] for name in families.IDS if name in self.config}
-        jsonfile.write(to / DEFAULTS, jsonfile.read(path) if path.is_file() else ids)
+        jsonfile.write(to / GENERATION_CONFIG, jsonfile.read(path) if path.is_file() else ids)
         if self.tokenizer is not None:
             vocabulary.write(self.directory, to)
 

@@ -23,7 +23,7 @@ def linear(name: str, width: int, bias: bool = False) -> Linear:
 
 
 def fused_part(name: str, first: int, last: int, of: int, width: int, bias: bool = False) -> Linear:
-    """Of each `of` outputs of a fused matrix those from `first` on."""
+    """Outputs `first` to `last` of each `of` outputs of a fused matrix."""
     rows = (first, last, of)
     added = Part(f"{name}.bias", rows) if bias else None
     return Linear(Part(f"{name}.weight", rows), width, added)

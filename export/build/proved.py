@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 
 from fastgen.export.build.origin import Built
 from fastgen.export.torch_model.original import Original
 from fastgen.export.torch_model.source import Source
+from fastgen.store.model_info import ModelInfo
 
 
 class Proved(Original):
@@ -21,8 +21,12 @@ class Proved(Original):
         super().__init__(loaded)
         self.built = Built(directory, loaded.name)
 
+    @property
+    def parameters(self) -> int:
+        return self.built.parameters
+
     def convert(self, whole: bool = False) -> tuple[ir.Model, list[str]]:
         return self.built.convert(whole)
 
-    def describe(self, precision: str) -> dict[str, Any]:
-        return super().describe(precision) | self.built.describe(precision)
+    def describe(self) -> ModelInfo:
+        return self.built.describe()

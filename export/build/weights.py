@@ -121,7 +121,7 @@ def whole(tensor: Tensor) -> NDArray[np.float32]:
 
 
 def taken(tensor: Tensor, rows: tuple[int, int, int]) -> NDArray[np.float32]:
-    """Of each `of` rows of a tensor those from `first` to `last`."""
+    """Rows `first` to `last` of each `of` rows of a tensor."""
     first, last, of = rows
     found = [tensor.read(slice(at + first, at + last)) for at in range(0, tensor.shape[0], of)]
     return found[0] if len(found) == 1 else np.concatenate(found)

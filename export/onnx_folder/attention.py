@@ -1,4 +1,4 @@
-"""What attention becomes: one GroupQueryAttention node a layer, on the engine's buffers.
+"""Attention becomes one GroupQueryAttention node a layer, on the engine's buffers.
 
 Folders write it in two ways. GroupQueryAttention nodes of other tools read other lengths; they are
 given ours. Where keys are joined (`present = Concat(past, new)`), the nodes from there to the sum
@@ -240,7 +240,7 @@ def _follow(layer: int, node: ir.Node, through: set[str], to: str) -> ir.Node:
 
 @dataclass(frozen=True)
 class Meaning:
-    """What a layer's attention computes."""
+    """The sizes and settings of a layer's attention."""
 
     num_heads: int
     kv_heads: int
@@ -360,7 +360,7 @@ def _scaled(
 
 
 def _window(layer: int, scores: NDArray[Any]) -> int | None:
-    """How many keys a query sees, itself included; None for all."""
+    """Count the keys that a query sees, itself included; None for all."""
     new, total = scores.shape[-2:]
     shown = scores.reshape(-1, new, total)
     shown = shown > HIDDEN
@@ -441,7 +441,7 @@ def take_scales(graph: ir.Graph) -> int:
 
 
 def _factor(node: ir.Node) -> tuple[int, float] | None:
-    """Which input a node multiplies by a number, and by which; None for others."""
+    """The input that a node multiplies by a number, and the number; None for other nodes."""
     if node.op_type not in ("Mul", "Div"):
         return None
     for place in (1, 0):

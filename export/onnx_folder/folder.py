@@ -1,4 +1,4 @@
-"""What lies in a folder that others exported: its graphs, their precisions, what is said of it."""
+"""A folder that others exported: its graphs, their precisions, its configuration."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from fastgen.errors import ModelError, UnsupportedModel
 from fastgen.export.source import vocabulary
 from fastgen.export.source.origin import name_of
 from fastgen.store import jsonfile, onnx_folders
+from fastgen.store.model_info import CONFIG, GENERATION_CONFIG
 
-CONFIG, DEFAULTS, GENAI = "config.json", "generation_config.json", "genai_config.json"
+GENAI = "genai_config.json"
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # What makes a graph one of 8 or 4 bits.
 QUANTISED = {
@@ -83,7 +84,7 @@ class Choice:
     @cached_property
     def defaults(self) -> dict[str, Any]:
         """Of `generate`: generation_config.json, or the search of onnxruntime-genai."""
-        path = self.folder / DEFAULTS
+        path = self.folder / GENERATION_CONFIG
         if path.is_file():
             return jsonfile.read(path)
         known = {name: self.config[name] for name in IDS if self.config.get(name) is not None}
@@ -166,7 +167,9 @@ def choose(place: Path, precision: str | None) -> Choice:
         ModelError: it is no decoder of texts, or does not have that precision.
     """
     name_of_place = name_of(place)
-    jsonfile.check_fetched(*(place / name for name in (CONFIG, DEFAULTS, *vocabulary.FILES)))
+    jsonfile.check_fetched(
+        *(place / name for name in (CONFIG, GENERATION_CONFIG, *vocabulary.FILES))
+    )
     try:
         found = onnx_folders.decoders(onnx_folders.names_in(place))
         plain = place / found["fp32"] if "fp32" in found else None

@@ -14,7 +14,6 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-import fastgen
 from fastgen.errors import UnsupportedModel
 from fastgen.export.onnx_folder import folder, rewrite, signature
 from fastgen.export.onnx_folder.folder import Choice
@@ -25,7 +24,7 @@ from fastgen.export.rewrite.edit import constant, flag, sizes_of
 from fastgen.export.source import vocabulary
 from fastgen.export.source.origin import Tolerance, name_of
 from fastgen.store import jsonfile
-from fastgen.store.model_info import FORMAT
+from fastgen.store.model_info import CONFIG, GENERATION_CONFIG, ModelInfo
 
 LIMITS = ("max_position_embeddings", "n_positions", "n_ctx", "seq_length", "max_seq_len")
 # What a rewritten graph may differ by from the folder's, by what is in it.
@@ -105,6 +104,11 @@ class Folder:
                 self._said(*LIMITS),
             )
 
+    @cached_property
+    def parameters(self) -> int:
+        """As they are before the graph is trimmed."""
+        return _parameters(self.rewritten.model.graph)
+
     @property
     def tolerance(self) -> Tolerance:
         if self.operators & {"DynamicQuantizeLinear", "DynamicQuantizeMatMul", "QLinearMatMul"}:
@@ -135,33 +139,29 @@ class Folder:
 
     def convert(self, whole: bool = False) -> tuple[ir.Model, list[str]]:
         made = self.rewritten
-        about = [f"{len(made.layers)} attention layers"]
+        shown = [f"{len(made.layers)} attention layers"]
         if made.halves:
-            about.append("half precision became single")
-        return made.model, about
+            shown.append("half precision became single")
+        return made.model, shown
 
     def written(self, place: Path) -> None:
         """It runs by itself."""
 
-    def describe(self, precision: str) -> dict[str, Any]:
+    def describe(self) -> ModelInfo:
         made = self.rewritten
         logits = next(value for value in made.model.graph.outputs if value.name == "logits")
         vocab_size = sizes_of(logits)[2]
         assert vocab_size is not None
-        return {
-            "format": FORMAT,
-            "fastgen": fastgen.__version__,
-            "precision": precision,
-            "model_type": self.config.get("model_type", "unknown"),
-            "name": self.name,
-            "parameters": _parameters(made.model.graph),
-            "vocab_size": vocab_size,
-            "max_length": self.limit,
-            "hard_limit": bool(self._tables()),
-            "layers": [list(layer) for layer in made.layers],
-            "states": [],
-            "cache_dtype": "float32",
-        }
+        return ModelInfo(
+            precision=self.first,
+            model_type=self.config.get("model_type", "unknown"),
+            name=self.name,
+            parameters=self.parameters,
+            vocab_size=vocab_size,
+            max_length=self.limit,
+            hard_limit=bool(self._tables()),
+            layers=tuple((heads, dim) for heads, dim in made.layers),
+        )
 
     def report(self) -> dict[str, Any]:
         made = self.rewritten
@@ -181,7 +181,7 @@ class Folder:
         }
 
     def _notes(self) -> list[str]:
-        """What a user should know: the promise is to equal the folder, right or wrong."""
+        """Notes for the user: the promise is to equal the folder, right or wrong."""
         notes = []
         if self.tolerance is SHARED:
             notes.append(
@@ -210,8 +210,8 @@ class Folder:
         return {"onnx": onnx.__version__, "onnx_ir": ir.__version__}
 
     def write_configuration(self, to: Path) -> None:
-        jsonfile.write(to / folder.CONFIG, self.config)
-        jsonfile.write(to / folder.DEFAULTS, self.choice.defaults)
+        jsonfile.write(to / CONFIG, self.config)
+        jsonfile.write(to / GENERATION_CONFIG, self.choice.defaults)
         if self.tokenizer is not None:
             vocabulary.write(self.choice.folder, to)
 
@@ -226,7 +226,7 @@ def _named(name: str) -> Iterator[None]:
 
 
 def _offset(index: ir.Value | None) -> int | None:
-    """What is added to positions before they are looked up; None for other indices."""
+    """The number added to positions before they are looked up; None for other indices."""
     offset = 0
     while index is not None:
         if index.name == POSITIONS:

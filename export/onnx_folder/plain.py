@@ -82,7 +82,7 @@ class Plain:
 
     @cached_property
     def masks(self) -> bool:
-        """Whether a token does not see later ones that are fed with it.
+        """Tell if a token does not see later ones that are fed with it.
 
         A graph that was made for one token after a past (decoder_with_past_model) may let it.
         """
@@ -178,7 +178,7 @@ def observe(
     feeds: Sequence[dict[str, NDArray[Any]]],
     most: int = 1 << 22,
 ) -> list[dict[str, NDArray[Any] | tuple[int, ...]]]:
-    """What some values of a graph are when it is fed so: arrays, or shapes of large ones.
+    """Run a graph and give some of its values: arrays, or shapes of large ones.
 
     Raises:
         UnsupportedModel: it does not run; the message names what failed.

@@ -124,7 +124,7 @@ def _take_branches(model: ir.Model) -> None:
 
 
 def _root(value: ir.Value | None) -> ir.Value | None:
-    """What a value is a copy or a cast of."""
+    """The value that one is a copy or a cast of."""
     while value is not None and (node := value.producer()) is not None:
         if node.op_type not in ("Cast", "Identity", "Squeeze", "Reshape"):
             break

@@ -1,4 +1,4 @@
-"""Their graph -> ours: the contract of `fastgen.export.trace.graph`, whatever tool wrote the graph.
+"""Their graph -> ours: the contract of `fastgen.store.graph_io`, whatever tool wrote the graph.
 
 Attention reads and writes the engine's buffers, positions come from outside, and `lm_head` runs
 where logits are asked. What then still reads an input that ours does not have is refused by name.
@@ -19,6 +19,7 @@ from fastgen.export.onnx_folder import attention, plain, rotary, shapes
 from fastgen.export.onnx_folder.attention import Feed, is_grouped
 from fastgen.export.onnx_folder.prepare import drop_idle, prepare
 from fastgen.export.onnx_folder.signature import KEEP, LOGITS, MASK, POSITIONS, Signature
+from fastgen.export.rewrite import contract
 from fastgen.export.rewrite.edit import (
     add_initializer,
     clean_up,
@@ -31,6 +32,7 @@ from fastgen.export.rewrite.edit import (
     transposed,
 )
 from fastgen.export.rewrite.trim import products_without_reshapes
+from fastgen.store.graph_io import TOKENS, GraphIO, fed_tokens
 
 # Sizes of the two runs: no dimension of one name is as large as another's, in both.
 ROWS, NEW, PAST = (2, 3), (4, 7), (6, 11)
@@ -53,7 +55,6 @@ class Rewritten:
         windows: tokens that each layer's queries see; None for all, or what its node says.
         halves: whether the folder's graph was in half precision.
         kinds: of its attention: "GroupQueryAttention" or "joined keys".
-        positions: whether positions were computed inside, and come from outside now.
     """
 
     model: ir.Model
@@ -61,7 +62,6 @@ class Rewritten:
     windows: list[int | None]
     halves: bool
     kinds: list[str]
-    positions: bool
 
 
 def rewrite(
@@ -96,16 +96,16 @@ def rewrite(
     attention.turn_apart(graph)
     kinds, windows = _attend(model, seen, fed[0], single, vocab, window, limit)
     clean_up(model)
-    computed = _positions(model, seen, fed)
+    _positions(model, seen)
     _uncut_tables(model)
     clean_up(model)
     products_without_reshapes(graph)
     _gather(graph, seen)
     clean_up(model)
     _hold_tables(graph)
-    layers = _sign(model, single)
-    _settle(model, vocab, layers)
-    return Rewritten(model, layers, windows, halves, kinds, computed)
+    io = _sign(model, single, vocab)
+    _settle(model, io)
+    return Rewritten(model, list(io.layers), windows, halves, kinds)
 
 
 def _random(
@@ -121,23 +121,11 @@ def _random(
 
 
 def _new_inputs(graph: ir.Graph) -> Feed:
-    """The contract's inputs that the folder's graph does not have."""
-    kinds = {"query_seqlens": ["rows"], "seqlens_k": ["rows"], "total_sequence_length": []}
-    made = {
-        name: ir.Value(name=name, shape=ir.Shape(dims), type=ir.TensorType(ir.DataType.INT32))
-        for name, dims in kinds.items()
-    }
-    made["logits_positions"] = ir.Value(
-        name="logits_positions",
-        shape=ir.Shape(["rows", "keep"]),
-        type=ir.TensorType(ir.DataType.INT64),
-    )
-    if all(value.name != POSITIONS for value in graph.inputs):
-        made[POSITIONS] = ir.Value(
-            name=POSITIONS, shape=ir.Shape(["rows", "new"]), type=ir.TensorType(ir.DataType.INT64)
-        )
-    graph.inputs.extend(made.values())
-    return Feed(made["seqlens_k"], made["total_sequence_length"], made["query_seqlens"])
+    """Add the contract's inputs that the folder's graph does not have."""
+    theirs = {value.name for value in graph.inputs}
+    added = {spec.name: contract.value(spec) for spec in TOKENS if spec.name not in theirs}
+    graph.inputs.extend(added.values())
+    return Feed(added["seqlens_k"], added["total_sequence_length"], added["query_seqlens"])
 
 
 def _input(graph: ir.Graph, name: str) -> ir.Value:
@@ -199,14 +187,13 @@ def _long_run(
 # Positions
 
 
-def _positions(model: ir.Model, seen: shapes.Seen, fed: list[dict[str, NDArray[Any]]]) -> bool:
-    """What the graph counts from the past or the mask comes from outside.
+def _positions(model: ir.Model, seen: shapes.Seen) -> None:
+    """Let positions that the graph counts from the past or the mask come from outside.
 
     Values are looked for that were the positions of the new tokens in both runs. The latest such
     value is replaced first, and what led to it goes, until nothing reads the mask or the past.
     """
     graph = model.graph
-    replaced = False
     for value in reversed([output for node in graph for output in node.outputs]):
         node, name = value.producer(), str(value.name)
         if node is None or node.graph is None:
@@ -218,9 +205,7 @@ def _positions(model: ir.Model, seen: shapes.Seen, fed: list[dict[str, NDArray[A
             for run, past, new in zip(seen, PAST, NEW, strict=True)
         ):
             value.replace_all_uses_with(_input(graph, POSITIONS))
-            replaced = True
             clean_up(model)
-    return replaced
 
 
 def _are_positions(found: Any, past: int, new: int) -> bool:
@@ -234,7 +219,7 @@ def _are_positions(found: Any, past: int, new: int) -> bool:
 
 
 def _leans(graph: ir.Graph, value: ir.Value) -> bool:
-    """Whether a value depends on the mask or the past."""
+    """Tell if a value depends on the mask or the past."""
     pending, done = [value], set()
     while pending:
         one = pending.pop()
@@ -264,7 +249,7 @@ def _uncut_tables(model: ir.Model) -> None:
 
 
 def _read_at_positions(value: ir.Value, axis: int) -> bool:
-    """Whether all that is read of a value is read by Gather, along the axis that was cut."""
+    """Tell if only Gather reads a value, along the axis that was cut."""
     for use in value.uses():
         node = use.node
         if node.op_type == "Gather" and use.idx == 0 and node.attributes.get_int("axis", 0) == 0:
@@ -325,7 +310,7 @@ def _head(logits: ir.Value, seen: shapes.Seen) -> ir.Node:
 
 
 def _is_weight(value: ir.Value | None) -> bool:
-    """Whether a matrix is a constant that is turned or unpacked."""
+    """Tell if a matrix is a constant that is turned or unpacked."""
     while value is not None and constant(value) is None:
         node = value.producer()
         if node is None or node.op_type not in ("Transpose", "DequantizeLinear", "Cast"):
@@ -341,7 +326,7 @@ def _width(value: ir.Value, seen: shapes.Seen) -> int | None:
 
 
 def _picks(node: ir.Node, seen: shapes.Seen) -> bool:
-    """Whether a node only takes some of the positions, as tools do for the last logits."""
+    """Tell if a node only takes some of the positions, as tools do for the last logits."""
     if node.op_type not in ("Gather", "Slice", "GatherND", "GatherElements"):
         return False
     given, out = (str(value.name) for value in (input_of(node, 0), node.outputs[0]))
@@ -369,21 +354,13 @@ def _hold_tables(graph: ir.Graph) -> None:
 # The contract's names
 
 
-def _sign(model: ir.Model, signature: Signature) -> list[tuple[int, int]]:
-    """Inputs and outputs by the contract's names and in its order.
+def _sign(model: ir.Model, signature: Signature, vocab: int) -> GraphIO:
+    """Give inputs and outputs the contract's names, types, shapes and order.
 
     Raises:
         UnsupportedModel: something still reads what the contract does not have.
     """
     graph = model.graph
-    ours = [
-        "input_ids",
-        POSITIONS,
-        "query_seqlens",
-        "seqlens_k",
-        "total_sequence_length",
-        "logits_positions",
-    ]
     by_name = {str(value.name): value for value in graph.inputs}
     for name in (MASK, *KEEP):
         if name in by_name and by_name[name].uses():
@@ -399,55 +376,39 @@ def _sign(model: ir.Model, signature: Signature) -> list[tuple[int, int]]:
                 f"{name} is read by {odd[0].op_type} ({odd[0].name}) besides attention: what "
                 "depends on the length of the past cannot be read for rows of any lengths"
             )
-    layers = []
-    past, present = [], []
     outputs = {str(value.name): value for value in graph.outputs}
-    for i in range(signature.layers):
-        _, heads, _, size = signature.shapes[2 * i]
-        assert heads is not None and size is not None
-        layers.append((heads, size))
-        for j, kind in enumerate(("key", "value")):
-            value, out = (
-                by_name[signature.past[2 * i + j]], outputs[signature.present[2 * i + j]],
-            )  # fmt: skip
-            for one, name in ((value, f"past_key_values.{i}.{kind}"), (out, f"present.{i}.{kind}")):
-                one.name = name
-                one.shape = ir.Shape(["rows", heads, "capacity", size])
-                one.dtype = ir.DataType.FLOAT
-            past.append(value)
-            present.append(out)
-    inputs = [by_name[name] for name in ours]
-    for value in inputs[:2]:
-        value.shape, dtype = ir.Shape(["rows", "new"]), value.dtype
-        if dtype != ir.DataType.INT64:
-            _from_int64(graph, value, dtype)
-    graph.inputs.clear()
-    graph.inputs.extend([*inputs, *past])
+    past = [by_name[name] for name in signature.past]
+    present = [outputs[name] for name in signature.present]
+    io = GraphIO(vocab, signature.heads())
+    for pair, before, after in zip(io.key_values["float32"], past, present, strict=True):
+        contract.declare(before, pair.past)
+        contract.declare(after, pair.present)
+    tokens = [by_name[spec.name] for spec in TOKENS]
+    for value, spec in zip(tokens, TOKENS, strict=True):
+        theirs = value.dtype
+        contract.declare(value, spec)
+        if theirs is not None and theirs != value.dtype:
+            _cast(graph, value, theirs)
+    graph.inputs[:] = [*tokens, *past]
     logits = outputs[LOGITS]
-    logits.dtype = ir.DataType.FLOAT
-    logits.shape = None
-    graph.outputs.clear()
-    graph.outputs.extend([logits, *present])
+    logits.dtype, logits.shape = ir.DataType.FLOAT, None
+    graph.outputs[:] = [logits, *present]
     clean_up(model)
-    return layers
+    return io
 
 
-def _from_int64(graph: ir.Graph, value: ir.Value, kind: ir.DataType | None) -> None:
-    """Ids in 64 bits for a graph that reads 32."""
-    assert kind is not None
+def _cast(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> None:
+    """Cast an input for a graph that reads another type, such as ids in 32 bits."""
     uses = [(use.node, use.idx) for use in value.uses()]
-    first = next(iter(graph))
-    (cast,) = insert(first, "Cast", [value], {"to": int(kind)})
+    (cast,) = insert(graph[0], "Cast", [value], {"to": int(dtype)})
     for node, place in uses:
         node.replace_input_with(place, cast)
-    value.dtype = ir.DataType.INT64
 
 
-def _settle(model: ir.Model, vocab: int, layers: list[tuple[int, int]]) -> None:
+def _settle(model: ir.Model, io: GraphIO) -> None:
     """Run the new graph twice for its shapes, and fold those that are constant."""
-    sizes = {"rows": ROWS, "new": NEW, "keep": KEPT, "capacity": CAPACITY, "flat": (1, 1)}
-    del sizes["flat"]
-    fed = [_ours(vocab, layers, *one) for one in zip(ROWS, NEW, KEPT, CAPACITY, strict=True)]
+    sizes = {"rows": ROWS, "new": NEW, "keep": KEPT, "capacity": CAPACITY}
+    fed = [_ours(io, {name: run[i] for name, run in sizes.items()}) for i in range(2)]
     seen = shapes.observe(model, fed)
     if shapes.fold(model, seen, sizes) + attention.take_scales(model.graph):
         clean_up(model)
@@ -465,24 +426,15 @@ def _settle(model: ir.Model, vocab: int, layers: list[tuple[int, int]]) -> None:
     logits.shape = ir.Shape(["rows", "keep", found[2]])
 
 
-def _ours(
-    vocab: int, layers: list[tuple[int, int]], rows: int, new: int, keep: int, capacity: int
-) -> dict[str, NDArray[Any]]:
-    """What the engine would feed: rows after 2 tokens each."""
+def _ours(io: GraphIO, sizes: Mapping[str, int]) -> dict[str, NDArray[Any]]:
+    """Random inputs as the engine would give them: rows after 2 tokens each."""
+    rows, new, keep = sizes["rows"], sizes["new"], sizes["keep"]
     random = np.random.default_rng(rows)
-    fed: dict[str, NDArray[Any]] = {
-        "input_ids": random.integers(0, vocab, (rows, new)),
-        POSITIONS: np.broadcast_to(np.arange(2, 2 + new), (rows, new)).copy(),
-        "query_seqlens": np.full(rows, new, np.int32),
-        "seqlens_k": np.full(rows, new + 1, np.int32),
-        "total_sequence_length": np.array(new + 2, np.int32),
-        "logits_positions": random.integers(0, new, (rows, keep)),
-    }
-    for i, (heads, size) in enumerate(layers):
-        for kind in ("key", "value"):
-            fed[f"past_key_values.{i}.{kind}"] = random.normal(
-                size=(rows, heads, capacity, size)
-            ).astype(np.float32)
+    ids = random.integers(0, io.vocab_size, (rows, new))
+    fed = fed_tokens(ids, random.integers(0, new, (rows, keep)), held=2)
+    for pair in io.key_values["float32"]:
+        past = pair.past.zeros(**sizes)
+        fed[pair.past.name] = random.normal(size=past.shape).astype(past.dtype)
     return fed
 
 

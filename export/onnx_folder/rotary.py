@@ -83,12 +83,12 @@ def _swapped(value: ir.Value | None) -> ir.Value | None:
 
 
 def _is_last(node: ir.Node, value: ir.Value) -> bool:
-    """Whether a node works along the last axis."""
+    """Tell if a node works along the last axis."""
     return node.attributes.get_int("axis", 0) in (-1, (rank(value) or 0) - 1)
 
 
 def _part(value: ir.Value | None) -> Part | None:
-    """What a Slice or a Split along the last axis takes."""
+    """The part that a Slice or a Split along the last axis takes."""
     node = None if value is None else value.producer()
     if node is None or node.op_type not in ("Slice", "Split"):
         return None

@@ -1,4 +1,4 @@
-"""What each value's shape is, found by running the graph twice, and shape arithmetic without it.
+"""Shapes of a graph's values, found by running it twice, and shape arithmetic without it.
 
 Two runs in which every named dimension has another size tell which is which: a dimension that is
 the same in both is a constant, one that is 2 and then 3 is the rows. Graphs of torch's older

@@ -1,4 +1,4 @@
-"""What a graph that others exported takes and gives, and how it is fed."""
+"""The inputs and outputs of a graph that others exported, and values to feed it."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Signature:
         past: list[NDArray[Any]],
         keep: int | None = None,
     ) -> dict[str, NDArray[Any]]:
-        """What the graph is fed for new tokens `ids` [rows, new] after `past`, without padding."""
+        """Inputs for new tokens `ids` [rows, new] after `past`, without padding."""
         rows, new = ids.shape
         held = past[0].shape[2]
         known: dict[str, NDArray[Any]] = {
@@ -85,6 +85,11 @@ class Signature:
         }
         inputs = [name for name in self.inputs if name != BRANCH]
         return replace(self, dtypes=wide, inputs=inputs)
+
+    def heads(self) -> tuple[tuple[int, int], ...]:
+        """(kv_heads, head_dim) of each layer."""
+        keys = ((shape[1], shape[3]) for shape in self.shapes[::2])
+        return tuple((heads or 0, size or 0) for heads, size in keys)
 
     def nothing(self, rows: int, length: int = 0) -> list[NDArray[Any]]:
         """A past of `length` tokens of zeros."""

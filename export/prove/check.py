@@ -205,7 +205,7 @@ def exported_parts(
 
 
 def _parts(length: int, most: int) -> list[slice]:
-    """Of a row: a prefill of `most` tokens at a time, and its last tokens one at a time."""
+    """Split a row: a prefill of `most` tokens at a time, and its last tokens one at a time."""
     head = max(1, length - DECODED)
     ends = [*range(most, head, most), *range(head, length + 1)]
     return [slice(start, end) for start, end in pairwise([0, *ends])]

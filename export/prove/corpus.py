@@ -21,6 +21,7 @@ from fastgen.export.prove.reader import ROW, TEXTS, Document, Reader, Row
 from fastgen.generator import CausalLM
 from fastgen.store import jsonfile
 from fastgen.store.jsonfile import parsed
+from fastgen.store.model_info import ModelInfo
 
 if TYPE_CHECKING:
     from fastgen.export.source.origin import Origin
@@ -123,7 +124,7 @@ class Corpus:
 
 def of(
     origin: Origin,
-    description: Mapping[str, Any],
+    info: ModelInfo,
     files: Sequence[Path] = (),
     own: CausalLM | Callable[[], CausalLM] | None = None,
 ) -> Corpus:
@@ -131,7 +132,7 @@ def of(
 
     Args:
         origin: of the model, for its tokenizer and its chat template.
-        description: the content of `fastgen.json`.
+        info: the content of `fastgen.json`.
         files: a user's text (see `read`), which takes the place of all other; half of it is
             calibrated on, and half judged. None for what comes with fastgen.
         own: the model that writes text of its own, or what loads it once it has to.
@@ -139,7 +140,7 @@ def of(
     Raises:
         ValueError: the user's text is not for this model, or too short.
     """
-    reader = Reader.of(origin, description)
+    reader = Reader.of(origin, info)
     if files:
         return Corpus(_brought(reader, files), notes=reader.notes)
     halves = {name: _shipped(name) for name in KINDS if reader.tokenizer is not None}

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastgen.store import jsonfile
+from fastgen.store.model_info import CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG, ModelInfo
 from fastgen.text import chat_template
 
 if TYPE_CHECKING:
@@ -50,23 +51,23 @@ class Reader:
     notes: list[str] = field(default_factory=list)
 
     @classmethod
-    def of(cls, origin: Origin, description: Mapping[str, Any]) -> Reader:
-        """From what its directory will hold."""
-        limit = description["max_length"]
-        reader = cls(origin.tokenizer, description["vocab_size"], min(ROW, limit or ROW))
+    def of(cls, origin: Origin, info: ModelInfo) -> Reader:
+        """Read it from the files that the origin writes into the model's directory."""
+        limit = info.max_length
+        reader = cls(origin.tokenizer, info.vocab_size, min(ROW, limit or ROW))
         with tempfile.TemporaryDirectory() as temporary:
             place = Path(temporary)
             origin.write_configuration(place)
-            said = jsonfile.read(place / "config.json") | {
+            said = jsonfile.read(place / CONFIG) | {
                 name: value
-                for name, value in jsonfile.read(place / "generation_config.json").items()
+                for name, value in jsonfile.read(place / GENERATION_CONFIG).items()
                 if value is not None
             }
             bos, eos = said.get("bos_token_id"), said.get("eos_token_id")
             reader.bos = bos if _is_id(bos, reader.vocab) else None
             ends = eos if isinstance(eos, list) else [eos]
             reader.eos = tuple(one for one in ends if _is_id(one, reader.vocab))
-            settings = jsonfile.read(place / chat_template.CONFIG)
+            settings = jsonfile.read(place / TOKENIZER_CONFIG)
             if reader.tokenizer is not None and chat_template.has_template(place, settings):
                 reader._use(chat_template.source(place, settings, with_tools=False), settings)
         return reader
@@ -132,7 +133,7 @@ class Reader:
         return self._cut([], self.encoded(text))[:1]
 
     def encoded(self, text: str) -> list[int]:
-        """Without what the tokenizer puts before a text."""
+        """Ids of a text without those that the tokenizer puts before it."""
         assert self.tokenizer is not None
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids
         return [one for one in ids if one < self.vocab]

@@ -1,4 +1,4 @@
-"""What flows through a graph on real text, and what quantising a product does to its output."""
+"""The values that flow through a graph on real text, and the error of a quantised product."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from fastgen.export.quantize.kernels import (
     turned_matrix,
 )
 from fastgen.export.rewrite import onnx_file
+from fastgen.store.graph_io import READS_PROMPT, TensorSpec, fed_tokens
 
 ROW = 128  # tokens of a row, about
 TOKENS = 2048  # of calibration, at most
@@ -38,7 +39,7 @@ SAMPLE = 512  # tokens of an input that are kept as they are, about
 
 @dataclass
 class Input:
-    """What a product reads, on the calibration text.
+    """The input of a product, on the calibration text.
 
     Attributes:
         sample: float32 [tokens, in], some of the tokens.
@@ -59,7 +60,7 @@ class Input:
 def inputs(
     model: ir.Model, products: Sequence[Product], rows: Sequence[NDArray[np.int64]]
 ) -> Iterator[dict[ir.Value, Input]]:
-    """What each distinct input of `products` is on `rows`, in files as `values` has it."""
+    """Give each distinct input of `products` on `rows`, in files as `values` does."""
     wanted = list(dict.fromkeys(product.input for product in products))
     widths = [_width(value) for value in wanted]
     longest = max(map(len, rows))
@@ -92,7 +93,7 @@ def inputs(
 def values(
     model: ir.Model, wanted: Sequence[ir.Value], rows: Sequence[NDArray[np.int64]]
 ) -> Iterator[dict[ir.Value, Floats]]:
-    """float32 [tokens, size] of some values of a graph, on `rows`.
+    """Give float32 [tokens, size] of some values of a graph, on `rows`.
 
     The graph runs once, a row at a time. What is seen can be larger than the model: it goes to a
     file, where it takes no memory that the system could not have back.
@@ -139,7 +140,7 @@ def _step(
 def _spool(
     directory: Path, tokens: int, wanted: Sequence[ir.Value]
 ) -> Iterator[dict[ir.Value, Floats]]:
-    """Arrays [tokens, size] in a file that nobody else sees and that goes with them."""
+    """Give arrays [tokens, size] in an unnamed file that goes with them."""
     shapes = [(tokens, _width(value)) for value in wanted]
     with _spooled(directory, shapes) as held:
         yield dict(zip(wanted, held, strict=True))
@@ -147,7 +148,7 @@ def _spool(
 
 @contextmanager
 def _spooled(directory: Path, shapes: Sequence[tuple[int, int]]) -> Iterator[list[Floats]]:
-    """Arrays of zeros in a file that nobody else sees and that goes with them."""
+    """Give arrays of zeros in an unnamed file that goes with them."""
     ends = np.cumsum([0, *(rows * columns for rows, columns in shapes)])
     with tempfile.TemporaryFile(dir=directory) as file:
         held = np.asarray(np.memmap(file, np.float32, "w+", shape=(max(1, int(ends[-1])),)))
@@ -159,7 +160,7 @@ def _spooled(directory: Path, shapes: Sequence[tuple[int, int]]) -> Iterator[lis
 
 @contextmanager
 def shelf(directory: Path) -> Iterator[Callable[[NDArray[Any]], NDArray[Any]]]:
-    """What puts an array into a file that nobody else sees, and gives it back from there."""
+    """Give a function that puts an array into an unnamed file and gives it back from there."""
     with tempfile.TemporaryFile(dir=directory) as file:
 
         def kept(array: NDArray[Any]) -> NDArray[Any]:
@@ -178,7 +179,7 @@ def _width(value: ir.Value) -> int:
 
 
 def logits(model: ir.Model, rows: Sequence[NDArray[np.int64]], directory: Path) -> Iterator[Floats]:
-    """What a graph says of rows: float32 [length, vocab] of each, one at a time. See `running`."""
+    """Logits of rows: float32 [length, vocab] of each, one at a time. See `running`."""
     session = running(model, ["logits"], directory)
     for row in rows:
         yield session.run(["logits"], feeds(session, row))[0][0]
@@ -257,34 +258,15 @@ def _spill(model: ir.Model, directory: Path, data: Path) -> None:
 
 def feeds(
     session: onnxruntime.InferenceSession, row: NDArray[np.int64], start: int = 0
-) -> dict[str, object]:
-    """One row from scratch whose first token is at position `start`, logits wanted everywhere."""
+) -> dict[str, NDArray[Any]]:
+    """Inputs of one row from scratch, its first token at position `start`, for all its logits."""
     count = len(row)
-    fed = {
-        "input_ids": row[None],
-        "position_ids": np.arange(start, start + count)[None],
-        "query_seqlens": np.array([count], np.int32),
-        "seqlens_k": np.array([count - 1], np.int32),
-        "total_sequence_length": np.array(count, np.int32),
-        "logits_positions": np.arange(count)[None],
-        "reads_prompt": np.array(True),
-    }
-    wanted = {value.name: value for value in session.get_inputs()}
-    past = {
-        name: np.zeros(
-            (1, value.shape[1], count, value.shape[3]),
-            np.int8 if value.type == "tensor(int8)" else np.float32,
-        )
-        for name, value in wanted.items()
-        if name.startswith(("past_key_values", "prompt_key_values"))
-    }
-    past |= {name: np.array(0, np.int32) for name in wanted if name.startswith("window_start")}
-    past |= {
-        name: np.zeros((1, *value.shape[1:]), np.float32)
-        for name, value in wanted.items()
-        if name.startswith("past_state")
-    }
-    return {name: array for name, array in fed.items() if name in wanted} | past
+    fed = fed_tokens(row[None], np.arange(count)[None]) | {READS_PROMPT.name: np.array(True)}
+    fed["position_ids"] += start
+    sizes = {"rows": 1, "capacity": count, "prompt_rows": 1, "prompt_capacity": count}
+    specs = [TensorSpec.declared(one.name, one.type, one.shape) for one in session.get_inputs()]
+    nothing = {spec.name: spec.zeros(**sizes) for spec in specs if spec.name not in fed}
+    return {spec.name: fed[spec.name] for spec in specs if spec.name in fed} | nothing
 
 
 def output_error(x: Floats, weight: Floats, choice: Choice, exact: Floats | None = None) -> float:

@@ -156,7 +156,7 @@ def _output(x: Array, matrix: Array, kernel: Kernel, scales: Array) -> Array:
 
 
 def _whole(kernel: Kernel, size: int) -> Kernel:
-    """With all inputs of a channel as the one block that they are."""
+    """The kernel with all inputs of a channel as one block, where it has no blocks."""
     return Kernel(kernel.bits, kernel.block or size)
 
 

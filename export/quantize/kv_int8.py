@@ -16,16 +16,16 @@ from numpy.typing import NDArray
 
 from fastgen.export.quantize import calibrate
 from fastgen.export.quantize.kernels import Floats
-from fastgen.export.rewrite.edit import add_initializer, input_of, replace, set_type
+from fastgen.export.rewrite import contract
+from fastgen.export.rewrite.edit import add_initializer, input_of, replace
 from fastgen.export.rewrite.node import PAST_AND_SCALE, POSITIONS
+from fastgen.store.graph_io import READS_PROMPT, beside
 
 DTYPES = {"fp32": "float32", "int8": "int8"}  # of each cache precision
 TOKENS = 4 * calibrate.TOKENS  # of calibration, at most: text that was not seen saturates
 MARGIN = 1.1  # on what was seen; more costs resolution
 FURTHEST = 1 << 15  # positions that are calibrated where the model has no limit
 LONG = 1024  # tokens of a row that is measured: errors of a cache show in long contexts
-
-# Inputs of GroupQueryAttention, by place; others are in `trim`.
 
 
 def reach(
@@ -80,9 +80,7 @@ def quantize(model: ir.Model, reached: dict[str, Floats]) -> NDArray[np.float32]
         The scales of all keys and values, layer by layer, each [kv_heads, head_dim], flat.
     """
     graph = model.graph
-    reads_prompt = ir.Value(
-        name="reads_prompt", shape=ir.Shape([]), type=ir.TensorType(ir.DataType.BOOL)
-    )
+    reads_prompt = contract.value(READS_PROMPT)
     graph.inputs.append(reads_prompt)
     found: dict[str, Floats] = {}
     for node in list(_attention(model)):
@@ -102,7 +100,8 @@ def _split(
     """An attention node becomes two, of which one runs."""
     pasts = [past for past, _ in PAST_AND_SCALE.values()]
     codes = [input_of(node, past) for past in pasts]
-    floats = [_input(graph, value) for value in codes]
+    floats = [contract.value(beside(contract.spec(value))) for value in codes]
+    graph.inputs.extend(floats)
     for value in codes:
         value.dtype = ir.DataType.INT8
     prompt = _branch("prompt", node, dict(zip(pasts, floats, strict=True)), codes)
@@ -122,9 +121,8 @@ def _split(
         replace(old, new)
     for value, new in zip(codes, either.outputs[1:3], strict=True):
         new.dtype, new.shape = ir.DataType.INT8, value.shape
-    for value, new in zip(floats, either.outputs[3:], strict=True):
-        new.name = str(value.name).replace("prompt_key_values", "prompt_present")
-        set_type(new, value)
+    for stored, new in zip(either.outputs[1:3], either.outputs[3:], strict=True):
+        contract.declare(new, beside(contract.spec(stored)))
         graph.outputs.append(new)
     graph.remove(node, safe=True)
 
@@ -152,19 +150,6 @@ def _branch(
     for place, value in enumerate(outputs):  # names are the whole graph's
         value.name = f"{node.outputs[1].name}.{name}.{place}"
     return ir.Graph([], outputs, nodes=nodes, name=name)
-
-
-def _input(graph: ir.Graph, past: ir.Value) -> ir.Value:
-    """The graph's input of the float32 keys or values that stand beside `past`."""
-    assert past.shape is not None
-    _, heads, _, size = past.shape
-    value = ir.Value(
-        name=str(past.name).replace("past_key_values", "prompt_key_values"),
-        shape=ir.Shape(["prompt_rows", heads, "prompt_capacity", size]),
-        type=ir.TensorType(ir.DataType.FLOAT),
-    )
-    graph.inputs.append(value)
-    return value
 
 
 def scales(reached: Floats) -> Floats:

@@ -62,7 +62,7 @@ def _leave_out_logits(model: ir.Model) -> None:
 
 
 def _is_packed(node: ir.Node) -> bool:
-    """Whether it is a product with a matrix of 4 bits, in the weights file."""
+    """Tell if it is a product with a matrix of 4 bits, in the weights file."""
     if node.op_type != "MatMulNBits" or node.attributes.get_int("bits", 4) != 4:
         return False
     codes = node.inputs[1]
@@ -70,7 +70,7 @@ def _is_packed(node: ir.Node) -> bool:
 
 
 def _is_ours(node: ir.Node) -> bool:
-    """Whether it has scales in float32, packed zero points or none, and nothing else."""
+    """Tell if it has scales in float32, packed zero points or none, and nothing else."""
     given = [one for one in node.inputs[2:] if one is not None]
     held = [one.const_value for one in given]
     kinds = [None if one is None else one.dtype for one in held]
@@ -181,7 +181,7 @@ def _promised(graph: ir.Graph, made: ir.Value) -> ir.Value:
 
 
 def _nibbles(node: ir.Node, place: int, shape: Sequence[int]) -> ir.TensorProtocol:
-    """What is packed into the bytes of an input, as an array of uint4 of its own shape."""
+    """The codes that the bytes of an input pack, as an array of uint4 of its own shape."""
     value = input_of(node, place)
     packed = tensor_of(value)
     if not isinstance(packed, ir.ExternalTensor):

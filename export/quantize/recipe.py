@@ -64,7 +64,7 @@ class Rung:
     cost: float
 
     def cost_of(self, product: Product) -> float:
-        """Of a product's weights, and of the matrix that turns its inputs."""
+        """The cost of a product's weights, and of the matrix that turns its inputs."""
         rows, columns = product.shape
         kernel = self.kernel and fitting(self.kernel, product)
         return rows * (columns * self.cost + (kernel.turned * TURNING if kernel else 0.0))
@@ -224,7 +224,7 @@ class Plan:
             self.smoothed += [product.name for product in readers]
 
     def _error(self, product: Product, kernel: Kernel | None) -> float:
-        """Of a product's output: some tokens of it and some of its columns tell as much as all."""
+        """The error of a product's output, on some of its tokens and columns."""
         if kernel is None:
             return 0.0
         x = self._inputs[product.input].sample

@@ -88,7 +88,7 @@ def _written_by(node: ir.Node, count: int) -> tuple[list[tuple[ir.Node, int]], i
 
 
 def _turned_part(rotation: Rotation, columns: slice, array: Floats) -> Floats:
-    """With some of its columns turned by head."""
+    """The array with some of its columns turned by head."""
     made = array.copy()
     heads = array[..., columns].reshape(-1, rotation.size)
     made[..., columns] = rotation.forward(heads).reshape(made[..., columns].shape)

@@ -214,7 +214,7 @@ def _experts(logits: ir.Value) -> int:
 
 
 def _filled(inputs: Sequence[ir.Value | None], count: int) -> list[ir.Value | None]:
-    """With None for those that are not there at the end."""
+    """The first `count` inputs, with None for those that are left out at the end."""
     return [*inputs, *[None] * count][:count]
 
 

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
+from fastgen.export.rewrite import contract
 from fastgen.export.rewrite.edit import input_of, insert
 from fastgen.export.rewrite.node import BIAS, PAST_AND_SCALE, POSITIONS, SEQLENS, TOTAL
-from fastgen.store.graph_io import window_start
+from fastgen.store.graph_io import layer_and_half, window_start
 
 
 def bound(model: ir.Model) -> list[int | None]:
@@ -26,8 +27,7 @@ def bound(model: ir.Model) -> list[int | None]:
     """
     graph = model.graph
     inputs = {str(value.name): value for value in graph.inputs}
-    count = sum(name.startswith("past_key_values.") for name in inputs) // 2
-    layers = [f"past_key_values.{i}.key" for i in range(count)]
+    layers = [name for name in inputs if (layer_and_half(name) or ("", ""))[1] == "key"]
     nodes: dict[str, list[ir.Node]] = {name: [] for name in layers}
     for node in graph:
         if node.op_type == "GroupQueryAttention":
@@ -57,9 +57,7 @@ def _window(nodes: Sequence[ir.Node]) -> int | None:
 
 def _counts(graph: ir.Graph, window: int, inputs: dict[str, ir.Value]) -> tuple[ir.Value, ir.Value]:
     """`seqlens_k` and `total_sequence_length` from the first token on that is shown."""
-    start = ir.Value(
-        name=window_start(window), shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT32)
-    )
+    start = contract.value(window_start(window))
     graph.inputs.append(start)
     before = graph[0]
     (seqlens,) = insert(before, "Sub", [inputs["seqlens_k"], start])

@@ -1,4 +1,4 @@
-"""What every source of an export has in common.
+"""The part that all sources of an export have in common.
 
 origin      what an export is made of, whatever it is
 checkpoint  whether its files are whole

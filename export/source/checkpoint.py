@@ -1,6 +1,4 @@
-"""What a checkpoint's directory holds, looked at before transformers or peft reads it: whole files,
-and all of them.
-"""
+"""The files of a checkpoint, looked at before transformers or peft reads them: whole, and all."""
 
 from __future__ import annotations
 
@@ -12,6 +10,7 @@ from typing import Any, TypeGuard
 from fastgen.errors import ModelError
 from fastgen.store import jsonfile
 from fastgen.store.jsonfile import some
+from fastgen.store.model_info import TOKENIZER
 
 ADVICE = "download the model again"
 INDEX = ".index.json"
@@ -48,7 +47,7 @@ def _texts(directory: Path) -> list[Path]:
     """Configurations, and the vocabulary where no tokenizer.json has it."""
     paths = [path for path in directory.iterdir() if path.is_file()]
     found = [path for path in paths if SAID.fullmatch(path.name)]
-    if not (directory / "tokenizer.json").is_file():
+    if not (directory / TOKENIZER).is_file():
         found += [path for path in paths if VOCABULARY.fullmatch(path.name)]
     return found
 
@@ -86,7 +85,7 @@ def _is_map(value: Any) -> bool:
 
 
 def _is_below(name: Any) -> bool:
-    """Whether a name means a file in the directory or below it."""
+    """True for the name of a file in the directory or below it."""
     if not jsonfile.is_text(name):
         return False
     path = PurePath(name)
@@ -108,7 +107,7 @@ def _check_whole(path: Path) -> None:
 
 
 def header(path: Path) -> dict[str, dict[str, Any]] | None:
-    """What a safetensors file says of each tensor: its "dtype", "shape" and "data_offsets".
+    """Read what a safetensors file says of each tensor: its "dtype", "shape" and "data_offsets".
 
     Its own format's: a length, then JSON. None for what is no such file.
     """

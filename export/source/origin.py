@@ -1,4 +1,4 @@
-"""What a graph is made of, whatever it is: the same steps follow for all."""
+"""The source of a graph, whatever it is: the same steps follow for all."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from fastgen.store.model_info import ModelInfo
+
 if TYPE_CHECKING:
     import onnx_ir
     import tokenizers
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What an export may differ by; the defaults are those of fp32.
+    """The difference that an export may have; the defaults are those of fp32.
 
     Attributes:
         max_difference: of a logit, as a share of the largest logit; None where that is only shown.
@@ -34,7 +36,7 @@ class Tolerance:
 
     @classmethod
     def quantised(cls, kl: float) -> Tolerance:
-        """What KL alone decides: a flat distribution changes its likeliest token at KL 0.001."""
+        """Decided by KL alone: a flat distribution changes its likeliest token at KL 0.001."""
         return cls(max_difference=None, kl=kl, top1=None, greedy=False)
 
 
@@ -47,6 +49,7 @@ class Origin(Protocol):
         note: why there is no tokenizer.
         tolerance: what the graph may differ by from the original, before it is quantised.
         first: the precision of that graph.
+        parameters: numbers of its weights.
     """
 
     name: str
@@ -59,38 +62,44 @@ class Origin(Protocol):
     @property
     def tolerance(self) -> Tolerance: ...
 
+    @property
+    def parameters(self) -> int: ...
+
     def evaluating(self) -> AbstractContextManager[None]:
         """While it is read and asked."""
 
     def about(self) -> list[str]:
-        """What is shown of it."""
+        """Findings of the step that loads it."""
 
     def probes(self) -> list[NDArray[np.int64]]:
         """Ragged rows of ids to compare on."""
 
     def logits(self, row: NDArray[np.int64]) -> NDArray[np.float32]:
-        """What the original says: float32 [length, vocab] of one row."""
+        """The original's: float32 [length, vocab] of one row."""
 
     def continuation(self, row: NDArray[np.int64], count: int) -> NDArray[np.int64]:
         """The tokens that the original adds to a row, greedily."""
 
+    def describe(self) -> ModelInfo:
+        """The content of `fastgen.json` in its first precision, but for windows and files.
+
+        Asked after the probes, where the original is at hand; it runs nothing.
+        """
+
     def convert(self, whole: bool = False) -> tuple[onnx_ir.Model, list[str]]:
-        """The graph by the contract, not trimmed, and what is shown of it.
+        """The graph by the contract, not trimmed, and the findings of that step.
 
         `meta["repeated"]` of the graph says whether `whole` would give one that is made otherwise.
         """
 
     def written(self, place: Path) -> None:
-        """Where the graph was written, in its first precision, before anything is asked.
+        """Take note of where the graph was written in its first precision, to be asked there.
 
         Only for origins that nothing else runs: `logits` then ask that graph.
         """
 
-    def describe(self, precision: str) -> dict[str, Any]:
-        """The content of `fastgen.json`, but for the files."""
-
     def report(self) -> dict[str, Any]:
-        """What else the report says."""
+        """More fields of the report."""
 
     def versions(self) -> dict[str, str]:
         """Of what it was read with."""
@@ -100,7 +109,7 @@ class Origin(Protocol):
 
 
 def name_of(path: Path) -> str:
-    """What the model in a directory is called; the hub's own cache tells its id."""
+    """The name of the model in a directory; the hub's own cache tells its id."""
     parts = path.resolve().parts
     for repository, below in itertools.pairwise(parts):
         if repository.startswith("models--") and below == "snapshots":

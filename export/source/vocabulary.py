@@ -10,13 +10,14 @@ from typing import Any
 import tokenizers
 
 from fastgen.store import jsonfile
+from fastgen.store.model_info import CHAT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
 
 FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
+    TOKENIZER,
+    TOKENIZER_CONFIG,
     "special_tokens_map.json",
     "added_tokens.json",
-    "chat_template.jinja",
+    CHAT_TEMPLATE,
     "chat_template.json",
 )
 FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")  # of added tokens
@@ -26,12 +27,12 @@ def write(place: Path, to: Path) -> None:
     """Write the tokenizer's files of a directory to another."""
     for name in FILES:
         path = place / name
-        if name == "tokenizer.json":
+        if name == TOKENIZER:
             jsonfile.write(to / name, _file(place))
         elif path.is_file():
             shutil.copyfile(path, to / name)
-    if not (to / "tokenizer_config.json").exists():
-        jsonfile.write(to / "tokenizer_config.json", {})
+    if not (to / TOKENIZER_CONFIG).exists():
+        jsonfile.write(to / TOKENIZER_CONFIG, {})
 
 
 def _file(place: Path) -> dict[str, Any]:
@@ -40,8 +41,8 @@ def _file(place: Path) -> dict[str, Any]:
     As transformers reads them: tokens that were added and their flags, and whether words at the
     beginning get a space before them.
     """
-    found: dict[str, Any] = json.loads((place / "tokenizer.json").read_text("utf-8"))
-    path = place / "tokenizer_config.json"
+    found: dict[str, Any] = json.loads((place / TOKENIZER).read_text("utf-8"))
+    path = place / TOKENIZER_CONFIG
     config = jsonfile.read(path) if path.is_file() else {}
     added = {one["id"]: one for one in found.get("added_tokens") or []}
     for index, said in (config.get("added_tokens_decoder") or {}).items():
@@ -58,7 +59,7 @@ def _file(place: Path) -> dict[str, Any]:
 
 def read(place: Path) -> tuple[tokenizers.Tokenizer | None, str]:
     """The tokenizer of a directory, or why there is none."""
-    path = place / "tokenizer.json"
+    path = place / TOKENIZER
     if not path.is_file():
         return None, "the folder has no tokenizer.json"
     try:

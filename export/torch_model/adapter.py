@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 
 from fastgen.errors import ModelError, UnsupportedModel
 from fastgen.store import jsonfile
+from fastgen.store.model_info import CONFIG
 from fastgen.system import extras
 
-CONFIG = "adapter_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 ADVICE = "save the adapter again with save_pretrained"
 SHORT = 400  # characters of peft's error messages that are worth repeating
 TRIED = 12  # tokens of which a merged model has to say the same
@@ -31,11 +32,13 @@ def base_of(path: Path) -> str | None:
     Raises:
         ModelError: it does not say which.
     """
-    if not (path / CONFIG).is_file() or (path / "config.json").is_file():
+    if not (path / ADAPTER_CONFIG).is_file() or (path / CONFIG).is_file():
         return None
-    said = jsonfile.read(path / CONFIG, ADVICE)
+    said = jsonfile.read(path / ADAPTER_CONFIG, ADVICE)
     name = "base_model_name_or_path"
-    return str(jsonfile.take(said, path / CONFIG, name, jsonfile.is_text, "a model's name", ADVICE))
+    return str(
+        jsonfile.take(said, path / ADAPTER_CONFIG, name, jsonfile.is_text, "a model's name", ADVICE)
+    )
 
 
 def merged(model: PreTrainedModel, path: Path, tokens: int = 0) -> PreTrainedModel:
@@ -51,8 +54,8 @@ def merged(model: PreTrainedModel, path: Path, tokens: int = 0) -> PreTrainedMod
         ModelError: peft is not installed, or it is no adapter of this model.
         UnsupportedModel: it is of a kind that cannot become part of the weights.
     """
-    if not (path / CONFIG).is_file():
-        raise ModelError(f"{path} is no adapter: it has no {CONFIG}")
+    if not (path / ADAPTER_CONFIG).is_file():
+        raise ModelError(f"{path} is no adapter: it has no {ADAPTER_CONFIG}")
     try:
         import peft
     except ImportError as error:
@@ -134,7 +137,7 @@ def _tables(model: PreTrainedModel) -> list[str]:
 
 
 def _rows(weights: dict[str, torch.Tensor], module: str) -> Iterator[int]:
-    """How many rows an adapter's weights say that a table of the vocabulary has."""
+    """The rows of a table of the vocabulary, as an adapter's weights have it."""
     for name, weight in weights.items():
         if f".{module}." not in name:
             continue
@@ -145,7 +148,7 @@ def _rows(weights: dict[str, torch.Tensor], module: str) -> Iterator[int]:
 
 
 def _logits(model: Any) -> torch.Tensor:
-    """What a model says of its vocabulary's first and last tokens."""
+    """The logits of a row of the vocabulary's first and last tokens."""
     config = model.config.get_text_config(decoder=True)
     size = config.vocab_size
     ids = torch.arange(size - TRIED, size) % size

@@ -16,13 +16,12 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
-import fastgen
 from fastgen.export.prove import check
 from fastgen.export.source.origin import Tolerance
 from fastgen.export.torch_model.source import Source, quiet
 from fastgen.export.trace import graph, hooks, sparse
 from fastgen.store import jsonfile
-from fastgen.store.model_info import FORMAT
+from fastgen.store.model_info import CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG, ModelInfo
 
 OF_THIS_MACHINE = {"name_or_path", "is_local", "local_files_only", "vocab_file", "tokenizer_file"}
 
@@ -40,8 +39,20 @@ class Original:
         self.model = loaded.model
 
     @cached_property
+    def recorded(self) -> tuple[graph.Kept, bool]:
+        """Run it: what it keeps of a row, and whether it can compute none beyond its limit."""
+        kept = graph.kept_by(self.model)
+        limit = self._limit(kept)
+        is_hard = sparse.limit(self.model) is not None
+        return kept, is_hard or (limit is not None and not self._computes(limit))
+
+    @property
     def kept(self) -> graph.Kept:
-        return graph.kept_by(self.model)
+        return self.recorded[0]
+
+    @property
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
 
     @property
     def tokenizer(self) -> tokenizers.Tokenizer | None:
@@ -61,8 +72,7 @@ class Original:
                 module.training = True
 
     def about(self) -> list[str]:
-        size = sum(p.numel() for p in self.model.parameters())
-        about = [f"{self.model.config.model_type}, {size / 1e6:,.1f} M weights"]
+        about = [f"{self.model.config.model_type}, {self.parameters / 1e6:,.1f} M weights"]
         about.append(self.way)
         return about + ([f"for ids only: {self.note}"] if self.tokenizer is None else [])
 
@@ -82,34 +92,36 @@ class Original:
         shown = f"{len(self.kept.layers)} attention layers"
         shown += f", {states} other states" if states else ""
         converted = graph.convert(self.model, self.kept, whole)
-        return converted, [shown + (", alike" if converted.meta.get("repeated") else "")]
+        shown += ", alike" if converted.meta.get("repeated") else ""
+        return converted, [shown]
 
     def written(self, place: Path) -> None:
         """It runs by itself."""
 
-    def describe(self, precision: str) -> dict[str, Any]:
-        kept = self.kept  # or why there is none
+    def describe(self) -> ModelInfo:
+        kept, hard_limit = self.recorded
+        return ModelInfo(
+            precision=self.first,
+            model_type=self.model.config.model_type,
+            name=self.name,
+            parameters=self.parameters,
+            vocab_size=self.model.get_output_embeddings().weight.shape[0],
+            max_length=self._limit(kept),
+            hard_limit=hard_limit,
+            layers=tuple((layer.kv_heads, layer.head_dim) for layer in kept.layers),
+            states=tuple(map(tuple, kept.states.values())),
+        )
+
+    def _limit(self, kept: graph.Kept) -> int | None:
+        """Positions that it was trained for."""
+        if not kept.layers:
+            return None  # a recurrence has no last position, whatever length its file says
         config = self.model.config.get_text_config(decoder=True)
-        # A recurrence has no last position, whatever length its file says it was trained with.
-        limit = getattr(config, "max_position_embeddings", None) if kept.layers else None
-        return {
-            "format": FORMAT,
-            "fastgen": fastgen.__version__,
-            "precision": precision,
-            "model_type": self.model.config.model_type,
-            "name": self.name,
-            "parameters": sum(p.numel() for p in self.model.parameters()),
-            "vocab_size": self.model.get_output_embeddings().weight.shape[0],
-            "max_length": limit,
-            "hard_limit": sparse.limit(self.model) is not None
-            or (limit is not None and not self._computes(limit)),
-            "layers": [[layer.kv_heads, layer.head_dim] for layer in kept.layers],
-            "states": [list(shape) for shape in kept.states.values()],
-            "cache_dtype": "float32",
-        }
+        limit: int | None = getattr(config, "max_position_embeddings", None)
+        return limit
 
     def _computes(self, position: int) -> bool:
-        """Whether the model can compute a token at `position`, the first beyond its limit."""
+        """True if the model can compute a token at `position`, the first beyond its limit."""
         ids = torch.zeros(1, 1, dtype=torch.long)
         try:
             with torch.no_grad(), hooks.positions(self.model, ids + position) as given:
@@ -128,13 +140,13 @@ class Original:
         config = json.loads(self.model.config.to_json_string(use_diff=False))
         # Where the model came from is in `fastgen.json`, as a name; here it may be a path.
         config.pop("_name_or_path", None)
-        jsonfile.write(to / "config.json", config)
+        jsonfile.write(to / CONFIG, config)
         defaults = self.model.generation_config.to_dict()
         defaults = {name: value for name, value in defaults.items() if value is not None}
-        jsonfile.write(to / "generation_config.json", defaults)
+        jsonfile.write(to / GENERATION_CONFIG, defaults)
         if self.loaded.tokenizer is not None:
             self.loaded.tokenizer.save_pretrained(to)
-            path = to / "tokenizer_config.json"
+            path = to / TOKENIZER_CONFIG
             kept = json.loads(path.read_text(encoding="utf-8"))
             if getattr(self.loaded.tokenizer, "split_special_tokens", False):
                 kept["split_special_tokens"] = True  # which `save_pretrained` leaves out

@@ -1,4 +1,4 @@
-"""Where a model comes from: a directory or the hub, as torch weights in float32, with tokenizer."""
+"""Loads a model from a directory or the hub: torch weights in float32, and its tokenizer."""
 
 from __future__ import annotations
 
@@ -31,10 +31,9 @@ from fastgen.export.source.origin import name_of
 from fastgen.export.torch_model import adapter, text
 from fastgen.export.trace import refuse, rope, sparse, stored
 from fastgen.store import hub, jsonfile
-from fastgen.store.model_info import INFO
+from fastgen.store.model_info import CONFIG, INFO
 from fastgen.text.tokenizer import Tokenizer
 
-CONFIG = "config.json"
 SHORT = 300  # characters of somebody else's error message that are worth repeating
 
 
@@ -57,7 +56,6 @@ class Source:
 
 def load(
     name_or_path: str | os.PathLike[str],
-    revision: str | None = None,
     adapted: str | os.PathLike[str] | None = None,
     in_own_types: Callable[[Path], bool] = lambda path: False,
 ) -> Source:
@@ -65,7 +63,6 @@ def load(
 
     Args:
         name_or_path: a model, or an adapter, which says which model it belongs to.
-        revision: a branch, tag or commit of a hub repository.
         adapted: an adapter to merge into the model, a directory or a hub id.
         in_own_types: whether the weights in a directory stay as they are stored (see `stored`).
 
@@ -73,12 +70,7 @@ def load(
         ModelError: there is no such model, or it is not complete.
         UnsupportedModel: it is no model that writes text, or none that transformers knows.
     """
-    if not isinstance(name_or_path, str | os.PathLike):
-        raise ValueError(
-            "model must be a hub id, a directory or a transformers model, "
-            f"got {type(name_or_path).__name__}"
-        )
-    name, path = _place(name_or_path, revision)
+    name, path = _place(name_or_path)
     if (path / INFO).is_file():
         raise ModelError(f"{name} is a fastgen model already: there is nothing to export")
     checkpoint.check(path)
@@ -88,7 +80,7 @@ def load(
     if base is not None:
         return _with_adapter(load(base), name, path)
     if adapted is not None:
-        return _with_adapter(load(path), *_place(adapted, None))
+        return _with_adapter(load(path), *_place(adapted))
     config = _configuration(path)
     own_types = in_own_types(path)
     with refuse.by_name(config.model_type):
@@ -100,14 +92,14 @@ def load(
     return Source(name, model, tokenizer, note)
 
 
-def _place(name_or_path: str | os.PathLike[str], revision: str | None) -> tuple[str, Path]:
-    """What a model or an adapter is called, and the directory where it is."""
+def _place(name_or_path: str | os.PathLike[str]) -> tuple[str, Path]:
+    """The name of a model or an adapter, and the directory where it is."""
     path = Path(name_or_path)
     if path.exists() and not path.is_dir():
         raise ModelError(f"{path} is a file; expected a directory or a hub id")
     if path.is_dir():
         return name_of(path), path
-    return str(name_or_path), hub.transformers_snapshot(str(name_or_path), revision)
+    return str(name_or_path), hub.transformers_snapshot(str(name_or_path))
 
 
 def _with_adapter(base: Source, name: str, path: Path) -> Source:
@@ -148,7 +140,7 @@ def _settle(model: PreTrainedModel) -> None:
 
 
 def _configuration(path: Path) -> PretrainedConfig:
-    """What config.json says.
+    """Read config.json.
 
     Types of weights that torch does not have, such as "auto", are left out: the files have them.
     """

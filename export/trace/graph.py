@@ -1,19 +1,7 @@
-"""A transformers model in, the graph out: names, shapes and what is computed where.
+"""A transformers model in, the graph out, by the contract of `fastgen.store.graph_io`.
 
-| input | shape | |
-|---|---|---|
-| `input_ids`, `position_ids` | int64 [rows, new] | new tokens, right-padded |
-| `query_seqlens` | int32 [rows] | how many of them are real |
-| `seqlens_k` | int32 [rows] | tokens in the cache after this step, less 1 |
-| `total_sequence_length` | int32 [] | the largest of those, plus 1 |
-| `logits_positions` | int64 [rows, keep] | the new positions that want logits |
-| `past_key_values.{i}.key/value` | float32 [rows, kv_heads, capacity, head_dim] | buffers |
-| `past_state.{i}` | float32 [rows, ...] | what convolutions and recurrences keep |
-
-Outputs: `logits` float32 [rows, keep, vocab], and `present.{i}.key/value` and `present_state.{i}`,
-which the runtime binds to the memory of the inputs. Two steps add inputs to it later: `window`,
-where layers see a window only; and `cache.quantize`, which makes keys and values int8 and adds
-float32 ones into which prompts are read.
+Two steps add inputs to it later: `window.bound`, where layers see a window only, and
+`kv_int8.quantize`, which makes keys and values int8 and adds float32 ones for prompts.
 """
 
 from __future__ import annotations
@@ -28,41 +16,26 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import onnx_ir
-import onnx_ir.passes.common
 import onnxscript.rewriter
 import torch
 from transformers import PreTrainedModel
 
 from fastgen.errors import UnsupportedModel
 from fastgen.export.rewrite import mixture
-from fastgen.export.rewrite.onnx_file import save
 from fastgen.export.trace import attention, experts, hooks, refuse, repeat, states, stored
 from fastgen.export.trace.attention import Feed, Layer
 from fastgen.export.trace.states import Place, StatefulCache, States
+from fastgen.store.graph_io import TOKENS, GraphIO, TensorSpec, fed_tokens
 
 OPSET = 23
-INPUTS = (
-    "input_ids",
-    "position_ids",
-    "query_seqlens",
-    "seqlens_k",
-    "total_sequence_length",
-    "logits_positions",
-)
-
-
-def past_names(layers: int) -> list[str]:
-    return [f"past_key_values.{i}.{kind}" for i in range(layers) for kind in ("key", "value")]
-
-
-def present_names(layers: int) -> list[str]:
-    return [f"present.{i}.{kind}" for i in range(layers) for kind in ("key", "value")]
+SIZES = {"rows": 2, "new": 3, "keep": 2, "capacity": 7}  # of the step that is traced
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What a model keeps of a row between steps.
+    """The keys, values and states that a model keeps of a row between steps.
 
     Attributes:
         layers: those with keys and values.
@@ -72,13 +45,10 @@ class Kept:
     layers: list[Layer]
     states: dict[Place, tuple[int, ...]]
 
-    def inputs(self) -> list[str]:
-        numbers = range(len(self.states))
-        return [*past_names(len(self.layers)), *(f"past_state.{i}" for i in numbers)]
-
-    def outputs(self) -> list[str]:
-        numbers = range(len(self.states))
-        return [*present_names(len(self.layers)), *(f"present_state.{i}" for i in numbers)]
+    def io(self, vocab_size: int) -> GraphIO:
+        """The inputs and outputs of the graph."""
+        layers = tuple((layer.kv_heads, layer.head_dim) for layer in self.layers)
+        return GraphIO(vocab_size, layers, tuple(self.states.values()))
 
 
 class Decoder(torch.nn.Module):
@@ -254,35 +224,8 @@ def _by_repeating(model: PreTrainedModel, kept: Kept) -> Traced | None:
 def _traced(
     model: PreTrainedModel, kept: Kept, known_again: Sequence[torch.nn.Module] = ()
 ) -> Traced:
-    rows, new, keep, capacity = 2, 3, 2, 7
-    past = [
-        torch.zeros(rows, layer.kv_heads, capacity, layer.head_dim)
-        for layer in kept.layers
-        for _ in ("key", "value")
-    ]
-    held = [torch.zeros(rows, *shape) for shape in kept.states.values()]
-    inputs = {
-        "input_ids": torch.ones(rows, new, dtype=torch.long),
-        "position_ids": torch.arange(new).expand(rows, new).contiguous(),
-        "query_seqlens": torch.full((rows,), new, dtype=torch.int32),
-        "seqlens_k": torch.full((rows,), new - 1, dtype=torch.int32),
-        "total_sequence_length": torch.tensor(new, dtype=torch.int32),
-        "logits_positions": torch.zeros(rows, keep, dtype=torch.long),
-    }
-    dim = torch.export.Dim
-    r, n, k, c = dim("rows"), dim("new"), dim("keep"), dim("capacity")
-    shapes: dict[str, Any] = {
-        "input_ids": {0: r, 1: n},
-        "position_ids": {0: r, 1: n},
-        "query_seqlens": {0: r},
-        "seqlens_k": {0: r},
-        "total_sequence_length": {},
-        "logits_positions": {0: r, 1: k},
-    }
-    # An empty list would make torch's exporter forget the names of all dimensions.
-    for name, some, shape in (("past", past, {0: r, 2: c}), ("past_states", held, {0: r})):
-        if some:
-            inputs[name], shapes[name] = some, [shape] * len(some)
+    io = kept.io(model.get_output_embeddings().weight.shape[0])
+    inputs, shapes = _example(io)
     with (
         _quiet(),
         _pairs_of_slices(),
@@ -298,8 +241,8 @@ def _traced(
                 dynamo=True,
                 opset_version=OPSET,
                 dynamic_shapes=shapes,
-                input_names=[*INPUTS, *kept.inputs()],
-                output_names=["logits", *kept.outputs()],
+                input_names=[spec.name for spec in io.inputs],
+                output_names=[spec.name for spec in io.outputs],
                 optimize=True,
                 verbose=False,
             )
@@ -314,9 +257,29 @@ def _traced(
     return program.model, stand_ins
 
 
+def _example(io: GraphIO) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments of `Decoder.forward` for a step of `SIZES`, and the names of their dimensions."""
+    ids = np.ones((SIZES["rows"], SIZES["new"]), np.int64)
+    positions = np.zeros((SIZES["rows"], SIZES["keep"]), np.int64)
+    names = {size: torch.export.Dim(size) for size in SIZES}
+
+    def dimensions(spec: TensorSpec) -> dict[int, Any]:
+        return {i: names[size] for i, size in enumerate(spec.shape) if isinstance(size, str)}
+
+    inputs: dict[str, Any] = {
+        name: torch.from_numpy(array) for name, array in fed_tokens(ids, positions).items()
+    }
+    shapes: dict[str, Any] = {spec.name: dimensions(spec) for spec in TOKENS}
+    for name, pairs in (("past", io.key_values["float32"]), ("past_states", io.state_pairs)):
+        if pairs:  # an empty list would make torch's exporter forget the names of all dimensions
+            inputs[name] = [torch.from_numpy(pair.past.zeros(**SIZES)) for pair in pairs]
+            shapes[name] = [dimensions(pair.past) for pair in pairs]
+    return inputs, shapes
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """torch's exporter talks to users about matters of its own."""
+    """Silence torch's exporter, which talks to users about matters of its own."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -366,6 +329,3 @@ def _at_slices(
     rewrite: Callable[..., Any], model: Any, graph: Any, node: onnx_ir.Node, **kwargs: Any
 ) -> Any:
     return rewrite(model, graph, node, **kwargs) if node.op_type == "Slice" else None
-
-
-__all__ = ["INPUTS", "Any", "Kept", "convert", "kept_by", "save"]

@@ -167,7 +167,7 @@ def _inner(
 
 
 def _window(module: torch.nn.Module) -> int | None:
-    """That of a module with a mask of its own, [1, 1, positions, positions]."""
+    """The window of a module with a mask of its own, [1, 1, positions, positions]."""
     mask = getattr(module, "bias", None)
     if mask is None:
         return None
@@ -411,7 +411,7 @@ def _saves(module: Any) -> bool:
 
 
 def _spaces(module: Any) -> tuple[Tensor, Tensor]:
-    """From queries to latents [heads, size, rank], and from there to values [heads, rank, size]."""
+    """Matrices to latents [heads, size, rank] for queries, and from them to values, turned."""
     sizes = (module.qk_nope_head_dim, module.v_head_dim)
     weight = module.kv_b_proj.weight.detach().unflatten(0, (-1, sum(sizes)))
     keys, values = weight.split(sizes, dim=1)

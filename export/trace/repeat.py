@@ -23,6 +23,7 @@ from fastgen.export.rewrite.edit import clean_up, input_of, tensor_of
 from fastgen.export.trace import stored
 from fastgen.export.trace.attention import Layer
 from fastgen.export.trace.stored import StandIn
+from fastgen.store.graph_io import PAST, PRESENT, layer_and_half
 
 TRACED = 3  # layers: the first, the one that is repeated, and one to see that it can be
 FEWEST = 6  # layers for which it pays
@@ -135,7 +136,7 @@ def unroll(model: ir.Model, layers: Layers, stand_ins: Sequence[StandIn]) -> boo
 
 @dataclass(frozen=True)
 class _Own:
-    """What is of one layer alone: a part of a weight, or what is kept of keys or values.
+    """A value of one layer alone: a part of a weight, or its past keys or values.
 
     Attributes:
         number: of the layer.
@@ -162,9 +163,8 @@ class _Unrolling:
         self.layers = layers
         self.own = dict(_own_weights(graph, layers, stand_ins))
         for value in graph.inputs:
-            kind, number, part = _parts(value)
-            if kind == "past_key_values":
-                self.own[value] = _Own(number, part)
+            if (found := layer_and_half(value.name)) is not None:
+                self.own[value] = _Own(*found)
         self.level: dict[ir.Value, int] = {}
 
     def run(self) -> None:
@@ -184,7 +184,7 @@ class _Unrolling:
                 if value in last:
                     node.replace_input_with(place, latest[last[value]])
         for values in (self.graph.inputs, self.graph.outputs):
-            values[:] = sorted(values, key=lambda value: _parts(value)[1:])
+            values[:] = sorted(values, key=lambda value: layer_and_half(value.name) or (-1, ""))
 
     def _blocks(self) -> tuple[list[ir.Node], list[ir.Node], list[ir.Node]]:
         """Nodes of the second and of the third layer, and those after it."""
@@ -210,7 +210,7 @@ class _Unrolling:
         return self.own[value].number if value in self.own else self.level.get(value, -1)
 
     def _same(self, second: list[ir.Node], third: list[ir.Node]) -> Pairs:
-        """What each value that the second layer reads or makes is in the third.
+        """Match each value that the second layer reads or makes with its like in the third.
 
         Raises:
             _Unlike: they are not the same nodes.
@@ -296,7 +296,7 @@ class _Unrolling:
         return nodes, {value: there[value] for value in latest}
 
     def _own(self, value: ir.Value, number: int) -> ir.Value:
-        """What a value of one layer alone is in another."""
+        """The like of a value of one layer alone, in another layer."""
         copy = ir.Value(name=self._name(value, number), shape=value.shape, type=value.type)
         own = self.own[value]
         if own.weight is None:
@@ -311,7 +311,7 @@ class _Unrolling:
     def _name(self, value: ir.Value, number: int) -> str:
         """As a trace would call it, where that can be told."""
         name = str(value.name)
-        for place in ("past_key_values.", "present.", f"{self.layers.name}."):
+        for place in (f"{PAST}.", f"{PRESENT}.", f"{self.layers.name}."):
             before, found, after = name.partition(f"{place}1.")
             if found:
                 return f"{before}{place}{number}.{after}"
@@ -338,13 +338,6 @@ def _own_weights(
                 number, name = names[id(one.weight)]
                 place = view.ctypes.data - one.array.ctypes.data
                 yield value, _Own(number, (name, place, view.shape, view.strides), one)
-
-
-def _parts(value: ir.Value) -> tuple[str, int, str]:
-    """Of the name of keys or values: which, of which layer, and which of both."""
-    kind, _, rest = str(value.name).partition(".")
-    number, _, part = rest.partition(".")
-    return (kind, int(number), part) if kind in ("past_key_values", "present") else ("", -1, "")
 
 
 def _kind(node: ir.Node) -> tuple[Any, ...]:

@@ -142,7 +142,7 @@ class StandIn:
 def standing_in(
     model: PreTrainedModel, known_again: Sequence[torch.nn.Module] = ()
 ) -> Iterator[list[StandIn]]:
-    """For tracing, which reads no large weight: others stand in for those that are `Stored`.
+    """Let arrays stand in for weights that are `Stored`, so that tracing reads no large one.
 
     Args:
         known_again: modules for all of whose weights others stand in. Small ones are random

@@ -37,7 +37,7 @@ def batch(
     quiet: bool,
     model: str | None,
     threads: int | None,
-    prompts: str | None,
+    prefill_precision: str | None,
     ids: bool,
     max_rows: int | None,
     **others: Any,
@@ -72,13 +72,13 @@ def batch(
             seed = validators.integer("--seed", seed)
         if flags["address"] is not None:
             arguments = {"model": model, "keep": keep, "seed": seed or 0, "ids": ids, **wanted}
-            arguments |= {"threads": threads, "prompts": prompts, "max_rows": max_rows or MAX_ROWS}
-            arguments |= {"created": int(time.time())}
+            arguments |= {"threads": threads, "prefill_precision": prefill_precision}
+            arguments |= {"max_rows": max_rows or MAX_ROWS, "created": int(time.time())}
             on_a_cluster("Generate", arguments, source, out, kind, restart, quiet, flags)
             return
         only_on_a_cluster(flags)
         rows = RowSource.of(source, kind)
-        loaded = load(model, threads, prompts)
+        loaded = load(model, threads, prefill_precision)
         params.resolve(loaded.generation_config.to_dict(), None, wanted)
         RowReader(loaded, wanted, keep).check(rows.columns() or ())
         settings = {

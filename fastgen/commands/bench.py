@@ -10,8 +10,9 @@ from typing import Any
 
 import click
 
+from fastgen import first_use
 from fastgen.commands.say import clear_errors, in_json, say
-from fastgen.store import files, hub
+from fastgen.store import files
 from fastgen.store.model_info import ModelInfo
 
 MOST = 10**6  # of anything that is counted: more is a slip
@@ -90,14 +91,14 @@ def bench(
     with clear_errors():
         if png is not None:
             plot.drawable()
-            files.check("--png", png)
+            files.check_writable("--png", png)
         if as_json is not None:
-            files.check("--json", as_json)
+            files.check_writable("--json", as_json)
         if not models:
             say("fastgen: no DIR given, using the embedded demo model")
         given = list(dict.fromkeys(models))
-        places = dict(zip(measure.labels(given), map(hub.directory, given), strict=True))
-        places = places or {"demo": hub.directory(None)}
+        places = dict(zip(measure.labels(given), map(first_use.directory, given), strict=True))
+        places = places or {"demo": first_use.directory(None)}
         infos = {name: ModelInfo.read(place) for name, place in places.items()}
         asked = measure.CaseOptions(prompt, rows, beams, threads, new)
         timed, notes = measure.cases(infos, asked)
@@ -115,10 +116,10 @@ def bench(
         for line in plot.lines(found, width, sys.stdout.encoding or "ascii"):
             click.echo(line)
         if as_json is not None:
-            with files.written("--json", as_json) as file:
+            with files.atomic_file("--json", as_json) as file:
                 file.write_text(_record(machine, infos, found, rounds), encoding="utf-8")
         if png is not None:
-            with files.written("--png", png) as file:
+            with files.atomic_file("--png", png) as file:
                 plot.png(found, machine, rounds, file)
 
 

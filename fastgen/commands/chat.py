@@ -32,7 +32,11 @@ PROMPT, MORE = ">>> ", "... "
 @run_options
 @knob_flags
 def chat(
-    model: str | None, system: str | None, threads: int | None, prompts: str | None, **knobs: Any
+    model: str | None,
+    system: str | None,
+    threads: int | None,
+    prefill_precision: str | None,
+    **knobs: Any,
 ) -> None:
     """Talk with a model: MODEL is a directory or a hub id (default: the demo model).
 
@@ -50,7 +54,7 @@ def chat(
     tokens at most. An answer has 256. --max-new-tokens or --max-length change that.
     """
     with clear_errors():
-        loaded = load(model, threads, prompts, "MODEL")
+        loaded = load(model, threads, prefill_precision, "MODEL")
         conversation = Conversation(loaded, given(knobs), system)
         info = loaded.model.info
         name = info.name or loaded.directory.name

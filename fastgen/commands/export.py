@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from fastgen.commands.say import clear_errors
-from fastgen.store.hub import CACHE_PRECISION
+from fastgen.store.model_info import CACHE_PRECISION
 from fastgen.system import extras
 from fastgen.system.interrupt import ended_at_once
 
@@ -105,7 +105,8 @@ def export(
                 f"exporting needs torch and transformers: {extras.install('export')}; of a known "
                 f"family or an ONNX folder, onnx and onnx_ir: {extras.install('onnx')} ({error})"
             ) from error
-        from fastgen.store.report import REPORT, table
+        from fastgen.store.model_info import REPORT
+        from fastgen.store.report import table
 
         made = pipeline.export(
             model,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,10 @@ import click
 import fastgen
 from fastgen.commands.knobs import given, knob_flags
 from fastgen.commands.models import load, model_option, run_options
-from fastgen.commands.say import clear_errors, in_json, one_line
+from fastgen.commands.say import clear_errors, in_json
 from fastgen.inputs.lengths import default_length
 from fastgen.inputs.params import resolve
-from fastgen.store import jsonfile
+from fastgen.store import files, jsonfile
 
 
 @click.command()
@@ -45,7 +44,7 @@ def generate(
     file: Path | None,
     as_json: bool,
     threads: int | None,
-    prompts: str | None,
+    prefill_precision: str | None,
     prefix_cache: Path | None,
     **knobs: Any,
 ) -> None:
@@ -53,7 +52,7 @@ def generate(
     with clear_errors():
         text = _prompt(prompt, file)
         with _kept(prefix_cache) as cache:
-            loaded = load(model, threads, prompts)
+            loaded = load(model, threads, prefill_precision)
             wanted = given(knobs)
             new = default_length("text", wanted)
             if new is not None:
@@ -85,13 +84,7 @@ def _kept(file: Path | None) -> Iterator[fastgen.PrefixCache | None]:
     if file is None:
         yield None
         return
-    if file.exists() and not file.is_file():
-        raise ValueError(f"--prefix-cache must be a file, {file} is something else")
-    try:
-        tempfile.TemporaryFile(dir=file.parent).close()
-    except OSError as error:
-        reason = one_line(error.strerror or error)
-        raise ValueError(f"--prefix-cache {file} cannot be written: {reason}") from error
+    files.check_writable("--prefix-cache", file)
     cache = fastgen.PrefixCache.load(file) if file.exists() else fastgen.PrefixCache()
     yield cache
     cache.save(file)

@@ -19,13 +19,14 @@ if TYPE_CHECKING:
 @click.option("--verify", is_flag=True, help="compare every file, weights too, with its digest")
 def info(model: str | None, as_json: bool, verify: bool) -> None:
     """Say what MODEL (default: the demo model) holds and what its export found."""
-    from fastgen.store import hub, jsonfile
-    from fastgen.store.model_info import INFO, ModelInfo
-    from fastgen.store.report import REPORT, table
+    from fastgen import first_use
+    from fastgen.store import jsonfile
+    from fastgen.store.model_info import INFO, REPORT, TOKENIZER, ModelInfo
+    from fastgen.store.report import table
     from fastgen.store.tuning import Tuning, read
 
     with clear_errors():
-        place = hub.directory(model)
+        place = first_use.directory(model)
         found = ModelInfo.verify(place) if verify else ModelInfo.read(place)
         report = jsonfile.read(place / REPORT)
         if as_json:
@@ -46,7 +47,7 @@ def info(model: str | None, as_json: bool, verify: bool) -> None:
             "context": f"{limit or 'any number of'} positions",
             "layers": f"{len(found.layers)} with keys and values{_windows(found)}",
             "cache": f"{found.cache_dtype}, {token:,} bytes a token{full}",
-            "tokenizer": "yes" if (place / "tokenizer.json").is_file() else "no (ids only)",
+            "tokenizer": "yes" if (place / TOKENIZER).is_file() else "no (ids only)",
             "runs with": str(tuned) if tuned else f"{Tuning()} (not tuned)",
             "exported by": f"fastgen {found.exporter}",
         }
@@ -68,4 +69,5 @@ def _windows(found: ModelInfo) -> str:
 
 def _prompts(found: ModelInfo) -> str:
     """A note on prompts that are read in int8, if the model can."""
-    return ' (prompts="int8" reads prompts faster, in memory)' if found.can_read_prompts else ""
+    note = ' (prefill_precision="int8" reads prompts faster, in memory)'
+    return note if found.can_read_prompts else ""

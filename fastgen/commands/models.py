@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,28 +19,43 @@ model_option = click.option(
 threads_option = click.option(
     "--threads", type=int, help="threads of a step [default: physical cores]"
 )
-prompts_option = click.option(
-    "--prompts",
-    metavar="same|int8",
-    help="int8: a model in int4 reads long prompts as fast as one in int8, for a byte of memory a "
-    "weight [default: as tuned, or same]",
-)
+
+
+def prefill_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give `command` the flag --prefill-precision, and its old name --prompts."""
+
+    @functools.wraps(command)
+    def renamed(*args: Any, prompts: str | None, prefill_precision: str | None, **rest: Any) -> Any:
+        if prompts is not None:
+            say("fastgen: --prompts is now named --prefill-precision")
+        return command(*args, prefill_precision=prefill_precision or prompts, **rest)
+
+    shown = click.option(
+        "--prefill-precision",
+        metavar="same|int8",
+        help="int8: a model in int4 reads long prompts as fast as one in int8, for a byte of "
+        "memory a weight [default: as tuned, or same]",
+    )
+    return shown(click.option("--prompts", hidden=True)(renamed))
 
 
 def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give `command` the flags of how a model runs: `load` takes them."""
-    return threads_option(prompts_option(command))
+    return threads_option(prefill_option(command))
 
 
 def load(
-    model: str | None, threads: int | None, prompts: str | None, argument: str = "--model"
+    model: str | None,
+    threads: int | None,
+    prefill_precision: str | None,
+    argument: str = "--model",
 ) -> fastgen.CausalLM:
-    """The model of that name; without one the demo, and stderr says so.
+    """Load the model of that name; without one the demo, and stderr says so.
 
     Args:
-        threads, prompts: see `fastgen.load`.
+        threads, prefill_precision: see `fastgen.load`.
         argument: how the command is told the name.
     """
     if model is None:
         say(f"fastgen: no {argument} given, using the embedded demo model")
-    return fastgen.load(model, threads=threads, prompts=prompts)
+    return fastgen.load(model, threads=threads, prefill_precision=prefill_precision)

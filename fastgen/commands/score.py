@@ -26,7 +26,7 @@ def score(
     quiet: bool,
     model: str | None,
     threads: int | None,
-    prompts: str | None,
+    prefill_precision: str | None,
     each: bool,
     **flags: Any,
 ) -> None:
@@ -44,12 +44,12 @@ def score(
 
         if flags["address"] is not None:
             arguments = {"model": model, "keep": keep, "tokens": each, "threads": threads}
-            arguments |= {"prompts": prompts}
+            arguments |= {"prefill_precision": prefill_precision}
             on_a_cluster("Score", arguments, source, out, kind, restart, quiet, flags)
             return
         only_on_a_cluster(flags)
         rows = RowSource.of(source, kind)
-        loaded = load(model, threads, prompts)
+        loaded = load(model, threads, prefill_precision)
         work = ScoringWork(loaded, keep, each)
         work.check(rows.columns() or ())
         settings = {

@@ -113,7 +113,7 @@ def serve(
     port: int,
     api_key: str | None,
     threads: int | None,
-    prompts: str | None,
+    prefill_precision: str | None,
     name: str | None,
     rows: int | None,
     memory: float | None,
@@ -165,7 +165,7 @@ def serve(
         given["grammars"] = trial.Limits(grammar_seconds, grammar_memory << 20)
         with _listening(host, port) as place:
             hosts = _hosts(place, host, allowed_hosts, api_key is not None)
-            loaded = load(model, threads, prompts, "MODEL")
+            loaded = load(model, threads, prefill_precision, "MODEL")
             made = app(
                 loaded,
                 name=name,

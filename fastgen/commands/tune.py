@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from fastgen.commands.models import prompts_option
+from fastgen.commands.models import prefill_option
 from fastgen.commands.say import clear_errors
 from fastgen.engine import memory_estimate
 from fastgen.store.model_info import ModelInfo
@@ -22,7 +22,7 @@ MOST = 10**9  # rows, tokens and rounds that `tune` takes for a wish, not a slip
 @click.option("--prompt", default=64, show_default=True, help="tokens of the prompt")
 @click.option("--new", default=32, show_default=True, help="tokens that are generated")
 @click.option("--rounds", default=5, show_default=True, help="how often each is timed")
-@prompts_option
+@prefill_option
 @click.option("--max-kl", default=0.02, show_default=True, help="KL divergence allowed")
 @click.option("--min-top1", default=0.9, show_default=True, help="equal likeliest tokens asked")
 def tune(
@@ -33,17 +33,18 @@ def tune(
     rounds: int,
     max_kl: float,
     min_top1: float,
-    prompts: str | None,
+    prefill_precision: str | None,
 ) -> None:
     """Measure what is fastest on this machine: threads, kernels, and which of MODELS.
 
     Each is a directory or a hub id. What is best for a model directory is saved in it (of a hub's,
     in the copy here) and used from then on, on this machine only.
     Given several exports of one model, say fp32, int8 and int4, the fastest is named whose report
-    keeps the accuracy budget (--max-kl, --min-top1). With --prompts int8, models in int4 are also
-    tried with prompts in int8, which take the memory of a model in int8 besides.
+    keeps the accuracy budget (--max-kl, --min-top1). With --prefill-precision int8, models in
+    int4 are also tried with prompts in int8, which take the memory of a model in int8 besides.
     """
-    from fastgen.store import hub, tuning
+    from fastgen import first_use
+    from fastgen.store import tuning
     from fastgen.timing import tune
 
     with clear_errors():
@@ -53,17 +54,18 @@ def tune(
             if value > MOST:
                 raise ValueError(f"--{name} must be at most {MOST:,}, got {value}")
         work = Workload(rows, prompt, new)
-        directories = [hub.directory(model) for model in models]
+        directories = [first_use.directory(model) for model in models]
         for place in directories:
             _check_room(place, work)
-        if prompts not in (None, *tuning.READ_AS):
-            raise ValueError(f"--prompts must be same or int8, got {prompts!r}")
-        if prompts == "int8":
+        if prefill_precision not in (None, *tuning.PREFILL_PRECISIONS):
+            raise ValueError(f"--prefill-precision must be same or int8, got {prefill_precision!r}")
+        if prefill_precision == "int8":
             infos = {place: ModelInfo.read(place) for place in directories}
             if not any(info.can_read_prompts for info in infos.values()):
                 infos[directories[0]].check_prompts(directories[0])
         every = {
-            place: tune.candidates(place, prompts or "same") for place in dict.fromkeys(directories)
+            place: tune.candidates(place, prefill_precision or "same")
+            for place in dict.fromkeys(directories)
         }
         allowed = [place for place in every if tune.within(place, max_kl, min_top1)]
         found = [one for place in every for one in every[place]]

@@ -8,7 +8,7 @@ batch          THE LOOP: rows join, step, leave    beam/         beam search ove
 slots          rows move between a cache's slots    step          which kind it was, its new tokens
 speculative    several tokens a step               guidance      logits without the prompt
 prepare        arguments -> one call, checked      call          one call, ready to run
-schedule       many people's calls, side by side   plan          who of them is next, in numbers
+schedule       many people's calls, side by side   plan          which of them are next, in numbers
 writer         tokens with their text
 score          how likely given tokens are         memory_estimate  what a call would take
 output         what comes out

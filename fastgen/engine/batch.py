@@ -1,7 +1,7 @@
 """THE LOOP: rows join by prefill, step together, and leave when they have ended.
 
 One prompt, a ragged batch, several sequences of one prompt, a stream and a service's requests
-are all rows here. `step` is: logits, processors, pick, stop.
+are all rows here. `step` is: logits, processors, sampler, stop.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from fastgen.engine.prefill import CALL, WHOLE, Chunks, Prefill
 from fastgen.engine.request import Request, Row, State, by_request, context
 from fastgen.engine.slots import Slots
 from fastgen.engine.step import Event
-from fastgen.sampling import pick, stop
+from fastgen.sampling import sampler, stop
 
-CERTAIN = 64  # tokens of a row, at most, that are taken in a step because they must follow
+FORCED = 64  # tokens of a row, at most, that are taken in a step because they must follow
 
 
 @dataclass(eq=False)
@@ -40,7 +40,7 @@ class Joining:
         """Read a chunk."""
         if self.before:
             self.before[0].read()
-            self.before = [one for one in self.before if not one.done]
+            self.before = [prefill for prefill in self.before if not prefill.done]
         else:
             self.prefill.read()
 
@@ -51,11 +51,11 @@ class Joining:
     @property
     def left(self) -> int:
         """The number of tokens that are still to be read."""
-        return sum(one.left for one in (*self.before, self.prefill))
+        return sum(prefill.left for prefill in (*self.before, self.prefill))
 
     @property
     def wanted(self) -> bool:
-        """Whether a row has not ended meanwhile."""
+        """True while a row has not ended."""
         return any(not row.finish_reason for rows in self.rows for row in rows)
 
 
@@ -86,14 +86,14 @@ class Batch:
         Args:
             requests: with one prefix cache, or none; their prompts are read together.
         """
-        copies = [len(one.rows) // len(one.prompts) for one in requests]
+        copies = [len(request.rows) // len(request.prompts) for request in requests]
         waiting = [
-            (prompt, request.rows[place * count : (place + 1) * count])
+            (prompt, request.rows[index * count : (index + 1) * count])
             for request, count in zip(requests, copies, strict=True)
-            for place, prompt in enumerate(request.prompts)
+            for index, prompt in enumerate(request.prompts)
         ]
         # Shortest first: in a chunk, the rows that have more to come are then neighbours.
-        waiting.sort(key=lambda one: len(one[0]))
+        waiting.sort(key=lambda pair: len(pair[0]))
         first = self.end
         longest = max(request.max_length for request in requests)
         rows = sum(len(request.rows) for request in requests)
@@ -101,8 +101,8 @@ class Batch:
         prompts = [prompt for prompt, _ in waiting]
         known = requests[0].prefix_cache
         prefill = Prefill(self.model, self.cache, prompts, first, known, self.chunks)
-        steered = [one.unconditional for one in requests if one.unconditional]
-        before = filter(None, [one.begin(self.chunks) for one in steered])
+        guided = (request.unconditional for request in requests)
+        before = filter(None, [guide.begin(self.chunks) for guide in guided if guide])
         self.joining.append(Joining(prefill, [rows for _, rows in waiting], [*before]))
         return self.joining[-1]
 
@@ -115,7 +115,7 @@ class Batch:
     @property
     def end(self) -> int:
         """The first slot behind all that are used."""
-        return max([len(self.rows), *(one.slots.stop for one in self.joining)])
+        return max([len(self.rows), *(joining.slots.stop for joining in self.joining)])
 
     def _join(self, joining: Joining) -> None:
         """Move what was read behind the rows that run, once for each row of a prompt."""
@@ -145,15 +145,15 @@ class Batch:
         """
         logits = self._logits()
         events: list[Event] = []
-        for places in self._alike():
+        for indices in self._alike():
             # Without a copy where all rows are alike, as they are outside of a service.
-            mine = logits if len(places) == len(self.rows) else logits[places]
-            events += _advance([self.rows[i] for i in places], mine)
+            mine = logits if len(indices) == len(self.rows) else logits[indices]
+            events += _advance([self.rows[i] for i in indices], mine)
         return events + self._end_step()
 
     def _end_step(self) -> list[Event]:
-        """Take what is certain, look at the clock, and let rows that have ended leave."""
-        events = take_certain(self.rows, self.chunks.step)
+        """Append forced tokens, look at the clock, and let rows that have ended leave."""
+        events = append_forced(self.rows, self.chunks.step)
         for request, _ in by_request(self.rows):
             if request.deadline.passed():
                 request.end("time")
@@ -162,12 +162,12 @@ class Batch:
         return events
 
     def _alike(self) -> list[list[int]]:
-        """Places of the rows that share their processors and their kind of pick."""
+        """The indices of the rows that share their processors and their way of sampling."""
         groups: dict[tuple[int, bool, bool], list[int]] = {}
-        for place, row in enumerate(self.rows):
+        for index, row in enumerate(self.rows):
             request = row.request
             key = (id(request.chain), request.params.do_sample, request.of_model)
-            groups.setdefault(key, []).append(place)
+            groups.setdefault(key, []).append(index)
         return list(groups.values())
 
     def _logits(self) -> NDArray[np.float32]:
@@ -188,7 +188,7 @@ class Batch:
     def leave(self) -> None:
         """Free the slots of rows that have ended; the rest move up, as few as possible."""
         stay = [row for row in self.rows if row.state is State.RUNNING or row.gets_tokens()]
-        joining = [one for one in self.joining if one.wanted]
+        joining = [joining for joining in self.joining if joining.wanted]
         if len(stay) < len(self.rows) or len(joining) < len(self.joining):
             self.joining = joining
             self._move_up(stay)
@@ -215,7 +215,7 @@ class Batch:
 
 
 def _advance(rows: Sequence[Row], logits: NDArray[np.float32]) -> list[Event]:
-    """A token for each of `rows`, which are alike; what goes wrong ends the request it is of."""
+    """A token for each of `rows`, which are alike; an error ends the request it is of."""
     groups = by_request(rows)
     try:
         scores = _processed(rows, logits)
@@ -226,28 +226,28 @@ def _advance(rows: Sequence[Row], logits: NDArray[np.float32]) -> list[Event]:
     if len(groups) > 1 and all(_plain(request) for request, _ in groups):
         tokens = scores.argmax(axis=1)
         if np.isfinite(scores[np.arange(len(rows)), tokens]).all():
-            return take_in(rows, logits, scores, tokens)
+            return append_tokens(rows, logits, scores, tokens)
     events: list[Event] = []
-    for request, places in groups:
-        mine, part = [rows[i] for i in places], _view(places)
+    for request, indices in groups:
+        mine, part = [rows[i] for i in indices], _view(indices)
         try:
             tokens = _picked(mine, scores[part])
-            events += take_in(mine, logits[part], scores[part], tokens)
+            events += append_tokens(mine, logits[part], scores[part], tokens)
         except Exception as error:
             request.fail(error)
     return events
 
 
 def _plain(request: Request) -> bool:
-    """Whether its rows take the likeliest token, and nothing that can go wrong looks at it."""
+    """True if its rows take the likeliest token, and nothing that can go wrong looks at it."""
     looked_at = request.keeps or request.criteria or request.constraint
     return not (looked_at or request.params.do_sample)
 
 
-def _view(places: list[int]) -> slice | list[int]:
+def _view(indices: list[int]) -> slice | list[int]:
     """The same places as a slice if they are neighbours: then nothing is copied."""
-    alike = places == list(range(places[0], places[0] + len(places)))
-    return slice(places[0], places[0] + len(places)) if alike else places
+    alike = indices == list(range(indices[0], indices[0] + len(indices)))
+    return slice(indices[0], indices[0] + len(indices)) if alike else indices
 
 
 def choose(
@@ -275,21 +275,21 @@ def _processed(rows: Sequence[Row], logits: NDArray[np.float32]) -> NDArray[np.f
 def _picked(rows: Sequence[Row], scores: NDArray[np.float32]) -> NDArray[np.int64]:
     chain = rows[0].request.chain
     if not rows[0].request.params.do_sample:
-        tokens = pick.greedy(scores)
+        tokens = sampler.greedy(scores)
         if any(row.request.constraint for row in rows):
             _refuse_nothing(rows, scores, tokens)
         return tokens
-    draws: list[pick.Words] = [np.empty(0, np.uint64)] * len(rows)
-    for request, places in by_request(rows):
-        mine = request.uniform([rows[i] for i in places], scores.shape[1])
-        for i, draw in zip(places, mine, strict=True):
+    draws: list[sampler.Words] = [np.empty(0, np.uint64)] * len(rows)
+    for request, indices in by_request(rows):
+        mine = request.uniform([rows[i] for i in indices], scores.shape[1])
+        for i, draw in zip(indices, mine, strict=True):
             draws[i] = draw
     try:
-        return pick.sample(scores, draws)
-    except pick.NothingLeft as error:
+        return sampler.sample(scores, draws)
+    except sampler.NothingLeft as error:
         if chain is None:
             raise
-        raise pick.NothingLeft(chain.ruling_out(context(rows), scores.shape[1])) from error
+        raise sampler.NothingLeft(chain.ruling_out(context(rows), scores.shape[1])) from error
 
 
 def _refuse_nothing(
@@ -298,34 +298,34 @@ def _refuse_nothing(
     """Raise a ValueError if every token is ruled out, and so the likeliest is none."""
     request = rows[0].request
     if (scores[np.arange(len(tokens)), tokens] == -np.inf).any() and request.chain:
-        raise pick.NothingLeft(request.chain.ruling_out(context(rows), scores.shape[1]))
+        raise sampler.NothingLeft(request.chain.ruling_out(context(rows), scores.shape[1]))
 
 
-def take_in(
+def append_tokens(
     rows: Sequence[Row],
     logits: NDArray[np.float32],
     scores: NDArray[np.float32],
     tokens: NDArray[np.int64],
 ) -> list[Event]:
-    """Append one token to each of `rows`, keep what the request asks for, and see who has ended."""
+    """Append one token to each of `rows`, keep what the request asks for, and end rows."""
     logprobs = _logprobs(rows, logits if rows[0].request.of_model else scores, tokens)
     groups = by_request(rows)
-    for request, places in groups:
+    for request, indices in groups:
         if request.keeps:
-            request.keep([rows[i] for i in places], logits[places], scores[places])
+            request.keep([rows[i] for i in indices], logits[indices], scores[indices])
     events = []
     for row, token, logprob in zip(rows, tokens.tolist(), logprobs, strict=True):
         row.push(token)
         top = row.request.top_logprobs[row.index]
         events.append(Event(row, token, logprob, top[-1] if top else None))
         row.end(_reason(row))
-    for request, places in groups:
+    for request, indices in groups:
         if request.criteria:
-            _ask([rows[i] for i in places])
+            _ask([rows[i] for i in indices])
     return events
 
 
-def take_certain(rows: Sequence[Row], most: int) -> list[Event]:
+def append_forced(rows: Sequence[Row], most: int) -> list[Event]:
     """Give rows the tokens that must follow by their constraints, as far as that pays.
 
     The next step reads them together with the one before, and all rows as many as the longest.
@@ -338,26 +338,26 @@ def take_certain(rows: Sequence[Row], most: int) -> list[Event]:
     ahead: list[tuple[Row, list[int]]] = []
     for row in rows:
         if row.finish_reason is None:
-            tokens = _certain(row)
+            tokens = _forced(row)
             if tokens and _ends_by(row, tokens):
-                events += _take(row, tokens)
+                events += _append(row, tokens)
             else:
                 ahead.append((row, tokens))
     if any(tokens for _, tokens in ahead):
         counts = [1 + len(tokens) for _, tokens in ahead]
         width = _paying([min(count, max(1, most // len(ahead))) for count in counts])
         for row, tokens in ahead:
-            events += _take(row, tokens[: width - 1])
+            events += _append(row, tokens[: width - 1])
     return events
 
 
-def _certain(row: Row) -> list[int]:
+def _forced(row: Row) -> list[int]:
     """The next tokens that must follow; if that cannot be told, it is its request's error."""
     request = row.request
     if request.constraint is None or not request.forces:
         return []
     try:
-        most = min(CERTAIN, request.max_length - row.length)
+        most = min(FORCED, request.max_length - row.length)
         return request.constraint.certain(row.generated, most)
     except ValueError as error:
         request.fail(error)
@@ -365,7 +365,7 @@ def _certain(row: Row) -> list[int]:
 
 
 def _ends_by(row: Row, tokens: Sequence[int]) -> bool:
-    """Whether `row` ends with these tokens."""
+    """True if `row` ends with these tokens."""
     request = row.request
     if tokens[-1] in request.eos or row.length + len(tokens) >= request.max_length:
         return True
@@ -376,8 +376,8 @@ def _ends_by(row: Row, tokens: Sequence[int]) -> bool:
     )
 
 
-def _take(row: Row, tokens: Sequence[int]) -> list[Event]:
-    """Append tokens that are certain to `row`, until it ends."""
+def _append(row: Row, tokens: Sequence[int]) -> list[Event]:
+    """Append forced tokens to `row`, until it ends."""
     events = []
     for token in tokens:
         if row.finish_reason is None:
@@ -390,7 +390,7 @@ def _take(row: Row, tokens: Sequence[int]) -> list[Event]:
 def _paying(counts: Sequence[int]) -> int:
     """The tokens that rows may be read at once, of the `counts` that they have: what saves most.
 
-    A call costs its reading of the weights and all places, those of padding too; it saves the
+    A call costs its reading of the weights and all positions, those of padding too; it saves the
     calls that its tokens would be otherwise, some for each row.
     """
     rows = len(counts)
@@ -403,7 +403,7 @@ def _paying(counts: Sequence[int]) -> int:
 
 
 def _reason(row: Row) -> str | None:
-    """Why `row`, which has a new token, has ended; None if it has not."""
+    """The reason that ends `row`, which has a new token; None if it goes on."""
     request = row.request
     if int(row.ids[row.length - 1]) in request.eos:
         return "eos"
@@ -430,4 +430,4 @@ def _logprobs(
 ) -> list[float]:
     if not any(row.request.logprobs for row in rows):
         return [float("nan")] * len(rows)
-    return [float(value) for value in pick.logprob_of(scores, tokens)]
+    return [float(value) for value in sampler.logprob_of(scores, tokens)]

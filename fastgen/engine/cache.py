@@ -100,7 +100,7 @@ class Cache:
             states[slot] = 0
 
     def state(self, slot: int) -> tuple[int, list[NDArray[np.float32]]]:
-        """How long the row in `slot` is, and copies of its states, for `restore`."""
+        """The length of the row in `slot` and copies of its states, for `restore`."""
         return int(self.lengths[slot]), [states[slot].copy() for states in self._states]
 
     def restore(self, slot: int, state: tuple[int, list[NDArray[np.float32]]]) -> None:
@@ -147,8 +147,8 @@ class Cache:
     def forget(self, first: int, rows: int) -> None:
         """Give back memory of `rows` slots: what layers with windows are not shown any more.
 
-        For rows that are not trimmed to before what they hold now, and whose first tokens nobody
-        reads any more. It looks again at a slot that has gone on by GRAIN tokens.
+        For rows that are not trimmed to before what they hold now, and whose first tokens are not
+        read any more. It looks again at a slot that has gone on by GRAIN tokens.
         """
         if not self.windows:
             return

@@ -44,13 +44,13 @@ class Call:
 
     @property
     def searches(self) -> bool:
-        """Whether it has a cache of its own: its rows are compared, or their tokens guessed."""
+        """True if it has a cache of its own: its rows are compared, or their tokens guessed."""
         params = self.request.params
         return params.num_beams > 1 or params.num_beam_groups > 1 or self.draft is not None
 
     @property
     def done(self) -> bool:
-        """Whether all its rows have ended."""
+        """True once all its rows have ended."""
         return self.request.done
 
     @property

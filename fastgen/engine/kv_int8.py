@@ -1,4 +1,4 @@
-"""Keys and values in 8 bits: what their codes stand for."""
+"""Keys and values in 8 bits: their codes, and the numbers that these stand for."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ from numpy.typing import NDArray
 
 from fastgen.errors import ModelError
 
-SCALES = "cache_scales.npy"  # float32, flat: of each layer's keys, then values, by channel
-
 Parts = Sequence[NDArray[Any]]  # of a row, as `Cache.read` gives them
 
 
 class Codes:
-    """What the codes of a model's keys and values stand for.
+    """The scales of a model's keys and values in int8.
 
     Args:
         path: of the file with the scales.

@@ -1,4 +1,4 @@
-"""What a call would take of the machine's memory, said before anything is allocated."""
+"""An estimate of a call's memory, made before anything is allocated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What comes out: tokens as they are made, and the record of a whole generation."""
+"""The output: tokens as they are made, and the record of a whole generation."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Token:
 
 @dataclass(eq=False)
 class GenerateOutput(Mapping[str, Any]):
-    """What `generate` returns with `return_dict_in_generate=True`, in transformers' names.
+    """The result of `generate` with `return_dict_in_generate=True`, in transformers' names.
 
     It has them as attributes, and is a mapping of those that are set, as transformers' outputs
     are: `output.sequences`, `output["sequences"]`, `"scores" in output`, `output.keys()`, and
@@ -82,5 +82,5 @@ class GenerateOutput(Mapping[str, Any]):
         return len(self._set())
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """What is set, in order."""
+        """The values that are set, in order."""
         return tuple(self._set().values())

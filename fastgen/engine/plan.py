@@ -75,7 +75,7 @@ class Plan(Generic[R]):
 
 
 class Planner:
-    """Jobs that wait and jobs that run, and who of them is next.
+    """Jobs that wait and jobs that run, and which of them are next.
 
     Args:
         max_bytes: memory that the jobs that run may come to hold together.
@@ -185,7 +185,7 @@ class Planner:
         return begin
 
     def _fit(self, entries: Sequence[Entry]) -> bool:
-        """Whether the prompts of these are read in one chunk together."""
+        """True if the prompts of these are read in one chunk together."""
         prompts = sum(entry.prompts for entry in entries)
         tokens = prompts * max(entry.prompt for entry in entries)
         same = all(entry.read_with is entries[0].read_with for entry in entries)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from fastgen.engine.cache import Cache
 from fastgen.engine.model import Model
 from fastgen.engine.prefix_cache import PrefixCache
-from fastgen.engine.prompt_reader import Desk
+from fastgen.engine.prompt_reader import PromptReader
 
 CHUNK = 256  # tokens of one row that are read at a time
 TOGETHER = 512  # tokens of several rows that are read at a time
@@ -110,35 +110,36 @@ class Prefill:
     def _read_group(self, start: int, end: int) -> Iterator[None]:
         """Read prompts `start` to `end`, but what the prefix cache knows of them."""
         prompts, known = self.prompts[start:end], self.prefix_cache
-        apart = self.model.reads_apart(len(prompts[0]))
+        apart = self.model.reads_apart(len(prompts[0]))  # all but its last token
         texts = [prompt[:-1] for prompt in prompts] if apart else prompts
         if known is not None:
             model = self.model.fingerprint
             known.fetch(model, texts, self.cache, self.first + start, self.chunk)
-        desk = Desk(self.model, self.cache, len(prompts), len(prompts[-1]) + self.chunk)
-        desk.lay(self.first + start, len(prompts))
+        reader = PromptReader(self.model, self.cache, len(prompts), len(prompts[-1]) + self.chunk)
+        reader.load(self.first + start, len(prompts))
         states: list[States] | None = None if known is None else [{} for _ in prompts]
-        yield from self._read_rows(desk, start, texts, apart, states)
+        yield from self._read_rows(reader, start, texts, apart, states)
         if apart:
             ends = [prompt[-1:] for prompt in prompts]
-            self.logits[start:end] = desk.forward(ends, self.first + start, 0)[:, 0]
-        desk.close()
+            self.logits[start:end] = reader.forward(ends, self.first + start, 0)[:, 0]
+        reader.close()
         if known is not None and states is not None:
-            for place, (text, mine) in enumerate(zip(texts, states, strict=True), start):
-                known.keep(model, text, self.cache, self.first + place, self.chunk, mine)
+            for index, (text, mine) in enumerate(zip(texts, states, strict=True), start):
+                known.keep(model, text, self.cache, self.first + index, self.chunk, mine)
 
     def _read_rows(
         self,
-        desk: Desk,
+        reader: PromptReader,
         start: int,
         texts: Sequence[NDArray[np.int64]],
-        apart: bool,
+        by_prefill_session: bool,
         states: list[States] | None,
     ) -> Iterator[None]:
         """Read what the slots do not hold yet, row by row shorter ones leaving.
 
         Args:
-            texts: the prompts from `start` on; without their last tokens if they are read apart.
+            texts: the prompts from `start` on; without their last tokens if the
+                prefill session reads them.
             states: gets each row's states where a chunk ended; None where nobody wants them.
         """
         at, end = start, start + len(texts)
@@ -149,14 +150,14 @@ class Prefill:
             stop = (held.min() // self.chunk + 1) * self.chunk
             new = [prompt[done:stop] for prompt, done in zip(prompts, held, strict=True)]
             ended = sum(len(prompt) <= stop for prompt in prompts)
-            # Only a chunk in which a prompt ends needs logits, and none that is read apart.
-            wanted = ended and not apart
+            # Only a chunk in which a prompt ends needs logits; the prefill session has none.
+            wanted = ended and not by_prefill_session
             positions = None if wanted else np.zeros((len(new), 0), np.int64)
-            logits = desk.forward(new, first, at - start, positions, apart)
+            logits = reader.forward(new, first, at - start, positions, by_prefill_session)
             if wanted:
                 self.logits[at : at + ended] = logits[:ended, 0]
             if states is None:  # no prefix cache wants what was read first
-                desk.forget(first, at - start, len(new))
+                reader.forget(first, at - start, len(new))
             for row in range(at, end) if states is not None else ():
                 assert states is not None
                 if self.cache.lengths[self.first + row] == stop:

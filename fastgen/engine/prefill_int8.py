@@ -1,8 +1,8 @@
 """Prompts of a 4-bit model, read in 8 bits: the matrices that the second session multiplies.
 
-An export in int4 has two small graphs besides, on the same weights file (`export.prompts` says what
-is in them): one makes every matrix of the layers int8, to the nearest code, and one reads prompts
-with these.
+An export in int4 has two small graphs besides, on the same weights file (see
+`export.quantize.prefill_int8`): one makes every matrix of the layers int8, to the nearest code, and
+one reads prompts with these.
 """
 
 from __future__ import annotations

@@ -206,12 +206,12 @@ class PrefixCache:
             for part, array in enumerate(parts)
         }
         arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
-        with files.written("the prefix cache's file", path) as made, made.open("wb") as file:
+        with files.atomic_file("the prefix cache's file", path) as made, made.open("wb") as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> Self:
-        """What `save` wrote; where there is not room for all, what was used last.
+        """Load what `save` wrote; where there is not room for all, what was used last.
 
         Raises:
             ValueError: the file is truncated, damaged or of another kind.
@@ -288,7 +288,7 @@ def _array(content: zipfile.ZipFile, name: str) -> NDArray[Any]:
 
 
 def _kind(block: Block) -> Any:
-    """What blocks of one layout have in common."""
+    """The tokens, types and shapes that blocks of one layout have in common."""
     tokens, parts = block
     return tokens, [(part.dtype, part.shape) for part in parts]
 
@@ -316,7 +316,7 @@ def _names(model: str, prompt: NDArray[np.int64], cache: Cache, size: int) -> li
 def _aligned(
     lengths: NDArray[np.int64], held: NDArray[np.int64], block: int, chunk: int, sizes: set[int]
 ) -> NDArray[np.int64]:
-    """How much of each prompt to take over, so that the rest is computed as without that.
+    """The tokens of each prompt to take over, so that the rest is computed as without that.
 
     Several kernels treat one row apart: the last of an odd number of rows of a 4-bit product, or
     of a group of queries in attention (of 2 * head_dim, or as the processor's cache suggests).

@@ -7,7 +7,6 @@ allocated before that is known to be there. The processors need what they are to
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -33,11 +32,14 @@ class Loaded:
     Attributes:
         defaults: the content of generation_config.json.
         tokenizer: gives the model's tokenizer, or raises if it has none; None for ids only.
+        chain: gives the processors of knobs and a vocabulary: the same for equal knobs, so that
+            the rows of several calls go through them together.
     """
 
     model: Model
     defaults: Mapping[str, Any] = field(default_factory=dict)
     tokenizer: Callable[[], Tokenizer] | None = None
+    chain: Callable[[Params, int], processors.Chain] = processors.build
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +59,7 @@ class Objects:
 
     @property
     def among_tensors(self) -> bool:
-        """Whether the caller works with torch's tensors, as far as these arguments show."""
+        """True if the caller works with torch's tensors, as far as these arguments show."""
         return any(
             tensors.is_tensor(value) or tensors.of_transformers(value)
             for value in vars(self).values()
@@ -89,7 +91,7 @@ class _Inputs:
 
     @property
     def as_tensors(self) -> bool:
-        """Whether callers' functions get torch's tensors."""
+        """True if callers' functions get torch's tensors."""
         return self.prompts.kind == "torch"
 
 
@@ -130,7 +132,7 @@ def prepare(
         padded=inputs.prompts.ids,
         pads=inputs.prompts.pads,
         max_length=max_length,
-        chain=_chain(model, params, objects, inputs.as_tensors, unconditional, form) or None,
+        chain=_chain(loaded, params, objects, inputs.as_tensors, unconditional, form) or None,
         criteria=tensors.bridged("stopping_criteria", objects.stopping_criteria, inputs.as_tensors),
         stop_text=_stop_text(params, inputs),
         constraint=form,
@@ -291,7 +293,7 @@ def _check_memory(
 
 
 def _draft(model: Model, params: Params, assistant: Any) -> speculative.Draft | None:
-    """What guesses tokens, if anything does."""
+    """The draft that guesses tokens, if anything does."""
     if assistant is None and params.prompt_lookup_num_tokens is None:
         return None
     if params.num_beams > 1:
@@ -394,7 +396,7 @@ def _stop_text(params: Params, inputs: _Inputs) -> stop.StopText | None:
 
 
 def _chain(
-    model: Model,
+    loaded: Loaded,
     params: Params,
     objects: Objects,
     as_tensors: bool,
@@ -408,10 +410,10 @@ def _chain(
     callers = tensors.bridged("logits_processor", objects.logits_processor, as_tensors)
     own = bool(allowed or callers or unconditional or form)
     if not own and params.watermarking_config is None:  # which may be a dict
-        return _shared_chain(replace(params, **_OF_NO_CHAIN), model.info.vocab_size)
+        return loaded.chain(replace(params, **_OF_NO_CHAIN), loaded.model.info.vocab_size)
     return processors.build(
         params,
-        model.info.vocab_size,
+        loaded.model.info.vocab_size,
         prefix_allowed_tokens_fn=allowed[0] if allowed else None,
         logits_processor=callers,
         unconditional=unconditional,
@@ -423,12 +425,6 @@ def _chain(
 _OF_NO_CHAIN: dict[str, Any] = dict.fromkeys(
     ("max_length", "max_new_tokens", "max_time", "stop_strings", "seed")
 )
-
-
-@functools.lru_cache(maxsize=64)
-def _shared_chain(params: Params, vocab_size: int) -> processors.Chain:
-    """The processors of all calls with these knobs: their rows go through them together."""
-    return processors.build(params, vocab_size)
 
 
 def _may_force(request: Request) -> bool:

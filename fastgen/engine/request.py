@@ -1,4 +1,4 @@
-"""What one call asks for: its rows, and what they share (knobs, processors, chance, limits)."""
+"""The rows of one call, and what they share: knobs, processors, chance and limits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fastgen.engine.guidance import Unconditional
 from fastgen.engine.prefix_cache import PrefixCache
 from fastgen.inputs.params import Params
-from fastgen.sampling import pick
+from fastgen.sampling import sampler
 from fastgen.sampling.constraint import Constraint
 from fastgen.sampling.processors import Chain, Context
 from fastgen.sampling.stop import Criterion, Deadline, StopText
@@ -33,7 +33,7 @@ class Row:
     """One sequence while it grows.
 
     Attributes:
-        index: its place among the rows of the call, which is its place in the result.
+        index: of the row in the call, and so in the result.
         prompt: int64, the tokens that the model sees, without padding.
         ids: int64 [max_length], the prompt as given (padding included), then what was generated.
         length: how much of `ids` there is.
@@ -99,7 +99,7 @@ class Row:
             self.state = State.RUNNING
 
     def gets_tokens(self) -> bool:
-        """Whether it still runs or lingers; one that has lingered long enough finishes."""
+        """True while it runs or lingers; a row that has lingered long enough finishes here."""
         if self.state is State.LINGERING:
             request = self.request
             if self.length >= (request.width if request.done else request.max_length):
@@ -144,7 +144,7 @@ class Request:
     of_model: bool = False  # whether that is the model's own, and not of the processed scores
     prefix_cache: PrefixCache | None = None
     torch: Any | None = None
-    streams: list[pick.Stream] = field(default_factory=list)
+    streams: list[sampler.Stream] = field(default_factory=list)
     scores: list[NDArray[np.float32]] = field(default_factory=list)
     logits: list[NDArray[np.float32]] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
@@ -156,12 +156,12 @@ class Request:
         self.eos = frozenset(params.eos_token_id or ())
         knows_ends = any(hasattr(criterion, "eos_token_id") for criterion in self.criteria)
         self.lingers = self.constraint is None and not self.eos and not knows_ends
-        for place, prompt in enumerate(self.prompts):
+        for i, prompt in enumerate(self.prompts):
             for copy in range(self.copies):
                 ids = np.zeros(self.max_length, np.int64)
-                ids[: self.prompt_length] = self.padded[place]
-                pad = int(self.pads[place])
-                row = Row(self, place * self.copies + copy, prompt, ids, self.prompt_length, pad)
+                ids[: self.prompt_length] = self.padded[i]
+                pad = int(self.pads[i])
+                row = Row(self, i * self.copies + copy, prompt, ids, self.prompt_length, pad)
                 self.rows.append(row)
         self.top_logprobs: list[list[tuple[tuple[int, float], ...]]] = [[] for _ in self.rows]
         if params.do_sample:
@@ -179,7 +179,7 @@ class Request:
 
     @property
     def pad_token_id(self) -> int:
-        """What fills rows that end early: the pad token, or the first end-of-text token.
+        """The token that fills rows which end early: the pad token, or the first end-of-text token.
 
         transformers' beam search takes a pad token of 0 for none, and without an end of text
         it fills with -1 (`pad_token_id or eos_token_id[0] if eos_token_id is not None else -1`).
@@ -214,10 +214,10 @@ class Request:
 
     @property
     def width(self) -> int:
-        """How long the longest row is, or was when it ended."""
+        """The length of the longest row, now or when it ended."""
         return max(row.width or row.length for row in self.rows)
 
-    def uniform(self, rows: Sequence[Row], size: int) -> list[pick.Words]:
+    def uniform(self, rows: Sequence[Row], size: int) -> list[sampler.Words]:
         """The draws [size] of each of `rows` (of this request) for its next token."""
         lengths = [row.length for row in self.rows if row.state is not State.FINISHED]
         if len(self.streams) == 1:
@@ -227,7 +227,7 @@ class Request:
                 self.streams[row.index].forget(row.length - self.prompt_length)
         return [self.draws(row.length - self.prompt_length, row.index, size) for row in rows]
 
-    def draws(self, step: int, index: int, size: int) -> pick.Words:
+    def draws(self, step: int, index: int, size: int) -> sampler.Words:
         """The draws [size] of a row (of a prompt, if it has beams) at `step`, counted from 0."""
         if self.params.num_beams > 1:  # all beams are at one step
             self.streams[0 if len(self.streams) == 1 else index].forget(step)
@@ -243,17 +243,17 @@ class Request:
 
     @property
     def keeps(self) -> bool:
-        """Whether anything of a step is recorded besides its tokens."""
+        """True if anything of a step is recorded besides its tokens."""
         return self.keeps_logits or self.keeps_scores or self.params.top_logprobs > 0
 
     @property
     def keeps_logits(self) -> bool:
-        """Whether the model's logits are kept: asked for, and there is a record to show them."""
+        """True if the model's logits are kept: asked for, and there is a record to show them."""
         return self.params.output_logits and self.params.return_dict_in_generate
 
     @property
     def keeps_scores(self) -> bool:
-        """Whether processed scores are kept, for the record and for stopping criteria."""
+        """True if processed scores are kept, for the record and for stopping criteria."""
         return self.params.output_scores and self.params.return_dict_in_generate
 
     def keep(
@@ -274,12 +274,12 @@ class Request:
                     self._step(steps, row, values.shape[1])[row.index] = line
         if self.params.top_logprobs:
             seen = logits if self.of_model else scores
-            best = pick.top_logprobs(seen, self.params.top_logprobs)
+            best = sampler.top_logprobs(seen, self.params.top_logprobs)
             for row, pairs in zip(rows, best, strict=True):
                 self.top_logprobs[row.index].append(tuple(pairs))
 
     def _step(self, steps: list[NDArray[np.float32]], row: Row, vocab: int) -> NDArray[np.float32]:
-        """Where the next step of `row` is kept: [rows, vocab]; ended rows stay certain padding."""
+        """The record of the next step of `row`: [rows, vocab]; ended rows stay certain padding."""
         if row.length - self.prompt_length == len(steps):
             steps.append(self._blank(vocab))
         return steps[row.length - self.prompt_length]
@@ -317,7 +317,7 @@ class Request:
 
 def streams(
     seed: int | Sequence[int] | None, rows: int, torch: Any | None = None
-) -> list[pick.Stream]:
+) -> list[sampler.Stream]:
     """One stream that `rows` share, or one for each where each has a seed.
 
     Args:
@@ -327,24 +327,24 @@ def streams(
         ValueError: another number of seeds than of rows.
     """
     if seed is None and torch is not None:
-        return [pick.TorchStream(torch, rows)]
+        return [sampler.TorchStream(torch, rows)]
     if seed is None or isinstance(seed, int):
-        return [pick.Stream(seed, rows)]
+        return [sampler.Stream(seed, rows)]
     if len(seed) != rows:
         raise ValueError(f"seed has {len(seed)} values for {rows} rows: give one, or one a row")
-    return [pick.Stream(one) for one in seed]
+    return [sampler.Stream(own) for own in seed]
 
 
 def by_request(rows: Sequence[Row]) -> list[tuple[Request, list[int]]]:
-    """The requests behind `rows`, each with the places of its rows."""
+    """The requests behind `rows`, each with the indices of its rows."""
     groups: dict[int, tuple[Request, list[int]]] = {}
-    for place, row in enumerate(rows):
-        groups.setdefault(id(row.request), (row.request, []))[1].append(place)
+    for index, row in enumerate(rows):
+        groups.setdefault(id(row.request), (row.request, []))[1].append(index)
     return list(groups.values())
 
 
 def context(rows: Sequence[Row]) -> Context:
-    """What processors see of `rows`."""
+    """Make of `rows` what processors are shown."""
     return Context(
         ids=[row.history for row in rows],
         prompt_lengths=np.array([row.request.prompt_length for row in rows]),
@@ -361,7 +361,7 @@ def context_of_beams(
     prompts: NDArray[np.int64],
     beams: NDArray[np.int64],
 ) -> Context:
-    """What processors see of beams.
+    """Make of beams what processors are shown.
 
     Args:
         ids: int64 [length] of each beam.

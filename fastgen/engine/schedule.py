@@ -107,7 +107,7 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
-        """Whether nothing runs and nothing waits."""
+        """True if nothing runs and nothing waits."""
         return not self._entries
 
     @property

@@ -1,4 +1,4 @@
-"""How likely given tokens are: log-probabilities of texts, continuations, generated tokens."""
+"""The log-probabilities of given tokens: of texts, continuations and generated tokens."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from fastgen.engine import memory_estimate
 from fastgen.engine.cache import Cache
 from fastgen.engine.model import Model
 from fastgen.engine.prefix_cache import PrefixCache
-from fastgen.engine.prompt_reader import Desk
-from fastgen.sampling import pick
+from fastgen.engine.prompt_reader import PromptReader
+from fastgen.sampling import sampler
 from fastgen.sampling.softmax import log_softmax
 
 Ids = NDArray[np.int64]
@@ -52,21 +52,21 @@ def log_probabilities(
     token = model.info.cache_bytes + model.info.reading_bytes
     size = together * (capacity * token + model.info.state_bytes)
     memory_estimate.check({"keys and values": size}, "shorter texts need less")
-    desk = Desk(model, model.new_cache(together, capacity), together, capacity)
-    _read(desk, held, prefix_cache, chunk)
-    cache = desk.floats
+    reader = PromptReader(model, model.new_cache(together, capacity), together, capacity)
+    _read(reader, held, prefix_cache, chunk)
+    cache = reader.floats
     begun = cache.state(0)
     out: list[Scores] = [np.empty(0, np.float32)] * len(rows)
-    order = sorted(range(len(rows)), key=lambda place: -len(rows[place]))
+    order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
     for first in range(0, len(rows), TOGETHER):
-        places = order[first : first + TOGETHER]
+        indices = order[first : first + TOGETHER]
         cache.restore(0, begun)
-        cache.take([0] * len(places))
-        texts = [np.concatenate((start, rows[i])) for i in places]
+        cache.take([0] * len(indices))
+        texts = [np.concatenate((start, rows[i])) for i in indices]
         found = _predicted(model, cache, texts, chunk)
-        for place, logprobs in zip(places, found, strict=True):
-            missing = len(rows[place]) - len(logprobs)
-            out[place] = np.append(np.full(missing, np.nan, np.float32), logprobs)
+        for index, logprobs in zip(indices, found, strict=True):
+            missing = len(rows[index]) - len(logprobs)
+            out[index] = np.append(np.full(missing, np.nan, np.float32), logprobs)
     return out
 
 
@@ -94,7 +94,7 @@ class Scoring:
 
     @property
     def bytes(self) -> int:
-        """That it may come to hold."""
+        """The bytes that it may come to hold."""
         info, length = self.model.info, len(self.ids)
         kept = (length + CHUNK) * (info.cache_bytes + info.reading_bytes) + info.state_bytes
         logits = min(length, CHUNK) * info.vocab_size * memory_estimate.FLOAT * SCORING
@@ -120,10 +120,10 @@ class Scoring:
     def _take(self, logprobs: Scores, targets: Ids) -> None:
         """Note the log-probabilities of the next tokens, `logprobs` being float32 [new, vocab]."""
         found = logprobs[np.arange(len(targets)), targets]
-        pick.refuse_nan(found)
+        sampler.refuse_nan(found)
         self.logprobs += found.tolist()
         if self.count:
-            self.tops += map(tuple, pick.best(logprobs, self.count))
+            self.tops += map(tuple, sampler.best(logprobs, self.count))
         else:
             self.tops += [None] * len(targets)
 
@@ -141,16 +141,16 @@ def perplexity(logprobs: Sequence[Scores]) -> float:
     return float(np.exp(-known.mean()))
 
 
-def _read(desk: Desk, ids: Ids, prefix_cache: PrefixCache | None, chunk: int) -> None:
+def _read(reader: PromptReader, ids: Ids, prefix_cache: PrefixCache | None, chunk: int) -> None:
     """Read `ids` into the first slot, which is empty; nobody wants logits."""
-    model, cache = desk.model, desk.cache
-    apart = model.reads_apart(len(ids))
+    model, cache = reader.model, reader.cache
+    by_prefill_session = model.reads_apart(len(ids))
     if prefix_cache is not None:
         prefix_cache.fetch(model.fingerprint, [ids], cache, 0, chunk)
-    desk.lay(0, 1)
+    reader.load(0, 1)
     nothing, states = np.zeros((1, 0), np.int64), {}
     while (at := int(cache.lengths[0])) < len(ids):
-        desk.forward([ids[at : (at // chunk + 1) * chunk]], 0, 0, nothing, apart)
+        reader.forward([ids[at : (at // chunk + 1) * chunk]], 0, 0, nothing, by_prefill_session)
         if prefix_cache is not None:
             length, state = cache.state(0)
             states[length] = state
@@ -170,11 +170,11 @@ def _predicted(model: Model, cache: Cache, rows: Sequence[Ids], chunk: int) -> l
         ends = np.array([[len(ids) - 1] for ids in new])
         positions = np.minimum(np.arange(len(new[0])), ends)
         logits = model.forward(new, cache, 0, positions)
-        for place, (row, ids) in enumerate(zip(going, new, strict=True)):
+        for index, (row, ids) in enumerate(zip(going, new, strict=True)):
             targets = row[at + 1 : at + 1 + len(ids)]
-            found = pick.logprob_of(logits[place, : len(ids)], targets)
-            pick.refuse_nan(found)
-            out[place].append(found.astype(np.float32))
+            found = sampler.logprob_of(logits[index, : len(ids)], targets)
+            sampler.refuse_nan(found)
+            out[index].append(found.astype(np.float32))
     return [np.concatenate(parts) if parts else np.empty(0, np.float32) for parts in out]
 
 

@@ -44,7 +44,7 @@ class Slots:
         Args:
             sources: a slot for each new one; a slot may be named several times.
             at: the first new slot. Those before it stay.
-            others: slots of those that read meanwhile: who is in the way moves to the end.
+            others: slots of prompts that are being read: those in the way move to the end.
 
         Returns:
             The first slot of each of `others` now.

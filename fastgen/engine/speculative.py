@@ -22,12 +22,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgen.engine.batch import Batch, choose, take_in
+from fastgen.engine.batch import Batch, append_tokens, choose
 from fastgen.engine.model import Model
 from fastgen.engine.prefill import WHOLE, Chunks
 from fastgen.engine.request import Row
 from fastgen.engine.step import Event
-from fastgen.sampling import pick
+from fastgen.sampling import sampler
 
 # The rows that run, how many tokens each may get, and how many a model of its own may read in a
 # call -> int64 [guessed] of each.
@@ -156,9 +156,9 @@ class Speculation(Batch):
         new = [np.append(*pair) for pair in zip(known, guesses, strict=True)]
         logits = self._verify(known, new)
         events: list[Event] = []
-        for places in self._alike():
+        for indices in self._alike():
             events += _accept(
-                [self.rows[i] for i in places], [guesses[i] for i in places], logits[places]
+                [self.rows[i] for i in indices], [guesses[i] for i in indices], logits[indices]
             )
         kept = [
             len(ids) - 1 + sum(event.row is row for event in events)
@@ -222,7 +222,7 @@ def _accept(
         scores, tokens = choose([rows[i] for i in going], raw)
         for at, i in enumerate(going):
             alone = slice(at, at + 1)
-            events += take_in([rows[i]], raw[alone], scores[alone], tokens[alone])
+            events += append_tokens([rows[i]], raw[alone], scores[alone], tokens[alone])
         picked = dict(zip(going, tokens.tolist(), strict=True))
         going = [
             i
@@ -262,11 +262,11 @@ def continuation(
     for size in range(min(max_ngram, len(ids) - 1), 0, -1):
         windows = np.lib.stride_tricks.sliding_window_view(ids, size)[:-1]
         for start in np.flatnonzero((windows == ids[-size:]).all(axis=1)).tolist():
-            found = ids[start + size : start + size + num_tokens]
-            ends = np.flatnonzero(np.isin(found, list(eos)))
-            found = found[: ends[0]] if len(ends) else found
-            if len(found):
-                return found
+            guess = ids[start + size : start + size + num_tokens]
+            ends = np.flatnonzero(np.isin(guess, list(eos)))
+            guess = guess[: ends[0]] if len(ends) else guess
+            if len(guess):
+                return guess
     return ids[:0]
 
 
@@ -320,7 +320,7 @@ class Assistant:
                 scores, tokens = choose(ahead, logits)
             except Exception:  # of a caller's function too: it may not know a text that never comes
                 break  # and if the text does come, the model asks again and its error counts
-            sure = np.exp(pick.logprob_of(scores, tokens)) >= self.confidence
+            sure = np.exp(sampler.logprob_of(scores, tokens)) >= self.confidence
             for i, token in enumerate(tokens.tolist()):
                 if not going[i]:
                     continue

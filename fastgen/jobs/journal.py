@@ -188,7 +188,7 @@ class Journal:
             write: makes the file of the lines.
         """
         self.sync()
-        with files.written("the output", self.out) as made:
+        with files.atomic_file("the output", self.out) as made:
             write(made, self.lines)
             with made.open("rb+") as file:
                 os.fsync(file.fileno())

@@ -1,4 +1,4 @@
-"""When a row ends: its length, the clock, an end-of-text token, a text, or a caller's criterion."""
+"""The ends of a row: its length, the clock, an end-of-text token, a text, a caller's criterion."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ class Deadline:
 def asked(
     criteria: Sequence[Criterion], ids: NDArray[np.int64], scores: Scores
 ) -> NDArray[np.bool_]:
-    """Which rows [rows] any of the callers' criteria ends.
+    """The rows, as bool [rows], that any of the callers' criteria ends.
 
     Raises:
         ValueError: a criterion returns neither one truth nor one for each row.

@@ -1,8 +1,8 @@
 """A model directory: its files, where they come from, and what is measured and kept beside them.
 
-model_info    what `fastgen.json` says          graph_io  what a graph takes and gives
-hub           a name -> a model directory       onnx_folders  what lies in those of others
-jsonfile      what strangers wrote, checked     tuning    how it runs best on this machine
-report        what an export found, as a table  files     that appear whole or not at all
-swap          one directory for another
+model_info    names of its files, `fastgen.json`  files     that appear whole or not at all
+resolve       the model that a name stands for    hub       repositories and their files
+onnx_folders  what lies in those of others        graph_io  inputs and outputs of a graph
+jsonfile      what strangers wrote, checked       tuning    how it runs best on this machine
+report        what an export found, as a table
 """

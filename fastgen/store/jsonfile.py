@@ -100,12 +100,20 @@ def take(
     Raises:
         ModelError: it is not, or there is no such field.
     """
+    if wrong := fault(content, name, right, expected):
+        raise damaged(path, wrong, advice)
+    return content[name]
+
+
+def fault(
+    content: Mapping[str, Any], name: str, right: Callable[[Any], bool], expected: str
+) -> str | None:
+    """The error in a field of an object (see `take`); None where there is none."""
     if name not in content:
-        raise damaged(path, f"it lacks {name}, expected {expected}", advice)
-    value = content[name]
-    if not right(value):
-        raise damaged(path, f"{name} must be {expected}, got {reprlib.repr(value)}", advice)
-    return value
+        return f"it lacks {name}, expected {expected}"
+    if not right(content[name]):
+        return f"{name} must be {expected}, got {reprlib.repr(content[name])}"
+    return None
 
 
 def damaged(path: Path, what: str, advice: str = AGAIN) -> ModelError:
@@ -118,17 +126,17 @@ def is_object(value: Any) -> bool:
 
 
 def is_text(value: Any) -> bool:
-    """Whether it is a string that can be printed on a line."""
+    """True for a string that can be printed on a line."""
     return isinstance(value, str) and value.isprintable()
 
 
 def is_count(value: Any, most: int, least: int = 1) -> bool:
-    """Whether it is an integer (True is none) from `least` to `most`."""
+    """True for an integer (True is none) from `least` to `most`."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a number that a float can hold: finite, and no True."""
+    """True for a number that a float can hold: finite, and no True."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return abs(value) < 1e300 and not math.isnan(value)

@@ -1,10 +1,10 @@
-"""What `fastgen.json` says of a model directory, and whether the files are as it says."""
+"""A model directory: the names of its files, and what `fastgen.json` says of them and the model."""
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,23 +14,34 @@ import numpy as np
 from fastgen.errors import ModelError
 from fastgen.store import jsonfile
 from fastgen.store.graph_io import first_shown
-from fastgen.store.jsonfile import is_count, is_text, take
+from fastgen.store.jsonfile import is_count, is_text
 
-FORMAT = 1  # of the model directory; `fastgen.json` says which one a directory has
-GRAPH = "model.onnx"
+# The files of a model directory.
 INFO = "fastgen.json"
+GRAPH = "model.onnx"
 WEIGHTS = GRAPH + ".data"
+SCALES = "cache_scales.npy"  # float32, flat: of each layer's keys, then values, by channel
 PROMPTS = "prompts.onnx"
 UNPACK = "unpack.onnx"
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+TOKENIZER = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+REPORT = "report.json"
+TUNING = "tuned.json"  # which no export writes
+
+FORMAT = 1  # of the model directory; `fastgen.json` says which one a directory has
 PRECISIONS = ("fp32", "int8", "int4")
+PRECISION = "int8"  # of an export where none is asked for
+CACHE_PRECISION = "fp32"  # the same for keys and values
 MOST_LAYERS = 2**12
-# How keys and values can be stored: numpy's name, and what the graph's inputs are then.
-CACHE_DTYPES = {"float32": "tensor(float)", "int8": "tensor(int8)"}
+CACHE_DTYPES = ("float32", "int8")  # of stored keys and values
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What `fastgen.json` says of a model.
+    """The content of `fastgen.json`.
 
     Attributes:
         precision: "fp32", "int8" or "int4".
@@ -42,7 +53,7 @@ class ModelInfo:
         windows: of each layer, the tokens that a query sees, itself included; None for all. Empty
             where there is none, and of older exports.
         states: shapes of what else is kept of a row, float32.
-        files: size in bytes of every file of the directory.
+        files: size in bytes of every file of the directory; empty before it is written.
         cache_dtype: of the stored keys and values, "float32" or "int8".
         digests: sha256 of the files, hexadecimal; older exports wrote none.
         name: what was exported.
@@ -57,7 +68,7 @@ class ModelInfo:
     max_length: int | None
     hard_limit: bool
     layers: tuple[tuple[int, int], ...]
-    files: dict[str, int]
+    files: dict[str, int] = field(default_factory=dict)
     cache_dtype: str = "float32"
     states: tuple[tuple[int, ...], ...] = ()
     windows: tuple[int | None, ...] = ()
@@ -100,8 +111,35 @@ class ModelInfo:
 
     @property
     def can_read_prompts(self) -> bool:
-        """Whether the model can read them in int8 (see `fastgen.load`)."""
+        """True if the model can read them in int8 (see `fastgen.load`)."""
         return PROMPTS in self.files and UNPACK in self.files
+
+    @staticmethod
+    def parse(directory: Path) -> ModelInfo:
+        """Read `fastgen.json` alone, each field of its type and within its range.
+
+        Raises:
+            ModelError: not a model directory, another format, or a file that is damaged.
+        """
+        path = directory / INFO
+        _check_there(directory)
+        content = OLDER | jsonfile.read(path)
+        if newer := _newer(content):
+            raise ModelError(f"{path} {newer}")
+        if fault := _fault(content):
+            raise jsonfile.damaged(path, fault)
+        return _of_content(content)
+
+    def write(self, directory: Path) -> None:
+        """Write `fastgen.json`: from now on the directory is a model.
+
+        Raises:
+            ModelError: a field is not as `parse` wants it.
+        """
+        content = _content(self)
+        if fault := _fault(OLDER | content):
+            raise ModelError(f"{directory / INFO} cannot be written: {fault}")
+        jsonfile.write(directory / INFO, content)
 
     @staticmethod
     def read(directory: Path) -> ModelInfo:
@@ -109,10 +147,9 @@ class ModelInfo:
         all but the weights. (A damaged graph can crash onnxruntime; it is not shown one.)
 
         Raises:
-            ModelError: not a model directory, another format, or a file that is missing, truncated
-                or changed.
+            ModelError: as of `parse`, or a file is missing, truncated or changed.
         """
-        info = _described(directory)
+        info = ModelInfo.parse(directory)
         known = {name: said for name, said in info.digests.items() if name != WEIGHTS}
         replace(info, digests=known).check(directory, *info.files)
         return info
@@ -125,7 +162,7 @@ class ModelInfo:
             ModelError: as of `read`, naming every file that differs; or an older fastgen wrote no
                 digests to compare with.
         """
-        info = _described(directory)
+        info = ModelInfo.parse(directory)
         info.check(directory, *info.files)
         lacking = [name for name in info.files if name not in info.digests]
         if lacking:
@@ -145,7 +182,7 @@ class ModelInfo:
             why = f"they are for models in int4, it is in {self.precision}"
         else:
             why = "an older fastgen exported it: export the model again"
-        raise ModelError(f'{directory} cannot be loaded with prompts="int8": {why}')
+        raise ModelError(f'{directory} cannot be loaded with prefill_precision="int8": {why}')
 
     def check(self, directory: Path, *names: str) -> None:
         """Compare files with what was exported: size and digest, where there is one.
@@ -174,81 +211,37 @@ class ModelInfo:
         return None
 
 
+def kind(precision: str, cache_precision: str) -> str:
+    """The end of a directory's name: "int8", or "int8-kv-int8" where the cache has its own."""
+    return precision if cache_precision == CACHE_PRECISION else f"{precision}-kv-{cache_precision}"
+
+
 def digest(path: Path) -> str:
     """sha256 of a file, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _described(directory: Path) -> ModelInfo:
-    """What `fastgen.json` says, each field of its type and within its range."""
+def _check_there(directory: Path) -> None:
+    """Raise a ModelError for a directory that has no `fastgen.json`."""
     if not directory.is_dir():
         raise ModelError(f"{directory} is not a directory")
-    path = directory / INFO
-    if not path.is_file():
-        if (directory / "config.json").is_file():
-            raise ModelError(
-                f"{directory} is a transformers model (it has no {INFO}): export it with "
-                f"`fastgen export {directory} OUT`, or load it with CausalLM.from_pretrained"
-            )
-        raise ModelError(f"{directory} is not a fastgen model directory: it has no {INFO}")
-    found = {"cache_dtype": "float32", "name": "", "parameters": 0, "fastgen": "?", "states": []}
-    found |= {"no_prompts": "", "windows": []}
-    found |= jsonfile.read(path)
-    field = functools.partial(take, found, path)
-    version = field("format", lambda v: is_count(v, 2**31), f"a number such as {FORMAT}")
-    if version != FORMAT:
+    if (directory / INFO).is_file():
+        return
+    if (directory / CONFIG).is_file():
         raise ModelError(
-            f"{path} has format {version}, this fastgen reads format {FORMAT}: "
-            "export the model again"
+            f"{directory} is a transformers model (it has no {INFO}): export it with "
+            f"`fastgen export {directory} OUT`, or load it with CausalLM.from_pretrained"
         )
-    cache_dtype = field("cache_dtype", is_text, "a type's name")
-    if cache_dtype not in CACHE_DTYPES:
-        raise ModelError(
-            f"{path} has keys and values in {cache_dtype}, this fastgen stores "
-            f"{' or '.join(CACHE_DTYPES)}: use a newer one"
-        )
-    if not found.get("layers") and not found["states"]:
-        raise jsonfile.damaged(path, "it has neither layers nor states")
-    layers = field("layers", _are_layers, "a list of [heads, size of a head]")
-    files = field("files", _are_files, "an object of names in the directory and their sizes")
-    return ModelInfo(
-        precision=field("precision", lambda v: v in PRECISIONS, " or ".join(PRECISIONS)),
-        model_type=field("model_type", is_text, "text"),
-        vocab_size=field("vocab_size", lambda v: is_count(v, 2**26), "a positive integer"),
-        max_length=field(
-            "max_length", lambda v: v is None or is_count(v, 2**40), "a positive integer or null"
-        ),
-        hard_limit=field("hard_limit", lambda v: isinstance(v, bool), "true or false"),
-        layers=tuple(map(tuple, layers)),
-        windows=tuple(
-            field(
-                "windows",
-                lambda value: _are_windows(value, len(layers)),
-                "a list with a positive integer or null for each layer",
-            )
-        ),
-        files={n: one["bytes"] if isinstance(one, dict) else one for n, one in files.items()},
-        cache_dtype=cache_dtype,
-        states=tuple(map(tuple, field("states", _are_states, "a list of lists of sizes"))),
-        digests={n: one["sha256"] for n, one in files.items() if isinstance(one, dict)},
-        name=field("name", lambda v: isinstance(v, str), "text"),
-        parameters=field("parameters", lambda v: is_count(v, 2**60, 0), "an integer"),
-        exporter=field("fastgen", is_text, "text"),
-        no_prompts=field("no_prompts", lambda v: isinstance(v, str), "text"),
-    )
+    raise ModelError(f"{directory} is not a fastgen model directory: it has no {INFO}")
 
 
 def _are_layers(value: Any) -> bool:
     return isinstance(value, list) and len(value) <= MOST_LAYERS and all(map(_is_layer, value))
 
 
-def _are_windows(value: Any, layers: int) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) in (0, layers)
-        and all(window is None or is_count(window, 2**31) for window in value)
-    )
+def _are_windows(value: Any) -> bool:
+    return isinstance(value, list) and all(n is None or is_count(n, 2**31) for n in value)
 
 
 def _are_states(value: Any) -> bool:
@@ -278,10 +271,112 @@ def _is_file(named: tuple[str, Any]) -> bool:
 
 
 def _is_plain(name: str) -> bool:
-    """Whether a name means a file in the directory itself, on any system."""
+    """True for the name of a file in the directory itself, on any system."""
     return (
         is_text(name)
         and name.strip(".") != ""
         and not set(name) & set("/\\:")
         and len(name.encode()) <= 255
     )
+
+
+def _is_string(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+WINDOWS = "a list with a positive integer or null for each layer"
+# The fields of `fastgen.json` in the order of the file: what each must be, as a test and in words.
+FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "format": (lambda v: is_count(v, 2**31), f"a number such as {FORMAT}"),
+    "fastgen": (is_text, "text"),
+    "precision": (lambda v: v in PRECISIONS, " or ".join(PRECISIONS)),
+    "model_type": (is_text, "text"),
+    "name": (_is_string, "text"),
+    "parameters": (lambda v: is_count(v, 2**60, 0), "an integer"),
+    "vocab_size": (lambda v: is_count(v, 2**26), "a positive integer"),
+    "max_length": (lambda v: v is None or is_count(v, 2**40), "a positive integer or null"),
+    "hard_limit": (lambda v: isinstance(v, bool), "true or false"),
+    "layers": (_are_layers, "a list of [heads, size of a head]"),
+    "states": (_are_states, "a list of lists of sizes"),
+    "cache_dtype": (lambda v: v in tuple(CACHE_DTYPES), " or ".join(CACHE_DTYPES)),
+    "windows": (_are_windows, WINDOWS),
+    "no_prompts": (_is_string, "text"),
+    "files": (_are_files, "an object of names in the directory and their sizes"),
+}
+# Fields that older versions did not write, or that are left out where they hold nothing.
+OLDER: dict[str, Any] = {
+    "fastgen": "?", "name": "", "parameters": 0, "states": [], "cache_dtype": "float32",
+    "windows": [], "no_prompts": "",
+}  # fmt: skip
+
+
+def _newer(content: Mapping[str, Any]) -> str | None:
+    """The reason why only another fastgen can use a directory; None where this one can."""
+    version, dtype = content.get("format"), content["cache_dtype"]
+    if is_count(version, 2**31) and version != FORMAT:
+        return f"has format {version}, this fastgen reads format {FORMAT}: export the model again"
+    if is_text(dtype) and dtype not in CACHE_DTYPES:
+        stored = " or ".join(CACHE_DTYPES)
+        return f"has keys and values in {dtype}, this fastgen stores {stored}: use a newer one"
+    return None
+
+
+def _fault(content: Mapping[str, Any]) -> str | None:
+    """The first thing that is wrong with the content of `fastgen.json`; None where all is right."""
+    for name, (is_right, expected) in FIELDS.items():
+        if fault := jsonfile.fault(content, name, is_right, expected):
+            return fault
+    layers, windows = content["layers"], content["windows"]
+    if not layers and not content["states"]:
+        return "it has neither layers nor states"
+    if len(windows) not in (0, len(layers)):
+        return f"windows must be {WINDOWS}, got {len(windows)} of them for {len(layers)} layers"
+    return None
+
+
+def _of_content(content: Mapping[str, Any]) -> ModelInfo:
+    files = content["files"]
+    return ModelInfo(
+        precision=content["precision"],
+        model_type=content["model_type"],
+        vocab_size=content["vocab_size"],
+        max_length=content["max_length"],
+        hard_limit=content["hard_limit"],
+        layers=tuple((heads, dim) for heads, dim in content["layers"]),
+        windows=tuple(content["windows"]),
+        files={n: one["bytes"] if isinstance(one, dict) else one for n, one in files.items()},
+        cache_dtype=content["cache_dtype"],
+        states=tuple(map(tuple, content["states"])),
+        digests={n: one["sha256"] for n, one in files.items() if isinstance(one, dict)},
+        name=content["name"],
+        parameters=content["parameters"],
+        exporter=content["fastgen"],
+        no_prompts=content["no_prompts"],
+    )
+
+
+def _content(info: ModelInfo) -> dict[str, Any]:
+    """The object that `fastgen.json` holds, its fields in the order of `FIELDS`."""
+    content = {
+        "format": FORMAT,
+        "fastgen": info.exporter,
+        "precision": info.precision,
+        "model_type": info.model_type,
+        "name": info.name,
+        "parameters": info.parameters,
+        "vocab_size": info.vocab_size,
+        "max_length": info.max_length,
+        "hard_limit": info.hard_limit,
+        "layers": [list(layer) for layer in info.layers],
+        "states": [list(shape) for shape in info.states],
+        "cache_dtype": info.cache_dtype,
+        "windows": list(info.windows),
+        "no_prompts": info.no_prompts,
+        "files": {
+            name: {"bytes": size, "sha256": info.digests[name]} if name in info.digests else size
+            for name, size in info.files.items()
+        },
+    }
+    if not info.no_prompts:
+        del content["no_prompts"]
+    return content

@@ -1,5 +1,5 @@
 """ONNX folders that others exported, by the names of their files: what is a decoder, and of which
-precision. What is in the files is read by `fastgen.export.foreign`.
+precision. What is in the files is read by `fastgen.export.onnx_folder`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ GENAI = "genai_config.json"
 
 
 def place_of(names: Iterable[str]) -> str | None:
-    """Where the graphs lie: "" for the folder itself, "onnx" or another one in it; None for none.
+    """The place of the graphs: "" for the folder itself, "onnx" or another in it; None for none.
 
     Raises:
         ModelError: there are several such places, none of them for a CPU.
@@ -79,7 +79,7 @@ def decoders(names: Iterable[str]) -> dict[str, str]:
 
 
 def chosen(found: Mapping[str, str], precision: str | None) -> str:
-    """Which of the precisions that are there serves for one that is asked for.
+    """Choose the precision, of those that are there, that serves for one that is asked for.
 
     Args:
         found: of `decoders`.
@@ -126,7 +126,7 @@ def usual(names: Iterable[str]) -> str | None:
 
 
 def _is_alone(names: Iterable[str], found: Mapping[str, str]) -> bool:
-    """Whether the one graph is of any precision: onnxruntime-genai's builder says it nowhere."""
+    """True if the one graph is of any precision: onnxruntime-genai's builder says it nowhere."""
     return [*found] == [ALONE] and any(PurePosixPath(name).name == GENAI for name in names)
 
 
@@ -141,5 +141,5 @@ def names_in(directory: Path) -> list[str]:
 
 
 def holds_torch(names: Iterable[str]) -> bool:
-    """Whether there are weights that torch reads, beside the configuration."""
+    """True if there are weights that torch reads, beside the configuration."""
     return any("/" not in name and WEIGHTS.search(name) for name in names)

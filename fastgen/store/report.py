@@ -1,4 +1,4 @@
-"""`report.json`, what an export compared and found, as the table that people read."""
+"""`report.json`, all that an export compared and found, as the table that people read."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from fastgen.store import jsonfile
+from fastgen.store.model_info import REPORT
 
-REPORT = "report.json"
 SHOWN = 4  # operators that are named of each kind of step
 
 
 def table(report: dict[str, Any]) -> str:
-    """What an export found, as lines of text: a column for each precision, then what they share.
+    """The findings of an export as lines: a column for each precision, then what they share.
 
     Args:
         report: the content of `report.json`.
@@ -61,7 +61,7 @@ def _column(one: dict[str, Any]) -> dict[str, str]:
 
 
 def _notes(report: dict[str, Any]) -> list[str]:
-    """What is said once: where time goes, which kernels and why, what is beyond the tolerance."""
+    """Lines for all precisions: where time goes, the kernels, what is beyond the tolerance."""
     notes = [f"proof: {report['proof']}"] if "proof" in report else []
     notes += [
         f"time, {step}: " + ", ".join(f"{name} {share:.0%}" for name, share in _largest(shares))

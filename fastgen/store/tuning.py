@@ -1,4 +1,4 @@
-"""How a model runs best on this machine: what `fastgen tune` measured and left beside the model.
+"""The best way to run a model on this machine, as `fastgen tune` measured it and left it there.
 
 Without it, a model runs on all physical cores, which spin while they wait for each other.
 """
@@ -15,11 +15,12 @@ import onnxruntime
 
 from fastgen.store import files, jsonfile
 from fastgen.store.jsonfile import is_count, is_object, take
+from fastgen.store.model_info import TUNING
 from fastgen.system.cpu import cpu_name, physical_cores, usable_cpus
 
-FILE = "tuned.json"
 MOST_THREADS = 2**16  # of any machine
-READ_AS = ("same", "int8")  # how prompts can be read: with the weights of all else, or with int8
+# How prompts can be read: with the weights of all else, or with int8.
+PREFILL_PRECISIONS = ("same", "int8")
 
 # Kernels that onnxruntime has besides its default, by the processors that have them: session
 # entries that are tried, and the only ones that are taken from a file.
@@ -37,24 +38,26 @@ class Tuning:
         threads: of a step.
         spinning: whether threads spin while they wait for more of a step, or sleep.
         entries: session configuration entries of onnxruntime that choose kernels.
-        prompts: how they are read, "same" or "int8"; see `fastgen.load`.
+        prefill_precision: of reading prompts, "same" or "int8"; see `fastgen.load`. (The file has
+            it as "prompts".)
     """
 
     threads: int = field(default_factory=physical_cores)
     spinning: bool = True
     entries: dict[str, str] = field(default_factory=dict)
-    prompts: str = "same"
+    prefill_precision: str = "same"
 
     def __str__(self) -> str:
         kernels = [f"{name}={value}" for name, value in self.entries.items()]
         waiting = [] if self.spinning else ["sleeping"]
-        prompts = [] if self.prompts == "same" else [f"prompts in {self.prompts}"]
+        precision = self.prefill_precision
+        prompts = [] if precision == "same" else [f"prompts in {precision}"]
         plural = "s" if self.threads > 1 else ""
         return ", ".join([f"{self.threads} thread{plural}", *waiting, *kernels, *prompts])
 
 
 def here() -> dict[str, str | int]:
-    """What a measurement holds for: this processor, as many CPUs, this onnxruntime."""
+    """The machine that a measurement holds for: this processor, as many CPUs, this onnxruntime."""
     return {
         "cpu": cpu_name(),
         "machine": platform.machine(),
@@ -64,12 +67,12 @@ def here() -> dict[str, str | int]:
 
 
 def read(directory: Path) -> Tuning | None:
-    """What was measured for this machine; None if nothing was, or it is another machine's.
+    """Read what was measured for this machine; None if nothing was, or it is another machine's.
 
     Raises:
         ModelError: the file holds what no measurement here leaves; it says what to do.
     """
-    path = directory / FILE
+    path = directory / TUNING
     if not path.is_file():
         return None
     advice = f"delete it, or run `fastgen tune {directory}` again"
@@ -88,7 +91,9 @@ def read(directory: Path) -> Tuning | None:
             lambda v: v in [{}, *kernels()] if mine else is_object(v),
             "entries that `fastgen tune` tries on this machine",
         ),
-        prompts=setting("prompts", lambda v: v in READ_AS, " or ".join(READ_AS)),
+        prefill_precision=setting(
+            "prompts", lambda v: v in PREFILL_PRECISIONS, " or ".join(PREFILL_PRECISIONS)
+        ),
     )
     return tuning if mine else None
 
@@ -100,6 +105,8 @@ def kernels() -> list[dict[str, str]]:
 
 def write(directory: Path, tuning: Tuning) -> None:
     """Leave `tuning` beside the model, at once and whole."""
-    content = {"here": here(), "tuning": asdict(tuning)}
-    with files.written("the tuning's file", directory / FILE) as made:
+    settings = asdict(tuning)
+    settings["prompts"] = settings.pop("prefill_precision")
+    content = {"here": here(), "tuning": settings}
+    with files.atomic_file("the tuning's file", directory / TUNING) as made:
         made.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

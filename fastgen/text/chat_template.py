@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from fastgen.store import jsonfile
+from fastgen.store.model_info import CHAT_TEMPLATE, TOKENIZER_CONFIG
 from fastgen.system import extras
 from fastgen.text import message_forms
 
-CONFIG = "tokenizer_config.json"
-FILE = "chat_template.jinja"
 OTHERS = "additional_chat_templates"  # templates with a name, a file each
 FOR_TOOLS = "tool_use"  # the name of the one for calls with tools, where there is one
 
@@ -127,12 +126,12 @@ def _templates(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         found = {str(one.get("name")): one.get("template") for one in found}
     if not isinstance(found, Mapping) or not all(isinstance(one, str) for one in found.values()):
         raise jsonfile.damaged(
-            directory / CONFIG,
+            directory / TOKENIZER_CONFIG,
             f"chat_template must be a text, or several with names, got {reprlib.repr(found)}",
         )
     files = {path.stem: path for path in (directory / OTHERS).glob("*.jinja")}
-    if (directory / FILE).is_file():
-        files["default"] = directory / FILE
+    if (directory / CHAT_TEMPLATE).is_file():
+        files["default"] = directory / CHAT_TEMPLATE
     return {**found, **{name: _text(path) for name, path in files.items()}}
 
 

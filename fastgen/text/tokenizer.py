@@ -12,9 +12,8 @@ from typing import Any, Protocol
 
 from fastgen.errors import ModelError
 from fastgen.store import jsonfile
+from fastgen.store.model_info import TOKENIZER, TOKENIZER_CONFIG
 
-FILE = "tokenizer.json"
-CONFIG = "tokenizer_config.json"
 BYTE = re.compile(r"<0x[0-9a-fA-F]{2}>")  # a token that falls back to bytes
 REPLACEMENT = "\ufffd"  # what bytes that are no character (yet) decode to
 LONG = 1 << 12  # characters of a text for which no other thread is to wait
@@ -31,17 +30,18 @@ class Tokenizer:
     def __init__(self, directory: Path) -> None:
         import tokenizers
 
-        path = directory / FILE
+        path = directory / TOKENIZER
         if not path.is_file():
             raise ModelError(
-                f"{directory} has no {FILE}: the model was exported for ids only; pass token ids"
+                f"{directory} has no {TOKENIZER}: the model was exported for ids only; "
+                "pass token ids"
             )
         jsonfile.check_fetched(path)
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises plain Exception
             raise jsonfile.damaged(path, str(error)) from error
-        self._use(backend, jsonfile.read(directory / CONFIG))
+        self._use(backend, jsonfile.read(directory / TOKENIZER_CONFIG))
 
     @classmethod
     def of(cls, tokenizer: Any) -> Tokenizer:

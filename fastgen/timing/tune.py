@@ -22,8 +22,7 @@ from fastgen.errors import ModelError
 from fastgen.sampling.softmax import log_softmax
 from fastgen.store import jsonfile
 from fastgen.store.jsonfile import is_number, is_object, take
-from fastgen.store.model_info import ModelInfo
-from fastgen.store.report import REPORT
+from fastgen.store.model_info import REPORT, ModelInfo
 from fastgen.store.tuning import Tuning, kernels
 from fastgen.system.cpu import physical_cores, usable_cpus
 from fastgen.timing.rounds import in_rounds
@@ -64,11 +63,11 @@ class Candidate:
         return statistics.median(self.prefill) + new * statistics.median(self.decode)
 
 
-def candidates(directory: Path, prompts: str = "same") -> list[Candidate]:
+def candidates(directory: Path, prefill_precision: str = "same") -> list[Candidate]:
     """The settings that are tried with a model.
 
     Args:
-        prompts: how they may be read besides, where the model can (see `fastgen.load`).
+        prefill_precision: tried besides, where the model has it (see `fastgen.load`).
     """
     threads = {1, physical_cores(), len(usable_cpus())}
     count = physical_cores() // 2
@@ -78,8 +77,8 @@ def candidates(directory: Path, prompts: str = "same") -> list[Candidate]:
     plain = [Tuning(threads=n) for n in sorted(threads)]
     sleeping = [Tuning(threads=n, spinning=False) for n in sorted(threads) if n > 1]
     others = [Tuning(threads=physical_cores(), entries=entries) for entries in kernels()]
-    if prompts != "same" and ModelInfo.read(directory).can_read_prompts:
-        others += [replace(tuning, prompts=prompts) for tuning in plain]
+    if prefill_precision != "same" and ModelInfo.read(directory).can_read_prompts:
+        others += [replace(tuning, prefill_precision=prefill_precision) for tuning in plain]
     return [Candidate(directory, tuning) for tuning in plain + sleeping + others]
 
 
@@ -137,7 +136,7 @@ def best(found: Sequence[Candidate], new: int) -> Candidate:
     allowed = [
         one
         for one in found
-        if one.divergence <= (CLOSE if one.tuning.prompts == "same" else ROUNDED)
+        if one.divergence <= (CLOSE if one.tuning.prefill_precision == "same" else ROUNDED)
     ]
     fastest = min(one.seconds(new) for one in allowed)
     near = [one for one in allowed if one.seconds(new) <= (1 + NEAR) * fastest]

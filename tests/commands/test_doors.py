@@ -22,7 +22,7 @@ from transformers.generation.stopping_criteria import ConfidenceCriteria
 
 import fastgen
 from fastgen.engine import memory_estimate
-from fastgen.sampling import pick
+from fastgen.sampling import sampler
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
 SAMPLE: dict[str, Any] = {"max_new_tokens": 8, "do_sample": True, "pad_token_id": 0}
@@ -95,8 +95,8 @@ def test_sampled_beams_that_have_all_ended_go_on_as_there(both, seed):
 def test_a_draw_from_scores_of_any_size(top):
     scores = np.full(50, -np.inf, np.float32)
     scores[[3, 30]] = top
-    words = pick.Stream(1).row(0, 0, 50)
-    assert set(pick.sample_several(scores, words, 2).tolist()) == {3, 30}
+    words = sampler.Stream(1).row(0, 0, 50)
+    assert set(sampler.sample_several(scores, words, 2).tolist()) == {3, 30}
 
 
 # -- Guessed tokens -------------------------------------------------------------------------------
@@ -346,8 +346,8 @@ def test_torchs_generator_is_advanced_bit_for_bit(used):
         expected = torch.empty(count).exponential_()
         after = torch.get_rng_state()
         torch.set_rng_state(begin)
-        words = pick.TorchStream(torch).row(0, 0, count)
-        drawn = pick.exponential(pick.uniform(words))
+        words = sampler.TorchStream(torch).row(0, 0, count)
+        drawn = sampler.exponential(sampler.uniform(words))
         np.testing.assert_allclose(drawn, expected.numpy(), rtol=1e-6)
         assert torch.equal(torch.get_rng_state(), after)
 

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from fastgen.store import swap
+from fastgen.store import files
 from fastgen.system import interrupt
 
 ENDING = [signal.SIGTERM, signal.SIGHUP, signal.SIGINT]
@@ -28,21 +28,21 @@ def nobody_handles():
 # Each makes its way to where something temporary is there, says so, and waits.
 WRITERS = {
     "a directory": """
-from fastgen.store import swap
-with swap.appearing(Path(sys.argv[1])) as new:
+from fastgen.store import files
+with files.atomic_directory(Path(sys.argv[1])) as new:
     (new / "half").write_text("half")
     ready()
 """,
     "a directory that replaces one": """
-from fastgen.store import swap
+from fastgen.store import files
 Path(sys.argv[1]).mkdir()
-with swap.appearing(Path(sys.argv[1])) as new:
+with files.atomic_directory(Path(sys.argv[1])) as new:
     (new / "half").write_text("half")
     ready()
 """,
     "a file": """
 from fastgen.store import files
-with atomic.written("it", Path(sys.argv[1])) as made:
+with files.atomic_file("it", Path(sys.argv[1])) as made:
     made.write_text("half")
     ready()
 """,
@@ -58,15 +58,19 @@ fastgen.PrefixCache().save(sys.argv[1])
 from contextlib import nullcontext
 from types import SimpleNamespace
 from fastgen.export import pipeline
-def slowly(job):
-    (job.out / "work").mkdir()
-    (job.out / "work" / "model.onnx").write_text("half")
+from fastgen.export.opening import Opening
+from fastgen.store import hub
+from fastgen.store.model_info import ModelInfo
+def slowly(graph, whole):
+    graph.work.working.mkdir()
+    (graph.work.working / "model.onnx").write_text("half")
     ready()
-pipeline._stages, pipeline._folder = slowly, lambda *_: None
-pipeline._reference = lambda *_: pipeline.check.Reference([], [])
-pipeline._original = lambda *_: SimpleNamespace(
-    about=list, evaluating=nullcontext, describe=lambda precision: {"parameters": 1}
+pipeline.stages.Graph._convert = slowly
+info = ModelInfo.parse(hub.DEMO)
+origin = SimpleNamespace(
+    about=list, evaluating=nullcontext, parameters=1, describe=lambda: info, probes=list
 )
+pipeline.opening = lambda *_: Opening("it", "fp32", "fp32", "fp32", False, lambda _: origin)
 pipeline.export("it", sys.argv[1], progress=None)
 """,
 }
@@ -114,7 +118,7 @@ def test_what_others_handle_or_ignore_is_left_to_them(tmp_path):
     for handler in (signal.SIG_IGN, lambda number, _: came.append(number)):
         usual = signal.signal(signal.SIGTERM, handler)
         try:
-            with swap.appearing(tmp_path / "out") as new:
+            with files.atomic_directory(tmp_path / "out") as new:
                 signal.raise_signal(signal.SIGTERM)
                 assert new.is_dir() and signal.getsignal(signal.SIGTERM) is handler
             assert (tmp_path / "out").is_dir()

@@ -22,7 +22,7 @@ from transformers import StoppingCriteriaList
 
 from fastgen.engine.beam import run as beams
 from fastgen.engine.cache import Cache
-from fastgen.sampling import pick
+from fastgen.sampling import sampler
 from fastgen.sampling.softmax import log_softmax, normalisers
 
 KINDS = ["gpt2", "llama"]
@@ -565,7 +565,7 @@ def test_largest_is_a_full_sort(data):
         values = random.standard_normal(size).astype(np.float32)
     values[random.random(size) < data.draw(st.sampled_from([0, 0.5, 0.999, 1]))] = -np.inf
     expected = np.argsort(-values, kind="stable")[:count]
-    np.testing.assert_array_equal(pick.largest(values, count), expected)
+    np.testing.assert_array_equal(sampler.largest(values, count), expected)
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([1, 2, 6]), st.sampled_from([0.0, 0.5, 0.99]))
@@ -578,7 +578,7 @@ def test_several_draws_are_torchs(seed, count, dead):
         return
     torch.manual_seed(seed)
     expected = torch.multinomial(torch.tensor(scores).softmax(0), count)
-    found = pick.sample_several(scores, pick.Stream(seed, 1).row(0, 0, 500), count)
+    found = sampler.sample_several(scores, sampler.Stream(seed, 1).row(0, 0, 500), count)
     assert found.tolist() == expected.tolist()
 
 
@@ -618,9 +618,9 @@ def test_continuations_are_the_largest_sums_to_the_bit(case):
         before[1:] = -1e9
     everything = log_softmax(logits)[slots]
     sums = everything + before[:, None]
-    places = pick.largest(sums.ravel(), count)
+    places = sampler.largest(sums.ravel(), count)
     top, norm = normalisers(logits)
-    totals, parents, tokens, own = pick.continuations(logits, top, norm, slots, before, count)
+    totals, parents, tokens, own = sampler.continuations(logits, top, norm, slots, before, count)
     assert (parents * vocab + tokens).tolist() == places.tolist()
     assert totals.tolist() == sums.ravel()[places].tolist()
     assert own.tolist() == everything[parents, tokens].tolist()

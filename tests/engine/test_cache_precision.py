@@ -19,19 +19,18 @@ import fastgen
 from fastgen import commands
 from fastgen.engine import memory_estimate
 from fastgen.engine.cache import Cache
-from fastgen.engine.kv_int8 import SCALES, Codes
+from fastgen.engine.kv_int8 import Codes
 from fastgen.engine.model import Model
 from fastgen.engine.prefill import CHUNK, Chunks, Prefill
-from fastgen.engine.prompt_reader import Desk
-from fastgen.export import Mismatch, bundle, export, pipeline
+from fastgen.engine.prompt_reader import PromptReader
+from fastgen.export import Mismatch, bundle, export, options, pipeline
 from fastgen.export.prove.reader import Reader
 from fastgen.export.quantize import calibrate, kv_int8
-from fastgen.export.rewrite import edit
+from fastgen.export.rewrite import edit, onnx_file
 from fastgen.export.source.origin import Tolerance
-from fastgen.export.trace import graph
 from fastgen.sampling.softmax import log_softmax
 from fastgen.store import hub
-from fastgen.store.model_info import GRAPH, INFO
+from fastgen.store.model_info import GRAPH, INFO, SCALES, ModelInfo
 
 LOOSE = Tolerance(max_difference=1.0, kl=0.02, top1=0.9, greedy=False)
 
@@ -248,10 +247,10 @@ def test_codes_stand_for_keys_and_values():
     assert (found[0] == 127).all() and (found[1] == -128).all()
 
 
-def test_a_desk_of_float32_keys_is_the_cache_itself(pair):
+def test_a_reader_of_float32_keys_is_the_cache_itself(pair):
     _, plain = pair("gpt2")
     held = plain.model.new_cache(2, 8)
-    assert Desk(plain.model, held, 2, 8).floats is held
+    assert PromptReader(plain.model, held, 2, 8).floats is held
 
 
 def test_scales_that_are_missing_or_damaged(exported, tmp_path):
@@ -308,8 +307,8 @@ def demo(tmp_path_factory):
     loaded = onnx_ir.load(directory / GRAPH)
     with_floats(loaded)
     assert not any(node.op_type == "QuantizeLinear" for node in loaded.graph)
-    graph.save(loaded, directory / GRAPH)
-    bundle.seal(directory, json.loads((directory / INFO).read_text()))
+    onnx_file.save(loaded, directory / GRAPH)
+    bundle.seal(directory, ModelInfo.parse(directory))
     model = fastgen.load(directory)
     info = model.model.info
     text = Path(kv_int8.__file__).parents[1].joinpath("held_out.txt").read_text(encoding="utf-8")
@@ -323,10 +322,9 @@ def quantised_demo(demo, directory, limit: int) -> Model:
     shutil.copytree(model.directory, directory)
     loaded = onnx_ir.load(model.directory / GRAPH)
     scales = kv_int8.quantize(loaded, kv_int8.reach(loaded, calibration, limit))
-    graph.save(loaded, directory / GRAPH)
+    onnx_file.save(loaded, directory / GRAPH)
     np.save(directory / SCALES, scales)
-    said = json.loads((directory / INFO).read_text())
-    bundle.seal(directory, said | {"cache_dtype": "int8"})
+    bundle.seal(directory, dataclasses.replace(ModelInfo.parse(directory), cache_dtype="int8"))
     return Model(directory)
 
 
@@ -438,11 +436,11 @@ def test_an_unknown_cache_precision_is_an_error(tmp_path):
 
 
 def test_the_tolerance_is_that_of_the_coarser():
-    usual = pipeline.TOLERANCES
-    assert pipeline.usual_tolerance("fp32", "fp32") == usual["fp32"]
-    assert pipeline.usual_tolerance("fp32", "int8") == usual["int8"]
-    assert pipeline.usual_tolerance("int4", "int8") == usual["int4"]
-    bound = pipeline.usual_tolerance("fp32", "int8", 0.5)
+    usual = options.TOLERANCES
+    assert options.usual_tolerance("fp32", "fp32") == usual["fp32"]
+    assert options.usual_tolerance("fp32", "int8") == usual["int8"]
+    assert options.usual_tolerance("int4", "int8") == usual["int4"]
+    bound = options.usual_tolerance("fp32", "int8", 0.5)
     assert bound == dataclasses.replace(usual["int8"], kl=0.5)
 
 
@@ -452,17 +450,18 @@ def test_the_tolerance_is_that_of_the_coarser():
 def test_the_flags_of_the_command_line(monkeypatch, pair, tmp_path, flags, name):
     seen = {}
 
-    def made(origin, out, wishes, shown, kept):
-        seen.update(out=str(out), wishes=wishes)
-        shutil.copytree(pair("gpt2")[1].directory, out)
+    def made(work):
+        seen.update(out=str(work.out), target=work.target)
+        shutil.copytree(pair("gpt2")[1].directory, work.out)
+        return []
 
     tiny.build("gpt2").save_pretrained(tmp_path / "some")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pipeline, "_export", made)
+    monkeypatch.setattr(pipeline, "steps", made)
     limits = ["--max-kl", "0.5", "--min-top1", "0.25"]
     commands.cli.main(["export", "some", *limits, *flags], standalone_mode=False)
-    assert seen["out"] == name and seen["wishes"].cache_precision == (flags or ["", "fp32"])[1]
-    assert (seen["wishes"].tolerance.kl, seen["wishes"].tolerance.top1) == (0.5, 0.25)
+    assert seen["out"] == name and seen["target"].cache_precision == (flags or ["", "fp32"])[1]
+    assert (seen["target"].tolerance.kl, seen["target"].tolerance.top1) == (0.5, 0.25)
 
 
 def test_info_says_how_keys_and_values_are_stored(exported, capsys):

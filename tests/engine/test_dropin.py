@@ -29,7 +29,7 @@ def home(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def there(home, monkeypatch) -> Path:
-    """Where scripts run: the model is a neighbour, the cache of exports is the test's own."""
+    """The folder of the scripts: the model is a neighbour, the cache of exports is the test's."""
     monkeypatch.chdir(home)
     monkeypatch.setenv("FASTGEN_CACHE", str(home / "cache"))
     return home

@@ -1,4 +1,4 @@
-"""What must hold whatever the model says."""
+"""Laws that hold whatever the model says."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tiny import core, ragged
 import fastgen
 from fastgen.engine import batch, prefill
 from fastgen.engine import model as model_module
-from fastgen.sampling import pick
+from fastgen.sampling import sampler
 from fastgen.text.tokenizer import TextStream
 
 KINDS = ["gpt2", "llama", "gemma2", *core(*numpy_model.KINDS)]
@@ -93,14 +93,14 @@ def test_first_of_several_sequences_is_a_prompt_prefilled_once(pair, kind):
 @pytest.mark.parametrize("kind", ["llama", *core("numpy")])
 @pytest.mark.parametrize("seed", [7, [1, 2, 3]], ids=["one", "each its own"])
 def test_what_was_drawn_is_not_kept(pair, kind, seed, monkeypatch):
-    kept, row = [], pick.Stream.row
+    kept, row = [], sampler.Stream.row
 
     def counted(self, *place):
         words = row(self, *place)
         kept.append(len(self._blocks))
         return words
 
-    monkeypatch.setattr(pick.Stream, "row", counted)
+    monkeypatch.setattr(sampler.Stream, "row", counted)
     _, model = pair(kind)
     model.generate(ragged(8, (4, 9, 6)), seed=seed, max_new_tokens=9, **SAMPLING)
     assert len(kept) > 9 and max(kept) == 1

@@ -1,4 +1,4 @@
-"""What a mask is, by asking it: causal, a sliding window, or something else."""
+"""The kind of a mask, found by asking it: causal, a sliding window, or something else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plan of a step: who is let in, which chunk is read, which search steps. No model runs."""
+"""The plan of a step: the jobs let in, the chunk read, the search that steps. No model runs."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def made(tmp_path_factory):
 @pytest.fixture(scope="module")
 def two(made) -> tuple[Model, Model]:
     """The model with its own prompts, and with those in int8."""
-    return Model(made(), prompts="same"), Model(made(), prompts="int8")
+    return Model(made(), prefill_precision="same"), Model(made(), prefill_precision="int8")
 
 
 def ids(count: int) -> np.ndarray:
@@ -192,14 +192,14 @@ def test_what_a_prefix_cache_knows_is_a_fresh_prefill(two, length):
 
 
 def test_with_keys_in_int8_too(made):
-    own, int8 = (Model(made("int8"), prompts=one) for one in ("same", "int8"))
+    own, int8 = (Model(made("int8"), prefill_precision=one) for one in ("same", "int8"))
     rows = [ids(n) for n in (1, 90, 300)]
     assert near(read(int8, *rows)[0], read(own, *rows)[0], 0.1)
 
 
 def test_generation_with_beams_and_rows(made, two):
     rows = [ids(n).tolist() for n in (90, 150)]
-    model = fastgen.load(made(), prompts="int8")
+    model = fastgen.load(made(), prefill_precision="int8")
     logits = read(two[0], *map(np.array, rows))[0]
     for knobs, each in (({}, 1), ({"num_beams": 3, "num_return_sequences": 2}, 2)):
         found = model.generate(rows, max_new_tokens=8, min_new_tokens=8, **knobs)
@@ -218,10 +218,10 @@ def test_matrices_live_as_long_as_they_are_read(made, two, monkeypatch):
         found = read(model, row)[1].read(0, 0, 149)
         return all(near(*pair, 1e-5) for pair in zip(found, expected, strict=True))
 
-    assert same(Model(made(), tuning=Tuning(entries=UNPACKED, prompts="int8")))
+    assert same(Model(made(), tuning=Tuning(entries=UNPACKED, prefill_precision="int8")))
     for module in (models, reading):
         monkeypatch.setattr(module, "int8_overflows", lambda: True)
-    assert same(Model(made(), prompts="int8"))
+    assert same(Model(made(), prefill_precision="int8"))
 
 
 def test_results_of_one_kind_are_not_taken_for_the_other(two):
@@ -232,19 +232,19 @@ def test_results_of_one_kind_are_not_taken_for_the_other(two):
 
 def test_what_cannot_read_prompts_in_int8_says_why(made, ours, tmp_path):
     with pytest.raises(fastgen.ModelError, match="for models in int4, it is in fp32"):
-        fastgen.load(ours.directory, prompts="int8")
-    with pytest.raises(ValueError, match="prompts must be same or int8, got 'fp16'"):
-        fastgen.load(made(), prompts="fp16")
+        fastgen.load(ours.directory, prefill_precision="int8")
+    with pytest.raises(ValueError, match="prefill_precision must be same or int8, got 'fp16'"):
+        fastgen.load(made(), prefill_precision="fp16")
     copy = shutil.copytree(made(), tmp_path / "copy")
     told = json.loads((copy / "fastgen.json").read_text())
     for name in ("prompts.onnx", "unpack.onnx"):
         del told["files"][name]
     (copy / "fastgen.json").write_text(json.dumps(told))
     with pytest.raises(fastgen.ModelError, match="an older fastgen exported it"):
-        fastgen.load(copy, prompts="int8")
+        fastgen.load(copy, prefill_precision="int8")
     (copy / "fastgen.json").write_text(json.dumps(told | {"no_prompts": "its experts"}))
-    with pytest.raises(fastgen.ModelError, match=r"prompts=\"int8\": its experts"):
-        fastgen.load(copy, prompts="int8")
+    with pytest.raises(fastgen.ModelError, match=r"prefill_precision=\"int8\": its experts"):
+        fastgen.load(copy, prefill_precision="int8")
 
 
 def test_graphs_that_have_no_such_form_are_left_alone(made, ours, tmp_path):
@@ -269,28 +269,51 @@ def other_scales(node: ir.Node) -> None:
 
 def test_the_commands_take_it(made):
     text = ["The quick brown fox " * 20, "--max-new-tokens", "3"]
-    code, said, _ = run("generate", "--model", made(), "--prompts", "int8", *text)
+    code, said, _ = run("generate", "--model", made(), "--prefill-precision", "int8", *text)
     assert code == 0 and said.startswith(text[0])
-    code, _, err = run("generate", "--prompts", "int8", *text)
-    assert code == 2 and 'prompts="int8": they are for models in int4' in err
+    code, _, err = run("generate", "--prefill-precision", "int8", *text)
+    assert code == 2 and 'prefill_precision="int8": they are for models in int4' in err
+
+
+def test_the_old_names_go_on_working(made, tmp_path):
+    for load in (fastgen.load, fastgen.CausalLM, fastgen.CausalLM.from_pretrained):
+        with pytest.warns(DeprecationWarning, match="prompts is now named prefill_p") as warned:
+            model = load(made(), prompts="int8")
+        assert [one.filename for one in warned] == [__file__]
+        assert model.model.tuning.prefill_precision == "int8"
+    text = ["The quick brown fox " * 20, "--max-new-tokens", "3"]
+    code, said, err = run("generate", "--model", made(), "--prompts", "int8", *text)
+    assert (code, err) == (0, "fastgen: --prompts is now named --prefill-precision\n")
+    assert said == run("generate", "--model", made(), "--prefill-precision", "int8", *text)[1]
+    assert "--prompts" not in run("generate", "--help")[1]
+
+
+def test_the_tuned_file_of_an_older_version_is_read(made, tmp_path):
+    copy = shutil.copytree(made(), tmp_path / "model")
+    tuning.write(copy, Tuning(prefill_precision="int8"))
+    written = json.loads((copy / "tuned.json").read_text())["tuning"]
+    assert written["prompts"] == "int8" and "prefill_precision" not in written
+    assert tuning.read(copy).prefill_precision == "int8"
 
 
 def test_tune_tries_it_only_where_the_memory_is_allowed(made, ours, tmp_path):
     copy = shutil.copytree(made(), tmp_path / "model")
-    assert {one.tuning.prompts for one in tune.candidates(copy)} == {"same"}
+    assert {one.tuning.prefill_precision for one in tune.candidates(copy)} == {"same"}
     found = tune.candidates(copy, "int8")
-    assert {one.tuning.prompts for one in found} == {"same", "int8"}
-    assert {one.tuning.prompts for one in tune.candidates(ours.directory, "int8")} == {"same"}
-    few = [Candidate(copy, Tuning(prompts=one)) for one in ("same", "int8")]
+    assert {one.tuning.prefill_precision for one in found} == {"same", "int8"}
+    assert {one.tuning.prefill_precision for one in tune.candidates(ours.directory, "int8")} == {
+        "same"
+    }
+    few = [Candidate(copy, Tuning(prefill_precision=one)) for one in ("same", "int8")]
     tune.measure(few, Workload(prompt=100, new=2), 1, lambda: None)
     assert 0 < few[1].divergence < tune.ROUNDED
     few[0].prefill, few[1].prefill = [2.0], [1.0]
     few[0].decode = few[1].decode = [0.1]
     assert tune.best(few, 2) is few[1]
     tuning.write(copy, few[1].tuning)
-    assert Model(copy).reader is not None
-    assert Model(copy, prompts="same").reader is None
+    assert Model(copy).prefill_session is not None
+    assert Model(copy, prefill_precision="same").prefill_session is None
     said = run("info", copy)[1]
-    assert "prompts in int8" in said and 'int4 (prompts="int8" reads' in said
-    code, _, err = run("tune", ours.directory, "--prompts", "int8")
+    assert "prompts in int8" in said and 'int4 (prefill_precision="int8" reads' in said
+    code, _, err = run("tune", ours.directory, "--prefill-precision", "int8")
     assert code == 2 and "for models in int4" in err

@@ -424,7 +424,7 @@ def test_a_file_that_is_not_whole_is_one_clear_error(kept, tmp_path):
             PrefixCache.load(tmp_path / "file")
 
 
-def test_a_foreign_file_is_one_clear_error(tmp_path, monkeypatch):
+def test_a_foreign_file_is_one_clear_error(tmp_path):
     path = tmp_path / "file.npz"
     np.savez(path, a=np.arange(3))
     with pytest.raises(ValueError, match="no file of PrefixCache"):
@@ -437,9 +437,7 @@ def test_a_foreign_file_is_one_clear_error(tmp_path, monkeypatch):
         np.save(file, np.array([{}]), allow_pickle=True)
     with pytest.raises(ValueError, match="no file of PrefixCache"):
         PrefixCache.load(path)
-    monkeypatch.setattr(fastgen.engine.prefix_cache, "FORMAT", 3)
-    PrefixCache().save(path)
-    monkeypatch.undo()
+    forged(path, HEADER | {"format": 3, "names": [], "sizes": []})
     with pytest.raises(ValueError, match=r"has format 3 .* reads format 2"):
         PrefixCache.load(path)
     with pytest.raises(FileNotFoundError):

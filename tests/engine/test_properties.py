@@ -121,7 +121,7 @@ def knobs_of(draw: Any, strategies: dict[str, Any], most: int = 6) -> dict[str, 
 
 
 def theirs_of(model: Any, ids: Any, knobs: dict[str, Any]) -> Any:
-    """What transformers answers; None if it raises."""
+    """The answer of transformers; None if it raises."""
     tokenizer = {"tokenizer": tiny.tokenizer()} if "stop_strings" in knobs else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

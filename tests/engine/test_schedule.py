@@ -35,7 +35,7 @@ KNOBS = (
 
 
 def alone(model, prompt, knobs):
-    """What each row of a call generates when nothing else runs."""
+    """The tokens of each row of a call when nothing else runs."""
     rows: dict[int, list[int]] = {}
     for token in model.stream([prompt], **knobs):
         rows.setdefault(token.row, []).append(token.id)

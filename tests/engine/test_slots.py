@@ -1,4 +1,4 @@
-"""The slots of a cache: who moves where, and that the cache moves along."""
+"""The slots of a cache: rows move between them, and the cache moves along."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def test_what_was_read_is_inserted_behind_the_rows_that_run():
     assert held(slots) == [1, 2, 5, 5, 6, 0, 0, 0]
 
 
-def test_who_reads_meanwhile_makes_way():
+def test_prompts_that_are_read_meanwhile_make_way():
     slots = holding(1, 5, 7, 8)
     assert slots.insert([1, 1, 1], 1, [range(2, 4)]) == [4]
     assert held(slots)[:6] == [1, 5, 5, 5, 7, 8]
 
 
-def test_who_reads_far_enough_behind_stays():
+def test_prompts_that_are_read_far_enough_behind_stay():
     slots = holding(1, 5, 0, 0, 7, 8)
     assert slots.insert([1, 1], 1, [range(4, 6)]) == [4]
     assert held(slots)[:3] == [1, 5, 5] and held(slots)[4:] == [7, 8, 0, 0]

@@ -414,7 +414,7 @@ def test_what_cannot_be_built_is_no_surprise(
         export(copy, tmp_path / "out", build=True, progress=None)
     with pytest.raises(UnsupportedModel, match="cannot be built: it is no checkpoint"):
         export(llama, tmp_path / "out", build=True, progress=None)
-    monkeypatch.setattr(fastgen.store.hub, "has_torch", lambda: False)
+    monkeypatch.setattr(fastgen.store.resolve, "has_torch", lambda: False)
     with pytest.raises(ModelError, match=r"\[export\]'.*attn_gate"):
         export(copy, tmp_path / "out", progress=None)
     with pytest.raises(ModelError, match="no directory, nor a hub id"):

@@ -23,6 +23,7 @@ from fastgen.export import export
 from fastgen.export.onnx_folder import folder
 from fastgen.export.source import checkpoint
 from fastgen.export.torch_model import source
+from fastgen.export.torch_model.original import Original
 from fastgen.inputs.keywords import BY_DEFAULT, UNSUPPORTED
 from fastgen.inputs.params import resolve
 from fastgen.jobs.source import Source
@@ -213,7 +214,7 @@ def test_weights_that_end_too_early_or_are_something_else(place, tmp_path_factor
             st.integers(0, len(content) - 1).map(lambda end: content[:end]),
             st.binary(max_size=64),
             st.binary(min_size=1, max_size=9).map(lambda more: content + more),
-        )
+        ).filter(lambda other: not other.startswith(jsonfile.POINTER))
     )
     directory = tmp_path_factory.mktemp("wrong")
     (directory / "model.safetensors").write_bytes(wrong)
@@ -308,3 +309,16 @@ def test_outputs_that_a_model_asks_for_by_default(tmp_path):
         assert model.complete("The", max_new_tokens=4) == plain
     out = model.generate([[5, 6]], max_new_tokens=3)  # as there: the last three say what is given
     assert np.shape(out.sequences) == (1, 5) and len(out.logits) == len(out.scores) == 3
+
+
+def test_a_description_runs_nothing(whole, monkeypatch):
+    """What it takes a run to know was recorded where the original was asked."""
+    origin = Original(source.load(whole))
+    with origin.evaluating():
+        rows = origin.probes()
+        monkeypatch.setattr(type(origin.model), "forward", lambda *_, **__: 1 / 0)
+        info = origin.describe()
+        with pytest.raises(ZeroDivisionError):
+            origin.logits(rows[0])
+    assert (info.precision, info.vocab_size, info.files) == ("fp32", 99, {})
+    assert info.layers and info.parameters == origin.parameters

@@ -19,6 +19,7 @@ from fastgen.export import export
 from fastgen.export.prove import corpus
 from fastgen.export.prove.own_text import Writer, own_text
 from fastgen.export.prove.reader import ROW, Reader
+from fastgen.store.model_info import ModelInfo
 from fastgen.text.tokenizer import _byte_level
 
 BOS, EOS, VOCAB = 256, 257, 258
@@ -55,8 +56,8 @@ class Origin:
         (to / "tokenizer_config.json").write_text(json.dumps(said))
 
 
-def about(limit: int | None = 512, vocab: int = VOCAB) -> dict:
-    return {"max_length": limit, "vocab_size": vocab}
+def about(limit: int | None = 512, vocab: int = VOCAB) -> ModelInfo:
+    return ModelInfo("fp32", "gpt2", vocab, limit, hard_limit=False, layers=())
 
 
 @functools.cache

@@ -41,7 +41,7 @@ from fastgen.export import Mismatch, UnsupportedModel, bundle, pipeline
 from fastgen.export.prove import check, profile
 from fastgen.export.torch_model import source
 from fastgen.export.trace import graph
-from fastgen.store import hub, swap
+from fastgen.store import files, hub
 
 ROOT = Path(__file__).parents[2]
 # What this file asks is asked of the precision that says what the original says.
@@ -759,14 +759,14 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_model_is_loaded(
 
 
 def test_what_a_kill_took_away_is_there_before_the_next_export_begins(demo):
-    """As it is left between two renames; what the processes do is in test_swap."""
-    old = swap.neighbour(demo, "old")
+    """As it is left between two renames; what the processes do is in test_files."""
+    old = files.temporary_neighbour(demo, "old")
     demo.rename(old / "model")
     refused_only = content(old / "model")
     with pytest.raises(fastgen.ModelError, match="exists: choose another name, or replace it"):
         export("/no/such/model", demo, progress=None)
     assert content(demo) == refused_only and not old.exists()
-    demo.rename(swap.neighbour(demo, "old") / "model")
+    demo.rename(files.temporary_neighbour(demo, "old") / "model")
     with bundle.directory(demo, force=True) as made:
         assert content(demo) == refused_only
         (made / "fastgen.json").write_text("new")

@@ -195,16 +195,14 @@ def test_a_quick_export_leaves_out_the_text_and_never_the_proof(half, tmp_path, 
 
 
 def test_the_time_left_follows_what_was_expected():
-    names = ["load", "original logits", "convert", "bundle"]
-    shown = progress.Progress(names, None)
+    costs = [progress.Cost(*one) for one in ((4, 0.5), (0.5, 1.6), (5, 2), (0.2, 0.3))]
+    shown = progress.Progress(None)
+    shown.planned = [progress.Step(f"step {n}", cost, list) for n, cost in enumerate(costs)]
     shown.weights = 2_000_000_000
     assert shown._left(0) == ""
-    for name in names[:2]:
-        with shown.step(name):
-            pass
-    load, logits, convert, bundled = (
-        once + each * 2 for once, each in (progress.EXPECTED[name] for name in names)
-    )
+    for _ in costs[:2]:
+        shown.take()
+    load, logits, convert, bundled = (one.seconds + one.more * 2 for one in costs)
     shown._started = shown._ended - (load + logits)  # as long as both were expected to take
     assert shown._left(0) == f" about {convert + bundled:.0f} s left"
     shown._started = shown._ended - 3 * (load + logits)

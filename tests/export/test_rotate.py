@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -14,6 +12,7 @@ from fastgen.export import bundle, export
 from fastgen.export.prove import check
 from fastgen.export.quantize import rotate, rotation
 from fastgen.export.rewrite import onnx_file
+from fastgen.store.model_info import ModelInfo
 
 
 @pytest.mark.parametrize("size", [1, 12, 64, 96, 128, 576, 640, 896])
@@ -54,7 +53,7 @@ def test_what_is_turned_says_the_same(kind, tied, tmp_path):
     turned = tmp_path / "turned"
     turned.mkdir()
     onnx_file.save(graph, turned / "model.onnx")
-    bundle.seal(turned, json.loads((path / "fastgen.json").read_text()))
+    bundle.seal(turned, ModelInfo.parse(path))
     assert len(graph.graph) <= before + 3
     rows = [np.array([5, 7, 9, 11, 20, 3]), np.array([8, 4])]
     one, other = (check.exported_logits(fastgen.load(p).model, rows) for p in (path, turned))

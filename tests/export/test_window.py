@@ -18,7 +18,7 @@ from tiny import left_padded, ragged
 import fastgen
 from fastgen import PrefixCache, commands
 from fastgen.engine.cache import Cache
-from fastgen.engine.model import _Call
+from fastgen.engine.model import BoundStep
 from fastgen.engine.prefill import WHOLE, Chunks
 from fastgen.export import export
 from fastgen.export.rewrite import window
@@ -43,13 +43,13 @@ KNOBS: dict[str, dict[str, Any]] = {
 @pytest.fixture
 def shown(monkeypatch) -> list[int]:
     """The first tokens that were shown, as they moved."""
-    real, starts = _Call.show, []
+    real, starts = BoundStep.show, []
 
-    def show(call: _Call, window: int, start: int) -> None:
+    def show(call: BoundStep, window: int, start: int) -> None:
         starts.append(start)
         real(call, window, start)
 
-    monkeypatch.setattr(_Call, "show", show)
+    monkeypatch.setattr(BoundStep, "show", show)
     return starts
 
 
@@ -107,8 +107,8 @@ def test_only_layers_with_a_window_count_otherwise(pair):
         assert model.model.info.windows == windows
         graph = ir.load(model.directory / GRAPH).graph
         names = {value.name for value in graph.inputs}
-        assert (window_start(WINDOW) in names) is bool(windows)
-        starts = [one for one in graph.inputs if one.name == window_start(WINDOW)]
+        assert (window_start(WINDOW).name in names) is bool(windows)
+        starts = [one for one in graph.inputs if one.name == window_start(WINDOW).name]
         counted = {user.outputs[0] for value in starts for user, _ in value.uses()}
         nodes = [node for node in graph if node.op_type == "GroupQueryAttention"]
         assert [bool(counted & set(node.inputs)) for node in nodes] == [

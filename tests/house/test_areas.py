@@ -24,8 +24,8 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         (),
     ),
     "commands": (
-        "jobs/ray jobs serve serve/tools timing conversation export fastgen engine sampling "
-        "store inputs system",
+        "jobs/ray jobs serve serve/tools timing conversation export fastgen first_use engine "
+        "sampling store inputs system",
         (
             "batch chat generate score serve tune",
             "bench export info models rows",
@@ -33,7 +33,7 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "jobs/ray": (
-        "jobs serve generator engine store inputs system errors",
+        "jobs serve generator first_use engine store inputs system errors",
         (
             "spread",
             "cluster replicas",
@@ -95,12 +95,15 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         "errors",
         (
             "pipeline",
+            "stages",
+            "work",
+            "opening",
             "demo requirements",
-            "bundle manual progress",
+            "bundle manual options progress",
         ),
     ),
     "export/build": (
-        "export/torch_model export/prove export/quantize export/source export/rewrite fastgen "
+        "export/torch_model export/prove export/quantize export/source export/rewrite "
         "generator engine sampling store errors",
         (
             "proved",
@@ -114,7 +117,7 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "export/torch_model": (
-        "export/prove export/trace export/source fastgen text store system errors",
+        "export/prove export/trace export/source text store system errors",
         (
             "original",
             "source",
@@ -122,7 +125,7 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "export/onnx_folder": (
-        "export/prove export/source export/rewrite fastgen store errors",
+        "export/prove export/source export/rewrite store errors",
         (
             "origin",
             "rewrite",
@@ -142,7 +145,7 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "export/trace": (
-        "export/rewrite errors",
+        "export/rewrite store errors",
         (
             "graph",
             "refuse",
@@ -172,7 +175,7 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         "store",
         (
             "mixture trim window",
-            "edit node onnx_file",
+            "contract edit node onnx_file",
         ),
     ),
     "fastgen": (
@@ -180,11 +183,15 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         (),
     ),
     "generator": (
-        "engine sampling text store inputs",
+        "first_use engine sampling text store inputs",
         (),
     ),
     "params": (
         "inputs",
+        (),
+    ),
+    "first_use": (
+        "store errors",
         (),
     ),
     "engine": (
@@ -211,7 +218,7 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         "text inputs system",
         (
             "constraint",
-            "pick processors trial",
+            "processors sampler trial",
             "schema softmax stop trial_process watermark",
         ),
     ),
@@ -225,9 +232,10 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "store": (
         "system errors",
         (
-            "hub",
-            "model_info report tuning",
-            "files graph_io jsonfile onnx_folders swap",
+            "resolve",
+            "hub report tuning",
+            "model_info",
+            "files graph_io jsonfile onnx_folders",
         ),
     ),
     "inputs": (
@@ -250,7 +258,7 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 # An import to an area above: late, in a function, and only here.
-LATE = {("store", "export"), ("jobs", "jobs/ray")}
+LATE = {("first_use", "export"), ("jobs", "jobs/ray")}
 
 
 @functools.cache

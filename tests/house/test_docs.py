@@ -37,7 +37,7 @@ from fastgen.commands import cli
 from fastgen.commands.chat import COMMANDS
 from fastgen.engine import prefill_int8, prefix_cache, schedule
 from fastgen.export import export
-from fastgen.export.pipeline import TOLERANCES
+from fastgen.export.options import TOLERANCES
 from fastgen.inputs import params
 from fastgen.jobs import Generate
 from fastgen.sampling import trial, trial_process

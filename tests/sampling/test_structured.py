@@ -389,7 +389,7 @@ def test_what_is_certain_comes_some_tokens_a_step_and_nobody_waits_for_it(demo, 
         assert told.get(id(neighbour)) == 1 and max(read) <= 32 and len(read) <= 2
         for one in forced:
             taken = told.get(id(one), 0)
-            assert taken <= 1 + batch.CERTAIN
+            assert taken <= 1 + batch.FORCED
             got[id(one)] = max(got.get(id(one), 0), taken)
     assert all(most > 5 for most in got.values())  # they are taken together
     assert len(forced[0].request.rows[0].generated) == 90

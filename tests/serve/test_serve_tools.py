@@ -22,7 +22,7 @@ from fastgen.serve.reasoning import Budget
 from fastgen.serve.tools.reader import Marks
 from fastgen.serve.tools.whole import WholeAnswer
 from fastgen.store import hub
-from fastgen.text import chat_template
+from fastgen.store.model_info import CHAT_TEMPLATE
 
 MESSAGES: list[Any] = [{"role": "user", "content": "How is the weather?"}]
 PLAIN = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}<|assistant|>"
@@ -39,7 +39,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
         if source not in known:
             directory = place / str(len(known))
             shutil.copytree(hub.DEMO, directory)
-            (directory / chat_template.FILE).write_text(source, encoding="utf-8")
+            (directory / CHAT_TEMPLATE).write_text(source, encoding="utf-8")
             known[source] = fastgen.load(directory)
         return known[source]
 
@@ -109,7 +109,7 @@ QUICK = ("hermes", "qwen_xml", "glm47", "llama", "pythonic", "mistral11", "deeps
 @pytest.mark.parametrize("name", some(EVERY, QUICK))
 def test_a_forced_call_of_every_format(turncoat: fastgen.CausalLM, name: str) -> None:
     source = PLAIN if name == "plain" else FORMS[name][0]
-    (turncoat.directory / chat_template.FILE).write_text(source, encoding="utf-8")
+    (turncoat.directory / CHAT_TEMPLATE).write_text(source, encoding="utf-8")
     plain = {"plain_tools": True} if name == "plain" else {}
     body = {"max_reasoning_tokens": 4} if EVERY[name].channels else {}
     with served(turncoat, **plain) as address, talking_to(address) as client:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 import random
@@ -20,7 +21,7 @@ from fastgen import commands
 from fastgen.export import bundle
 from fastgen.store import jsonfile, model_info, tuning
 from fastgen.store.hub import DEMO
-from fastgen.store.model_info import INFO, ModelInfo
+from fastgen.store.model_info import INFO, TUNING, ModelInfo
 from fastgen.store.tuning import Tuning
 
 EXAMPLES = int(os.environ.get("FASTGEN_EXAMPLES", "250"))
@@ -39,7 +40,7 @@ def whole(pair, tmp_path_factory) -> Path:
     config = place / "tokenizer_config.json"
     told = json.loads(config.read_text()) | {"chat_template": TEMPLATE}
     config.write_text(json.dumps(told))
-    bundle.seal(place, json.loads((place / INFO).read_text()))
+    bundle.seal(place, ModelInfo.parse(place))
     bundle.sign(place)
     tuning.write(place, Tuning(threads=1))
     return place
@@ -56,8 +57,8 @@ def rewritten(path: Path, **fields: Any) -> None:
 
 def resealed(directory: Path, digests: bool = True) -> None:
     """As an export would leave what is there now; without digests, as one of older versions."""
-    (directory / tuning.FILE).unlink(missing_ok=True)
-    bundle.seal(directory, json.loads((directory / INFO).read_text()))
+    (directory / TUNING).unlink(missing_ok=True)
+    bundle.seal(directory, ModelInfo.parse(directory))
     if digests:
         bundle.sign(directory)
 
@@ -132,7 +133,7 @@ def test_a_damaged_directory_works_or_is_one_error_that_names_a_file(
         name = chance.choice(sorted(files))
         content = mutated(files[name], chance)
         (place / name).write_bytes(content)
-        if not digests and name != INFO and name != tuning.FILE:
+        if not digests and name != INFO and name != TUNING:
             told = json.loads(files[INFO])
             told["files"][name] = len(content)
             (place / INFO).write_text(json.dumps(told))
@@ -247,6 +248,59 @@ def test_a_report_that_lacks_something_is_one_error_of_info(directory, fields):
     assert code == 2 and "report.json is damaged (it lacks logits" in err
 
 
+# As fastgen 0.1.0 wrote it: a loose object, dumped with an indent of 2.
+WRITTEN: dict[str, Any] = {
+    "format": 1,
+    "fastgen": "0.1.0",
+    "precision": "int4",
+    "model_type": "gemma3_text",
+    "name": "org/größe",
+    "parameters": 7,
+    "vocab_size": 99,
+    "max_length": None,
+    "hard_limit": False,
+    "layers": [[4, 8], [2, 16]],
+    "states": [[3, 4]],
+    "cache_dtype": "int8",
+    "windows": [None, 512],
+    "no_prompts": "its layers are not of that kind",
+    "files": {"config.json": 4, "model.onnx": {"bytes": 9, "sha256": "ab"}},
+}
+
+
+@pytest.mark.parametrize("left_out", [(), ("no_prompts",)])
+def test_the_description_is_written_as_it_always_was(tmp_path, left_out):
+    content = {name: value for name, value in WRITTEN.items() if name not in left_out}
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    (tmp_path / INFO).write_text(text, encoding="utf-8")
+    ModelInfo.parse(tmp_path).write(tmp_path)
+    assert (tmp_path / INFO).read_bytes() == text.encode()
+
+
+def test_the_description_of_an_export_is_written_as_it_always_was(tmp_path):
+    ModelInfo.parse(DEMO).write(tmp_path)
+    assert (tmp_path / INFO).read_bytes() == (DEMO / INFO).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"vocab_size": 0}, "vocab_size must be a positive integer, got 0"),
+        ({"model_type": 5}, "model_type must be text, got 5"),
+        ({"cache_dtype": "float16"}, "cache_dtype must be float32 or int8, got 'float16'"),
+        ({"layers": ()}, "it has neither layers nor states"),
+        ({"windows": (4,)}, "windows must be a list with a .* for each layer, got 1 of them for 4"),
+        ({"files": {}}, "files must be"),
+        ({"files": {"model.onnx": 1, "../x": 1}}, "files must be"),
+    ],
+)
+def test_the_description_is_checked_when_it_is_written_too(tmp_path, fields, words):
+    info = dataclasses.replace(ModelInfo.parse(DEMO), **fields)
+    with pytest.raises(fastgen.ModelError, match=rf"fastgen\.json cannot be written: {words}"):
+        info.write(tmp_path)
+    assert not (tmp_path / INFO).exists()
+
+
 # --- digests ------------------------------------------------------------------------------------
 
 
@@ -319,7 +373,7 @@ def test_a_tuning_that_this_machine_cannot_have_is_not_used(directory):
         ({"entries": []}, "entries must be"),
     ):
         tuning.write(directory, Tuning(threads=1))
-        path = directory / tuning.FILE
+        path = directory / TUNING
         told = json.loads(path.read_text())
         path.write_text(json.dumps(told | {"tuning": told["tuning"] | fields}))
         with pytest.raises(fastgen.ModelError, match=f"{words}.*delete it, or run `fastgen tune"):

@@ -197,12 +197,11 @@ async def _ends(server, sockets):
 @pytest.mark.parametrize("arguments", COMMANDS, ids=lambda words: words[0])
 def test_every_command_takes_every_name(pair, tmp_path, monkeypatch, arguments):
     """Through one door, which makes of it what can be run."""
-    from fastgen import commands
-    from fastgen.store import hub
+    from fastgen import commands, first_use
 
     place = shutil.copytree(pair("gpt2")[1].directory, tmp_path / "made")
     asked = []
-    monkeypatch.setattr(hub, "exported", lambda *given: asked.append(given) or place)
+    monkeypatch.setattr(first_use, "exported", lambda *given: asked.append(given) or place)
     monkeypatch.setattr("uvicorn.Server.serve", _ends)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))
     monkeypatch.chdir(tmp_path)
@@ -214,10 +213,10 @@ def test_every_command_takes_every_name(pair, tmp_path, monkeypatch, arguments):
 
 
 def test_load_and_generate_take_what_from_pretrained_takes(pair, monkeypatch):
-    from fastgen.store import hub
+    from fastgen import first_use
 
     place, asked = pair("gpt2")[1].directory, []
-    monkeypatch.setattr(hub, "exported", lambda *given: asked.append(given) or place)
+    monkeypatch.setattr(first_use, "exported", lambda *given: asked.append(given) or place)
     fastgen.load("org/some")
     fastgen.CausalLM.from_pretrained("org/some")
     fastgen.generate([[5, 6]], model="org/some", max_new_tokens=1)

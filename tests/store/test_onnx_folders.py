@@ -105,13 +105,13 @@ def test_a_place_without_graphs_is_none():
 
 
 def test_where_torch_weights_lie_beside_graphs_torch_decides(monkeypatch):
-    from fastgen.store import hub
+    from fastgen.store import resolve
 
     for torch in (True, False):
-        monkeypatch.setattr(hub, "has_torch", lambda torch=torch: torch)
-        assert hub.is_onnx(MANY, "int8") and hub.is_onnx(GENAI, None)
-        assert hub.is_onnx(MERGED, None) is not torch
-        assert hub.is_onnx(MERGED, "int8") is not torch
-        assert hub.is_onnx(MERGED, "q8")  # which only the folder has
-        assert hub.is_onnx([*GENAI, "training_args.bin"], None)  # which has no weights
-        assert not hub.is_onnx(["config.json", "model.safetensors"], None)
+        monkeypatch.setattr(resolve, "has_torch", lambda torch=torch: torch)
+        assert resolve.is_onnx(MANY, "int8") and resolve.is_onnx(GENAI, None)
+        assert resolve.is_onnx(MERGED, None) is not torch
+        assert resolve.is_onnx(MERGED, "int8") is not torch
+        assert resolve.is_onnx(MERGED, "q8")  # which only the folder has
+        assert resolve.is_onnx([*GENAI, "training_args.bin"], None)  # which has no weights
+        assert not resolve.is_onnx(["config.json", "model.safetensors"], None)

@@ -12,6 +12,7 @@ from scripts import run
 
 import fastgen
 from fastgen.store import tuning
+from fastgen.store.model_info import TUNING
 from fastgen.store.tuning import Tuning
 from fastgen.timing import tune
 from fastgen.timing.tune import Candidate, Workload
@@ -37,7 +38,7 @@ def test_a_model_runs_as_it_was_tuned(directory, pair):
 
 def test_what_another_machine_measured_is_not_used(directory):
     tuning.write(directory, Tuning(threads=1))
-    path = directory / tuning.FILE
+    path = directory / TUNING
     told = json.loads(path.read_text())
     told["here"]["cpus"] = 512
     path.write_text(json.dumps(told))
@@ -47,7 +48,7 @@ def test_what_another_machine_measured_is_not_used(directory):
 
 @pytest.mark.parametrize("content", ["{", "{}", '{"tuning": {"thread": 1}, "here": {}}', "[]"])
 def test_a_damaged_file_is_one_clear_error(directory, content):
-    (directory / tuning.FILE).write_text(content)
+    (directory / TUNING).write_text(content)
     with pytest.raises(fastgen.ModelError, match=r"tuned.json is damaged .*`fastgen tune"):
         fastgen.load(directory)
 

@@ -54,8 +54,8 @@ class Group(Beams):
                 self._add(self.completed(candidates, rank, score, reason))
             if len(chosen) == self.size:
                 break
-        places = np.array(chosen)
-        moves = self.go_on(candidates, places, candidates.scores[places])
+        going_on = np.array(chosen)
+        moves = self.go_on(candidates, going_on, candidates.scores[going_on])
         self.done = self._settled(float(candidates.scores.max()))
         return moves
 
@@ -78,7 +78,7 @@ class Group(Beams):
         return min(kept.score for kept in self.ended)
 
     def _settled(self, best: float) -> bool:
-        """Whether the best candidate, of log-probability `best`, cannot beat what has ended."""
+        """True if the best candidate, of log-probability `best`, cannot beat what has ended."""
         params, length = self.request.params, self.new
         if len(self.ended) < self.size:
             return False
@@ -105,20 +105,20 @@ class DiverseSearch(Search[Group]):
 
     def choose(self) -> tuple[bool, Moves]:
         """As `Search.choose`."""
-        everyone = [one for groups in self.running for one in groups]
+        everyone = [group for groups in self.running for group in groups]
         logits, scores = self.scored(everyone)
         moves: dict[int, list[Move]] = {}
         seen: list[Scores] = []
-        for group in range(self.groups):
-            beams = [groups[group] for groups in self.running]
-            seen.append(self._of_group(group, beams, scores))
+        for turn in range(self.groups):
+            beams = [groups[turn] for groups in self.running]
+            seen.append(self._of_group(turn, beams, scores))
             if len(seen) == self.groups:  # before anyone's criteria look at them
                 self.keep(everyone, logits, seen)
             candidates = self.candidates(beams, seen[-1])
             count = len(candidates[0].tokens) * len(beams)
             reasons = self.eos_or(candidates, [None] * count)
-            for one, options, why in zip(beams, candidates, reasons, strict=True):
-                moves.setdefault(one.prompt, []).extend(one.advance(options, why))
+            for group, options, why in zip(beams, candidates, reasons, strict=True):
+                moves.setdefault(group.prompt, []).extend(group.advance(options, why))
         return self._ended(), moves
 
     def best(self, groups: Sequence[Group]) -> list[Hypothesis]:
@@ -132,16 +132,16 @@ class DiverseSearch(Search[Group]):
             ended = [found if found.score > -math.inf else nothing for found in ended]
         return ended[: self.request.params.num_return_sequences]
 
-    def _of_group(self, group: int, beams: Sequence[Group], scores: Scores) -> Scores:
+    def _of_group(self, turn: int, beams: Sequence[Group], scores: Scores) -> Scores:
         """float32 [beams of the group, vocab]: the scores that a group chooses from.
 
         A token loses `diversity_penalty` for each beam of an earlier group that has just taken it.
         """
         vocab = scores.shape[1]
-        mine = scores.reshape(len(self.running), self.groups, -1, vocab)[:, group].copy()
+        mine = scores.reshape(len(self.running), self.groups, -1, vocab)[:, turn].copy()
         penalty = np.float32(self.request.params.diversity_penalty)
         for rows, groups in zip(mine, self.running, strict=True):
-            taken = [token for one in groups[:group] for token in one.histories[:, -1].tolist()]
+            taken = [token for group in groups[:turn] for token in group.histories[:, -1].tolist()]
             for token in taken:
                 rows[:, token] -= penalty
         mine = mine.reshape(-1, vocab)
@@ -149,13 +149,13 @@ class DiverseSearch(Search[Group]):
 
     def _ended(self) -> bool:
         """End all groups if the callers' criteria, the clock or the length end all their beams."""
-        going = [one for groups in self.running for one in groups if not one.done]
+        going = [group for groups in self.running for group in groups if not group.done]
         if not going:
             return True
         size = going[0].size
 
         def rows() -> Ids:
-            return np.concatenate([one.histories for one in going])
+            return np.concatenate([group.histories for group in going])
 
         reasons = self.other_reasons(going[0].length, size * len(going), rows)
         if not all(reasons):

@@ -15,7 +15,7 @@ from fastgen.engine.model import Model
 from fastgen.engine.prefill import Chunks
 from fastgen.engine.request import Request, context_of_beams
 from fastgen.engine.slots import Move
-from fastgen.sampling import pick
+from fastgen.sampling import sampler
 from fastgen.sampling.processors import Chain
 from fastgen.sampling.softmax import normalisers
 
@@ -60,7 +60,7 @@ class PromptBeams(Beams):
         del self.ended[self.size :]
 
     def _improvable(self) -> bool:
-        """Whether the best running beam could still become better than the worst that ended.
+        """True if the best running beam could still become better than the worst that ended.
 
         "never" supposes it as long as it may get; else its present length counts.
         """
@@ -97,8 +97,8 @@ class BeamSearch(Search[PromptBeams]):
             candidates = self.candidates(beams, scores)
         reasons = self._reasons(beams, candidates)
         moves = {
-            one.prompt: one.advance(options, why)
-            for one, options, why in zip(beams, candidates, reasons, strict=True)
+            mine.prompt: mine.advance(options, why)
+            for mine, options, why in zip(beams, candidates, reasons, strict=True)
         }
         return all(reason for why in reasons for reason in why), moves
 
@@ -117,18 +117,18 @@ class BeamSearch(Search[PromptBeams]):
             return None
         logits, count = self._banned(beams), kept(self.request)
         return [
-            Candidates(*pick.continuations(logits, top, norm, one.slots, one.scores, count))
-            for one in beams
+            Candidates(*sampler.continuations(logits, top, norm, mine.slots, mine.scores, count))
+            for mine in beams
         ]
 
     def _banned(self, beams: Sequence[PromptBeams]) -> Scores:
         """float32 [slots, vocab]: the logits, -inf where a processor forbids a token."""
         if not self.chain:
             return self.logits
-        by_slot = np.argsort(np.concatenate([one.slots for one in beams]))
-        ids = [ids for one in beams for ids in one.histories]
-        prompts = np.repeat([one.prompt for one in beams], beams[0].size)
-        indices = np.concatenate([one.indices for one in beams])
+        by_slot = np.argsort(np.concatenate([mine.slots for mine in beams]))
+        ids = [ids for mine in beams for ids in mine.histories]
+        prompts = np.repeat([mine.prompt for mine in beams], beams[0].size)
+        indices = np.concatenate([mine.indices for mine in beams])
         context = context_of_beams(
             self.request, [ids[beam] for beam in by_slot], prompts[by_slot], indices[by_slot]
         )
@@ -141,7 +141,7 @@ class BeamSearch(Search[PromptBeams]):
 
         def rows() -> Ids:
             pairs = zip(beams, candidates, strict=True)
-            return np.concatenate([one.continued(mine) for one, mine in pairs])
+            return np.concatenate([mine.continued(options) for mine, options in pairs])
 
         count = len(candidates[0].tokens) * len(beams)
         return self.eos_or(candidates, self.other_reasons(beams[0].length + 1, count, rows))

@@ -14,7 +14,7 @@ from fastgen.engine.prefill import Chunks, Prefill
 from fastgen.engine.request import Request, context_of_beams
 from fastgen.engine.slots import Move, Slots
 from fastgen.engine.step import Kind, Step
-from fastgen.sampling import pick, stop
+from fastgen.sampling import sampler, stop
 from fastgen.sampling.processors import Chain, Context
 from fastgen.sampling.softmax import log_softmax
 
@@ -116,7 +116,7 @@ class Search(ABC, Generic[B]):
 
     def scored(self, beams: Sequence[B]) -> tuple[Scores, Scores]:
         """float32 [beams, vocab]: logits as the model gave them, and processed scores."""
-        logits = self.logits[np.concatenate([one.slots for one in beams])]
+        logits = self.logits[np.concatenate([group.slots for group in beams])]
         scores = log_softmax(logits)
         if self.chain:
             scores = self.chain(self.context(beams), scores, spare=True)
@@ -126,17 +126,17 @@ class Search(ABC, Generic[B]):
         """Make of beams what processors are shown."""
         return context_of_beams(
             self.request,
-            [ids for one in beams for ids in one.histories],
-            np.repeat([one.prompt for one in beams], beams[0].size),
-            np.concatenate([one.indices for one in beams]),
+            [ids for group in beams for ids in group.histories],
+            np.repeat([group.prompt for group in beams], beams[0].size),
+            np.concatenate([group.indices for group in beams]),
         )
 
     def candidates(self, beams: Sequence[B], scores: Scores) -> list[Candidates]:
         """For each prompt the best continuations of its beams, or a draw among them."""
         norms, size = self._norms(scores), beams[0].size
         return [
-            self._candidates_of(one, scores[at : at + size], norms[at : at + size])
-            for one, at in zip(beams, range(0, len(scores), size), strict=True)
+            self._candidates_of(group, scores[at : at + size], norms[at : at + size])
+            for group, at in zip(beams, range(0, len(scores), size), strict=True)
         ]
 
     def _candidates_of(self, beams: B, scores: Scores, norms: Scores) -> Candidates:
@@ -147,10 +147,10 @@ class Search(ABC, Generic[B]):
         nothing = self.request.constraint is not None and total.max() == -np.inf
         if self.request.params.do_sample and not nothing:
             draws = self.request.draws(beams.new, beams.prompt, len(total))
-            drawn = pick.sample_several(total, draws, count)
+            drawn = sampler.sample_several(total, draws, count)
             chosen = drawn[np.argsort(-total[drawn], kind="stable")]
         else:
-            chosen = pick.largest(total, count)
+            chosen = sampler.largest(total, count)
         parents, tokens = np.divmod(chosen, scores.shape[1])
         logprobs = scores[parents, tokens] - norms[parents]
         return Candidates(total[chosen], parents, tokens, logprobs)
@@ -234,15 +234,15 @@ class Search(ABC, Generic[B]):
         if request.keeps_scores:
             request.scores.append(every)
         if params.top_logprobs:
-            indices = np.concatenate([one.indices for one in beams]).tolist()
-            likeliest = map(tuple, pick.top_logprobs(every, params.top_logprobs))
+            indices = np.concatenate([group.indices for group in beams]).tolist()
+            likeliest = map(tuple, sampler.top_logprobs(every, params.top_logprobs))
             self.top.append(dict(zip(indices, likeliest, strict=True)))
 
     # --- the cache -------------------------------------------------------------------------------
 
     def _finish(self, over: bool, moves: Moves) -> None:
         """Let go of the prompts that are done, of all if the search is over; move the rest."""
-        done = [all(one.done for one in groups) for groups in self.running]
+        done = [all(group.done for group in groups) for groups in self.running]
         if over or all(done):
             self.running = []
             return
@@ -257,22 +257,22 @@ class Search(ABC, Generic[B]):
 
     def _count(self) -> int:
         """The beams that run, which are as many slots."""
-        return sum(one.size for groups in self.running for one in groups)
+        return sum(group.size for groups in self.running for group in groups)
 
     def _move_up(self) -> None:
         """Fill the slots of prompts that are gone."""
-        beams = [one for groups in self.running for one in groups]
-        held = np.concatenate([one.slots for one in beams])
+        beams = [group for groups in self.running for group in groups]
+        held = np.concatenate([group.slots for group in beams])
         now = np.array(self.slots.close_gaps(held.tolist()))
-        for one, slots in zip(beams, np.split(now, len(beams)), strict=True):
-            one.slots = slots
+        for group, slots in zip(beams, np.split(now, len(beams)), strict=True):
+            group.slots = slots
 
     def _forward(self) -> None:
         """Compute the logits after the beams' last tokens."""
         last = np.empty(self._count(), np.int64)
         for groups in self.running:
-            for one in groups:
-                last[one.slots] = one.histories[:, -1]
+            for group in groups:
+                last[group.slots] = group.histories[:, -1]
         self.logits = self.model.forward(list(last[:, None]), self.cache)[:, 0]
         self.cache.forget(0, len(last))
 

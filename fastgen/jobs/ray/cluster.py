@@ -97,8 +97,9 @@ class Generate(RowActor):
         ids: whether there is a column "ids" of the new tokens.
         max_rows: rows that run together.
         threads: of a step; None for the CPUs that Ray gives the actor, or the physical cores.
-        prompts: see `fastgen.load`.
+        prefill_precision: see `fastgen.load`.
         created: what OpenAI's answers say of when they were made (Unix seconds); None for now.
+        prompts: the old name of `prefill_precision`.
         knobs: the keywords of `generate`, for rows that say nothing else.
 
     Raises:
@@ -114,11 +115,17 @@ class Generate(RowActor):
         ids: bool = False,
         max_rows: int = MAX_ROWS,
         threads: int | None = None,
-        prompts: str | None = None,
+        prefill_precision: str | None = None,
         created: int | None = None,
+        prompts: str | None = None,
         **knobs: Any,
     ) -> None:
-        self.model = CausalLM(node.directory(model), threads or node.threads(), prompts=prompts)
+        self.model = CausalLM(
+            node.directory(model),
+            threads or node.threads(),
+            prefill_precision=prefill_precision,
+            prompts=prompts,
+        )
         found = params.resolve(self.model.generation_config.to_dict(), None, knobs)
         reader = RowReader(self.model, knobs, keep, seed, ids, created)
         self.work = GenerationWork(reader, max_rows, node.memory())
@@ -134,7 +141,7 @@ class Score(RowActor):
     Called with a batch, it adds the columns "logprob", "tokens", "perplexity" and "error".
 
     Args:
-        model, keep, threads, prompts: see `Generate`.
+        model, keep, threads, prefill_precision, prompts: see `Generate`.
         tokens: whether there is a column "logprobs" of each token's.
     """
 
@@ -145,9 +152,15 @@ class Score(RowActor):
         keep: Collection[str] = (),
         tokens: bool = False,
         threads: int | None = None,
+        prefill_precision: str | None = None,
         prompts: str | None = None,
     ) -> None:
-        self.model = CausalLM(node.directory(model), threads or node.threads(), prompts=prompts)
+        self.model = CausalLM(
+            node.directory(model),
+            threads or node.threads(),
+            prefill_precision=prefill_precision,
+            prompts=prompts,
+        )
         self.work = ScoringWork(self.model, keep, tokens)
         self.given = ["logprob", "tokens", "perplexity", *(["logprobs"] if tokens else [])]
 

@@ -7,9 +7,10 @@ import os
 import re
 from pathlib import Path
 
+from fastgen import first_use
 from fastgen.engine.schedule import SHARE
 from fastgen.errors import ModelError
-from fastgen.store import hub, swap
+from fastgen.store import files
 from fastgen.store.model_info import INFO
 from fastgen.system import extras
 from fastgen.system.cpu import memory_bytes
@@ -26,12 +27,12 @@ def directory(model: str | os.PathLike[str] | None) -> Path:
         ModelError: it cannot be had, or holds no model.
     """
     if model is None or ("://" not in str(model) and Path(model).exists()):
-        return hub.directory(model)
+        return first_use.directory(model)
     name = re.sub(r"[^\w.-]+", "--", str(model).strip("/"))[-60:]
     key = hashlib.sha256(str(model).encode()).hexdigest()[:12]
-    place = hub.cache_directory() / "fetched" / f"{name}-{key}"
-    with hub.locked(place.with_name(place.name + ".lock")):
-        return _copied(str(model), place) if "://" in str(model) else hub.directory(model)
+    place = first_use.cache_directory() / "fetched" / f"{name}-{key}"
+    with files.locked(place.with_name(place.name + ".lock")):
+        return _copied(str(model), place) if "://" in str(model) else first_use.directory(model)
 
 
 def _copied(uri: str, place: Path) -> Path:
@@ -46,7 +47,7 @@ def _copied(uri: str, place: Path) -> Path:
             info = file.read()
         if (place / INFO).is_file() and (place / INFO).read_bytes() == info:
             return place
-        with swap.appearing(place) as new:
+        with files.atomic_directory(place) as new:
             fs.copy_files(path, str(new), source_filesystem=system)
     except (OSError, ValueError) as error:  # of pyarrow's: of the network, the store, the name
         raise ModelError(f"{uri} cannot be had: {error}") from error

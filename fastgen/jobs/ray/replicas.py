@@ -17,8 +17,9 @@ def deployment(
     model: str | os.PathLike[str] | None = None,
     *,
     threads: int | None = None,
-    prompts: str | None = None,
+    prefill_precision: str | None = None,
     options: dict[str, Any] | None = None,
+    prompts: str | None = None,
     **settings: Any,
 ) -> Any:
     """A Ray Serve application: `serve.run(deployment("SmolLM2-135M-Instruct-int8"))`.
@@ -30,9 +31,10 @@ def deployment(
         model: a directory, a hub id, or the URI of a directory that pyarrow can read; None for
             the demo model. What is not on a node is fetched there once.
         threads: of a step; None for the CPUs that Ray gives the replica.
-        prompts: see `fastgen.load`.
+        prefill_precision: see `fastgen.load`.
         options: of `serve.deployment`, such as `{"num_replicas": 4, "ray_actor_options":
             {"num_cpus": 2}}`, besides `max_ongoing_requests=64`.
+        prompts: the old name of `prefill_precision`.
         settings: of `fastgen.serve.app`, such as `name` or `api_key`.
 
     Raises:
@@ -55,7 +57,12 @@ def deployment(
                 raise RuntimeError("the engine has ended")
 
     def made() -> FastAPI:
-        loaded = CausalLM(node.directory(model), threads or node.threads(), prompts=prompts)
+        loaded = CausalLM(
+            node.directory(model),
+            threads or node.threads(),
+            prefill_precision=prefill_precision,
+            prompts=prompts,
+        )
         return app(loaded, **{"max_bytes": node.memory(), **settings})
 
     wanted = {"max_ongoing_requests": WAITING, **(options or {})}

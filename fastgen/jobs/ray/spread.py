@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fastgen.jobs.ray.cluster import OfLines, RowActor
 from fastgen.jobs.source import kind_of
-from fastgen.store import swap
+from fastgen.store import files
 from fastgen.system import extras
 
 # What an actor's own errors end with, of those that a user can mend. Ray passes on their text.
@@ -109,7 +109,7 @@ def run(
     try:
         if place is None:
             return _write(ray.data, made, out, wanted)
-        with swap.appearing(place) as new:
+        with files.atomic_directory(place) as new:
             return _write(ray.data, made, str(new), wanted)
     except ray.exceptions.RayError as error:
         told = TOLD.findall(str(error))

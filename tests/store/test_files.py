@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 
 import fastgen
-from fastgen.store import hub, swap
+from fastgen import first_use
+from fastgen.store import files, hub
 
 REPLACE = """
 import os, signal, sys
 from pathlib import Path
-from fastgen.store import swap
+from fastgen.store import files
 
 def rename(*names):
     real(*names)
@@ -27,9 +28,9 @@ def rename(*names):
 
 real, os.rename = os.rename, rename
 if sys.argv[1] == "two steps":
-    swap._exchange = lambda *_: False
+    files._exchange = lambda *_: False
 new, out = map(Path, sys.argv[2:])
-swap.replace(new, out)
+files.replace_directory(new, out)
 """
 
 
@@ -46,7 +47,7 @@ def out(tmp_path) -> Path:
 
 @pytest.fixture
 def new(out) -> Path:
-    made = shutil.copytree(hub.DEMO, swap.neighbour(out, "new"), dirs_exist_ok=True)
+    made = shutil.copytree(hub.DEMO, files.temporary_neighbour(out, "new"), dirs_exist_ok=True)
     (made / "mark").write_text("the new one")
     return made
 
@@ -63,7 +64,7 @@ def killed(out, new) -> Path:
 def one_step(tmp_path) -> None:
     for name in "ab":
         (tmp_path / name).mkdir()
-    if not swap._exchange(tmp_path / "a", tmp_path / "b"):
+    if not files._exchange(tmp_path / "a", tmp_path / "b"):
         pytest.skip("this system, or this file system, cannot swap names")
 
 
@@ -82,7 +83,7 @@ def test_who_looks_all_the_time_sees_one_all_the_time(one_step, out, new):
     thread = threading.Thread(target=look)
     thread.start()
     while len(seen) < 300:
-        swap.replace(new, out)
+        files.replace_directory(new, out)
     over.set()
     thread.join()
     assert all(seen)
@@ -95,27 +96,27 @@ def test_load_puts_back_what_was_being_replaced(killed, monkeypatch):
     (left,) = (place for place in killed.parent.iterdir() if place != killed)
     assert left.name.startswith(".out.new.")
     os.utime(left, (1, 1))
-    swap.remove_stale(killed)
+    files.remove_stale(killed)
     assert [place.name for place in killed.parent.iterdir()] == ["out"]
 
 
 def test_a_link_to_what_was_being_replaced_is_followed(killed, tmp_path):
     (tmp_path / "link").symlink_to(killed)
-    assert hub.directory(tmp_path / "link") == tmp_path / "link"
+    assert first_use.directory(tmp_path / "link") == tmp_path / "link"
     assert (killed / "fastgen.json").is_file()
 
 
 def test_the_last_one_that_was_replaced_is_put_back(killed):
-    older = swap.neighbour(killed, "old")
+    older = files.temporary_neighbour(killed, "old")
     (older / "model").mkdir()
     os.utime(older, (1, 1))
-    assert swap.restore(killed) and (killed / "fastgen.json").is_file()
+    assert files.restore(killed) and (killed / "fastgen.json").is_file()
 
 
 def test_what_cannot_be_put_back_is_said_to_be_where_it_is(killed, monkeypatch):
     (model,) = killed.parent.glob(".out.old.*/model")
     with monkeypatch.context() as without_locks:
-        without_locks.setattr(swap, "fcntl", None)
+        without_locks.setattr(files, "fcntl", None)
         with pytest.raises(fastgen.ModelError, match=f"put back: move {model} there"):
             fastgen.load(killed)
 
@@ -126,7 +127,7 @@ def test_what_cannot_be_put_back_is_said_to_be_where_it_is(killed, monkeypatch):
         read_only.setattr(os, "rename", refuse)
         with pytest.raises(fastgen.ModelError, match=f"put back: move {model} there"):
             fastgen.load(killed)
-    swap.remove_stale(killed)
+    files.remove_stale(killed)
     assert (model / "fastgen.json").is_file()
 
 
@@ -134,10 +135,10 @@ def test_who_is_replacing_it_is_waited_for(killed):
     """A process that holds the old one has the new one in place in a moment."""
     (new,) = killed.parent.glob(".out.new.*")
     (old,) = killed.parent.glob(".out.old.*")
-    with swap.claimed(old) as ours:
+    with files.claimed(old) as ours:
         assert ours
         found: list[bool] = []
-        thread = threading.Thread(target=lambda: found.append(swap.restore(killed)))
+        thread = threading.Thread(target=lambda: found.append(files.restore(killed)))
         thread.start()
         time.sleep(0.1)
         assert not found
@@ -157,10 +158,10 @@ def test_what_fails_between_the_two_renames_is_undone(out, new, monkeypatch, fai
             raise failure
         real(*names)
 
-    monkeypatch.setattr(swap, "_exchange", lambda *_: False)
+    monkeypatch.setattr(files, "_exchange", lambda *_: False)
     monkeypatch.setattr(os, "rename", rename)
     with pytest.raises(type(failure)):
-        swap.replace(new, out)
+        files.replace_directory(new, out)
     assert not (out / "mark").exists() and (out / "fastgen.json").is_file()
     assert sorted(place.name for place in out.parent.iterdir()) == [new.name, "out"]
 
@@ -176,10 +177,10 @@ def test_only_what_nobody_claims_is_cleaned_up(tmp_path):
     only_copy = make(".out.old.dddddddd")
     (only_copy / "model").mkdir()
     os.utime(only_copy, (1, 1))
-    with swap.claimed(running):
-        swap.remove_stale(tmp_path / "out")
+    with files.claimed(running):
+        files.remove_stale(tmp_path / "out")
         assert running.exists() and not killed.exists()
     assert only_copy.exists() and all(other.exists() for other in others)
     (tmp_path / "out").mkdir()
-    swap.remove_stale(tmp_path / "out")
+    files.remove_stale(tmp_path / "out")
     assert not only_copy.exists() and not running.exists()

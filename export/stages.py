@@ -1,0 +1,367 @@
+"""The stages of an export, each with its steps: a graph is made, compared, and quantised."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import onnx_ir
+from numpy.typing import NDArray
+
+import fastgen
+from fastgen.engine.model import UNPACKED
+from fastgen.engine.output import GenerateOutput
+from fastgen.export import bundle, requirements
+from fastgen.export.progress import Cost, Step
+from fastgen.export.prove import check, quality
+from fastgen.export.quantize import calibrate, kv_int8, recipe, rotate
+from fastgen.export.requirements import Budget
+from fastgen.export.rewrite import contract, trim, window
+from fastgen.export.work import Report, Rows, Work
+from fastgen.generator import CausalLM
+from fastgen.store.graph_io import GraphIO
+from fastgen.store.model_info import GRAPH, WEIGHTS
+from fastgen.store.tuning import Tuning
+from fastgen.system import memory
+
+TUNED = 1024  # tokens that say whether a target is met: no code is made of them
+AGAIN = 2  # times that the text which decides sends matrices up the ladder
+QUANTISING = {"int8": Cost(2, 7), "int4": Cost(6, 21)}  # GPTQ takes three times as long
+
+
+class Graph:
+    """Loads the origin, and makes a graph of it that is proved equal."""
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+        self.repeated = False  # one layer was traced, and all others are said to be like it
+
+    def steps(self) -> list[Step]:
+        asks_graph = self.work.opening.asks_graph
+        load = Step("load", Cost(4, 0.5), self._load, self._begin)
+        if asks_graph:
+            ask = Step("logits of each row alone", Cost(0.5, 1.6), self._ask)
+            return [load, self._converting(), ask, *self._comparing()]
+        ask = Step("original logits", Cost(0.5, 1.6), self._ask, self._describe)
+        return [load, ask, self._converting(), *self._comparing()]
+
+    def _converting(self, whole: bool = False) -> Step:
+        return Step("convert", Cost(5, 2), partial(self._convert, whole))
+
+    def _comparing(self) -> list[Step]:
+        return Comparison(self.work, "ONNX", self._judge).steps()
+
+    def _load(self) -> list[str]:
+        work = self.work
+        budget = Budget(work.out, work.target.precision, len(work.target.parts))
+        work.origin = work.opening.load(budget)
+        work.shown.watch.unseen = budget.spilled
+        needs = [] if budget.needs is None else [budget.needs.summary()]
+        return [*work.origin.about(), *needs]
+
+    def _begin(self) -> None:
+        work = self.work
+        work.shown.weights = requirements.FLOAT * work.origin.parameters
+        work.open.enter_context(work.origin.evaluating())
+        work.kept = work.open.enter_context(calibrate.shelf(bundle.parent(work.out)))
+        if work.opening.asks_graph:
+            self._describe()
+
+    def _ask(self) -> list[str]:
+        work = self.work
+        rows = work.origin.probes()
+        said = [work.kept(work.origin.logits(row)) for row in rows]
+        work.original = check.Reference(rows, said)
+        return [f"{len(rows)} rows of {', '.join(str(len(row)) for row in rows)} tokens"]
+
+    def _describe(self) -> None:
+        """Make the directory, now that it is known what it will hold."""
+        work = self.work
+        work.info = replace(
+            work.origin.describe(),
+            precision=work.target.precision,
+            exporter=fastgen.__version__,
+        )
+        work.directory = work.open.enter_context(bundle.directory(work.out, work.options.force))
+        work.shown.watch.directory = work.directory
+        if work.options.texts:
+            assert work.corpus  # says at once what is wrong with a user's text
+
+    def _convert(self, whole: bool) -> list[str]:
+        work = self.work
+        work.place = work.place_of("fp32")
+        graph, about = work.origin.convert(whole)
+        unbound = GraphIO.of(replace(work.info, windows=()))
+        contract.check(graph, unbound, "convert")
+        trim.trim(graph, work.info.max_length)
+        contract.check(graph, unbound, "trim")
+        work.info = replace(
+            work.info,
+            hard_limit=work.info.hard_limit or trim.rotations_are_tabled(graph),
+            windows=tuple(window.bound(graph)),
+        )
+        work.save(graph, work.place)
+        work.origin.written(work.place)
+        self.repeated = bool(graph.meta.get("repeated"))
+        return [*about, f"{len(graph.graph)} nodes"]
+
+    def _judge(self, report: Report) -> None:
+        work = self.work
+        if report["mismatch"] and self.repeated:  # layers are alike, but not these
+            work.shown.again([self._converting(whole=True), *self._comparing()])
+            return
+        work.judge(report)
+        work.proved, work.report = work.place, report
+
+
+class Comparison:
+    """Compares what the last written graph says with the original, through fastgen's own engine.
+
+    Args:
+        name: of the graph, in the steps' names.
+        judge: takes the report.
+        rows: of ids on which it is compared too, where it was quantised: once they are known.
+    """
+
+    def __init__(
+        self,
+        work: Work,
+        name: str,
+        judge: Callable[[Report], None],
+        rows: Callable[[], Rows] | None = None,
+    ) -> None:
+        self.work, self.name = work, name
+        self.judge, self.rows = judge, rows
+        self.model: CausalLM | None = None
+        self.report: Report = {}
+
+    def steps(self) -> list[Step]:
+        steps = [
+            Step(f"{self.name} logits compared", Cost(0.5, 1), self._logits),
+            Step(f"{self.name} greedy text compared", Cost(0.5, 2.5), self._greedy),
+        ]
+        if self.rows is not None and not self.work.options.quick:
+            steps.append(Step(f"{self.name} text compared", Cost(1, 3.5), self._text))
+        return [*steps[:-1], replace(steps[-1], then=self._end)]
+
+    def _logits(self) -> list[str]:
+        work = self.work
+        tuning = None if work.place == work.directory else Tuning(entries=UNPACKED)
+        self.model = CausalLM(work.place, tuning=tuning)
+        self.model.model.grain = check.GRAIN
+        rows, said = work.original.rows, work.original.logits
+        self.compared = check.compare_export(said, self.model.model, rows)
+        return [self.compared.summary()]
+
+    def _greedy(self) -> list[str]:
+        work = self.work
+        assert self.model is not None
+        out = check.continued(self.model, work.original.rows)
+        greedy = check.compare_continuation(out, self._continuation(out))
+        self.report = {
+            "bytes": sum((work.place / name).stat().st_size for name in (GRAPH, WEIGHTS)),
+            "logits": asdict(self.compared),
+            "greedy": asdict(greedy),
+            "mismatch": check.judge(self.compared, work.origin.tolerance, greedy),
+        }
+        if self.rows is not None and work.options.quick:
+            self.report |= {"quick": True, "mismatch": []}
+        return [greedy.summary()]
+
+    def _continuation(self, ours: GenerateOutput) -> list[NDArray[np.int64]]:
+        """The original's, of each row; what the first graph writes is most likely the same."""
+        origin, original = self.work.origin, self.work.original
+        if not original.continuation:
+            guesses = [np.array(ids[-check.NEW_TOKENS :]) for ids in ours.sequences]
+            said = check.original_continuations(
+                origin.logits, origin.continuation, original.rows, guesses
+            )
+            original.continuation.extend(said)
+        return original.continuation
+
+    def _text(self) -> list[str]:
+        """Measure what it costs on rows, and whether that is too much."""
+        work = self.work
+        assert self.model is not None and self.rows is not None
+        said, rows = work.origin.logits, self.rows()
+        measured = quality.measure(said, self.model.model, rows, work.shown.part)
+        self.report |= {
+            "quality": asdict(measured) | {"more_perplexity": measured.more_perplexity},
+            "mismatch": check.judge(measured, work.target.tolerance),
+        }
+        return [measured.summary()]
+
+    def _end(self) -> None:
+        self.model = None
+        self.judge(self.report)
+
+
+class Cache:
+    """Stores keys and values in 8 bits."""
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+        self.rows: Rows = ()
+
+    def steps(self) -> list[Step]:
+        name = f"{self.work.target.cache_precision} cache"
+        quantise = Step("quantise keys and values", Cost(2, 15), self._quantise)
+        return [quantise, *Comparison(self.work, name, self._judge, lambda: self.rows).steps()]
+
+    def _quantise(self) -> list[str]:
+        gc.collect()  # graphs are full of cycles: the one before goes now, with its weights
+        work, precision = self.work, self.work.target.cache_precision
+        limit, graph = work.info.max_length, onnx_ir.load(work.place / GRAPH)
+        reached = kv_int8.reach(graph, work.corpus.calibration(kv_int8.TOKENS), limit)
+        judged = work.judged_on(2 * quality.TOKENS)
+        self.rows = kv_int8.long_rows(judged, limit, quality.TOKENS)
+        work.scales = kv_int8.quantize(graph, reached)
+        work.info = replace(work.info, cache_dtype=kv_int8.DTYPES[precision])
+        work.place = work.place_of("cache")
+        work.save(graph, work.place)
+        return [f"{sum(one.size for one in reached.values()):,} channels, {precision}"]
+
+    def _judge(self, report: Report) -> None:
+        self.work.judge(report)
+        self.work.report = {"fp32": self.work.report, "cache": report} | report
+
+
+class Weights:
+    """Quantises the weights of a graph that was proved equal, and finds out what that costs.
+
+    Kernels go up the ladder until the text says that the target is met, first that of
+    calibration and then that which nothing was chosen by.
+    """
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+        self.open = ExitStack()  # holds the plan, until it is carried out
+        self.plan: recipe.Plan
+        self.made: list[recipe.Made] = []
+        self.turned: list[str] = []
+        self.tuned: Rows = ()  # they say whether the target is met
+        self.rows: Rows = ()
+        self.again = 0
+
+    def steps(self) -> list[Step]:
+        return self._steps(self._quantise)
+
+    def _steps(self, quantise: Callable[[], list[str]]) -> list[Step]:
+        precision = self.work.target.precision
+        step = Step(f"quantise to {precision}", QUANTISING[precision], quantise)
+        comparison = Comparison(self.work, precision, self._judge, lambda: self.rows)
+        return [step, *comparison.steps()]
+
+    def _quantise(self) -> list[str]:
+        gc.collect()  # graphs are full of cycles: the one before goes now, with its weights
+        work, precision = self.work, self.work.target.precision
+        used = work.corpus.calibration(recipe.RECIPES[precision].tokens + TUNED)
+        self.rows = work.judged_on(quality.TOKENS)
+        self.tuned, used = apart(used, TUNED)
+        graph, self.turned = self._turn(work.place)
+        work.open.enter_context(self.open)
+        plan = recipe.planned(graph, precision, used, work.shown.part)
+        self.plan = self.open.enter_context(plan)
+        work.place = work.place_of("weights")
+        return [*self.turned, *self._make(), work.corpus.summary()]
+
+    def _turn(self, place: Path) -> tuple[onnx_ir.Model, list[str]]:
+        """The graph at `place` with what can be turned, if it still says the same then."""
+        graph = onnx_ir.load(place / GRAPH)
+        done = rotate.rotate(graph)
+        if not done:
+            return onnx_ir.load(place / GRAPH), []
+        work, turned = self.work, place.with_name("turned")
+        work.save(graph, turned)
+        model = CausalLM(turned, tuning=Tuning(entries=UNPACKED)).model
+        said = check.compare_export(work.original.logits, model, work.original.rows)
+        del model, graph
+        memory.trim()
+        if check.judge(said, work.origin.tolerance):
+            shutil.rmtree(turned)
+            return onnx_ir.load(place / GRAPH), [
+                "what was turned said something else: left as it was"
+            ]
+        return onnx_ir.load(turned / GRAPH), [f"turned: {', '.join(done)}"]
+
+    def _make(self) -> list[str]:
+        """Write the cheapest graph that is within the target on some rows, as far as one is."""
+        work = self.work
+        while True:
+            model, self.made = self.plan.make(work.shown.part)
+            work.save(model, work.place)
+            del model
+            if work.options.quick:
+                break
+            written = CausalLM(work.place).model
+            measured = quality.measure(work.origin.logits, written, self.tuned).kl
+            del written
+            memory.trim()
+            if not self._climbs(measured):
+                break
+        return self._told()
+
+    def _climbs(self, measured: float) -> bool:
+        """Send matrices up the ladder, if the whole costs more than is wanted; True if any went."""
+        target = self.work.target.tolerance.kl
+        if measured <= target:
+            return False
+        if not self.plan.sensed:
+            self.plan.sense(self.tuned, self.work.shown.part)
+        return self.plan.aim(measured, target)
+
+    def _told(self) -> list[str]:
+        """Say what became of the matrices."""
+        plan, kernels = self.plan, Counter(one.kernel for one in self.made)
+        told = [", ".join(f"{count} {kernel}" for kernel, count in kernels.most_common())]
+        told += [f"{len(plan.smoothed)} smoothed"] if plan.smoothed else []
+        if plan.reached:
+            unreached = sum(len(one.unreached) for one in plan.reached)
+            experts = sum(one.experts for one in plan.reached)
+            told.append(f"the text came to all but {unreached} of {experts} experts")
+        return told
+
+    def _judge(self, report: Report) -> None:
+        work, plan = self.work, self.plan
+        measured = report.get("quality", {}).get("kl", 0.0)
+        if self.again < AGAIN and self._climbs(measured):
+            self.again += 1
+            work.shown.again(self._steps(self._make))
+            return
+        report |= {
+            "matrices": [asdict(one) for one in self.made],
+            "wider": [one.name for one in self.made if one.wide],
+            "smoothed": plan.smoothed,
+            "turned": self.turned,
+            "kinds": plan.sensed,
+            "text": dict(work.corpus.kinds),
+        }
+        if plan.reached:
+            report["experts"] = [asdict(one) for one in plan.reached]
+        work.judge(report)
+        work.report = {"fp32": work.report} | work.report | report
+        self.open.close()
+        del self.plan
+
+
+def apart(rows: Rows, tokens: int) -> tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]:
+    """Some of the rows, of all kinds, about so many tokens together, and the others."""
+    every = max(2, sum(map(len, rows)) // tokens)
+    return list(rows[::every]) or list(rows), [
+        row for place, row in enumerate(rows) if place % every or len(rows) == 1
+    ]
+
+
+PARTS: dict[str, Callable[[Work], Cache | Weights]] = {"cache": Cache, "weights": Weights}
+
+
+def quantised(work: Work) -> Sequence[Step]:
+    """The steps that quantise what the target says."""
+    return [step for part in work.target.parts for step in PARTS[part](work).steps()]

@@ -1,0 +1,115 @@
+"""An export on its way: what its steps have found and made so far."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir
+from numpy.typing import NDArray
+
+from fastgen.engine.model import UNPACKED
+from fastgen.export import bundle
+from fastgen.export.opening import Opening
+from fastgen.export.options import ExportOptions, Target
+from fastgen.export.progress import Progress
+from fastgen.export.prove import check, corpus
+from fastgen.export.rewrite import contract, onnx_file
+from fastgen.export.source.origin import Origin
+from fastgen.generator import CausalLM
+from fastgen.store.graph_io import GraphIO
+from fastgen.store.model_info import GRAPH, SCALES, ModelInfo
+from fastgen.store.tuning import Tuning
+
+Rows = Sequence[NDArray[np.int64]]
+Report = dict[str, Any]
+
+
+@dataclass
+class Work:
+    """One export.
+
+    Attributes:
+        out: the directory that is written in the end.
+        shown: takes the steps.
+        open: what stays open until the export is over.
+        origin: of the graph, once it is loaded.
+        kept: puts an array into a file, where it takes no memory that the system could not have
+            back.
+        original: what the original says of the probes.
+        info: the content of `fastgen.json`.
+        directory: becomes `out` at the end.
+        place: the directory of the last graph that was written (see `place_of`).
+        proved: the same of the graph in the origin's precision, once it was proved equal.
+        scales: of keys and values, once they are quantised.
+        report: of the last graph, and of those before it.
+    """
+
+    opening: Opening
+    options: ExportOptions
+    target: Target
+    out: Path
+    shown: Progress
+    open: contextlib.ExitStack
+    origin: Origin = field(init=False)
+    kept: Callable[[NDArray[Any]], NDArray[Any]] = field(init=False)
+    original: check.Reference = field(default_factory=lambda: check.Reference([], []))
+    info: ModelInfo = field(init=False)
+    directory: Path = field(init=False)
+    place: Path = field(init=False)
+    proved: Path | None = None
+    scales: NDArray[np.float32] | None = None
+    report: Report = field(default_factory=dict)
+
+    def place_of(self, part: str) -> Path:
+        """The directory of the graph in which a part of the target is quantised last.
+
+        The last graph of all is written to `directory`. Earlier ones have directories of their
+        own, and the next one reads their weights from there, where they take no memory that the
+        system could not have back.
+
+        Args:
+            part: of the target; "fp32" for the graph before any.
+        """
+        last = ["fp32", *self.target.parts][-1]
+        return self.directory if part == last else self.working / part
+
+    @property
+    def working(self) -> Path:
+        """The directory of graphs that are not the last one."""
+        return self.directory / "work"
+
+    def save(self, graph: onnx_ir.Model, to: Path) -> None:
+        """Write a graph: it is a model directory then."""
+        contract.check(graph, GraphIO.of(self.info), f"the steps before {to.name} is written")
+        to.mkdir(parents=True, exist_ok=True)
+        onnx_file.save(graph, to / GRAPH)
+        if self.scales is not None:
+            np.save(to / SCALES, self.scales)
+        bundle.seal(to, self.info)
+
+    @cached_property
+    def corpus(self) -> corpus.Corpus:
+        """Rows of ids to calibrate on, and others to measure on."""
+        return corpus.of(self.origin, self.info, self.options.texts, self._writer)
+
+    def _writer(self) -> CausalLM:
+        """The graph in float32, which the model's own text is sampled from."""
+        assert self.proved is not None
+        return CausalLM(self.proved, tuning=Tuning(entries=UNPACKED))
+
+    def judged_on(self, tokens: int) -> Rows:
+        """Rows to measure on; none where nothing is measured."""
+        return [] if self.options.quick else self.corpus.evaluation(tokens)
+
+    def judge(self, report: Report) -> None:
+        """Raise a Mismatch for a graph that is beyond the tolerance, if that is not allowed."""
+        if report["mismatch"] and not self.options.allow_mismatch:
+            raise check.Mismatch(
+                f"the export disagrees with the original: {'; '.join(report['mismatch'])}"
+            )

@@ -1,0 +1,177 @@
+"""The model that a name stands for: a fastgen directory, an ONNX folder or a checkpoint."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastgen.errors import ModelError
+from fastgen.store import files, hub, onnx_folders
+from fastgen.store.model_info import CONFIG, INFO, PRECISIONS
+from fastgen.system import extras
+
+# The kinds of a model.
+FASTGEN = "a fastgen model"
+ONNX_FOLDER = "an ONNX folder"
+CHECKPOINT = "a transformers model"
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A model by its name.
+
+    Attributes:
+        name: as it was given.
+        kind: FASTGEN, ONNX_FOLDER or CHECKPOINT (an adapter too).
+        files: the names of its files, two levels deep.
+        directory: that holds them; None for a repository on the hub.
+        revision: of the repository.
+        precision: that was asked for; None for any.
+    """
+
+    name: str
+    kind: str
+    files: Sequence[str]
+    directory: Path | None
+    revision: str | None
+    precision: str | None
+
+    def fetch(self) -> Path:
+        """The directory with what is read of it, downloaded if need be.
+
+        Raises:
+            ModelError: it cannot be reached, or does not have the precision.
+        """
+        if self.directory is not None:
+            return self.directory
+        if self.kind == ONNX_FOLDER:
+            return hub.onnx_snapshot(self.name, self.needed(), self.revision)
+        if self.kind == CHECKPOINT:
+            return hub.transformers_snapshot(self.name, self.revision)
+        return hub.snapshot(self.name, self.revision)
+
+    def described(self) -> Path:
+        """The directory with its config.json, of which no weights are downloaded."""
+        if self.directory is not None:
+            return self.directory
+        return hub.snapshot(self.name, self.revision, only=[*hub.DESCRIBED])
+
+    def needed(self) -> list[str]:
+        """The files of an ONNX folder that the precision needs.
+
+        Raises:
+            ModelError: it does not have that precision, or is no decoder.
+        """
+        try:
+            return onnx_folders.wanted(self.files, self.precision)
+        except ModelError as error:
+            raise ModelError(f"{self.name} cannot be opened: {error}") from error
+
+    @property
+    def version(self) -> str:
+        """A text that changes with the model: an edited one is another model."""
+        if self.directory is None:  # the commit alone: what is in the cache needs none of its files
+            return self.name + hub.commit(self.described())
+        stats = [(name, (self.directory / name).stat()) for name in sorted(self.files)]
+        known = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+        return f"{self.directory.resolve()}{known!r}"
+
+
+def resolve(
+    name: str | os.PathLike[str],
+    precision: str | None = None,
+    revision: str | None = None,
+    *,
+    adapted: bool = False,
+) -> Resolved:
+    """Find out which model a name stands for, by the names of its files alone.
+
+    A killed export of a directory is put back first.
+
+    Args:
+        name: a directory or a hub id.
+        precision: that is asked for; None for any.
+        revision: a branch, tag or commit of a hub repository.
+        adapted: an adapter goes with it, which only weights for torch can take.
+
+    Raises:
+        ModelError: there is no such model.
+    """
+    directory = Path(name)
+    if directory.exists() or files.restore(directory) or not hub.is_id(name):
+        return _named(str(name), directory, precision, None, adapted)
+    return _named(str(name), None, precision, revision, adapted)
+
+
+def _named(
+    name: str, directory: Path | None, precision: str | None, revision: str | None, adapted: bool
+) -> Resolved:
+    if directory is not None:
+        _check_directory(name, directory)
+        names = onnx_folders.names_in(directory)
+    else:
+        names = hub.listed(name, revision)
+    kind = _kind(name, names, precision, adapted)
+    return Resolved(name, kind, tuple(names), directory, revision, precision)
+
+
+def _check_directory(name: str, directory: Path) -> None:
+    if directory.is_dir():
+        return
+    if directory.exists():
+        raise ModelError(f"{name} is not a directory, it is a file: expected one, or a hub id")
+    raise ModelError(
+        f"{name} is not a directory: there is no directory, nor a hub id, of that name"
+    )
+
+
+def _kind(name: str, names: Sequence[str], precision: str | None, adapted: bool) -> str:
+    if INFO in names:
+        return FASTGEN
+    if not adapted and is_onnx(names, precision):
+        return ONNX_FOLDER
+    if any(described in names for described in hub.DESCRIBED):
+        return CHECKPOINT
+    raise ModelError(
+        f"{name} is not a fastgen model directory: it has no {INFO}; nor an ONNX folder; and it "
+        f"is not a transformers model: it has no {CONFIG}"
+    )
+
+
+def is_onnx(names: Iterable[str], precision: str | None) -> bool:
+    """True for files that are to be opened as an ONNX folder.
+
+    Where weights for torch lie beside the graphs, and torch is here, they are the original:
+    its own precisions are made of them, and those that only the folder has are the folder's.
+    """
+    names = list(names)
+    if onnx_folders.place_of(names) is None:
+        return False
+    if not onnx_folders.holds_torch(names) or not has_torch():
+        return True
+    return precision is not None and precision not in PRECISIONS
+
+
+def has_torch() -> bool:
+    """True if torch and transformers are installed."""
+    try:
+        return all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
+    except ImportError:
+        return False
+
+
+def needs(name: object, kind: str, error: object) -> ModelError:
+    """The error that says what to install for a model that has to be exported first."""
+    if kind == ONNX_FOLDER:
+        return ModelError(
+            f"{name} is an ONNX folder; opening it needs onnx and onnx_ir: "
+            f"{extras.install('onnx')} ({error})"
+        )
+    return ModelError(
+        f"{name} is a transformers model; exporting it needs torch and transformers: "
+        f"{extras.install('export')}; where its family can be built, onnx and onnx_ir alone: "
+        f"{extras.install('onnx')} ({error})"
+    )
