@@ -70,7 +70,7 @@ EXACT, CAUGHT, REFUSED, WRONG, FAILED, LATE, UNBUILT = (
 
 @dataclass
 class Found:
-    """What became of a type.
+    """The result of a type.
 
     Attributes:
         difference: the largest of a logit, as a share of the largest logit.
@@ -106,7 +106,7 @@ def _remembering(model: PreTrainedModel) -> list[Any]:
 def original(
     model: PreTrainedModel, row: list[int], seed: int | None = None, **settings: Any
 ) -> Any:
-    """What transformers' `generate` says of one row alone."""
+    """transformers' `generate` of one row alone."""
     if seed is not None:
         torch.manual_seed(seed)
     ids = torch.tensor([row])
@@ -158,7 +158,7 @@ def compare(model: PreTrainedModel, directory: Path) -> tuple[float, list[str]]:
 
 
 def independent(directory: Path, rows: list[list[int]], share: float) -> bool:
-    """Whether rows in one batch have the logits that each has alone, but for a share of them."""
+    """Compare rows in one batch with each alone: their logits may differ by a share of them."""
     ours = CausalLM(directory)
     settings = {"max_new_tokens": NEW, "eos_token_id": None, "output_logits": True,
                 "return_dict_in_generate": True}  # fmt: skip

@@ -1,4 +1,4 @@
-"""How near a decode step comes to reading the weights and the cache once, at memory's own speed.
+"""Compare a decode step with reading the weights and the cache once, at memory's own speed.
 
     python bench/bandwidth.py --precision fp32 int8 int4
 

@@ -61,7 +61,7 @@ COMMUTE = ("Add", "Mul")
 
 @dataclass(frozen=True)
 class Found:
-    """What became of a configuration."""
+    """The result of a configuration."""
 
     family: str
     what: str
@@ -155,7 +155,7 @@ def _print_of(array: np.ndarray[Any, Any]) -> str:
 
 
 def logits(model: ir.Model, vocabulary: int) -> np.ndarray[Any, Any]:
-    """What a graph says of two ragged rows."""
+    """A graph's logits of two ragged rows."""
     for value in model.graph.initializers.values():
         value.const_value = ir.tensor(value.const_value.numpy(), name=value.name)
     held = ir.serde.serialize_model(model).SerializeToString()

@@ -1,4 +1,4 @@
-"""What a long context costs: reading it, and a step after it, by precision of the cache.
+"""Measure a long context: reading it, and a step after it, by precision of the cache.
 
     python bench/context.py --shape smollm-135m --past 500 1800
     python bench/context.py --shape llama-0.5b --precision int8 --past 2000 8000 32000 --rounds 1

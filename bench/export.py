@@ -1,4 +1,4 @@
-"""What an export takes: seconds, memory and disk, beside what others' converters take.
+"""Measure exports: seconds, memory and disk, beside other tools' converters.
 
     python bench/export.py --home DIR --shapes smollm-135m llama-0.5b --precision int8 int4
 
@@ -98,7 +98,7 @@ def row(shape: str, precision: str, engine: str, found: Found, floats: int) -> s
 
 
 def weights(source: Path) -> int:
-    """How many numbers the safetensors files of a model hold."""
+    """Count the numbers that the safetensors files of a model hold."""
     from fastgen.export import requirements
 
     size = requirements.of_checkpoint(source)

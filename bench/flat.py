@@ -1,4 +1,4 @@
-"""Whether memory stays flat: calls of mixed lengths, rows and beams, and the resident memory.
+"""Watch resident memory over many calls of mixed lengths, rows and beams: it must stay flat.
 
     python bench/flat.py DIRECTORY --calls 1000
 

@@ -1,4 +1,4 @@
-"""How fast fastgen generates beside transformers' eager `generate`, in interleaved rounds.
+"""Time fastgen beside transformers' eager `generate`, in interleaved rounds.
 
     python bench/generate.py --shape distilgpt2 --rows 1 4 8
 

@@ -1,4 +1,4 @@
-"""How well models of any vocabulary predict documentation that the demo was not trained on.
+"""Measure how well models predict documentation that the demo was not trained on.
 
     python bench/held_out.py fastgen/demo other-int8 --write
 

@@ -1,4 +1,4 @@
-"""What loading would gain from a graph that was optimised, and weights that were packed, before.
+"""Measure loading with the graph optimised, and with the weights packed, beforehand.
 
     python bench/loading.py DIRECTORY...
 

@@ -1,4 +1,4 @@
-"""What prompt lookup gains where text repeats, and what it costs where no guess holds.
+"""Measure the gain of prompt lookup where text repeats, and its cost where no guess holds.
 
     python bench/lookup.py --shape distilgpt2 --precision fp32 int8 int4
 
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def cases(vocab: int) -> list[tuple[str, int, dict[str, Any]]]:
-    """What the text is like, the ids of its prompt (from 3 on), and the knobs that make it so."""
+    """The kinds of text: a name, the prompt's ids (from 3 on), and the knobs that make it so."""
     few = {"suppress_tokens": list(range(FEW + 3, vocab)), "temperature": 100.0}
     return [
         ("repeats", vocab, {"do_sample": False}),

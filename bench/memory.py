@@ -1,4 +1,4 @@
-"""What a process holds and how soon it answers: one fresh process for each model directory.
+"""Measure the memory and the first answer of a fresh process for each model directory.
 
     python bench/memory.py DIRECTORY...
 

@@ -1,4 +1,4 @@
-"""How soon the first token comes when the start of the prompt is kept, against a fresh prefill.
+"""Time the first token with the start of the prompt kept, against a fresh prefill.
 
     python bench/prefix.py --shape distilgpt2 --precision fp32 int8 int4
 

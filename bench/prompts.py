@@ -1,4 +1,4 @@
-"""What prompts in int8 give a model in int4, and what they take.
+"""Measure the gain and the cost of prompts in int8 for a model in int4.
 
     python bench/prompts.py --shape distilgpt2 --keep DIR
 

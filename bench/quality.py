@@ -1,4 +1,4 @@
-"""What int8 and int4 cost on text: perplexity of trained models, and of their outlier twins.
+"""Measure the loss of int8 and int4 on text: trained models, and their outlier twins.
 
     for recipe in demo larger mixture hybrid; do    # trained, once
         python -m fastgen.export.demo $recipe --recipe $recipe

@@ -1,4 +1,4 @@
-"""How fast model directories are beside the first of them: calls of all take turns.
+"""Time model directories beside the first of them: calls of all take turns.
 
     python bench/ratio.py OLD NEW [...] --rounds 21
 

@@ -67,7 +67,7 @@ _failed: dict[str, str] = {}  # why a model could not be had, by its name
 
 
 def home() -> Path:
-    """Where models are kept."""
+    """The folder that models are kept in."""
     return Path(os.environ.get("FASTGEN_REAL_MODELS", "~/.cache/fastgen-tests")).expanduser()
 
 

@@ -1,4 +1,4 @@
-"""What each kind of matrix loses at the output, and what each rung of the ladder leaves of it.
+"""Measure the loss of each kind of matrix at the output, at each rung of the ladder.
 
     python bench/rungs.py smollm2 --precision int4
     python bench/rungs.py DIRECTORY --precision int8 --each --text mine.jsonl

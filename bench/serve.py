@@ -190,7 +190,7 @@ def worker(python: Path, engine: str, directory: Path, threads: int, log: Path) 
 def sides(
     args: argparse.Namespace, home: Home, shape: str, stack: contextlib.ExitStack
 ) -> dict[str, Side]:
-    """What is compared, started."""
+    """Start the sides that are compared."""
     directory = None if shape == DEMO else exported(home, shape)
     log = home.log(f"serve-{shape}")
     found = {"service": stack.enter_context(service(directory, args.threads))}
@@ -245,7 +245,7 @@ def throughput(args: argparse.Namespace, shape: str, all_: dict[str, Side]) -> N
 
 
 def stalls(args: argparse.Namespace, shape: str, all_: dict[str, Side]) -> None:
-    """How long clients wait while a long prompt is read."""
+    """Measure how long clients wait while a long prompt is read."""
     found: dict[str, list[Answers]] = defaultdict(list)
     long = 480 if shape == DEMO else 1000
     for turn in range(args.rounds + 1):

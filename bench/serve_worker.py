@@ -178,7 +178,7 @@ def loop(
 def stall(
     engine: Engine, running: Sequence[list[int]], long: list[int], short: list[int]
 ) -> dict[str, Any]:
-    """What a long prompt does to those who read along, and to a short one that comes after it.
+    """Measure the wait of running rows, and of a short prompt, behind a long prompt.
 
     Returns:
         `usual` and `longest`: seconds between two tokens of a stream, before it and meanwhile;

@@ -177,7 +177,7 @@ def _ascending(values: list[Any]) -> bool:
 
 
 def _keep_relations(old: dict[str, Any], new: dict[str, Any]) -> None:
-    """What was equal, a multiple or a product stays so."""
+    """Keep what was equal, a multiple or a product that way."""
     sizes = {n for n, v in old.items() if type(v) is int and v > 1 and type(new.get(n)) is int}
     wide = next((n for n in ("hidden_size", "d_model", "n_embd") if n in sizes), None)
     heads = sorted(n for n in sizes if n.endswith("heads") or n == "n_head")

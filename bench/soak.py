@@ -237,7 +237,7 @@ def held(process: int) -> dict[str, float]:
 
 
 async def metrics(port: int) -> dict[str, float]:
-    """What the service counts."""
+    """The service's own counts."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(b"GET /metrics HTTP/1.0\r\n\r\n")
     text = (await reader.read()).decode()

@@ -1,4 +1,4 @@
-"""How soon the first token comes in a new process, with the embedded demo model.
+"""Time the first token in a new process, with the embedded demo model.
 
     python bench/startup.py
 

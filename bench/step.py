@@ -1,4 +1,4 @@
-"""What a step costs besides the graph: fastgen's loop against bare `session.run` of the same step.
+"""Measure a step's cost besides the graph: fastgen's loop against bare `session.run`.
 
     python bench/step.py --shape distilgpt2
 

@@ -1,4 +1,4 @@
-"""What a JSON schema costs a token, and what it saves: tokens that are certain take no step.
+"""Measure the cost of a JSON schema a token, and its gain: certain tokens take no step.
 
     python bench/structured.py
     python bench/structured.py --shapes distilgpt2 smollm-135m --precision int8 --keep DIRECTORY
@@ -164,7 +164,7 @@ def stepping() -> Iterator[None]:
 def processor(
     model: fastgen.CausalLM, tokenizer: Any, eos: Any, text: list[int]
 ) -> tuple[int, float, float]:
-    """How many tokens of a text are certain; us that the processor takes a token, and again."""
+    """Count certain tokens of a text, and time the processor: us a token, first and again."""
     vocab = model.model.info.vocab_size
     params = fastgen.Params(json_schema=SCHEMA, eos_token_id=eos)
     form = constraint.build(params, tokenizer, vocab, 1)

@@ -92,7 +92,7 @@ def plain(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def wrong(case: dict[str, Any], prompt: str) -> str:
-    """What is wrong with the reading of a case; nothing if it is right."""
+    """The fault in the reading of a case; an empty string if it is right."""
     made = next(one for name, one in FORMATS.items() if name in case["models"][0])
     found = [said(read(made, case, prompt, seed)) for seed in range(6)]
     if any(one != found[0] for one in found):
@@ -127,7 +127,7 @@ TEXT = "The weather in Paris is nice today; people walk along the river < and ta
 
 
 def cost(directory: Path) -> None:
-    """What a grammar that waits for a call costs a token, without the model."""
+    """Measure the cost a token of a grammar that waits for a call, without the model."""
     model = fastgen.load(directory)
     names, size = Service(model).specials, model.model.info.vocab_size
     ids = np.array(model.tokenizer.encode(TEXT * 10, add_special_tokens=False), np.int64)

@@ -30,7 +30,7 @@ def main() -> None:
 
 
 def _open_streams() -> None:
-    """What was closed (`>&-`) leads nowhere; else the next file that is opened takes its number."""
+    """Let closed streams (`>&-`) lead nowhere; else the next file opened takes their number."""
     for number, (name, mode) in enumerate(STREAMS):
         try:
             os.fstat(number)

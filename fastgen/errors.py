@@ -1,4 +1,4 @@
-"""What fastgen raises that is no plain ValueError of a keyword."""
+"""The errors of fastgen that are no plain ValueError of a keyword."""
 
 
 class ModelError(ValueError):

@@ -536,11 +536,11 @@ def _renamed_prompts(prompts: str | None, prefill_precision: str | None) -> str 
 
 
 def _warn(texts: Sequence[str], category: type[Warning] = UserWarning) -> None:
-    """Warn at the line that called fastgen, whatever lies between it and here."""
+    """Warn at the line that called this module, whatever lies between it and here."""
     if not texts:
         return
     frame, level = sys._getframe(), 1
-    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == "fastgen":
+    while frame.f_back and frame.f_globals is globals():
         frame, level = frame.f_back, level + 1
     for text in texts:
         warnings.warn(text, category, stacklevel=level)

@@ -1,4 +1,4 @@
-"""How near the numbers lie that transformers' beam search compares."""
+"""Measure how near the numbers lie that transformers' beam search compares."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 @pytest.fixture(scope="module", autouse=True)
 def handlers_are_put_back() -> Iterator[None]:
-    """What a library handles signals with (Ray, from its start) ends with the module's tests."""
+    """Put back the signal handlers that a library (Ray) has replaced in a module's tests."""
     usual = {number: signal.getsignal(number) for number in (signal.SIGINT, *interrupt.ENDING)}
     yield
     for number, handler in usual.items():

@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 
 class Hub(ThreadingHTTPServer):
-    """What `snapshot_download` asks of the hub, for folders of `root`: "org/name" is a model.
+    """A hub that answers `snapshot_download` for folders of `root`: "org/name" is a model.
 
     Attributes:
         asked: the requests so far, such as "GET /org/name/resolve/<commit>/config.json".

@@ -28,7 +28,7 @@ BLOCK = 32
 
 @dataclass(frozen=True)
 class Style:
-    """How a tool writes a graph.
+    """The way in which a tool writes a graph.
 
     Attributes:
         attention: "grouped" (GroupQueryAttention) or "joined" (keys are concatenated).
@@ -293,7 +293,7 @@ class Writer:
     # What comes before the layers
 
     def lengths(self) -> None:
-        """What GroupQueryAttention of others reads."""
+        """The inputs that other tools give GroupQueryAttention."""
         axis = self.ints(1)
         count = self("ReduceSum", "attention_mask", axis, keepdims=int(self.style.column))
         self.seqlens = self("Cast", self("Sub", count, self.ints(1)), to=TensorProto.INT32)
@@ -301,7 +301,7 @@ class Writer:
         self.total = self("Cast", total, to=TensorProto.INT32)
 
     def angles_and_mask(self, past: bool) -> None:
-        """What joined attention reads."""
+        """The inputs of joined attention."""
         self.rows, self.new = self.size_of("input_ids", 0), self.size_of("input_ids", 1)
         total = self.size_of("past_key_values.0.key", 2) if past else self.ints(0)
         held, total = total, self("Add", total, self.new)

@@ -159,7 +159,7 @@ def compare(pair: tuple[Any, Any], case: Case, knobs: dict[str, Any]) -> str:
 def gap(
     theirs: Any, case: Case, knobs: dict[str, Any], ids: torch.Tensor, found: torch.Tensor
 ) -> float:
-    """How far apart transformers' two best candidates are where the difference begins."""
+    """The distance of transformers' two best candidates where the difference begins."""
     if case.mode == "beams":
         return closest(theirs, ids, knobs)
     if case.mode == "beam sampling":

@@ -11,7 +11,7 @@ from typing import Any
 
 
 def output_of(script: str) -> str:
-    """What a script prints. What it imports is there already, and graphs are traced once."""
+    """Run a script in this process, whose imports and traced graphs it shares: what it prints."""
     said = io.StringIO()
     names: dict[str, Any] = {"__name__": "__main__"}
     with contextlib.redirect_stdout(said):

@@ -100,7 +100,7 @@ def asked(
 
 
 class Watched:
-    """What the engine does, step by step; `slow` seconds each."""
+    """The engine's work, step by step; `slow` seconds each."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, slow: float = 0.02) -> None:
         self.begun = 0  # steps

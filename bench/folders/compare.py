@@ -1,4 +1,4 @@
-"""What becomes of a folder: opened as anybody would, and beside transformers and the folder."""
+"""Open a folder as a user would, and compare it with transformers and with the folder itself."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ ROUNDED = 5e-2
 
 @dataclass
 class Found:
-    """What became of a folder.
+    """The result of a folder.
 
     Attributes:
         difference: the largest of a logit from the folder's, as a share of the largest logit: the

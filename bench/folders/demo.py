@@ -82,7 +82,7 @@ def write(target: Path) -> None:
 
 
 def matrix(node: onnx_ir.Node, arrays: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
-    """What a product multiplies by, float32 [out, in]: stored so, or as codes and scales."""
+    """The matrix of a product, float32 [out, in]: stored so, or as codes and scales."""
     stored = [None if one is None else arrays.get(str(one.name)) for one in node.inputs]
     if node.op_type == "MatMul":
         held = stored[1]
@@ -99,7 +99,7 @@ def matrix(node: onnx_ir.Node, arrays: dict[str, NDArray[Any]]) -> NDArray[np.fl
 
 
 def compare(source: Path, directory: Path) -> list[str]:
-    """What is not as transformers says it, on rows that are padded on the left."""
+    """The differences from transformers, on rows that are padded on the left."""
     theirs = AutoModelForCausalLM.from_pretrained(source).eval()
     ours = CausalLM(directory)
     rows = [ours.tokenizer.encode(text) for text in PROMPTS]

@@ -60,5 +60,5 @@ WHOLE = ("gpt2", "gpt_neo", "gptj", "codegen", "gpt_bigcode")
 
 
 def settings(kind: str) -> dict[str, Any]:
-    """What the configuration of a type is made from."""
+    """The settings that the configuration of a type is made from."""
     return KINDS[kind] if kind in WHOLE else _WIDE | KINDS[kind]

@@ -1,4 +1,4 @@
-"""What is made once and kept: each tool's environment, its models, the folders it makes of them."""
+"""Make once and keep each tool's environment, its models, and the folders it makes of them."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ class Maker:
 
     @property
     def stamp(self) -> str:
-        """What a folder's making depends on besides its model."""
+        """Everything that making a folder depends on besides its model."""
         environment = self.python.parents[1]
         return MAKE.read_text() + (environment / STAMP).read_text()
 

@@ -1,4 +1,4 @@
-"""How fast the engines generate on a CPU, interleaved in one run: fastgen beside its peers.
+"""Time engines on a CPU, interleaved in one run: fastgen beside its peers.
 
     python bench/peers --home DIR --json results.jsonl --picture results.png
     python bench/peers --engines transformers_eager ct2 ours --cases greedy-16 'beams-*' --rounds 3
@@ -45,7 +45,7 @@ FIRST_TOKENS = 32  # prompts of the check
 
 
 class Lines:
-    """What was measured, line by line; each is written as soon as it is known."""
+    """The measurements, line by line; each is written as soon as it is known."""
 
     def __init__(self, path: Path | None) -> None:
         self.all: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""What is measured: the cases, and the prompts of each round."""
+"""The cases that are measured, and the prompts of each round."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class Case:
 
     @property
     def ragged(self) -> bool:
-        """Whether the prompts differ in length."""
+        """True if the prompts differ in length."""
         return len(set(self.lengths)) > 1
 
     @property
     def positions(self) -> int:
-        """What a row takes of a model's context."""
+        """The tokens of a model's context that a row takes."""
         return max(self.lengths) + self.new
 
 

@@ -1,4 +1,4 @@
-"""What is made once and kept: environments, models, converted models."""
+"""Make environments, models and converted models once, and keep them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Home:
         self.package = digest(package_text())
 
     def log(self, name: str) -> Path:
-        """Where a step or a worker writes what it has to say."""
+        """The file that a step or a worker writes its messages to."""
         path = self.path / "logs" / f"{name}.log"
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
@@ -100,7 +100,7 @@ class Home:
         self.run([str(python_in(environment)), "-m", "pip", "install", *what], name, build)
 
     def megabytes(self, name: str) -> float:
-        """What installing an environment's packages took."""
+        """The time and space that installing an environment's packages took."""
         environment = self.environment(name)
         return (size(environment) - int((environment / "empty").read_text())) / 2**20
 
@@ -213,7 +213,7 @@ def package_text() -> str:
 
 
 def copy_package(target: Path) -> None:
-    """What `pip install` needs of the checkout, which building there would litter."""
+    """Copy the parts of the checkout that `pip install` needs: building there would litter it."""
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(CHECKOUT / name, target)
     for name in ("fastgen", "export"):

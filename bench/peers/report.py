@@ -1,4 +1,4 @@
-"""What was measured, as Markdown tables and as a picture."""
+"""The measurements as Markdown tables and as a picture."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Results:
         return [line for line in self.lines if line["kind"] == kind]
 
     def cold_keys(self) -> set[Key]:
-        """Who was started cold."""
+        """The engines that were started cold."""
         return {key(line) for line in self.of("cold")}
 
     def median(self, who: Key, case: str) -> float | None:
@@ -53,7 +53,7 @@ class Results:
         return statistics.median(before), statistics.median(after)
 
     def ratio(self, who: Key, other: Key, case: str) -> float | None:
-        """How many times faster than another: the median of the rounds' ratios."""
+        """The median of the rounds' ratios: so many times faster than another."""
         mine = self.seconds.get((who, case), {})
         theirs = self.seconds.get((other, case), {})
         both = mine.keys() & theirs.keys()
@@ -69,7 +69,7 @@ class Results:
         )
 
     def why_not(self, who: Key, case: str) -> str:
-        """Why a cell has no number."""
+        """The reason why a cell has no number."""
         for line in self.of("absent"):
             if key(line) == who and line["case"] in (case, "*"):
                 return str(line["reason"])
@@ -209,7 +209,7 @@ def starting(results: Results, lines: Sequence[Line]) -> list[str]:
 
 
 def remarks(results: Results) -> list[str]:
-    """Why cells are empty, tokens that differ, threads that go on, and the engines' notes."""
+    """The notes: empty cells, tokens that differ, threads that go on, and the engines' own."""
     out: dict[str, None] = {}
     for line in results.of("absent"):
         where = "" if line["case"] == "*" else f", {line['case']}"

@@ -36,7 +36,7 @@ def serve(engine: Engine, requests: Iterable[str], answers: TextIO) -> None:
 
 
 def respond(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
-    """What one request asks: `load`, `generate` or `memory`."""
+    """Do what one request asks: `load`, `generate` or `memory`."""
     match request["do"]:
         case "load":
             directory = Path(request["directory"])

@@ -54,7 +54,7 @@ class Worker:
 
     @property
     def engine(self) -> type[Engine]:
-        """What the engine can do."""
+        """The engine's abilities."""
         return adapter(self.name)
 
     def start(self) -> None:

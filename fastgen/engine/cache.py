@@ -219,7 +219,7 @@ class Cache:
 
     @property
     def layout(self) -> str:
-        """What `read` gives for a token: caches of one layout understand each other."""
+        """The form of what `read` gives for a token: caches of one layout understand each other."""
         kept = [(self.shapes, b.dtype.str) for b in self._buffers.values()]
         return f"{kept} {self.state_shapes}"
 

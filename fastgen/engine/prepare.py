@@ -118,12 +118,12 @@ def prepare(
         raise validators.wrong("logprobs", 'True, False or "model"', logprobs)
     model, info = loaded.model, loaded.model.info
     params = _params(loaded, objects, knobs)
-    inputs = _inputs(loaded, params, ids, objects, stop_texts)
+    inputs = _inputs(loaded, params, ids, objects, stop_texts)  # healed, before it is measured
     max_length, cautions = stop.length_limit(
         params, inputs.width, inputs.longest, info.max_length, info.hard_limit
     )
     draft = _draft(model, params, objects.assistant_model)
-    _check_memory(model, params, inputs, max_length, draft)
+    _check_memory(model, params, inputs, max_length, draft)  # before anything is allocated
     unconditional = _unconditional(model, params, inputs.prompts, objects, max_length)
     form = _form(model, params, inputs)
     request = Request(
@@ -259,7 +259,10 @@ def _healed(loaded: Loaded, reopened: token_healing.Reopened, prefix_cache: Any)
 
 
 def last_token(loaded: Loaded, reopened: token_healing.Reopened, prefix_cache: Any = None) -> Call:
-    """The call whose only token is the last of a prompt, by the biases and the model's defaults."""
+    """The call whose only token is the last of a prompt, by the biases and the model's defaults.
+
+    It heals nothing itself, so `prepare` comes back to itself once at most.
+    """
     tokens = list(reopened.biases)
     objects = Objects(prefix_cache=prefix_cache, prefix_allowed_tokens_fn=lambda *_: tokens)
     knobs = {

@@ -108,13 +108,14 @@ class StopStrings:
 
 
 class Deadline:
-    """`max_time` seconds from now."""
+    """`max_time` seconds from now, by a clock that gives seconds."""
 
-    def __init__(self, max_time: float | None) -> None:
-        self._end = None if max_time is None else time.monotonic() + max_time
+    def __init__(self, max_time: float | None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._end = None if max_time is None else clock() + max_time
 
     def passed(self) -> bool:
-        return self._end is not None and time.monotonic() > self._end
+        return self._end is not None and self._clock() > self._end
 
 
 def asked(

@@ -26,7 +26,7 @@ Run = Callable[..., str]
 
 @pytest.fixture(scope="module")
 def keep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the tiny models of all scripts are exported to, once each."""
+    """The folder that the tiny models of all scripts are exported to, once each."""
     return tmp_path_factory.mktemp("bench")
 
 

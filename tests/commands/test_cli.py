@@ -484,14 +484,15 @@ def test_export_shows_its_steps_and_names_the_directory(transformers_directory, 
 def test_ctrl_c_during_an_export_leaves_nothing_and_ends_it_quietly(
     transformers_directory, tmp_path
 ):
-    process = started("export", transformers_directory, "out", cwd=tmp_path)
+    process = started("export", transformers_directory, "out", cwd=tmp_path, bufsize=0)
     deadline = time.monotonic() + 120
     while not any(tmp_path.iterdir()) and time.monotonic() < deadline:
         time.sleep(0.01)  # until the temporary neighbour is there: it converts
     assert process.poll() is None
-    time.sleep(0.3)
+    begun = process.stderr.readline()  # the model is loaded, and the next step runs
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
+    err = begun + err
     # Python itself ends by the signal, which shells show as 130, if it came inside an `exec`.
     assert process.returncode in (130, -signal.SIGINT), err.decode()
     assert out == b""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, StopStri
 import fastgen
 from fastgen.engine import prepare
 from fastgen.inputs import params
-from fastgen.sampling.stop import StopStrings
+from fastgen.sampling.stop import Deadline, StopStrings
 from fastgen.text import token_healing
 
 GREEDY = {"do_sample": False, "max_new_tokens": 12}
@@ -249,18 +248,25 @@ def test_max_time_ends_the_call(pair):
         return_dict_in_generate=True,
     )
     assert np.shape(out.sequences) == (2, 4) and out.finish_reasons == ["time", "time"]
-    begin = time.monotonic()
-    slow = [lambda ids, scores: bool(time.sleep(0.02))]
-    out = ours.generate(
+    now = [0.0]
+
+    def slow(ids, scores):
+        now[0] += 1
+        return False
+
+    call = ours.call(
         [5, 6, 7],
         max_new_tokens=100,
-        max_time=0.3,
         eos_token_id=None,
-        stopping_criteria=slow,
+        stopping_criteria=[slow],
         return_dict_in_generate=True,
     )
+    call.request.deadline = Deadline(15, clock=lambda: now[0])
+    for _ in call.steps():
+        pass
+    out = call.result()
     assert out.finish_reasons == ["time"]
-    assert time.monotonic() - begin > 0.25 and 4 < len(out.sequences[0]) < 60
+    assert now[0] == 16 and len(out.sequences[0]) == 3 + 16
 
 
 # -- Callables -----------------------------------------------------------------------------------

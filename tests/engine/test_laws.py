@@ -231,7 +231,9 @@ def test_a_call_leaves_nothing_to_the_next_but_memory(pair, kind):
     assert model.generate(rows, max_new_tokens=12) == first
     stream.close()
     assert model.generate(rows, max_new_tokens=12) == first
-    assert len(model.model._spare) == 1
+    kept, made = (model.model.borrow_cache(1, 8) for _ in range(2))
+    assert kept.capacity >= 256 and made.capacity == 8  # one was kept
+    model.model.give_back(kept)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", *core(*numpy_model.KINDS)])
@@ -259,14 +261,16 @@ def test_a_processor_may_keep_what_it_sees(pair, kind):
 def test_memory_of_a_call_serves_the_next(pair, kind):
     _, model = pair(kind)
     model.generate(ragged(9, (20, 4)), max_new_tokens=8)
-    (kept,) = model.model._spare.values()
+    kept = model.model.borrow_cache(1, 1)
+    model.model.give_back(kept)
     model.generate(ragged(10, (7,)), max_new_tokens=8)
-    assert [*model.model._spare.values()] == [kept] and kept.capacity % 256 == 0
+    assert model.model.borrow_cache(1, 1) is kept and kept.capacity % 256 == 0
+    model.model.give_back(kept)
 
 
 def test_a_large_cache_is_not_kept(pair, monkeypatch):
     _, model = pair("gemma2")
     monkeypatch.setattr(model_module, "SPARE_BYTES", 100)
-    model.model._spare.clear()
+    model.model.borrow_cache(1, 1)  # without giving it back
     model.generate([5, 6], max_new_tokens=3)
-    assert not model.model._spare
+    assert model.model.borrow_cache(1, 7).capacity == 7  # a new one

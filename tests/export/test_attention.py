@@ -93,7 +93,7 @@ def build(case: str) -> PreTrainedModel:
 
 
 def alone(model: PreTrainedModel, row: list[int], **settings: Any) -> Any:
-    """What transformers says of one row: nothing is padded."""
+    """transformers' logits of one row: nothing is padded."""
     settings = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, **settings}
     ids = torch.tensor([row])
     return model.generate(
@@ -217,7 +217,7 @@ def test_what_is_padded_or_biased_is_quantised_like_others(exported, case, preci
 
 
 def test_keys_that_change_as_tokens_come_are_refused(monkeypatch):
-    """Whatever a layer makes of what it wrote, it makes of each token by itself."""
+    """A layer may change what it wrote, as long as it treats each token by itself."""
     model = build("MLA")
     kind = type(model.model.layers[0].self_attn)
     own = kind.expand_kv

@@ -312,7 +312,7 @@ def test_outputs_that_a_model_asks_for_by_default(tmp_path):
 
 
 def test_a_description_runs_nothing(whole, monkeypatch):
-    """What it takes a run to know was recorded where the original was asked."""
+    """The facts that only a run can tell were recorded when the original was run."""
     origin = Original(source.load(whole))
     with origin.evaluating():
         rows = origin.probes()

@@ -1,4 +1,4 @@
-"""What exports are calibrated and judged on: it begins as a model's text and shares nothing."""
+"""The texts that exports are calibrated and judged on begin as a model's do and share nothing."""
 
 from __future__ import annotations
 

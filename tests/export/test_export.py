@@ -557,7 +557,7 @@ def test_a_mismatch_can_be_allowed_and_is_reported(wrong, tmp_path):
 
 
 def command(monkeypatch, *args: str | Path) -> int:
-    """What `fastgen ARGS` exits with, run in this process."""
+    """The exit code of `fastgen ARGS`, run in this process."""
     monkeypatch.setattr(sys, "argv", ["fastgen", *map(str, args)])
     with pytest.raises(SystemExit) as ended:
         __main__.main()

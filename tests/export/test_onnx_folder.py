@@ -83,7 +83,7 @@ SEARCHES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def expected(llama, padded) -> dict[str, Any]:
-    """What transformers' model itself makes of the rows."""
+    """transformers' own logits of the rows."""
     said = {}
     for name, knobs in SEARCHES.items():
         torch.manual_seed(7)
@@ -284,7 +284,7 @@ def test_what_attention_cannot_say_is_refused_by_layer(llama, tmp_path):
 
 
 def another_attention(made: onnx.ModelProto) -> None:
-    """What is kept of layer 1 comes from an operator that nobody knows as attention."""
+    """Layer 1's keys come from an operator that is not known as attention."""
     for node in made.graph.node:
         if "present.1.value" in node.output:
             node.output[list(node.output).index("present.1.value")] = "kept"
@@ -371,7 +371,7 @@ def test_weights_outside_the_folder_are_not_read(llama, tmp_path, where):
 
 
 def test_weights_behind_links_and_in_places_of_their_own(llama, tmp_path):
-    """What is made has all of it, and needs none of these."""
+    """The result has all of it, and needs none of these."""
     place = write(llama, STYLES["optimum"], tmp_path / "model", external="several")
     (place / "onnx" / "weights").mkdir()
     for name, to in (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -32,11 +33,17 @@ from fastgen.export.quantize.kernels import (
 from fastgen.export.quantize.recipe import Step, chosen
 from fastgen.export.source.origin import Tolerance
 
-random = np.random.default_rng(0)
+
+@pytest.fixture
+def random() -> np.random.Generator:
+    """Each test draws the same numbers, whichever tests run before it."""
+    return np.random.default_rng(1)
 
 
-def matrix(size: int, out: int) -> np.ndarray:
-    return random.standard_normal((size, out)).astype(np.float32)
+@pytest.fixture
+def matrix(random: np.random.Generator) -> Callable[[int, int], np.ndarray]:
+    """`matrix(size, out)`: random numbers in float32."""
+    return lambda size, out: random.standard_normal((size, out)).astype(np.float32)
 
 
 @pytest.fixture(scope="module", params=["int8", "int4"])
@@ -55,7 +62,7 @@ def quantized(request, tmp_path_factory):
     return request.param, model, fastgen.load(path)
 
 
-def test_channel_codes_are_within_half_a_step():
+def test_channel_codes_are_within_half_a_step(matrix):
     weight = matrix(48, 20)
     weight[:, 3] = 0
     codes, scales = channel_codes(weight)
@@ -65,7 +72,7 @@ def test_channel_codes_are_within_half_a_step():
 
 @pytest.mark.parametrize("kernel", [Kernel(8, 32), Kernel(4, 32), Kernel(4, 64)])
 @pytest.mark.parametrize("size", [64, 80])
-def test_block_codes_are_within_half_a_step(kernel, size):
+def test_block_codes_are_within_half_a_step(kernel, size, matrix):
     weight = matrix(size, 12)
     scales = block_scales(weight, kernel)
     codes = block_codes(weight, kernel, scales)
@@ -98,12 +105,12 @@ def test_zero_points_take_a_block_from_its_smallest_weight_to_its_largest():
     assert np.array_equal(calibrate.stored(weight[:, some], wide.of_columns(some)), values[:, some])
 
 
-def test_blocks_and_back():
+def test_blocks_and_back(matrix):
     weight = matrix(70, 5)
     assert np.array_equal(join_blocks(blocks(weight, 32), 70), weight)
 
 
-def test_searched_scales_and_gptq_each_lower_the_error_of_the_output():
+def test_searched_scales_and_gptq_each_lower_the_error_of_the_output(random, matrix):
     mixed = matrix(96, 96)
     x = (matrix(600, 96) @ mixed) * np.exp(random.standard_normal(96)).astype(np.float32)
     weight, kernel = matrix(96, 40), Kernel(4, 32)
@@ -123,7 +130,7 @@ def test_searched_scales_and_gptq_each_lower_the_error_of_the_output():
     np.testing.assert_allclose(on_grid, rounded, atol=1e-5)
 
 
-def test_a_row_does_not_feel_its_neighbours(quantized):
+def test_a_row_does_not_feel_its_neighbours(quantized, random):
     """In every precision: what kernel is taken for a matrix does not depend on how many rows."""
     _, _, model = quantized
     ids = random.integers(3, tiny.VOCAB, (8, 9))
@@ -138,8 +145,8 @@ def test_a_row_does_not_feel_its_neighbours(quantized):
     assert np.abs(alone - together).max() <= 1e-6 * np.abs(together).max()
 
 
-def test_an_outlier_token_spoils_nobody_else(quantized):
-    """What a per-tensor scale gets wrong: the first token's activations are huge."""
+def test_an_outlier_token_spoils_nobody_else(quantized, random):
+    """The first token's activations are huge, which a scale for the whole tensor gets wrong."""
     precision, reference, model = quantized
     worst = []
     for _ in range(12):  # the worst logit of one row is a matter of luck
@@ -200,7 +207,7 @@ def test_parts_and_threads_give_the_same_model(precision, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("tokens", [200, 40], ids=["many tokens", "fewer than inputs"])
 @pytest.mark.parametrize("factors", ["torch", "numpy"])
-def test_gptq_rounds_as_the_paper_does(monkeypatch, factors, tokens):
+def test_gptq_rounds_as_the_paper_does(monkeypatch, factors, tokens, matrix):
     """One input after the other, its error made good at once in all that follow."""
     monkeypatch.setattr(parts, "PART", 1 << 10)
     if factors == "numpy":
@@ -287,7 +294,7 @@ def test_the_last_step_up_is_the_cheapest_and_float32_goes_after_all_cheap_ones(
     assert chosen([floats], 0.2) is floats
 
 
-def test_inputs_that_are_turned_leave_the_product_and_spread_an_outlier(tmp_path):
+def test_inputs_that_are_turned_leave_the_product_and_spread_an_outlier(tmp_path, matrix):
     """As the graph has it: exact but for the codes, which hold an outlier channel far better."""
     x, weight = matrix(40, 96), matrix(96, 24)
     x[:, 5], weight[5] = 100, 0
@@ -305,7 +312,7 @@ def test_inputs_that_are_turned_leave_the_product_and_spread_an_outlier(tmp_path
 
 
 def _said(x: np.ndarray, weight: np.ndarray, choice: Choice, path: Path) -> np.ndarray:
-    """What onnxruntime says of x [tokens, in] times a matrix that is quantised in a graph."""
+    """onnxruntime's product of x [tokens, in] and a matrix that is quantised in a graph."""
     held = ir.val("w", ir.DataType.FLOAT, weight.shape, const_value=ir.tensor(weight, name="w"))
     read = ir.val("x", ir.DataType.FLOAT, [1, len(x), len(weight)])
     node = ir.node("MatMul", [read, held])

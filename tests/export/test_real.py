@@ -62,7 +62,7 @@ def ours(source, tmp_path_factory):
 
 
 def continued(theirs, ids, new=NEW):
-    """What transformers adds to a row, greedily."""
+    """The tokens that transformers adds to a row, greedily."""
     model, _ = theirs
     row = torch.tensor([ids])
     out = model.generate(
@@ -126,7 +126,7 @@ def test_a_reply_and_a_completion_are_those_of_transformers(ours, theirs):
 
 @pytest.mark.real
 def test_streamed_pieces_are_the_text(ours):
-    """What is sampled, and every character that a token cuts: no piece has half of one."""
+    """No piece of a sampled text has half a character, although tokens cut some."""
     prompt = "\u4f60\u597d \U0001f642"
     tokens = list(ours.stream(prompt, seed=5, do_sample=True, temperature=1.5, max_new_tokens=48))
     encoded = ours.tokenizer.encode(prompt)
@@ -190,7 +190,7 @@ def test_a_model_that_cannot_be_had_says_which_package_once(monkeypatch, tmp_pat
 
 
 def test_two_processes_may_make_one_model(tmp_path):
-    """Who comes second takes what is there; any other failure is one."""
+    """The second process takes the model that is there; any other failure is an error."""
     for name in ("first", "second", "place"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(name)

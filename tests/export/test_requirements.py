@@ -65,7 +65,7 @@ def report_of(directory: Path) -> dict[str, Any]:
 
 
 def test_weights_in_their_own_type_give_the_same_files(half, whole, tmp_path, monkeypatch):
-    """Whether the checkpoint becomes float32 as a whole, or a matrix at a time."""
+    """A checkpoint may become float32 as a whole or a matrix at a time."""
     monkeypatch.setattr(stored, "LARGE", SMALL)
     monkeypatch.setattr(requirements, "AT_HAND", 0)
     cast: list[int] = []

@@ -57,7 +57,7 @@ def stateful(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def alone(theirs: Any, row: list[int], **knobs: Any) -> Any:
-    """What transformers says of a row by itself: padded rows of some types differ there."""
+    """transformers' logits of a row by itself: padded rows of some types differ there."""
     for module in theirs.modules():
         if hasattr(module, "conv1d_state"):  # a row of one token would begin with it
             module.conv1d_state = None

@@ -40,7 +40,7 @@ few = settings(max_examples=25, deadline=None)
 
 
 def new_text(tokenizer: Tokenizer, prompt: list[int], ids: list[int], skip: bool = True) -> str:
-    """What `decode` says of all after what it says of the prompt."""
+    """The text that `decode` gives of all ids, after its text of the prompt."""
     before, whole = (tokenizer.decode(some, skip) for some in (prompt, prompt + ids))
     same = max(n for n in range(len(before) + 1) if whole.startswith(before[:n]))
     return whole[same:]
@@ -83,7 +83,7 @@ def test_pieces_are_what_the_new_tokens_add(kind: str, skip: bool) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_piece_is_taken_back(kind: str) -> None:
-    """What has been given out begins the text whatever comes next."""
+    """The pieces so far are the beginning of the text, however it goes on."""
     tokenizer = KINDS[kind]
 
     @few
@@ -244,7 +244,7 @@ def test_rows_that_go_on_after_their_stop_are_written_as_they_are_returned(
     ],
 )
 def test_log_probabilities_of_the_model_are_its_own(pair: Any, knobs: dict[str, Any]) -> None:
-    """Whatever the knobs: the log-softmax of its logits, one number for one token."""
+    """With any knobs, a token's logprob is the log-softmax of its logits: one number."""
     _, model = pair("gpt2")
     prompt = [5, 6, 7]
     call = model.call(

@@ -68,7 +68,7 @@ def outputs(model: fastgen.CausalLM, rows: Any, chunks: Chunks = WHOLE, **knobs:
 
 
 def everything(model: fastgen.CausalLM, rows: Any, **knobs: Any) -> Any:
-    """What it says if each layer is shown every token."""
+    """The logits of a model each of whose layers is shown every token."""
     grain, model.model.grain = model.model.grain, 1 << 20
     try:
         return outputs(model, rows, **knobs)

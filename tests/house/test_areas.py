@@ -317,6 +317,22 @@ def test_an_area_imports_what_the_plan_says(area):
     assert found - late == set(AREAS[area][0].split())
 
 
+def test_a_walk_names_what_is_there():
+    """The walks of docs/architecture.md name modules, files, and classes or functions of theirs."""
+    walks = MAP.read_text(encoding="utf-8").partition("## The walk of a prompt")[2]
+    walks = walks.partition("## To add a knob")[0]
+    sources = "\n".join(path.read_text(encoding="utf-8") for path in modules().values())
+    stems = {module.rpartition(".")[2] for module in modules()}
+    for name in re.findall(r"`([^`\n]+)`", walks):
+        last = name.rpartition(".")[2]
+        named = re.search(rf"\b(class|def) {re.escape(last)}\b", sources) or last in stems
+        path = any((ROOT / place / name).exists() for place in ("", "export", "fastgen"))
+        dotted = name.replace("/", ".")
+        inner = any(module.endswith(f".{dotted}") for module in modules())
+        kept = re.search(rf"\b{re.escape(name)}\b", sources)  # a field, a file that is written
+        assert named or path or inner or kept, name
+
+
 def test_areas_import_downwards():
     """But for what is late: a command exports a model, and the export runs what it made."""
     height = {name: -number for number, name in enumerate(AREAS)}
@@ -341,11 +357,31 @@ def test_modules_of_an_area_import_downwards_too(area):
     assert upwards == set()
 
 
+def floors() -> dict[str, int]:
+    """The floor of each area: one above the highest that it imports."""
+    found: dict[str, int] = {}
+    for name, (below, _) in reversed(AREAS.items()):
+        found[name] = 1 + max((found[one] for one in below.split()), default=0)
+    return found
+
+
+def _summary(area: str) -> str:
+    """The first sentence of an area's own docstring."""
+    module = "fastgen" if area == "fastgen" else f"fastgen.{area.replace('/', '.')}"
+    text = ast.get_docstring(ast.parse(modules()[module].read_text(encoding="utf-8"))) or ""
+    return re.split(r"[.:;](?:\s|$)", text, maxsplit=1)[0].replace("\n", " ")
+
+
 def drawn() -> str:
-    """The plan as the docs show it."""
-    lines = ["| area | modules, from the top to the bottom | imports |", "|---|---|---|"]
-    for name, (below, floors) in AREAS.items():
-        inside = " / ".join(" ".join(f"`{one}`" for one in line.split()) for line in floors)
+    """The plan as the docs show it: the house by floors, and a table of all that is in it."""
+    floor = floors()
+    lines = ["```text"]
+    for name in sorted(AREAS, key=lambda name: -floor[name]):
+        lines.append(f"{floor[name]:3}  {name:20} {_summary(name)}")
+    lines += ["```", ""]
+    lines += ["| area | modules, from the top to the bottom | imports |", "|---|---|---|"]
+    for name, (below, rows) in AREAS.items():
+        inside = " / ".join(" ".join(f"`{one}`" for one in line.split()) for line in rows)
         lines.append(f"| **{name}** | {inside} | {', '.join(below.split())} |")
     return "\n".join(lines) + "\n"
 

@@ -128,7 +128,7 @@ def prose(page: Path) -> str:
 
 
 def spans(page: Path) -> list[str]:
-    """What stands in backquotes within lines, outside of blocks and tables."""
+    """The texts in backquotes within lines, outside of blocks and tables."""
     return re.findall(r"`([^`\n]+)`", prose(page))
 
 
@@ -270,7 +270,7 @@ def test_every_command_runs_or_is_checked(
 
 
 def carried_out(words: list[str], service: str, where: str) -> str:
-    """What a command prints, where it can run here."""
+    """Run a command that can run here; gives what it prints."""
     if words[0] == "curl":
         asked(words, service)
     elif words[0] != "fastgen":
@@ -347,7 +347,7 @@ def test_the_commands_of_a_conversation_are_those_of_chat() -> None:
 
 
 def check(words: list[str], where: str) -> None:
-    """Whether a command that is not run here is right; an error for a kind that is not known."""
+    """Check a command that is not run here; an unknown kind of command is an error."""
     if words[:2] == ["pip", "install"]:
         check_install(words[2:], where)
     elif words[:3] == ["python", "-m", "pytest"]:
@@ -411,7 +411,7 @@ def test_flags_and_commands_in_the_text_exist(page: Path) -> None:
 
 
 def anchors(page: Path) -> set[str]:
-    """What a link to a heading of this page may be called, as GitHub makes it."""
+    """The anchors of this page's headings, as GitHub makes them."""
     found: list[str] = []
     content = re.sub(r"^```.*?^```$", "", text(page), flags=re.DOTALL | re.MULTILINE)
     for title in re.findall(r"^#+ (.*)$", content, re.MULTILINE):

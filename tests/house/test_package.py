@@ -1,4 +1,4 @@
-"""What the package is made of: light imports, layers, and nothing else in site-packages."""
+"""The package has light imports and complete maps, and installs nothing else."""
 
 from __future__ import annotations
 
@@ -141,6 +141,24 @@ def test_the_wheel_installs_fastgen_alone(tmp_path):
     assert not re.findall(r"\]\((?!https://)", described)  # an index has no files to link to
 
 
+RIDDLE = re.compile(
+    r"(what|who|whom|whose|how|whether|where|when|which|why|whatever|whoever|wherever)\b", re.I
+)
+
+
+@pytest.mark.parametrize("folder", ["fastgen", "export", "tests", "bench"])
+def test_docstrings_begin_with_a_verb_or_the_thing(folder):
+    """None begins with a question word: "Clear unused slots.", not "What clears unused slots"."""
+    kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    found = []
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            text = ast.get_docstring(node) if isinstance(node, kinds) else None
+            if text and RIDDLE.match(text):
+                found.append(f"{path.relative_to(ROOT)}: {text.splitlines()[0]}")
+    assert found == []
+
+
 def texts() -> dict[str, bytes]:
     """The repository's files by name: git's, where there is one."""
     asked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
@@ -174,7 +192,7 @@ OF_EXTRAS = {
 
 
 def test_what_is_imported_is_declared():
-    """What is not of an extra; and each has a lowest version, which `.ci/lowest` has tested."""
+    """Each import of no extra is declared, with a lowest version that `.ci/lowest` tested."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     declared = {re.split(r"[<>=!~ ]", one)[0] for one in project["dependencies"]}
     imported = set()
@@ -194,18 +212,27 @@ def test_what_is_imported_is_declared():
 
 
 def test_no_core_spins_while_nothing_is_generated(pair):
-    """The process's CPU time stands still once a call has returned."""
+    """The process's CPU time soon stands still once a call has returned.
+
+    Threads that go on spinning, for a second say, would take as much of each core.
+    """
     program = """
 import sys, time, fastgen
 model = fastgen.load(sys.argv[1], threads=2)
 model.generate([5, 6, 7], max_new_tokens=30, eos_token_id=None)
-time.sleep(0.05)
-start = time.process_time()
-time.sleep(0.5)
+start = before = time.process_time()
+while True:
+    time.sleep(0.1)
+    if time.process_time() - before < 0.01:
+        break
+    before = time.process_time()
 print(time.process_time() - start)
 """
     _, model = pair("gpt2")
     done = subprocess.run(
-        [sys.executable, "-c", program, str(model.directory)], capture_output=True, text=True
+        [sys.executable, "-c", program, str(model.directory)],
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
-    assert float(done.stdout) < 0.05, done
+    assert float(done.stdout) < 0.5, done

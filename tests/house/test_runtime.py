@@ -1,6 +1,6 @@
 """All that runs without torch, on the embedded model: `.ci/lowest` runs this file alone.
 
-It takes nothing from conftest.py, which imports torch.
+It takes nothing from conftest.py, which wants other packages of the tests.
 """
 
 from __future__ import annotations

@@ -317,16 +317,20 @@ def test_lines_of_openai_on_a_cluster(model):
 # --- the model on its node -----------------------------------------------------------------------
 
 FETCH = """
-import sys, time
+import os, sys, time
+from pathlib import Path
 from pyarrow import fs
 from fastgen.jobs.ray import node
 copy = fs.copy_files
 def noted(*args, **kwargs):
     with open(sys.argv[2], "a") as file:
         file.write("copied\\n")
-    time.sleep(0.3)
+    while len(list(here.iterdir())) < 3:  # until the others are there
+        time.sleep(0.01)
     copy(*args, **kwargs)
 fs.copy_files = noted
+here = Path(sys.argv[3])
+(here / str(os.getpid())).touch()
 print(node.directory(sys.argv[1]))
 """
 
@@ -336,6 +340,8 @@ def test_a_model_is_fetched_once_a_node(model, tmp_path, monkeypatch):
     store = tmp_path / "a store" / "model"
     shutil.copytree(model.directory, store)
     command = [sys.executable, "-c", FETCH, store.as_uri(), str(tmp_path / "log")]
+    (tmp_path / "here").mkdir()
+    command.append(str(tmp_path / "here"))
     children = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     places = {child.communicate(timeout=60)[0].strip() for child in children}
     assert (tmp_path / "log").read_text() == "copied\n"

@@ -179,7 +179,7 @@ def test_sigterm_ends_a_service_that_scores() -> None:
 
 
 def test_limits_are_those_of_the_application(model: fastgen.CausalLM) -> None:
-    """Whatever a request calls a thing, it has one limit."""
+    """A thing has one limit under each of its names."""
     few = RequestLimits(
         copies=2, alternatives=1, stops=1, stop_text=3, prompts=1, text=20, values=40
     )

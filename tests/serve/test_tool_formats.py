@@ -146,7 +146,7 @@ NOISE = [
 
 @pytest.mark.parametrize("name", EVERY)
 def test_what_comes_is_read_alike_however_it_is_cut_and_is_legal(name: str) -> None:
-    """Whatever a model writes: the same events, arguments that are JSON, tools that there are."""
+    """Any text gives the same events, with arguments that are JSON and tools that exist."""
     made = EVERY[name]
     parts = st.sampled_from([*NOISE, *made.marks, *NOISE, made.mark, ANSWERS[name]])
     thoughts = st.sampled_from([None, made.reasoning or THINK])

@@ -54,7 +54,7 @@ def new(out) -> Path:
 
 @pytest.fixture
 def killed(out, new) -> Path:
-    """Where a model was when the process that replaced it was killed between the two renames."""
+    """The place of a model whose replacing was killed between the two renames."""
     assert replace("two steps", new, out) == -signal.SIGKILL
     assert not out.exists()
     return out

@@ -1,4 +1,4 @@
-"""What lies in a folder that others exported, by the names of its files alone."""
+"""Folders that other tools exported are told apart by the names of their files alone."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ BASE = NAMES[0]  # what the others are compared with
 
 
 class Engine:
-    """What an adapter has. Lengths are forced: no end-of-text token ends a row.
+    """The protocol of an adapter. Lengths are forced: no end-of-text token ends a row.
 
     Attributes:
         title: the engine's name in tables.
@@ -50,7 +50,7 @@ class Engine:
 
     @classmethod
     def refuses(cls, case: Case) -> str:
-        """Why it does not do a case; an empty string if it does."""
+        """The reason for not doing a case; an empty string if it does it."""
         if max(case.lengths) > cls.longest:
             return f"takes minutes, so it is not asked for more than {cls.longest:,} tokens"
         return ""

@@ -175,7 +175,7 @@ def tensors(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def describe(writer: Any, config: dict[str, Any], layers: int) -> None:
-    """What llama.cpp must know of the model."""
+    """The settings of the model that llama.cpp must know."""
     import gguf
 
     writer.add_block_count(layers)

@@ -77,7 +77,7 @@ class Adapter(Engine):
 
 
 def genai_config(config: dict[str, Any], graph: str) -> dict[str, Any]:
-    """What onnxruntime-genai must know of a GPT-2 with a cache of separate keys and values."""
+    """The settings that onnxruntime-genai needs for a GPT-2 with separate keys and values."""
     return {
         "model": {
             "type": "llama",  # "gpt2" expects a cache of keys and values in one tensor
