@@ -124,8 +124,7 @@ def _byte_level(file: File, tokens: list[str], pre: str) -> Tokenizer:
         raise UnsupportedModel("its vocabulary has no merges")
     merges = [_pair(line) for line in lines]
     vocabulary = {token: number for number, token in enumerate(tokens)}
-    model = models.BPE(vocabulary, merges, ignore_merges=pre in WHOLE_WORDS, fuse_unk=False)
-    made = Tokenizer(model)
+    made = Tokenizer(_model(vocabulary, merges, ignore_merges=pre in WHOLE_WORDS, fuse_unk=False))
     if pre in COMPOSED:
         made.normalizer = normalizers.NFC()
     splits = SPLITS[pre]
@@ -139,6 +138,13 @@ def _byte_level(file: File, tokens: list[str], pre: str) -> Tokenizer:
     made.pre_tokenizer = steps[0] if len(steps) == 1 else pre_tokenizers.Sequence(steps)
     made.decoder = decoders.ByteLevel()
     return made
+
+
+def _model(vocabulary: dict[str, int], merges: list[tuple[str, str]], **rules: Any) -> models.BPE:
+    try:
+        return models.BPE(vocabulary, merges, **rules)
+    except Exception as error:  # tokenizers raises Exception itself
+        raise UnsupportedModel(f"its vocabulary contradicts itself: {error}") from error
 
 
 def _pair(line: Any) -> tuple[str, str]:
@@ -159,7 +165,7 @@ def _sentence_pieces(file: File, tokens: list[str], types: Sequence[int]) -> Tok
     if unknown is None and isinstance(number, int) and 0 <= number < len(tokens):
         unknown = tokens[number]
     falls_back = BYTE in types
-    model = models.BPE(
+    model = _model(
         vocabulary,
         _merges(vocabulary, tokens, scores, types),
         unk_token=unknown,
@@ -254,7 +260,8 @@ def _configuration(file: File, tokens: list[str]) -> dict[str, Any]:
     config: dict[str, Any] = {name.removesuffix("_id"): tokens[n] for name, n in ids.items()}
     config["clean_up_tokenization_spaces"] = False
     template = file.metadata.get("tokenizer.chat_template")
-    names = file.metadata.get("tokenizer.chat_templates") or []
+    names = file.metadata.get("tokenizer.chat_templates")
+    names = names if isinstance(names, list) else []
     named = {name: file.metadata.get(f"tokenizer.chat_template.{name}") for name in names}
     if isinstance(template, str):
         named["default"] = template

@@ -1,4 +1,4 @@
-"""fastgen export: a transformers model or an ONNX folder becomes a model directory."""
+"""fastgen export: a transformers model, an ONNX folder or a GGUF file becomes a directory."""
 
 from __future__ import annotations
 
@@ -76,11 +76,14 @@ def export(
     revision: str | None,
     adapter: str | None,
 ) -> None:
-    """Export MODEL, a transformers model or an ONNX folder, to the model directory OUT.
+    """Export MODEL to the model directory OUT.
 
-    MODEL is a directory or a hub id. It may be an adapter (PEFT), which is merged into the model
-    that it belongs to; or what others exported to ONNX (onnxruntime-genai's builder, optimum,
+    MODEL is a directory, a hub id or a file. It may be an adapter (PEFT), which is merged into the
+    model that it belongs to; or what others exported to ONNX (onnxruntime-genai's builder, optimum,
     transformers.js), whose graph is rewritten and compared with itself as it was.
+
+    It may be a GGUF file of llama.cpp's too (the extra `gguf`): a path, or ID:FILE on the hub. Its
+    weights stay in their own numbers unless a precision is asked for.
 
     A transformers model of a known family (safetensors, with a tokenizer.json) and an ONNX folder
     need onnx and onnx_ir (the extra `onnx`), all other models torch and transformers (the extra

@@ -213,6 +213,8 @@ def _check_values(node: dict[str, Any]) -> None:
 
 def _is_exact(value: int | float) -> bool:
     """True where llguidance writes this number and no neighbour of it."""
+    if isinstance(value, float) and repr(value).endswith(".0"):  # which is a digit too
+        return _is_read_exactly(Decimal(repr(value)))
     if value == int(value):
         return abs(value) <= LARGEST and float(value) == int(value)
     return _is_read_exactly(Decimal(repr(value)))

@@ -90,9 +90,9 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         (),
     ),
     "export": (
-        "export/build export/torch_model export/onnx_folder export/prove export/trace "
-        "export/quantize export/source export/rewrite fastgen generator engine store system "
-        "errors",
+        "export/gguf export/build export/torch_model export/onnx_folder export/prove "
+        "export/trace export/quantize export/source export/rewrite fastgen generator engine "
+        "store system errors",
         (
             "pipeline",
             "stages",
@@ -100,6 +100,15 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
             "opening",
             "demo requirements",
             "bundle manual options progress",
+        ),
+    ),
+    "export/gguf": (
+        "export/build store system errors",
+        (
+            "parts",
+            "architectures",
+            "tensors vocabulary",
+            "file",
         ),
     ),
     "export/build": (
@@ -159,7 +168,7 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         (
             "recipe",
             "experts kv_int8 smooth",
-            "calibrate gptq prefill_int8",
+            "calibrate gptq grid prefill_int8",
             "kernels",
             "activations rotate",
             "rotate_values",

@@ -17,7 +17,7 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from llguidance import LLMatcher
 from serving import served
@@ -229,6 +229,7 @@ ODD = st.one_of(
 @given(
     number=st.one_of(ODD, st.floats(allow_nan=False, allow_infinity=False)), nested=st.booleans()
 )
+@example(number=1801439850948199.0, nested=False)
 def test_a_number_is_written_as_it_is_or_refused(demo, number, nested):
     asked = {"enum": [{"a": [number]}]} if nested else {"const": number}
     try:
