@@ -78,8 +78,14 @@ def cases(new: int) -> dict[str, list[Any]]:
         f"1 row, drawn, 16 -> {new}": [1, 16, drawn],
         f"4 beams, 16 -> {new}": [1, 16, some | {"num_beams": 4}],
         f"prompt lookup, 64 -> {new}": [1, 64, some | {"prompt_lookup_num_tokens": 4}],
-        "first token after 512": [1, 512, {"max_new_tokens": 1}],
+        "first token after 448": [1, 448, {"max_new_tokens": 1}],
     }
+
+
+def compared(versions: list[Version], case: list[Any], rounds: int) -> list[list[float]]:
+    """Seconds of a call by version and round."""
+    calls = {index: lambda _, v=version: v.seconds(case) for index, version in enumerate(versions)}
+    return list(in_rounds(calls, rounds).values())
 
 
 def main() -> None:
@@ -95,11 +101,8 @@ def main() -> None:
     print(f"{args.model or 'the demo'}; {shapes.machine(args.threads)}\n")
     print("| | before, ms | after / before |\n|---|---|---|")
     for title, case in cases(args.new).items():
-        calls = {index: lambda _, v=v: v.seconds(case) for index, v in enumerate(versions)}
-        took = in_rounds(calls, args.rounds)
-        print(
-            f"| {title} | {1e3 * statistics.median(took[0]):.1f} | {ratio(took[1], took[0]):.3f} |"
-        )
+        before, after = compared(versions, case, args.rounds)
+        print(f"| {title} | {1e3 * statistics.median(before):.1f} | {ratio(after, before):.3f} |")
     for version in versions:
         version.close()
 

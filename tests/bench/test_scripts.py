@@ -90,7 +90,7 @@ def test_a_directory_is_measured(run, directory, script, arguments):
 def test_the_demo_model_is_measured(run, monkeypatch, tmp_path):
     assert len(lines(run("startup", "--rounds", "1"))) >= 3
     assert len(lines(run("structured", *ONCE))) >= 2
-    roots = [Path(fastgen.__file__).parents[1]] * 2
+    roots = [BENCH.parent] * 2
     assert len(lines(run("versions", *roots, "--new", "2", *ONCE))) >= 7
     held_out = importlib.import_module("held_out")
     text = tmp_path / "text"
