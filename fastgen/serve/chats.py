@@ -80,8 +80,8 @@ class ChatAnswer(Answer):
         return "chat.completion.chunk" if self.streamed else "chat.completion"
 
     async def whole(self) -> dict[str, Any]:
-        async for place, token in self.run.tokens():
-            self._said[place].push(token)
+        async for index, token in self.run.tokens():
+            self._said[index].push(token)
         return await self.front.put_together(self.size, self._made)
 
     def _made(self) -> dict[str, Any]:
@@ -121,8 +121,8 @@ class ChatAnswer(Answer):
         """A chunk for each thing that a token says; None for a token that says nothing yet."""
         for index in range(len(self.run.texts)):
             yield self._delta(index, {"role": "assistant", "content": "", "refusal": None})
-        async for place, token in self.run.tokens():
-            said = self._said[place]
+        async for index, token in self.run.tokens():
+            said = self._said[index]
             if said.text.reason is not None:
                 continue
             deltas = list(_deltas(said.push(token), said.whole))
@@ -132,9 +132,9 @@ class ChatAnswer(Answer):
                 deltas = [{"content": ""}]
             for delta in deltas:
                 tokens, said.tokens = said.tokens, []
-                yield self._delta(place, delta, self._logprobs(tokens))
+                yield self._delta(index, delta, self._logprobs(tokens))
             if said.text.reason is not None:
-                yield self._delta(place, {}, None, self._reason(said))
+                yield self._delta(index, {}, None, self._reason(said))
         for chunk in self.last_chunks():
             yield chunk
 
@@ -162,19 +162,19 @@ def _deltas(events: Sequence[AnswerEvent], whole: WholeAnswer) -> Iterator[dict[
         whole: what was said, these events included.
     """
     begun = sum(event.kind == "call" for event in events)
-    place = whole.begun - begun - 1
+    index = whole.begun - begun - 1
     for event in events:
         if event.kind == "content" or (event.kind == "broken" and event.text):
             yield {"content": event.text}
         elif event.kind == "reasoning":
             yield {"reasoning_content": event.text}
         elif event.kind == "call":
-            place += 1
+            index += 1
             function = {"name": event.text, "arguments": ""}
-            call = {"index": place, "id": _call_id(), "type": "function", "function": function}
+            call = {"index": index, "id": _call_id(), "type": "function", "function": function}
             yield {"tool_calls": [call]}
         elif event.kind == "arguments":
-            yield {"tool_calls": [{"index": place, "function": {"arguments": event.text}}]}
+            yield {"tool_calls": [{"index": index, "function": {"arguments": event.text}}]}
 
 
 async def answer(front: Front, body: Any) -> ChatAnswer:

@@ -147,8 +147,10 @@ class Front:
 
     def kept(self, marks: Collection[str]) -> frozenset[int]:
         """The special tokens that marks are made of."""
-        found = (one for text, one in self.specials.items() if any(text in mark for mark in marks))
-        return frozenset(found)
+        tokens = (
+            token for text, token in self.specials.items() if any(text in mark for mark in marks)
+        )
+        return frozenset(tokens)
 
     @property
     def marks(self) -> Marks | None:

@@ -68,13 +68,13 @@ class Budget:
 
     def _due(self, generated: Sequence[int]) -> int | None:
         """The token that has to follow these; None where any may."""
-        place = len(generated) - self._first
-        if not 0 <= place < len(self._end) or list(generated[self._first :]) != self._end[:place]:
+        index = len(generated) - self._first
+        if not 0 <= index < len(self._end) or list(generated[self._first :]) != self._end[:index]:
             return None
         text = self._text(generated[: self._first])
         if not self._begun and not text.lstrip().startswith(self._marks.begin.strip()):
             return None
-        return None if self._marks.end.strip() in text else self._end[place]
+        return None if self._marks.end.strip() in text else self._end[index]
 
     def _text(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)

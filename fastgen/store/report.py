@@ -31,14 +31,14 @@ def table(report: dict[str, Any]) -> str:
 
 
 def _table(report: dict[str, Any]) -> str:
-    found = {"fp32": report.get("fp32", report)}
+    sections = {"fp32": report.get("fp32", report)}
     if "cache" in report:
-        found[f"{report['cache_precision']} cache"] = report["cache"]
+        sections[f"{report['cache_precision']} cache"] = report["cache"]
     if report["precision"] != "fp32":
-        found[report["precision"]] = report
-    columns = [_column(one) for one in found.values()]
+        sections[report["precision"]] = report
+    columns = [_column(section) for section in sections.values()]
     names = list(dict.fromkeys(name for column in columns for name in column))
-    lines = [["", *found]] + [[name, *(c.get(name, "") for c in columns)] for name in names]
+    lines = [["", *sections]] + [[name, *(c.get(name, "") for c in columns)] for name in names]
     return "\n".join([*_aligned(lines), *_notes(report)])
 
 
