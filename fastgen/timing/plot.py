@@ -114,7 +114,8 @@ def lines(results: Sequence[Result], width: int, encoding: str) -> Iterator[str]
                 name = f"{'' if index else label:<{labels}}"
                 name += f"  {_cut(result.model, names)}" if several else ""
                 bar = draw(result.rate / most * room) if room >= LEAST_BAR else ""
-                numbers = f"{_number(result.rate):>10}{_time(result.milliseconds):>13}{_spread(result):>6}"
+                numbers = f"{_number(result.rate):>10}{_time(result.milliseconds):>13}"
+                numbers += f"{_spread(result):>6}"
                 yield f"{f'  {name}':<{left}}{numbers}  {bar}".rstrip()
         yield ""
 

@@ -179,7 +179,8 @@ def table(tried: Sequence[Candidate], chosen: Sequence[Candidate], new: int) -> 
     for candidate in tried:
         kl, _ = accuracy(candidate.directory)
         yield (
-            f"{'*' if candidate in chosen else '':2}{candidate.directory.name:<28}{candidate.tuning!s:<28}"
+            f"{'*' if candidate in chosen else '':2}{candidate.directory.name:<28}"
+            f"{candidate.tuning!s:<28}"
             f"{1e3 * statistics.median(candidate.decode):>11.2f}"
             f"{1e3 * statistics.median(candidate.prefill):>11.1f}{kl + candidate.divergence:>9.1e}"
         )
