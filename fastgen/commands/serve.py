@@ -25,11 +25,11 @@ MEMORY = "a quarter of the machine's memory"
 
 def limit_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """A flag for each limit of a request."""
-    for one in reversed(fields(RequestLimits)):
+    for limit in reversed(fields(RequestLimits)):
         flag = click.option(
-            f"--max-{one.name.replace('_', '-')}",
+            f"--max-{limit.name.replace('_', '-')}",
             type=click.IntRange(1),
-            help=f"{one.metadata['help']}, at most [default: {one.default:,}]",
+            help=f"{limit.metadata['help']}, at most [default: {limit.default:,}]",
         )
         command = flag(command)
     return command

@@ -206,7 +206,10 @@ class PrefixCache:
             for part, array in enumerate(parts)
         }
         arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
-        with files.atomic_file("the prefix cache's file", path) as made, made.open("wb") as file:
+        with (
+            files.atomic_file("the prefix cache's file", path) as temporary,
+            temporary.open("wb") as file,
+        ):
             np.savez(file, **arrays)  # type: ignore[arg-type]
 
     @classmethod

@@ -188,9 +188,9 @@ class Journal:
             write: makes the file of the lines.
         """
         self.sync()
-        with files.atomic_file("the output", self.out) as made:
-            write(made, self.lines)
-            with made.open("rb+") as file:
+        with files.atomic_file("the output", self.out) as temporary:
+            write(temporary, self.lines)
+            with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
         _sync_directory(self.out.parent)
         self.path.unlink()

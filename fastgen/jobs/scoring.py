@@ -57,9 +57,17 @@ class ScoringWork:
                 return
             yield from bad
             given = [request for _, request in good]
-            given.sort(key=lambda one: (one.prefix or (), one.prefix is None, -len(one.ids)))
+            given.sort(
+                key=lambda request: (
+                    request.prefix or (),
+                    request.prefix is None,
+                    -len(request.ids),
+                )
+            )
             while given:
-                some = [one for one in given[:TOGETHER] if one.prefix == given[0].prefix]
+                some = [
+                    request for request in given[:TOGETHER] if request.prefix == given[0].prefix
+                ]
                 del given[: len(some)]
                 yield from self._scored(some)
 
@@ -99,7 +107,7 @@ class ScoringWork:
     def _ids(self, name: str, value: Any, special: bool) -> list[int]:
         """A text or a list as ids, as `CausalLM.score` would read it."""
         if isinstance(value, list):
-            ids = [validators.integer(name, one) for one in value]
+            ids = [validators.integer(name, item) for item in value]
         else:
             text = validators.text(name, value)
             ids = self.model.tokenizer.encode(text, add_special_tokens=special)
@@ -123,12 +131,12 @@ class ScoringWork:
         for request, logprobs in zip(some, scores, strict=True):
             yield Done(request.row, Outcome(self._written(request, logprobs), len(request.ids)))
 
-    def _written(self, one: ScoreRequest, logprobs: NDArray[np.float32]) -> dict[str, Any]:
+    def _written(self, request: ScoreRequest, logprobs: NDArray[np.float32]) -> dict[str, Any]:
         known = logprobs[~np.isnan(logprobs)].astype(np.float64)
         return {
-            **one.kept,
+            **request.kept,
             "logprob": float(known.sum()),
-            "tokens": len(one.ids),
+            "tokens": len(request.ids),
             "perplexity": float(np.exp(-known.mean())) if len(known) else None,
             **({"logprobs": [float(value) for value in logprobs]} if self.each else {}),
         }

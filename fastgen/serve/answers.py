@@ -80,7 +80,7 @@ class GeneratedText:
         """Characters at the end of what is held that may begin a stop text."""
         longest = max(map(len, self.stop), default=1) - 1
         for size in range(min(longest, len(text)), 0, -1):
-            if any(one.startswith(text[-size:]) for one in self.stop):
+            if any(stop.startswith(text[-size:]) for stop in self.stop):
                 return size
         return 0
 

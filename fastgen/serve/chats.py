@@ -86,8 +86,8 @@ class ChatAnswer(Answer):
 
     def _made(self) -> dict[str, Any]:
         choices = []
-        for index, said in enumerate(self._said):
-            whole = said.whole
+        for index, chat_text in enumerate(self._said):
+            whole = chat_text.whole
             message: dict[str, Any] = {
                 "role": "assistant",
                 "content": whole.content or None if whole.calls else whole.content,
@@ -96,21 +96,21 @@ class ChatAnswer(Answer):
             if whole.reasoning:
                 message["reasoning_content"] = whole.reasoning
             if whole.calls:
-                message["tool_calls"] = [_in_message(one) for one in whole.calls]
+                message["tool_calls"] = [_in_message(call) for call in whole.calls]
             choices.append(
                 {
                     "index": index,
                     "message": message,
-                    "logprobs": self._logprobs(said.text.tokens),
-                    "finish_reason": self._reason(said),
+                    "logprobs": self._logprobs(chat_text.text.tokens),
+                    "finish_reason": self._reason(chat_text),
                 }
             )
         return self.with_choices(choices)
 
-    def _reason(self, said: ChatText) -> str | None:
+    def _reason(self, chat_text: ChatText) -> str | None:
         """The reason of its end, OpenAI's: "tool_calls" only where the model chose to call."""
-        called = said.text.reason == "stop" and said.whole.calls and not self.named
-        return "tool_calls" if called else said.text.reason
+        called = chat_text.text.reason == "stop" and chat_text.whole.calls and not self.named
+        return "tool_calls" if called else chat_text.text.reason
 
     def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
         if self.request.alternatives is None:
@@ -122,19 +122,19 @@ class ChatAnswer(Answer):
         for index in range(len(self.run.texts)):
             yield self._delta(index, {"role": "assistant", "content": "", "refusal": None})
         async for index, token in self.run.tokens():
-            said = self._said[index]
-            if said.text.reason is not None:
+            chat_text = self._said[index]
+            if chat_text.text.reason is not None:
                 continue
-            deltas = list(_deltas(said.push(token), said.whole))
-            if not deltas and (said.text.reason is None or not said.tokens):
+            deltas = list(_deltas(chat_text.push(token), chat_text.whole))
+            if not deltas and (chat_text.text.reason is None or not chat_text.tokens):
                 yield None
             elif not deltas:
                 deltas = [{"content": ""}]
             for delta in deltas:
-                tokens, said.tokens = said.tokens, []
+                tokens, chat_text.tokens = chat_text.tokens, []
                 yield self._delta(index, delta, self._logprobs(tokens))
-            if said.text.reason is not None:
-                yield self._delta(index, {}, None, self._reason(said))
+            if chat_text.text.reason is not None:
+                yield self._delta(index, {}, None, self._reason(chat_text))
         for chunk in self.last_chunks():
             yield chunk
 

@@ -97,7 +97,7 @@ class CompletionAnswer(Answer):
         text: str,
         tokens: Sequence[Token],
         reason: str | None,
-        made: Sequence[Token],
+        generated: Sequence[Token],
         begin: Sequence[int],
     ) -> dict[str, Any]:
         choice: dict[str, Any] = {"index": index, "text": text, "logprobs": None,
@@ -105,7 +105,7 @@ class CompletionAnswer(Answer):
         if self.request.alternatives is not None and self.front.model.has_tokenizer:
             choice["logprobs"] = logprobs(tokens, self.front.model.tokenizer, begin)
         if not self.front.model.has_tokenizer:
-            choice["token_ids"] = [token.id for token in made]
+            choice["token_ids"] = [token.id for token in generated]
         return choice
 
     async def chunks(self) -> AsyncIterator[dict[str, Any] | None]:

@@ -142,8 +142,8 @@ class Front:
     def specials(self) -> dict[str, int]:
         """The special tokens by their spelling."""
         tokenizer, size = self.model.tokenizer, self.info.vocab_size
-        spelt = ((tokenizer.token(one) or "", one) for one in tokenizer.special_ids())
-        return {text: one for text, one in spelt if one < size}
+        spelt = ((tokenizer.token(token) or "", token) for token in tokenizer.special_ids())
+        return {text: token for text, token in spelt if token < size}
 
     def kept(self, marks: Collection[str]) -> frozenset[int]:
         """The special tokens that marks are made of."""

@@ -30,7 +30,7 @@ def reader(model: CausalLM, marks: Marks | None, messages: Sequence[Any]) -> Ans
     if marks is None:
         return None
     tokenizer = model.tokenizer
-    hidden = {tokenizer.token(one) for one in tokenizer.special_ids()}
+    hidden = {tokenizer.token(token) for token in tokenizer.special_ids()}
     if {marks.begin, marks.end} & hidden:
         return None
     begun = inside(model.chat_text(messages), marks)
@@ -58,8 +58,8 @@ class Budget:
 
     def __call__(self, ids: NDArray[np.int64], scores: NDArray[np.float32]) -> NDArray[np.float32]:
         """Rule out, in scores [rows, vocab], all but the next token of the mark where it is due."""
-        for row, one in enumerate(ids):
-            due = self._due(one[self._prompt :].tolist())
+        for row, sequence in enumerate(ids):
+            due = self._due(sequence[self._prompt :].tolist())
             if due is not None:
                 kept = scores[row, due]
                 scores[row] = -np.inf

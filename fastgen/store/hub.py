@@ -44,8 +44,8 @@ def listed(repository: str, revision: str | None = None) -> list[str]:
 
     try:
         # One request, which fails at once; `list_repo_files` tries again for half a minute.
-        said = huggingface_hub.model_info(repository, revision=revision or "main")
-        return [one.rfilename for one in said.siblings or ()]
+        repository_info = huggingface_hub.model_info(repository, revision=revision or "main")
+        return [file.rfilename for file in repository_info.siblings or ()]
     except Exception as error:  # of huggingface_hub, of the system, or of whatever speaks HTTP
         if _has_answered(error):
             raise _unknown(repository, error, revision) from error
@@ -64,7 +64,7 @@ def onnx_snapshot(repository: str, needed: Sequence[str], revision: str | None) 
     Raises:
         ModelError: it cannot be reached or does not exist.
     """
-    folder = onnx_folders.folder_of(needed) or ""
+    folder = onnx_folders.place_of(needed) or ""
     directory = snapshot(repository, revision, only=[glob.escape(name) for name in needed])
     return directory if folder in ("", "onnx") else directory / folder
 

@@ -26,7 +26,7 @@ ALONE = "fp32"  # what a graph without a suffix is called
 GENAI = "genai_config.json"
 
 
-def folder_of(names: Iterable[str]) -> str | None:
+def place_of(names: Iterable[str]) -> str | None:
     """The place of the graphs: "" for the folder itself, "onnx" or another in it; None for none.
 
     Raises:
@@ -54,7 +54,7 @@ def decoders(names: Iterable[str]) -> dict[str, str]:
         ModelError: the graphs are those of an encoder-decoder, or of a model of pictures or
             sounds, or none is a decoder.
     """
-    folder = folder_of(names := list(names))
+    folder = place_of(names := list(names))
     files = [PurePosixPath(name) for name in names if name.endswith(".onnx")]
     files = [file for file in files if str(file.parent) == (folder or ".")]
     if parts := [file.name for file in files if PICTURES.search(file.stem)]:

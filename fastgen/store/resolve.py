@@ -201,7 +201,7 @@ def is_onnx(names: Iterable[str], precision: str | None) -> bool:
     its own precisions are made of them, and those that only the folder has are the folder's.
     """
     names = list(names)
-    if onnx_folders.folder_of(names) is None:
+    if onnx_folders.place_of(names) is None:
         return False
     if not onnx_folders.holds_torch(names) or not has_torch():
         return True

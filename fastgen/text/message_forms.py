@@ -277,15 +277,15 @@ def _marked(messages: Sequence[Message]) -> tuple[list[Message], list[Mark]]:
 def _lost(text: str, marks: Sequence[Mark]) -> list[Mark]:
     """The marks that a prompt lacks. A part that is written as data is not read either."""
     text = text.casefold()
-    return [one for one in marks if one.word not in text or one.key in text]
+    return [mark for mark in marks if mark.word not in text or mark.key in text]
 
 
 def _complain(lost: Sequence[Mark]) -> None:
     """Refuse, or warn of, what no form of the messages shows."""
-    for one in lost:
-        if one.role not in MAY_LACK:
-            raise _unsaid(one)
-    for role in sorted({one.role for one in lost} - {"assistant"}):
+    for mark in lost:
+        if mark.role not in MAY_LACK:
+            raise _unsaid(mark)
+    for role in sorted({mark.role for mark in lost} - {"assistant"}):
         warnings.warn(
             f"the chat template shows no messages of role {role}: the model does not see them",
             stacklevel=4,
@@ -308,7 +308,7 @@ def _unmarked(messages: Sequence[Message], marks: Sequence[Mark], render: Render
         except ValueError as error:
             failed = failed or error
             continue
-        lost = [one for one in marks if one.said.strip() not in text]
+        lost = [mark for mark in marks if mark.said.strip() not in text]
         try:
             _complain(lost)
             return text

@@ -141,7 +141,7 @@ def cases(infos: Mapping[str, ModelInfo], asked: CaseOptions) -> tuple[list[Case
 
 def _lengths(infos: Mapping[str, ModelInfo], asked: CaseOptions) -> list[int]:
     """The prompts' lengths: those that were asked for, or the usual ones cut to what fits."""
-    limits = {name: one.max_length for name, one in infos.items() if one.max_length is not None}
+    limits = {name: info.max_length for name, info in infos.items() if info.max_length is not None}
     if not limits:
         return list(asked.prompts or PROMPTS)
     name = min(limits, key=lambda one: limits[one])

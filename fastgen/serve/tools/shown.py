@@ -117,7 +117,7 @@ def of(model: CausalLM) -> TemplateForms:
     added = model.tokenizer.backend.get_added_tokens_decoder().values()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what the template leaves out
-        return shown(render, {one.content for one in added})
+        return shown(render, {token.content for token in added})
 
 
 def shown(render: Render, tokens: Collection[str] = ()) -> TemplateForms:
@@ -145,16 +145,16 @@ def _switches(render: Render, name: str) -> bool:
     return on != off
 
 
-def _format(render: Render, told: str, variables: Sequence[str]) -> Format | None:
+def _format(render: Render, offered: str, variables: Sequence[str]) -> Format | None:
     """The format of a template that shows tools."""
     more = {name: [OFFERED] for name in variables}
     for talk in TALKS:
         text = _rendered(render, talk, [OFFERED], more)
-        call = text[_common(text, told) :]
-        for one in FORMATS:
-            if call and one.shown(call):
-                return one
-    return next((one for one in FORMATS if one.told(told)), None)
+        call = text[_common(text, offered) :]
+        for form in FORMATS:
+            if call and form.shown(call):
+                return form
+    return next((form for form in FORMATS if form.told(offered)), None)
 
 
 def _reasoning(
