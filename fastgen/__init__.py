@@ -77,12 +77,12 @@ def __getattr__(name: str) -> Any:
     does before numpy and onnxruntime are imported.
     """
     if name == "CausalLMModelForOnnxGeneration":  # the name that fastgpt's users know
-        found = __getattr__("CausalLM")
+        value = __getattr__("CausalLM")
     elif name in _OFFERED:
-        found = getattr(importlib.import_module(f"fastgen.{_OFFERED[name]}"), name)
+        value = getattr(importlib.import_module(f"fastgen.{_OFFERED[name]}"), name)
     elif name in _MODULES:
-        found = importlib.import_module(f"fastgen.{name}")
+        value = importlib.import_module(f"fastgen.{name}")
     else:
         raise AttributeError(f"module 'fastgen' has no attribute {name!r}")
-    globals()[name] = found
-    return found
+    globals()[name] = value
+    return value

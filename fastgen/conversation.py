@@ -204,7 +204,7 @@ class Conversation:
             ValueError: it holds no conversation, or the template refuses it.
         """
         path.open("rb").close()
-        found = jsonfile.take(
+        messages = jsonfile.take(
             jsonfile.read(path, ADVICE),
             path,
             "messages",
@@ -213,10 +213,10 @@ class Conversation:
             "content, a text",
             ADVICE,
         )
-        system = [message["content"] for message in found if message["role"] == "system"]
-        self._ids([*found, _message("user", "Hi")])
+        system = [message["content"] for message in messages if message["role"] == "system"]
+        self._ids([*messages, _message("user", "Hi")])
         self.system = system[0] if system else None
-        self.turns, self.dropped = found[len(system) :], 0
+        self.turns, self.dropped = messages[len(system) :], 0
 
     # --- a turn ----------------------------------------------------------------------------------
 

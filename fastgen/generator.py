@@ -444,8 +444,8 @@ class CausalLM:
 
         The first token of each is not counted: nothing predicts it.
         """
-        found = self.score(texts)
-        return score.perplexity(found if isinstance(found, list) else [found])
+        logprobs = self.score(texts)
+        return score.perplexity(logprobs if isinstance(logprobs, list) else [logprobs])
 
     def compute_transition_scores(
         self,

@@ -29,11 +29,11 @@ class Numbers(click.ParamType):  # type: ignore[type-arg]
         parts = str(value).split(",")
         if not all(part.strip().isdecimal() and len(part) < 20 for part in parts):
             self.fail(f"{value!r} is no list of numbers such as 1,8,32", param, context)
-        found = tuple(dict.fromkeys(int(part) for part in parts))
-        for one in found:
-            if not 0 < one <= MOST:
-                self.fail(f"{one} is not from 1 to {MOST:,}", param, context)
-        return found
+        numbers = tuple(dict.fromkeys(int(part) for part in parts))
+        for number in numbers:
+            if not 0 < number <= MOST:
+                self.fail(f"{number} is not from 1 to {MOST:,}", param, context)
+        return numbers
 
 
 NUMBERS = Numbers()
@@ -97,34 +97,34 @@ def bench(
         if not models:
             say("fastgen: no DIR given, using the embedded demo model")
         given = list(dict.fromkeys(models))
-        places = dict(zip(measure.labels(given), map(first_use.directory, given), strict=True))
-        places = places or {"demo": first_use.directory(None)}
-        infos = {name: ModelInfo.read(place) for name, place in places.items()}
+        directories = dict(zip(measure.labels(given), map(first_use.directory, given), strict=True))
+        directories = directories or {"demo": first_use.directory(None)}
+        infos = {name: ModelInfo.read(directory) for name, directory in directories.items()}
         asked = measure.CaseOptions(prompt, rows, beams, threads, new)
         timed, notes = measure.cases(infos, asked)
         for note in notes:
             say(note)
-        loads = measure.planned(places, timed, threads)
-        found = [result for load in loads for result in load]
+        loads = measure.planned(directories, timed, threads)
+        results = [result for load in loads for result in load]
         with click.progressbar(
-            length=rounds * len(found), label="measuring", file=sys.stderr
+            length=rounds * len(results), label="measuring", file=sys.stderr
         ) as bar:
-            measure.measure(places, loads, rounds, lambda: bar.update(1))
+            measure.measure(directories, loads, rounds, lambda: bar.update(1))
         machine = measure.machine()
         click.echo(f"{plot.of_machine(machine)}\n")
         width = shutil.get_terminal_size().columns
-        for line in plot.lines(found, width, sys.stdout.encoding or "ascii"):
+        for line in plot.lines(results, width, sys.stdout.encoding or "ascii"):
             click.echo(line)
         if as_json is not None:
             with files.atomic_file("--json", as_json) as file:
-                file.write_text(_record(machine, infos, found, rounds), encoding="utf-8")
+                file.write_text(_record(machine, infos, results, rounds), encoding="utf-8")
         if png is not None:
             with files.atomic_file("--png", png) as file:
-                plot.png(found, machine, rounds, file)
+                plot.png(results, machine, rounds, file)
 
 
 def _record(
-    machine: dict[str, Any], infos: dict[str, ModelInfo], found: list[Any], rounds: int
+    machine: dict[str, Any], infos: dict[str, ModelInfo], results: list[Any], rounds: int
 ) -> str:
     """All that was measured, as JSON."""
     models = {
@@ -144,6 +144,6 @@ def _record(
         "machine": machine,
         "rounds": rounds,
         "models": models,
-        "results": [one.to_dict() for one in found],
+        "results": [result.to_dict() for result in results],
     }
     return in_json(record, indent=2) + "\n"

@@ -271,7 +271,7 @@ def _events(reader: AnswerReader, pieces: Iterable[str]) -> Iterator[AnswerEvent
 
 def _harmless(text: str) -> str:
     """Without what a terminal takes for commands: a model may write anything."""
-    return re.sub(r"[^\n\t\x20-\x7e\xa0-\U0010ffff]", lambda found: repr(found[0])[1:-1], text)
+    return re.sub(r"[^\n\t\x20-\x7e\xa0-\U0010ffff]", lambda match: repr(match[0])[1:-1], text)
 
 
 def _shown(took: Took) -> str:
@@ -319,10 +319,10 @@ def _set(conversation: Conversation, rest: str) -> str | None:
 
 def _how(conversation: Conversation) -> str:
     """By what tokens are chosen."""
-    found = conversation.sampling
-    if found is None:
+    sampling = conversation.sampling
+    if sampling is None:
         return "not sampled"
-    return "sampled at " + ", ".join(f"{name} {json.dumps(v)}" for name, v in found.items())
+    return "sampled at " + ", ".join(f"{name} {json.dumps(v)}" for name, v in sampling.items())
 
 
 def _knob(name: str) -> str:

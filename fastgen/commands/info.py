@@ -26,34 +26,34 @@ def info(model: str | None, as_json: bool, verify: bool) -> None:
     from fastgen.store.tuning import Tuning, read
 
     with clear_errors():
-        place = first_use.directory(model)
-        found = ModelInfo.verify(place) if verify else ModelInfo.read(place)
-        report = jsonfile.read(place / REPORT)
+        directory = first_use.directory(model)
+        model_info = ModelInfo.verify(directory) if verify else ModelInfo.read(directory)
+        report = jsonfile.read(directory / REPORT)
         if as_json:
-            click.echo(in_json(jsonfile.read(place / INFO) | {"report": report}, indent=2))
+            click.echo(in_json(jsonfile.read(directory / INFO) | {"report": report}, indent=2))
             return
         beside = report.get("beside", "the original")
         compared = f"\nbeside {beside}:\n{table(report)}" if report else "report       none"
-        size = sum(found.files.values())
-        tuned = read(place)
-        token, limit = found.cache_bytes, found.max_length
-        full = f", {found.row_bytes(limit) / 1e6:,.1f} MB a row of {limit:,}" if limit else ""
+        size = sum(model_info.files.values())
+        tuned = read(directory)
+        token, limit = model_info.cache_bytes, model_info.max_length
+        full = f", {model_info.row_bytes(limit) / 1e6:,.1f} MB a row of {limit:,}" if limit else ""
         lines = {
-            "model": f"{found.name or place.name} ({found.model_type})",
-            "weights": f"{found.parameters:,}",
-            "precision": found.precision + _prompts(found),
-            "size": f"{size / 1e6:,.1f} MB in {len(found.files)} files",
-            "vocabulary": f"{found.vocab_size:,} tokens",
+            "model": f"{model_info.name or directory.name} ({model_info.model_type})",
+            "weights": f"{model_info.parameters:,}",
+            "precision": model_info.precision + _prompts(model_info),
+            "size": f"{size / 1e6:,.1f} MB in {len(model_info.files)} files",
+            "vocabulary": f"{model_info.vocab_size:,} tokens",
             "context": f"{limit or 'any number of'} positions",
-            "layers": f"{len(found.layers)} with keys and values{_windows(found)}",
-            "cache": f"{found.cache_dtype}, {token:,} bytes a token{full}",
-            "tokenizer": "yes" if (place / TOKENIZER).is_file() else "no (ids only)",
+            "layers": f"{len(model_info.layers)} with keys and values{_windows(model_info)}",
+            "cache": f"{model_info.cache_dtype}, {token:,} bytes a token{full}",
+            "tokenizer": "yes" if (directory / TOKENIZER).is_file() else "no (ids only)",
             "runs with": str(tuned) if tuned else f"{Tuning()} (not tuned)",
-            "exported by": f"fastgen {found.exporter}",
+            "exported by": f"fastgen {model_info.exporter}",
         }
-        if found.states:
-            row = f"{found.state_bytes:,} bytes a row of any length"
-            lines["states"] = f"{len(found.states)} besides, {row}"
+        if model_info.states:
+            row = f"{model_info.state_bytes:,} bytes a row of any length"
+            lines["states"] = f"{len(model_info.states)} besides, {row}"
         if verify:
             lines["verified"] = "every file has the bytes that were exported"
         for name, value in lines.items():
@@ -61,13 +61,13 @@ def info(model: str | None, as_json: bool, verify: bool) -> None:
         click.echo(compared)
 
 
-def _windows(found: ModelInfo) -> str:
+def _windows(model_info: ModelInfo) -> str:
     """Layers with a window, by its length: ", 15 of them with a window of 512 tokens"."""
-    counts = Counter(window for window in found.windows if window is not None)
+    counts = Counter(window for window in model_info.windows if window is not None)
     return "".join(f", {n} of them with a window of {w:,} tokens" for w, n in counts.items())
 
 
-def _prompts(found: ModelInfo) -> str:
+def _prompts(model_info: ModelInfo) -> str:
     """A note on prompts that are read in int8, if the model can."""
     note = ' (prefill_precision="int8" reads prompts faster, in memory)'
-    return note if found.can_read_prompts else ""
+    return note if model_info.can_read_prompts else ""

@@ -105,10 +105,10 @@ def on_a_cluster(
     rows = flags.pop("at_once")
     how = spread.Spread(**flags, **({} if rows is None else {"rows": rows}))
     silent = quiet or not sys.stderr.isatty()
-    made = getattr(cluster, engine)
-    found, bad = spread.run(how, made, arguments, source, out, kind, restart, silent)
+    actor = getattr(cluster, engine)
+    count, bad = spread.run(how, actor, arguments, source, out, kind, restart, silent)
     if not quiet:
-        say(f"fastgen: {found:,} rows, {bad:,} bad")
+        say(f"fastgen: {count:,} rows, {bad:,} bad")
     if bad:
         raise click.exceptions.Exit(SOME_BAD)
 

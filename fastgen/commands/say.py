@@ -25,8 +25,8 @@ def clear_errors() -> Iterator[None]:
     except BrokenPipeError as error:
         raise click.exceptions.Exit(0) from error
     except OSError as error:
-        place = f"{error.filename}: " if error.filename is not None else ""
-        raise click.UsageError(place + one_line(error.strerror or error)) from error
+        prefix = f"{error.filename}: " if error.filename is not None else ""
+        raise click.UsageError(prefix + one_line(error.strerror or error)) from error
     except MemoryError as error:
         raise click.UsageError(one_line(f"not enough memory: {error}")) from error
     except ValueError as error:

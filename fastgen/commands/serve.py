@@ -25,11 +25,11 @@ MEMORY = "a quarter of the machine's memory"
 
 def limit_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """A flag for each limit of a request."""
-    for one in reversed(fields(RequestLimits)):
+    for limit in reversed(fields(RequestLimits)):
         flag = click.option(
-            f"--max-{one.name.replace('_', '-')}",
+            f"--max-{limit.name.replace('_', '-')}",
             type=click.IntRange(1),
-            help=f"{one.metadata['help']}, at most [default: {one.default:,}]",
+            help=f"{limit.metadata['help']}, at most [default: {limit.default:,}]",
         )
         command = flag(command)
     return command
@@ -163,10 +163,10 @@ def serve(
             **{n.removeprefix("max_"): v for n, v in most.items() if v is not None}
         )
         given["grammars"] = trial.Limits(grammar_seconds, grammar_memory << 20)
-        with _listening(host, port) as place:
-            hosts = _hosts(place, host, allowed_hosts, api_key is not None)
+        with _listening(host, port) as listener:
+            hosts = _hosts(listener, host, allowed_hosts, api_key is not None)
             loaded = load(model, threads, prefill_precision, "MODEL")
-            made = app(
+            application = app(
                 loaded,
                 name=name,
                 api_key=api_key,
@@ -176,9 +176,11 @@ def serve(
                 limits=limits,
                 **given,
             )
-            server = Server(made, grace, ready=lambda: say(f"fastgen: serving at {_url(place)}"))
+            server = Server(
+                application, grace, ready=lambda: say(f"fastgen: serving at {_url(listener)}")
+            )
             with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
-                runner.run(server.serve(sockets=[place]))
+                runner.run(server.serve(sockets=[listener]))
 
 
 def _listening(host: str, port: int) -> socket.socket:
@@ -187,24 +189,24 @@ def _listening(host: str, port: int) -> socket.socket:
         (family, kind, protocol, _, address), *_ = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
-        place = socket.socket(family, kind, protocol)
-        place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        place.bind(address)
-        return place
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        return listener
     except (OSError, UnicodeError) as error:
         raise ValueError(f"cannot listen at {host}:{port}: {error}") from error
 
 
 def _hosts(
-    place: socket.socket, host: str, allowed: tuple[str, ...], has_key: bool
+    listener: socket.socket, host: str, allowed: tuple[str, ...], has_key: bool
 ) -> set[str] | None:
     """The names that the service may be asked by; None for any."""
-    local = ipaddress.ip_address(place.getsockname()[0].partition("%")[0]).is_loopback
+    local = ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback
     if not allowed and (has_key or not local):
         return None
     return {"localhost", "127.0.0.1", "[::1]", f"[{host}]" if ":" in host else host, *allowed}
 
 
-def _url(place: socket.socket) -> str:
-    host, port = place.getsockname()[:2]
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"

@@ -55,34 +55,34 @@ def tune(
                 raise ValueError(f"--{name} must be at most {MOST:,}, got {value}")
         work = Workload(rows, prompt, new)
         directories = [first_use.directory(model) for model in models]
-        for place in directories:
-            _check_room(place, work)
+        for directory in directories:
+            _check_room(directory, work)
         if prefill_precision not in (None, *tuning.PREFILL_PRECISIONS):
             raise ValueError(f"--prefill-precision must be same or int8, got {prefill_precision!r}")
         if prefill_precision == "int8":
-            infos = {place: ModelInfo.read(place) for place in directories}
+            infos = {directory: ModelInfo.read(directory) for directory in directories}
             if not any(info.can_read_prompts for info in infos.values()):
                 infos[directories[0]].check_prompts(directories[0])
         every = {
-            place: tune.candidates(place, prefill_precision or "same")
-            for place in dict.fromkeys(directories)
+            directory: tune.candidates(directory, prefill_precision or "same")
+            for directory in dict.fromkeys(directories)
         }
-        allowed = [place for place in every if tune.within(place, max_kl, min_top1)]
-        found = [one for place in every for one in every[place]]
-        steps = rounds * len(found)
+        allowed = [directory for directory in every if tune.within(directory, max_kl, min_top1)]
+        candidates = [candidate for directory in every for candidate in every[directory]]
+        steps = rounds * len(candidates)
         with click.progressbar(length=steps, label="measuring", file=sys.stderr) as bar:
-            tune.measure(found, work, rounds, lambda: bar.update(1))
-        chosen = [tune.best(ones, new) for ones in every.values()]
-        for one in chosen:
-            tuning.write(one.directory, one.tuning)
-        for line in tune.table(found, chosen, new):
+            tune.measure(candidates, work, rounds, lambda: bar.update(1))
+        chosen = [tune.best(group, new) for group in every.values()]
+        for candidate in chosen:
+            tuning.write(candidate.directory, candidate.tuning)
+        for line in tune.table(candidates, chosen, new):
             click.echo(line)
         if len(every) > 1:
-            fastest = [one for one in chosen if one.directory in allowed]
+            fastest = [candidate for candidate in chosen if candidate.directory in allowed]
             if not fastest:
                 raise ValueError(f"no model has a KL divergence within {max_kl}: allow more")
-            one = min(fastest, key=lambda one: one.seconds(new))
-            click.echo(f"fastest within the budget: {one.directory} ({one.tuning})")
+            candidate = min(fastest, key=lambda candidate: candidate.seconds(new))
+            click.echo(f"fastest within the budget: {candidate.directory} ({candidate.tuning})")
 
 
 def _check_room(directory: Path, work: Workload) -> None:

@@ -78,14 +78,14 @@ class Cache:
 
     def slots(self, first: int, rows: int) -> Iterator[NDArray[Any]]:
         """Views `[rows, kv_heads, capacity, head_dim]` of each layer's key and value, in order."""
-        places = {
-            layer: (shape, 2 * place)
+        indices = {
+            layer: (shape, 2 * index)
             for shape, layers in self._layers.items()
-            for place, layer in enumerate(layers)
+            for index, layer in enumerate(layers)
         }
         for layer in range(len(self.shapes)):
-            shape, place = places[layer]
-            for half in (place, place + 1):
+            shape, index = indices[layer]
+            for half in (index, index + 1):
                 yield self._buffers[shape][half, first : first + rows]
 
     def states(self, first: int, rows: int) -> Iterator[NDArray[np.float32]]:
@@ -162,9 +162,9 @@ class Cache:
     def _windowed(self, slot: int) -> Iterator[tuple[int, NDArray[Any]]]:
         """Each layer's window, and a head's keys or values [capacity, head_dim], if it has one."""
         for shape, layers in self._layers.items():
-            for place, layer in enumerate(layers):
+            for index, layer in enumerate(layers):
                 if (window := self.windows[layer]) is not None:
-                    for half in self._buffers[shape][2 * place : 2 * place + 2, slot]:
+                    for half in self._buffers[shape][2 * index : 2 * index + 2, slot]:
                         yield from ((window, head) for head in half)
 
     def trim(self, slot: int, length: int) -> None:

@@ -117,13 +117,13 @@ class PrefixCache:
         """
         size = _size(cache, chunk)
         names = [_names(model, prompt[:-1], cache, size) for prompt in prompts]
-        found: list[list[Block]] = []
+        matches: list[list[Block]] = []
         kind = size, cache.kind(size)
         with self._lock:
             for mine in names:
                 count = next((i for i, n in enumerate(mine) if n not in self._blocks), len(mine))
-                found.append([self._blocks[name] for name in mine[:count]])
-                if any(_kind(block) != kind for block in found[-1]):
+                matches.append([self._blocks[name] for name in mine[:count]])
+                if any(_kind(block) != kind for block in matches[-1]):
                     raise ValueError(
                         "prefix_cache holds keys and values of another shape than the model's, "
                         "under its name: the file that it was loaded from is damaged; delete it"
@@ -131,7 +131,7 @@ class PrefixCache:
                 self._touch(mine[:count])
             held = _aligned(
                 np.array([len(prompt) for prompt in prompts]),
-                np.array([size * len(blocks) for blocks in found]),
+                np.array([size * len(blocks) for blocks in matches]),
                 size,
                 chunk,
                 {64, 128, 256, *(2 * dim for _, dim in cache.shapes)},
@@ -139,7 +139,7 @@ class PrefixCache:
             self.hits += int((held > 0).sum())
             self.misses += int((held == 0).sum())
             self.tokens_reused += int(held.sum())
-        for slot, (blocks, tokens) in enumerate(zip(found, held.tolist(), strict=True), first):
+        for slot, (blocks, tokens) in enumerate(zip(matches, held.tolist(), strict=True), first):
             for count, parts in blocks[: tokens // size]:
                 cache.append(slot, count, parts)
 
@@ -201,12 +201,15 @@ class PrefixCache:
         sizes = [tokens for _, (tokens, _) in blocks]
         header = {"format": FORMAT, "block": BLOCK, "names": names, "sizes": sizes}
         arrays = {
-            f"{place}.{part}": array
-            for place, (_, (_, parts)) in enumerate(blocks)
+            f"{index}.{part}": array
+            for index, (_, (_, parts)) in enumerate(blocks)
             for part, array in enumerate(parts)
         }
         arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
-        with files.atomic_file("the prefix cache's file", path) as made, made.open("wb") as file:
+        with (
+            files.atomic_file("the prefix cache's file", path) as temporary,
+            temporary.open("wb") as file,
+        ):
             np.savez(file, **arrays)  # type: ignore[arg-type]
 
     @classmethod
@@ -231,10 +234,10 @@ class PrefixCache:
 
     def _fill(self, content: zipfile.ZipFile, size: int) -> None:
         """Take over what a file of `size` bytes has, newest first."""
-        members = {one.filename: one for one in content.infolist()}
-        if any(one.compress_type != zipfile.ZIP_STORED for one in members.values()):
+        members = {member.filename: member for member in content.infolist()}
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members.values()):
             raise ValueError("what it holds is compressed")
-        if sum(one.file_size for one in content.infolist()) > size:
+        if sum(member.file_size for member in content.infolist()) > size:
             raise ValueError("what it holds is larger than itself")
         header = json.loads(_array(content, "header.npy").tobytes())
         if (header["format"], header["block"]) != (FORMAT, BLOCK):
@@ -248,8 +251,8 @@ class PrefixCache:
         sizes = header["sizes"]
         if len(sizes) != len(names) or not all(type(n) is int and n > 0 for n in sizes):
             raise ValueError(f"it has blocks of {sizes} tokens")
-        for place, name in reversed(list(enumerate(names))):
-            ours = (f"{place}.{part}.npy" for part in itertools.count())
+        for index, name in reversed(list(enumerate(names))):
+            ours = (f"{index}.{part}.npy" for part in itertools.count())
             parts = list(itertools.takewhile(members.__contains__, ours))
             described = [_described(content, part) for part in parts]
             if not parts or not all(dtype in (np.float32, np.int8) for _, dtype in described):
@@ -258,7 +261,7 @@ class PrefixCache:
             if self._nbytes + size > self.max_bytes:
                 break
             arrays = tuple(_array(content, part) for part in parts)
-            self._blocks[name] = sizes[place], arrays
+            self._blocks[name] = sizes[index], arrays
             self._blocks.move_to_end(name, last=False)
             self._nbytes += size
 

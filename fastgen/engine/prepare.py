@@ -165,13 +165,13 @@ def _mapping(config: Any) -> Mapping[str, Any] | None:
         raise ValueError(
             f"generation_config must be a dict or have to_dict(), got {validators.shown(config)}"
         )
-    found = dict(config if isinstance(config, Mapping) else config.to_dict())
-    odd = [name for name in found if not isinstance(name, str) or not name]
+    mapping = dict(config if isinstance(config, Mapping) else config.to_dict())
+    odd = [name for name in mapping if not isinstance(name, str) or not name]
     if odd:
         raise ValueError(
             f"generation_config must have names of knobs as its keys, got {validators.shown(odd)}"
         )
-    return found
+    return mapping
 
 
 def _with_padding(params: Params, model: Model, given: Mapping[str, Any]) -> Params:

@@ -63,8 +63,8 @@ def log_probabilities(
         cache.restore(0, begun)
         cache.take([0] * len(indices))
         texts = [np.concatenate((start, rows[i])) for i in indices]
-        found = _predicted(model, cache, texts, chunk)
-        for index, logprobs in zip(indices, found, strict=True):
+        predicted = _predicted(model, cache, texts, chunk)
+        for index, logprobs in zip(indices, predicted, strict=True):
             missing = len(rows[index]) - len(logprobs)
             out[index] = np.append(np.full(missing, np.nan, np.float32), logprobs)
     return out
@@ -119,9 +119,9 @@ class Scoring:
 
     def _take(self, logprobs: Scores, targets: Ids) -> None:
         """Note the log-probabilities of the next tokens, `logprobs` being float32 [new, vocab]."""
-        found = logprobs[np.arange(len(targets)), targets]
-        sampler.refuse_nan(found)
-        self.logprobs += found.tolist()
+        of_targets = logprobs[np.arange(len(targets)), targets]
+        sampler.refuse_nan(of_targets)
+        self.logprobs += of_targets.tolist()
         if self.count:
             self.tops += map(tuple, sampler.best(logprobs, self.count))
         else:
@@ -172,9 +172,9 @@ def _predicted(model: Model, cache: Cache, rows: Sequence[Ids], chunk: int) -> l
         logits = model.forward(new, cache, 0, positions)
         for index, (row, ids) in enumerate(zip(going, new, strict=True)):
             targets = row[at + 1 : at + 1 + len(ids)]
-            found = sampler.logprob_of(logits[index, : len(ids)], targets)
-            sampler.refuse_nan(found)
-            out[index].append(found.astype(np.float32))
+            logprobs = sampler.logprob_of(logits[index, : len(ids)], targets)
+            sampler.refuse_nan(logprobs)
+            out[index].append(logprobs.astype(np.float32))
     return [np.concatenate(parts) if parts else np.empty(0, np.float32) for parts in out]
 
 

@@ -217,8 +217,8 @@ def _accept(
     """
     events: list[Event] = []
     going = list(range(len(rows)))
-    for place in range(logits.shape[1]):
-        raw = logits[going, place]
+    for position in range(logits.shape[1]):
+        raw = logits[going, position]
         scores, tokens = choose([rows[i] for i in going], raw)
         for at, i in enumerate(going):
             alone = slice(at, at + 1)
@@ -227,8 +227,8 @@ def _accept(
         going = [
             i
             for i in going
-            if place < len(guesses[i])
-            and guesses[i][place] == picked[i]
+            if position < len(guesses[i])
+            and guesses[i][position] == picked[i]
             and not rows[i].finish_reason
         ]
         if not going:

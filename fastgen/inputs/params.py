@@ -362,10 +362,10 @@ def sampling(
     own = {n: model_defaults[n] for n in SAMPLING if model_defaults.get(n) is not None}
     given = {name: value for name, value in (knobs or {}).items() if name in SAMPLING}
     beams = {**model_defaults, **(knobs or {})}.get("num_beams")
-    found = {"do_sample": beams in (None, 1), **_ALWAYS, **(own or SANE), **given}
-    if found["temperature"] == 0 and "do_sample" not in given:
-        found["do_sample"] = False
-    return found
+    settings = {"do_sample": beams in (None, 1), **_ALWAYS, **(own or SANE), **given}
+    if settings["temperature"] == 0 and "do_sample" not in given:
+        settings["do_sample"] = False
+    return settings
 
 
 def drawn(params: Params) -> dict[str, Any] | None:

@@ -143,10 +143,10 @@ def _integers(row: Any, what: str) -> list[int]:
         return list(_checked(row, what)[0].tolist()) if row.size else []
     if not _is_list(row):
         raise ValueError(f"{what} must be a list of token ids, got {validators.shown(row)}")
-    found = list(row) if set(map(type, row)) <= {int} else [_index(one, what) for one in row]
-    if found and not (min(found) >= -(2**63) and max(found) < 2**63):
+    ids = list(row) if set(map(type, row)) <= {int} else [_index(item, what) for item in row]
+    if ids and not (min(ids) >= -(2**63) and max(ids) < 2**63):
         raise ValueError(f"{what} must hold integers of 64 bits, got {validators.shown(row)}")
-    return found
+    return ids
 
 
 def _index(value: Any, what: str) -> int:

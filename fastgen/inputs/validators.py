@@ -31,10 +31,10 @@ def wrong(name: str, rule: str, value: Any) -> ValueError:
 def integer(name: str, value: Any) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise wrong(name, "an integer", value)
-    found = int(value.__index__())
-    if not -(2**63) <= found < 2**63:
+    result = int(value.__index__())
+    if not -(2**63) <= result < 2**63:
         raise wrong(name, "an integer of 64 bits", value)
-    return found
+    return result
 
 
 def whole(name: str, value: Any) -> int:
@@ -44,10 +44,10 @@ def whole(name: str, value: Any) -> int:
 
 
 def number(name: str, value: Any) -> float:
-    found = any_number(name, value)
-    if not math.isfinite(found):
+    result = any_number(name, value)
+    if not math.isfinite(result):
         raise wrong(name, "a finite number", value)
-    return found
+    return result
 
 
 def any_number(name: str, value: Any) -> float:
@@ -118,10 +118,10 @@ def _one_seed(name: str, value: Any) -> int:
     """An integer that torch.manual_seed takes."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise wrong(name, "an integer, or a list of them", value)
-    found = int(value.__index__())
-    if not -(2**63) <= found < 2**64:
+    result = int(value.__index__())
+    if not -(2**63) <= result < 2**64:
         raise wrong(name, "from -2**63 to 2**64 - 1", value)
-    return found
+    return result
 
 
 def _pairs(name: str, rule: str, value: Any) -> list[Sequence[Any]]:
@@ -163,13 +163,13 @@ def decay(name: str, value: Any) -> tuple[int, float]:
 def json_schema(name: str, value: Any) -> str:
     """A JSON schema, as an object, true (for anything) or the text of one; always as its text."""
     rule = "a JSON schema: an object, true, or the text of one"
-    found = _read(name, rule, text(name, value)) if isinstance(value, str) else value
-    if found is True:
-        found = {}
-    if not isinstance(found, Mapping):
+    schema = _read(name, rule, text(name, value)) if isinstance(value, str) else value
+    if schema is True:
+        schema = {}
+    if not isinstance(schema, Mapping):
         raise wrong(name, rule, value)
     try:
-        written = json.dumps(found, allow_nan=False, default=dict, ensure_ascii=False)
+        written = json.dumps(schema, allow_nan=False, default=dict, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise wrong(name, rule, value) from error
     return text(name, written)

@@ -128,7 +128,7 @@ class GenerationWork:
         Raises:
             ValueError: an extra is not installed; whatever is wrong with the row is its outcome.
         """
-        kept: Mapping[str, object] = row.place
+        kept: Mapping[str, object] = row.location
         try:
             fields = row.fields()
             if not is_openai(fields):

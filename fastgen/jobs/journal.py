@@ -28,7 +28,7 @@ except ImportError:  # Windows: nobody is kept from running a job twice at once
 
 MAGIC = b"fastgen job 1 "
 EVERY = 1.0  # seconds between two waits for the disk
-NOTHING = -1  # the place of a row that is not done
+NOTHING = -1  # the offset of a row that is not done
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,10 @@ class Entry:
         if len(parts) != 5 or not written.endswith(b"\n"):
             return None
         try:
-            found = cls(int(parts[0]), parts[1].decode(), parts[2] == b"1", parts[4])
+            entry = cls(int(parts[0]), parts[1].decode(), parts[2] == b"1", parts[4])
         except ValueError:
             return None
-        return found if found.written() == written else None
+        return entry if entry.written() == written else None
 
 
 class Journal:
@@ -87,7 +87,7 @@ class Journal:
         self.out = out
         self.path = out.with_name(out.name + ".part")
         self.count = self.bad = 0
-        self._places, self._digests = array("q"), array("Q")  # by the row's number
+        self._offsets, self._digests = array("q"), array("Q")  # by the row's number
         self._synced = time.monotonic()
         self._file = _claimed(self.path)
         try:
@@ -123,41 +123,41 @@ class Journal:
         self._recover(len(first))
         return begun
 
-    def _recover(self, place: int) -> None:
+    def _recover(self, offset: int) -> None:
         """Note the rows that are there, and cut off what is torn."""
         with self.path.open("rb") as file:
-            file.seek(place)
+            file.seek(offset)
             for line in file:
-                found = Entry.read(line)
-                if found is None:
+                entry = Entry.read(line)
+                if entry is None:
                     break
-                self._note(found, place)
-                place += len(line)
-        self._file.seek(place)
+                self._note(entry, offset)
+                offset += len(line)
+        self._file.seek(offset)
         self._file.truncate()
 
-    def _note(self, entry: Entry, place: int) -> None:
+    def _note(self, entry: Entry, offset: int) -> None:
         row = entry.row
-        missing = row + 1 - len(self._places)
+        missing = row + 1 - len(self._offsets)
         if missing > 0:
-            self._places.extend([NOTHING] * missing)
+            self._offsets.extend([NOTHING] * missing)
             self._digests.extend([0] * missing)
-        if self._places[row] == NOTHING:
+        if self._offsets[row] == NOTHING:
             self.count += 1
             self.bad += entry.bad
-        self._places[row], self._digests[row] = place, int(entry.digest, 16)
+        self._offsets[row], self._digests[row] = offset, int(entry.digest, 16)
 
     def digest(self, row: int) -> str | None:
         """The digest of a row that is done; None if it is not."""
-        if row >= len(self._places) or self._places[row] == NOTHING:
+        if row >= len(self._offsets) or self._offsets[row] == NOTHING:
             return None
         return f"{self._digests[row]:016x}"
 
     def add(self, entry: Entry) -> None:
         """A row is done."""
-        place = self._file.tell()
+        offset = self._file.tell()
         self._write(entry.written())
-        self._note(entry, place)
+        self._note(entry, offset)
         if time.monotonic() - self._synced > EVERY:
             self.sync()
 
@@ -174,12 +174,12 @@ class Journal:
     def lines(self) -> Iterator[bytes]:
         """The outputs of the rows, in the order of their numbers."""
         with self.path.open("rb") as file:
-            for place in self._places:
-                if place != NOTHING:
-                    file.seek(place)
-                    found = Entry.read(file.readline())
-                    assert found is not None
-                    yield found.line
+            for offset in self._offsets:
+                if offset != NOTHING:
+                    file.seek(offset)
+                    entry = Entry.read(file.readline())
+                    assert entry is not None
+                    yield entry.line
 
     def finish(self, write: Callable[[Path, Callable[[], Iterator[bytes]]], None]) -> None:
         """All rows are done: the output takes its place in one step, and the journal goes.
@@ -188,9 +188,9 @@ class Journal:
             write: makes the file of the lines.
         """
         self.sync()
-        with files.atomic_file("the output", self.out) as made:
-            write(made, self.lines)
-            with made.open("rb+") as file:
+        with files.atomic_file("the output", self.out) as temporary:
+            write(temporary, self.lines)
+            with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
         _sync_directory(self.out.parent)
         self.path.unlink()

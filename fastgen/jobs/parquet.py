@@ -45,8 +45,8 @@ def write(path: Path, lines: Callable[[], Iterable[bytes]]) -> None:
     schema = pyarrow.schema([])
     try:
         for rows in _groups(lines()):
-            found = pyarrow.Table.from_pylist(rows).schema
-            schema = pyarrow.unify_schemas([schema, found], promote_options="permissive")
+            group_schema = pyarrow.Table.from_pylist(rows).schema
+            schema = pyarrow.unify_schemas([schema, group_schema], promote_options="permissive")
         with parquet.ParquetWriter(path, schema) as file:
             for rows in _groups(lines()):
                 file.write_table(pyarrow.Table.from_pylist(rows, schema=schema))

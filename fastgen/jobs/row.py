@@ -35,7 +35,7 @@ class InputRow:
     is_numbered: bool = True
 
     @property
-    def place(self) -> dict[str, Any]:
+    def location(self) -> dict[str, Any]:
         """The fields of its output that say where it was."""
         if not self.is_numbered:
             return {}
@@ -46,7 +46,7 @@ class InputRow:
     @property
     def name(self) -> str:
         """The text that its chance depends on: its place, or else its digest."""
-        return " ".join(map(str, self.place.values())) or self.digest
+        return " ".join(map(str, self.location.values())) or self.digest
 
     @property
     def digest(self) -> str:
@@ -91,7 +91,7 @@ class KeptFields:
 
     def of(self, row: InputRow, fields: Mapping[str, Any]) -> dict[str, Any]:
         """The row's place in its file and the fields that are kept."""
-        return row.place | {name: value for name, value in fields.items() if name in self}
+        return row.location | {name: value for name, value in fields.items() if name in self}
 
 
 @dataclass(frozen=True)
@@ -173,5 +173,5 @@ def _said(value: Any) -> Any:
 
 def seed_of(seed: int, name: str) -> int:
     """The seed of a row, by the job's seed and what tells the row from others: 0 to 2**63 - 1."""
-    found = blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
-    return int.from_bytes(found, "little") >> 1
+    digest = blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

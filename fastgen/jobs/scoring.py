@@ -57,9 +57,17 @@ class ScoringWork:
                 return
             yield from bad
             given = [request for _, request in good]
-            given.sort(key=lambda one: (one.prefix or (), one.prefix is None, -len(one.ids)))
+            given.sort(
+                key=lambda request: (
+                    request.prefix or (),
+                    request.prefix is None,
+                    -len(request.ids),
+                )
+            )
             while given:
-                some = [one for one in given[:TOGETHER] if one.prefix == given[0].prefix]
+                some = [
+                    request for request in given[:TOGETHER] if request.prefix == given[0].prefix
+                ]
                 del given[: len(some)]
                 yield from self._scored(some)
 
@@ -75,7 +83,7 @@ class ScoringWork:
         return name in self._kept
 
     def _read(self, row: InputRow) -> ScoreRequest | Outcome:
-        kept: Mapping[str, Any] = row.place
+        kept: Mapping[str, Any] = row.location
         try:
             fields = row.fields()
             kept = self._kept.of(row, fields)
@@ -89,8 +97,8 @@ class ScoringWork:
         self.check(fields)
         named = [name for name in TEXTS if fields.get(name) is not None]
         if len(named) != 1:
-            found = " and ".join(named) or "none"
-            raise ValueError(f"needs one of {', '.join(TEXTS)}; got {found}")
+            given = " and ".join(named) or "none"
+            raise ValueError(f"needs one of {', '.join(TEXTS)}; got {given}")
         prefix = fields.get("prefix")
         before = None if prefix is None else tuple(self._ids("prefix", prefix, True))
         ids = self._ids(named[0], fields[named[0]], prefix is None)
@@ -99,7 +107,7 @@ class ScoringWork:
     def _ids(self, name: str, value: Any, special: bool) -> list[int]:
         """A text or a list as ids, as `CausalLM.score` would read it."""
         if isinstance(value, list):
-            ids = [validators.integer(name, one) for one in value]
+            ids = [validators.integer(name, item) for item in value]
         else:
             text = validators.text(name, value)
             ids = self.model.tokenizer.encode(text, add_special_tokens=special)
@@ -110,25 +118,25 @@ class ScoringWork:
     def _scored(self, some: list[ScoreRequest]) -> Iterator[Done]:
         """Rows with one prefix. One that cannot be is bad, and the others are not."""
         prefix, cache = some[0].prefix, None if some[0].prefix is None else self.cache
-        rows, before = [one.ids for one in some], None if prefix is None else [list(prefix)]
+        rows, before = [request.ids for request in some], None if prefix is None else [list(prefix)]
         try:
-            found = self.model.score(rows, prefix=before, prefix_cache=cache)
+            scores = self.model.score(rows, prefix=before, prefix_cache=cache)
         except ValueError as error:
             if len(some) > 1:
-                for one in some:
-                    yield from self._scored([one])
+                for request in some:
+                    yield from self._scored([request])
             else:
                 yield Done(some[0].row, Outcome.failed(error, some[0].kept))
             return
-        for one, logprobs in zip(some, found, strict=True):
-            yield Done(one.row, Outcome(self._written(one, logprobs), len(one.ids)))
+        for request, logprobs in zip(some, scores, strict=True):
+            yield Done(request.row, Outcome(self._written(request, logprobs), len(request.ids)))
 
-    def _written(self, one: ScoreRequest, logprobs: NDArray[np.float32]) -> dict[str, Any]:
+    def _written(self, request: ScoreRequest, logprobs: NDArray[np.float32]) -> dict[str, Any]:
         known = logprobs[~np.isnan(logprobs)].astype(np.float64)
         return {
-            **one.kept,
+            **request.kept,
             "logprob": float(known.sum()),
-            "tokens": len(one.ids),
+            "tokens": len(request.ids),
             "perplexity": float(np.exp(-known.mean())) if len(known) else None,
             **({"logprobs": [float(value) for value in logprobs]} if self.each else {}),
         }

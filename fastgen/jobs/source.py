@@ -82,11 +82,11 @@ def kind_of(name: str) -> str:
     Raises:
         ValueError: it has another one.
     """
-    found = KINDS.get(Path(name).suffix.lower())
-    if found is None:
+    kind = KINDS.get(Path(name).suffix.lower())
+    if kind is None:
         known = ", ".join(KINDS)
         raise ValueError(f"{name} must end in {known}, or be - for standard input and output")
-    return found
+    return kind
 
 
 def _of_lines(lines: Iterable[bytes], text: bool) -> Iterator[InputRow]:

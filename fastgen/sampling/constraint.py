@@ -56,8 +56,8 @@ MASKS = 16  # different sets of tokens that are kept: within a text many are the
 
 def asked(params: Params) -> tuple[str, str] | None:
     """The knob that asks for a form and its value, if one does."""
-    found = [(name, getattr(params, name)) for name in FORMS]
-    return next(((name, text) for name, text in found if text is not None), None)
+    forms = [(name, getattr(params, name)) for name in FORMS]
+    return next(((name, text) for name, text in forms if text is not None), None)
 
 
 class Allowed:
@@ -184,12 +184,12 @@ class Constraint:
         if key in self._states:
             self._states.move_to_end(key)
             return self._states[key]
-        state = self._states[key] = self._found(key)
+        state = self._states[key] = self._advanced(key)
         if len(self._states) > self._most:
             self._states.popitem(last=False)
         return state
 
-    def _found(self, key: bytes) -> State | None:
+    def _advanced(self, key: bytes) -> State | None:
         """The state of a text, from that of the longest known beginning of it."""
         before = max(filter(key.startswith, self._states), key=len, default=None)
         known = State(self._compiled.start, _NOTHING) if before is None else self._states[before]
@@ -233,10 +233,10 @@ class Constraint:
         allowed[self._eos] = False
         complete = may_end and not allowed.any()
         allowed[self._eos] = may_end
-        found = self._masks[mask] = Allowed(allowed, complete)
+        result = self._masks[mask] = Allowed(allowed, complete)
         if len(self._masks) > MASKS:
             self._masks.popitem(last=False)
-        return found
+        return result
 
     def _check(self, matcher: Any) -> None:
         if matcher.is_error():
@@ -330,7 +330,7 @@ class Vocabulary:
 
     def has(self, name: str, text: str) -> bool:
         """True where this grammar has been compiled."""
-        return self._found(name, text) is not None
+        return self._cached(name, text) is not None
 
     def compiled(self, name: str, text: str, limits: Limits) -> Compiled:
         """A grammar, which is tried and compiled once.
@@ -342,24 +342,24 @@ class Vocabulary:
             ValueError: `text` is not what its knob `name` wants; or it says something that
                 llguidance has no answer to; or it takes more than it may.
         """
-        found = self._found(name, text)
-        if found is None:
+        grammar = self._cached(name, text)
+        if grammar is None:
             with self._lock:
                 try:
-                    found = self._found(name, text) or self._new(name, text, limits)
+                    grammar = self._cached(name, text) or self._new(name, text, limits)
                 except ValueError as error:
                     raise ValueError(f"{name} cannot be used: {_reason(str(error))}") from error
-                self._keep((name, text), found)
-        return found
+                self._keep((name, text), grammar)
+        return grammar
 
-    def _found(self, name: str, text: str) -> Compiled | None:
-        found = self._compiled.get((name, text))
-        return None if found is None or found.spent else found
+    def _cached(self, name: str, text: str) -> Compiled | None:
+        grammar = self._compiled.get((name, text))
+        return None if grammar is None or grammar.spent else grammar
 
-    def _keep(self, key: tuple[str, str], found: Compiled) -> None:
+    def _keep(self, key: tuple[str, str], grammar: Compiled) -> None:
         kept = self._compiled
-        kept[key] = found
-        while len(kept) > self.KEPT or sum(one.bytes for one in kept.values()) > self.KEPT_BYTES:
+        kept[key] = grammar
+        while len(kept) > self.KEPT or sum(each.bytes for each in kept.values()) > self.KEPT_BYTES:
             if len(kept) == 1:
                 break
             kept.popitem(last=False)

@@ -91,14 +91,14 @@ def within(grammar: str) -> tuple[str, list[str]]:
 def embedded(grammar: str) -> Iterator[tuple[int, int, Any]]:
     """The `%json` schemas of a Lark grammar: where each begins and ends, and what it is."""
     at = 0
-    for found in re.finditer(r"%json\s*(?=\{)", grammar):
-        if found.start() < at:
+    for match in re.finditer(r"%json\s*(?=\{)", grammar):
+        if match.start() < at:
             continue
         try:
-            schema, at = json.JSONDecoder().raw_decode(grammar, found.end())
+            schema, at = json.JSONDecoder().raw_decode(grammar, match.end())
         except ValueError:  # within a text, or no JSON: llguidance says what is wrong
             continue
-        yield found.end(), at, schema
+        yield match.end(), at, schema
 
 
 def strict(schema: Any) -> Any:
@@ -156,16 +156,16 @@ def _target(root: Any, node: dict[str, Any]) -> Any:
     if not isinstance(reference, str) or "#" not in reference:
         return None
     _, _, pointer = reference.partition("#")
-    found = root
+    target = root
     for part in unquote(pointer).split("/")[1:]:
         part = part.replace("~1", "/").replace("~0", "~")
-        if isinstance(found, list) and part.isdigit() and int(part) < len(found):
-            found = found[int(part)]
-        elif isinstance(found, dict):
-            found = found.get(part)
+        if isinstance(target, list) and part.isdigit() and int(part) < len(target):
+            target = target[int(part)]
+        elif isinstance(target, dict):
+            target = target.get(part)
         else:
             return None
-    return found if pointer == "" or pointer.startswith("/") else None
+    return target if pointer == "" or pointer.startswith("/") else None
 
 
 # -- What rules nothing out -----------------------------------------------------------------------
@@ -278,11 +278,11 @@ def _inwards(bound: int | float, inwards: int, whole: bool) -> int | float:
     rounding = ROUND_CEILING if inwards > 0 else ROUND_FLOOR
     exact = Decimal(bound) if isinstance(bound, int) else Decimal(repr(bound))
     if whole:
-        found = int(exact.to_integral_value(rounding))
-        while float(found) != found:
-            found = int(math.nextafter(found, inwards * math.inf))
-            found = found if (found - exact) * inwards >= 0 else found + inwards
-        return found
+        integer = int(exact.to_integral_value(rounding))
+        while float(integer) != integer:
+            integer = int(math.nextafter(integer, inwards * math.inf))
+            integer = integer if (integer - exact) * inwards >= 0 else integer + inwards
+        return integer
     for digits in range(DIGITS, 0, -1):
         near = Context(prec=digits, rounding=rounding).create_decimal(exact)
         if abs(near) < EXACT:
@@ -304,15 +304,15 @@ def _check_multiples(nodes: list[dict[str, Any]]) -> None:
     meet = any(
         "allOf" in node or (len(node) > 1 and any(n in node for n in beside)) for node in nodes
     )
-    found = {node["multipleOf"] for node in nodes if _is_number(node.get("multipleOf"))}
-    if len(found) < 2 or not meet:
+    multiples = {node["multipleOf"] for node in nodes if _is_number(node.get("multipleOf"))}
+    if len(multiples) < 2 or not meet:
         return
-    exact = [Decimal(repr(one)) for one in sorted(found)]
-    scale = Decimal(10) ** max(0, *(-int(one.as_tuple().exponent) for one in exact))
-    if math.prod(int(one * scale) for one in exact) >= MOST_MULTIPLE:
+    exact = [Decimal(repr(multiple)) for multiple in sorted(multiples)]
+    scale = Decimal(10) ** max(0, *(-int(multiple.as_tuple().exponent) for multiple in exact))
+    if math.prod(int(multiple * scale) for multiple in exact) >= MOST_MULTIPLE:
         raise ValueError(
-            f"multipleOf: {', '.join(_shown(one) for one in sorted(found))} have too large a "
-            "common multiple"
+            f"multipleOf: {', '.join(map(_shown, sorted(multiples)))} have too large a common "
+            "multiple"
         )
 
 

@@ -26,9 +26,9 @@ def normalisers(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     top, total = logits.max(axis=-1), np.empty(len(logits), logits.dtype)
     work = np.empty_like(logits[0])  # a row at a time stays in a core's own memory
-    for place, row in enumerate(logits):
-        np.exp(np.subtract(row, top[place], out=work), out=work)
-        total[place] = work.sum()
+    for index, row in enumerate(logits):
+        np.exp(np.subtract(row, top[index], out=work), out=work)
+        total[index] = work.sum()
     return top, np.log(total)
 
 

@@ -66,13 +66,13 @@ class Spellings:
             special = set(self.special_token_ids)
             self._by_bytes = {b: i for i, b in enumerate(self.tokens) if b and i not in special}
             self._longest = max(map(len, self._by_bytes), default=0)
-        found, at = [], 0
+        tokens, at = [], 0
         while at < len(wanted):
             ends = range(min(len(wanted), at + self._longest), at, -1)
             end = next(end for end in ends if wanted[at:end] in self._by_bytes)
-            found.append(self._by_bytes[wanted[at:end]])
+            tokens.append(self._by_bytes[wanted[at:end]])
             at = end
-        return found
+        return tokens
 
 
 def tried(tokenizer: Any, grammar: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -98,25 +98,25 @@ def _allowed(mask: bytes, choice: random.Random) -> int | None:
     """A token of those whose bits are set; None where none is."""
     start = choice.randrange(len(mask)) if mask else 0
     rest = mask[start:].lstrip(b"\0")
-    place = len(mask) - len(rest)
+    offset = len(mask) - len(rest)
     if not rest:
         rest = mask.lstrip(b"\0")
-        place = len(mask) - len(rest)
+        offset = len(mask) - len(rest)
     if not rest:
         return None
-    return 8 * place + choice.choice([bit for bit in range(8) if rest[0] >> bit & 1])
+    return 8 * offset + choice.choice([bit for bit in range(8) if rest[0] >> bit & 1])
 
 
 def watched(tokenizer: Any, grammar: str, limits: dict[str, Any]) -> dict[str, Any]:
     """Try a grammar on a small stack, with an eye on the memory; ends the process beyond it."""
-    found: dict[str, Any] = {}
+    outcome: dict[str, Any] = {}
     before = _resident()
 
     def run() -> None:
         try:
-            found.update(tried(tokenizer, grammar, limits["llguidance"]))
+            outcome.update(tried(tokenizer, grammar, limits["llguidance"]))
         except BaseException as error:  # a panic of Rust's is no Exception
-            found["error"] = f"{type(error).__name__}: {error}"
+            outcome["error"] = f"{type(error).__name__}: {error}"
 
     threading.stack_size(STACK)
     thread = threading.Thread(target=run, daemon=True)
@@ -126,7 +126,7 @@ def watched(tokenizer: Any, grammar: str, limits: dict[str, Any]) -> dict[str, A
         if _resident() - before > limits["bytes"]:
             _tell({"over": "memory", "ended": os.getpid()})
             os._exit(0)
-    return {**found, "grown": max(0, _resident() - before)}
+    return {**outcome, "grown": max(0, _resident() - before)}
 
 
 def _resident() -> int:

@@ -18,8 +18,8 @@ LOWEST = -9999.0  # for a log-probability of -inf, which JSON does not have: as 
 
 
 def reason_of(token: Token) -> str | None:
-    found = token.finish_reason
-    return None if found is None else REASONS.get(found, "stop")
+    reason = token.finish_reason
+    return None if reason is None else REASONS.get(reason, "stop")
 
 
 @dataclass
@@ -73,14 +73,14 @@ class GeneratedText:
         return self._give(len(text) - keep), self._let_out(token.finish_reason == "eos")
 
     def _cut(self, text: str) -> int | None:
-        places = [text.find(one) for one in self.stop]
-        return min((place for place in places if place >= 0), default=None)
+        offsets = [text.find(stop) for stop in self.stop]
+        return min((offset for offset in offsets if offset >= 0), default=None)
 
     def _begins(self, text: str) -> int:
         """Characters at the end of what is held that may begin a stop text."""
         longest = max(map(len, self.stop), default=1) - 1
         for size in range(min(longest, len(text)), 0, -1):
-            if any(one.startswith(text[-size:]) for one in self.stop):
+            if any(stop.startswith(text[-size:]) for stop in self.stop):
                 return size
         return 0
 

@@ -80,14 +80,14 @@ class ChatAnswer(Answer):
         return "chat.completion.chunk" if self.streamed else "chat.completion"
 
     async def whole(self) -> dict[str, Any]:
-        async for place, token in self.run.tokens():
-            self._said[place].push(token)
+        async for index, token in self.run.tokens():
+            self._said[index].push(token)
         return await self.front.put_together(self.size, self._made)
 
     def _made(self) -> dict[str, Any]:
         choices = []
-        for index, said in enumerate(self._said):
-            whole = said.whole
+        for index, chat_text in enumerate(self._said):
+            whole = chat_text.whole
             message: dict[str, Any] = {
                 "role": "assistant",
                 "content": whole.content or None if whole.calls else whole.content,
@@ -96,21 +96,21 @@ class ChatAnswer(Answer):
             if whole.reasoning:
                 message["reasoning_content"] = whole.reasoning
             if whole.calls:
-                message["tool_calls"] = [_in_message(one) for one in whole.calls]
+                message["tool_calls"] = [_in_message(call) for call in whole.calls]
             choices.append(
                 {
                     "index": index,
                     "message": message,
-                    "logprobs": self._logprobs(said.text.tokens),
-                    "finish_reason": self._reason(said),
+                    "logprobs": self._logprobs(chat_text.text.tokens),
+                    "finish_reason": self._reason(chat_text),
                 }
             )
         return self.with_choices(choices)
 
-    def _reason(self, said: ChatText) -> str | None:
+    def _reason(self, chat_text: ChatText) -> str | None:
         """The reason of its end, OpenAI's: "tool_calls" only where the model chose to call."""
-        called = said.text.reason == "stop" and said.whole.calls and not self.named
-        return "tool_calls" if called else said.text.reason
+        called = chat_text.text.reason == "stop" and chat_text.whole.calls and not self.named
+        return "tool_calls" if called else chat_text.text.reason
 
     def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
         if self.request.alternatives is None:
@@ -121,20 +121,20 @@ class ChatAnswer(Answer):
         """A chunk for each thing that a token says; None for a token that says nothing yet."""
         for index in range(len(self.run.texts)):
             yield self._delta(index, {"role": "assistant", "content": "", "refusal": None})
-        async for place, token in self.run.tokens():
-            said = self._said[place]
-            if said.text.reason is not None:
+        async for index, token in self.run.tokens():
+            chat_text = self._said[index]
+            if chat_text.text.reason is not None:
                 continue
-            deltas = list(_deltas(said.push(token), said.whole))
-            if not deltas and (said.text.reason is None or not said.tokens):
+            deltas = list(_deltas(chat_text.push(token), chat_text.whole))
+            if not deltas and (chat_text.text.reason is None or not chat_text.tokens):
                 yield None
             elif not deltas:
                 deltas = [{"content": ""}]
             for delta in deltas:
-                tokens, said.tokens = said.tokens, []
-                yield self._delta(place, delta, self._logprobs(tokens))
-            if said.text.reason is not None:
-                yield self._delta(place, {}, None, self._reason(said))
+                tokens, chat_text.tokens = chat_text.tokens, []
+                yield self._delta(index, delta, self._logprobs(tokens))
+            if chat_text.text.reason is not None:
+                yield self._delta(index, {}, None, self._reason(chat_text))
         for chunk in self.last_chunks():
             yield chunk
 
@@ -162,19 +162,19 @@ def _deltas(events: Sequence[AnswerEvent], whole: WholeAnswer) -> Iterator[dict[
         whole: what was said, these events included.
     """
     begun = sum(event.kind == "call" for event in events)
-    place = whole.begun - begun - 1
+    index = whole.begun - begun - 1
     for event in events:
         if event.kind == "content" or (event.kind == "broken" and event.text):
             yield {"content": event.text}
         elif event.kind == "reasoning":
             yield {"reasoning_content": event.text}
         elif event.kind == "call":
-            place += 1
+            index += 1
             function = {"name": event.text, "arguments": ""}
-            call = {"index": place, "id": _call_id(), "type": "function", "function": function}
+            call = {"index": index, "id": _call_id(), "type": "function", "function": function}
             yield {"tool_calls": [call]}
         elif event.kind == "arguments":
-            yield {"tool_calls": [{"index": place, "function": {"arguments": event.text}}]}
+            yield {"tool_calls": [{"index": index, "function": {"arguments": event.text}}]}
 
 
 async def answer(front: Front, body: Any) -> ChatAnswer:

@@ -40,11 +40,11 @@ class CompletionAnswer(Answer):
 
     async def whole(self) -> dict[str, Any]:
         parts: list[list[str]] = [[] for _ in self.run.texts]
-        made: list[list[Token]] = [[] for _ in self.run.texts]
-        async for place, token in self.run.tokens():
-            parts[place].append(self.run.texts[place].push(token)[0])
-            made[place].append(token)
-        return await self.front.put_together(self.size, lambda: self._made(parts, made))
+        tokens: list[list[Token]] = [[] for _ in self.run.texts]
+        async for index, token in self.run.tokens():
+            parts[index].append(self.run.texts[index].push(token)[0])
+            tokens[index].append(token)
+        return await self.front.put_together(self.size, lambda: self._made(parts, tokens))
 
     @property
     def size(self) -> int:
@@ -53,43 +53,43 @@ class CompletionAnswer(Answer):
         return super().size + echoed * (1 + (self.request.alternatives or 0))
 
     def _made(
-        self, parts: Sequence[Sequence[str]], made: Sequence[Sequence[Token]]
+        self, parts: Sequence[Sequence[str]], tokens: Sequence[Sequence[Token]]
     ) -> dict[str, Any]:
         """The answer of the pieces of each text, and its tokens."""
         choices = []
-        for index, place in enumerate(self._chosen(made)):
-            said, before = self._echo(place)
-            text = self.run.texts[place]
+        for index, text_index in enumerate(self._chosen(tokens)):
+            prompt, before = self._echo(text_index)
+            text = self.run.texts[text_index]
             choices.append(
                 self._choice(
                     index,
-                    said + "".join(parts[place]),
+                    prompt + "".join(parts[text_index]),
                     [*before, *text.tokens],
                     text.reason,
-                    made[place],
-                    [*starts(before), *(len(said) + at for at in text.starts)],
+                    tokens[text_index],
+                    [*starts(before), *(len(prompt) + at for at in text.starts)],
                 )
             )
         if not self.run.texts:  # nothing but the prompts was wanted
             choices = [
-                self._choice(index, said, before, "length", [], starts(before))
-                for index, (said, before) in enumerate(self.echoes)
+                self._choice(index, prompt, before, "length", [], starts(before))
+                for index, (prompt, before) in enumerate(self.echoes)
             ]
         return self.with_choices(choices)
 
-    def _chosen(self, made: Sequence[Sequence[Token]]) -> list[int]:
+    def _chosen(self, tokens: Sequence[Sequence[Token]]) -> list[int]:
         """The texts that are given out: of each prompt the n likeliest by the mean of a token."""
         n, copies = self.request.n, self.request.copies
         out: list[int] = []
-        for first in range(0, len(made), copies):
-            places = list(range(first, first + copies))
+        for first in range(0, len(tokens), copies):
+            indices = list(range(first, first + copies))
             if copies > n:
-                places.sort(key=lambda place: -_mean(made[place]))
-            out += places[:n]
+                indices.sort(key=lambda index: -_mean(tokens[index]))
+            out += indices[:n]
         return out
 
-    def _echo(self, place: int) -> tuple[str, list[Token]]:
-        return self.echoes[place // self.request.copies] if self.echoes else ("", [])
+    def _echo(self, index: int) -> tuple[str, list[Token]]:
+        return self.echoes[index // self.request.copies] if self.echoes else ("", [])
 
     def _choice(
         self,
@@ -97,7 +97,7 @@ class CompletionAnswer(Answer):
         text: str,
         tokens: Sequence[Token],
         reason: str | None,
-        made: Sequence[Token],
+        generated: Sequence[Token],
         begin: Sequence[int],
     ) -> dict[str, Any]:
         choice: dict[str, Any] = {"index": index, "text": text, "logprobs": None,
@@ -105,24 +105,24 @@ class CompletionAnswer(Answer):
         if self.request.alternatives is not None and self.front.model.has_tokenizer:
             choice["logprobs"] = logprobs(tokens, self.front.model.tokenizer, begin)
         if not self.front.model.has_tokenizer:
-            choice["token_ids"] = [token.id for token in made]
+            choice["token_ids"] = [token.id for token in generated]
         return choice
 
     async def chunks(self) -> AsyncIterator[dict[str, Any] | None]:
         """A chunk for each piece of a text; None for a token that adds nothing to it yet."""
         offsets = [0] * len(self.run.texts)
-        for place in range(len(self.run.texts)) if self.echoes else ():
-            said, before = self._echo(place)
-            offsets[place] = len(said)
-            yield self.chunk(self._choice(place, said, before, None, [], starts(before)))
-        async for place, token in self.run.tokens():
-            text = self.run.texts[place]
+        for index in range(len(self.run.texts)) if self.echoes else ():
+            prompt, before = self._echo(index)
+            offsets[index] = len(prompt)
+            yield self.chunk(self._choice(index, prompt, before, None, [], starts(before)))
+        async for index, token in self.run.tokens():
+            text = self.run.texts[index]
             piece, tokens = text.push(token)
             if not (piece or tokens or text.reason) and self.front.model.has_tokenizer:
                 yield None
                 continue
-            begin = [offsets[place] + at for at in text.starts[len(text.starts) - len(tokens) :]]
-            yield self.chunk(self._choice(place, piece, tokens, text.reason, [token], begin))
+            begin = [offsets[index] + at for at in text.starts[len(text.starts) - len(tokens) :]]
+            yield self.chunk(self._choice(index, piece, tokens, text.reason, [token], begin))
         for chunk in self.last_chunks():
             yield chunk
 

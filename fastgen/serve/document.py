@@ -51,20 +51,20 @@ def takes(kind: type[BaseModel]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": of_json}}
 
 
-def document(made: FastAPI, kinds: list[type[BaseModel]]) -> dict[str, Any]:
-    """The document of `made`, whose routes read bodies of these kinds."""
-    found = get_openapi(
-        title=made.title, version=made.version, summary=made.summary, routes=made.routes
+def document(app: FastAPI, kinds: list[type[BaseModel]]) -> dict[str, Any]:
+    """The document of `app`, whose routes read bodies of these kinds."""
+    openapi = get_openapi(
+        title=app.title, version=app.version, summary=app.summary, routes=app.routes
     )
-    schemas = found.setdefault("components", {}).setdefault("schemas", {})
+    schemas = openapi.setdefault("components", {}).setdefault("schemas", {})
     schemas["Error"] = ERROR
     for kind in kinds:
         schema = kind.model_json_schema(ref_template=SCHEMAS + "{model}")
         schemas |= schema.pop("$defs", {})
         schemas[kind.__name__] = schema
-    for route in found["paths"].values():
+    for route in openapi["paths"].values():
         for operation in route.values():
             operation["responses"].pop("422", None)  # FastAPI's own: such are 400 here
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
-    return found
+    return openapi

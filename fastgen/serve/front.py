@@ -142,13 +142,15 @@ class Front:
     def specials(self) -> dict[str, int]:
         """The special tokens by their spelling."""
         tokenizer, size = self.model.tokenizer, self.info.vocab_size
-        spelt = ((tokenizer.token(one) or "", one) for one in tokenizer.special_ids())
-        return {text: one for text, one in spelt if one < size}
+        spelt = ((tokenizer.token(token) or "", token) for token in tokenizer.special_ids())
+        return {text: token for text, token in spelt if token < size}
 
     def kept(self, marks: Collection[str]) -> frozenset[int]:
         """The special tokens that marks are made of."""
-        found = (one for text, one in self.specials.items() if any(text in mark for mark in marks))
-        return frozenset(found)
+        tokens = (
+            token for text, token in self.specials.items() if any(text in mark for mark in marks)
+        )
+        return frozenset(tokens)
 
     @property
     def marks(self) -> Marks | None:

@@ -30,7 +30,7 @@ def reader(model: CausalLM, marks: Marks | None, messages: Sequence[Any]) -> Ans
     if marks is None:
         return None
     tokenizer = model.tokenizer
-    hidden = {tokenizer.token(one) for one in tokenizer.special_ids()}
+    hidden = {tokenizer.token(token) for token in tokenizer.special_ids()}
     if {marks.begin, marks.end} & hidden:
         return None
     begun = inside(model.chat_text(messages), marks)
@@ -58,8 +58,8 @@ class Budget:
 
     def __call__(self, ids: NDArray[np.int64], scores: NDArray[np.float32]) -> NDArray[np.float32]:
         """Rule out, in scores [rows, vocab], all but the next token of the mark where it is due."""
-        for row, one in enumerate(ids):
-            due = self._due(one[self._prompt :].tolist())
+        for row, sequence in enumerate(ids):
+            due = self._due(sequence[self._prompt :].tolist())
             if due is not None:
                 kept = scores[row, due]
                 scores[row] = -np.inf
@@ -68,13 +68,13 @@ class Budget:
 
     def _due(self, generated: Sequence[int]) -> int | None:
         """The token that has to follow these; None where any may."""
-        place = len(generated) - self._first
-        if not 0 <= place < len(self._end) or list(generated[self._first :]) != self._end[:place]:
+        index = len(generated) - self._first
+        if not 0 <= index < len(self._end) or list(generated[self._first :]) != self._end[:index]:
             return None
         text = self._text(generated[: self._first])
         if not self._begun and not text.lstrip().startswith(self._marks.begin.strip()):
             return None
-        return None if self._marks.end.strip() in text else self._end[place]
+        return None if self._marks.end.strip() in text else self._end[index]
 
     def _text(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)

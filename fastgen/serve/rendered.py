@@ -30,18 +30,18 @@ def in_parts(value: Any) -> bytes:
 
 def _parts(value: Any, deep: int) -> Iterator[str]:
     if isinstance(value, dict) and deep:
-        for place, (name, one) in enumerate(value.items()):
-            yield f"{',' if place else '{'}{_text(name)}:"
-            yield from _parts(one, deep - 1)
+        for index, (name, item) in enumerate(value.items()):
+            yield f"{',' if index else '{'}{_text(name)}:"
+            yield from _parts(item, deep - 1)
         yield "}" if value else "{}"
     elif isinstance(value, list) and len(value) > TOGETHER:
         for at in range(0, len(value), TOGETHER):
             yield f"{',' if at else '['}{_text(value[at : at + TOGETHER])[1:-1]}"
         yield "]"
     elif isinstance(value, list) and value and deep:
-        for place, one in enumerate(value):
-            yield "," if place else "["
-            yield from _parts(one, deep - 1)
+        for index, item in enumerate(value):
+            yield "," if index else "["
+            yield from _parts(item, deep - 1)
         yield "]"
     else:
         yield _text(value)

@@ -125,7 +125,7 @@ class Service(Front):
         streams = self._submitted(jobs, inbox)
         run = LiveRun([], 1, 0, engine=self.engine, streams=streams, inbox=inbox)
         try:
-            return [found async for found in run.tokens()]
+            return [progress async for progress in run.tokens()]
         finally:
             run.cancel()
 

@@ -264,9 +264,9 @@ def _check_others(body: Any, sent: Mapping[str, Any]) -> None:
     of_kind = (
         dialects.ONLY_CHATS if isinstance(body, _ChatCompletion) else dialects.ONLY_COMPLETIONS
     )
-    found = dialects.odd(sent, dialects.ONLY | of_kind)
-    if found is not None:
-        raise Refused(400, found[1], param=found[0])
+    odd = dialects.odd(sent, dialects.ONLY | of_kind)
+    if odd is not None:
+        raise Refused(400, odd[1], param=odd[0])
 
 
 def _names(sent: Mapping[str, Any], lengths: Iterable[str]) -> dict[str, str]:

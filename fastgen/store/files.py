@@ -82,10 +82,10 @@ def atomic_directory(out: Path) -> Iterator[Path]:
     one that writes `out` does it.
     """
     remove_stale(out)
-    with interrupt.raised(), contextlib.ExitStack() as made:
+    with interrupt.raised(), contextlib.ExitStack() as cleanup:
         with interrupt.held_back():
             new = temporary_neighbour(out, "new")
-            made.callback(_remove, new)
+            cleanup.callback(_remove, new)
         new.chmod(0o777 & ~_umask())  # what makes temporary directories gives them to one user
         with claimed(new):
             yield new
@@ -96,9 +96,9 @@ def atomic_directory(out: Path) -> Iterator[Path]:
                     new.rename(out)
 
 
-def _remove(place: Path) -> None:
+def _remove(directory: Path) -> None:
     with interrupt.held_back():
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _umask() -> int:
@@ -144,10 +144,14 @@ def restore(out: Path) -> bool:
     out = Path(os.path.realpath(out))
     if out.exists():
         return True
-    left = [place / "model" for place in _neighbours(out, "old") if (place / "model").is_dir()]
+    left = [
+        directory / "model"
+        for directory in _neighbours(out, "old")
+        if (directory / "model").is_dir()
+    ]
     if not left:
         return False
-    model = max(left, key=lambda place: place.parent.stat().st_mtime)
+    model = max(left, key=lambda path: path.parent.stat().st_mtime)
     with suppress(OSError), claimed(model.parent, wait=True) as ours:  # it says below what is amiss
         if ours and not out.exists():  # whoever claimed it may have come to an end
             model.rename(out)
@@ -162,25 +166,25 @@ def restore(out: Path) -> bool:
 
 def remove_stale(out: Path) -> None:
     """Remove what killed processes left beside `out`: nobody claims it, and it is not new."""
-    for place in [*_neighbours(out, "new"), *_neighbours(out, "old")]:
-        if (place / "model").is_dir() and not out.exists():
+    for directory in [*_neighbours(out, "new"), *_neighbours(out, "old")]:
+        if (directory / "model").is_dir() and not out.exists():
             continue  # it is the one that is left
         with suppress(OSError):  # another process removes it too
             # Between being made and being claimed a directory looks abandoned.
-            if time.time() - place.stat().st_mtime < STALE:
+            if time.time() - directory.stat().st_mtime < STALE:
                 continue
-            with claimed(place) as abandoned:
+            with claimed(directory) as abandoned:
                 if abandoned:
-                    shutil.rmtree(place, ignore_errors=True)
+                    shutil.rmtree(directory, ignore_errors=True)
 
 
 def _neighbours(out: Path, kind: str) -> list[Path]:
     pattern = f".{escape(out.name)}.{kind}." + 8 * "[a-z0-9_]"
-    return [place for place in out.parent.glob(pattern) if place.is_dir()]
+    return [path for path in out.parent.glob(pattern) if path.is_dir()]
 
 
 @contextmanager
-def claimed(place: Path, wait: bool = False) -> Iterator[bool]:
+def claimed(directory: Path, wait: bool = False) -> Iterator[bool]:
     """Hold a lock on a directory, which goes when the process does.
 
     Yields whether we have it: False if another process holds it and we do not wait, or
@@ -189,7 +193,7 @@ def claimed(place: Path, wait: bool = False) -> Iterator[bool]:
     if fcntl is None:
         yield False
         return
-    handle = os.open(place, os.O_RDONLY)
+    handle = os.open(directory, os.O_RDONLY)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

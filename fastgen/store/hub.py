@@ -44,16 +44,18 @@ def listed(repository: str, revision: str | None = None) -> list[str]:
 
     try:
         # One request, which fails at once; `list_repo_files` tries again for half a minute.
-        said = huggingface_hub.model_info(repository, revision=revision or "main")
-        return [one.rfilename for one in said.siblings or ()]
+        repository_info = huggingface_hub.model_info(repository, revision=revision or "main")
+        return [file.rfilename for file in repository_info.siblings or ()]
     except Exception as error:  # of huggingface_hub, of the system, or of whatever speaks HTTP
         if _has_answered(error):
             raise _unknown(repository, error, revision) from error
         return _names_below(snapshot(repository, revision, only=[INFO, *DESCRIBED], here=True))
 
 
-def _names_below(place: Path) -> list[str]:
-    return [p.relative_to(place).as_posix() for p in sorted(place.rglob("*")) if p.is_file()]
+def _names_below(directory: Path) -> list[str]:
+    return [
+        p.relative_to(directory).as_posix() for p in sorted(directory.rglob("*")) if p.is_file()
+    ]
 
 
 def onnx_snapshot(repository: str, needed: Sequence[str], revision: str | None) -> Path:
@@ -62,9 +64,9 @@ def onnx_snapshot(repository: str, needed: Sequence[str], revision: str | None) 
     Raises:
         ModelError: it cannot be reached or does not exist.
     """
-    place = onnx_folders.place_of(needed) or ""
-    found = snapshot(repository, revision, only=[glob.escape(name) for name in needed])
-    return found if place in ("", "onnx") else found / place
+    folder = onnx_folders.place_of(needed) or ""
+    directory = snapshot(repository, revision, only=[glob.escape(name) for name in needed])
+    return directory if folder in ("", "onnx") else directory / folder
 
 
 def commit(source: Path) -> str:
@@ -79,9 +81,9 @@ def transformers_snapshot(repository: str, revision: str | None = None) -> Path:
     Raises:
         ModelError: it cannot be reached or does not exist.
     """
-    found = snapshot(repository, revision, ignore=NOT_READ + PICKLES)
-    if any(found.glob("*.safetensors")) or (found / INFO).is_file():
-        return found
+    directory = snapshot(repository, revision, ignore=NOT_READ + PICKLES)
+    if any(directory.glob("*.safetensors")) or (directory / INFO).is_file():
+        return directory
     return snapshot(repository, revision, ignore=NOT_READ)
 
 

@@ -154,28 +154,28 @@ def parsed(line: str) -> dict[str, Any]:
         ValueError: it is none, has a name twice, a number that is none, or half a character.
     """
     try:
-        found = json.loads(line, object_pairs_hook=_once, parse_constant=_no_number)
+        value = json.loads(line, object_pairs_hook=_once, parse_constant=_no_number)
     except RecursionError as error:
         raise ValueError("not JSON: it is nested too deep") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"must be a JSON object, got {type(found).__name__}")
+    if not isinstance(value, dict):
+        raise ValueError(f"must be a JSON object, got {type(value).__name__}")
     if "\\u" in line:  # half a surrogate pair, which no file can hold?
         try:
-            json.dumps(found, ensure_ascii=False).encode()
+            json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             raise ValueError("holds half a character (a surrogate alone)") from error
-    return found
+    return value
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"has {twice!r} twice")
-    return found
+    return fields
 
 
 def _no_number(name: str) -> Any:

@@ -194,9 +194,9 @@ class ModelInfo:
             ModelError: some are missing, truncated or changed; it names them all.
         """
         jsonfile.check_fetched(*(directory / name for name in names))
-        found = [self._difference(directory, name) for name in names if name in self.files]
-        if any(found):
-            raise ModelError("; ".join(filter(None, found)))
+        differences = [self._difference(directory, name) for name in names if name in self.files]
+        if any(differences):
+            raise ModelError("; ".join(filter(None, differences)))
 
     def _difference(self, directory: Path, name: str) -> str | None:
         path, size = directory / name, self.files[name]

@@ -33,13 +33,13 @@ def place_of(names: Iterable[str]) -> str | None:
         ModelError: there are several such places, none of them for a CPU.
     """
     paths = [PurePosixPath(name) for name in names if name.endswith(".onnx")]
-    places = sorted({"" if str(path.parent) == "." else str(path.parent) for path in paths})
-    if not places:
+    folders = sorted({"" if str(path.parent) == "." else str(path.parent) for path in paths})
+    if not folders:
         return None
-    for place in ("", "onnx"):
-        if place in places:
-            return place
-    usable = [place for place in places if "cpu" in place.lower()] or places
+    for folder in ("", "onnx"):
+        if folder in folders:
+            return folder
+    usable = [folder for folder in folders if "cpu" in folder.lower()] or folders
     if len(usable) > 1:
         raise ModelError(
             f"there are graphs in {', '.join(usable)}: download one of these folders and name it"
@@ -54,9 +54,9 @@ def decoders(names: Iterable[str]) -> dict[str, str]:
         ModelError: the graphs are those of an encoder-decoder, or of a model of pictures or
             sounds, or none is a decoder.
     """
-    place = place_of(names := list(names))
+    folder = place_of(names := list(names))
     files = [PurePosixPath(name) for name in names if name.endswith(".onnx")]
-    files = [file for file in files if str(file.parent) == (place or ".")]
+    files = [file for file in files if str(file.parent) == (folder or ".")]
     if parts := [file.name for file in files if PICTURES.search(file.stem)]:
         raise ModelError(
             f"it is a model of pictures or sounds ({parts[0]}), whose text part alone is not "
@@ -64,25 +64,25 @@ def decoders(names: Iterable[str]) -> dict[str, str]:
         )
     if parts := [file.name for file in files if ENCODER.search(file.stem)]:
         raise ModelError(f"it is an encoder-decoder ({parts[0]}): only decoders are opened")
-    found: dict[str, tuple[int, str]] = {}
+    graphs: dict[str, tuple[int, str]] = {}
     for file in files:
         if match := NAME.match(file.name):
             known = (STEMS.index(match[1]), str(file))
             precision = match[2] or ALONE
-            found[precision] = min(found.get(precision, known), known)
-    if files and not found:
+            graphs[precision] = min(graphs.get(precision, known), known)
+    if files and not graphs:
         raise ModelError(
             f"none of {', '.join(file.name for file in files)} is a decoder: expected "
             f"{', '.join(f'{stem}.onnx' for stem in STEMS)}"
         )
-    return {precision: name for precision, (_, name) in found.items()}
+    return {precision: name for precision, (_, name) in graphs.items()}
 
 
-def chosen(found: Mapping[str, str], precision: str | None) -> str:
+def chosen(graphs: Mapping[str, str], precision: str | None) -> str:
     """Choose the precision, of those that are there, that serves for one that is asked for.
 
     Args:
-        found: of `decoders`.
+        graphs: of `decoders`.
         precision: one of theirs, or "int8" or "int4", which are made of the widest; None for q4,
             else q8, else fp32, else what there is.
 
@@ -98,22 +98,22 @@ def chosen(found: Mapping[str, str], precision: str | None) -> str:
     else:
         order = ALIKE.get(precision, (precision,))
     for name in order:
-        if name in found:
+        if name in graphs:
             return name
-    raise ModelError(f"it has no precision {precision!r}, but {', '.join(sorted(found))}")
+    raise ModelError(f"it has no precision {precision!r}, but {', '.join(sorted(graphs))}")
 
 
 def wanted(names: Iterable[str], precision: str | None) -> list[str]:
     """The files of a repository that a precision needs: its graph, weights, and what is said."""
-    names, found = list(names), decoders(names)
-    graph = PurePosixPath(found[ALONE if _is_alone(names, found) else chosen(found, precision)])
-    said = {".", str(graph.parent)}
+    names, graphs = list(names), decoders(names)
+    graph = PurePosixPath(graphs[ALONE if _is_alone(names, graphs) else chosen(graphs, precision)])
+    folders = {".", str(graph.parent)}
     needed = []
     for name in names:
         path = PurePosixPath(name)
         mine = str(path.parent) == str(graph.parent) and path.name.startswith(graph.name)
         described = path.suffix in (".json", ".jinja") and "tokenizer.model" not in path.name
-        if mine or (described and str(path.parent) in said):
+        if mine or (described and str(path.parent) in folders):
             needed.append(name)
     return needed
 
@@ -121,13 +121,13 @@ def wanted(names: Iterable[str], precision: str | None) -> list[str]:
 def usual(names: Iterable[str]) -> str | None:
     """The precision that is opened where none is asked for; None where only its graph can say."""
     names = list(names)
-    found = decoders(names)
-    return None if _is_alone(names, found) else chosen(found, None)
+    graphs = decoders(names)
+    return None if _is_alone(names, graphs) else chosen(graphs, None)
 
 
-def _is_alone(names: Iterable[str], found: Mapping[str, str]) -> bool:
+def _is_alone(names: Iterable[str], graphs: Mapping[str, str]) -> bool:
     """True if the one graph is of any precision: onnxruntime-genai's builder says it nowhere."""
-    return [*found] == [ALONE] and any(PurePosixPath(name).name == GENAI for name in names)
+    return [*graphs] == [ALONE] and any(PurePosixPath(name).name == GENAI for name in names)
 
 
 def names_in(directory: Path) -> list[str]:

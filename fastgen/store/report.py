@@ -31,21 +31,21 @@ def table(report: dict[str, Any]) -> str:
 
 
 def _table(report: dict[str, Any]) -> str:
-    found = {"fp32": report.get("fp32", report)}
+    sections = {"fp32": report.get("fp32", report)}
     if "cache" in report:
-        found[f"{report['cache_precision']} cache"] = report["cache"]
+        sections[f"{report['cache_precision']} cache"] = report["cache"]
     if report["precision"] != "fp32":
-        found[report["precision"]] = report
-    columns = [_column(one) for one in found.values()]
+        sections[report["precision"]] = report
+    columns = [_column(section) for section in sections.values()]
     names = list(dict.fromkeys(name for column in columns for name in column))
-    lines = [["", *found]] + [[name, *(c.get(name, "") for c in columns)] for name in names]
+    lines = [["", *sections]] + [[name, *(c.get(name, "") for c in columns)] for name in names]
     return "\n".join([*_aligned(lines), *_notes(report)])
 
 
-def _column(one: dict[str, Any]) -> dict[str, str]:
+def _column(section: dict[str, Any]) -> dict[str, str]:
     """A precision beside the original: on text where that was measured, else on the probes."""
-    text, greedy = one.get("quality"), one["greedy"]
-    logits = text or one["logits"]
+    text, greedy = section.get("quality"), section["greedy"]
+    logits = text or section["logits"]
     column = {
         "largest logit error": f"{logits['max_difference']:.1e}",
         "mean logit error": f"{logits['mean_difference']:.1e}",
@@ -55,8 +55,8 @@ def _column(one: dict[str, Any]) -> dict[str, str]:
     }
     if text:
         column["perplexity"] = f"{text['perplexity']:.3f} ({text['more_perplexity']:+.2%})"
-    if "bytes" in one:
-        column["graph and weights"] = f"{one['bytes'] / 1e6:,.1f} MB"
+    if "bytes" in section:
+        column["graph and weights"] = f"{section['bytes'] / 1e6:,.1f} MB"
     return column
 
 

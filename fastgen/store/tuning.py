@@ -76,9 +76,9 @@ def read(directory: Path) -> Tuning | None:
     if not path.is_file():
         return None
     advice = f"delete it, or run `fastgen tune {directory}` again"
-    found = jsonfile.read(path, advice)
-    measured = take(found, path, "here", is_object, "an object", advice)
-    settings = take(found, path, "tuning", is_object, "an object", advice)
+    content = jsonfile.read(path, advice)
+    measured = take(content, path, "here", is_object, "an object", advice)
+    settings = take(content, path, "tuning", is_object, "an object", advice)
     settings = {"prompts": "same"} | settings  # which older versions did not write
     setting = functools.partial(take, settings, path, advice=advice)
     mine = measured == here()

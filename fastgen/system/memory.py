@@ -48,9 +48,9 @@ def give_back(array: NDArray[Any], start: int, end: int) -> None:
     """
     if (madvise := _madvise()) is None or not hasattr(mmap, "MADV_DONTNEED"):
         return
-    place, row = array.ctypes.data, array.strides[0]
-    first = -(-(place + start * row) // mmap.PAGESIZE) * mmap.PAGESIZE
-    last = (place + end * row) // mmap.PAGESIZE * mmap.PAGESIZE
+    address, row = array.ctypes.data, array.strides[0]
+    first = -(-(address + start * row) // mmap.PAGESIZE) * mmap.PAGESIZE
+    last = (address + end * row) // mmap.PAGESIZE * mmap.PAGESIZE
     if first < last:
         madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
 
@@ -60,8 +60,8 @@ def _madvise() -> Callable[..., int] | None:
     """The system's own; None off Linux, where it may mean something else."""
     if not Path("/proc/self/maps").is_file():
         return None
-    found: Callable[..., int] | None = getattr(ctypes.CDLL(None), "madvise", None)
-    return found
+    madvise: Callable[..., int] | None = getattr(ctypes.CDLL(None), "madvise", None)
+    return madvise
 
 
 def page_out(path: Path) -> int:

@@ -119,20 +119,22 @@ def source(directory: Path, config: Mapping[str, Any], with_tools: bool) -> str:
 
 def _templates(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """All templates by name: those of the configuration, and of files, which come before them."""
-    found = config.get("chat_template") or {}
-    if isinstance(found, str):
-        found = {"default": found}
-    elif isinstance(found, list) and all(isinstance(one, Mapping) for one in found):
-        found = {str(one.get("name")): one.get("template") for one in found}
-    if not isinstance(found, Mapping) or not all(isinstance(one, str) for one in found.values()):
+    templates = config.get("chat_template") or {}
+    if isinstance(templates, str):
+        templates = {"default": templates}
+    elif isinstance(templates, list) and all(isinstance(entry, Mapping) for entry in templates):
+        templates = {str(entry.get("name")): entry.get("template") for entry in templates}
+    if not isinstance(templates, Mapping) or not all(
+        isinstance(text, str) for text in templates.values()
+    ):
         raise jsonfile.damaged(
             directory / TOKENIZER_CONFIG,
-            f"chat_template must be a text, or several with names, got {reprlib.repr(found)}",
+            f"chat_template must be a text, or several with names, got {reprlib.repr(templates)}",
         )
     files = {path.stem: path for path in (directory / OTHERS).glob("*.jinja")}
     if (directory / CHAT_TEMPLATE).is_file():
         files["default"] = directory / CHAT_TEMPLATE
-    return {**found, **{name: _text(path) for name, path in files.items()}}
+    return {**templates, **{name: _text(path) for name, path in files.items()}}
 
 
 def _text(path: Path) -> str:

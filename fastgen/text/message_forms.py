@@ -57,7 +57,7 @@ class Mark:
     """A word in place of a text: of which message, whose, and what was said there."""
 
     word: str
-    place: int
+    index: int
     role: str
     said: str
 
@@ -89,11 +89,11 @@ class KnownForms:
     def form(self, about: Any, find: Callable[[], BestForm]) -> BestForm:
         """The form that is known for `about`, plain data; else the one that `find` finds."""
         key = hashlib.sha256(json.dumps(about).encode()).digest()
-        found = self._found.get(key) or find()
-        self._found[key] = found
+        best = self._found.get(key) or find()
+        self._found[key] = best
         while len(self._found) > KNOWN:
             self._found.popitem(last=False)
-        return found
+        return best
 
 
 def shown(messages: Sequence[Message], render: Render, known: KnownForms, given: Any) -> str:
@@ -113,20 +113,20 @@ def shown(messages: Sequence[Message], render: Render, known: KnownForms, given:
     """
     marked, marks = _marked(messages)
     as_parts = [isinstance(message.get("content"), list) for message in messages]
-    found = known.form(
+    best = known.form(
         (given, as_parts, marked), lambda: _find(list(_forms(messages)), marked, marks, render)
     )
-    if found.form is None:
+    if best.form is None:
         return _unmarked(messages, marks, render)
-    _complain([one for one in marks if one.word in found.lost])
-    return render(written(messages, found.form))
+    _complain([mark for mark in marks if mark.word in best.lost])
+    return render(written(messages, best.form))
 
 
 def _find(
     forms: Sequence[Form], marked: Sequence[Message], marks: Sequence[Mark], render: Render
 ) -> BestForm:
     """The first of these forms that shows all marks, or lacks the least."""
-    found: list[tuple[tuple[int, int], BestForm]] = []
+    tried: list[tuple[tuple[int, int], BestForm]] = []
     for form in forms:
         try:
             lost = _lost(render(written(marked, form)), marks)
@@ -134,11 +134,11 @@ def _find(
             raise
         except ValueError:
             continue
-        wrong = sum(one.role not in MAY_LACK for one in lost)
-        found.append(((wrong, len(lost)), BestForm(form, frozenset(one.word for one in lost))))
+        wrong = sum(mark.role not in MAY_LACK for mark in lost)
+        tried.append(((wrong, len(lost)), BestForm(form, frozenset(mark.word for mark in lost))))
         if not lost:
             break
-    return min(found, key=lambda one: one[0], default=((0, 0), BestForm(None)))[1]
+    return min(tried, key=lambda entry: entry[0], default=((0, 0), BestForm(None)))[1]
 
 
 def written(messages: Sequence[Message], form: Form) -> list[Message]:
@@ -237,10 +237,10 @@ def _object(text: Any) -> Any:
     if not isinstance(text, str):
         return text
     try:
-        found = json.loads(text, parse_constant=_no_number)
+        value = json.loads(text, parse_constant=_no_number)
     except (ValueError, RecursionError):
         return text
-    return found if isinstance(found, dict) else text
+    return value if isinstance(value, dict) else text
 
 
 def _no_number(name: str) -> None:
@@ -257,14 +257,14 @@ def _marked(messages: Sequence[Message]) -> tuple[list[Message], list[Mark]]:
     can be found.
     """
     out, marks = [], []
-    for place, message in enumerate(messages):
+    for index, message in enumerate(messages):
         texts = _texts(message.get("content"))
         if texts is None:
             out.append(message)
             continue
         content: list[dict[str, Any]] = []
         for part, text in enumerate(texts):
-            mark = Mark(f"qx{place}y{part}z", place, str(message.get("role")), text)
+            mark = Mark(f"qx{index}y{part}z", index, str(message.get("role")), text)
             if text.strip():
                 marks.append(mark)
                 content.append({"type": "text", "text": mark.word, mark.key: True})
@@ -277,15 +277,15 @@ def _marked(messages: Sequence[Message]) -> tuple[list[Message], list[Mark]]:
 def _lost(text: str, marks: Sequence[Mark]) -> list[Mark]:
     """The marks that a prompt lacks. A part that is written as data is not read either."""
     text = text.casefold()
-    return [one for one in marks if one.word not in text or one.key in text]
+    return [mark for mark in marks if mark.word not in text or mark.key in text]
 
 
 def _complain(lost: Sequence[Mark]) -> None:
     """Refuse, or warn of, what no form of the messages shows."""
-    for one in lost:
-        if one.role not in MAY_LACK:
-            raise _unsaid(one)
-    for role in sorted({one.role for one in lost} - {"assistant"}):
+    for mark in lost:
+        if mark.role not in MAY_LACK:
+            raise _unsaid(mark)
+    for role in sorted({mark.role for mark in lost} - {"assistant"}):
         warnings.warn(
             f"the chat template shows no messages of role {role}: the model does not see them",
             stacklevel=4,
@@ -295,7 +295,7 @@ def _complain(lost: Sequence[Mark]) -> None:
 def _unsaid(mark: Mark) -> ValueError:
     return ValueError(
         f"the chat template shows neither as a text nor as parts what the {mark.role[:40]} says in "
-        f"message {mark.place}: {reprlib.repr(mark.said)}"
+        f"message {mark.index}: {reprlib.repr(mark.said)}"
     )
 
 
@@ -308,7 +308,7 @@ def _unmarked(messages: Sequence[Message], marks: Sequence[Mark], render: Render
         except ValueError as error:
             failed = failed or error
             continue
-        lost = [one for one in marks if one.said.strip() not in text]
+        lost = [mark for mark in marks if mark.said.strip() not in text]
         try:
             _complain(lost)
             return text

@@ -83,8 +83,8 @@ class Tokenizer:
 
     def index(self, token: str) -> int | None:
         """The id of a token as the vocabulary spells it."""
-        place = self.backend.token_to_id(token)
-        return None if place is None else int(place)
+        token_id = self.backend.token_to_id(token)
+        return None if token_id is None else int(token_id)
 
     def extensions(self, index: int) -> list[int]:
         """All tokens whose spelling in the vocabulary begins with that of `index`, itself too."""
@@ -128,8 +128,8 @@ class Tokenizer:
     @functools.cached_property
     def bytes_are(self) -> str | None:
         """The decoder's way to write bytes: "ByteFallback", "ByteLevel" or none (None)."""
-        found = self._decoders
-        return next((kind for kind in ("ByteFallback", "ByteLevel") if kind in found), None)
+        decoders = self._decoders
+        return next((kind for kind in ("ByteFallback", "ByteLevel") if kind in decoders), None)
 
     @functools.cached_property
     def is_byte_level(self) -> bool:
@@ -181,7 +181,7 @@ def _byte_level() -> dict[str, int]:
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     table = {chr(byte): byte for byte in printable}
-    return table | {chr(0x100 + place): byte for place, byte in enumerate(others)}
+    return table | {chr(0x100 + index): byte for index, byte in enumerate(others)}
 
 
 class TextStream:
@@ -224,7 +224,7 @@ class TextStream:
             return text
         pairs = enumerate(zip(self._told, text, strict=False))
         shorter = min(len(self._told), len(text))
-        same = next((place for place, (one, other) in pairs if one != other), shorter)
+        same = next((index for index, (one, other) in pairs if one != other), shorter)
         self._told = self._told[same:] if same == len(text) else ""
         return text[same:]
 

@@ -141,7 +141,7 @@ def cases(infos: Mapping[str, ModelInfo], asked: CaseOptions) -> tuple[list[Case
 
 def _lengths(infos: Mapping[str, ModelInfo], asked: CaseOptions) -> list[int]:
     """The prompts' lengths: those that were asked for, or the usual ones cut to what fits."""
-    limits = {name: one.max_length for name, one in infos.items() if one.max_length is not None}
+    limits = {name: info.max_length for name, info in infos.items() if info.max_length is not None}
     if not limits:
         return list(asked.prompts or PROMPTS)
     name = min(limits, key=lambda one: limits[one])
@@ -187,11 +187,11 @@ def planned(
         models: the directory of each, by the name that it is shown with.
         threads: to compare; None for `thread_counts`.
     """
-    usual = {name: (read(place) or Tuning()).threads for name, place in models.items()}
+    usual = {name: (read(directory) or Tuning()).threads for name, directory in models.items()}
     most = max(threads) if threads else None
     loads = [[Result(name, case, most or usual[name]) for case in timed] for name in models]
-    longest = max((one for one in timed if one.kind == "read"), key=lambda one: one.prompt)
-    fewest = min((one for one in timed if one.kind == "rows"), key=lambda one: one.rows)
+    longest = max((case for case in timed if case.kind == "read"), key=lambda case: case.prompt)
+    fewest = min((case for case in timed if case.kind == "rows"), key=lambda case: case.rows)
     for count in threads or thread_counts():
         for name in models:
             if count != (most or usual[name]):

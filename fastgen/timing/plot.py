@@ -45,76 +45,77 @@ def of_machine(machine: Mapping[str, Any]) -> str:
 # --- what belongs together -----------------------------------------------------------------------
 
 
-def of_kind(found: Sequence[Result]) -> dict[str, dict[Case, list[Result]]]:
+def of_kind(results: Sequence[Result]) -> dict[str, dict[Case, list[Result]]]:
     """By kind and case, of each model its first result; the others are about threads."""
     out: dict[str, dict[Case, list[Result]]] = {}
     seen = set()
-    for one in found:
-        if (one.model, one.case) not in seen:
-            seen.add((one.model, one.case))
-            out.setdefault(one.case.kind, {}).setdefault(one.case, []).append(one)
+    for result in results:
+        if (result.model, result.case) not in seen:
+            seen.add((result.model, result.case))
+            out.setdefault(result.case.kind, {}).setdefault(result.case, []).append(result)
     return out
 
 
-def of_threads(found: Sequence[Result]) -> dict[Case, dict[int, list[Result]]]:
+def of_threads(results: Sequence[Result]) -> dict[Case, dict[int, list[Result]]]:
     """The cases that ran with several numbers of threads: the results of each number."""
-    ran = collections.Counter((one.model, one.case) for one in found)
+    ran = collections.Counter((result.model, result.case) for result in results)
     cases = dict.fromkeys(case for (_, case), times in ran.items() if times > 1)
     return {
         case: {
-            count: [one for one in found if (one.case, one.threads) == (case, count)]
-            for count in sorted({one.threads for one in found if one.case == case})
+            count: [result for result in results if (result.case, result.threads) == (case, count)]
+            for count in sorted({result.threads for result in results if result.case == case})
         }
         for case in cases
     }
 
 
-def models(found: Sequence[Result]) -> list[str]:
-    return list(dict.fromkeys(one.model for one in found))
+def models(results: Sequence[Result]) -> list[str]:
+    return list(dict.fromkeys(result.model for result in results))
 
 
 # --- in the terminal -----------------------------------------------------------------------------
 
 
-def lines(found: Sequence[Result], width: int, encoding: str) -> Iterator[str]:
+def lines(results: Sequence[Result], width: int, encoding: str) -> Iterator[str]:
     """A table with bars, which are scaled within each of its parts.
 
     Args:
-        found: what was measured.
+        results: what was measured.
         width: of the terminal, in columns.
         encoding: of the stream that shows it: bars are blocks, or `#` where it has none.
     """
-    kinds = of_kind(found)
-    rest = [case for kind in ("rows", "beams") for case in kinds.get(kind, ())]
+    kinds = of_kind(results)
+    generated = [case for kind in ("rows", "beams") for case in kinds.get(kind, ())]
     parts = {
         "reading a prompt": {
-            f"{case.prompt:,} tokens": ones for case, ones in kinds["read"].items()
+            f"{case.prompt:,} tokens": group for case, group in kinds["read"].items()
         },
-        f"new tokens, after {rest[0].prompt:,}": {
-            title(case): kinds[case.kind][case] for case in rest
+        f"new tokens, after {generated[0].prompt:,}": {
+            title(case): kinds[case.kind][case] for case in generated
         },
     }
-    for case, by_count in of_threads(found).items():
+    for case, by_count in of_threads(results).items():
         parts[f"{title(case)}, by threads"] = {
-            f"{count} thread{'s' * (count > 1)}": ones for count, ones in by_count.items()
+            f"{count} thread{'s' * (count > 1)}": group for count, group in by_count.items()
         }
     labels = max(len(label) for part in parts.values() for label in part)
-    several = len(models(found)) > 1
-    names = max(map(len, models(found))) if several else 0
+    several = len(models(results)) > 1
+    names = max(map(len, models(results))) if several else 0
     names = min(names, max(SHORTEST, width - labels - NUMBERS - LEAST_BAR - 6))
     left = max(2 + labels + 2 + names, *map(len, parts))
     draw, room = _bar(encoding), width - left - NUMBERS - 2
     for heading, part in parts.items():
-        every = [one for ones in part.values() for one in ones]
+        every = [result for group in part.values() for result in group]
         unit = "first token" if every[0].case.kind == "read" else "a step"
         yield f"{heading:<{left}}{'tokens/s':>10}{unit:>13}{'+-':>6}"
-        most = max(one.rate for one in every)
-        for label, ones in part.items():
-            for place, one in enumerate(ones):
-                name = f"{'' if place else label:<{labels}}"
-                name += f"  {_cut(one.model, names)}" if several else ""
-                bar = draw(one.rate / most * room) if room >= LEAST_BAR else ""
-                numbers = f"{_number(one.rate):>10}{_time(one.milliseconds):>13}{_spread(one):>6}"
+        most = max(result.rate for result in every)
+        for label, group in part.items():
+            for index, result in enumerate(group):
+                name = f"{'' if index else label:<{labels}}"
+                name += f"  {_cut(result.model, names)}" if several else ""
+                bar = draw(result.rate / most * room) if room >= LEAST_BAR else ""
+                numbers = f"{_number(result.rate):>10}{_time(result.milliseconds):>13}"
+                numbers += f"{_spread(result):>6}"
                 yield f"{f'  {name}':<{left}}{numbers}  {bar}".rstrip()
         yield ""
 
@@ -159,14 +160,14 @@ def _bar(encoding: str) -> Callable[[float], str]:
 # --- as a plot -----------------------------------------------------------------------------------
 
 
-def png(found: Sequence[Result], machine: Mapping[str, Any], rounds: int, path: Path) -> None:
+def png(results: Sequence[Result], machine: Mapping[str, Any], rounds: int, path: Path) -> None:
     """Draw panels of prompts, rows and beams, and below them threads; a colour for each model.
 
     Raises:
         ValueError: matplotlib is not there.
     """
-    colours = {model: f"C{place % 10}" for place, model in enumerate(models(found))}
-    kinds, threads = of_kind(found), of_threads(found)
+    colours = {model: f"C{index % 10}" for index, model in enumerate(models(results))}
+    kinds, threads = of_kind(results), of_threads(results)
     size = 10 + max(1, len(colours) - MOST_FLAT), 7.5 if threads else 4.2
     figure = drawable()(figsize=size, layout="constrained")
     grid = figure.add_gridspec(2 if threads else 1, 1)
@@ -191,13 +192,13 @@ def png(found: Sequence[Result], machine: Mapping[str, Any], rounds: int, path: 
     figure.savefig(path, dpi=130, format="png")
 
 
-def _row(place: Any, panels: Mapping[Any, Mapping[Any, Any]]) -> list[Any]:
+def _row(cell: Any, panels: Mapping[Any, Mapping[Any, Any]]) -> list[Any]:
     """Axes beside each other at a place of a figure's grid, each as wide as what it shows."""
-    shares = [1 + len(one) for one in panels.values()]
+    shares = [1 + len(panel) for panel in panels.values()]
     ends = itertools.accumulate(shares)
-    grid = place.subgridspec(1, sum(shares))
+    grid = cell.subgridspec(1, sum(shares))
     return [
-        place.get_gridspec().figure.add_subplot(grid[0, end - share : end])
+        cell.get_gridspec().figure.add_subplot(grid[0, end - share : end])
         for share, end in zip(shares, ends, strict=True)
     ]
 
@@ -206,18 +207,24 @@ def _bars(axis: Any, cases: Mapping[Case, Sequence[Result]], colours: Mapping[st
     """A group of bars for each case of one kind, in it a bar for each model."""
     first, width = next(iter(cases)), 0.8 / len(colours)
     upright = len(colours) > MOST_FLAT
-    for place, (model, colour) in enumerate(colours.items()):
-        ones = [next(one for one in found if one.model == model) for found in cases.values()]
-        at = [x + width * (place - (len(colours) - 1) / 2) for x in range(len(ones))]
-        rates = [one.rate for one in ones]
+    for index, (model, colour) in enumerate(colours.items()):
+        results = [
+            next(result for result in group if result.model == model) for group in cases.values()
+        ]
+        at = [x + width * (index - (len(colours) - 1) / 2) for x in range(len(results))]
+        rates = [result.rate for result in results]
         drawn = axis.bar(at, rates, 0.92 * width, color=colour, label=model)
-        texts = [_number(one.rate) for one in ones]
+        texts = [_number(result.rate) for result in results]
         if first.kind == "read":
             between = "  " if upright else "\n"
-            texts = [t + between + _time(o.milliseconds) for t, o in zip(texts, ones, strict=True)]
+            texts = [
+                t + between + _time(o.milliseconds) for t, o in zip(texts, results, strict=True)
+            ]
         axis.bar_label(drawn, texts, fontsize=7, padding=3, rotation=90 if upright else 0)
     texts_take = (0.5 if first.kind == "read" else 0.2) if upright else 0.12
-    axis.set_ylim(0, (1 + texts_take) * max(one.rate for found in cases.values() for one in found))
+    axis.set_ylim(
+        0, (1 + texts_take) * max(result.rate for group in cases.values() for result in group)
+    )
     about = {
         "read": ("Reading a prompt", "tokens of the prompt; ms until the first new one"),
         "rows": (f"New tokens after a prompt of {first.prompt:,}", "rows generated together"),
@@ -240,14 +247,16 @@ def _curves(
 ) -> None:
     """Tokens a second by threads, a line for each model."""
     for model, colour in colours.items():
-        ones = [one for found in by_count.values() for one in found if one.model == model]
-        counts, rates = [one.threads for one in ones], [one.rate for one in ones]
+        results = [
+            result for group in by_count.values() for result in group if result.model == model
+        ]
+        counts, rates = [result.threads for result in results], [result.rate for result in results]
         axis.plot(counts, rates, "o-", color=colour, label=model)
     axis.set_xscale("log", base=2)
     axis.set_xticks(list(by_count), [str(count) for count in by_count])
     axis.minorticks_off()
     axis.set_xlim(min(by_count) / 1.3, max(by_count) * 1.3)
-    axis.set_ylim(0, 1.1 * max(one.rate for found in by_count.values() for one in found))
+    axis.set_ylim(0, 1.1 * max(result.rate for group in by_count.values() for result in group))
     name = title(case)
     axis.set_title(f"{name[0].upper()}{name[1:]}, by threads", fontsize=9)
     axis.set_xlabel("threads", fontsize=9)

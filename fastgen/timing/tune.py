@@ -83,7 +83,7 @@ def candidates(directory: Path, prefill_precision: str = "same") -> list[Candida
 
 
 def measure(
-    found: Sequence[Candidate],
+    tried: Sequence[Candidate],
     work: Workload,
     rounds: int,
     shown: Callable[[], None],
@@ -91,7 +91,7 @@ def measure(
     """Time every candidate in each round, in place.
 
     Args:
-        found: the candidates of all models.
+        tried: the candidates of all models.
         work: what is timed.
         rounds: how often; the first of each process warms the file cache too.
         shown: called after each timing.
@@ -108,7 +108,7 @@ def measure(
         candidate.divergence = max(candidate.divergence, float(difference.sum(axis=-1).mean()))
         shown()
 
-    in_rounds({n: partial(once, one) for n, one in enumerate(found)}, rounds, warm=0)
+    in_rounds({n: partial(once, candidate) for n, candidate in enumerate(tried)}, rounds, warm=0)
 
 
 def _timed(model: Model, work: Workload) -> tuple[float, float, NDArray[np.float32]]:
@@ -131,16 +131,24 @@ def _timed(model: Model, work: Workload) -> tuple[float, float, NDArray[np.float
     return prefill, (time.perf_counter() - start) / work.new, logits
 
 
-def best(found: Sequence[Candidate], new: int) -> Candidate:
+def best(tried: Sequence[Candidate], new: int) -> Candidate:
     """The fastest, or one that is nearly as fast and takes less of the machine."""
     allowed = [
-        one
-        for one in found
-        if one.divergence <= (CLOSE if one.tuning.prefill_precision == "same" else ROUNDED)
+        candidate
+        for candidate in tried
+        if candidate.divergence
+        <= (CLOSE if candidate.tuning.prefill_precision == "same" else ROUNDED)
     ]
-    fastest = min(one.seconds(new) for one in allowed)
-    near = [one for one in allowed if one.seconds(new) <= (1 + NEAR) * fastest]
-    return min(near, key=lambda one: (one.tuning.threads, one.tuning.spinning, one.seconds(new)))
+    fastest = min(candidate.seconds(new) for candidate in allowed)
+    near = [candidate for candidate in allowed if candidate.seconds(new) <= (1 + NEAR) * fastest]
+    return min(
+        near,
+        key=lambda candidate: (
+            candidate.tuning.threads,
+            candidate.tuning.spinning,
+            candidate.seconds(new),
+        ),
+    )
 
 
 def within(directory: Path, max_kl: float, min_top1: float) -> bool:
@@ -160,18 +168,19 @@ def accuracy(directory: Path) -> tuple[float, float]:
         raise ModelError(f"{directory} has no {REPORT}: export the model again")
     report = jsonfile.read(path)
     where = "quality" if report.get("quality") else "logits"
-    found = take(report, path, where, is_object, "an object")
-    kl, top1 = (take(found, path, name, is_number, "a number") for name in ("kl", "top1"))
+    comparison = take(report, path, where, is_object, "an object")
+    kl, top1 = (take(comparison, path, name, is_number, "a number") for name in ("kl", "top1"))
     return float(kl), float(top1)
 
 
-def table(found: Sequence[Candidate], chosen: Sequence[Candidate], new: int) -> Iterator[str]:
+def table(tried: Sequence[Candidate], chosen: Sequence[Candidate], new: int) -> Iterator[str]:
     """Lines that say what was measured, `*` for what is chosen for each model."""
     yield f"{'':2}{'model':<28}{'settings':<28}{'ms a token':>11}{'prompt ms':>11}{'KL':>9}"
-    for one in found:
-        kl, _ = accuracy(one.directory)
+    for candidate in tried:
+        kl, _ = accuracy(candidate.directory)
         yield (
-            f"{'*' if one in chosen else '':2}{one.directory.name:<28}{one.tuning!s:<28}"
-            f"{1e3 * statistics.median(one.decode):>11.2f}"
-            f"{1e3 * statistics.median(one.prefill):>11.1f}{kl + one.divergence:>9.1e}"
+            f"{'*' if candidate in chosen else '':2}{candidate.directory.name:<28}"
+            f"{candidate.tuning!s:<28}"
+            f"{1e3 * statistics.median(candidate.decode):>11.2f}"
+            f"{1e3 * statistics.median(candidate.prefill):>11.1f}{kl + candidate.divergence:>9.1e}"
         )

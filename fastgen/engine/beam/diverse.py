@@ -129,7 +129,9 @@ class DiverseSearch(Search[Group]):
         if self.request.constraint is not None:
             # What a constraint rules out is no answer, where there are no others.
             nothing = groups[0].nothing()
-            ended = [found if found.score > -math.inf else nothing for found in ended]
+            ended = [
+                hypothesis if hypothesis.score > -math.inf else nothing for hypothesis in ended
+            ]
         return ended[: self.request.params.num_return_sequences]
 
     def _of_group(self, turn: int, beams: Sequence[Group], scores: Scores) -> Scores:

@@ -62,16 +62,16 @@ class RowActor:
         """Each row with its outcome, in order."""
         return sorted(self.work.run(rows), key=lambda done: done.row.number)
 
-    def new_columns(self, found: list[Done]) -> Columns:
+    def new_columns(self, finished: list[Done]) -> Columns:
         """The outputs as columns."""
         out = {}
         for name in self.given:
-            values = [done.output.get(name) for done in found]
+            values = [done.output.get(name) for done in finished]
             if name in NUMBERS:
                 out[name] = np.array([NUMBERS[name] if v is None else v for v in values])
             else:
                 out[name] = _objects(values)
-        return out | {"error": _objects([done.bad for done in found])}
+        return out | {"error": _objects([done.bad for done in finished])}
 
 
 class Generate(RowActor):
@@ -126,13 +126,13 @@ class Generate(RowActor):
             prefill_precision=prefill_precision,
             prompts=prompts,
         )
-        found = params.resolve(self.model.generation_config.to_dict(), None, knobs)
+        resolved = params.resolve(self.model.generation_config.to_dict(), None, knobs)
         reader = RowReader(self.model, knobs, keep, seed, ids, created)
         self.work = GenerationWork(reader, max_rows, node.memory())
         self.given = ["text"] if self.model.has_tokenizer else []
         self.given += ["ids"] if ids or not self.model.has_tokenizer else []
         self.given += ["finish_reason", "prompt_tokens", "new_tokens", "warnings"]
-        self.given += ["top_logprobs"] if found.top_logprobs else []
+        self.given += ["top_logprobs"] if resolved.top_logprobs else []
 
 
 class Score(RowActor):
@@ -201,19 +201,19 @@ class OfLines:
                 of_line(int(at), line, self.text, None if self.is_alone else str(file))
                 for at, line, file in lines
             ]
-            found = self.engine.done(row for row in rows if row is not None)
+            finished = self.engine.done(row for row in rows if row is not None)
         else:
             table = _columns(batch)
             self.engine.work.check(table)
-            found = self.engine.done(_rows(table))
+            finished = self.engine.done(_rows(table))
         if self.to_lines:
-            bad = np.array([done.bad is not None for done in found], np.bool_)
-            return {"line": _objects([done.line for done in found]), "bad": bad}
-        names = {name for done in found for name in done.output} - {"error"}
+            bad = np.array([done.bad is not None for done in finished], np.bool_)
+            return {"line": _objects([done.line for done in finished]), "bad": bad}
+        names = {name for done in finished for name in done.output} - {"error"}
         kept = sorted(names - set(self.engine.given))
         return _table(
-            {name: [done.output.get(name) for done in found] for name in kept}
-            | {name: list(values) for name, values in self.engine.new_columns(found).items()}
+            {name: [done.output.get(name) for done in finished] for name in kept}
+            | {name: list(values) for name, values in self.engine.new_columns(finished).items()}
         )
 
 
@@ -232,17 +232,17 @@ def _table(columns: Mapping[str, list[Any]]) -> Any:
         "error": texts,
         "warnings": pyarrow.list_(texts),
     }
-    made = {}
+    arrays = {}
     for name, values in columns.items():
         try:
-            found = pyarrow.array(values)
+            column = pyarrow.array(values)
         except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
             raise ValueError(
                 f"{name} does not fit into one column ({error}): write .jsonl"
             ) from error
-        is_null = pyarrow.types.is_null(found.type)
-        made[name] = found.cast(usual[name]) if is_null and name in usual else found
-    return pyarrow.table(made)
+        is_null = pyarrow.types.is_null(column.type)
+        arrays[name] = column.cast(usual[name]) if is_null and name in usual else column
+    return pyarrow.table(arrays)
 
 
 def _columns(batch: Any) -> Columns:
@@ -262,11 +262,11 @@ def _rows(table: Columns) -> list[InputRow]:
     lists = [_whole(values).tolist() for values in table.values()]
     return [
         InputRow(
-            place,
+            number,
             as_json(dict(zip(names, row, strict=True))).encode("utf-8", "surrogatepass"),
             is_numbered=False,
         )
-        for place, row in enumerate(zip(*lists, strict=True))
+        for number, row in enumerate(zip(*lists, strict=True))
     ]
 
 
@@ -283,6 +283,6 @@ def _whole(values: NDArray[Any]) -> NDArray[Any]:
 def _objects(values: list[Any]) -> NDArray[Any]:
     """An array of one dimension, whatever its values are."""
     out = np.empty(len(values), object)
-    for place, value in enumerate(values):
-        out[place] = value
+    for index, value in enumerate(values):
+        out[index] = value
     return out

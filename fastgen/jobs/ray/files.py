@@ -20,15 +20,15 @@ class Lines(FileBasedDatasource):  # type: ignore[misc]
     """The lines of files: "line" (bytes), "number" and "file" (its path)."""
 
     def _read_stream(self, f: Any, path: str) -> Iterator[Any]:
-        found: list[bytes] = []
+        lines: list[bytes] = []
         first = 0
         for line in _split(f):
-            found.append(line)
-            if len(found) == LINES:
-                yield _table(first, found, path)
-                first, found = first + len(found), []
-        if found:
-            yield _table(first, found, path)
+            lines.append(line)
+            if len(lines) == LINES:
+                yield _table(first, lines, path)
+                first, lines = first + len(lines), []
+        if lines:
+            yield _table(first, lines, path)
 
 
 def _split(file: Any) -> Iterator[bytes]:

@@ -30,13 +30,13 @@ def directory(model: str | os.PathLike[str] | None) -> Path:
         return first_use.directory(model)
     name = re.sub(r"[^\w.-]+", "--", str(model).strip("/"))[-60:]
     key = hashlib.sha256(str(model).encode()).hexdigest()[:12]
-    place = first_use.cache_directory() / "fetched" / f"{name}-{key}"
-    with files.locked(place.with_name(place.name + ".lock")):
-        return _copied(str(model), place) if "://" in str(model) else first_use.directory(model)
+    target = first_use.cache_directory() / "fetched" / f"{name}-{key}"
+    with files.locked(target.with_name(target.name + ".lock")):
+        return _copied(str(model), target) if "://" in str(model) else first_use.directory(model)
 
 
-def _copied(uri: str, place: Path) -> Path:
-    """Copy a directory to `place`, unless it is there as it was: `fastgen.json` says so."""
+def _copied(uri: str, target: Path) -> Path:
+    """Copy a directory to `target`, unless it is there as it was: `fastgen.json` says so."""
     try:
         from pyarrow import fs
     except ImportError as error:
@@ -45,13 +45,13 @@ def _copied(uri: str, place: Path) -> Path:
         system, path = fs.FileSystem.from_uri(uri)
         with system.open_input_stream(f"{path}/{INFO}") as file:
             info = file.read()
-        if (place / INFO).is_file() and (place / INFO).read_bytes() == info:
-            return place
-        with files.atomic_directory(place) as new:
+        if (target / INFO).is_file() and (target / INFO).read_bytes() == info:
+            return target
+        with files.atomic_directory(target) as new:
             fs.copy_files(path, str(new), source_filesystem=system)
     except (OSError, ValueError) as error:  # of pyarrow's: of the network, the store, the name
         raise ModelError(f"{uri} cannot be had: {error}") from error
-    return place
+    return target
 
 
 def threads() -> int | None:

@@ -77,14 +77,14 @@ def run(
         import ray.exceptions
     except ImportError as error:
         raise ValueError(f"--ray needs Ray: {extras.install('ray')} ({error})") from error
-    found, wanted = kind or kind_of(source), kind_of(out)
+    source_kind, wanted = kind or kind_of(source), kind_of(out)
     is_alone = _is_file(source)
     if wanted == "text":
         raise ValueError(f"{out} must end in .jsonl or .parquet")
-    place = None if "://" in out else Path(os.path.realpath(out))
-    if place is not None and place.exists() and not restart:
+    directory = None if "://" in out else Path(os.path.realpath(out))
+    if directory is not None and directory.exists() and not restart:
         raise ValueError(f"{out} is there: name another, or replace it with --restart")
-    if place is not None and place.exists() and not place.is_dir():
+    if directory is not None and directory.exists() and not directory.is_dir():
         raise ValueError(f"{out} is a file, expected a directory: name another")
     if not ray.is_initialized():
         _connect(spread.address)
@@ -92,13 +92,13 @@ def run(
     context.enable_progress_bars = not quiet
     context.execution_options.preserve_order = spread.ordered
     actors, cpus = _shape(spread)
-    rows = _read(ray.data, source, found).repartition(target_num_rows_per_block=spread.rows)
-    made = rows.map_batches(
+    rows = _read(ray.data, source, source_kind).repartition(target_num_rows_per_block=spread.rows)
+    dataset = rows.map_batches(
         OfLines,
         fn_constructor_kwargs={
             "engine": engine,
             "arguments": dict(arguments),
-            "text": found == "text",
+            "text": source_kind == "text",
             "to_lines": wanted == "jsonl",
             "is_alone": is_alone,
         },
@@ -107,15 +107,15 @@ def run(
         num_cpus=cpus,
     )
     try:
-        if place is None:
-            return _write(ray.data, made, out, wanted)
-        with files.atomic_directory(place) as new:
-            return _write(ray.data, made, str(new), wanted)
+        if directory is None:
+            return _write(ray.data, dataset, out, wanted)
+        with files.atomic_directory(directory) as new:
+            return _write(ray.data, dataset, str(new), wanted)
     except ray.exceptions.RayError as error:
-        told = TOLD.findall(str(error))
-        if not told:
+        messages = TOLD.findall(str(error))
+        if not messages:
             raise
-        raise ValueError(told[-1]) from error
+        raise ValueError(messages[-1]) from error
 
 
 def _connect(address: str) -> None:
@@ -155,14 +155,14 @@ def _is_file(source: str) -> bool:
     from pyarrow import fs
 
     try:
-        place = source if "://" in source else os.path.abspath(source)
-        system, path = fs.FileSystem.from_uri(place)
-        found = system.get_file_info(path).type
+        uri = source if "://" in source else os.path.abspath(source)
+        system, path = fs.FileSystem.from_uri(uri)
+        kind = system.get_file_info(path).type
     except (OSError, ValueError) as error:
         raise ValueError(f"{source} cannot be read: {error}") from error
-    if found == fs.FileType.NotFound:
+    if kind == fs.FileType.NotFound:
         raise ValueError(f"{source} is not there")
-    return bool(found == fs.FileType.File)
+    return bool(kind == fs.FileType.File)
 
 
 def _read(data: Any, source: str, kind: str) -> Any:
@@ -175,22 +175,22 @@ def _read(data: Any, source: str, kind: str) -> Any:
     return data.read_datasource(Lines(path))
 
 
-def _write(data: Any, made: Any, place: str, kind: str) -> tuple[int, int]:
+def _write(data: Any, dataset: Any, path: str, kind: str) -> tuple[int, int]:
     """Write a dataset; returns how many rows it had, and how many that came to nothing."""
     if kind == "jsonl":
         from fastgen.jobs.ray.files import ToLines
 
-        sink = ToLines(place)
-        made.write_datasink(sink)
+        sink = ToLines(path)
+        dataset.write_datasink(sink)
         return sink.rows, sink.bad
-    made.write_parquet(place)
+    dataset.write_parquet(path)
     counts = (
-        data.read_parquet(place)
+        data.read_parquet(path)
         .select_columns(["error"])
         .map_batches(_counted, batch_format="pyarrow")
         .take_all()
     )
-    return sum(one["rows"] for one in counts), sum(one["bad"] for one in counts)
+    return sum(counted["rows"] for counted in counts), sum(counted["bad"] for counted in counts)
 
 
 def _counted(table: Any) -> dict[str, NDArray[np.int64]]:

@@ -97,13 +97,13 @@ def _allowed(known: Tools, given: Any, several: bool) -> Choice:
 
 def _some(known: Tools, listed: Sequence[Any]) -> dict[str, Any]:
     """Those of the tools that are named."""
-    found = {}
-    for one in listed:
-        function = one.get("function", one) if isinstance(one, Mapping) else {}
+    chosen = {}
+    for tool in listed:
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else {}
         name = function.get("name") if isinstance(function, Mapping) else None
         if not isinstance(name, str) or name not in known:
             raise ValueError(
                 f"tool_choice: {validators.shown(name)} is none of the tools: {', '.join(known)}"
             )
-        found[name] = known[name]
-    return found
+        chosen[name] = known[name]
+    return chosen

@@ -57,10 +57,10 @@ class GrammarRules:
         """A text that has to come; special tokens in it are tokens."""
         if not text:
             return ""
-        found = sorted((one for one in self.special if one in text), key=len, reverse=True)
-        if not found:
+        marks = sorted((mark for mark in self.special if mark in text), key=len, reverse=True)
+        if not marks:
             return json.dumps(text, ensure_ascii=False)
-        before, mark, after = text.partition(found[0])
+        before, mark, after = text.partition(marks[0])
         parts = (self.literal(before), f"<[{self.special[mark]}]>", self.literal(after))
         return " ".join(filter(None, parts))
 
@@ -96,8 +96,8 @@ class GrammarRules:
         """A text that matches a regular expression, and `mark`, which is not in it."""
         before, rest = self._split(mark)
         if not rest:
-            found, alone = f"/({inner}){pattern(mark)}/", f"~/(?s:.*){pattern(mark)}(?s:.+)/"
-            return self.rule(f"{found} & {alone}", "TEXT")
+            matching, alone = f"/({inner}){pattern(mark)}/", f"~/(?s:.*){pattern(mark)}(?s:.+)/"
+            return self.rule(f"{matching} & {alone}", "TEXT")
         return f"{self.rule(f'/({inner}){pattern(before)}/', 'TEXT')} {self.literal(rest)}"
 
     def without(self, mark: str, but: str = "") -> str:
@@ -203,9 +203,9 @@ def members(root: Any, schema: Any) -> list[tuple[str, Any, bool]]:
 
 def _check(schema: Mapping[str, Any]) -> None:
     """Raise a ValueError for a keyword that only JSON can be held to."""
-    found = next((name for name in ONLY_OF_JSON if schema.get(name)), None)
-    if found is not None:
-        raise ValueError(f"{found} cannot be forced in this model's form of calls")
+    keyword = next((name for name in ONLY_OF_JSON if schema.get(name)), None)
+    if keyword is not None:
+        raise ValueError(f"{keyword} cannot be forced in this model's form of calls")
 
 
 def options(schema: Any, root: Any, deep: int = 0) -> list[dict[str, Any]]:
@@ -225,9 +225,9 @@ def options(schema: Any, root: Any, deep: int = 0) -> list[dict[str, Any]]:
         return options(whole[0], root, deep + 1)
     for name in ("anyOf", "oneOf"):
         if isinstance(schema.get(name), list):
-            return [found for one in schema[name] for found in options(one, root, deep + 1)]
+            return [option for part in schema[name] for option in options(part, root, deep + 1)]
     if isinstance(schema.get("type"), list):
-        return [{**schema, "type": one} for one in schema["type"]]
+        return [{**schema, "type": kind} for kind in schema["type"]]
     return [schema]
 
 
@@ -290,24 +290,24 @@ def _kinds_of(value: Any) -> set[str]:
 
 def by_kind(form: GrammarRules, schema: Any, root: Any, close: str) -> list[tuple[str, str]]:
     """The kinds of which a value may be, each with how it is written, and the mark behind it."""
-    found = []
-    for one in options(schema, root):
-        for kind in sorted(kinds(one, root)):
-            if kind == "integer" and "number" in kinds(one, root):
+    rules = []
+    for option in options(schema, root):
+        for kind in sorted(kinds(option, root)):
+            if kind == "integer" and "number" in kinds(option, root):
                 continue
-            if {"const", "enum"} & one.keys():
-                values = [one["const"]] if "const" in one else one["enum"]
+            if {"const", "enum"} & option.keys():
+                values = [option["const"]] if "const" in option else option["enum"]
                 texts = [_shown(v) for v in values if kind in _kinds_of(v)]
                 if not texts:
                     continue
                 value = form.choice([form.literal(text + close) for text in texts])
             elif kind == "string":
-                value = plain(form, {**one, "type": "string"}, root, close)
+                value = plain(form, {**option, "type": "string"}, root, close)
             else:
-                whole = with_definitions({**one, "type": kind}, root)
+                whole = with_definitions({**option, "type": kind}, root)
                 value = f"{form.json(whole)} {form.literal(close)}"
-            found.append((kind, f"({value})"))
-    return found
+            rules.append((kind, f"({value})"))
+    return rules
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,12 @@ class KimiSections(AnswerReader):
         called = False
         while True:
             between: list[str] = []
-            found = yield from text.until([ONE, END_ALL], between.append)
-            if found is None or (found == END_ALL and "".join(between).strip() and not called):
+            next_mark = yield from text.until([ONE, END_ALL], between.append)
+            if next_mark is None or (
+                next_mark == END_ALL and "".join(between).strip() and not called
+            ):
                 return self.broken()
-            if found == END_ALL:
+            if next_mark == END_ALL:
                 text.recorded()
                 return None
             called = True

@@ -36,8 +36,8 @@ class Bare(AnswerReader):
         before = self._called
         self._called = False
         yield from self._calls()
-        found, self._called = self._called, self._called or before
-        return found
+        called, self._called = self._called, self._called or before
+        return called
 
     def _calls(self) -> Steps[None]:
         """Read calls where the text, or what follows a tag, begins with them."""

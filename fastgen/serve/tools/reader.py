@@ -114,9 +114,9 @@ class TextBuffer:
         """The next characters; fewer where the text ends before."""
         while len(self._held) - self._at < count and not self.ended:
             yield
-        found = self._held[self._at : self._at + count]
-        self.starved = self.starved or len(found) < count
-        return found
+        characters = self._held[self._at : self._at + count]
+        self.starved = self.starved or len(characters) < count
+        return characters
 
     def accept(self, wanted: str) -> Steps[bool]:
         """Take `wanted` if it comes next."""
@@ -131,16 +131,16 @@ class TextBuffer:
 
     def run(self, of: re.Pattern[str], out: Out | None = None) -> Steps[str]:
         """Take all that comes next of a class of characters; it is passed on, or returned."""
-        found: list[str] = []
+        pieces: list[str] = []
         while (yield from self.peek()):
             match = of.match(self._held, self._at)
             if match is None:
                 break
             piece = self.take(match.end() - self._at)
-            (out or found.append)(piece)
+            (out or pieces.append)(piece)
             if self._at < len(self._held):
                 break
-        return "".join(found)
+        return "".join(pieces)
 
     def space(self) -> Steps[str]:
         return self.run(SPACE)

@@ -117,7 +117,7 @@ def of(model: CausalLM) -> TemplateForms:
     added = model.tokenizer.backend.get_added_tokens_decoder().values()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what the template leaves out
-        return shown(render, {one.content for one in added})
+        return shown(render, {token.content for token in added})
 
 
 def shown(render: Render, tokens: Collection[str] = ()) -> TemplateForms:
@@ -128,16 +128,16 @@ def shown(render: Render, tokens: Collection[str] = ()) -> TemplateForms:
             reasoning thinks, whether its template shows it or not.
     """
     bare = _rendered(render, [ASKED], None, {})
-    told = _rendered(render, [ASKED], [OFFERED], {})
+    offered = _rendered(render, [ASKED], [OFFERED], {})
     variables: tuple[str, ...] = ()
-    if TOOL not in told:
+    if TOOL not in offered:
         other = _rendered(render, [ASKED], [OFFERED], {VARIABLE: [OFFERED]})
         if TOOL in other:
-            told, variables = other, (VARIABLE,)
-    found = _format(render, told, variables) if TOOL in told else None
-    switches = tuple(one for one in SWITCHES if _switches(render, one))
-    thoughts = _reasoning(render, bare, found, tokens)
-    return TemplateForms(TOOL in told, found, thoughts, variables, switches)
+            offered, variables = other, (VARIABLE,)
+    form = _format(render, offered, variables) if TOOL in offered else None
+    switches = tuple(switch for switch in SWITCHES if _switches(render, switch))
+    thoughts = _reasoning(render, bare, form, tokens)
+    return TemplateForms(TOOL in offered, form, thoughts, variables, switches)
 
 
 def _switches(render: Render, name: str) -> bool:
@@ -145,20 +145,20 @@ def _switches(render: Render, name: str) -> bool:
     return on != off
 
 
-def _format(render: Render, told: str, variables: Sequence[str]) -> Format | None:
+def _format(render: Render, offered: str, variables: Sequence[str]) -> Format | None:
     """The format of a template that shows tools."""
     more = {name: [OFFERED] for name in variables}
     for talk in TALKS:
         text = _rendered(render, talk, [OFFERED], more)
-        call = text[_common(text, told) :]
-        for one in FORMATS:
-            if call and one.shown(call):
-                return one
-    return next((one for one in FORMATS if one.told(told)), None)
+        call = text[_common(text, offered) :]
+        for form in FORMATS:
+            if call and form.shown(call):
+                return form
+    return next((form for form in FORMATS if form.told(offered)), None)
 
 
 def _reasoning(
-    render: Render, bare: str, found: Format | None, tokens: Collection[str]
+    render: Render, bare: str, form: Format | None, tokens: Collection[str]
 ) -> Marks | None:
     """The marks that stand around a thought, or that an answer begins with."""
     thinks = {"role": "assistant", "reasoning_content": THOUGHT, "thinking": THOUGHT}
@@ -176,9 +176,9 @@ def _reasoning(
     for marks in MARKS:
         if any(marks.begin in text or marks.end in text for text in (bare, on, off)):
             return marks
-    if found is not None and found.channels:
-        return found.reasoning
-    return next((one for one in MARKS if {one.begin, one.end} <= {*tokens}), None)
+    if form is not None and form.channels:
+        return form.reasoning
+    return next((marks for marks in MARKS if {marks.begin, marks.end} <= {*tokens}), None)
 
 
 def _rendered(

@@ -22,25 +22,25 @@ def kinds(schema: Any, root: Any, deep: int = 0) -> frozenset[str]:
     """The types of a value of a schema, in JSON Schema's words."""
     if not isinstance(schema, dict) or deep > DEEP:
         return EVERY
-    found = EVERY
+    types = EVERY
     if isinstance(schema.get("type"), str):
-        found &= {schema["type"]}
+        types &= {schema["type"]}
     elif isinstance(schema.get("type"), list):
-        found &= frozenset(map(str, schema["type"]))
-    if "number" in found:
-        found |= {"integer"}
+        types &= frozenset(map(str, schema["type"]))
+    if "number" in types:
+        types |= {"integer"}
     if isinstance(schema.get("enum"), list):
-        found &= {KINDS.get(type(one), "object") for one in schema["enum"]} | _integers(schema)
+        types &= {KINDS.get(type(value), "object") for value in schema["enum"]} | _integers(schema)
     if "const" in schema:
-        found &= {KINDS.get(type(schema["const"]), "object")}
+        types &= {KINDS.get(type(schema["const"]), "object")}
     for name in ("anyOf", "oneOf"):
         if isinstance(schema.get(name), list):
-            found &= frozenset().union(*(kinds(one, root, deep + 1) for one in schema[name]))
-    for one in schema.get("allOf") or ():
-        found &= kinds(one, root, deep + 1)
+            types &= frozenset().union(*(kinds(part, root, deep + 1) for part in schema[name]))
+    for part in schema.get("allOf") or ():
+        types &= kinds(part, root, deep + 1)
     if isinstance(schema.get("$ref"), str):
-        found &= kinds(target(schema["$ref"], root), root, deep + 1)
-    return found
+        types &= kinds(target(schema["$ref"], root), root, deep + 1)
+    return types
 
 
 def _integers(schema: Any) -> set[str]:
@@ -49,11 +49,11 @@ def _integers(schema: Any) -> set[str]:
 
 def target(reference: str, root: Any) -> Any:
     """The target of a schema's `$ref`; None where there is none."""
-    found = root
+    node = root
     for part in reference.removeprefix("#").split("/")[1:]:
         part = part.replace("~1", "/").replace("~0", "~")
-        found = found.get(part) if isinstance(found, dict) else None
-    return found
+        node = node.get(part) if isinstance(node, dict) else None
+    return node
 
 
 def property_of(parameters: Any, name: str) -> Any:
@@ -66,13 +66,13 @@ def as_json(raw: str, allowed: frozenset[str]) -> str:
     """A text as the JSON of what it is to be."""
     if allowed == {"string"}:
         return json.dumps(raw, ensure_ascii=False)
-    found, ok = _parsed(raw.strip())
-    kind = KINDS.get(type(found), "")
+    value, ok = _parsed(raw.strip())
+    kind = KINDS.get(type(value), "")
     fits = kind in allowed or (kind == "integer" and "number" in allowed)
     if ok and (fits or "string" not in allowed):
-        return json.dumps(found, ensure_ascii=False)
-    if ok and kind == "number" and "integer" in allowed and found == int(found):
-        return json.dumps(int(found))
+        return json.dumps(value, ensure_ascii=False)
+    if ok and kind == "number" and "integer" in allowed and value == int(value):
+        return json.dumps(int(value))
     return json.dumps(raw, ensure_ascii=False)
 
 
@@ -87,8 +87,8 @@ def _parsed(raw: str) -> tuple[Any, bool]:
     if raw[:1] not in ("[", "{"):
         return None, False
     try:
-        found = ast.literal_eval(raw)
-        return json.loads(json.dumps(found, allow_nan=False)), True
+        value = ast.literal_eval(raw)
+        return json.loads(json.dumps(value, allow_nan=False)), True
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         return None, False
 
@@ -185,8 +185,8 @@ def closed(
 def _follows(text: TextBuffer, mark: str, after: Sequence[str]) -> Steps[bool]:
     """True if one of `after` follows a mark; then the mark is given back, or else the space is."""
     space = yield from text.space()
-    found = not after
-    for one in after:
-        found = found or (yield from text.peek(max(1, len(one)))) == one
-    text.put_back(mark + space if found else space)
-    return found
+    follows = not after
+    for wanted in after:
+        follows = follows or (yield from text.peek(max(1, len(wanted)))) == wanted
+    text.put_back(mark + space if follows else space)
+    return follows
