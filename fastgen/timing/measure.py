@@ -97,13 +97,19 @@ class Result:
 
 @dataclass(frozen=True)
 class CaseOptions:
-    """The cases that are wanted; None for the usual ones, as far as they fit."""
+    """The cases that are wanted; None for the usual ones, as far as they fit.
+
+    Attributes:
+        new: tokens that rows and beams are given.
+        memory: bytes that they have to fit into; None for those of this machine.
+    """
 
     prompts: Sequence[int] | None = None
     rows: Sequence[int] | None = None
     beams: Sequence[int] | None = None
     threads: Sequence[int] | None = None
     new: int = 32
+    memory: int | None = None
 
 
 PROMPTS, ROWS, BEAMS = (64, 512), (1, 8, 32), (4,)
@@ -130,7 +136,7 @@ def cases(infos: Mapping[str, ModelInfo], asked: CaseOptions) -> tuple[list[Case
     for case in list(out):
         try:
             for info in infos.values():
-                _check_room(info, case)
+                _check_room(info, case, asked.memory)
         except ValueError as error:
             if given[case.kind] or case.rows * case.beams == 1:
                 raise
@@ -157,10 +163,10 @@ def _lengths(infos: Mapping[str, ModelInfo], asked: CaseOptions) -> list[int]:
     return list(asked.prompts or dict.fromkeys(min(prompt, room) for prompt in PROMPTS))
 
 
-def _check_room(info: ModelInfo, case: Case) -> None:
+def _check_room(info: ModelInfo, case: Case, memory: int | None) -> None:
     params = Params(num_beams=case.beams)
     parts = memory_estimate.of_call(info, params, case.rows, case.prompt, case.prompt + case.new)
-    memory_estimate.check(parts, "fewer rows or beams, or a shorter prompt, need less")
+    memory_estimate.check(parts, "fewer rows or beams, or a shorter prompt, need less", memory)
 
 
 def title(case: Case) -> str:

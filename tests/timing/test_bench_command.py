@@ -266,19 +266,16 @@ def test_usual_prompts_are_cut_to_what_every_model_takes(info):
         measure.cases({"b": replace(info, max_length=30)}, CaseOptions())
 
 
-def test_what_memory_cannot_hold_is_left_out_or_refused(info, monkeypatch):
-    monkeypatch.setattr(
-        "fastgen.engine.memory_estimate.memory_bytes", lambda: 1536 * info.cache_bytes
-    )
-    timed, notes = measure.cases({"a": info}, CaseOptions())
+def test_what_memory_cannot_hold_is_left_out_or_refused(info):
+    memory = 1536 * info.cache_bytes
+    timed, notes = measure.cases({"a": info}, CaseOptions(memory=memory))
     assert [case.rows for case in timed if case.kind == "rows"] == [1, 8]
     (note,) = notes
     assert note.startswith("left out: 32 rows: this needs up to")
     with pytest.raises(ValueError, match="GB of memory"):
-        measure.cases({"a": info}, CaseOptions(rows=(1, 32)))
-    monkeypatch.setattr("fastgen.engine.memory_estimate.memory_bytes", lambda: 1024)
+        measure.cases({"a": info}, CaseOptions(rows=(1, 32), memory=memory))
     with pytest.raises(ValueError, match="this needs up to"):
-        measure.cases({"a": info}, CaseOptions())
+        measure.cases({"a": info}, CaseOptions(memory=1024))
 
 
 @pytest.mark.parametrize(
