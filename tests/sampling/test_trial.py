@@ -157,11 +157,11 @@ def test_a_grammar_is_tried_once(demo, monkeypatch):
     assert len(trials) == 2
 
 
-def test_an_automaton_that_is_full_is_not_used_again(monkeypatch, demo):
+def test_an_automaton_that_is_full_is_not_used_again(demo):
     """It is shared by all texts of a grammar and only grows."""
-    monkeypatch.setitem(constraint.LIMITS, "max_lexer_states", 2000)
     tokenizer = fastgen.Tokenizer.of(demo.tokenizer.backend)
-    vocabulary = constraint.of(tokenizer).of(tokenizer, demo.tokenizer.backend.get_vocab_size())
+    few, size = {"max_lexer_states": 2000}, demo.tokenizer.backend.get_vocab_size()
+    vocabulary = constraint.Vocabulary(tokenizer, size, constraint.LIMITS | few)
 
     def begun(seed: int) -> bool:
         compiled = vocabulary.compiled("regex", ".*a.{300}", Limits())
