@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import io
 import json
 import mmap
+import re
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -192,19 +195,34 @@ def test_a_quick_export_leaves_out_the_text_and_never_the_proof(half, tmp_path, 
     assert "text: not compared" in table(report)
 
 
-def test_the_time_left_follows_what_was_expected():
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("pace", [1, 3], ids=["as expected", "three times as long"])
+def test_the_time_left_follows_what_was_expected(pace):
     costs = [progress.Cost(*one) for one in ((4, 0.5), (0.5, 1.6), (5, 2), (0.2, 0.3))]
-    shown = progress.Progress(None)
-    shown.planned = [progress.Step(f"step {n}", cost, list) for n, cost in enumerate(costs)]
+    *_, convert, bundled = times = [one.seconds + one.more * 2 for one in costs]
+    now, terminal = [0.0], Terminal()
+
+    def take(seconds: float) -> list[str]:
+        now[0] += pace * seconds
+        return []
+
+    shown = progress.Progress(terminal, clock=lambda: now[0])
     shown.weights = 2_000_000_000
-    assert shown._left(0) == ""
-    for _ in costs[:2]:
-        shown.take()
-    load, logits, convert, bundled = (one.seconds + one.more * 2 for one in costs)
-    shown._started = shown._ended - (load + logits)  # as long as both were expected to take
-    assert shown._left(0) == f" about {convert + bundled:.0f} s left"
-    shown._started = shown._ended - 3 * (load + logits)
-    assert shown._left(0) == f" about {3 * (convert + bundled):.0f} s left"
+    shown.run(
+        [
+            progress.Step(f"step {n}", cost, partial(take, seconds))
+            for n, (cost, seconds) in enumerate(zip(costs, times, strict=True))
+        ]
+    )
+    left = re.findall(r"\.\.\.(.*)\r", terminal.getvalue())
+    assert len(left) == 4 and left[0] == ""
+    for found, rest in ((left[2], convert + bundled), (left[3], bundled)):
+        assert found == f" about {pace * rest:.0f} s left"
+    assert [one["seconds"] for one in shown.taken] == pytest.approx([pace * t for t in times])
 
 
 def test_the_peaks_of_a_step_are_its_own():
