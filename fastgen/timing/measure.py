@@ -231,19 +231,19 @@ def measure(
     in_rounds({n: partial(once, one) for n, one in enumerate(loads)}, rounds, warm=0)
 
 
-def run(model: Model, case: Case) -> float:
-    """Seconds of a case: up to the first token, or of the steps after it."""
+def run(model: Model, case: Case, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Seconds of a case, by a clock: up to the first token, or of the steps after it."""
     ids = np.random.default_rng(0).integers(0, model.info.vocab_size, (case.rows, case.prompt))
     knobs = {"max_new_tokens": case.new, "num_beams": case.beams, "eos_token_id": None}
     mask = np.ones_like(ids)
-    start = time.perf_counter()
+    start = clock()
     call = prepare(Loaded(model), ids, Objects(attention_mask=mask), knobs)
     read, ends = start, []
     for step in call.steps():
         if step.kind is Kind.READ:
-            read = time.perf_counter()
+            read = clock()
         elif step.kind is Kind.SEARCHED or case.beams == 1:
-            ends.append(time.perf_counter())
+            ends.append(clock())
     if case.kind == "read":
         return ends[-1] - start
     # The first token of plain rows comes of the prompt alone; beams go on to the next one at once.
