@@ -27,6 +27,8 @@ Run = Callable[..., str]
 @pytest.fixture(scope="module")
 def keep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that the tiny models of all scripts are exported to, once each."""
+    # It shows its steps where standard error was when it was imported: not where a test looks.
+    importlib.import_module("fastgen.export.pipeline")
     return tmp_path_factory.mktemp("bench")
 
 
