@@ -35,7 +35,8 @@ READERS: list[Callable[[Any], Any]] = [
 ]
 
 
-def main() -> None:
+def main(floats: int = FLOATS) -> None:
+    """Measure with arrays of so many numbers for each thread."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     shapes.add_arguments(parser)
     parser.add_argument("--precision", nargs="+", default=["fp32", "int8", "int4"])
@@ -45,7 +46,7 @@ def main() -> None:
 
     import fastgen
 
-    arrays = [np.ones(FLOATS, np.float32) for _ in range(args.threads)]
+    arrays = [np.ones(floats, np.float32) for _ in range(args.threads)]
     with (
         ThreadPoolExecutor(args.threads) as pool,
         shapes.exported(args.shape, args.precision, args.keep) as paths,

@@ -26,7 +26,8 @@ PROMPTS = ("The os module", "class ", "The json module", "class urllib.request.R
 WINDOW = 512  # tokens, the first of which is only read
 
 
-def main() -> None:
+def main(text: Path = TEXT) -> None:
+    """Measure with the documents of a file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="+", type=Path, help="fastgen's directories")
     parser.add_argument("--write", action="store_true", help="show what they write, too")
@@ -34,7 +35,7 @@ def main() -> None:
 
     import fastgen
 
-    documents = [one for one in TEXT.read_text(encoding="utf-8").split(END) if one]
+    documents = [one for one in text.read_text(encoding="utf-8").split(END) if one]
     size = sum(len(one.encode()) for one in documents)
     words = sum(len(one.split()) for one in documents)
     print(f"{len(documents)} documents, {size:,} bytes, {words:,} words\n")

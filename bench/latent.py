@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import shapes
@@ -25,7 +27,8 @@ SIZES = {
 }  # fmt: skip
 
 
-def main() -> None:
+def main(sizes: Mapping[str, Any] = SIZES) -> None:
+    """Measure with a model of these sizes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--past", nargs="+", type=int, default=[512, 2048], help="tokens of a prompt"
@@ -43,7 +46,7 @@ def main() -> None:
     from fastgen.export.trace import hooks
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("deepseek_v2", **SIZES)).eval()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("deepseek_v2", **sizes)).eval()
     with tempfile.TemporaryDirectory() as home:
         loaded = {}
         for name, saves in (("latents", True), ("keys and values", False)):

@@ -13,8 +13,7 @@ from pathlib import Path
 # The package `python3.11-doc`; the manual has the licence of Python itself (PSF).
 INSTALLED = Path("/usr/share/doc/python3.11/html/_sources")
 
-# Characters below which a class stays where it is on its page.
-SHORT_CLASS = 600
+SHORT_CLASS = 600  # characters
 
 # Directives that say nothing to a reader: they go, with what is indented below them.
 SILENT = frozenset({
@@ -47,14 +46,18 @@ TITLE = re.compile(r"\A\s*(?:([=*-])\1+\n)?(.+)\n([=*-])\3+\n")
 ROLE = re.compile(r":([a-z][a-z:+-]*):`([^`]+)`", re.DOTALL)
 
 
-def pages(manual: Path) -> Iterator[str]:
-    """The documents of each page below `manual`: its text, then each of its longer classes."""
+def pages(manual: Path, short: int = SHORT_CLASS) -> Iterator[str]:
+    """The documents of each page below `manual`: its text, then each of its longer classes.
+
+    Args:
+        short: characters below which a class stays where it is on its page.
+    """
     for path in sorted(manual.rglob("*.rst.txt")):
         text = path.read_text(encoding="utf-8").expandtabs()
         text = re.sub(r" *\\\n +", " ", text)  # signatures of several lines
         found = re.search(r"^\.\. (?:current)?module:: (\S+)", text, re.MULTILINE)
         module = found[1] if found else ""
-        long = [one[0] for one in CLASS.finditer(text) if len(one[0]) >= SHORT_CLASS]
+        long = [one[0] for one in CLASS.finditer(text) if len(one[0]) >= short]
         for one in long:
             text = text.replace(one, "", 1)
         yield titled(text, module)

@@ -153,21 +153,26 @@ class Progress:
 
     On a terminal the running one is shown too.
 
-    Attributes:
+    Args:
         stream: where they are shown; None for nowhere.
+        clock: tells the time, in seconds.
+
+    Attributes:
         planned: all steps, in order.
         taken: what was shown of those that were taken, for the report.
         weights: bytes of the weights in float32, as soon as they are known.
         watch: what looks at the memory.
     """
 
-    def __init__(self, stream: TextIO | None) -> None:
-        self.stream = stream
+    def __init__(
+        self, stream: TextIO | None, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self.stream, self._clock = stream, clock
         self.planned: list[Step] = []
         self.taken: list[dict[str, Any]] = []
         self.weights = 0
         self.watch = Watch()
-        self._started = self._ended = time.perf_counter()
+        self._started = self._ended = clock()
 
     def run(self, steps: Sequence[Step]) -> None:
         """Take all steps, and those that are added meanwhile."""
@@ -182,14 +187,14 @@ class Progress:
         live = self.stream is not None and self.stream.isatty()
         if live:
             self._write(f"{label} ...{self._left(0)}")
-        start = time.perf_counter()
+        start = self._clock()
         try:
             found = "; ".join(step.run())
         except BaseException:
             if live:
                 self._write("\n")
             raise
-        self._ended = time.perf_counter()
+        self._ended = self._clock()
         seconds, took = self._ended - start, self.watch.step()
         shown = {"step": step.name, "seconds": round(seconds, 3), "found": found}
         self.taken.append(shown | vars(took))
@@ -223,7 +228,7 @@ class Progress:
         done = len(self.taken)
         if not done:
             return ""
-        began = self._ended if share == 0 else time.perf_counter()
+        began = self._ended if share == 0 else self._clock()
         past = sum(expected[:done]) + share * expected[done]
         left = (began - self._started) / past * (sum(expected) - past)
         return f" about {left:,.0f} s left"

@@ -100,17 +100,20 @@ def _told(parts: dict[str, int]) -> str:
 SEEN = 2 * calibrate.SAMPLE  # tokens of activations that are kept, and those of a row
 
 
-def needs(size: Size, precision: str, steps: int, may_stay: bool = True) -> Needs:
+def needs(
+    size: Size, precision: str, steps: int, may_stay: bool = True, machine: int | None = None
+) -> Needs:
     """Estimate what exporting a checkpoint takes.
 
     Args:
         precision: "fp32", "int8" or "int4".
         steps: how often it is quantised: weights, keys and values, both or none.
         may_stay: whether its weights can stay in their own type.
+        machine: bytes of memory that there are; None for those of this machine.
     """
     floats = FLOAT * size.weights
     written = int(WRITTEN[precision] * size.weights)
-    there = memory_bytes()
+    there = memory_bytes() if machine is None else machine
     own = may_stay and not size.is_float32 and there is not None and floats > AT_HAND * there
     cast = 0 if size.is_float32 or own else floats
     quantised = precision != "fp32"

@@ -171,25 +171,30 @@ def reference_continuation(
         model.generation_config = kept
 
 
-def exported_logits(model: Model, rows: Sequence[NDArray[np.int64]]) -> list[NDArray[np.float32]]:
+def exported_logits(
+    model: Model, rows: Sequence[NDArray[np.int64]], at_once: int = AT_ONCE
+) -> list[NDArray[np.float32]]:
     """The export's logits [length, vocab] of rows, as `exported_parts` gives them."""
     found = [np.empty((len(row), model.info.vocab_size), np.float32) for row in rows]
-    for i, part, logits in exported_parts(model, rows):
+    for i, part, logits in exported_parts(model, rows, at_once):
         found[i][part] = logits
     return found
 
 
 def exported_parts(
-    model: Model, rows: Sequence[NDArray[np.int64]]
+    model: Model, rows: Sequence[NDArray[np.int64]], at_once: int = AT_ONCE
 ) -> Iterator[tuple[int, slice, NDArray[np.float32]]]:
     """Logits of an export for rows together: a ragged prefill, then token by token.
 
     Where logits of all positions would take much memory, the prefill goes by parts.
 
+    Args:
+        at_once: bytes of its logits that are asked for at once.
+
     Yields:
         The row's number, a part of it, and its logits [part, vocab], which the next ones overwrite.
     """
-    asked = max(CHUNK, AT_ONCE // (4 * model.info.vocab_size * len(rows)))
+    asked = max(CHUNK, at_once // (4 * model.info.vocab_size * len(rows)))
     parts = [_parts(len(row), asked) for row in rows]
     cache = model.new_cache(len(rows), 2 * max(len(row) for row in rows))
     for step in range(max(map(len, parts))):

@@ -52,14 +52,15 @@ def of_call(
     }
 
 
-def check(parts: Mapping[str, int], instead: str) -> None:
+def check(parts: Mapping[str, int], instead: str, memory: int | None = None) -> None:
     """Raise a ValueError for what cannot fit into this machine.
 
     Args:
         parts: bytes of each part (see `of_call`).
         instead: what the caller may do.
+        memory: bytes that there are; None for those of this machine.
     """
-    needed, there = sum(parts.values()), memory_bytes()
+    needed, there = sum(parts.values()), memory_bytes() if memory is None else memory
     if there is not None and needed > there:
         each = ", ".join(f"{name} {size / 1e9:,.1f}" for name, size in parts.items() if size)
         raise ValueError(

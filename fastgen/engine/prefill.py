@@ -208,7 +208,7 @@ def together(lengths: Sequence[int], chunk: int, most: int) -> list[tuple[int, i
         for start in range(end - 1, -1, -1):
             if start < end - 1 and (end - start) * width > most:
                 break
-            cost = least[start] + _cost(lengths[start:end], chunk)
+            cost = least[start] + cost_of(lengths[start:end], chunk)
             if cost < least[end]:
                 least[end], starts[end] = cost, start
     groups = []
@@ -219,8 +219,13 @@ def together(lengths: Sequence[int], chunk: int, most: int) -> list[tuple[int, i
     return groups[::-1]
 
 
-def _cost(lengths: Sequence[int], chunk: int) -> float:
-    """The cost of reading rows together: tokens, padding included, and CALL for each call."""
+def cost_of(lengths: Sequence[int], chunk: int) -> float:
+    """The cost of reading rows together: tokens, padding included, and CALL for each call.
+
+    Args:
+        lengths: of the prompts, in ascending order.
+        chunk: tokens of a row that go into a call.
+    """
     cost, at = 0.0, 0
     while at < lengths[-1]:
         going = sum(length > at for length in lengths)

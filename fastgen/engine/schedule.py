@@ -21,6 +21,7 @@ import numpy as np
 
 from fastgen.engine import memory_estimate
 from fastgen.engine.batch import Batch, Joining
+from fastgen.engine.cache import Cache
 from fastgen.engine.call import Call
 from fastgen.engine.model import Model
 from fastgen.engine.plan import Entry, Planner, Work
@@ -119,6 +120,11 @@ class Scheduler:
     def rows(self) -> int:
         """The rows that run or are being read, those of searches and scored texts included."""
         return self.planner.rows
+
+    @property
+    def cache(self) -> Cache:
+        """The keys and values of the rows that run or are being read, but for searches'."""
+        return self._batch.cache
 
     @property
     def held(self) -> int:
@@ -238,7 +244,7 @@ class Scheduler:
         The buffers are as long as the longest row. What is not reached takes no memory, but the
         system does not promise it without bounds: then they are made anew, no larger than needed.
         """
-        cache, longest = self._batch.cache, self.planner.longest()
+        cache, longest = self.cache, self.planner.longest()
         needed = self._batch.end + new
         rows = max(cache.rows, 1 << (needed - 1).bit_length())
         if rows * max(longest, cache.capacity) <= self.planner.max_tokens:
@@ -288,7 +294,7 @@ class Scheduler:
 
     def _tidy(self) -> None:
         """Shrink the cache if what rows have reached of it outgrew `max_bytes`."""
-        cache = self._batch.cache
+        cache = self.cache
         if cache.reached() * self._token > self.max_bytes:
             cache.renew(max(1, self._batch.end), self.planner.longest())
 

@@ -17,7 +17,7 @@ import json
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -312,18 +312,27 @@ class Compiled:
 
 
 class Vocabulary:
-    """A tokenizer as llguidance knows it, and the grammars that were compiled for it."""
+    """A tokenizer as llguidance knows it, and the grammars that were compiled for it.
+
+    Args:
+        tokenizer: whose tokens write the texts.
+        vocab_size: the width of the logits.
+        settings: of llguidance's `LLParserLimits`.
+    """
 
     KEPT = 16  # compiled grammars
     KEPT_BYTES = 2**29  # that they took
     REFUSED = 1024  # grammars that came to a limit, which are not tried again
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, vocab_size: int, settings: Mapping[str, Any] = LIMITS
+    ) -> None:
         llguidance = _llguidance()
         self._writer = GuidanceTokenizer(tokenizer, vocab_size)
+        self._settings = settings
         TRIAL.ready(self._writer)
         self._seen = llguidance.LLTokenizer(self._writer)
-        self._limits = llguidance.LLParserLimits(**LIMITS)
+        self._limits = llguidance.LLParserLimits(**settings)
         self._lock = threading.Lock()
         self._compiled: OrderedDict[tuple[str, str], Compiled] = OrderedDict()
         self._refused: OrderedDict[tuple[Limits, bytes], str] = OrderedDict()
@@ -371,7 +380,7 @@ class Vocabulary:
         if key in self._refused:
             raise ValueError(self._refused[key])
         try:
-            verdict = TRIAL.run(self._writer, written, limits, LIMITS)
+            verdict = TRIAL.run(self._writer, written, limits, self._settings)
         except Exceeded as error:
             self._refused[key] = str(error)
             if len(self._refused) > self.REFUSED:

@@ -52,6 +52,11 @@ class Stream:
         self._next = 0  # the step whose block comes next
         self._blocks: dict[int, Words] = {}
 
+    @property
+    def kept(self) -> int:
+        """The steps whose blocks are kept."""
+        return len(self._blocks)
+
     def row(self, step: int, row: int, size: int) -> Words:
         """The random words [size] of `row` at `step`, counted from 0.
 

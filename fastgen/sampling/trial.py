@@ -27,7 +27,7 @@ from fastgen.sampling import trial_process
 
 SECONDS = 3.0  # of the processor, for a grammar
 MEGABYTES = 256  # that it may take
-GRACE = 5.0  # seconds after which a process that ended no trial by itself is ended
+GRACE = 5.0  # seconds that a process has to end a trial by itself, beside those of its limits
 
 
 class Exceeded(ValueError):
@@ -67,9 +67,14 @@ class Limits:
 
 
 class Trial:
-    """A process that compiles grammars for one vocabulary at a time; started when it is needed."""
+    """A process that compiles grammars for one vocabulary at a time; started when it is needed.
 
-    def __init__(self) -> None:
+    Args:
+        grace: seconds after which it is ended where it ended no trial by itself.
+    """
+
+    def __init__(self, grace: float = GRACE) -> None:
+        self.grace = grace
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._holds: weakref.ref[Any] | None = None
@@ -123,7 +128,7 @@ class Trial:
                 late.set()
                 process.kill()
 
-            patience = trial_process.PATIENCE * limits.seconds + GRACE
+            patience = trial_process.PATIENCE * limits.seconds + self.grace
             timer = threading.Timer(patience, end)
             timer.daemon = True
             timer.start()

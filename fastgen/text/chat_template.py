@@ -25,6 +25,7 @@ FOR_TOOLS = "tool_use"  # the name of the one for calls with tools, where there 
 
 # What a message's reasoning may be called, in transformers' order.
 REASONING = ("reasoning_content", "thinking", "reasoning")
+SECONDS = 5.0  # that a rendering may take
 
 
 def prompt(
@@ -72,8 +73,13 @@ def _reasoned(message: dict[str, Any]) -> dict[str, Any]:
     return {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
-def rendered(source: str, config: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+def rendered(
+    source: str, config: Mapping[str, Any], given: Mapping[str, Any], seconds: float = SECONDS
+) -> str:
     """Render a template with variables, which are plain data.
+
+    Args:
+        seconds: that it may take.
 
     Raises:
         ValueError: see `prompt`.
@@ -84,7 +90,7 @@ def rendered(source: str, config: Mapping[str, Any], given: Mapping[str, Any]) -
     from fastgen.text import sandbox
 
     try:
-        text = template.text(_special_tokens(config) | dict(given))
+        text = template.text(_special_tokens(config) | dict(given), seconds)
         text.encode()  # a surrogate alone, in the template or in a message, is no text
         return text
     except sandbox.TooCostly as error:
@@ -164,12 +170,12 @@ class Template:
     """A template that has been compiled.
 
     Attributes:
-        text: what it makes of variables; jinja2's own, which each rendering has for itself, are
-            added.
+        text: what it makes of variables in so many seconds; jinja2's own variables, which each
+            rendering has for itself, are added.
         forms: the forms of messages that it was found to read.
     """
 
-    text: Callable[[dict[str, Any]], str]
+    text: Callable[[dict[str, Any], float], str]
     forms: message_forms.KnownForms = field(default_factory=message_forms.KnownForms)
 
 
@@ -188,7 +194,9 @@ def _compiled(source: str) -> Template:
         made = sandbox.Sandbox(functions, {"tojson": _to_json}).compiled(source)
     except Exception as error:  # of jinja2's, or whatever Python says of what it compiles
         raise ValueError(f"the chat template is damaged: {error}") from error
-    return Template(lambda given: str(made.render(given | {sandbox.METER: sandbox.Meter()})))
+    return Template(
+        lambda given, seconds: str(made.render(given | {sandbox.METER: sandbox.Meter(seconds)}))
+    )
 
 
 def _raise(message: str) -> None:

@@ -20,7 +20,6 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace, generate_lorem_ipsum
 from jinja2.visitor import NodeTransformer
 
-SECONDS = 5.0  # of a rendering
 MOST = 10**8  # characters that a rendering makes, all in all
 LARGEST = 10**7  # of one value, what it holds included
 ITEM = 8  # characters that a part of a value counts for besides
@@ -50,10 +49,14 @@ class TooCostly(TemplateError):  # type: ignore[misc,unused-ignore]
 
 
 class Meter:
-    """The work of one rendering so far, and its limits."""
+    """The work of one rendering so far, and its limits.
 
-    def __init__(self) -> None:
-        self.made, self.end = 0, time.monotonic() + SECONDS
+    Args:
+        seconds: that it may take.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.made, self.seconds, self.end = 0, seconds, time.monotonic() + seconds
 
     def charge(self, amount: int) -> None:
         """Count what is about to be made; raises `TooCostly` at the end of time or room."""
@@ -61,7 +64,7 @@ class Meter:
         if amount > LARGEST or self.made > MOST:
             raise TooCostly(f"it makes more than {min(MOST, LARGEST):,} characters")
         if time.monotonic() > self.end:
-            raise TooCostly(f"it takes more than {SECONDS:g} seconds")
+            raise TooCostly(f"it takes more than {self.seconds:g} seconds")
 
     def passed(self, value: Any) -> Any:
         """A value that was made, if it is not too large; an iterator counts its items."""

@@ -97,13 +97,19 @@ class Result:
 
 @dataclass(frozen=True)
 class CaseOptions:
-    """The cases that are wanted; None for the usual ones, as far as they fit."""
+    """The cases that are wanted; None for the usual ones, as far as they fit.
+
+    Attributes:
+        new: tokens that rows and beams are given.
+        memory: bytes that they have to fit into; None for those of this machine.
+    """
 
     prompts: Sequence[int] | None = None
     rows: Sequence[int] | None = None
     beams: Sequence[int] | None = None
     threads: Sequence[int] | None = None
     new: int = 32
+    memory: int | None = None
 
 
 PROMPTS, ROWS, BEAMS = (64, 512), (1, 8, 32), (4,)
@@ -130,7 +136,7 @@ def cases(infos: Mapping[str, ModelInfo], asked: CaseOptions) -> tuple[list[Case
     for case in list(out):
         try:
             for info in infos.values():
-                _check_room(info, case)
+                _check_room(info, case, asked.memory)
         except ValueError as error:
             if given[case.kind] or case.rows * case.beams == 1:
                 raise
@@ -157,10 +163,10 @@ def _lengths(infos: Mapping[str, ModelInfo], asked: CaseOptions) -> list[int]:
     return list(asked.prompts or dict.fromkeys(min(prompt, room) for prompt in PROMPTS))
 
 
-def _check_room(info: ModelInfo, case: Case) -> None:
+def _check_room(info: ModelInfo, case: Case, memory: int | None) -> None:
     params = Params(num_beams=case.beams)
     parts = memory_estimate.of_call(info, params, case.rows, case.prompt, case.prompt + case.new)
-    memory_estimate.check(parts, "fewer rows or beams, or a shorter prompt, need less")
+    memory_estimate.check(parts, "fewer rows or beams, or a shorter prompt, need less", memory)
 
 
 def title(case: Case) -> str:
@@ -225,19 +231,19 @@ def measure(
     in_rounds({n: partial(once, one) for n, one in enumerate(loads)}, rounds, warm=0)
 
 
-def run(model: Model, case: Case) -> float:
-    """Seconds of a case: up to the first token, or of the steps after it."""
+def run(model: Model, case: Case, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Seconds of a case, by a clock: up to the first token, or of the steps after it."""
     ids = np.random.default_rng(0).integers(0, model.info.vocab_size, (case.rows, case.prompt))
     knobs = {"max_new_tokens": case.new, "num_beams": case.beams, "eos_token_id": None}
     mask = np.ones_like(ids)
-    start = time.perf_counter()
+    start = clock()
     call = prepare(Loaded(model), ids, Objects(attention_mask=mask), knobs)
     read, ends = start, []
     for step in call.steps():
         if step.kind is Kind.READ:
-            read = time.perf_counter()
+            read = clock()
         elif step.kind is Kind.SEARCHED or case.beams == 1:
-            ends.append(time.perf_counter())
+            ends.append(clock())
     if case.kind == "read":
         return ends[-1] - start
     # The first token of plain rows comes of the prompt alone; beams go on to the next one at once.

@@ -27,17 +27,22 @@ Run = Callable[..., str]
 @pytest.fixture(scope="module")
 def keep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that the tiny models of all scripts are exported to, once each."""
+    # It shows its steps where standard error was when it was imported: not where a test looks.
+    importlib.import_module("fastgen.export.pipeline")
     return tmp_path_factory.mktemp("bench")
 
 
 @pytest.fixture
 def run(keep: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """`run(script, *arguments)`: what a script prints, where distilgpt2's shape is a tiny one."""
+    """`run(script, *arguments, **given)`: what a script prints whose `main` is given that.
+
+    distilgpt2's shape is a tiny one.
+    """
     monkeypatch.setitem(shapes.SHAPES, "distilgpt2", ("gpt2", TINY))
 
-    def main(script: str, *arguments: str | Path) -> str:
+    def main(script: str, *arguments: str | Path, **given: Any) -> str:
         monkeypatch.setattr(sys, "argv", [f"bench/{script}.py", *map(str, arguments)])
-        importlib.import_module(script).main()
+        importlib.import_module(script).main(**given)
         return capsys.readouterr().out
 
     return main
@@ -69,10 +74,9 @@ SHAPED = {  # scripts that export a shape, with few tokens of everything
 
 
 @pytest.mark.parametrize("script", SHAPED)
-def test_a_shape_is_measured(run, keep, monkeypatch, script):
-    if script == "bandwidth":
-        monkeypatch.setattr(importlib.import_module(script), "FLOATS", 1 << 20)
-    assert len(lines(run(script, *SHAPED[script], *ONCE, "--keep", keep))) >= 2
+def test_a_shape_is_measured(run, keep, script):
+    given = {"floats": 1 << 20} if script == "bandwidth" else {}
+    assert len(lines(run(script, *SHAPED[script], *ONCE, "--keep", keep, **given))) >= 2
 
 
 @pytest.mark.parametrize(
@@ -87,31 +91,28 @@ def test_a_directory_is_measured(run, directory, script, arguments):
     assert len(lines(run(script, directory, *arguments))) >= 2
 
 
-def test_the_demo_model_is_measured(run, monkeypatch, tmp_path):
+def test_the_demo_model_is_measured(run, tmp_path):
     assert len(lines(run("startup", "--rounds", "1"))) >= 3
     assert len(lines(run("structured", *ONCE))) >= 2
     roots = [BENCH.parent] * 2
     assert len(lines(run("versions", *roots, "--new", "2", *ONCE))) >= 7
-    held_out = importlib.import_module("held_out")
     text = tmp_path / "text"
     text.write_text("The os module reads files.<|endoftext|>A list holds items.", encoding="utf-8")
-    monkeypatch.setattr(held_out, "TEXT", text)
-    said = run("held_out", DEMO, "--write")
+    said = run("held_out", DEMO, "--write", text=text)
     assert "2 documents" in said and len(lines(said)) == 2
     with pytest.raises(SystemExit) as ended:  # it tells whether memory grew
         run("flat", "--calls", "80", "--longest", "9", "--allowed", "1e6")
     assert not ended.value.code
 
 
-def test_latents_are_measured(run, monkeypatch):
-    latent = importlib.import_module("latent")
+def test_latents_are_measured(run):
     small = {
         "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4,
         "num_key_value_heads": 4, "kv_lora_rank": 32, "qk_nope_head_dim": 16,
         "qk_rope_head_dim": 8, "v_head_dim": 16, "max_position_embeddings": 512,
     }  # fmt: skip
-    monkeypatch.setattr(latent, "SIZES", latent.SIZES | small)
-    said = lines(run("latent", "--past", "20", "--rows", "1", *ONCE))
+    sizes = importlib.import_module("latent").SIZES | small
+    said = lines(run("latent", "--past", "20", "--rows", "1", *ONCE, sizes=sizes))
     assert [line[2] for line in said[1:]] == ["latents", "keys and values"]
 
 

@@ -14,7 +14,7 @@ from tiny import core, ragged
 
 import fastgen
 from fastgen.engine import batch, prefill
-from fastgen.engine import model as model_module
+from fastgen.engine.model import SPARE_BYTES
 from fastgen.sampling import sampler
 from fastgen.text.tokenizer import TextStream
 
@@ -97,7 +97,7 @@ def test_what_was_drawn_is_not_kept(pair, kind, seed, monkeypatch):
 
     def counted(self, *place):
         words = row(self, *place)
-        kept.append(len(self._blocks))
+        kept.append(self.kept)
         return words
 
     monkeypatch.setattr(sampler.Stream, "row", counted)
@@ -207,7 +207,9 @@ def test_rows_are_read_together_where_that_costs_least():
         def cost(cuts: tuple[int, ...], lengths: list[int] = lengths) -> float:
             groups = list(itertools.pairwise((0, *cuts, len(lengths))))
             fits = all(b - a == 1 or (b - a) * min(16, lengths[b - 1]) <= 48 for a, b in groups)
-            return sum(prefill._cost(lengths[a:b], 16) for a, b in groups) if fits else float("inf")
+            if not fits:
+                return float("inf")
+            return sum(prefill.cost_of(lengths[a:b], 16) for a, b in groups)
 
         every = [
             cuts for size in range(count) for cuts in itertools.combinations(range(1, count), size)
@@ -268,9 +270,12 @@ def test_memory_of_a_call_serves_the_next(pair, kind):
     model.model.give_back(kept)
 
 
-def test_a_large_cache_is_not_kept(pair, monkeypatch):
+def test_a_large_cache_is_not_kept(pair):
     _, model = pair("gemma2")
-    monkeypatch.setattr(model_module, "SPARE_BYTES", 100)
     model.model.borrow_cache(1, 1)  # without giving it back
-    model.generate([5, 6], max_new_tokens=3)
+    many = SPARE_BYTES // model.model.new_cache(1, 8).size + 1
+    for rows, is_kept in ((1, True), (many, False)):
+        cache = model.model.new_cache(rows, 8)
+        model.model.give_back(cache)
+        assert (model.model.borrow_cache(1, 7) is cache) == is_kept
     assert model.model.borrow_cache(1, 7).capacity == 7  # a new one

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,6 @@ from fastgen.store.tuning import Tuning
 from fastgen.timing import tune
 from fastgen.timing.tune import Candidate, Workload
 
-random = np.random.default_rng(0)
 LIMIT = 512
 # The second matrix of a feed-forward part has two blocks, and the last one is not full.
 SHAPE = {"intermediate_size": 252, "max_position_embeddings": LIMIT, "tie_word_embeddings": True}
@@ -64,8 +64,11 @@ def two(made) -> tuple[Model, Model]:
     return Model(made(), prefill_precision="same"), Model(made(), prefill_precision="int8")
 
 
-def ids(count: int) -> np.ndarray:
-    return random.integers(3, tiny.VOCAB, count)
+@pytest.fixture
+def ids() -> Callable[[int], np.ndarray]:
+    """`ids(count)`: each test draws the same ones, whichever tests run before it."""
+    draws = np.random.default_rng(0)
+    return lambda count: draws.integers(3, tiny.VOCAB, count)
 
 
 def read(model: Model, *rows: np.ndarray, **more) -> tuple[np.ndarray, Cache]:
@@ -145,7 +148,7 @@ def reference(directory: Path, tmp_path: Path) -> Model:
     return Model(copy)
 
 
-def test_a_long_prompt_is_as_near_to_exact_products_as_without(made, two, tmp_path):
+def test_a_long_prompt_is_as_near_to_exact_products_as_without(made, two, tmp_path, ids):
     exact = reference(made(), tmp_path)
     rows = [ids(n) for n in (100, 200, 300)]
     expected, own, int8 = (read(model, *rows)[0] for model in (exact, *two))
@@ -154,7 +157,7 @@ def test_a_long_prompt_is_as_near_to_exact_products_as_without(made, two, tmp_pa
     assert np.linalg.norm(int8 - expected) < 2 * error < 0.1 * np.linalg.norm(expected)
 
 
-def test_short_prompts_and_what_is_scored_go_as_before(two):
+def test_short_prompts_and_what_is_scored_go_as_before(two, ids):
     own, int8 = two
     row = ids(reading.APART - 1)
     assert np.array_equal(read(own, row)[0], read(int8, row)[0])
@@ -163,7 +166,7 @@ def test_short_prompts_and_what_is_scored_go_as_before(two):
     assert np.array_equal(*scored)
 
 
-def test_a_row_does_not_feel_its_neighbours(two):
+def test_a_row_does_not_feel_its_neighbours(two, ids):
     """Keys and values are the same bits, alone and among ragged rows, in one chunk or two."""
     rows = [ids(n) for n in (1, 2, 66, 130, 257, 300)]
     together, cache = read(two[1], *rows)
@@ -183,7 +186,7 @@ def test_a_prompt_that_is_not_read_apart_has_nothing_to_keep():
 
 
 @pytest.mark.parametrize("length", [64, 65, 97, 257, 289, 400])
-def test_what_a_prefix_cache_knows_is_a_fresh_prefill(two, length):
+def test_what_a_prefix_cache_knows_is_a_fresh_prefill(two, length, ids):
     row, kept = ids(length), fastgen.PrefixCache()
     fresh = read(two[1], row)[0]
     for _ in range(2):
@@ -191,13 +194,13 @@ def test_what_a_prefix_cache_knows_is_a_fresh_prefill(two, length):
     assert kept.hits == 1
 
 
-def test_with_keys_in_int8_too(made):
+def test_with_keys_in_int8_too(made, ids):
     own, int8 = (Model(made("int8"), prefill_precision=one) for one in ("same", "int8"))
     rows = [ids(n) for n in (1, 90, 300)]
     assert near(read(int8, *rows)[0], read(own, *rows)[0], 0.1)
 
 
-def test_generation_with_beams_and_rows(made, two):
+def test_generation_with_beams_and_rows(made, two, ids):
     rows = [ids(n).tolist() for n in (90, 150)]
     model = fastgen.load(made(), prefill_precision="int8")
     logits = read(two[0], *map(np.array, rows))[0]
@@ -209,7 +212,7 @@ def test_generation_with_beams_and_rows(made, two):
             assert near(firsts, logits.max(axis=1))
 
 
-def test_matrices_live_as_long_as_they_are_read(made, two, monkeypatch):
+def test_matrices_live_as_long_as_they_are_read(made, two, monkeypatch, ids):
     """A session that packs no copies keeps them; one that makes them uint8 is given them early."""
     row = ids(150)
     expected = read(two[1], row)[1].read(0, 0, 149)

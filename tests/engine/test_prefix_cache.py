@@ -444,10 +444,14 @@ def test_a_foreign_file_is_one_clear_error(tmp_path):
         PrefixCache.load(tmp_path / "nothing")
 
 
-def forged(path: Path, header: Any, *arrays: np.ndarray, compressed: bool = False) -> Path:
-    """A file as `save` writes it, with another header and other arrays."""
+def forged(path: Path, header: Any, *blocks: Any, compressed: bool = False) -> Path:
+    """A file as `save` writes it, with another header and other blocks: an array or a list each."""
     content = header if isinstance(header, bytes) else json.dumps(header).encode()
-    parts = {f"{place}.0": array for place, array in enumerate(arrays)}
+    parts = {
+        f"{place}.{part}": array
+        for place, block in enumerate(blocks)
+        for part, array in enumerate(block if isinstance(block, list) else [block])
+    }
     write = np.savez_compressed if compressed else np.savez
     with path.open("wb") as file:
         write(file, header=np.frombuffer(content, np.uint8), **parts)
@@ -512,17 +516,25 @@ def test_sizes_are_compared_before_anything_is_read(tmp_path):
 def test_a_block_of_another_shape_is_refused_before_anything_is_taken_in(kept, tmp_path):
     """A file can put any block under any name."""
     ids = np.arange(3 * BLOCK + 1) + 1
-    names = list(kept._blocks)
-    for place, wrong in (
-        (0, (BLOCK, tuple(part[..., :1] for part in kept._blocks[names[0]][1]))),
-        (1, (BLOCK, kept._blocks[names[1]][1][:1])),
-        (1, (BLOCK + 1, kept._blocks[names[1]][1])),
-        (2, (BLOCK, tuple(part.astype(np.int8) for part in kept._blocks[names[2]][1]))),
+    kept.save(tmp_path / "file")
+    with np.load(tmp_path / "file") as file:
+        saved = dict(file)
+    header = json.loads(saved.pop("header").tobytes())
+    blocks = [
+        [part for name, part in saved.items() if name.startswith(f"{place}.")]
+        for place in range(len(header["names"]))
+    ]
+    forged(tmp_path / "file", header, *blocks)
+    assert finds(PrefixCache.load(tmp_path / "file"), 1) == 3 * BLOCK
+    for place, size, wrong in (
+        (0, BLOCK, [part[..., :1] for part in blocks[0]]),
+        (1, BLOCK, blocks[1][:1]),
+        (1, BLOCK + 1, blocks[1]),
+        (2, BLOCK, [part.astype(np.int8) for part in blocks[2]]),
     ):
-        cache = PrefixCache()
-        cache._blocks.update(kept._blocks)
-        cache._blocks[names[place]] = wrong
-        cache.save(tmp_path / "file")
+        sizes = [*header["sizes"][:place], size, *header["sizes"][place + 1 :]]
+        others = [*blocks[:place], wrong, *blocks[place + 1 :]]
+        forged(tmp_path / "file", header | {"sizes": sizes}, *others)
         slot = Cache(SHAPES, 1, 999)
         with pytest.raises(ValueError, match=r"keys and values of another shape .* delete it"):
             PrefixCache.load(tmp_path / "file").fetch("model", [ids], slot, 0, BLOCK)

@@ -244,7 +244,7 @@ def test_memory_that_rows_have_reached_is_given_back(pair):
     random = np.random.default_rng(0)
     call = model.call([random.integers(3, 90, 100).tolist()], max_new_tokens=2)
     scheduler = Scheduler(model.model, max_bytes=2 * bytes_of(call), chunk=32)
-    cache = scheduler._batch.cache
+    cache = scheduler.cache
     for _ in range(20):
         scheduler.submit(model.call([random.integers(3, 90, 100).tolist()], max_new_tokens=2))
         scheduler.submit(model.call([[5, 6, 7]], max_new_tokens=8))
@@ -275,7 +275,7 @@ def test_buffers_are_no_larger_than_the_machine_allows(pair):
             cancelled = True
             scheduler.submit(model.call([[5, 6, 7]], max_new_tokens=4))
         assert scheduler.rows * scheduler.planner.longest() * token <= most
-        assert scheduler._batch.cache.size <= 2 * most
+        assert scheduler.cache.size <= 2 * most
     assert waited and cancelled
     assert [call.request.error for call in (*short, long)] == [None] * 10
     assert long.request.rows[0].generated.tolist() == alone(model, prompt, knobs)[0]

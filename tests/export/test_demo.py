@@ -48,10 +48,9 @@ The end.
 """
 
 
-def test_a_page_is_text_as_pydoc_shows_it(tmp_path, monkeypatch):
+def test_a_page_is_text_as_pydoc_shows_it(tmp_path):
     (tmp_path / "shop.rst.txt").write_text(PAGE)
-    monkeypatch.setattr(manual, "SHORT_CLASS", 10)
-    page, shop = manual.pages(tmp_path)
+    page, shop = manual.pages(tmp_path, short=10)
     assert page == (
         "The shop module\n\nBuying things\n\nThe shop module sells, see sell() and elsewhere. "
         'Use "shop":\n\n   >>> import shop\n\nsell(thing, *, price=1)\n\n'

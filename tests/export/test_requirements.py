@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import io
 import json
 import mmap
+import re
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +30,8 @@ from fastgen.export.trace import stored
 from fastgen.store.report import _notes, table
 
 SETTINGS: dict[str, Any] = {"progress": None, "allow_mismatch": True}
-SMALL = 1 << 13  # weights beyond this count as large
-WIDE = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 999}
+# Its table and the matrices of its feed-forward part are large, those of attention are not.
+WIDE = {"hidden_size": 128, "intermediate_size": 544, "vocab_size": 999}
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +46,8 @@ def half(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def whole(half, tmp_path_factory) -> Path:
     """Its export, by way of float32 weights in a file."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stored, "LARGE", SMALL)
-        out = tmp_path_factory.mktemp("whole") / "out"
-        return pipeline.export(half, out, precision="int8", **SETTINGS)
+    out = tmp_path_factory.mktemp("whole") / "out"
+    return pipeline.export(half, out, precision="int8", **SETTINGS)
 
 
 def content(directory: Path) -> dict[str, Any]:
@@ -66,7 +67,6 @@ def report_of(directory: Path) -> dict[str, Any]:
 
 def test_weights_in_their_own_type_give_the_same_files(half, whole, tmp_path, monkeypatch):
     """A checkpoint may become float32 as a whole or a matrix at a time."""
-    monkeypatch.setattr(stored, "LARGE", SMALL)
     monkeypatch.setattr(requirements, "AT_HAND", 0)
     cast: list[int] = []
     real = stored.cast
@@ -78,26 +78,28 @@ def test_weights_in_their_own_type_give_the_same_files(half, whole, tmp_path, mo
     assert not report_of(own)["fp32"]["mismatch"]
 
 
-def in_bf16() -> torch.nn.Module:
+def in_bf16(**changes: Any) -> torch.nn.Module:
     """With its buffers in float32, as transformers loads it."""
-    model = tiny.build("llama", tie_word_embeddings=True)
+    model = tiny.build("llama", tie_word_embeddings=True, **changes)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
     return model
 
 
-def test_a_stored_weight_computes_as_its_cast(monkeypatch):
-    monkeypatch.setattr(stored, "LARGE", 1 << 9)
-    ids = torch.arange(7)[None]
-    model = in_bf16()
+@pytest.mark.parametrize("vocab_size", [999, 9999], ids=["at once", "some outputs at a time"])
+def test_a_stored_weight_computes_as_its_cast(vocab_size):
+    ids, shape = torch.arange(7)[None], WIDE | {"vocab_size": vocab_size}
+    model = in_bf16(**shape)
     assert stored.keep(model)
-    assert isinstance(model.lm_head.weight, stored.Stored)
+    for weight in (model.lm_head.weight, model.model.layers[0].mlp.up_proj.weight):
+        assert isinstance(weight, stored.Stored)
     assert model.lm_head.weight is model.model.embed_tokens.weight  # tied as before
+    by_parts = model.lm_head.weight.numel() > stored.PART
+    assert by_parts == (vocab_size == 9999)
     with torch.no_grad():
-        logits = in_bf16().float()(ids).logits
-        assert torch.equal(model(ids).logits, logits)
-        monkeypatch.setattr(stored, "PART", 640)  # some outputs at a time
-        torch.testing.assert_close(model(ids).logits, logits)
+        logits, expected = model(ids).logits, in_bf16(**shape).float()(ids).logits
+        torch.testing.assert_close(logits, expected)
+        assert by_parts or torch.equal(logits, expected)
         with pytest.raises(RuntimeError, match="only read"):
             model.lm_head.weight.add_(1)
 
@@ -160,13 +162,12 @@ def test_what_a_checkpoint_needs():
     """3.2 billion weights in bf16 keep their type on 24 GiB; half a billion become float32."""
     large = requirements.Size(3_213_000_000, 8192 * 3072, 8192, 10**6, 128256, is_float32=False)
     small = requirements.Size(494_000_000, 4864 * 896, 4864, 10**5, 151936, is_float32=False)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(requirements, "memory_bytes", lambda: 24 << 30)
-        assert requirements.needs(large, "int4", 1).own_types
-        assert not requirements.needs(small, "int4", 1).own_types
-        for size in (large, small):
-            assert sum(requirements.needs(size, "int4", 1).memory.values()) < 24 << 30
-        assert requirements.needs(large, "fp32", 0).disk["the graph in float32"] == 0
+    there = 24 << 30
+    assert requirements.needs(large, "int4", 1, machine=there).own_types
+    assert not requirements.needs(small, "int4", 1, machine=there).own_types
+    for size in (large, small):
+        assert sum(requirements.needs(size, "int4", 1, machine=there).memory.values()) < there
+    assert requirements.needs(large, "fp32", 0, machine=there).disk["the graph in float32"] == 0
 
 
 def test_a_file_that_is_no_safetensors_tells_nothing(tmp_path):
@@ -194,19 +195,34 @@ def test_a_quick_export_leaves_out_the_text_and_never_the_proof(half, tmp_path, 
     assert "text: not compared" in table(report)
 
 
-def test_the_time_left_follows_what_was_expected():
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("pace", [1, 3], ids=["as expected", "three times as long"])
+def test_the_time_left_follows_what_was_expected(pace):
     costs = [progress.Cost(*one) for one in ((4, 0.5), (0.5, 1.6), (5, 2), (0.2, 0.3))]
-    shown = progress.Progress(None)
-    shown.planned = [progress.Step(f"step {n}", cost, list) for n, cost in enumerate(costs)]
+    *_, convert, bundled = times = [one.seconds + one.more * 2 for one in costs]
+    now, terminal = [0.0], Terminal()
+
+    def take(seconds: float) -> list[str]:
+        now[0] += pace * seconds
+        return []
+
+    shown = progress.Progress(terminal, clock=lambda: now[0])
     shown.weights = 2_000_000_000
-    assert shown._left(0) == ""
-    for _ in costs[:2]:
-        shown.take()
-    load, logits, convert, bundled = (one.seconds + one.more * 2 for one in costs)
-    shown._started = shown._ended - (load + logits)  # as long as both were expected to take
-    assert shown._left(0) == f" about {convert + bundled:.0f} s left"
-    shown._started = shown._ended - 3 * (load + logits)
-    assert shown._left(0) == f" about {3 * (convert + bundled):.0f} s left"
+    shown.run(
+        [
+            progress.Step(f"step {n}", cost, partial(take, seconds))
+            for n, (cost, seconds) in enumerate(zip(costs, times, strict=True))
+        ]
+    )
+    left = re.findall(r"\.\.\.(.*)\r", terminal.getvalue())
+    assert len(left) == 4 and left[0] == ""
+    for found, rest in ((left[2], convert + bundled), (left[3], bundled)):
+        assert found == f" about {pace * rest:.0f} s left"
+    assert [one["seconds"] for one in shown.taken] == pytest.approx([pace * t for t in times])
 
 
 def test_the_peaks_of_a_step_are_its_own():
@@ -237,11 +253,11 @@ def test_a_graph_reads_its_weights_from_the_file_it_was_written_to(pair, tmp_pat
     assert len(made) == 1 and np.array_equal(lazy.const_value.numpy(), array.T)
 
 
-def test_logits_asked_by_parts_are_the_same(ours, monkeypatch):
+def test_logits_asked_by_parts_are_the_same(ours):
     rows = [np.random.default_rng(n).integers(0, tiny.VOCAB, n) for n in (11, 90, 3, 1)]
     whole = check.exported_logits(ours.model, rows)
-    monkeypatch.setattr(check, "AT_ONCE", 1)
-    for one, other in zip(whole, check.exported_logits(ours.model, rows), strict=True):
+    parts = check.exported_logits(ours.model, rows, at_once=1)
+    for one, other in zip(whole, parts, strict=True):
         assert np.allclose(one, other, atol=1e-5)
 
 

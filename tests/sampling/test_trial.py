@@ -10,7 +10,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from decimal import Decimal
 from typing import Any
 
@@ -25,7 +25,7 @@ from serving import served
 import fastgen
 from fastgen.sampling import constraint, schema, trial_process
 from fastgen.sampling.trial import Exceeded, Limits, Trial
-from fastgen.serve import front
+from fastgen.serve.front import MOST_GRAMMARS
 
 PRIMES = {"type": "integer", "multipleOf": 223092870}  # llguidance counts modulo it
 RAW = {"const": -(2**63)}
@@ -70,7 +70,7 @@ def written(grammar: Any) -> str:
 
 @pytest.fixture(scope="module", params=["forks", "cannot fork"])
 def tried(request: pytest.FixtureRequest) -> Iterator[Trial]:
-    made = Trial()
+    made = Trial() if request.param == "forks" else Trial(grace=0.1)
     if request.param == "cannot fork":
         program = "import os, runpy; del os.fork; runpy.run_path({!r}, run_name='__main__')"
         program = program.format(trial_process.__file__)
@@ -82,19 +82,10 @@ def tried(request: pytest.FixtureRequest) -> Iterator[Trial]:
 @pytest.mark.parametrize("killer", KILLERS)
 def test_what_kills_is_an_error_that_says_which_limit(tried, letters, killer):
     grammar, limits, words = KILLERS[killer]
-    alone = "-c" in tried.command  # then the process itself dies, and another one is started
-    if alone and "seconds" in words:
-        limits = Limits(100)  # nobody there keeps the time but who waits
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(trial_process, "PATIENCE", 0)
-            patch.setattr("fastgen.sampling.trial.GRACE", 0.5)
-            with pytest.raises(Exceeded, match="more than 100 seconds"):
-                tried.run(letters, written(grammar), limits, constraint.LIMITS)
-    else:
-        with pytest.raises(
-            Exceeded, match="ends its process" if alone and "stack" in words else words
-        ):
-            tried.run(letters, written(grammar), limits, constraint.LIMITS)
+    # Then the process itself dies, and another one is started; and who waits keeps the time.
+    alone = "-c" in tried.command
+    with pytest.raises(Exceeded, match="ends its process" if alone and "stack" in words else words):
+        tried.run(letters, written(grammar), limits, constraint.LIMITS)
     after = tried.pid
     good = tried.run(letters, written({"enum": ["a", 2**40]}), Limits(), constraint.LIMITS)
     assert "error" not in good and good["grown"] < 64 << 20
@@ -166,11 +157,11 @@ def test_a_grammar_is_tried_once(demo, monkeypatch):
     assert len(trials) == 2
 
 
-def test_an_automaton_that_is_full_is_not_used_again(monkeypatch, demo):
+def test_an_automaton_that_is_full_is_not_used_again(demo):
     """It is shared by all texts of a grammar and only grows."""
-    monkeypatch.setitem(constraint.LIMITS, "max_lexer_states", 2000)
     tokenizer = fastgen.Tokenizer.of(demo.tokenizer.backend)
-    vocabulary = constraint.of(tokenizer).of(tokenizer, demo.tokenizer.backend.get_vocab_size())
+    few, size = {"max_lexer_states": 2000}, demo.tokenizer.backend.get_vocab_size()
+    vocabulary = constraint.Vocabulary(tokenizer, size, constraint.LIMITS | few)
 
     def begun(seed: int) -> bool:
         compiled = vocabulary.compiled("regex", ".*a.{300}", Limits())
@@ -448,25 +439,28 @@ def test_strangers_grammars_end_nothing_but_their_own_requests(url, demo):
 
 
 def test_only_so_many_new_grammars_wait(url, monkeypatch):
-    begun, go = threading.Event(), threading.Event()
-    plain = Trial.run
+    go, plain = threading.Event(), Trial.run
 
     def slow(self: Trial, *args: Any) -> Any:
-        begun.set()
         assert go.wait(30)
         return plain(self, *args)
 
     assert post(url, regex="known")[0] == 200
     monkeypatch.setattr(Trial, "run", slow)
-    monkeypatch.setattr(front, "MOST_GRAMMARS", 1)
-    with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(post, url, regex="waits[0-9]")
-        assert begun.wait(30)
-        status, body = post(url, regex="waits[a-z]")
-        assert status == 429 and "queue_full" in body
-        assert post(url, regex="known")[0] == 200  # and what is known does not wait
-        go.set()
-        assert first.result()[0] == 200
+    with ThreadPoolExecutor(MOST_GRAMMARS + 1) as pool:
+        calls = [
+            pool.submit(post, url, regex=f"waits{i}[a-z]", max_tokens=9)
+            for i in range(MOST_GRAMMARS + 1)
+        ]
+        try:
+            (refused,) = wait(calls, 20, return_when=FIRST_COMPLETED).done
+            status, body = refused.result()
+            assert status == 429 and "queue_full" in body
+            assert post(url, regex="known")[0] == 200  # and what is known does not wait
+            assert [call for call in calls if call.done()] == [refused]
+        finally:
+            go.set()
+        assert all(call.result()[0] == 200 for call in calls if call is not refused)
 
 
 def test_the_answer_says_what_it_is_not_held_to(url):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import random
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jsonschema
 import llguidance
 import pytest
+from growth import growth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tool_forms import ALONE, ANSWERS, EVERY, EXPECTED, FORMS, KNOWN, TOOLS, template, thinking
@@ -291,17 +291,17 @@ def test_marks_within_values_and_marks_that_are_forgotten() -> None:
 
 @pytest.mark.parametrize("name", EVERY)
 def test_reading_takes_time_by_length_alone(name: str) -> None:
-    made, taken = EVERY[name], []
-    mark = made.mark
-    for count in (3_000, 30_000):
-        text = ANSWERS[name].replace("Zürich", "x <y [ " * (count // 8)) + f"{mark[:-1]} " * 50
+    made = EVERY[name]
+
+    def read_letters(count: int) -> None:
+        text = ANSWERS[name].replace("Zürich", "x <y [ " * (count // 8)) + f"{made.mark[:-1]} " * 50
         reader = made.read(ReadingOptions(TOOLS))
-        start = time.process_time()
         for letter in text:
             reader.push(letter)
         reader.end()
-        taken.append(time.process_time() - start)
-    assert taken[1] < 30 * taken[0] + 0.1  # ten times as long; a square would take a hundred
+
+    # Ten times as long; a square would take a hundred times as long.
+    assert growth(read_letters, 3_000, 30_000, enough=30) <= 30
 
 
 # --- reasoning -----------------------------------------------------------------------------------

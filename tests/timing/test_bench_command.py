@@ -207,7 +207,6 @@ def test_seconds_are_those_of_the_steps_that_count(monkeypatch):
         return forward(self, new, *args, **kwargs)
 
     monkeypatch.setattr(Model, "forward", slow)
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
     for case, seconds in (
         (Case("read", 20, 1), 100),
         (Case("read", 300, 1), 200),
@@ -215,7 +214,7 @@ def test_seconds_are_those_of_the_steps_that_count(monkeypatch):
         (Case("rows", 20, 5, rows=3), 4),
         (Case("beams", 300, 5, beams=3), 4),
     ):
-        assert measure.run(model, case) == seconds, case
+        assert measure.run(model, case, clock=lambda: now[0]) == seconds, case
         result = Result("x", case, 1, [seconds])
         assert result.milliseconds == pytest.approx(1000 if case.kind != "read" else seconds * 1e3)
     assert Result("x", Case("rows", 20, 5, rows=3), 1, [4]).rate == 3
@@ -266,19 +265,16 @@ def test_usual_prompts_are_cut_to_what_every_model_takes(info):
         measure.cases({"b": replace(info, max_length=30)}, CaseOptions())
 
 
-def test_what_memory_cannot_hold_is_left_out_or_refused(info, monkeypatch):
-    monkeypatch.setattr(
-        "fastgen.engine.memory_estimate.memory_bytes", lambda: 1536 * info.cache_bytes
-    )
-    timed, notes = measure.cases({"a": info}, CaseOptions())
+def test_what_memory_cannot_hold_is_left_out_or_refused(info):
+    memory = 1536 * info.cache_bytes
+    timed, notes = measure.cases({"a": info}, CaseOptions(memory=memory))
     assert [case.rows for case in timed if case.kind == "rows"] == [1, 8]
     (note,) = notes
     assert note.startswith("left out: 32 rows: this needs up to")
     with pytest.raises(ValueError, match="GB of memory"):
-        measure.cases({"a": info}, CaseOptions(rows=(1, 32)))
-    monkeypatch.setattr("fastgen.engine.memory_estimate.memory_bytes", lambda: 1024)
+        measure.cases({"a": info}, CaseOptions(rows=(1, 32), memory=memory))
     with pytest.raises(ValueError, match="this needs up to"):
-        measure.cases({"a": info}, CaseOptions())
+        measure.cases({"a": info}, CaseOptions(memory=1024))
 
 
 @pytest.mark.parametrize(
