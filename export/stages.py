@@ -272,21 +272,21 @@ class Weights:
         work.place = work.place_of("weights")
         return [*self.turned, *self._make(), work.corpus.summary()]
 
-    def _turn(self, place: Path) -> tuple[onnx_ir.Model, list[str]]:
-        """The graph at `place` with what can be turned, if it still says the same then."""
-        graph = onnx_ir.load(place / GRAPH)
+    def _turn(self, directory: Path) -> tuple[onnx_ir.Model, list[str]]:
+        """The graph at `directory` with what can be turned, if it still says the same then."""
+        graph = onnx_ir.load(directory / GRAPH)
         done = rotate.rotate(graph)
         if not done:
-            return onnx_ir.load(place / GRAPH), []
-        work, turned = self.work, place.with_name("turned")
+            return onnx_ir.load(directory / GRAPH), []
+        work, turned = self.work, directory.with_name("turned")
         work.save(graph, turned)
         model = CausalLM(turned, tuning=Tuning(entries=UNPACKED)).model
-        said = check.compare_export(work.original.logits, model, work.original.rows)
+        agreement = check.compare_export(work.original.logits, model, work.original.rows)
         del model, graph
         memory.trim()
-        if check.judge(said, work.origin.tolerance):
+        if check.judge(agreement, work.origin.tolerance):
             shutil.rmtree(turned)
-            return onnx_ir.load(place / GRAPH), [
+            return onnx_ir.load(directory / GRAPH), [
                 "what was turned said something else: left as it was"
             ]
         return onnx_ir.load(turned / GRAPH), [f"turned: {', '.join(done)}"]
@@ -385,7 +385,7 @@ def apart(rows: Rows, tokens: int) -> tuple[list[NDArray[np.int64]], list[NDArra
     """Some of the rows, of all kinds, about so many tokens together, and the others."""
     every = max(2, sum(map(len, rows)) // tokens)
     return list(rows[::every]) or list(rows), [
-        row for place, row in enumerate(rows) if place % every or len(rows) == 1
+        row for index, row in enumerate(rows) if index % every or len(rows) == 1
     ]
 
 

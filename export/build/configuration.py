@@ -82,21 +82,21 @@ class Configuration:
 
     def number(self, name: str, default: int | None = None) -> int:
         """A field that is a positive number."""
-        found = self.get(name, default)
-        found = default if found is None else found
-        if type(found) is not int or not 0 < found < 2**31:
-            raise UnsupportedModel(f"its config.json has {name} = {found!r}, which is no size")
-        return found
+        value = self.get(name, default)
+        value = default if value is None else value
+        if type(value) is not int or not 0 < value < 2**31:
+            raise UnsupportedModel(f"its config.json has {name} = {value!r}, which is no size")
+        return value
 
     def flag(self, name: str, default: bool = False) -> bool:
         return bool(self.get(name, default))
 
     def real(self, name: str, default: float) -> float:
-        found = self.get(name, default)
-        found = default if found is None else found
-        if isinstance(found, bool) or not isinstance(found, int | float):
-            raise UnsupportedModel(f"its config.json has {name} = {found!r}, which is no number")
-        return float(found)
+        value = self.get(name, default)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise UnsupportedModel(f"its config.json has {name} = {value!r}, which is no number")
+        return float(value)
 
     def check(self) -> None:
         """Refuse fields that nobody asked for.

@@ -138,15 +138,15 @@ class _Writer:
         Raises:
             ModelError: it is missing, or of another shape.
         """
-        found = self.weights.get(self.named(name))
-        if found is None:
+        tensor = self.weights.get(self.named(name))
+        if tensor is None:
             raise ModelError(f"it is not a whole causal language model: it lacks {name}")
-        if tuple(found.shape) != tuple(shape):
+        if tuple(tensor.shape) != tuple(shape):
             raise ModelError(
-                f"it contradicts itself: {name} is {list(found.shape)} where config.json makes it "
+                f"it contradicts itself: {name} is {list(tensor.shape)} where config.json makes it "
                 f"{list(shape)}"
             )
-        return found
+        return tensor
 
     def named(self, name: str) -> str:
         """The checkpoint's name of a tensor: those of models without a head leave `base` out."""
@@ -382,12 +382,12 @@ class _Writer:
         ours = attributes(one.heads, one.kv_heads, one.scale, one.window, one.softcap)
         node = ir.node("GroupQueryAttention", inputs, ours, domain=MICROSOFT, num_outputs=3)
         self.graph.append(node)
-        found, *kept = node.outputs
-        found.shape = ir.Shape(["rows", "new", one.heads * one.head_dim])
-        found.dtype = FLOAT
+        output, *kept = node.outputs
+        output.shape = ir.Shape(["rows", "new", one.heads * one.head_dim])
+        output.dtype = FLOAT
         for pair, present in zip(pairs, kept, strict=True):
             contract.declare(present, pair.present)
-        return self.linear(found, one.out), kept
+        return self.linear(output, one.out), kept
 
     def turned(self, x: ir.Value, one: Attention, heads: int, norm: Norm | None) -> ir.Value:
         """Queries or keys [rows, new, heads * size], normed and turned."""
@@ -427,9 +427,9 @@ class _Writer:
         if name not in self.shapes:
             # (The trace asks the second layer's values for the number of rows.)
             second = self.io.key_values["float32"][:4][-1].past.name
-            of, place = (second, 0) if name == "rows" else ("input_ids", 1)
+            source, axis = (second, 0) if name == "rows" else ("input_ids", 1)
             self.shapes[name] = self.node(
-                "Shape", [self.inputs[of]], [1], {"start": place, "end": place + 1}, dtype=INT64
+                "Shape", [self.inputs[source]], [1], {"start": axis, "end": axis + 1}, dtype=INT64
             )
         return self.shapes[name]
 

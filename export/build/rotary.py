@@ -103,18 +103,18 @@ def _alpha(said: dict[str, Any], turned: int, positions: int) -> Scaled:
     return _inverse(base, turned), 1.0, None
 
 
-def _llama3(said: dict[str, Any], turned: int, positions: int) -> Scaled:
-    inverse = _inverse(said["rope_theta"], turned)
+def _llama3(parameters: dict[str, Any], turned: int, positions: int) -> Scaled:
+    inverse = _inverse(parameters["rope_theta"], turned)
     factor, low, high = (
-        float(said[name]) for name in ("factor", "low_freq_factor", "high_freq_factor")
+        float(parameters[name]) for name in ("factor", "low_freq_factor", "high_freq_factor")
     )
-    trained = said["original_max_position_embeddings"]
+    trained = parameters["original_max_position_embeddings"]
     length = (2 * math.pi / inverse).astype(np.float32)
     smooth = (np.float32(trained) / length - np.float32(low)) / np.float32(high - low)
     smoothed = (1 - smooth) * (inverse / np.float32(factor)) + smooth * inverse
-    found = np.where(length > trained / low, inverse / np.float32(factor), inverse)
+    scaled = np.where(length > trained / low, inverse / np.float32(factor), inverse)
     between = ~(length < trained / high) & ~(length > trained / low)
-    return np.where(between, smoothed, found), 1.0, None
+    return np.where(between, smoothed, scaled), 1.0, None
 
 
 def _yarn(said: dict[str, Any], turned: int, positions: int) -> Scaled:

@@ -47,11 +47,11 @@ def precision_of(file: File) -> str | None:
 
 def _weights_by_type(file: File) -> Counter[str]:
     """Weights of matrices, but for the table of tokens, by the name of their type."""
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for name, held in file.tensors.items():
         if len(held.shape) > 1 and name != architectures.TABLE:
-            found[tensors.type_name(held.kind)] += held.shape[0] * held.shape[-1]
-    return found
+            counts[tensors.type_name(held.kind)] += held.shape[0] * held.shape[-1]
+    return counts
 
 
 def of_file(file: File) -> Parts:

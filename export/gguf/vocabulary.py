@@ -115,7 +115,7 @@ def read(file: File) -> tuple[Tokenizer | None, dict[str, Any], str]:
 
 
 def _of(tokens: Sequence[str], types: Sequence[int], kind: int) -> Iterator[str]:
-    return (token for token, found in zip(tokens, types, strict=True) if found == kind)
+    return (token for token, token_type in zip(tokens, types, strict=True) if token_type == kind)
 
 
 def _byte_level(file: File, tokens: list[str], pre: str) -> Tokenizer:
@@ -193,16 +193,16 @@ def _merges(
     vocabulary: dict[str, int], tokens: list[str], scores: Sequence[float], types: Sequence[int]
 ) -> list[tuple[str, str]]:
     """Pairs of pieces that make a piece, the likeliest piece first: SentencePiece joins by that."""
-    found = []
+    merges = []
     for token, score, kind in zip(tokens, scores, types, strict=True):
         if kind != NORMAL:
             continue
         for at in range(1, len(token)):
             left, right = vocabulary.get(token[:at]), vocabulary.get(token[at:])
             if left is not None and right is not None:
-                found.append((-score, left, right))
-    found.sort()
-    return [(tokens[left], tokens[right]) for _, left, right in found]
+                merges.append((-score, left, right))
+    merges.sort()
+    return [(tokens[left], tokens[right]) for _, left, right in merges]
 
 
 def _add_ends(made: Tokenizer, file: File, config: dict[str, Any], begins: bool) -> None:
@@ -235,15 +235,15 @@ def special_ids(file: File, tokens: int) -> dict[str, int]:
     Raises:
         UnsupportedModel: one is no token.
     """
-    found = {}
+    ids = {}
     for theirs, name in IDS.items():
         number = file.metadata.get(f"tokenizer.ggml.{theirs}_token_id")
         if number is None:
             continue
         if not isinstance(number, int) or not 0 <= number < tokens:
             raise UnsupportedModel(f"its {name} is {number!r}, and it has {tokens} tokens")
-        found[f"{name}_id"] = number
-    return found
+        ids[f"{name}_id"] = number
+    return ids
 
 
 def end_ids(file: File, tokens: int) -> dict[str, Any]:

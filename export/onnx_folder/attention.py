@@ -203,11 +203,11 @@ def joined(graph: ir.Graph, layer: int, signature: Signature) -> Joined:
 
 def _product(layer: int, value: ir.Value) -> ir.Node:
     """The one product whose second factor is made of `value`."""
-    found, pending = [], [value]
+    products, pending = [], [value]
     while pending:
         for use in pending.pop().uses():
             if use.node.op_type == "MatMul" and use.idx == 1:
-                found.append(use.node)
+                products.append(use.node)
             elif use.node.op_type in BETWEEN and (use.idx == 0 or use.node.op_type == "Mul"):
                 pending += use.node.outputs
             elif use.node.op_type != "Shape":
@@ -216,9 +216,9 @@ def _product(layer: int, value: ir.Value) -> ir.Node:
                     f"{value.name} goes to {use.node.op_type} ({use.node.name}), which is "
                     "not known as a part of attention",
                 )
-    if len(set(found)) != 1:
-        raise refused(layer, f"{value.name} goes to {len(set(found))} products, expected 1")
-    return found[0]
+    if len(set(products)) != 1:
+        raise refused(layer, f"{value.name} goes to {len(set(products))} products, expected 1")
+    return products[0]
 
 
 def _follow(layer: int, node: ir.Node, through: set[str], to: str) -> ir.Node:
@@ -317,14 +317,14 @@ def _ratio(layer: int, one: NDArray[Any], other: NDArray[Any], what: str) -> flo
     if one.shape != other.shape and one.ndim == 4 and other.shape[1] % one.shape[1] == 0:
         one = np.repeat(one, other.shape[1] // one.shape[1], axis=1)  # not spread over the heads
     if one.shape == other.shape:
-        place = np.unravel_index(np.abs(other).argmax(), other.shape)
-        factor = float(one[place] / other[place]) if other[place] else 1.0
+        index = np.unravel_index(np.abs(other).argmax(), other.shape)
+        factor = float(one[index] / other[index]) if other[index] else 1.0
         if np.allclose(one, other * factor, rtol=1e-4, atol=1e-5 * np.abs(one).max()):
             return factor
     raise refused(layer, f"{what} are not those that it keeps, spread over its heads")
 
 
-def _cap(one: Joined, found: Any) -> float:
+def _cap(one: Joined, array_of: Any) -> float:
     """The factor behind a Tanh between the scores and their softmax; 0 where there is none."""
     node, after, cap = one.scores, False, 1.0
     while node is not one.softmax:
@@ -334,7 +334,7 @@ def _cap(one: Joined, found: Any) -> float:
         if node.op_type == "Tanh":
             after = True
         elif after and node.op_type in ("Mul", "Div"):
-            others = [found(v) for v in node.inputs if v is not None]
+            others = [array_of(v) for v in node.inputs if v is not None]
             factor = next((float(v.reshape(-1)[0]) for v in others if v.size == 1), 1.0)
             cap *= factor if node.op_type == "Mul" else 1 / factor
     return cap if after else 0.0
@@ -406,10 +406,10 @@ def group(
     out, *present = insert(before, "GroupQueryAttention", inputs, ours, domain=MICROSOFT, outputs=3)
     shape = add_initializer(graph, "split_heads", np.array([0, 0, *sizes], np.int64))
     (split,) = insert(before, "Reshape", [out, shape])
-    (found,) = insert(before, "Transpose", [split], {"perm": [0, 2, 1, 3]})
+    (output,) = insert(before, "Transpose", [split], {"perm": [0, 2, 1, 3]})
     if rank(one.values.outputs[0]) == 3:
-        found = _reshaped(graph, before, found, ids, [-1, "new", sizes[1]])
-    one.values.outputs[0].replace_all_uses_with(found)
+        output = _reshaped(graph, before, output, ids, [-1, "new", sizes[1]])
+    one.values.outputs[0].replace_all_uses_with(output)
     for old, new in zip(one.present, present, strict=True):
         name = old.name
         new.type, new.shape = old.type, old.shape
@@ -444,12 +444,12 @@ def _factor(node: ir.Node) -> tuple[int, float] | None:
     """The input that a node multiplies by a number, and the number; None for other nodes."""
     if node.op_type not in ("Mul", "Div"):
         return None
-    for place in (1, 0):
-        held = constant(node.inputs[place])
-        if held is None or held.size != 1 or (node.op_type == "Div" and place == 0):
+    for index in (1, 0):
+        held = constant(node.inputs[index])
+        if held is None or held.size != 1 or (node.op_type == "Div" and index == 0):
             continue
         number = float(held.reshape(-1)[0])
-        return 1 - place, number if node.op_type == "Mul" else 1 / number
+        return 1 - index, number if node.op_type == "Mul" else 1 / number
     return None
 
 

@@ -82,16 +82,16 @@ class Folder:
 
     def _tables(self) -> list[int]:
         """Rows of the tables that the graph looks positions up in."""
-        found = []
+        lengths = []
         for node in self.rewritten.model.graph:
             if node.op_type == "GroupQueryAttention" and flag(node, "do_rotary"):
                 rows = sizes_of(node.inputs[7])[:1]
-                found += [count for count in rows if count is not None]
+                lengths += [count for count in rows if count is not None]
             if node.op_type == "Gather" and (table := constant(node.inputs[0])) is not None:
                 offset = _offset(node.inputs[1])
                 if offset is not None and table.ndim > 1:
-                    found.append(len(table) - offset)
-        return found
+                    lengths.append(len(table) - offset)
+        return lengths
 
     @cached_property
     def rewritten(self) -> rewrite.Rewritten:
@@ -144,7 +144,7 @@ class Folder:
             shown.append("half precision became single")
         return made.model, shown
 
-    def written(self, place: Path) -> None:
+    def written(self, directory: Path) -> None:
         """It runs by itself."""
 
     def describe(self) -> ModelInfo:
@@ -189,14 +189,20 @@ class Folder:
                 "tokens of a step: what a row says depends on its neighbours, by some percent. "
                 "Prefer another precision"
             )
-        found = {window for window in self.rewritten.windows if window is not None}
+        windows = {window for window in self.rewritten.windows if window is not None}
         used = self.config.get("use_sliding_window", True)
-        said = self._said("sliding_window", "window_size") if used else None
-        if said is not None and said < (self.limit or said + 1) and found != {said}:
-            has = f"one of {min(found)}" if found else "none"
-            notes.append(f"config.json has a window of {said} tokens, the folder's graph {has}")
-        if found and said is None:
-            notes.append(f"the folder's graph has a window of {min(found)}, config.json none")
+        configured = self._said("sliding_window", "window_size") if used else None
+        if (
+            configured is not None
+            and configured < (self.limit or configured + 1)
+            and windows != {configured}
+        ):
+            has = f"one of {min(windows)}" if windows else "none"
+            notes.append(
+                f"config.json has a window of {configured} tokens, the folder's graph {has}"
+            )
+        if windows and configured is None:
+            notes.append(f"the folder's graph has a window of {min(windows)}, config.json none")
         cap = self.config.get("attn_logit_softcapping")
         capped = any(
             node.op_type == "GroupQueryAttention" and node.attributes.get_float("softcap", 0.0)

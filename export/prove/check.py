@@ -173,10 +173,10 @@ def reference_continuation(
 
 def exported_logits(model: Model, rows: Sequence[NDArray[np.int64]]) -> list[NDArray[np.float32]]:
     """The export's logits [length, vocab] of rows, as `exported_parts` gives them."""
-    found = [np.empty((len(row), model.info.vocab_size), np.float32) for row in rows]
+    result = [np.empty((len(row), model.info.vocab_size), np.float32) for row in rows]
     for i, part, logits in exported_parts(model, rows):
-        found[i][part] = logits
-    return found
+        result[i][part] = logits
+    return result
 
 
 def exported_parts(
@@ -212,10 +212,10 @@ def _parts(length: int, most: int) -> list[slice]:
 
 
 def compare(
-    reference: Sequence[NDArray[np.float32]], found: Sequence[NDArray[np.float32]]
+    reference: Sequence[NDArray[np.float32]], exported: Sequence[NDArray[np.float32]]
 ) -> Agreement:
     """Compare logits [length, vocab] of the same rows."""
-    pairs = zip(reference, found, strict=True)
+    pairs = zip(reference, exported, strict=True)
     return compared(reference, ((i, slice(None), row) for i, (_, row) in enumerate(pairs)))
 
 
@@ -291,16 +291,16 @@ def original_continuations(
         generate: the tokens, a number of them, that the original adds to a row.
         guesses: of each row.
     """
-    shortest = min(range(len(rows)), key=lambda place: len(rows[place]))
+    shortest = min(range(len(rows)), key=lambda index: len(rows[index]))
     first = generate(rows[shortest], FIRST)
     alike = np.array_equal(first, guesses[shortest][:FIRST])
-    found = []
+    continuations = []
     for row, guess in zip(rows, guesses, strict=True):
         if alike:
-            said = logits(np.concatenate([row, guess[:-1]]))[len(row) - 1 :]
-        right = alike and np.array_equal(said.argmax(1), guess)
-        found.append(guess if right else generate(row, len(guess)))
-    return found
+            predicted = logits(np.concatenate([row, guess[:-1]]))[len(row) - 1 :]
+        right = alike and np.array_equal(predicted.argmax(1), guess)
+        continuations.append(guess if right else generate(row, len(guess)))
+    return continuations
 
 
 def compare_continuation(
@@ -310,14 +310,14 @@ def compare_continuation(
     assert out.logits is not None
     same = ties = 0
     for i, tokens in enumerate(expected):
-        found = np.array(out.sequences[i][-NEW_TOKENS:])
-        parted = np.flatnonzero(found != tokens)
+        generated = np.array(out.sequences[i][-NEW_TOKENS:])
+        parted = np.flatnonzero(generated != tokens)
         if not len(parted):
             same += len(tokens)
             continue
         step = int(parted[0])
         logits = out.logits[step][i]
-        tie = logits[found[step]] - logits[tokens[step]] <= TIE * np.abs(logits).max()
+        tie = logits[generated[step]] - logits[tokens[step]] <= TIE * np.abs(logits).max()
         ties += int(tie)
         same += len(tokens) if tie else step
     return Continuation(tokens=NEW_TOKENS * len(expected), same=same, ties=ties)

@@ -173,26 +173,26 @@ def read(path: Path) -> list[Document]:
         raise ValueError(f"text must be UTF-8, {path} is not: {error}") from error
     if path.suffix.lower() in LINES:
         lines = enumerate(content.split("\n"), 1)
-        found = [_of_line(f"{path}, line {n}", line) for n, line in lines if line.strip()]
+        documents = [_of_line(f"{path}, line {n}", line) for n, line in lines if line.strip()]
     else:
-        found = list(_passages(content))
-    if not found:
+        documents = list(_passages(content))
+    if not documents:
         raise ValueError(f"text must be a file with text, {path} has none")
-    return found
+    return documents
 
 
-def _of_line(place: str, line: str) -> Document:
+def _of_line(source: str, line: str) -> Document:
     try:
         fields = parsed(line)
     except ValueError as error:
-        raise ValueError(f"{place}: {error}") from error
+        raise ValueError(f"{source}: {error}") from error
     names = [name for name in FIELDS if name in fields]
     if len(names) != 1:
-        raise ValueError(f"{place}: needs one of {', '.join(FIELDS)}, has {list(fields)}")
+        raise ValueError(f"{source}: needs one of {', '.join(FIELDS)}, has {list(fields)}")
     (name,) = names
     value = fields[name]
     if not _RIGHT[name](value):
-        raise ValueError(f"{place}: {name} must be {_MEANT[name]}, got {str(value)[:80]!r}")
+        raise ValueError(f"{source}: {name} must be {_MEANT[name]}, got {str(value)[:80]!r}")
     return value  # type: ignore[no-any-return]
 
 
@@ -233,12 +233,12 @@ def _shipped(kind: str) -> dict[str, list[Document]]:
     """The two sides of a kind that comes with fastgen, the files' documents mixed evenly."""
     sides: dict[str, list[tuple[float, Document]]] = {side: [] for side in SIDES}
     for path in sorted(TEXTS.glob(f"{kind}.*.*")):
-        for place, half in enumerate(_in_turn(_documents(path))):
+        for index, half in enumerate(_in_turn(_documents(path))):
             spread = [((at + 0.5) / len(half), one) for at, one in enumerate(half)]
-            sides[SIDES[place]] += spread
+            sides[SIDES[index]] += spread
     return {
-        side: [document for _, document in sorted(found, key=lambda one: one[0])]
-        for side, found in sides.items()
+        side: [document for _, document in sorted(documents, key=lambda one: one[0])]
+        for side, documents in sides.items()
     }
 
 
@@ -309,7 +309,7 @@ class Shelf:
         self._read: list[list[Row]] = []
 
     def __iter__(self) -> Iterator[Row]:
-        for place, document in enumerate(self._documents):
-            if place == len(self._read):
+        for index, document in enumerate(self._documents):
+            if index == len(self._read):
                 self._read.append(self._reader.rows(document))
-            yield from self._read[place]
+            yield from self._read[index]

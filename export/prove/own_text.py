@@ -86,9 +86,9 @@ def own_text(
     while sum(map(len, rows)) < tokens and len(rows) < TRIES * max(full, TOGETHER):
         missing = -(-(tokens - sum(map(len, rows))) // length)
         together = min(AT_ONCE, max(TOGETHER, missing))
-        places = range(len(rows), len(rows) + together)
-        begun = [list(starts[place % len(starts)])[: length - 1] for place in places]
-        rows += _sampled(model, begun, [seed + place for place in places], length, eos)
+        indices = range(len(rows), len(rows) + together)
+        begun = [list(starts[index % len(starts)])[: length - 1] for index in indices]
+        rows += _sampled(model, begun, [seed + index for index in indices], length, eos)
     wanted = np.searchsorted(np.cumsum([len(row) for row in rows]), tokens) + 1
     return [row for row in rows[:wanted] if len(row) > 1]
 
@@ -106,7 +106,7 @@ def _sampled(
     What the model's own defaults say of sampling is not its text.
     """
     longest = max(map(len, begun))
-    found = model.without_defaults().generate(
+    sequences = model.without_defaults().generate(
         begun,
         do_sample=True,
         temperature=1.0,
@@ -117,7 +117,7 @@ def _sampled(
         pad_token_id=0,
     )
     rows = []
-    for start, ids in zip(begun, found, strict=True):
+    for start, ids in zip(begun, sequences, strict=True):
         row = np.array(ids[longest - len(start) :], np.int64)
         ends = np.flatnonzero(np.isin(row[len(start) :], list(eos)))
         rows.append(row[: len(start) + int(ends[0]) + 1] if len(ends) else row)

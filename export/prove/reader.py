@@ -56,20 +56,20 @@ class Reader:
         limit = info.max_length
         reader = cls(origin.tokenizer, info.vocab_size, min(ROW, limit or ROW))
         with tempfile.TemporaryDirectory() as temporary:
-            place = Path(temporary)
-            origin.write_configuration(place)
-            said = jsonfile.read(place / CONFIG) | {
+            directory = Path(temporary)
+            origin.write_configuration(directory)
+            config = jsonfile.read(directory / CONFIG) | {
                 name: value
-                for name, value in jsonfile.read(place / GENERATION_CONFIG).items()
+                for name, value in jsonfile.read(directory / GENERATION_CONFIG).items()
                 if value is not None
             }
-            bos, eos = said.get("bos_token_id"), said.get("eos_token_id")
+            bos, eos = config.get("bos_token_id"), config.get("eos_token_id")
             reader.bos = bos if _is_id(bos, reader.vocab) else None
             ends = eos if isinstance(eos, list) else [eos]
-            reader.eos = tuple(one for one in ends if _is_id(one, reader.vocab))
-            settings = jsonfile.read(place / TOKENIZER_CONFIG)
-            if reader.tokenizer is not None and chat_template.has_template(place, settings):
-                reader._use(chat_template.source(place, settings, with_tools=False), settings)
+            reader.eos = tuple(end for end in ends if _is_id(end, reader.vocab))
+            settings = jsonfile.read(directory / TOKENIZER_CONFIG)
+            if reader.tokenizer is not None and chat_template.has_template(directory, settings):
+                reader._use(chat_template.source(directory, settings, with_tools=False), settings)
         return reader
 
     def _use(self, source: str, settings: Mapping[str, Any]) -> None:

@@ -131,8 +131,8 @@ def _step(
     for value, out in seen.items():
         assert value.shape is not None
         shape = [*[1] * (len(value.shape) - 2), len(row), out.shape[1]]
-        place = out[at:].ctypes.data
-        binding.bind_output(str(value.name), "cpu", 0, np.float32, shape, place)
+        address = out[at:].ctypes.data
+        binding.bind_output(str(value.name), "cpu", 0, np.float32, shape, address)
     session.run_with_iobinding(binding)
 
 
@@ -188,9 +188,9 @@ def logits(model: ir.Model, rows: Sequence[NDArray[np.int64]], directory: Path) 
 @contextmanager
 def place(model: ir.Model) -> Iterator[Path]:
     """The directory of the file that a graph's weights are in, or a temporary one."""
-    found = {_directory(tensor) for tensor in _large(model)}
-    if len(found) == 1 and None not in found:
-        yield found.pop() or Path()
+    directories = {_directory(tensor) for tensor in _large(model)}
+    if len(directories) == 1 and None not in directories:
+        yield directories.pop() or Path()
         return
     with tempfile.TemporaryDirectory() as temporary:
         yield Path(temporary)

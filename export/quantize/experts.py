@@ -198,8 +198,8 @@ def _in_loop(graph: ir.Graph, mixture: Mixture, stored: Sequence[Stored]) -> Non
         (mine,) = insert(use.node, "Gather", [codes, use.node.inputs[1]])
         (scale,) = insert(use.node, "Gather", [scales, use.node.inputs[1]])
         (floats,) = insert(use.node, "DequantizeLinear", [mine, scale], {"axis": 0})
-        for place, value in enumerate((mine, scale, floats)):
-            value.name = f"{codes.name}.{place}"
+        for index, value in enumerate((mine, scale, floats)):
+            value.name = f"{codes.name}.{index}"
         use.node.outputs[0].dtype = ir.DataType.FLOAT
         take_place(use.node, floats)
 

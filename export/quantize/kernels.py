@@ -145,7 +145,7 @@ def products(graph: ir.Graph) -> list[Product]:
     Routers stay as they are, and small matrices that are for each head of a token. Each has a name
     of its own, also where layers share a matrix.
     """
-    found = []
+    result = []
     apart = routers(graph)
     seen: Counter[str] = Counter()
     for node in graph:
@@ -160,8 +160,8 @@ def products(graph: ir.Graph) -> list[Product]:
         name = str(held.name).replace(CHANGED, "")
         seen[name] += 1
         unique = name if seen[name] == 1 else f"{name}.{seen[name]}"
-        found.append(Product(node, unique, transposed))
-    return found
+        result.append(Product(node, unique, transposed))
+    return result
 
 
 def quantize(

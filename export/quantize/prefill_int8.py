@@ -37,14 +37,14 @@ def write(directory: Path) -> str:
     if any(node.op_type == "QMoE" for node in model.graph):
         return "its experts go through a kernel that has no such form (QMoE)"
     _leave_out_logits(model)
-    found = [node for node in model.graph if _is_packed(node)]
-    if not found:
+    nodes = [node for node in model.graph if _is_packed(node)]
+    if not nodes:
         return "none of its layers' matrices has 4 bits"
-    if not all(map(_is_ours, found)):
+    if not all(map(_is_ours, nodes)):
         return "its matrices of 4 bits are not stored as those of `fastgen export` are"
     unpacking = _Unpacking(model.opset_imports[""])
     activations = Activations(model.graph)
-    for node in found:
+    for node in nodes:
         codes, scales = unpacking.unpacked(node, model.graph)
         take_place(node, integer_product(node, codes, scales, activations))
     ir.passes.common.RemoveUnusedNodesPass()(model)
@@ -180,9 +180,9 @@ def _promised(graph: ir.Graph, made: ir.Value) -> ir.Value:
     return value
 
 
-def _nibbles(node: ir.Node, place: int, shape: Sequence[int]) -> ir.TensorProtocol:
+def _nibbles(node: ir.Node, index: int, shape: Sequence[int]) -> ir.TensorProtocol:
     """The codes that the bytes of an input pack, as an array of uint4 of its own shape."""
-    value = input_of(node, place)
+    value = input_of(node, index)
     packed = tensor_of(value)
     if not isinstance(packed, ir.ExternalTensor):
         raw = np.frombuffer(packed.tobytes(), np.uint8)

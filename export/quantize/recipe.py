@@ -201,8 +201,8 @@ class Plan:
             self._mixed, self.reached = self._experts.plan(
                 self._model, self._recipe.experts, rows, shown
             )
-        for place, (value, seen) in enumerate(self._inputs.items()):
-            shown(place, 2 * len(self._inputs))
+        for done, (value, seen) in enumerate(self._inputs.items()):
+            shown(done, 2 * len(self._inputs))
             readers = [one for one in self._found if one.input is value]
             self._smooth(value, readers, seen)
         for product in products(self._model.graph):
@@ -239,25 +239,25 @@ class Plan:
         rows = rows[::every]
         kinds = self._kinds()
         with calibrate.place(self._model) as directory:
-            said = calibrate.logits(self._model, rows, directory)
-            exact = [self._kept(_log_probabilities(one)) for one in said]
-            for place, (name, members) in enumerate(kinds.items()):
-                shown(place, len(kinds))
-                made = self._quantised({one.product.name for one in members})
-                self.sensed[name] = _divergence(exact, calibrate.logits(made, rows, directory))
+            logits = calibrate.logits(self._model, rows, directory)
+            exact = [self._kept(_log_probabilities(one)) for one in logits]
+            for done, (name, members) in enumerate(kinds.items()):
+                shown(done, len(kinds))
+                quantised = self._quantised({one.product.name for one in members})
+                self.sensed[name] = _divergence(exact, calibrate.logits(quantised, rows, directory))
 
     def _kinds(self) -> dict[str, list[Matrix]]:
         """Matrices of the same shape that read the same kind of node, early and late ones apart."""
-        found: dict[str, list[Matrix]] = {}
-        for one in self._matrices.values():
-            if _is_turned(one.product):
+        by_kind: dict[str, list[Matrix]] = {}
+        for matrix in self._matrices.values():
+            if _is_turned(matrix.product):
                 continue
-            node = one.product.input.producer()
+            node = matrix.product.input.producer()
             kind = "input" if node is None else node.op_type
-            rows, columns = one.product.shape
-            found.setdefault(f"{kind} {rows} x {columns}", []).append(one)
+            rows, columns = matrix.product.shape
+            by_kind.setdefault(f"{kind} {rows} x {columns}", []).append(matrix)
         kinds = {}
-        for name, members in found.items():
+        for name, members in by_kind.items():
             if len(members) < HALVES:
                 kinds[name] = members
                 continue
@@ -309,7 +309,7 @@ class Plan:
     def _expected(self, kind: str, members: Sequence[Matrix], rung: int) -> float:
         """The expected cost of a kind there: the squares of its errors say how much is left."""
         if (kind, rung) not in self._left:
-            kernels = (self._recipe.ladder[place].kernel for place in (0, rung))
+            kernels = (self._recipe.ladder[step].kernel for step in (0, rung))
             first, there = (
                 sum(
                     self._error(one.product, kernel and fitting(kernel, one.product)) ** 2
@@ -324,8 +324,8 @@ class Plan:
 
     def make(self, shown: Callable[[int, int], None]) -> tuple[ir.Model, list[Made]]:
         """The graph as it is decided, and what became of each matrix."""
-        for place, matrix in enumerate(self._matrices.values()):
-            shown(place, len(self._matrices))
+        for done, matrix in enumerate(self._matrices.values()):
+            shown(done, len(self._matrices))
             kernel = self._kernel(matrix)
             if kernel is not None:
                 self._choice(matrix.product, kernel)

@@ -171,16 +171,16 @@ class Stream:
             and shape_of(table)[1] == self.size
         )
 
-    def _read_by(self, node: ir.Node, place: int) -> list[ir.Value]:
+    def _read_by(self, node: ir.Node, index: int) -> list[ir.Value]:
         """Outputs of a node that reads it that are of the stream too."""
         kind = node.op_type
         if kind == "Shape":
             return []
         if kind == "Add" or (kind == "Mul" and _scaled(node) is not None):
             return [node.outputs[0]]
-        if _is_norm(node) and place == 0:
+        if _is_norm(node) and index == 0:
             self.norms.append(node)
-        elif kind == "MatMul" and place == 0 and is_constant(node.inputs[1]):
+        elif kind == "MatMul" and index == 0 and is_constant(node.inputs[1]):
             self.readers.append(node)
         else:
             self.ends = True
@@ -317,7 +317,7 @@ class Stream:
 
 def _heads(value: ir.Value) -> list[ir.Node] | None:
     """The products that read `value` at some of its positions; None if anything else reads it."""
-    found: list[ir.Node] = []
+    heads: list[ir.Node] = []
     for use in value.uses():
         node = use.node
         if node.op_type == "Shape":
@@ -328,12 +328,12 @@ def _heads(value: ir.Value) -> list[ir.Node] | None:
             behind = _heads(node.outputs[0])
             if behind is None:
                 return None
-            found += behind
+            heads += behind
         elif _is_head(node) and use.idx == 0:
-            found.append(node)
+            heads.append(node)
         else:
             return None
-    return None if value.is_graph_output() else found
+    return None if value.is_graph_output() else heads
 
 
 def _fold_into_head(head: ir.Node, rotation: Rotation, weight: Floats | None) -> None:

@@ -241,7 +241,7 @@ def merge_products(graph: ir.Graph) -> int:
         ]
         if len(siblings) < 2:
             continue
-        order = {node: place for place, node in enumerate(graph)}
+        order = {node: index for index, node in enumerate(graph)}
         siblings.sort(key=lambda node: order[node])
         matrices = [input_of(node, 1) for node in siblings]
         sizes = [shape_of(matrix)[1] for matrix in matrices]
@@ -443,7 +443,7 @@ def _part_of(
     model: ir.Model, needed: Sequence[ir.Node], values: Sequence[ir.Value]
 ) -> onnx.ModelProto:
     """A model of the nodes `needed`, which give `values` from the positions."""
-    order = {node: place for place, node in enumerate(model.graph)}
+    order = {node: index for index, node in enumerate(model.graph)}
     nodes = sorted(needed, key=lambda node: order[node])
     constants = {
         str(value.name): array

@@ -46,20 +46,20 @@ def check(directory: Path) -> None:
 def _texts(directory: Path) -> list[Path]:
     """Configurations, and the vocabulary where no tokenizer.json has it."""
     paths = [path for path in directory.iterdir() if path.is_file()]
-    found = [path for path in paths if SAID.fullmatch(path.name)]
+    texts = [path for path in paths if SAID.fullmatch(path.name)]
     if not (directory / TOKENIZER).is_file():
-        found += [path for path in paths if VOCABULARY.fullmatch(path.name)]
-    return found
+        texts += [path for path in paths if VOCABULARY.fullmatch(path.name)]
+    return texts
 
 
 def weights(directory: Path) -> list[Path]:
     """The files of a directory that weights are read from; of an adapter too."""
-    found = []
+    files = []
     for names in (WEIGHTS, ADAPTER):
         path = next((directory / name for name in names if (directory / name).is_file()), None)
         if path is not None:
-            found += _shards(path) if path.name.endswith(INDEX) else [path]
-    return found
+            files += _shards(path) if path.name.endswith(INDEX) else [path]
+    return files
 
 
 def _shards(index: Path) -> list[Path]:

@@ -158,9 +158,9 @@ def _logits(model: Any) -> torch.Tensor:
     return said
 
 
-def _check_same(expected: torch.Tensor, found: torch.Tensor) -> None:
+def _check_same(expected: torch.Tensor, actual: torch.Tensor) -> None:
     near = NEAR * float(expected.abs().max())
-    if expected.shape != found.shape or not torch.allclose(expected, found, rtol=0, atol=near):
+    if expected.shape != actual.shape or not torch.allclose(expected, actual, rtol=0, atol=near):
         raise ValueError("merged, the model says something else")
 
 

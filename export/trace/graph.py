@@ -80,7 +80,7 @@ class Decoder(torch.nn.Module):
         ):
             logits = call(self.model, input_ids, position_ids)
         present = [tensor for pair in run.present for tensor in pair]
-        return logits, *present, *(left.present[place] for place in self.kept.states)
+        return logits, *present, *(left.present[key] for key in self.kept.states)
 
 
 def call(

@@ -131,16 +131,16 @@ def _compared(owner: Any, name: str, ours: Callable[..., Any]) -> Place:
 
     @functools.wraps(own)
     def function(*args: Any, **kwargs: Any) -> Any:
-        found = ours(*args, **kwargs)
+        result = ours(*args, **kwargs)
         if attention.is_recording():  # of a text from its start: without a cache it is the same
             args = tuple(None if isinstance(value, Cache) else value for value in args)
             kwargs = {key: value for key, value in kwargs.items() if key not in CACHES}
             one, two = (
-                out if isinstance(out, Tensor) else out[0] for out in (own(*args, **kwargs), found)
+                out if isinstance(out, Tensor) else out[0] for out in (own(*args, **kwargs), result)
             )
             if one.shape != two.shape or (one - two).abs().max() > CLOSE * one.abs().max():
                 raise UnsupportedModel(f"its code ({name}) is not what fastgen knows of its kind")
-        return found
+        return result
 
     return owner, name, function
 
@@ -387,7 +387,7 @@ def _grown(
     """Scores that grow with the logarithm of the query's position, from `floor` on."""
     number = attention.places(states.shape[1])[0] + 1
     tau = 1 + alpha * (number / floor).clamp(min=1).log()[:, None, :, None]
-    attention.turn_next(Turn(lambda query: query * tau, lambda found: found))
+    attention.turn_next(Turn(lambda query: query * tau, lambda output: output))
     return own(states, *args) * tau
 
 

@@ -179,7 +179,9 @@ def settle(graph: ir.Graph, stand_ins: Sequence[StandIn]) -> None:
         if isinstance(tensor, ir.LazyTensor) or tensor.dtype != ir.DataType.FLOAT:
             continue
         view = tensor.numpy()
-        held = next((found for one in stand_ins if (found := one.behind(view)) is not None), None)
+        held = next(
+            (part for stand_in in stand_ins if (part := stand_in.behind(view)) is not None), None
+        )
         if held is not None:
             value.const_value = read_lazily(held, str(tensor.name))
 
