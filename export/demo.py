@@ -555,14 +555,14 @@ def grow(small: PreTrainedModel, model: PreTrainedModel, times: int) -> None:
     for name, weight in small.named_parameters():
         if weight.ndim == 1:
             # The last norm divides what the tied embedding, which is not divided, reads.
-            made = weight.repeat(times) / (times if name == "model.norm.weight" else 1)
+            grown = weight.repeat(times) / (times if name == "model.norm.weight" else 1)
         elif "embed_tokens" in name:
-            made = weight.repeat(1, times)
+            grown = weight.repeat(1, times)
         else:
             drawn = torch.randn(times, times * len(weight), weight.shape[1]) * weight.std() / 2
             shares = weight.repeat(times, 1) / times + drawn - drawn.mean(0)
-            made = torch.cat(list(shares), 1)
-        own[name].copy_(made)
+            grown = torch.cat(list(shares), 1)
+        own[name].copy_(grown)
 
 
 def train(

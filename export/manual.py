@@ -54,12 +54,12 @@ def pages(manual: Path) -> Iterator[str]:
         text = re.sub(r" *\\\n +", " ", text)  # signatures of several lines
         directive = re.search(r"^\.\. (?:current)?module:: (\S+)", text, re.MULTILINE)
         module = directive[1] if directive else ""
-        long = [one[0] for one in CLASS.finditer(text) if len(one[0]) >= SHORT_CLASS]
-        for one in long:
-            text = text.replace(one, "", 1)
+        long = [match[0] for match in CLASS.finditer(text) if len(match[0]) >= SHORT_CLASS]
+        for class_text in long:
+            text = text.replace(class_text, "", 1)
         yield titled(text, module)
-        for one in long:
-            head, _, body = plain(one).partition("\n")
+        for class_text in long:
+            head, _, body = plain(class_text).partition("\n")
             name = head.removeprefix("class ")
             if module and not name.startswith(f"{module}."):
                 name = f"{module}.{name}"

@@ -128,9 +128,9 @@ def gemma3(config: Configuration) -> Decoder:
         chosen = parameters.setdefault("rope_type", parameters.get("type") or "default")
         if chosen in ("llama3", "yarn", "longrope"):
             parameters.setdefault("original_max_position_embeddings", positions)
-        made = turning(parameters, size, positions)
-        rotaries[kind] = made.rotary
-        limits += [made.limit] if made.limit is not None else []
+        turned = turning(parameters, size, positions)
+        rotaries[kind] = turned.rotary
+        limits += [turned.limit] if turned.limit is not None else []
     return _gemma(
         config,
         config.get("hidden_activation", "gelu_pytorch_tanh"),

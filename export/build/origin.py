@@ -139,7 +139,7 @@ class Built:
         self.parts = parts
         self.name, self.config, self.decoder = parts.name, parts.config, parts.decoder
         self.weights, self.tokenizer, self.note = parts.weights, parts.tokenizer, parts.note
-        self.place: Path | None = None
+        self.directory: Path | None = None
         # By the bytes of each probe, nats of its tokens, once it was asked.
         self.spent: dict[bytes, NDArray[np.float32] | None] = {}
 
@@ -170,13 +170,13 @@ class Built:
         return rows
 
     def written(self, directory: Path) -> None:
-        self.place = directory
+        self.directory = directory
 
     @cached_property
     def own(self) -> CausalLM:
         """The graph in float32: what there is to ask."""
-        assert self.place is not None
-        return CausalLM(self.place, tuning=Tuning(entries=UNPACKED))
+        assert self.directory is not None
+        return CausalLM(self.directory, tuning=Tuning(entries=UNPACKED))
 
     def logits(self, row: NDArray[np.int64]) -> NDArray[np.float32]:
         """Of one row alone, read at once."""
@@ -196,10 +196,10 @@ class Built:
 
     def convert(self, whole: bool = False) -> tuple[ir.Model, list[str]]:
         with naming(self.name):
-            made = graph.write(self.decoder, self.weights)
+            model = graph.write(self.decoder, self.weights)
         shown = [f"{len(self.decoder.layers)} attention layers"]
         shown.append(f"all {len(self.weights)} tensors are read once")
-        return made, shown
+        return model, shown
 
     def describe(self) -> ModelInfo:
         decoder = self.decoder
@@ -287,5 +287,5 @@ def _read(model: Model, row: NDArray[np.int64]) -> NDArray[np.float32]:
 
 def _surprise(logits: NDArray[np.float32], row: NDArray[np.int64]) -> NDArray[np.float32]:
     """Of each token of a row but the first: nats, by what was said before it."""
-    said = log_softmax(logits[:-1])
-    return -said[np.arange(len(row) - 1), row[1:]]
+    log_probabilities = log_softmax(logits[:-1])
+    return -log_probabilities[np.arange(len(row) - 1), row[1:]]

@@ -192,8 +192,8 @@ def configuration(file: File) -> dict[str, Any]:
         raise UnsupportedModel(f"its architecture is {file.architecture!r}, not one of {known}")
     if TABLE not in file.tensors:
         raise UnsupportedModel(f"it has no {TABLE}")
-    said = {name: file.get(name) for name in kind.says if file.get(name) is not None}
-    lists = [name for name, value in said.items() if isinstance(value, np.ndarray | list)]
+    metadata = {name: file.get(name) for name in kind.says if file.get(name) is not None}
+    lists = [name for name, value in metadata.items() if isinstance(value, np.ndarray | list)]
     if lists:
         raise UnsupportedModel(f"its layers differ in {some(lists)}")
     config = {
@@ -201,7 +201,7 @@ def configuration(file: File) -> dict[str, Any]:
         "vocab_size": file.tensors[TABLE].shape[0],
         "tie_word_embeddings": HEAD not in file.tensors,
         **kind.constant,
-        **{kind.says[name]: _plain(value) for name, value in said.items()},
+        **{kind.says[name]: _plain(value) for name, value in metadata.items()},
         **_rotation(file, kind),
         **kind.more(file),
     }

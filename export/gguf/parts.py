@@ -73,7 +73,7 @@ def of_file(file: File) -> Parts:
             )
         ends = vocabulary.end_ids(file, decoder.vocabulary)
     types = Counter(tensors.type_name(held.kind) for held in file.tensors.values())
-    told = ", ".join(f"{count} {kind}" for kind, count in types.most_common())
+    summary = ", ".join(f"{count} {kind}" for kind, count in types.most_common())
     return Parts(
         name=name,
         config=config | ids,
@@ -83,7 +83,7 @@ def of_file(file: File) -> Parts:
         note=note,
         defaults={name: number for name, number in ids.items() if name != "unk_token_id"} | ends,
         write_tokenizer=partial(_write, tokenizer, settings),
-        about=f"a GGUF file ({told}), without torch",
+        about=f"a GGUF file ({summary}), without torch",
     )
 
 

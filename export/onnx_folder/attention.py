@@ -259,16 +259,16 @@ def meaning(one: Joined, seen: Mapping[str, Any], longer: Mapping[str, Any]) -> 
     """
     layer = one.layer
 
-    def found(value: ir.Value) -> NDArray[np.float64]:
+    def array_of(value: ir.Value) -> NDArray[np.float64]:
         array = seen[str(value.name)] if value.name in seen else constant(value)
         if array is None or isinstance(array, tuple):
             raise refused(layer, f"{value.name} could not be looked at")
         return np.asarray(array, np.float64)
 
-    keys, held = (found(value) for value in one.present)
+    keys, held = (array_of(value) for value in one.present)
     rows, kv_heads, total, size = keys.shape
-    new = found(one.new[0]).shape[2]
-    query, turned = (found(input_of(one.scores, index)) for index in range(2))
+    new = array_of(one.new[0]).shape[2]
+    query, turned = (array_of(input_of(one.scores, index)) for index in range(2))
     query = _four(layer, query, rows, new, size)
     heads = query.shape[1]
     if size % HEAD_STEP or held.shape[3] != size:
@@ -282,15 +282,15 @@ def meaning(one: Joined, seen: Mapping[str, Any], longer: Mapping[str, Any]) -> 
     spread = np.repeat(keys, heads // kv_heads, axis=1).swapaxes(2, 3)
     turned = turned.reshape(*_leading(turned, rows), size, total)
     of_keys = _ratio(layer, turned, spread, "its keys")
-    scores = found(input_of(one.softmax, 0)).reshape(rows, heads, new, total)
+    scores = array_of(input_of(one.softmax, 0)).reshape(rows, heads, new, total)
     raw = query @ spread * of_keys
     shown = scores > HIDDEN
-    scale, softcap = _scaled(layer, raw[shown], scores[shown], _cap(one, found))
+    scale, softcap = _scaled(layer, raw[shown], scores[shown], _cap(one, array_of))
     weights = np.where(shown, scores, -np.inf)
     weights = np.exp(weights - weights.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
     out = weights @ np.repeat(held, heads // kv_heads, axis=1)
-    given = found(one.values.outputs[0]).reshape(out.shape)
+    given = array_of(one.values.outputs[0]).reshape(out.shape)
     if not np.allclose(out, given, rtol=1e-3, atol=1e-4 * (np.abs(out).max() or 1)):
         raise refused(layer, "its sum of values is not what its Softmax weighs")
     window = _window(layer, np.asarray(longer[str(input_of(one.softmax, 0).name)]))

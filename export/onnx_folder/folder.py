@@ -102,13 +102,13 @@ def load(path: Path) -> ir.Model:
     try:
         return ir.load(path)
     except Exception as error:  # of protobuf, or of any kind where a graph contradicts itself
-        said = (str(error).strip() or repr(error)).splitlines()[0]
-        raise UnsupportedModel(f"{path.name} cannot be read as a graph: {said}") from error
+        message = (str(error).strip() or repr(error)).splitlines()[0]
+        raise UnsupportedModel(f"{path.name} cannot be read as a graph: {message}") from error
 
 
-def _part(told: dict[str, Any], name: str) -> dict[str, Any]:
+def _part(config: dict[str, Any], name: str) -> dict[str, Any]:
     """An object within another; without content where it is something else."""
-    part = told.get(name)
+    part = config.get(name)
     return part if isinstance(part, dict) else {}
 
 
@@ -181,8 +181,8 @@ def choose(folder: Path, precision: str | None) -> Choice:
         raise UnsupportedModel(f"{folder_name} cannot be opened: {error}") from error
     graph = folder / decoders[name]
     kind = kind_of(graph)
-    made = precision if precision in onnx_folders.MADE and kind == "fp32" else kind
-    return Choice(folder, graph, name, kind, made)
+    written = precision if precision in onnx_folders.MADE and kind == "fp32" else kind
+    return Choice(folder, graph, name, kind, written)
 
 
 def kind_of(path: Path) -> str:

@@ -71,14 +71,14 @@ class Folder:
     @cached_property
     def vocab(self) -> int:
         """Ids that it both reads and says."""
-        said = self.logits(np.zeros(1, np.int64)).shape[-1]
-        return min(int(said), self._said("vocab_size") or int(said))
+        width = self.logits(np.zeros(1, np.int64)).shape[-1]
+        return min(int(width), self._said("vocab_size") or int(width))
 
     @cached_property
     def limit(self) -> int | None:
         """Positions: as the configuration says, and not more than the graph's tables have."""
-        said, tables = self._said(*LIMITS), self._tables()
-        return min([*tables, *([said] if said else [])], default=None)
+        configured, tables = self._said(*LIMITS), self._tables()
+        return min([*tables, *([configured] if configured else [])], default=None)
 
     def _tables(self) -> list[int]:
         """Rows of the tables that the graph looks positions up in."""
@@ -138,18 +138,18 @@ class Folder:
         return self.plain.continuation(row, count)
 
     def convert(self, whole: bool = False) -> tuple[ir.Model, list[str]]:
-        made = self.rewritten
-        shown = [f"{len(made.layers)} attention layers"]
-        if made.halves:
+        rewritten = self.rewritten
+        shown = [f"{len(rewritten.layers)} attention layers"]
+        if rewritten.halves:
             shown.append("half precision became single")
-        return made.model, shown
+        return rewritten.model, shown
 
     def written(self, directory: Path) -> None:
         """It runs by itself."""
 
     def describe(self) -> ModelInfo:
-        made = self.rewritten
-        logits = next(value for value in made.model.graph.outputs if value.name == "logits")
+        rewritten = self.rewritten
+        logits = next(value for value in rewritten.model.graph.outputs if value.name == "logits")
         vocab_size = sizes_of(logits)[2]
         assert vocab_size is not None
         return ModelInfo(
@@ -160,18 +160,18 @@ class Folder:
             vocab_size=vocab_size,
             max_length=self.limit,
             hard_limit=bool(self._tables()),
-            layers=tuple((heads, dim) for heads, dim in made.layers),
+            layers=tuple((heads, dim) for heads, dim in rewritten.layers),
         )
 
     def report(self) -> dict[str, Any]:
-        made = self.rewritten
+        rewritten = self.rewritten
         return {
             "folder": {
                 "graph": self.choice.graph.name,
                 "precision": self.choice.name,
-                "attention": sorted(set(made.kinds)),
-                "windows": made.windows,
-                "half_precision_became_single": made.halves,
+                "attention": sorted(set(rewritten.kinds)),
+                "windows": rewritten.windows,
+                "half_precision_became_single": rewritten.halves,
                 "proof": "logits and greedy text are compared with the folder's own graph, which "
                 "ran by itself, a row at a time, with a past that grows; this one ran through "
                 "fastgen's engine, rows of all lengths together",
@@ -191,17 +191,11 @@ class Folder:
             )
         windows = {window for window in self.rewritten.windows if window is not None}
         used = self.config.get("use_sliding_window", True)
-        configured = self._said("sliding_window", "window_size") if used else None
-        if (
-            configured is not None
-            and configured < (self.limit or configured + 1)
-            and windows != {configured}
-        ):
+        window = self._said("sliding_window", "window_size") if used else None
+        if window is not None and window < (self.limit or window + 1) and windows != {window}:
             has = f"one of {min(windows)}" if windows else "none"
-            notes.append(
-                f"config.json has a window of {configured} tokens, the folder's graph {has}"
-            )
-        if windows and configured is None:
+            notes.append(f"config.json has a window of {window} tokens, the folder's graph {has}")
+        if windows and window is None:
             notes.append(f"the folder's graph has a window of {min(windows)}, config.json none")
         cap = self.config.get("attn_logit_softcapping")
         capped = any(

@@ -49,9 +49,9 @@ class Plain:
         try:
             self.session = open_graph(model if changed else path, options)
         except Exception as error:  # onnxruntime raises classes of its own, derived from Exception
-            said = str(error).strip().splitlines()[-1]
+            message = str(error).strip().splitlines()[-1]
             raise UnsupportedModel(
-                f"onnxruntime cannot run {path.name} on a CPU: {said}"
+                f"onnxruntime cannot run {path.name} on a CPU: {message}"
             ) from error
 
     def logits(self, row: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -89,8 +89,8 @@ class Plain:
         if self.operators & QUANTISED_TOGETHER:
             return True  # a token's logits depend on all others, and no mask could be told
         nothing = self.signature.nothing(1)
-        said = [self._step(np.array(ids), nothing)[0] for ids in ([0, 1, 2], [0, 3, 4])]
-        return len(said[0]) < 3 or np.allclose(said[0][0], said[1][0], 1e-2, 1e-3)
+        logits = [self._step(np.array(ids), nothing)[0] for ids in ([0, 1, 2], [0, 3, 4])]
+        return len(logits[0]) < 3 or np.allclose(logits[0][0], logits[1][0], 1e-2, 1e-3)
 
     def _step(
         self, ids: NDArray[np.int64], past: list[NDArray[Any]]

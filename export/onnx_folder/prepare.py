@@ -148,8 +148,8 @@ def _raise_opset(model: ir.Model) -> None:
             if name in node.attributes:
                 held = np.array(node.attributes.pop(name).as_ints(), np.int64)
                 node.resize_inputs(2)
-                made = add_initializer(model.graph, f"{node.name}.{name}", held)
-                node.replace_input_with(1, made)
+                initializer = add_initializer(model.graph, f"{node.name}.{name}", held)
+                node.replace_input_with(1, initializer)
         if version < 18 and kind == "Split" and len(node.inputs) < 2:
             node.attributes["num_outputs"] = ir.AttrInt64("num_outputs", len(node.outputs))
         if version < 13 and kind in FLATTENING and "axis" not in node.attributes:
@@ -228,8 +228,8 @@ def skip(graph: ir.Graph, node: ir.Node) -> None:
     if len(node.outputs) > 1 and node.outputs[1].uses():
         return
     if output.is_graph_output():
-        made = source.producer()
-        if made is None or source.is_graph_output():
+        producer = source.producer()
+        if producer is None or source.is_graph_output():
             return
         output.name, source.name = f"{output.name}.idle", output.name
         source.type = source.type or output.type

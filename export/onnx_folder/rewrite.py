@@ -305,8 +305,8 @@ def _head(logits: ir.Value, seen: shapes.Seen) -> ir.Node:
         wide = [one for one in sized if _width(one, seen) == _width(logits, seen)]
         value = next(iter(wide or sized), None)
     last = None if value is None else value.producer()
-    said = "an input" if last is None else last.op_type
-    raise UnsupportedModel(f"its logits come from {said}, which is not known as an lm_head")
+    source = "an input" if last is None else last.op_type
+    raise UnsupportedModel(f"its logits come from {source}, which is not known as an lm_head")
 
 
 def _is_weight(value: ir.Value | None) -> bool:

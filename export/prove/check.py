@@ -197,8 +197,8 @@ def exported_parts(
         now = [some[step] if step < len(some) else some[-1] for some in parts]
         new = [row[part] for row, part in zip(rows, now, strict=True)]
         last = np.array([[len(ids) - 1] for ids in new])
-        places = np.minimum(np.arange(int(last.max()) + 1), last)
-        logits = model.forward(new, cache, logits_positions=places)
+        positions = np.minimum(np.arange(int(last.max()) + 1), last)
+        logits = model.forward(new, cache, logits_positions=positions)
         for i, part in enumerate(now):
             if step < len(parts[i]):
                 yield i, part, logits[i, : len(new[i])]
@@ -244,9 +244,9 @@ def compared(
             mean += float(difference.mean(dtype=np.float64)) * len(one)
             lost += divergence(log_softmax(one), log_softmax(two))
             best, other = one.argmax(1), two.argmax(1)
-            places = np.arange(len(one))
+            at_each = np.arange(len(one))
             apart = best != other
-            tie = apart & (one[places, best] - one[places, other] <= TIE * scale)
+            tie = apart & (one[at_each, best] - one[at_each, other] <= TIE * scale)
             positions += len(one)
             parted += int((apart & ~tie).sum())
             ties += int(tie.sum())

@@ -86,13 +86,13 @@ class Corpus:
 
     def summary(self) -> str:
         """The amount of text used for each side, as one line."""
-        told = []
+        lines = []
         for side, done in zip(SIDES, ("calibrated", "judged"), strict=True):
             used = {name: count[side] for name, count in self.kinds.items() if count[side]}
             if used:
                 parts = ", ".join(f"{name} {count:,}" for name, count in used.items())
-                told.append(f"{done} on {sum(used.values()):,} tokens ({parts})")
-        return "; ".join([*told, *self.notes])
+                lines.append(f"{done} on {sum(used.values()):,} tokens ({parts})")
+        return "; ".join([*lines, *self.notes])
 
     def _take(self, side: str, tokens: int) -> list[Row]:
         length = max(SHORT, min(ROW, tokens // (2 * max(1, len(self.kinds)))))

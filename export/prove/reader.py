@@ -107,9 +107,9 @@ class Reader:
     def _knows(self, text: str) -> bool:
         """True if at least half of a text's letters are there when its ids are read back."""
         assert self.tokenizer is not None
-        said = self.tokenizer.decode(self.encoded(text)).casefold()
+        decoded = self.tokenizer.decode(self.encoded(text)).casefold()
         letters = {one for one in text.casefold() if one.isalpha()}
-        return 2 * len(letters & set(said)) >= len(letters)
+        return 2 * len(letters & set(decoded)) >= len(letters)
 
     def asked(self, document: Document) -> list[Row]:
         """A user's document.
@@ -144,9 +144,9 @@ class Reader:
     def _of_messages(self, messages: list[Message], reply: bool = False) -> Row | None:
         """The beginning of a conversation; None if the template refuses it in any form."""
         assert self.template is not None
-        for said in (messages, [one for one in messages if one["role"] != "system"]):
+        for turns in (messages, [one for one in messages if one["role"] != "system"]):
             try:
-                text = self.template.text(said, reply)
+                text = self.template.text(turns, reply)
             except ValueError:
                 continue
             return np.array(self.encoded(text)[: self.length], np.int64)

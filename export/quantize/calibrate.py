@@ -67,7 +67,7 @@ def inputs(
     every = max(1, sum(map(len, rows)) // SAMPLE)
     kept = sum(len(row[::every]) for row in rows)
     with (
-        place(model) as directory,
+        weights_directory(model) as directory,
         _spool(directory, longest, wanted) as seen,
         _spool(directory, kept, wanted) as samples,
         _spooled(directory, [(width, width) for width in widths]) as squares,
@@ -100,7 +100,7 @@ def values(
     """
     wanted = list(dict.fromkeys(wanted))
     tokens = sum(map(len, rows))
-    with place(model) as directory, _spool(directory, tokens, wanted) as seen:
+    with weights_directory(model) as directory, _spool(directory, tokens, wanted) as seen:
         _run(model, rows, seen, directory)
         yield seen
 
@@ -186,7 +186,7 @@ def logits(model: ir.Model, rows: Sequence[NDArray[np.int64]], directory: Path) 
 
 
 @contextmanager
-def place(model: ir.Model) -> Iterator[Path]:
+def weights_directory(model: ir.Model) -> Iterator[Path]:
     """The directory of the file that a graph's weights are in, or a temporary one."""
     directories = {_directory(tensor) for tensor in _large(model)}
     if len(directories) == 1 and None not in directories:
@@ -210,11 +210,11 @@ def running(model: ir.Model, names: Sequence[str], directory: Path) -> onnxrunti
     """A session of the part of the graph that gives the values of these names, and no other.
 
     Args:
-        directory: see `place`.
+        directory: see `weights_directory`.
     """
     part = model.clone()
-    made = {value.name: value for node in part.graph for value in node.outputs}
-    part.graph.outputs[:] = [made[name] for name in names]
+    by_name = {value.name: value for node in part.graph for value in node.outputs}
+    part.graph.outputs[:] = [by_name[name] for name in names]
     ir.passes.common.RemoveUnusedNodesPass()(part)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3

@@ -249,7 +249,7 @@ def block_codes(
 ) -> NDArray[np.uint8]:
     """uint8 [out, blocks, block] (8 bits) or [out, blocks, block / 2] (4 bits, low half first)."""
     size, out = weight.shape
-    made = np.empty((*scales.shape, kernel.block * kernel.bits // 8), np.uint8)
+    packed_codes = np.empty((*scales.shape, kernel.block * kernel.bits // 8), np.uint8)
 
     def part(some: slice) -> None:
         values = blocks(weight[:, some], kernel.block)
@@ -257,10 +257,10 @@ def block_codes(
         np.rint(values, out=values)
         values += kernel.middle if zeros is None else zeros[some, :, None]
         codes = np.clip(values, 0, 2 * kernel.middle - 1, out=values).astype(np.uint8)
-        made[some] = codes if kernel.bits == 8 else packed(codes)
+        packed_codes[some] = codes if kernel.bits == 8 else packed(codes)
 
     parts.each(out, size, part)
-    return made
+    return packed_codes
 
 
 def packed(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:

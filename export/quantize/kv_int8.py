@@ -54,7 +54,7 @@ def reach(
     }
     last = (limit or FURTHEST) - max(len(row) for row in rows)
     reached: dict[str, Floats] = {}
-    with calibrate.place(positioned) as directory:
+    with calibrate.weights_directory(positioned) as directory:
         session = calibrate.running(positioned, list(present.values()), directory)
         for row, start in zip(rows, np.linspace(0, last, len(rows)).astype(int), strict=True):
             stored = session.run(list(present.values()), calibrate.feeds(session, row, int(start)))

@@ -167,15 +167,15 @@ class _Unpacking:
         return self._held[name]
 
 
-def _promised(graph: ir.Graph, made: ir.Value) -> ir.Value:
+def _promised(graph: ir.Graph, unpacked: ir.Value) -> ir.Value:
     """A constant whose values are given to the session: the file has others in their place."""
-    assert made.shape is not None and made.dtype is not None
-    size = int(math.prod(made.shape.numpy()) * made.dtype.itemsize)
+    assert unpacked.shape is not None and unpacked.dtype is not None
+    size = int(math.prod(unpacked.shape.numpy()) * unpacked.dtype.itemsize)
     tensor = ir.ExternalTensor(
-        f"{GRAPH}.data", 0, size, made.dtype, name=str(made.name), shape=made.shape
+        f"{GRAPH}.data", 0, size, unpacked.dtype, name=str(unpacked.name), shape=unpacked.shape
     )
-    value = ir.Value(name=made.name, const_value=tensor, shape=made.shape)
-    value.dtype = made.dtype
+    value = ir.Value(name=unpacked.name, const_value=tensor, shape=unpacked.shape)
+    value.dtype = unpacked.dtype
     graph.register_initializer(value)
     return value
 

@@ -185,7 +185,7 @@ class Plan:
         self._model, self._recipe, self._inputs, self._kept = model, recipe, inputs, kept
         self._experts = _experts(model.graph)
         self._mixed: dict[str, list[experts.Stored]] = {}
-        self._found = products(model.graph)
+        self._products = products(model.graph)
         self._choices: dict[tuple[str, Kernel], Choice] = {}
         self._matrices: dict[str, Matrix] = {}
         self.smoothed: list[str] = []
@@ -203,23 +203,23 @@ class Plan:
             )
         for done, (value, seen) in enumerate(self._inputs.items()):
             shown(done, 2 * len(self._inputs))
-            readers = [one for one in self._found if one.input is value]
+            readers = [one for one in self._products if one.input is value]
             self._smooth(value, readers, seen)
         for product in products(self._model.graph):
-            shown(len(self._found) + len(self._matrices), 2 * len(self._found))
+            shown(len(self._products) + len(self._matrices), 2 * len(self._products))
             matrix = Matrix(product, not (product.is_head or _is_turned(product)))
             if (kernel := self._kernel(matrix)) is not None:
                 self._choice(product, kernel)
             self._matrices[product.name] = matrix
 
     def _smooth(self, value: ir.Value, readers: Sequence[Product], seen: calibrate.Input) -> None:
-        place = smooth.place_of(value, readers) if not any(map(_is_turned, readers)) else None
+        target = smooth.fold_target(value, readers) if not any(map(_is_turned, readers)) else None
         first = self._recipe.ladder[0].kernel
-        if place is None or first is None:
+        if target is None or first is None:
             return
         scales = smooth.best_scales(seen.sample, [one.weight for one in readers], first)
         if scales is not None:
-            smooth.fold(self._model.graph, place, scales, readers)
+            smooth.fold(self._model.graph, target, scales, readers)
             seen.divide(scales)
             self.smoothed += [product.name for product in readers]
 
@@ -238,7 +238,7 @@ class Plan:
         every = max(1, round(sum(map(len, rows)) / SENSED))
         rows = rows[::every]
         kinds = self._kinds()
-        with calibrate.place(self._model) as directory:
+        with calibrate.weights_directory(self._model) as directory:
             logits = calibrate.logits(self._model, rows, directory)
             exact = [self._kept(_log_probabilities(one)) for one in logits]
             for done, (name, members) in enumerate(kinds.items()):
@@ -309,7 +309,7 @@ class Plan:
     def _expected(self, kind: str, members: Sequence[Matrix], rung: int) -> float:
         """The expected cost of a kind there: the squares of its errors say how much is left."""
         if (kind, rung) not in self._left:
-            kernels = (self._recipe.ladder[step].kernel for step in (0, rung))
+            kernels = (self._recipe.ladder[index].kernel for index in (0, rung))
             first, there = (
                 sum(
                     self._error(one.product, kernel and fitting(kernel, one.product)) ** 2
@@ -367,10 +367,10 @@ class Plan:
     def _choice(self, product: Product, kernel: Kernel) -> Choice:
         """Scales and codes of a matrix, made once for a kernel."""
         if (product.name, kernel) not in self._choices:
-            made = _choice(product, kernel, self._inputs[product.input])
-            if made.codes is not None:
-                made = replace(made, codes=self._kept(made.codes))
-            self._choices[product.name, kernel] = made
+            choice = _choice(product, kernel, self._inputs[product.input])
+            if choice.codes is not None:
+                choice = replace(choice, codes=self._kept(choice.codes))
+            self._choices[product.name, kernel] = choice
         return self._choices[product.name, kernel]
 
 
@@ -394,7 +394,7 @@ def planned(
     """
     with (
         calibrate.inputs(model, products(model.graph), rows) as inputs,
-        calibrate.place(model) as directory,
+        calibrate.weights_directory(model) as directory,
         calibrate.shelf(directory) as kept,
     ):
         plan = Plan(model, RECIPES[precision], inputs, kept)

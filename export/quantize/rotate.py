@@ -255,14 +255,14 @@ class Stream:
     ) -> None:
         """Turn an embedding, and what is behind the heads that share its matrix."""
         readers = [node for node in self.tables if node.inputs[0] is table]
-        made = changed(self.graph, table, rotation.forward if heads else into)
+        turned = changed(self.graph, table, rotation.forward if heads else into)
         for node in readers:
-            node.replace_input_with(0, made)
+            node.replace_input_with(0, turned)
             if heads and self._centred:  # the heads read its mean too
                 matrix = _out_of(rotation, None, into(np.eye(self.size, dtype=np.float32)))
                 _behind(node.outputs[0], matrix, f"{PRODUCT}.in")
         for head in heads:
-            head.replace_input_with(1, made)
+            head.replace_input_with(1, turned)
 
     def _fold(self, norm: ir.Node, rotation: Rotation) -> None:
         """A norm's weights go into the products that read it."""
@@ -282,7 +282,7 @@ class Stream:
         name = input_of(norm, 1).name
         heads = _heads(norm.outputs[0]) or []
         shared = {node.inputs[0] for node in self.tables}
-        made = self._plain(norm)
+        normed = self._plain(norm)
         if heads and bias is None and not any(head.inputs[1] in shared for head in heads):
             for head in heads:
                 _fold_into_head(head, rotation, weight)
@@ -294,7 +294,7 @@ class Stream:
         for head in heads:
             if head.inputs[1] not in shared:  # see `_turn_table`
                 _fold_into_head(head, rotation, None)
-        for value in dict.fromkeys(input_of(head, 0) for head in heads) if heads else (made,):
+        for value in dict.fromkeys(input_of(head, 0) for head in heads) if heads else (normed,):
             back = _behind(value, matrix, f"{PRODUCT}.out")
             if bias is not None:
                 uses = back.uses()
@@ -309,10 +309,10 @@ class Stream:
             norm.replace_input_with(1, ones)
             return norm.outputs[0]
         attributes = {"axis": -1, "epsilon": norm.attributes.get_float("epsilon", 1e-5)}
-        (made,) = insert(norm, "RMSNormalization", [norm.inputs[0], ones], attributes)
-        replace(norm.outputs[0], made)
+        (normed,) = insert(norm, "RMSNormalization", [norm.inputs[0], ones], attributes)
+        replace(norm.outputs[0], normed)
         self.graph.remove(norm, safe=True)
-        return made
+        return normed
 
 
 def _heads(value: ir.Value) -> list[ir.Node] | None:

@@ -89,10 +89,10 @@ def _written_by(node: ir.Node, count: int) -> tuple[list[tuple[ir.Node, int]], i
 
 def _turned_part(rotation: Rotation, columns: slice, array: Floats) -> Floats:
     """The array with some of its columns turned by head."""
-    made = array.copy()
+    turned = array.copy()
     heads = array[..., columns].reshape(-1, rotation.size)
-    made[..., columns] = rotation.forward(heads).reshape(made[..., columns].shape)
-    return made
+    turned[..., columns] = rotation.forward(heads).reshape(turned[..., columns].shape)
+    return turned
 
 
 def _turned_rows(rotation: Rotation, matrix: Floats) -> Floats:

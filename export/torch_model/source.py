@@ -169,11 +169,11 @@ def _configuration(path: Path) -> PretrainedConfig:
     return config
 
 
-def _without_unknown_types(said: dict[str, Any]) -> dict[str, Any]:
+def _without_unknown_types(config: dict[str, Any]) -> dict[str, Any]:
     """A configuration, and those within it, without a `dtype` that is none of torch's."""
     return {
         name: _without_unknown_types(value) if isinstance(value, dict) else value
-        for name, value in said.items()
+        for name, value in config.items()
         if name not in ("dtype", "torch_dtype")
         or isinstance(getattr(torch, str(value), None), torch.dtype)
     }
@@ -226,14 +226,14 @@ def _loaded(path: Path, config: PretrainedConfig, dtype: torch.dtype | str) -> P
 
 def _check_sizes(path: Path, differing: Collection[tuple[str, Any, Any]]) -> None:
     """Raise a ModelError for weights of other sizes than the configuration has."""
-    told = [
-        f"{name} is {list(stored)} where {CONFIG} makes it {list(made)}"
-        for name, stored, made in sorted(differing)
+    differences = [
+        f"{name} is {list(stored)} where {CONFIG} makes it {list(expected)}"
+        for name, stored, expected in sorted(differing)
     ]
-    if told:
+    if differences:
         raise ModelError(
-            f"{path} contradicts itself: {jsonfile.some(told)}. Correct {CONFIG} (vocab_size, if "
-            f"tokens were added), or {checkpoint.ADVICE}"
+            f"{path} contradicts itself: {jsonfile.some(differences)}. Correct {CONFIG} "
+            f"(vocab_size, if tokens were added), or {checkpoint.ADVICE}"
         )
 
 

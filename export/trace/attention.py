@@ -84,11 +84,11 @@ class Turn:
 
     Attributes:
         query: [rows, num_heads, new, head_dim] into that space.
-        found: [rows, new, num_heads, value_dim] from there.
+        output: [rows, new, num_heads, value_dim] from there.
     """
 
     query: Callable[[torch.Tensor], torch.Tensor]
-    found: Callable[[torch.Tensor], torch.Tensor]
+    output: Callable[[torch.Tensor], torch.Tensor]
 
 
 class All:
@@ -263,7 +263,7 @@ def attend(
     run = _run()
     turn, run.turn = run.turn, None
     if turn is not None:
-        return turn.found(
+        return turn.output(
             attend(turn.query(query), key, value, scale, window, softcap, sinks, bias, added)
         )
     raised, run.raised = run.raised, None

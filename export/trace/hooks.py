@@ -25,7 +25,7 @@ from fastgen.export.trace.attention import CACHES, Bias, Turn, attend
 
 CLOSE = 1e-4  # of the largest number that the model's own function gives
 
-Place = tuple[Any, str, Any]  # where a function stands, its name, and ours
+Patch = tuple[Any, str, Any]  # where a function stands, its name, and ours
 
 
 @contextlib.contextmanager
@@ -33,14 +33,14 @@ def own_code(model: PreTrainedModel) -> Iterator[bool]:
     """Ours stands in for the model's own code; yields whether that is its attention, too."""
     config = model.config
     kept = config._attn_implementation
-    places = list(_attention_places(model))
+    patches = list(_attention_patches(model))
     with contextlib.ExitStack() as stack:
-        for owner, name, ours in (*places, *_other_places(model)):
+        for owner, name, ours in (*patches, *_other_patches(model)):
             stack.enter_context(_replaced(owner, name, ours))
-        if any(owner is torch.nn.functional for owner, _, _ in places):
+        if any(owner is torch.nn.functional for owner, _, _ in patches):
             config._attn_implementation_internal = "sdpa"
         try:
-            yield bool(places)
+            yield bool(patches)
         finally:
             config._attn_implementation_internal = kept
 
@@ -104,7 +104,7 @@ def _replaced(owner: Any, name: str, ours: Callable[..., Any]) -> Iterator[None]
 # Attention
 
 
-def _attention_places(model: PreTrainedModel) -> Iterator[Place]:
+def _attention_patches(model: PreTrainedModel) -> Iterator[Patch]:
     """Functions of the model that compute attention in their own way, and their stand-ins."""
     for module in model.modules():
         kind = _kind(module)
@@ -125,7 +125,7 @@ def _kind(module: torch.nn.Module) -> str:
     return f"{type(module).__module__.rpartition('.modeling_')[2]}.{type(module).__name__}"
 
 
-def _compared(owner: Any, name: str, ours: Callable[..., Any]) -> Place:
+def _compared(owner: Any, name: str, ours: Callable[..., Any]) -> Patch:
     """`ours` for `owner.name`, compared with it on what a recording pass calls it with."""
     own = getattr(owner, name)
 
@@ -311,9 +311,9 @@ _BIASES: dict[str, Callable[[Any], Bias]] = {
 # Code that torch's exporter cannot follow
 
 
-def _other_places(model: PreTrainedModel) -> Iterator[Place]:
+def _other_patches(model: PreTrainedModel) -> Iterator[Patch]:
     """Functions besides attention that no graph can hold, and their stand-ins."""
-    yield from sparse.places(model)
+    yield from sparse.patches(model)
     turned = set()
     for module in model.modules():
         kind = _kind(module)
@@ -427,7 +427,7 @@ def _latent(
     def query(states: Tensor) -> Tensor:
         return torch.cat((states[..., :size] @ from_query, states[..., size:]), dim=-1)
 
-    def found(states: Tensor) -> Tensor:
+    def output(states: Tensor) -> Tensor:
         return (states.transpose(1, 2) @ to_value).transpose(1, 2)
 
     keys = torch.cat((latent, turned), dim=-1)
@@ -435,9 +435,9 @@ def _latent(
         expected = own(latent, turned)
         some = torch.randn_like(expected[0])
         scores = query(some) @ keys.transpose(2, 3)
-        values = found(latent.transpose(1, 2).expand(-1, -1, heads, -1)).transpose(1, 2)
+        values = output(latent.transpose(1, 2).expand(-1, -1, heads, -1)).transpose(1, 2)
         for one, two in ((some @ expected[0].transpose(2, 3), scores), (expected[1], values)):
             if one.shape != two.shape or (one - two).abs().max() > CLOSE * one.abs().max():
                 raise UnsupportedModel("its keys are not what fastgen knows of latents")
-    attention.turn_next(Turn(query, found))
+    attention.turn_next(Turn(query, output))
     return keys, latent

@@ -33,7 +33,7 @@ from transformers.activations import ACT2FN
 from fastgen.errors import UnsupportedModel
 from fastgen.export.trace.attention import CACHES, PassingCache
 
-Place = tuple[str, int, int]  # "conv", "shift" or "recurrent", the layer, which of its states
+StateKey = tuple[str, int, int]  # "conv", "shift" or "recurrent", the layer, which of its states
 
 
 @dataclass
@@ -41,22 +41,22 @@ class States:
     """The states of a model, in the order of the graph's inputs, and one run with them.
 
     Attributes:
-        shapes: of one row's state, by its place.
+        shapes: of one row's state, by its key.
         past: float32 [rows, *shape] each; None while shapes are recorded.
         query_seqlens: int32 [rows], how many of the new tokens are real; None for all.
-        present: what the run leaves, by place.
+        present: what the run leaves, by key.
         begun: the state that the next scan starts from; several, one for each of its scans.
         scans: how many there were.
     """
 
-    shapes: dict[Place, tuple[int, ...]] = field(default_factory=dict)
-    past: dict[Place, Tensor] | None = None
+    shapes: dict[StateKey, tuple[int, ...]] = field(default_factory=dict)
+    past: dict[StateKey, Tensor] | None = None
     query_seqlens: Tensor | None = None
-    present: dict[Place, Tensor] = field(default_factory=dict)
+    present: dict[StateKey, Tensor] = field(default_factory=dict)
     begun: Tensor | None = None
     scans: int = 0
 
-    def before(self, key: Place, inputs: Tensor, kept: int) -> Tensor:
+    def before(self, key: StateKey, inputs: Tensor, kept: int) -> Tensor:
         """A convolution's inputs [rows, channels, new] with the `kept` last ones in front."""
         rows, channels, _ = inputs.shape
         if self.past is None:
@@ -68,7 +68,7 @@ class States:
         self.leave(key, full.gather(2, last[:, None].expand(-1, channels, -1)))
         return full
 
-    def leave(self, key: Place, state: Tensor) -> None:
+    def leave(self, key: StateKey, state: Tensor) -> None:
         if self.past is None:
             self.shapes[key] = tuple(state.shape[1:])
         self.present[key] = state
