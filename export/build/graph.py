@@ -372,12 +372,9 @@ class _Writer:
     ) -> tuple[ir.Value, list[ir.Value]]:
         """The result of attention, and its keys and values with those of the new tokens."""
         pairs = self.io.key_values["float32"][2 * number : 2 * number + 2]
-        query = self.turned(
-            self.linear(x, attention.query), attention, attention.heads, attention.query_norm
-        )
-        key = self.turned(
-            self.linear(x, attention.key), attention, attention.kv_heads, attention.key_norm
-        )
+        heads, kv_heads = attention.heads, attention.kv_heads
+        query = self.turned(self.linear(x, attention.query), attention, heads, attention.query_norm)
+        key = self.turned(self.linear(x, attention.key), attention, kv_heads, attention.key_norm)
         value = self.linear(x, attention.value)
         inputs: list[ir.Value | None] = [None] * INPUTS
         inputs[:3] = query, key, value
@@ -385,17 +382,11 @@ class _Writer:
         inputs[SEQLENS] = self.inputs["seqlens_k"]
         inputs[TOTAL] = self.inputs["total_sequence_length"]
         inputs[QUERIES] = self.inputs["query_seqlens"]
-        ours = attributes(
-            attention.heads,
-            attention.kv_heads,
-            attention.scale,
-            attention.window,
-            attention.softcap,
-        )
+        ours = attributes(heads, kv_heads, attention.scale, attention.window, attention.softcap)
         node = ir.node("GroupQueryAttention", inputs, ours, domain=MICROSOFT, num_outputs=3)
         self.graph.append(node)
         output, *kept = node.outputs
-        output.shape = ir.Shape(["rows", "new", attention.heads * attention.head_dim])
+        output.shape = ir.Shape(["rows", "new", heads * attention.head_dim])
         output.dtype = FLOAT
         for pair, present in zip(pairs, kept, strict=True):
             contract.declare(present, pair.present)
