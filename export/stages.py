@@ -226,7 +226,7 @@ class Cache:
         work.info = replace(work.info, cache_dtype=kv_int8.DTYPES[precision])
         work.graph_directory = work.directory_of("cache")
         work.save(graph, work.graph_directory)
-        return [f"{sum(one.size for one in reached.values()):,} channels, {precision}"]
+        return [f"{sum(array.size for array in reached.values()):,} channels, {precision}"]
 
     def _judge(self, report: Report) -> None:
         self.work.judge(report)
@@ -319,12 +319,12 @@ class Weights:
 
     def _told(self) -> list[str]:
         """Say what became of the matrices."""
-        plan, kernels = self.plan, Counter(one.kernel for one in self.made)
+        plan, kernels = self.plan, Counter(matrix.kernel for matrix in self.made)
         lines = [", ".join(f"{count} {kernel}" for kernel, count in kernels.most_common())]
         lines += [f"{len(plan.smoothed)} smoothed"] if plan.smoothed else []
         if plan.reached:
-            unreached = sum(len(one.unreached) for one in plan.reached)
-            experts = sum(one.experts for one in plan.reached)
+            unreached = sum(len(mixture.unreached) for mixture in plan.reached)
+            experts = sum(mixture.experts for mixture in plan.reached)
             lines.append(f"the text came to all but {unreached} of {experts} experts")
         return lines
 
@@ -336,15 +336,15 @@ class Weights:
             work.shown.again(self._steps(self._make))
             return
         report |= {
-            "matrices": [asdict(one) for one in self.made],
-            "wider": [one.name for one in self.made if one.wide],
+            "matrices": [asdict(matrix) for matrix in self.made],
+            "wider": [matrix.name for matrix in self.made if matrix.wide],
             "smoothed": plan.smoothed,
             "turned": self.turned,
             "kinds": plan.sensed,
             "text": dict(work.corpus.kinds),
         }
         if plan.reached:
-            report["experts"] = [asdict(one) for one in plan.reached]
+            report["experts"] = [asdict(mixture) for mixture in plan.reached]
         work.judge(report)
         work.report = {"fp32": work.report} | work.report | report
         self.open.close()

@@ -124,7 +124,7 @@ def smollm3(config: Configuration) -> Decoder:
     if len(turned) != len(usual):
         raise UnsupportedModel(f"no_rope_layers are {len(turned)}, and its layers {len(usual)}")
     slides = config.flag("use_sliding_window") and config.get("sliding_window") is not None
-    kinds = ["sliding_attention" if slides and not one else "full_attention" for one in turned]
+    kinds = ["sliding_attention" if slides and not turns else "full_attention" for turns in turned]
     return _llama(
         config,
         theta=2_000_000.0,

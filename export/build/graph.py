@@ -466,7 +466,7 @@ class _Writer:
             both = [self.node(name, [angles], shape) for name in ("Cos", "Sin")]
             if rotary.scale != 1.0:
                 scale = self.number(rotary.scale)
-                both = [self.node("Mul", [one, scale], shape) for one in both]
+                both = [self.node("Mul", [table, scale], shape) for table in both]
             self.angles[rotary.key] = (both[0], both[1])
         return self.angles[rotary.key]
 
@@ -476,12 +476,12 @@ GELUS = {"gelu": "none", "gelu_pytorch_tanh": "tanh"}
 
 def _dims(x: ir.Value) -> list[Dim]:
     assert x.shape is not None
-    return [one if isinstance(one, int) else str(one.value) for one in x.shape]
+    return [dim if isinstance(dim, int) else str(dim.value) for dim in x.shape]
 
 
 def _io(decoder: Decoder) -> GraphIO:
     """The inputs and outputs of a decoder's graph."""
-    layers = tuple((one.attention.kv_heads, one.attention.head_dim) for one in decoder.layers)
+    layers = tuple((layer.attention.kv_heads, layer.attention.head_dim) for layer in decoder.layers)
     for _, head_dim in layers:
         if head_dim % HEAD_STEP:
             raise UnsupportedModel(f"its heads are of the size {head_dim}")

@@ -147,7 +147,9 @@ class Built:
     def parameters(self) -> int:
         ignored = graph.ignored(self.decoder)
         return sum(
-            weights.size(one) for name, one in self.weights.items() if not ignored.fullmatch(name)
+            weights.size(tensor)
+            for name, tensor in self.weights.items()
+            if not ignored.fullmatch(name)
         )
 
     @contextmanager
@@ -216,7 +218,7 @@ class Built:
         )
 
     def report(self) -> dict[str, Any]:
-        spent = [one for one in self.spent.values() if one is not None]
+        spent = [nats for nats in self.spent.values() if nats is not None]
         lost = float(np.concatenate(spent).mean())
         return {
             "proof": f"family {self.config['model_type']} ({families.KNOWN_BY})",

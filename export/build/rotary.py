@@ -125,10 +125,10 @@ def _yarn(parameters: dict[str, Any], turned: int, positions: int) -> Scaled:
     factor = positions / trained if factor is None else factor
     scale = parameters.get("attention_factor")
     if scale is None:
-        one, all_of = parameters.get("mscale"), parameters.get("mscale_all_dim")
+        mscale, mscale_all_dim = parameters.get("mscale"), parameters.get("mscale_all_dim")
         scale = _mscale(factor)
-        if one and all_of:
-            scale = _mscale(factor, one) / _mscale(factor, all_of)
+        if mscale and mscale_all_dim:
+            scale = _mscale(factor, mscale) / _mscale(factor, mscale_all_dim)
 
     def dimension(rotations: float) -> float:
         return turned * math.log(trained / (rotations * 2 * math.pi)) / (2 * math.log(base))

@@ -250,14 +250,14 @@ class Meaning:
     window: int | None
 
 
-def meaning(one: Joined, seen: Mapping[str, Any], longer: Mapping[str, Any]) -> Meaning:
+def meaning(nodes: Joined, seen: Mapping[str, Any], longer: Mapping[str, Any]) -> Meaning:
     """Read what attention computes from a run, and compare every number of it.
 
     Args:
         seen: all values of a run with a past, without padding.
         longer: the scores that go to the softmax, [1, heads, new, total], of a long run.
     """
-    layer = one.layer
+    layer = nodes.layer
 
     def array_of(value: ir.Value) -> NDArray[np.float64]:
         array = seen[str(value.name)] if value.name in seen else constant(value)
@@ -265,10 +265,10 @@ def meaning(one: Joined, seen: Mapping[str, Any], longer: Mapping[str, Any]) -> 
             raise refused(layer, f"{value.name} could not be looked at")
         return np.asarray(array, np.float64)
 
-    keys, held = (array_of(value) for value in one.present)
+    keys, held = (array_of(value) for value in nodes.present)
     rows, kv_heads, total, size = keys.shape
-    new = array_of(one.new[0]).shape[2]
-    query, turned = (array_of(input_of(one.scores, index)) for index in range(2))
+    new = array_of(nodes.new[0]).shape[2]
+    query, turned = (array_of(input_of(nodes.scores, index)) for index in range(2))
     query = _four(layer, query, rows, new, size)
     heads = query.shape[1]
     if size % HEAD_STEP or held.shape[3] != size:
@@ -282,18 +282,18 @@ def meaning(one: Joined, seen: Mapping[str, Any], longer: Mapping[str, Any]) -> 
     spread = np.repeat(keys, heads // kv_heads, axis=1).swapaxes(2, 3)
     turned = turned.reshape(*_leading(turned, rows), size, total)
     of_keys = _ratio(layer, turned, spread, "its keys")
-    scores = array_of(input_of(one.softmax, 0)).reshape(rows, heads, new, total)
+    scores = array_of(input_of(nodes.softmax, 0)).reshape(rows, heads, new, total)
     raw = query @ spread * of_keys
     shown = scores > HIDDEN
-    scale, softcap = _scaled(layer, raw[shown], scores[shown], _cap(one, array_of))
+    scale, softcap = _scaled(layer, raw[shown], scores[shown], _cap(nodes, array_of))
     weights = np.where(shown, scores, -np.inf)
     weights = np.exp(weights - weights.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
     out = weights @ np.repeat(held, heads // kv_heads, axis=1)
-    given = array_of(one.values.outputs[0]).reshape(out.shape)
+    given = array_of(nodes.values.outputs[0]).reshape(out.shape)
     if not np.allclose(out, given, rtol=1e-3, atol=1e-4 * (np.abs(out).max() or 1)):
         raise refused(layer, "its sum of values is not what its Softmax weighs")
-    window = _window(layer, np.asarray(longer[str(input_of(one.softmax, 0).name)]))
+    window = _window(layer, np.asarray(longer[str(input_of(nodes.softmax, 0).name)]))
     return Meaning(heads, kv_heads, size, float(scale * of_keys), softcap, window)
 
 
@@ -324,10 +324,10 @@ def _ratio(layer: int, one: NDArray[Any], other: NDArray[Any], what: str) -> flo
     raise refused(layer, f"{what} are not those that it keeps, spread over its heads")
 
 
-def _cap(one: Joined, array_of: Any) -> float:
+def _cap(nodes: Joined, array_of: Any) -> float:
     """The factor behind a Tanh between the scores and their softmax; 0 where there is none."""
-    node, after, cap = one.scores, False, 1.0
-    while node is not one.softmax:
+    node, after, cap = nodes.scores, False, 1.0
+    while node is not nodes.softmax:
         node = next(
             use.node for use in node.outputs[0].uses() if use.node.op_type not in ("Shape", "IsNaN")
         )
@@ -383,23 +383,23 @@ def _window(layer: int, scores: NDArray[Any]) -> int | None:
 
 
 def group(
-    graph: ir.Graph, one: Joined, means: Meaning, signature: Signature, feed: Feed, ids: ir.Value
+    graph: ir.Graph, nodes: Joined, means: Meaning, signature: Signature, feed: Feed, ids: ir.Value
 ) -> None:
     """Put GroupQueryAttention in the place of the nodes from queries to their sums of values."""
-    before, query = one.values, one.scores.inputs[0]
+    before, query = nodes.values, nodes.scores.inputs[0]
     assert query is not None
     flat = add_initializer(graph, "flat_heads", np.array([0, 0, -1], np.int64))
     sizes = [means.num_heads, means.head_dim]
     if rank(query) == 3:  # [rows * heads, new, size]
         query = _reshaped(graph, before, query, ids, ["rows", sizes[0], "new", sizes[1]])
     parts: list[ir.Value] = []
-    for part in (query, *one.new):
+    for part in (query, *nodes.new):
         (turned,) = insert(before, "Transpose", [part], {"perm": [0, 2, 1, 3]})
         parts += insert(before, "Reshape", [turned, flat])
     pasts = {value.name: value for value in graph.inputs}
     inputs: list[ir.Value | None] = [None] * INPUTS
     inputs[:3] = parts
-    inputs[3:5] = [pasts[name] for name in signature.past[2 * one.layer : 2 * one.layer + 2]]
+    inputs[3:5] = [pasts[name] for name in signature.past[2 * nodes.layer : 2 * nodes.layer + 2]]
     inputs[SEQLENS], inputs[TOTAL] = feed.seqlens_k, feed.total_sequence_length
     inputs[QUERIES] = feed.query_seqlens
     ours = attributes(means.num_heads, means.kv_heads, means.scale, means.window, means.softcap)
@@ -407,10 +407,10 @@ def group(
     shape = add_initializer(graph, "split_heads", np.array([0, 0, *sizes], np.int64))
     (split,) = insert(before, "Reshape", [out, shape])
     (output,) = insert(before, "Transpose", [split], {"perm": [0, 2, 1, 3]})
-    if rank(one.values.outputs[0]) == 3:
+    if rank(nodes.values.outputs[0]) == 3:
         output = _reshaped(graph, before, output, ids, [-1, "new", sizes[1]])
-    one.values.outputs[0].replace_all_uses_with(output)
-    for old, new in zip(one.present, present, strict=True):
+    nodes.values.outputs[0].replace_all_uses_with(output)
+    for old, new in zip(nodes.present, present, strict=True):
         name = old.name
         new.type, new.shape = old.type, old.shape
         old.replace_all_uses_with(new, replace_graph_outputs=True)

@@ -222,13 +222,15 @@ def _leans(graph: ir.Graph, value: ir.Value) -> bool:
     """Tell if a value depends on the mask or the past."""
     pending, done = [value], set()
     while pending:
-        one = pending.pop()
-        if one in done or one is None:
+        current = pending.pop()
+        if current in done or current is None:
             continue
-        done.add(one)
-        if one.is_graph_input() and (one.name == MASK or str(one.name).startswith("past")):
+        done.add(current)
+        if current.is_graph_input() and (
+            current.name == MASK or str(current.name).startswith("past")
+        ):
             return True
-        node = one.producer()
+        node = current.producer()
         if node is not None and not is_grouped(node):
             pending += [source for source in node.inputs if source is not None]
     return False
@@ -301,8 +303,12 @@ def _head(logits: ir.Value, seen: shapes.Seen) -> ir.Node:
             return node
         if node.op_type not in LATE:
             break
-        sized = [one for one in node.inputs if one is not None and one.producer() is not None]
-        wide = [one for one in sized if _width(one, seen) == _width(logits, seen)]
+        sized = [
+            operand
+            for operand in node.inputs
+            if operand is not None and operand.producer() is not None
+        ]
+        wide = [operand for operand in sized if _width(operand, seen) == _width(logits, seen)]
         value = next(iter(wide or sized), None)
     last = None if value is None else value.producer()
     source = "an input" if last is None else last.op_type

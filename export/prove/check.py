@@ -238,16 +238,16 @@ def compared(
     positions = parted = ties = 0
     largest = mean = lost = 0.0
     for i, part, logits in parts:
-        for one, two in zip(chunks(reference[i][part]), chunks(logits), strict=True):
-            difference = np.abs(one - two)
+        for expected, actual in zip(chunks(reference[i][part]), chunks(logits), strict=True):
+            difference = np.abs(expected - actual)
             largest = max(largest, float(difference.max()))
-            mean += float(difference.mean(dtype=np.float64)) * len(one)
-            lost += divergence(log_softmax(one), log_softmax(two))
-            best, other = one.argmax(1), two.argmax(1)
-            at_each = np.arange(len(one))
+            mean += float(difference.mean(dtype=np.float64)) * len(expected)
+            lost += divergence(log_softmax(expected), log_softmax(actual))
+            best, other = expected.argmax(1), actual.argmax(1)
+            at_each = np.arange(len(expected))
             apart = best != other
-            tie = apart & (one[at_each, best] - one[at_each, other] <= TIE * scale)
-            positions += len(one)
+            tie = apart & (expected[at_each, best] - expected[at_each, other] <= TIE * scale)
+            positions += len(expected)
             parted += int((apart & ~tie).sum())
             ties += int(tie.sum())
     return Agreement(

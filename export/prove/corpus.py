@@ -110,7 +110,7 @@ class Corpus:
         used = dict.fromkeys(rows, 0)
         taken: list[Row] = []
         while rows and sum(used.values()) < tokens:
-            name = min(rows, key=lambda one: used[one])
+            name = min(rows, key=lambda kind: used[kind])
             row = next(rows[name], None) if used[name] < most[name] else None
             if row is None:
                 del rows[name]
@@ -234,10 +234,10 @@ def _shipped(kind: str) -> dict[str, list[Document]]:
     sides: dict[str, list[tuple[float, Document]]] = {side: [] for side in SIDES}
     for path in sorted(TEXTS.glob(f"{kind}.*.*")):
         for index, half in enumerate(_in_turn(_documents(path))):
-            spread = [((at + 0.5) / len(half), one) for at, one in enumerate(half)]
+            spread = [((at + 0.5) / len(half), document) for at, document in enumerate(half)]
             sides[SIDES[index]] += spread
     return {
-        side: [document for _, document in sorted(documents, key=lambda one: one[0])]
+        side: [document for _, document in sorted(documents, key=lambda pair: pair[0])]
         for side, documents in sides.items()
     }
 
@@ -245,7 +245,7 @@ def _shipped(kind: str) -> dict[str, list[Document]]:
 def _documents(path: Path) -> list[Document]:
     if path.suffix in LINES:
         return read(path)
-    return [one.strip("\n") for one in path.read_text(encoding="utf-8").split(BREAK)]
+    return [text.strip("\n") for text in path.read_text(encoding="utf-8").split(BREAK)]
 
 
 def _in_turn(documents: Sequence[Document]) -> tuple[list[Document], list[Document]]:
@@ -260,7 +260,7 @@ def _brought(reader: Reader, files: Sequence[Path]) -> dict[str, dict[str, list[
         halves = _in_turn(_two(path, read(path)))
         name = path.name if path.name not in shelves else str(path)
         try:
-            rows = [[row for one in half for row in reader.asked(one)] for half in halves]
+            rows = [[row for document in half for row in reader.asked(document)] for half in halves]
         except ValueError as error:
             raise ValueError(f"text: {path}: {error}") from error
         shelves[name] = dict(zip(SIDES, rows, strict=True))
@@ -276,14 +276,14 @@ def _two(path: Path, documents: list[Document]) -> list[Document]:
     """Two or more: a single one is cut in the middle."""
     if len(documents) > 1:
         return documents
-    (one,) = documents
-    middle = len(one) // 2
-    if isinstance(one, str):
-        ends = [match.end() for match in re.finditer(r"\n|(?<=[.!?])\s+|\s+", one)]
+    (document,) = documents
+    middle = len(document) // 2
+    if isinstance(document, str):
+        ends = [match.end() for match in re.finditer(r"\n|(?<=[.!?])\s+|\s+", document)]
         middle = min(ends, key=lambda end: abs(end - middle), default=middle)
-        return [one[:middle], one[middle:]]
-    if isinstance(one[0], int):
-        return [one[:middle], one[middle:]]
+        return [document[:middle], document[middle:]]
+    if isinstance(document[0], int):
+        return [document[:middle], document[middle:]]
     raise ValueError(f"text: {path} has one conversation: half is for judging, so give two")
 
 

@@ -47,7 +47,7 @@ class Writer:
         """Ids to go on from: questions, or beginnings of its texts; None if neither is known."""
         reader = self._reader
         if reader.template is not None:
-            asked = [reader.question(one) for one in self._halves["chat"][side]]  # type: ignore[arg-type]
+            asked = [reader.question(chat) for chat in self._halves["chat"][side]]  # type: ignore[arg-type]
             short = [row.tolist() for row in asked if row is not None]
             short = [row for row in short if len(row) <= reader.length // 2]
             if short:
@@ -58,8 +58,12 @@ class Writer:
             return [[reader.bos]]
         if reader.tokenizer is None:
             return None
-        texts = [one for name in ("prose", "code", "languages") for one in self._halves[name][side]]
-        words = [reader.encoded(one)[:2] for one in texts if isinstance(one, str)]
+        texts = [
+            document
+            for name in ("prose", "code", "languages")
+            for document in self._halves[name][side]
+        ]
+        words = [reader.encoded(document)[:2] for document in texts if isinstance(document, str)]
         return [row for row in words if row] or None
 
 
@@ -95,7 +99,7 @@ def own_text(
 
 def _random_starts(vocab: int, seed: int, tokens: int) -> list[list[int]]:
     random = np.random.default_rng(seed)
-    return [[int(one)] for one in random.integers(0, vocab, max(1, tokens))]
+    return [[int(token)] for token in random.integers(0, vocab, max(1, tokens))]
 
 
 def _sampled(

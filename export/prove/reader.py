@@ -89,7 +89,7 @@ class Reader:
         bare = self.tokenizer.encode(text, add_special_tokens=False).ids
         whole = self.tokenizer.encode(text, add_special_tokens=True).ids
         starts = (at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
-        return [one for one in whole[: next(starts, 0)] if one < self.vocab]
+        return [token for token in whole[: next(starts, 0)] if token < self.vocab]
 
     def rows(self, document: Document) -> list[Row]:
         """A shipped document, none of one in letters that the model does not know.
@@ -101,14 +101,14 @@ class Reader:
             return []
         if isinstance(document, str) or self.template is None:
             return self._of_text(text)
-        ids = self._of_messages([one for one in document if isinstance(one, Mapping)])
+        ids = self._of_messages([message for message in document if isinstance(message, Mapping)])
         return self._of_text(text) if ids is None else [ids]
 
     def _knows(self, text: str) -> bool:
         """True if at least half of a text's letters are there when its ids are read back."""
         assert self.tokenizer is not None
         decoded = self.tokenizer.decode(self.encoded(text)).casefold()
-        letters = {one for one in text.casefold() if one.isalpha()}
+        letters = {letter for letter in text.casefold() if letter.isalpha()}
         return 2 * len(letters & set(decoded)) >= len(letters)
 
     def asked(self, document: Document) -> list[Row]:
@@ -118,7 +118,7 @@ class Reader:
             ValueError: the model cannot read it.
         """
         if not isinstance(document, str) and isinstance(document[0], int):
-            beyond = [one for one in document if not _is_id(one, self.vocab)]
+            beyond = [token for token in document if not _is_id(token, self.vocab)]
             if beyond:
                 raise ValueError(f"ids must be below {self.vocab}, got {beyond[0]}")
             return self._cut([], document)
@@ -136,7 +136,7 @@ class Reader:
         """Ids of a text without those that the tokenizer puts before it."""
         assert self.tokenizer is not None
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids
-        return [one for one in ids if one < self.vocab]
+        return [token for token in ids if token < self.vocab]
 
     def _of_text(self, text: str) -> list[Row]:
         return self._cut(self.prefix, self.encoded(text))
@@ -144,7 +144,7 @@ class Reader:
     def _of_messages(self, messages: list[Message], reply: bool = False) -> Row | None:
         """The beginning of a conversation; None if the template refuses it in any form."""
         assert self.template is not None
-        for turns in (messages, [one for one in messages if one["role"] != "system"]):
+        for turns in (messages, [message for message in messages if message["role"] != "system"]):
             try:
                 text = self.template.text(turns, reply)
             except ValueError:
@@ -154,7 +154,7 @@ class Reader:
 
     def question(self, messages: list[Message]) -> Row | None:
         """A conversation up to where the first reply begins; None if the template refuses it."""
-        ends = (at for at, one in enumerate(messages) if one["role"] == "user")
+        ends = (at for at, message in enumerate(messages) if message["role"] == "user")
         return self._of_messages(messages[: next(ends, 0) + 1], reply=True)
 
     def _cut(self, prefix: list[int], ids: Sequence[Any]) -> list[Row]:
@@ -189,9 +189,9 @@ class Template:
 
 def _plain(document: Document) -> str:
     return "\n\n".join(
-        f"{str(one['role']).capitalize()}: {one['content']}"
-        for one in document
-        if isinstance(one, Mapping)
+        f"{str(message['role']).capitalize()}: {message['content']}"
+        for message in document
+        if isinstance(message, Mapping)
     )
 
 

@@ -199,7 +199,7 @@ def weights_directory(model: ir.Model) -> Iterator[Path]:
 def _large(model: ir.Model) -> list[ir.TensorProtocol]:
     """Constants that no graph holds itself."""
     held = [value.const_value for value in model.graph.initializers.values()]
-    return [one for one in held if one is not None and one.nbytes > onnx_file.INLINE]
+    return [tensor for tensor in held if tensor is not None and tensor.nbytes > onnx_file.INLINE]
 
 
 def _directory(tensor: ir.TensorProtocol) -> Path | None:
@@ -264,7 +264,10 @@ def feeds(
     fed = fed_tokens(row[None], np.arange(count)[None]) | {READS_PROMPT.name: np.array(True)}
     fed["position_ids"] += start
     sizes = {"rows": 1, "capacity": count, "prompt_rows": 1, "prompt_capacity": count}
-    specs = [TensorSpec.declared(one.name, one.type, one.shape) for one in session.get_inputs()]
+    specs = [
+        TensorSpec.declared(declared.name, declared.type, declared.shape)
+        for declared in session.get_inputs()
+    ]
     nothing = {spec.name: spec.zeros(**sizes) for spec in specs if spec.name not in fed}
     return {spec.name: fed[spec.name] for spec in specs if spec.name in fed} | nothing
 

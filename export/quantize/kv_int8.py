@@ -146,7 +146,7 @@ def _branch(
     )
     passes = [ir.node("Identity", [value]) for value in passed]
     nodes = [attends, *passes]
-    outputs = [value for one in nodes for value in one.outputs]
+    outputs = [value for each in nodes for value in each.outputs]
     for index, value in enumerate(outputs):  # names are the whole graph's
         value.name = f"{node.outputs[1].name}.{name}.{index}"
     return ir.Graph([], outputs, nodes=nodes, name=name)

@@ -71,9 +71,9 @@ def _is_packed(node: ir.Node) -> bool:
 
 def _is_ours(node: ir.Node) -> bool:
     """Tell if it has scales in float32, packed zero points or none, and nothing else."""
-    given = [one for one in node.inputs[2:] if one is not None]
-    held = [one.const_value for one in given]
-    kinds = [None if one is None else one.dtype for one in held]
+    given = [value for value in node.inputs[2:] if value is not None]
+    held = [value.const_value for value in given]
+    kinds = [None if tensor is None else tensor.dtype for tensor in held]
     return len(held) == len(node.inputs[2:]) and kinds in (
         [ir.DataType.FLOAT],
         [ir.DataType.FLOAT, ir.DataType.UINT8],

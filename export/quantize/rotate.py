@@ -128,14 +128,14 @@ class Stream:
         """Take `value` in, and all that has to be turned with it."""
         pending = [value]
         while pending:
-            one = pending.pop()
-            if one in self.values:
+            current = pending.pop()
+            if current in self.values:
                 continue
-            self.values.add(one)
-            pending += self._made_of(one)
-            for use in one.uses():
+            self.values.add(current)
+            pending += self._made_of(current)
+            for use in current.uses():
                 pending += self._read_by(use.node, use.idx)
-            self.ends |= one.is_graph_output()
+            self.ends |= current.is_graph_output()
 
     def _made_of(self, value: ir.Value) -> list[ir.Value]:
         """Inputs of its node that are of the stream too."""
@@ -145,7 +145,9 @@ class Stream:
             return []
         kind = node.op_type
         if kind == "Add":
-            parts = [one for one in node.inputs if one is not None and not is_constant(one)]
+            parts = [
+                source for source in node.inputs if source is not None and not is_constant(source)
+            ]
             if len(parts) == 1 and _is_vector(node, self.size):
                 self.biases.append(node)
                 return parts

@@ -277,7 +277,7 @@ def _side_by_side(graph: ir.Graph, name: str, matrices: Sequence[ir.Value]) -> i
 
 
 def _joined(held: Sequence[ir.TensorProtocol]) -> NDArray[np.generic]:
-    return np.concatenate([one.numpy() for one in held], axis=1)
+    return np.concatenate([tensor.numpy() for tensor in held], axis=1)
 
 
 def _equal(one: NDArray[np.generic], other: NDArray[np.generic]) -> bool:

@@ -135,10 +135,13 @@ def _compared(owner: Any, name: str, ours: Callable[..., Any]) -> Patch:
         if attention.is_recording():  # of a text from its start: without a cache it is the same
             args = tuple(None if isinstance(value, Cache) else value for value in args)
             kwargs = {key: value for key, value in kwargs.items() if key not in CACHES}
-            one, two = (
+            expected, actual = (
                 out if isinstance(out, Tensor) else out[0] for out in (own(*args, **kwargs), result)
             )
-            if one.shape != two.shape or (one - two).abs().max() > CLOSE * one.abs().max():
+            if (
+                expected.shape != actual.shape
+                or (expected - actual).abs().max() > CLOSE * expected.abs().max()
+            ):
                 raise UnsupportedModel(f"its code ({name}) is not what fastgen knows of its kind")
         return result
 

@@ -190,7 +190,9 @@ class _Unrolling:
         """Nodes of the second and of the third layer, and those after it."""
         blocks: list[list[ir.Node]] = [[] for _ in range(TRACED)]
         for node in self.graph:
-            if any(one.type == ir.AttributeType.GRAPH for one in node.attributes.values()):
+            if any(
+                attribute.type == ir.AttributeType.GRAPH for attribute in node.attributes.values()
+            ):
                 raise _Unlike
             level = max((self._level(value) for value in node.inputs), default=-1)
             if node.op_type == "Shape" and input_of(node, 0).is_graph_input():
@@ -343,8 +345,10 @@ def _own_weights(
 def _kind(node: ir.Node) -> tuple[Any, ...]:
     """All of a node but what it reads and makes."""
     attributes = {
-        name: one.value.tobytes() if one.type == ir.AttributeType.TENSOR else one.value
-        for name, one in node.attributes.items()
+        name: attribute.value.tobytes()
+        if attribute.type == ir.AttributeType.TENSOR
+        else attribute.value
+        for name, attribute in node.attributes.items()
     }
     return node.domain, node.op_type, attributes, len(node.inputs), len(node.outputs)
 

@@ -157,7 +157,7 @@ def _scan(
     if past.dim() == 5:  # a layer that scans part after part
         past = past[:, run.scans]
     run.scans += 1
-    inputs = [one.reshape(rows, new, -1) for one in (query, key, value)]
+    inputs = [tensor.reshape(rows, new, -1) for tensor in (query, key, value)]
     out, present = torch.onnx.ops.symbolic_multi_out(
         "com.microsoft::LinearAttention",
         [*inputs, past, decay.reshape(rows, new, -1), beta],
@@ -391,8 +391,10 @@ def running(model: PreTrainedModel, run: States) -> Iterator[States]:
     ours += [  # a model with a cache of its own asks whether it has got one
         (names, name, StatefulCache)
         for names in files
-        for name, one in names.items()
-        if isinstance(one, type) and issubclass(one, Cache) and one.__module__ == names["__name__"]
+        for name, value in names.items()
+        if isinstance(value, type)
+        and issubclass(value, Cache)
+        and value.__module__ == names["__name__"]
     ]
     theirs = [(names, name, names[name]) for names, name, _ in ours]
     led = [
@@ -403,15 +405,15 @@ def running(model: PreTrainedModel, run: States) -> Iterator[States]:
     ]
     try:
         _current = run
-        for names, name, one in ours:
-            names[name] = one
+        for names, name, replacement in ours:
+            names[name] = replacement
         for module, name, function in led:
             setattr(module, name, function)
         yield run
     finally:
         _current = None
-        for names, name, one in theirs:
-            names[name] = one
+        for names, name, original in theirs:
+            names[name] = original
         for module, name, _ in led:
             delattr(module, name)
 
