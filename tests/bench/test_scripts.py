@@ -90,6 +90,8 @@ def test_a_directory_is_measured(run, directory, script, arguments):
 def test_the_demo_model_is_measured(run, monkeypatch, tmp_path):
     assert len(lines(run("startup", "--rounds", "1"))) >= 3
     assert len(lines(run("structured", *ONCE))) >= 2
+    roots = [BENCH.parent] * 2
+    assert len(lines(run("versions", *roots, "--new", "2", *ONCE))) >= 7
     held_out = importlib.import_module("held_out")
     text = tmp_path / "text"
     text.write_text("The os module reads files.<|endoftext|>A list holds items.", encoding="utf-8")
@@ -169,6 +171,6 @@ def test_a_script_says_what_it_takes(monkeypatch, capsys, script):
 def test_no_script_is_left_out():
     scripts = {path.stem for path in BENCH.glob("*.py")}
     scripts |= {path.parent.name for path in BENCH.glob("*/__main__.py")}
-    alone = {"ratio", "loading", "memory", "startup", "structured", "held_out", "flat", "latent"}
-    alone |= {"quality", "rungs", "tools"}
+    alone = {"ratio", "versions", "loading", "memory", "startup", "structured", "held_out"}
+    alone |= {"flat", "latent", "quality", "rungs", "tools"}
     assert scripts == {*SHAPED, *alone, *HELP, *MODULES}
