@@ -89,7 +89,7 @@ def _add(
 
 
 def _describe(writer: gguf.GGUFWriter, config: Any, name: str) -> None:
-    """What llama.cpp's converter says of each architecture."""
+    """Write the values of each architecture, as llama.cpp's converter does."""
     said = config.to_dict()
     rope = said.get("rope_parameters") or {}
     rope = rope.get("full_attention", rope)

@@ -1,4 +1,4 @@
-"""A GGUF file (llama.cpp's format) as the source of an export, without torch.
+"""From a GGUF file to a model directory, without torch.
 
 file           metadata and tensors of a file, checked   tensors      its types -> float32
 architectures  its names -> a transformers configuration and transformers' tensor names

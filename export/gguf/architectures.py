@@ -181,7 +181,7 @@ ARCHITECTURES = {
 
 
 def configuration(file: File) -> dict[str, Any]:
-    """What config.json would say of the model.
+    """The content of the config.json that the model would have.
 
     Raises:
         UnsupportedModel: its architecture is not known, or says something that is not.
@@ -215,7 +215,7 @@ def _plain(value: Any) -> Any:
 
 
 def _rotation(file: File, kind: Architecture) -> dict[str, Any]:
-    """How much of a head turns, and how positions are stretched.
+    """The part of a head that turns, and the stretching of positions.
 
     Raises:
         UnsupportedModel: a part of a head, in an architecture that turns all of it; or a kind of

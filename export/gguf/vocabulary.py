@@ -257,7 +257,7 @@ def end_ids(file: File, tokens: int) -> dict[str, Any]:
 
 
 def _configuration(file: File, tokens: list[str]) -> dict[str, Any]:
-    """What tokenizer_config.json says: the special tokens, and the chat templates."""
+    """The content of tokenizer_config.json: special tokens and chat templates."""
     ids = special_ids(file, len(tokens))
     config: dict[str, Any] = {name.removesuffix("_id"): tokens[n] for name, n in ids.items()}
     config["clean_up_tokenization_spaces"] = False

@@ -1,4 +1,4 @@
-"""From an ONNX folder that others exported to a model directory, without torch.
+"""From an ONNX folder of other tools to a model directory, without torch.
 
 folder      what lies in a folder             signature  what a graph takes and gives
 plain       a graph, run as others run it     prepare    one graph of single precision

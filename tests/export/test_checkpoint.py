@@ -26,7 +26,7 @@ from fastgen.export.torch_model import source
 from fastgen.export.torch_model.original import Original
 from fastgen.inputs.keywords import BY_DEFAULT, UNSUPPORTED
 from fastgen.inputs.params import resolve
-from fastgen.jobs.source import Source
+from fastgen.jobs.source import RowSource
 from fastgen.store import hub, jsonfile
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 9876\n"
@@ -176,7 +176,7 @@ def test_a_pointer_at_the_other_doors(tmp_path):
     path.write_bytes(POINTER)
     doors: list[Callable[[], Any]] = [
         lambda: export("nobody/nothing", tmp_path / "out", text=path, progress=None),
-        lambda: Source.of(str(path)),
+        lambda: RowSource.of(str(path)),
         lambda: fastgen.PrefixCache.load(path),
         lambda: jsonfile.read(path),
     ]

@@ -92,9 +92,9 @@ def test_all_kinds_count_alike_and_fewer_tokens_are_of_the_same_text(few, more):
     used = [count["evaluation"] for count in text.kinds.values()]
     assert sum(used) == sum(map(len, large)) and max(used) - min(used) <= ROW
     held = [row.tobytes() for row in large]
-    # Of more tokens rows may be longer: one of fewer lies in one of them, or goes on in the next.
-    joined = [one + other for one in held for other in held]
-    assert all(any(row.tobytes() in pair for pair in joined) for row in small)
+    later = [row for row in small if not any(one.startswith(row.tobytes()) for one in held)]
+    # Where rows are shorter, it may take one more of a kind.
+    assert len(later) <= (0 if few >= 2 * ROW * len(text.kinds) else len(text.kinds))
     again = shipped(True).evaluation(few)  # read anew
     assert [row.tolist() for row in again] == [row.tolist() for row in small]
 

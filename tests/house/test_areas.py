@@ -384,11 +384,10 @@ def _summary(area: str) -> str:
 def drawn() -> str:
     """The plan as the docs show it: the house by floors, and a table of all that is in it."""
     floor = floors()
-    lines = ["```text"]
+    lines = [""]
     for name in sorted(AREAS, key=lambda name: -floor[name]):
-        lines.append(f"{floor[name]:3}  {name:20} {_summary(name)}")
-    lines += ["```", ""]
-    lines += ["| area | modules, from the top to the bottom | imports |", "|---|---|---|"]
+        lines.append(f"    {floor[name]:2}  {name:20} {_summary(name)}")
+    lines += ["", "| area | modules, from the top to the bottom | imports |", "|---|---|---|"]
     for name, (below, rows) in AREAS.items():
         inside = " / ".join(" ".join(f"`{one}`" for one in line.split()) for line in rows)
         lines.append(f"| **{name}** | {inside} | {', '.join(below.split())} |")

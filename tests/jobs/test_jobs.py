@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import inspect
 import json
 import os
 import pty
@@ -515,7 +516,7 @@ def counted(monkeypatch) -> list[Counter[int]]:
 
     kept = rows_of_commands.do
     for module in (commands.batch, commands.score):  # the commands, which hide their modules
-        monkeypatch.setitem(module.callback.__globals__, "do", do)
+        monkeypatch.setitem(inspect.unwrap(module.callback).__globals__, "do", do)
     return found
 
 
