@@ -20,15 +20,15 @@ def directory(out: Path, force: bool) -> Iterator[Path]:
     Raises:
         ModelError: see `check_free`.
     """
-    place = check_free(out, force)
-    made = [parent for parent in place.parents if not parent.exists()]
-    place.parent.mkdir(parents=True, exist_ok=True)
+    target = check_free(out, force)
+    new_parents = [parent for parent in target.parents if not parent.exists()]
+    target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with files.atomic_directory(place) as temporary:
+        with files.atomic_directory(target) as temporary:
             yield temporary
-            _check_replaceable(place, force)  # it may have come meanwhile
+            _check_replaceable(target, force)  # it may have come meanwhile
     finally:
-        for parent in made:
+        for parent in new_parents:
             with suppress(OSError):  # it holds something by now
                 parent.rmdir()
 
@@ -41,20 +41,20 @@ def check_free(out: Path, force: bool) -> Path:
             cannot be written.
     """
     files.restore(out)
-    place = Path(os.path.realpath(out) if os.path.islink(out) else os.path.abspath(out))
-    if os.path.islink(out) and not place.exists():
-        raise ModelError(f"{out} is a link to {place}, which does not exist: remove the link")
-    _check_replaceable(place, force)
-    parent = _above(place)
+    target = Path(os.path.realpath(out) if os.path.islink(out) else os.path.abspath(out))
+    if os.path.islink(out) and not target.exists():
+        raise ModelError(f"{out} is a link to {target}, which does not exist: remove the link")
+    _check_replaceable(target, force)
+    parent = _above(target)
     try:
-        files.temporary_neighbour(place, "new", parent).rmdir()
+        files.temporary_neighbour(target, "new", parent).rmdir()
     except OSError as error:
         raise ModelError(f"{out} cannot be written, {parent}: {error.strerror}") from error
-    return place
+    return target
 
 
-def _above(place: Path) -> Path:
-    return next(parent for parent in place.parents if os.path.lexists(parent))
+def _above(path: Path) -> Path:
+    return next(parent for parent in path.parents if os.path.lexists(parent))
 
 
 def parent(out: Path) -> Path:
@@ -79,8 +79,8 @@ def _check_replaceable(out: Path, force: bool) -> None:
 
 def seal(to: Path, info: ModelInfo) -> None:
     """Write `fastgen.json` with the files that are there: from now on the directory is a model."""
-    found = [path for path in sorted(to.iterdir()) if path.is_file() and path.name != INFO]
-    sizes = {path.name: path.stat().st_size for path in found}
+    paths = [path for path in sorted(to.iterdir()) if path.is_file() and path.name != INFO]
+    sizes = {path.name: path.stat().st_size for path in paths}
     replace(info, files=sizes, digests={}).write(to)
 
 

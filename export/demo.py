@@ -555,14 +555,14 @@ def grow(small: PreTrainedModel, model: PreTrainedModel, times: int) -> None:
     for name, weight in small.named_parameters():
         if weight.ndim == 1:
             # The last norm divides what the tied embedding, which is not divided, reads.
-            made = weight.repeat(times) / (times if name == "model.norm.weight" else 1)
+            grown = weight.repeat(times) / (times if name == "model.norm.weight" else 1)
         elif "embed_tokens" in name:
-            made = weight.repeat(1, times)
+            grown = weight.repeat(1, times)
         else:
             drawn = torch.randn(times, times * len(weight), weight.shape[1]) * weight.std() / 2
             shares = weight.repeat(times, 1) / times + drawn - drawn.mean(0)
-            made = torch.cat(list(shares), 1)
-        own[name].copy_(made)
+            grown = torch.cat(list(shares), 1)
+        own[name].copy_(grown)
 
 
 def train(
@@ -590,16 +590,16 @@ def train(
     best_loss, best_step, best_weights = math.inf, 0, {}
     checkpoint = state / "checkpoint.pt" if state else None
     if checkpoint and checkpoint.exists():
-        found = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(found["weights"])
-        optimizer.load_state_dict(found["optimizer"])
-        generator.set_state(found["windows"])
-        torch.set_rng_state(found["dropout"])
-        best_loss, best_step, best_weights = found["best"]
-        first, finishing = found["step"] + 1, found["finishing"]
+        saved = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(saved["weights"])
+        optimizer.load_state_dict(saved["optimizer"])
+        generator.set_state(saved["windows"])
+        torch.set_rng_state(saved["dropout"])
+        best_loss, best_step, best_weights = saved["best"]
+        first, finishing = saved["step"] + 1, saved["finishing"]
         if finishing:
-            recipe = replace(recipe, steps=found["steps"], fall=found["fall"])
-        print(f"goes on after step {found['step']}", flush=True)
+            recipe = replace(recipe, steps=saved["steps"], fall=saved["fall"])
+        print(f"goes on after step {saved['step']}", flush=True)
     share = Share(model, threads)
     recent, started, step = 0.0, time.monotonic(), first - 1
     since = step
@@ -665,19 +665,19 @@ class Share:
         """Adds the gradients of the mean loss of `batch` to the model's; returns that loss."""
         parts = batch.chunk(len(self.models))
 
-        def one(model: PreTrainedModel, rows: torch.Tensor) -> float:
+        def backward_part(model: PreTrainedModel, rows: torch.Tensor) -> float:
             model.train()
             with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bfloat16):
                 loss = losses(model, rows).mean() * (len(rows) / len(batch))
             loss.backward()
             return loss.item()
 
-        found = sum(self.pool.map(one, self.models, parts))
+        total = sum(self.pool.map(backward_part, self.models, parts))
         for twin in self.models[1:]:
             for its, own in zip(twin.parameters(), self.models[0].parameters(), strict=True):
                 own.grad += its.grad
                 its.grad = None
-        return found
+        return total
 
 
 def make_optimizer(model: PreTrainedModel, recipe: Recipe) -> torch.optim.Optimizer:

@@ -55,14 +55,14 @@ def pages(manual: Path, short: int = SHORT_CLASS) -> Iterator[str]:
     for path in sorted(manual.rglob("*.rst.txt")):
         text = path.read_text(encoding="utf-8").expandtabs()
         text = re.sub(r" *\\\n +", " ", text)  # signatures of several lines
-        found = re.search(r"^\.\. (?:current)?module:: (\S+)", text, re.MULTILINE)
-        module = found[1] if found else ""
-        long = [one[0] for one in CLASS.finditer(text) if len(one[0]) >= short]
-        for one in long:
-            text = text.replace(one, "", 1)
+        directive = re.search(r"^\.\. (?:current)?module:: (\S+)", text, re.MULTILINE)
+        module = directive[1] if directive else ""
+        long = [match[0] for match in CLASS.finditer(text) if len(match[0]) >= short]
+        for class_text in long:
+            text = text.replace(class_text, "", 1)
         yield titled(text, module)
-        for one in long:
-            head, _, body = plain(one).partition("\n")
+        for class_text in long:
+            head, _, body = plain(class_text).partition("\n")
             name = head.removeprefix("class ")
             if module and not name.startswith(f"{module}."):
                 name = f"{module}.{name}"
@@ -98,14 +98,14 @@ def plain(text: str) -> str:
         if options and re.match(r" +:[\w-]+:", line):
             continue
         options = False
-        if found := DIRECTIVE.match(line):
-            indent, name, rest = found[1], found[2], (found[3] or "").strip()
+        if match := DIRECTIVE.match(line):
+            indent, name, rest = match[1], match[2], (match[3] or "").strip()
             options = True
             if name is None or name in SILENT:
                 silent = depth
             elif name not in FRAMES:
-                said = " ".join(word for word in (WORDS.get(name, ""), rest) if word)
-                lines.append(indent + (said or name))
+                label = " ".join(word for word in (WORDS.get(name, ""), rest) if word)
+                lines.append(indent + (label or name))
         elif line.strip() != "::":
             lines.append(re.sub(r"::$", ":", line.rstrip()))
     lines = underlined(lines)
@@ -114,7 +114,7 @@ def plain(text: str) -> str:
 
 def inline(text: str) -> str:
     """Replace roles and references by the text that they show."""
-    text = ROLE.sub(lambda found: shown(found[1].rpartition(":")[2], found[2]), text)
+    text = ROLE.sub(lambda match: shown(match[1].rpartition(":")[2], match[2]), text)
     text = re.sub(r"``([^`]+)``", r'"\1"', text)
     text = re.sub(r"`([^`<]+?)\s*<[^`>]*>`__?", r"\1", text, flags=re.DOTALL)
     return re.sub(r"`([^`\n]+)`_{0,2}", r"\1", text).replace("\\*", "*").replace("\\ ", "")

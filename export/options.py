@@ -100,13 +100,15 @@ def texts_of(
 ) -> list[Path]:
     """The user's files: none, one or several."""
     given = [text] if isinstance(text, str | os.PathLike) else text or ()
-    return [Path(one) for one in given]
+    return [Path(path) for path in given]
 
 
 def usual_tolerance(
     precision: str, cache_precision: str, kl: float | None = None, top1: float | None = None
 ) -> Tolerance:
     """That of the coarser of the two; with another bound or two where they are given."""
-    usual = max((TOLERANCES[precision], TOLERANCES[cache_precision]), key=lambda one: one.kl)
+    usual = max(
+        (TOLERANCES[precision], TOLERANCES[cache_precision]), key=lambda tolerance: tolerance.kl
+    )
     usual = usual if kl is None else replace(usual, kl=kl)
     return usual if top1 is None else replace(usual, top1=top1)

@@ -141,10 +141,10 @@ class Watch:
 def on_disk(directory: Path) -> int:
     """Bytes of the files below a directory, some of which may go meanwhile, and it too."""
     total = 0
-    for place, _, names in os.walk(directory):  # which passes over what it cannot open
+    for root, _, names in os.walk(directory):  # which passes over what it cannot open
         for name in names:
             with suppress(FileNotFoundError):
-                total += os.lstat(os.path.join(place, name)).st_size
+                total += os.lstat(os.path.join(root, name)).st_size
     return total
 
 
@@ -189,18 +189,18 @@ class Progress:
             self._write(f"{label} ...{self._left(0)}")
         start = self._clock()
         try:
-            found = "; ".join(step.run())
+            outcome = "; ".join(step.run())
         except BaseException:
             if live:
                 self._write("\n")
             raise
         self._ended = self._clock()
         seconds, took = self._ended - start, self.watch.step()
-        shown = {"step": step.name, "seconds": round(seconds, 3), "found": found}
+        shown = {"step": step.name, "seconds": round(seconds, 3), "found": outcome}
         self.taken.append(shown | vars(took))
         trim()  # the next step needs the memory
         clear = "\r\x1b[K" if live else ""
-        self._write(f"{clear}{label:<38}{seconds:7.1f} s  {found}\n")
+        self._write(f"{clear}{label:<38}{seconds:7.1f} s  {outcome}\n")
         if step.then is not None:
             step.then()
 

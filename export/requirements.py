@@ -144,7 +144,7 @@ def of_checkpoint(directory: Path) -> Size | None:
         header = checkpoint.header(path)
         if header is None:
             return None
-        shapes += [(said["dtype"], said["shape"]) for said in header.values()]
+        shapes += [(entry["dtype"], entry["shape"]) for entry in header.values()]
     return of_shapes(shapes) if shapes else None
 
 

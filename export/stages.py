@@ -77,8 +77,8 @@ class Graph:
     def _ask(self) -> list[str]:
         work = self.work
         rows = work.origin.probes()
-        said = [work.kept(work.origin.logits(row)) for row in rows]
-        work.original = check.Reference(rows, said)
+        logits = [work.kept(work.origin.logits(row)) for row in rows]
+        work.original = check.Reference(rows, logits)
         return [f"{len(rows)} rows of {', '.join(str(len(row)) for row in rows)} tokens"]
 
     def _describe(self) -> None:
@@ -96,7 +96,7 @@ class Graph:
 
     def _convert(self, whole: bool) -> list[str]:
         work = self.work
-        work.place = work.place_of("fp32")
+        work.graph_directory = work.directory_of("fp32")
         graph, about = work.origin.convert(whole)
         unbound = GraphIO.of(replace(work.info, windows=()))
         contract.check(graph, unbound, "convert")
@@ -107,8 +107,8 @@ class Graph:
             hard_limit=work.info.hard_limit or trim.rotations_are_tabled(graph),
             windows=tuple(window.bound(graph)),
         )
-        work.save(graph, work.place)
-        work.origin.written(work.place)
+        work.save(graph, work.graph_directory)
+        work.origin.written(work.graph_directory)
         self.repeated = bool(graph.meta.get("repeated"))
         return [*about, f"{len(graph.graph)} nodes"]
 
@@ -118,7 +118,7 @@ class Graph:
             work.shown.again([self._converting(whole=True), *self._comparing()])
             return
         work.judge(report)
-        work.proved, work.report = work.place, report
+        work.proved, work.report = work.graph_directory, report
 
 
 class Comparison:
@@ -153,11 +153,11 @@ class Comparison:
 
     def _logits(self) -> list[str]:
         work = self.work
-        tuning = None if work.place == work.directory else Tuning(entries=UNPACKED)
-        self.model = CausalLM(work.place, tuning=tuning)
+        tuning = None if work.graph_directory == work.directory else Tuning(entries=UNPACKED)
+        self.model = CausalLM(work.graph_directory, tuning=tuning)
         self.model.model.grain = check.GRAIN
-        rows, said = work.original.rows, work.original.logits
-        self.compared = check.compare_export(said, self.model.model, rows)
+        rows, logits = work.original.rows, work.original.logits
+        self.compared = check.compare_export(logits, self.model.model, rows)
         return [self.compared.summary()]
 
     def _greedy(self) -> list[str]:
@@ -166,7 +166,7 @@ class Comparison:
         out = check.continued(self.model, work.original.rows)
         greedy = check.compare_continuation(out, self._continuation(out))
         self.report = {
-            "bytes": sum((work.place / name).stat().st_size for name in (GRAPH, WEIGHTS)),
+            "bytes": sum((work.graph_directory / name).stat().st_size for name in (GRAPH, WEIGHTS)),
             "logits": asdict(self.compared),
             "greedy": asdict(greedy),
             "mismatch": check.judge(self.compared, work.origin.tolerance, greedy),
@@ -180,18 +180,18 @@ class Comparison:
         origin, original = self.work.origin, self.work.original
         if not original.continuation:
             guesses = [np.array(ids[-check.NEW_TOKENS :]) for ids in ours.sequences]
-            said = check.original_continuations(
+            continuations = check.original_continuations(
                 origin.logits, origin.continuation, original.rows, guesses
             )
-            original.continuation.extend(said)
+            original.continuation.extend(continuations)
         return original.continuation
 
     def _text(self) -> list[str]:
         """Measure what it costs on rows, and whether that is too much."""
         work = self.work
         assert self.model is not None and self.rows is not None
-        said, rows = work.origin.logits, self.rows()
-        measured = quality.measure(said, self.model.model, rows, work.shown.part)
+        logits, rows = work.origin.logits, self.rows()
+        measured = quality.measure(logits, self.model.model, rows, work.shown.part)
         self.report |= {
             "quality": asdict(measured) | {"more_perplexity": measured.more_perplexity},
             "mismatch": check.judge(measured, work.target.tolerance),
@@ -218,15 +218,15 @@ class Cache:
     def _quantise(self) -> list[str]:
         gc.collect()  # graphs are full of cycles: the one before goes now, with its weights
         work, precision = self.work, self.work.target.cache_precision
-        limit, graph = work.info.max_length, onnx_ir.load(work.place / GRAPH)
+        limit, graph = work.info.max_length, onnx_ir.load(work.graph_directory / GRAPH)
         reached = kv_int8.reach(graph, work.corpus.calibration(kv_int8.TOKENS), limit)
         judged = work.judged_on(2 * quality.TOKENS)
         self.rows = kv_int8.long_rows(judged, limit, quality.TOKENS)
         work.scales = kv_int8.quantize(graph, reached)
         work.info = replace(work.info, cache_dtype=kv_int8.DTYPES[precision])
-        work.place = work.place_of("cache")
-        work.save(graph, work.place)
-        return [f"{sum(one.size for one in reached.values()):,} channels, {precision}"]
+        work.graph_directory = work.directory_of("cache")
+        work.save(graph, work.graph_directory)
+        return [f"{sum(array.size for array in reached.values()):,} channels, {precision}"]
 
     def _judge(self, report: Report) -> None:
         self.work.judge(report)
@@ -265,28 +265,28 @@ class Weights:
         used = work.corpus.calibration(recipe.RECIPES[precision].tokens + TUNED)
         self.rows = work.judged_on(quality.TOKENS)
         self.tuned, used = apart(used, TUNED)
-        graph, self.turned = self._turn(work.place)
+        graph, self.turned = self._turn(work.graph_directory)
         work.open.enter_context(self.open)
         plan = recipe.planned(graph, precision, used, work.shown.part)
         self.plan = self.open.enter_context(plan)
-        work.place = work.place_of("weights")
+        work.graph_directory = work.directory_of("weights")
         return [*self.turned, *self._make(), work.corpus.summary()]
 
-    def _turn(self, place: Path) -> tuple[onnx_ir.Model, list[str]]:
-        """The graph at `place` with what can be turned, if it still says the same then."""
-        graph = onnx_ir.load(place / GRAPH)
+    def _turn(self, directory: Path) -> tuple[onnx_ir.Model, list[str]]:
+        """The graph at `directory` with what can be turned, if it still says the same then."""
+        graph = onnx_ir.load(directory / GRAPH)
         done = rotate.rotate(graph)
         if not done:
-            return onnx_ir.load(place / GRAPH), []
-        work, turned = self.work, place.with_name("turned")
+            return onnx_ir.load(directory / GRAPH), []
+        work, turned = self.work, directory.with_name("turned")
         work.save(graph, turned)
         model = CausalLM(turned, tuning=Tuning(entries=UNPACKED)).model
-        said = check.compare_export(work.original.logits, model, work.original.rows)
+        agreement = check.compare_export(work.original.logits, model, work.original.rows)
         del model, graph
         memory.trim()
-        if check.judge(said, work.origin.tolerance):
+        if check.judge(agreement, work.origin.tolerance):
             shutil.rmtree(turned)
-            return onnx_ir.load(place / GRAPH), [
+            return onnx_ir.load(directory / GRAPH), [
                 "what was turned said something else: left as it was"
             ]
         return onnx_ir.load(turned / GRAPH), [f"turned: {', '.join(done)}"]
@@ -296,11 +296,11 @@ class Weights:
         work = self.work
         while True:
             model, self.made = self.plan.make(work.shown.part)
-            work.save(model, work.place)
+            work.save(model, work.graph_directory)
             del model
             if work.options.quick:
                 break
-            written = CausalLM(work.place).model
+            written = CausalLM(work.graph_directory).model
             measured = quality.measure(work.origin.logits, written, self.tuned).kl
             del written
             memory.trim()
@@ -319,14 +319,14 @@ class Weights:
 
     def _told(self) -> list[str]:
         """Say what became of the matrices."""
-        plan, kernels = self.plan, Counter(one.kernel for one in self.made)
-        told = [", ".join(f"{count} {kernel}" for kernel, count in kernels.most_common())]
-        told += [f"{len(plan.smoothed)} smoothed"] if plan.smoothed else []
+        plan, kernels = self.plan, Counter(matrix.kernel for matrix in self.made)
+        lines = [", ".join(f"{count} {kernel}" for kernel, count in kernels.most_common())]
+        lines += [f"{len(plan.smoothed)} smoothed"] if plan.smoothed else []
         if plan.reached:
-            unreached = sum(len(one.unreached) for one in plan.reached)
-            experts = sum(one.experts for one in plan.reached)
-            told.append(f"the text came to all but {unreached} of {experts} experts")
-        return told
+            unreached = sum(len(mixture.unreached) for mixture in plan.reached)
+            experts = sum(mixture.experts for mixture in plan.reached)
+            lines.append(f"the text came to all but {unreached} of {experts} experts")
+        return lines
 
     def _judge(self, report: Report) -> None:
         work, plan = self.work, self.plan
@@ -336,15 +336,15 @@ class Weights:
             work.shown.again(self._steps(self._make))
             return
         report |= {
-            "matrices": [asdict(one) for one in self.made],
-            "wider": [one.name for one in self.made if one.wide],
+            "matrices": [asdict(matrix) for matrix in self.made],
+            "wider": [matrix.name for matrix in self.made if matrix.wide],
             "smoothed": plan.smoothed,
             "turned": self.turned,
             "kinds": plan.sensed,
             "text": dict(work.corpus.kinds),
         }
         if plan.reached:
-            report["experts"] = [asdict(one) for one in plan.reached]
+            report["experts"] = [asdict(mixture) for mixture in plan.reached]
         work.judge(report)
         work.report = {"fp32": work.report} | work.report | report
         self.open.close()
@@ -367,10 +367,10 @@ class Grid:
     def _hold(self) -> list[str]:
         gc.collect()  # graphs are full of cycles: the one before goes now, with its weights
         work = self.work
-        graph = onnx_ir.load(work.place / GRAPH)
+        graph = onnx_ir.load(work.graph_directory / GRAPH)
         self.made = grid.hold(graph, work.shown.part)
-        work.place = work.place_of("grid")
-        work.save(graph, work.place)
+        work.graph_directory = work.directory_of("grid")
+        work.save(graph, work.graph_directory)
         self.rows = work.judged_on(quality.TOKENS)
         kernels = Counter(self.made)
         return [", ".join(f"{count} {kernel}" for kernel, count in kernels.most_common())]
@@ -385,7 +385,7 @@ def apart(rows: Rows, tokens: int) -> tuple[list[NDArray[np.int64]], list[NDArra
     """Some of the rows, of all kinds, about so many tokens together, and the others."""
     every = max(2, sum(map(len, rows)) // tokens)
     return list(rows[::every]) or list(rows), [
-        row for place, row in enumerate(rows) if place % every or len(rows) == 1
+        row for index, row in enumerate(rows) if index % every or len(rows) == 1
     ]
 
 

@@ -44,7 +44,7 @@ class Work:
         original: what the original says of the probes.
         info: the content of `fastgen.json`.
         directory: becomes `out` at the end.
-        place: the directory of the last graph that was written (see `place_of`).
+        graph_directory: the directory of the last graph that was written (see `directory_of`).
         proved: the same of the graph in the origin's precision, once it was proved equal.
         scales: of keys and values, once they are quantised.
         report: of the last graph, and of those before it.
@@ -61,12 +61,12 @@ class Work:
     original: check.Reference = field(default_factory=lambda: check.Reference([], []))
     info: ModelInfo = field(init=False)
     directory: Path = field(init=False)
-    place: Path = field(init=False)
+    graph_directory: Path = field(init=False)
     proved: Path | None = None
     scales: NDArray[np.float32] | None = None
     report: Report = field(default_factory=dict)
 
-    def place_of(self, part: str) -> Path:
+    def directory_of(self, part: str) -> Path:
         """The directory of the graph in which a part of the target is quantised last.
 
         The last graph of all is written to `directory`. Earlier ones have directories of their

@@ -82,21 +82,21 @@ class Configuration:
 
     def number(self, name: str, default: int | None = None) -> int:
         """A field that is a positive number."""
-        found = self.get(name, default)
-        found = default if found is None else found
-        if type(found) is not int or not 0 < found < 2**31:
-            raise UnsupportedModel(f"its config.json has {name} = {found!r}, which is no size")
-        return found
+        value = self.get(name, default)
+        value = default if value is None else value
+        if type(value) is not int or not 0 < value < 2**31:
+            raise UnsupportedModel(f"its config.json has {name} = {value!r}, which is no size")
+        return value
 
     def flag(self, name: str, default: bool = False) -> bool:
         return bool(self.get(name, default))
 
     def real(self, name: str, default: float) -> float:
-        found = self.get(name, default)
-        found = default if found is None else found
-        if isinstance(found, bool) or not isinstance(found, int | float):
-            raise UnsupportedModel(f"its config.json has {name} = {found!r}, which is no number")
-        return float(found)
+        value = self.get(name, default)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise UnsupportedModel(f"its config.json has {name} = {value!r}, which is no number")
+        return float(value)
 
     def check(self) -> None:
         """Refuse fields that nobody asked for.
@@ -116,8 +116,10 @@ class Configuration:
             )
         }
         if unknown:
-            told = ", ".join(f"{name} = {str(value)[:40]}" for name, value in unknown.items())
-            raise UnsupportedModel(f"its config.json says {told}, which the builder does not know")
+            fields = ", ".join(f"{name} = {str(value)[:40]}" for name, value in unknown.items())
+            raise UnsupportedModel(
+                f"its config.json says {fields}, which the builder does not know"
+            )
 
     # Fields that many families share
 
@@ -144,7 +146,7 @@ class Configuration:
         part: float | None = None,
         interleaved: bool = False,
         names: tuple[str, str] = ("rope_theta", "partial_rotary_factor"),
-        adjust: Callable[[dict[str, Any]], dict[str, Any]] = lambda said: said,
+        adjust: Callable[[dict[str, Any]], dict[str, Any]] = lambda parameters: parameters,
     ) -> tuple[Rotary, tuple[int, bool]]:
         """The rotation; the number of positions, and whether that is a hard limit.
 
@@ -154,25 +156,25 @@ class Configuration:
             adjust: what the family makes of these.
         """
         positions = self.number("max_position_embeddings")
-        said = dict(self.get("rope_scaling") or {}) or dict(self.get("rope_parameters") or {})
+        parameters = dict(self.get("rope_scaling") or {}) or dict(self.get("rope_parameters") or {})
         self.asked.add("rope_parameters")
         old_theta, old_part = self.get(names[0]), self.get(names[1])
-        said.setdefault("rope_theta", theta if old_theta is None else old_theta)
+        parameters.setdefault("rope_theta", theta if old_theta is None else old_theta)
         if part is not None or old_part is not None:
-            said.setdefault("partial_rotary_factor", part if old_part is None else old_part)
-        kind = said.setdefault("rope_type", said.get("type") or "default")
+            parameters.setdefault("partial_rotary_factor", part if old_part is None else old_part)
+        kind = parameters.setdefault("rope_type", parameters.get("type") or "default")
         trained = self.get("original_max_position_embeddings")
         if kind in ("llama3", "yarn", "longrope", "su"):
             if trained is not None:
-                said["original_max_position_embeddings"] = trained
-            said.setdefault("original_max_position_embeddings", positions)
-        said = adjust(said)
-        if part is None and said.get("partial_rotary_factor") not in (None, 1, 1.0):
+                parameters["original_max_position_embeddings"] = trained
+            parameters.setdefault("original_max_position_embeddings", positions)
+        parameters = adjust(parameters)
+        if part is None and parameters.get("partial_rotary_factor") not in (None, 1, 1.0):
             raise UnsupportedModel("only a part of its heads turns")
-        made = turning(said, size, positions, interleaved)
-        if made.limit is None:
-            return made.rotary, (positions, False)
-        return made.rotary, (min(made.limit, positions), True)
+        turned = turning(parameters, size, positions, interleaved)
+        if turned.limit is None:
+            return turned.rotary, (positions, False)
+        return turned.rotary, (min(turned.limit, positions), True)
 
     def windows(self, usual: Sequence[str], window: int | None) -> list[int | None]:
         """The window of each layer by `layer_types`, or as is usual; None for none."""
@@ -184,7 +186,7 @@ class Configuration:
         return [window_of(window) if kind == "sliding_attention" else None for kind in kinds]
 
 
-def window_of(said: int | None) -> int | None:
-    if said is not None and (type(said) is not int or said < 1):
-        raise UnsupportedModel(f"its config.json has sliding_window = {said!r}")
-    return said if said is not None and said < FURTHEST else None
+def window_of(size: int | None) -> int | None:
+    if size is not None and (type(size) is not int or size < 1):
+        raise UnsupportedModel(f"its config.json has sliding_window = {size!r}")
+    return size if size is not None and size < FURTHEST else None

@@ -62,7 +62,7 @@ USUAL_IDS: dict[str, tuple[int | None, int | list[int] | None, int | None]] = {
 def complete(config: dict[str, Any]) -> dict[str, Any]:
     """A configuration with the ids that its family has where it says nothing."""
     usual = USUAL_IDS.get(str(config.get("model_type")), ())
-    ids = {name: one for name, one in zip(IDS, usual, strict=False) if one is not None}
+    ids = {name: value for name, value in zip(IDS, usual, strict=False) if value is not None}
     return ids | config
 
 

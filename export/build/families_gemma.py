@@ -35,18 +35,18 @@ def _gemma(
     bias = config.flag("attention_bias")
     layers = []
     for number in config.layers():
-        place = f"model.layers.{number}"
+        prefix = f"model.layers.{number}"
         more: dict[str, Any] = {}
         if norms:
             more = {
-                "query_norm": rms_norm(f"{place}.self_attn.q_norm", eps, True),
-                "key_norm": rms_norm(f"{place}.self_attn.k_norm", eps, True),
+                "query_norm": rms_norm(f"{prefix}.self_attn.q_norm", eps, True),
+                "key_norm": rms_norm(f"{prefix}.self_attn.k_norm", eps, True),
                 "norm_place": "heads",
             }
         before = "pre_feedforward_layernorm" if posts else "post_attention_layernorm"
         layer = Layer(
             attention=attention_of(
-                f"{place}.self_attn",
+                f"{prefix}.self_attn",
                 heads,
                 width,
                 bias,
@@ -56,15 +56,15 @@ def _gemma(
                 softcap=softcap,
                 **more,
             ),
-            feed=gated_feed(f"{place}.mlp", config, width, act),
-            before_attention=rms_norm(f"{place}.input_layernorm", eps, True),
-            before_feed=rms_norm(f"{place}.{before}", eps, True),
+            feed=gated_feed(f"{prefix}.mlp", config, width, act),
+            before_attention=rms_norm(f"{prefix}.input_layernorm", eps, True),
+            before_feed=rms_norm(f"{prefix}.{before}", eps, True),
         )
         if posts:
             layer = replace(
                 layer,
-                after_attention=rms_norm(f"{place}.post_attention_layernorm", eps, True),
-                after_feed=rms_norm(f"{place}.post_feedforward_layernorm", eps, True),
+                after_attention=rms_norm(f"{prefix}.post_attention_layernorm", eps, True),
+                after_feed=rms_norm(f"{prefix}.post_feedforward_layernorm", eps, True),
             )
         layers.append(layer)
     head = head_of(config, True, cap=cap)
@@ -128,9 +128,9 @@ def gemma3(config: Configuration) -> Decoder:
         chosen = parameters.setdefault("rope_type", parameters.get("type") or "default")
         if chosen in ("llama3", "yarn", "longrope"):
             parameters.setdefault("original_max_position_embeddings", positions)
-        made = turning(parameters, size, positions)
-        rotaries[kind] = made.rotary
-        limits += [made.limit] if made.limit is not None else []
+        turned = turning(parameters, size, positions)
+        rotaries[kind] = turned.rotary
+        limits += [turned.limit] if turned.limit is not None else []
     return _gemma(
         config,
         config.get("hidden_activation", "gelu_pytorch_tanh"),

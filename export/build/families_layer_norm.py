@@ -40,15 +40,15 @@ def gpt2(config: Configuration) -> Decoder:
         config.flag("scale_attn_by_inverse_layer_idx"),
     )
 
-    def flat(place: str, out: int, rows: tuple[int, int, int] | None = None) -> Linear:
-        bias = Part(f"{place}.bias", rows)
-        return Linear(Part(f"{place}.weight", rows, flat=True), out, bias)
+    def flat(name: str, out: int, rows: tuple[int, int, int] | None = None) -> Linear:
+        bias = Part(f"{name}.bias", rows)
+        return Linear(Part(f"{name}.weight", rows, flat=True), out, bias)
 
     layers = []
     for number in config.layers("n_layer", 12):
-        place = f"transformer.h.{number}"
+        prefix = f"transformer.h.{number}"
         query, key, value = (
-            flat(f"{place}.attn.c_attn", width, (at * width, (at + 1) * width, 3 * width))
+            flat(f"{prefix}.attn.c_attn", width, (at * width, (at + 1) * width, 3 * width))
             for at in range(3)
         )
         scale = (size**-0.5 if scaled else 1.0) / (number + 1 if by_layer else 1)
@@ -62,13 +62,13 @@ def gpt2(config: Configuration) -> Decoder:
                     query,
                     key,
                     value,
-                    flat(f"{place}.attn.c_proj", width),
+                    flat(f"{prefix}.attn.c_proj", width),
                 ),
                 feed=FeedForward(
-                    flat(f"{place}.mlp.c_fc", inner), flat(f"{place}.mlp.c_proj", width), act
+                    flat(f"{prefix}.mlp.c_fc", inner), flat(f"{prefix}.mlp.c_proj", width), act
                 ),
-                before_attention=layer_norm(f"{place}.ln_1", eps),
-                before_feed=layer_norm(f"{place}.ln_2", eps),
+                before_attention=layer_norm(f"{prefix}.ln_1", eps),
+                before_feed=layer_norm(f"{prefix}.ln_2", eps),
             )
         )
     limit = config.number("n_positions", 1024)
@@ -94,10 +94,10 @@ def gpt_neox(config: Configuration) -> Decoder:
     rotary, limit = config.rope(size, part=0.25, names=("rotary_emb_base", "rotary_pct"))
     layers = []
     for number in config.layers():
-        place = f"gpt_neox.layers.{number}"
+        prefix = f"gpt_neox.layers.{number}"
         query, key, value = (
             fused_part(
-                f"{place}.attention.query_key_value",
+                f"{prefix}.attention.query_key_value",
                 at * size,
                 (at + 1) * size,
                 3 * size,
@@ -116,16 +116,16 @@ def gpt_neox(config: Configuration) -> Decoder:
                     query,
                     key,
                     value,
-                    linear(f"{place}.attention.dense", width, bias),
+                    linear(f"{prefix}.attention.dense", width, bias),
                     rotary,
                 ),
                 feed=FeedForward(
-                    linear(f"{place}.mlp.dense_h_to_4h", inner, True),
-                    linear(f"{place}.mlp.dense_4h_to_h", width, True),
+                    linear(f"{prefix}.mlp.dense_h_to_4h", inner, True),
+                    linear(f"{prefix}.mlp.dense_4h_to_h", width, True),
                     act,
                 ),
-                before_attention=layer_norm(f"{place}.input_layernorm", eps),
-                before_feed=layer_norm(f"{place}.post_attention_layernorm", eps),
+                before_attention=layer_norm(f"{prefix}.input_layernorm", eps),
+                before_feed=layer_norm(f"{prefix}.post_attention_layernorm", eps),
                 parallel="attention feed stream" if parallel else "",
             )
         )
@@ -155,16 +155,16 @@ def opt(config: Configuration) -> Decoder:
     removed, base = config.flag("_remove_final_layer_norm"), "model.decoder."
     layers = []
     for number in config.layers():
-        place = f"{base}layers.{number}"
-        norms = [layer_norm(f"{place}.{name}", 1e-5) for name in OPT_NORMS]
+        prefix = f"{base}layers.{number}"
+        norms = [layer_norm(f"{prefix}.{name}", 1e-5) for name in OPT_NORMS]
         before, after = (norms, [None, None]) if first else ([None, None], norms)
         layers.append(
             Layer(
                 attention=attention_of(
-                    f"{place}.self_attn", (heads, heads, size), width, bias, out="out_proj"
+                    f"{prefix}.self_attn", (heads, heads, size), width, bias, out="out_proj"
                 ),
                 feed=FeedForward(
-                    linear(f"{place}.fc1", inner, bias), linear(f"{place}.fc2", width, bias), act
+                    linear(f"{prefix}.fc1", inner, bias), linear(f"{prefix}.fc2", width, bias), act
                 ),
                 before_attention=before[0],
                 before_feed=before[1],
@@ -224,11 +224,11 @@ def _biased(
 
     layers = []
     for number in config.layers():
-        place = f"model.layers.{number}"
+        prefix = f"model.layers.{number}"
         layers.append(
             Layer(
                 attention=attention_of(
-                    f"{place}.self_attn",
+                    f"{prefix}.self_attn",
                     heads,
                     width,
                     bias,
@@ -237,9 +237,9 @@ def _biased(
                     rotary=rotary,
                     window=window,
                 ),
-                feed=feeds(f"{place}.mlp", width),
-                before_attention=norm(f"{place}.input_layernorm"),
-                before_feed=None if parallel else norm(f"{place}.post_attention_layernorm"),
+                feed=feeds(f"{prefix}.mlp", width),
+                before_attention=norm(f"{prefix}.input_layernorm"),
+                before_feed=None if parallel else norm(f"{prefix}.post_attention_layernorm"),
                 parallel=parallel,
             )
         )
@@ -253,8 +253,8 @@ def phi(config: Configuration) -> Decoder:
     inner, act = config.number("intermediate_size"), config.get("hidden_act", "gelu_new")
     return _biased(
         config,
-        lambda place, width: FeedForward(
-            linear(f"{place}.fc1", inner, True), linear(f"{place}.fc2", width, True), act
+        lambda prefix, width: FeedForward(
+            linear(f"{prefix}.fc1", inner, True), linear(f"{prefix}.fc2", width, True), act
         ),
         eps=config.real("layer_norm_eps", 1e-5),
         bias=True,
@@ -273,8 +273,8 @@ def starcoder2(config: Configuration) -> Decoder:
     bias = config.flag("use_bias", True)
     return _biased(
         config,
-        lambda place, width: FeedForward(
-            linear(f"{place}.c_fc", inner, bias), linear(f"{place}.c_proj", width, bias), act
+        lambda prefix, width: FeedForward(
+            linear(f"{prefix}.c_fc", inner, bias), linear(f"{prefix}.c_proj", width, bias), act
         ),
         eps=config.real("norm_epsilon", 1e-5),
         bias=bias,
@@ -290,7 +290,7 @@ def stablelm(config: Configuration) -> Decoder:
     act, parallel = config.get("hidden_act", "silu"), config.flag("use_parallel_residual")
     return _biased(
         config,
-        lambda place, width: gated_feed(place, config, width, act),
+        lambda prefix, width: gated_feed(prefix, config, width, act),
         eps=config.real("layer_norm_eps", 1e-5),
         bias=config.flag("use_qkv_bias"),
         out_bias=False,
@@ -305,7 +305,7 @@ def cohere(config: Configuration) -> Decoder:
     act, bias = config.get("hidden_act", "silu"), config.flag("attention_bias")
     return _biased(
         config,
-        lambda place, width: gated_feed(place, config, width, act),
+        lambda prefix, width: gated_feed(prefix, config, width, act),
         eps=config.real("layer_norm_eps", 1e-5),
         bias=bias,
         out_bias=bias,

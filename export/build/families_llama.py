@@ -52,18 +52,18 @@ def _llama(
     rotary, limit = config.rope(heads[2], theta, interleaved=interleaved, adjust=adjust)
     layers = []
     for number in config.layers():
-        place = f"model.layers.{number}"
+        prefix = f"model.layers.{number}"
         more: dict[str, Any] = {}
         if names is not None:
             more = {
-                "query_norm": rms_norm(f"{place}.self_attn.{names[0]}", eps),
-                "key_norm": rms_norm(f"{place}.self_attn.{names[1]}", eps),
+                "query_norm": rms_norm(f"{prefix}.self_attn.{names[0]}", eps),
+                "key_norm": rms_norm(f"{prefix}.self_attn.{names[1]}", eps),
                 "norm_place": norm_place,
             }
         layers.append(
             Layer(
                 attention=attention_of(
-                    f"{place}.self_attn",
+                    f"{prefix}.self_attn",
                     heads,
                     width,
                     bias,
@@ -73,9 +73,9 @@ def _llama(
                     window=None if windows is None else windows[number],
                     **more,
                 ),
-                feed=gated_feed(f"{place}.mlp", config, width, act, feed_bias),
-                before_attention=rms_norm(f"{place}.input_layernorm", eps),
-                before_feed=rms_norm(f"{place}.post_attention_layernorm", eps),
+                feed=gated_feed(f"{prefix}.mlp", config, width, act, feed_bias),
+                before_attention=rms_norm(f"{prefix}.input_layernorm", eps),
+                before_feed=rms_norm(f"{prefix}.post_attention_layernorm", eps),
                 times=residual,
             )
         )
@@ -124,7 +124,7 @@ def smollm3(config: Configuration) -> Decoder:
     if len(turned) != len(usual):
         raise UnsupportedModel(f"no_rope_layers are {len(turned)}, and its layers {len(usual)}")
     slides = config.flag("use_sliding_window") and config.get("sliding_window") is not None
-    kinds = ["sliding_attention" if slides and not one else "full_attention" for one in turned]
+    kinds = ["sliding_attention" if slides and not turns else "full_attention" for turns in turned]
     return _llama(
         config,
         theta=2_000_000.0,
@@ -188,9 +188,9 @@ def phi3(config: Configuration) -> Decoder:
     ends = [0, count * size, (count + kv_heads) * size, (count + 2 * kv_heads) * size]
     layers = []
     for number in config.layers():
-        place = f"model.layers.{number}"
+        prefix = f"model.layers.{number}"
         query, key, value = (
-            fused_part(f"{place}.self_attn.qkv_proj", first, last, ends[3], last - first)
+            fused_part(f"{prefix}.self_attn.qkv_proj", first, last, ends[3], last - first)
             for first, last in itertools.pairwise(ends)
         )
         layers.append(
@@ -203,13 +203,13 @@ def phi3(config: Configuration) -> Decoder:
                     query,
                     key,
                     value,
-                    linear(f"{place}.self_attn.o_proj", width),
+                    linear(f"{prefix}.self_attn.o_proj", width),
                     rotary,
                     window,
                 ),
-                feed=gate_up_feed(f"{place}.mlp", config, width, act),
-                before_attention=rms_norm(f"{place}.input_layernorm", eps),
-                before_feed=rms_norm(f"{place}.post_attention_layernorm", eps),
+                feed=gate_up_feed(f"{prefix}.mlp", config, width, act),
+                before_attention=rms_norm(f"{prefix}.input_layernorm", eps),
+                before_feed=rms_norm(f"{prefix}.post_attention_layernorm", eps),
             )
         )
     return usual_decoder(config, layers, rms_norm("model.norm", eps), head_of(config, False), limit)

@@ -49,7 +49,7 @@ def _normed_after(
     config: Configuration,
     eps: float,
     bias: bool,
-    place_of_norms: NormPlace,
+    norm_place: NormPlace,
     windows: Sequence[int | None] | None = None,
     rotates: Callable[[int], bool] = lambda number: True,
 ) -> Decoder:
@@ -62,23 +62,23 @@ def _normed_after(
     rotary, limit = config.rope(heads[2])
     layers = []
     for number in config.layers():
-        place = f"model.layers.{number}"
+        prefix = f"model.layers.{number}"
         layers.append(
             Layer(
                 attention=attention_of(
-                    f"{place}.self_attn",
+                    f"{prefix}.self_attn",
                     heads,
                     width,
                     bias,
                     rotary=rotary if rotates(number) else None,
                     window=None if windows is None else windows[number],
-                    query_norm=rms_norm(f"{place}.self_attn.q_norm", eps),
-                    key_norm=rms_norm(f"{place}.self_attn.k_norm", eps),
-                    norm_place=place_of_norms,
+                    query_norm=rms_norm(f"{prefix}.self_attn.q_norm", eps),
+                    key_norm=rms_norm(f"{prefix}.self_attn.k_norm", eps),
+                    norm_place=norm_place,
                 ),
-                feed=gated_feed(f"{place}.mlp", config, width, act),
-                after_attention=rms_norm(f"{place}.post_attention_layernorm", eps),
-                after_feed=rms_norm(f"{place}.post_feedforward_layernorm", eps),
+                feed=gated_feed(f"{prefix}.mlp", config, width, act),
+                after_attention=rms_norm(f"{prefix}.post_attention_layernorm", eps),
+                after_feed=rms_norm(f"{prefix}.post_feedforward_layernorm", eps),
             )
         )
     return usual_decoder(config, layers, rms_norm("model.norm", eps), head_of(config, False), limit)
@@ -91,17 +91,17 @@ def glm4(config: Configuration) -> Decoder:
     rotary, limit = config.rope(heads[2], part=0.5, interleaved=True)
     bias, layers = config.flag("attention_bias", True), []
     for number in config.layers():
-        place = f"model.layers.{number}"
+        prefix = f"model.layers.{number}"
         layers.append(
             Layer(
                 attention=attention_of(
-                    f"{place}.self_attn", heads, width, bias, out_bias=False, rotary=rotary
+                    f"{prefix}.self_attn", heads, width, bias, out_bias=False, rotary=rotary
                 ),
-                feed=gate_up_feed(f"{place}.mlp", config, width, act),
-                before_attention=rms_norm(f"{place}.input_layernorm", eps),
-                after_attention=rms_norm(f"{place}.post_self_attn_layernorm", eps),
-                before_feed=rms_norm(f"{place}.post_attention_layernorm", eps),
-                after_feed=rms_norm(f"{place}.post_mlp_layernorm", eps),
+                feed=gate_up_feed(f"{prefix}.mlp", config, width, act),
+                before_attention=rms_norm(f"{prefix}.input_layernorm", eps),
+                after_attention=rms_norm(f"{prefix}.post_self_attn_layernorm", eps),
+                before_feed=rms_norm(f"{prefix}.post_attention_layernorm", eps),
+                after_feed=rms_norm(f"{prefix}.post_mlp_layernorm", eps),
             )
         )
     return usual_decoder(config, layers, rms_norm("model.norm", eps), head_of(config, False), limit)

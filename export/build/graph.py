@@ -138,15 +138,15 @@ class _Writer:
         Raises:
             ModelError: it is missing, or of another shape.
         """
-        found = self.weights.get(self.named(name))
-        if found is None:
+        tensor = self.weights.get(self.named(name))
+        if tensor is None:
             raise ModelError(f"it is not a whole causal language model: it lacks {name}")
-        if tuple(found.shape) != tuple(shape):
+        if tuple(tensor.shape) != tuple(shape):
             raise ModelError(
-                f"it contradicts itself: {name} is {list(found.shape)} where config.json makes it "
+                f"it contradicts itself: {name} is {list(tensor.shape)} where config.json makes it "
                 f"{list(shape)}"
             )
-        return found
+        return tensor
 
     def named(self, name: str) -> str:
         """The checkpoint's name of a tensor: those of models without a head leave `base` out."""
@@ -177,8 +177,8 @@ class _Writer:
             tensor = self.tensor(name, [width])
             self.use(name, width)
             array = np.ascontiguousarray(held.whole(tensor) + np.float32(plus))
-            made = self._initializer(name, ir.tensor(array, name=name))
-            self.constants[name, plus] = made
+            value = self._initializer(name, ir.tensor(array, name=name))
+            self.constants[name, plus] = value
         return self.constants[name, plus]
 
     def bias(self, part: Part, width: int) -> ir.Value:
@@ -225,8 +225,8 @@ class _Writer:
             if self.used.get(name) != held.size(tensor) and not meaningless.fullmatch(name)
         ]
         if left:
-            told = some(sorted(left))
-            raise ModelError(f"it has weights that its configuration does not: {told}")
+            names = some(sorted(left))
+            raise ModelError(f"it has weights that its configuration does not: {names}")
 
     # The parts of a decoder
 
@@ -245,8 +245,10 @@ class _Writer:
             if embedding.offset:
                 more = self.constant(np.array(embedding.offset, np.int64))
                 positions = self.node("Add", [positions, more], ["rows", "new"], dtype=INT64)
-            told = self.node("Gather", [learned, positions], ["rows", "new", width], {"axis": 0})
-            x = self.node("Add", [x, told], x.shape)
+            embedded = self.node(
+                "Gather", [learned, positions], ["rows", "new", width], {"axis": 0}
+            )
+            x = self.node("Add", [x, embedded], x.shape)
         return x
 
     def layer(self, x: ir.Value, layer: Layer, number: int) -> tuple[ir.Value, list[ir.Value]]:
@@ -369,41 +371,42 @@ class _Writer:
         self, x: ir.Value, attention: Attention, number: int
     ) -> tuple[ir.Value, list[ir.Value]]:
         """The result of attention, and its keys and values with those of the new tokens."""
-        one, pairs = attention, self.io.key_values["float32"][2 * number : 2 * number + 2]
-        query = self.turned(self.linear(x, one.query), one, one.heads, one.query_norm)
-        key = self.turned(self.linear(x, one.key), one, one.kv_heads, one.key_norm)
-        value = self.linear(x, one.value)
+        pairs = self.io.key_values["float32"][2 * number : 2 * number + 2]
+        heads, kv_heads = attention.heads, attention.kv_heads
+        query = self.turned(self.linear(x, attention.query), attention, heads, attention.query_norm)
+        key = self.turned(self.linear(x, attention.key), attention, kv_heads, attention.key_norm)
+        value = self.linear(x, attention.value)
         inputs: list[ir.Value | None] = [None] * INPUTS
         inputs[:3] = query, key, value
         inputs[3:5] = (self.inputs[pair.past.name] for pair in pairs)
         inputs[SEQLENS] = self.inputs["seqlens_k"]
         inputs[TOTAL] = self.inputs["total_sequence_length"]
         inputs[QUERIES] = self.inputs["query_seqlens"]
-        ours = attributes(one.heads, one.kv_heads, one.scale, one.window, one.softcap)
+        ours = attributes(heads, kv_heads, attention.scale, attention.window, attention.softcap)
         node = ir.node("GroupQueryAttention", inputs, ours, domain=MICROSOFT, num_outputs=3)
         self.graph.append(node)
-        found, *kept = node.outputs
-        found.shape = ir.Shape(["rows", "new", one.heads * one.head_dim])
-        found.dtype = FLOAT
+        output, *kept = node.outputs
+        output.shape = ir.Shape(["rows", "new", heads * attention.head_dim])
+        output.dtype = FLOAT
         for pair, present in zip(pairs, kept, strict=True):
             contract.declare(present, pair.present)
-        return self.linear(found, one.out), kept
+        return self.linear(output, attention.out), kept
 
-    def turned(self, x: ir.Value, one: Attention, heads: int, norm: Norm | None) -> ir.Value:
+    def turned(self, x: ir.Value, attention: Attention, heads: int, norm: Norm | None) -> ir.Value:
         """Queries or keys [rows, new, heads * size], normed and turned."""
-        if norm is not None and one.norm_place == "together":
+        if norm is not None and attention.norm_place == "together":
             x, norm = self.norm(x, norm), None
         if norm is None:
-            return x if one.rotary is None else self.rotated(x, one, heads)
-        size = one.head_dim
+            return x if attention.rotary is None else self.rotated(x, attention, heads)
+        size = attention.head_dim
         x = self.reshaped(x, [-1, size], ["rows", "new", heads, size])
-        if one.norm_place == "split":
+        if attention.norm_place == "split":
             x, norm = self.norm(x, norm), None
         x = self.transposed(x)
-        if norm is not None and one.norm_place == "heads":
+        if norm is not None and attention.norm_place == "heads":
             x, norm = self.norm(x, norm), None
-        if one.rotary is not None:
-            x = self.rotated(x, one, heads)
+        if attention.rotary is not None:
+            x = self.rotated(x, attention, heads)
         if norm is not None:
             x = self.norm(x, norm)
         return self.reshaped(self.transposed(x), [-1], ["rows", "new", heads * size])
@@ -427,20 +430,20 @@ class _Writer:
         if name not in self.shapes:
             # (The trace asks the second layer's values for the number of rows.)
             second = self.io.key_values["float32"][:4][-1].past.name
-            of, place = (second, 0) if name == "rows" else ("input_ids", 1)
+            source, axis = (second, 0) if name == "rows" else ("input_ids", 1)
             self.shapes[name] = self.node(
-                "Shape", [self.inputs[of]], [1], {"start": place, "end": place + 1}, dtype=INT64
+                "Shape", [self.inputs[source]], [1], {"start": axis, "end": axis + 1}, dtype=INT64
             )
         return self.shapes[name]
 
-    def rotated(self, x: ir.Value, one: Attention, heads: int) -> ir.Value:
-        rotary = one.rotary
+    def rotated(self, x: ir.Value, attention: Attention, heads: int) -> ir.Value:
+        rotary = attention.rotary
         assert rotary is not None
         cos, sin = self.cosines(rotary)
         part = 2 * len(rotary.inverse)
         attributes = {"interleaved": int(rotary.interleaved), "num_heads": heads}
-        if len(_dims(x)) == 3 or part != one.head_dim:
-            attributes["rotary_embedding_dim"] = 0 if part == one.head_dim else part
+        if len(_dims(x)) == 3 or part != attention.head_dim:
+            attributes["rotary_embedding_dim"] = 0 if part == attention.head_dim else part
         return self.node("RotaryEmbedding", [x, cos, sin], x.shape, attributes)
 
     def cosines(self, rotary: Rotary) -> tuple[ir.Value, ir.Value]:
@@ -463,7 +466,7 @@ class _Writer:
             both = [self.node(name, [angles], shape) for name in ("Cos", "Sin")]
             if rotary.scale != 1.0:
                 scale = self.number(rotary.scale)
-                both = [self.node("Mul", [one, scale], shape) for one in both]
+                both = [self.node("Mul", [table, scale], shape) for table in both]
             self.angles[rotary.key] = (both[0], both[1])
         return self.angles[rotary.key]
 
@@ -473,12 +476,12 @@ GELUS = {"gelu": "none", "gelu_pytorch_tanh": "tanh"}
 
 def _dims(x: ir.Value) -> list[Dim]:
     assert x.shape is not None
-    return [one if isinstance(one, int) else str(one.value) for one in x.shape]
+    return [dim if isinstance(dim, int) else str(dim.value) for dim in x.shape]
 
 
 def _io(decoder: Decoder) -> GraphIO:
     """The inputs and outputs of a decoder's graph."""
-    layers = tuple((one.attention.kv_heads, one.attention.head_dim) for one in decoder.layers)
+    layers = tuple((layer.attention.kv_heads, layer.attention.head_dim) for layer in decoder.layers)
     for _, head_dim in layers:
         if head_dim % HEAD_STEP:
             raise UnsupportedModel(f"its heads are of the size {head_dim}")

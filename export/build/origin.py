@@ -57,8 +57,8 @@ def check_known(config: dict[str, Any], names: Iterable[str]) -> Decoder:
     return decoder
 
 
-def refused(place: Path, names: Iterable[str]) -> str | None:
-    """Say why a model whose config.json lies at `place` cannot be built; None where it can.
+def refused(directory: Path, names: Iterable[str]) -> str | None:
+    """Say why a model whose config.json lies at `directory` cannot be built; None where it can.
 
     Args:
         names: of its files.
@@ -67,7 +67,7 @@ def refused(place: Path, names: Iterable[str]) -> str | None:
     if CONFIG not in names:
         return f"it has no {CONFIG}"
     try:
-        check_known(jsonfile.read(place / CONFIG, checkpoint.ADVICE), names)
+        check_known(jsonfile.read(directory / CONFIG, checkpoint.ADVICE), names)
     except UnsupportedModel as error:
         return str(error)
     return None
@@ -139,7 +139,7 @@ class Built:
         self.parts = parts
         self.name, self.config, self.decoder = parts.name, parts.config, parts.decoder
         self.weights, self.tokenizer, self.note = parts.weights, parts.tokenizer, parts.note
-        self.place: Path | None = None
+        self.directory: Path | None = None
         # By the bytes of each probe, nats of its tokens, once it was asked.
         self.spent: dict[bytes, NDArray[np.float32] | None] = {}
 
@@ -147,7 +147,9 @@ class Built:
     def parameters(self) -> int:
         ignored = graph.ignored(self.decoder)
         return sum(
-            weights.size(one) for name, one in self.weights.items() if not ignored.fullmatch(name)
+            weights.size(tensor)
+            for name, tensor in self.weights.items()
+            if not ignored.fullmatch(name)
         )
 
     @contextmanager
@@ -169,23 +171,23 @@ class Built:
         self.spent = {row.tobytes(): None for row in rows}
         return rows
 
-    def written(self, place: Path) -> None:
-        self.place = place
+    def written(self, directory: Path) -> None:
+        self.directory = directory
 
     @cached_property
     def own(self) -> CausalLM:
         """The graph in float32: what there is to ask."""
-        assert self.place is not None
-        return CausalLM(self.place, tuning=Tuning(entries=UNPACKED))
+        assert self.directory is not None
+        return CausalLM(self.directory, tuning=Tuning(entries=UNPACKED))
 
     def logits(self, row: NDArray[np.int64]) -> NDArray[np.float32]:
         """Of one row alone, read at once."""
-        found = _read(self.own.model, row)
-        if not np.isfinite(found).all():
+        logits = _read(self.own.model, row)
+        if not np.isfinite(logits).all():
             raise check.Mismatch("its logits are not finite: the weights are damaged")
         if self.spent.get(row.tobytes(), 0) is None:
-            self.spent[row.tobytes()] = _surprise(found, row)
-        return found
+            self.spent[row.tobytes()] = _surprise(logits, row)
+        return logits
 
     def continuation(self, row: NDArray[np.int64], count: int) -> NDArray[np.int64]:
         out = self.own.without_defaults().generate(
@@ -196,10 +198,10 @@ class Built:
 
     def convert(self, whole: bool = False) -> tuple[ir.Model, list[str]]:
         with naming(self.name):
-            made = graph.write(self.decoder, self.weights)
+            model = graph.write(self.decoder, self.weights)
         shown = [f"{len(self.decoder.layers)} attention layers"]
         shown.append(f"all {len(self.weights)} tensors are read once")
-        return made, shown
+        return model, shown
 
     def describe(self) -> ModelInfo:
         decoder = self.decoder
@@ -216,7 +218,7 @@ class Built:
         )
 
     def report(self) -> dict[str, Any]:
-        spent = [one for one in self.spent.values() if one is not None]
+        spent = [nats for nats in self.spent.values() if nats is not None]
         lost = float(np.concatenate(spent).mean())
         return {
             "proof": f"family {self.config['model_type']} ({families.KNOWN_BY})",
@@ -245,22 +247,26 @@ def naming(name: str) -> Iterator[None]:
         raise ModelError(f"{name} cannot be built: {error}") from error
 
 
-def _without_copy(decoder: Decoder, found: dict[str, Tensor]) -> dict[str, Tensor]:
+def _without_copy(decoder: Decoder, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors without a tied head that is stored a second time.
 
     Raises:
         UnsupportedModel: it is not the same.
     """
     copy = next(
-        (name for name in ("lm_head.weight", *decoder.also.values()) if name in found), None
+        (name for name in ("lm_head.weight", *decoder.also.values()) if name in tensors), None
     )
     if decoder.head.weight is not None or copy is None:
-        return found
+        return tensors
     table = decoder.embedding.table
-    one = found.get(table, found.get(table.removeprefix(decoder.base)))
-    if one is None or one.shape != found[copy].shape or not _equal(one, found[copy]):
+    embedding = tensors.get(table, tensors.get(table.removeprefix(decoder.base)))
+    if (
+        embedding is None
+        or embedding.shape != tensors[copy].shape
+        or not _equal(embedding, tensors[copy])
+    ):
         raise UnsupportedModel(f"its {copy} is not its embedding, which config.json says it is")
-    return {name: tensor for name, tensor in found.items() if name != copy}
+    return {name: tensor for name, tensor in tensors.items() if name != copy}
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
@@ -273,15 +279,15 @@ def _read(model: Model, row: NDArray[np.int64]) -> NDArray[np.float32]:
     vocab = model.info.vocab_size
     cache = model.new_cache(1, len(row))
     step = max(1, AT_ONCE // vocab)
-    found = np.empty((len(row), vocab), np.float32)
+    logits = np.empty((len(row), vocab), np.float32)
     for at in range(0, len(row), step):
         part = row[at : at + step]
-        places = np.arange(len(part))[None]
-        found[at : at + len(part)] = model.forward([part], cache, logits_positions=places)[0]
-    return found
+        positions = np.arange(len(part))[None]
+        logits[at : at + len(part)] = model.forward([part], cache, logits_positions=positions)[0]
+    return logits
 
 
 def _surprise(logits: NDArray[np.float32], row: NDArray[np.int64]) -> NDArray[np.float32]:
     """Of each token of a row but the first: nats, by what was said before it."""
-    said = log_softmax(logits[:-1])
-    return -said[np.arange(len(row) - 1), row[1:]]
+    log_probabilities = log_softmax(logits[:-1])
+    return -log_probabilities[np.arange(len(row) - 1), row[1:]]

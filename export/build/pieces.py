@@ -38,31 +38,31 @@ def rms_norm(name: str, eps: float, plus_one: bool = False) -> Norm:
 
 
 def gated_feed(
-    place: str, config: Configuration, width: int, act: str, bias: bool = False
+    prefix: str, config: Configuration, width: int, act: str, bias: bool = False
 ) -> FeedForward:
     inner = config.number("intermediate_size")
     return FeedForward(
-        up=linear(f"{place}.up_proj", inner, bias),
-        down=linear(f"{place}.down_proj", width, bias),
+        up=linear(f"{prefix}.up_proj", inner, bias),
+        down=linear(f"{prefix}.down_proj", width, bias),
         activation=act,
-        gate=linear(f"{place}.gate_proj", inner, bias),
+        gate=linear(f"{prefix}.gate_proj", inner, bias),
     )
 
 
-def gate_up_feed(place: str, config: Configuration, width: int, act: str) -> FeedForward:
+def gate_up_feed(prefix: str, config: Configuration, width: int, act: str) -> FeedForward:
     """Gate and up in one matrix, one after the other."""
     inner = config.number("intermediate_size")
-    fused = f"{place}.gate_up_proj"
+    fused = f"{prefix}.gate_up_proj"
     return FeedForward(
         up=fused_part(fused, inner, 2 * inner, 2 * inner, inner),
-        down=linear(f"{place}.down_proj", width),
+        down=linear(f"{prefix}.down_proj", width),
         activation=act,
         gate=fused_part(fused, 0, inner, 2 * inner, inner),
     )
 
 
 def attention_of(
-    place: str,
+    prefix: str,
     heads: tuple[int, int, int],
     width: int,
     bias: bool = False,
@@ -79,10 +79,10 @@ def attention_of(
         kv_heads=kv_heads,
         head_dim=size,
         scale=size**-0.5 if scale is None else scale,
-        query=linear(f"{place}.q_proj", count * size, bias),
-        key=linear(f"{place}.k_proj", kv_heads * size, bias),
-        value=linear(f"{place}.v_proj", kv_heads * size, bias),
-        out=linear(f"{place}.{out}", width, bias if out_bias is None else out_bias),
+        query=linear(f"{prefix}.q_proj", count * size, bias),
+        key=linear(f"{prefix}.k_proj", kv_heads * size, bias),
+        value=linear(f"{prefix}.v_proj", kv_heads * size, bias),
+        out=linear(f"{prefix}.{out}", width, bias if out_bias is None else out_bias),
         **more,
     )
 

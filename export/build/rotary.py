@@ -46,29 +46,31 @@ class Turning:
 
 
 def turning(
-    said: dict[str, Any], head_dim: int, positions: int, interleaved: bool = False
+    parameters: dict[str, Any], head_dim: int, positions: int, interleaved: bool = False
 ) -> Turning:
     """The rotation that `rope_parameters` say.
 
     Args:
-        said: with "rope_type" and "rope_theta".
+        parameters: with "rope_type" and "rope_theta".
         positions: `max_position_embeddings`.
 
     Raises:
         UnsupportedModel: a type, or a setting of one, that is not known here.
     """
-    kind = str(said["rope_type"])
+    kind = str(parameters["rope_type"])
     if kind not in KNOWN:
         raise UnsupportedModel(f"its rotations are of the type {kind!r}")
-    unknown = {name for name, value in said.items() if value is not None} - KNOWN[kind] - ANGLES
+    unknown = (
+        {name for name, value in parameters.items() if value is not None} - KNOWN[kind] - ANGLES
+    )
     if unknown:
         raise UnsupportedModel(f"its rotations of the type {kind!r} have {sorted(unknown)}")
-    partial = said.get("partial_rotary_factor")
+    partial = parameters.get("partial_rotary_factor")
     turned = int(head_dim * (1.0 if partial is None else partial))
     if turned < 2 or turned % 2:
         raise UnsupportedModel(f"its rotations turn {turned} of {head_dim} numbers of a head")
     scaling = SCALINGS.get(kind, _plain)
-    inverse, scale, limit = scaling(said, turned, positions)
+    inverse, scale, limit = scaling(parameters, turned, positions)
     return Turning(Rotary(inverse.astype(np.float32), float(scale), interleaved), limit)
 
 
@@ -85,59 +87,60 @@ def _inverse(base: float, turned: int) -> NDArray[np.float32]:
     return np.float32(1) / _powers(base, turned)
 
 
-def _plain(said: dict[str, Any], turned: int, positions: int) -> Scaled:
-    return _inverse(said["rope_theta"], turned), 1.0, None
+def _plain(parameters: dict[str, Any], turned: int, positions: int) -> Scaled:
+    return _inverse(parameters["rope_theta"], turned), 1.0, None
 
 
-def _linear(said: dict[str, Any], turned: int, positions: int) -> Scaled:
-    return _inverse(said["rope_theta"], turned) / np.float32(said["factor"]), 1.0, None
+def _linear(parameters: dict[str, Any], turned: int, positions: int) -> Scaled:
+    return _inverse(parameters["rope_theta"], turned) / np.float32(parameters["factor"]), 1.0, None
 
 
-def _dynamic(said: dict[str, Any], turned: int, positions: int) -> Scaled:
+def _dynamic(parameters: dict[str, Any], turned: int, positions: int) -> Scaled:
     """Up to the length that it was trained for it is like any other (see `rope`)."""
-    return _inverse(said["rope_theta"], turned), 1.0, positions
+    return _inverse(parameters["rope_theta"], turned), 1.0, positions
 
 
-def _alpha(said: dict[str, Any], turned: int, positions: int) -> Scaled:
-    base = said["rope_theta"] * said["alpha"] ** (turned / (turned - 2))
+def _alpha(parameters: dict[str, Any], turned: int, positions: int) -> Scaled:
+    base = parameters["rope_theta"] * parameters["alpha"] ** (turned / (turned - 2))
     return _inverse(base, turned), 1.0, None
 
 
-def _llama3(said: dict[str, Any], turned: int, positions: int) -> Scaled:
-    inverse = _inverse(said["rope_theta"], turned)
+def _llama3(parameters: dict[str, Any], turned: int, positions: int) -> Scaled:
+    inverse = _inverse(parameters["rope_theta"], turned)
     factor, low, high = (
-        float(said[name]) for name in ("factor", "low_freq_factor", "high_freq_factor")
+        float(parameters[name]) for name in ("factor", "low_freq_factor", "high_freq_factor")
     )
-    trained = said["original_max_position_embeddings"]
+    trained = parameters["original_max_position_embeddings"]
     length = (2 * math.pi / inverse).astype(np.float32)
     smooth = (np.float32(trained) / length - np.float32(low)) / np.float32(high - low)
     smoothed = (1 - smooth) * (inverse / np.float32(factor)) + smooth * inverse
-    found = np.where(length > trained / low, inverse / np.float32(factor), inverse)
+    scaled = np.where(length > trained / low, inverse / np.float32(factor), inverse)
     between = ~(length < trained / high) & ~(length > trained / low)
-    return np.where(between, smoothed, found), 1.0, None
+    return np.where(between, smoothed, scaled), 1.0, None
 
 
-def _yarn(said: dict[str, Any], turned: int, positions: int) -> Scaled:
-    base, trained = said["rope_theta"], said["original_max_position_embeddings"]
-    factor = said.get("factor")
+def _yarn(parameters: dict[str, Any], turned: int, positions: int) -> Scaled:
+    base, trained = parameters["rope_theta"], parameters["original_max_position_embeddings"]
+    factor = parameters.get("factor")
     factor = positions / trained if factor is None else factor
-    scale = said.get("attention_factor")
+    scale = parameters.get("attention_factor")
     if scale is None:
-        one, all_of = said.get("mscale"), said.get("mscale_all_dim")
+        mscale, mscale_all_dim = parameters.get("mscale"), parameters.get("mscale_all_dim")
         scale = _mscale(factor)
-        if one and all_of:
-            scale = _mscale(factor, one) / _mscale(factor, all_of)
+        if mscale and mscale_all_dim:
+            scale = _mscale(factor, mscale) / _mscale(factor, mscale_all_dim)
 
-    def place(rotations: float) -> float:
+    def dimension(rotations: float) -> float:
         return turned * math.log(trained / (rotations * 2 * math.pi)) / (2 * math.log(base))
 
-    low, high = place(said.get("beta_fast") or 32), place(said.get("beta_slow") or 1)
-    if said.get("truncate", True):
+    low = dimension(parameters.get("beta_fast") or 32)
+    high = dimension(parameters.get("beta_slow") or 1)
+    if parameters.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, turned - 1)
     high += 0.001 if low == high else 0
-    places = np.arange(turned // 2, dtype=np.float32)
-    kept = 1 - np.clip((places - np.float32(low)) / np.float32(high - low), 0, 1)
+    dimensions = np.arange(turned // 2, dtype=np.float32)
+    kept = 1 - np.clip((dimensions - np.float32(low)) / np.float32(high - low), 0, 1)
     powers = _powers(base, turned)
     stretched = np.float32(1) / (np.float32(factor) * powers)
     return stretched * (1 - kept) + (np.float32(1) / powers) * kept, scale, None
@@ -147,20 +150,22 @@ def _mscale(factor: float, times: float = 1) -> float:
     return 1.0 if factor <= 1 else 0.1 * times * math.log(factor) + 1.0
 
 
-def _longrope(said: dict[str, Any], turned: int, positions: int) -> Scaled:
+def _longrope(parameters: dict[str, Any], turned: int, positions: int) -> Scaled:
     """Up to the first length, where short and long factors are not the same (see `rope`)."""
-    trained, scale = said["original_max_position_embeddings"], said.get("attention_factor")
-    factor = said.get("factor")
+    trained = parameters["original_max_position_embeddings"]
+    scale = parameters.get("attention_factor")
+    factor = parameters.get("factor")
     factor = positions / trained if factor is None else factor
     if scale is None:
         scale = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(trained))
-    factors = np.array(said["short_factor"], np.float32)
+    factors = np.array(parameters["short_factor"], np.float32)
     if factors.shape != (turned // 2,):
         raise UnsupportedModel(f"its rotations have {len(factors)} factors for {turned} numbers")
     differs = any(
-        said.get(f"short_{name}") != said.get(f"long_{name}") for name in ("factor", "mscale")
+        parameters.get(f"short_{name}") != parameters.get(f"long_{name}")
+        for name in ("factor", "mscale")
     )
-    inverse = np.float32(1) / (factors * _powers(said["rope_theta"], turned))
+    inverse = np.float32(1) / (factors * _powers(parameters["rope_theta"], turned))
     return inverse, scale, int(trained if differs else positions)
 
 

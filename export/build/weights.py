@@ -81,26 +81,26 @@ def of_safetensors(directory: Path) -> dict[str, Tensor]:
     files = checkpoint.weights(directory)
     if not files or any(path.suffix != ".safetensors" for path in files):
         raise UnsupportedModel(f"{directory} has no weights in safetensors")
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for path in files:
         header = checkpoint.header(path) or {}
         with path.open("rb") as file:
             begin = 8 + int.from_bytes(file.read(8), "little")
         held = np.memmap(path, np.uint8, "r")
-        for name, said in header.items():
-            kind = TYPES.get(said["dtype"])
+        for name, entry in header.items():
+            kind = TYPES.get(entry["dtype"])
             if kind is None:
-                if said["dtype"][0] == "F" or said["dtype"][:2] == "BF":
-                    raise UnsupportedModel(f"its weights are of the type {said['dtype']}")
+                if entry["dtype"][0] == "F" or entry["dtype"][:2] == "BF":
+                    raise UnsupportedModel(f"its weights are of the type {entry['dtype']}")
                 continue  # masks and counters
-            first, last = said["data_offsets"]
-            numbers = math.prod(said["shape"])
+            first, last = entry["data_offsets"]
+            numbers = math.prod(entry["shape"])
             if not 0 <= first <= last or last - first != np.dtype(kind[0]).itemsize * numbers:
-                told = f"{name} has {last - first} bytes for the shape {said['shape']}"
-                raise jsonfile.damaged(path, told, checkpoint.ADVICE)
-            array = held[begin + first : begin + last].view(kind[0]).reshape(said["shape"])
-            found[name] = Mapped(array, kind[1])
-    return found
+                problem = f"{name} has {last - first} bytes for the shape {entry['shape']}"
+                raise jsonfile.damaged(path, problem, checkpoint.ADVICE)
+            array = held[begin + first : begin + last].view(kind[0]).reshape(entry["shape"])
+            tensors[name] = Mapped(array, kind[1])
+    return tensors
 
 
 def size(tensor: Tensor) -> int:
@@ -123,8 +123,8 @@ def whole(tensor: Tensor) -> NDArray[np.float32]:
 def taken(tensor: Tensor, rows: tuple[int, int, int]) -> NDArray[np.float32]:
     """Rows `first` to `last` of each `of` rows of a tensor."""
     first, last, of = rows
-    found = [tensor.read(slice(at + first, at + last)) for at in range(0, tensor.shape[0], of)]
-    return found[0] if len(found) == 1 else np.concatenate(found)
+    pieces = [tensor.read(slice(at + first, at + last)) for at in range(0, tensor.shape[0], of)]
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
 def transposed(tensor: Tensor, rows: tuple[int, int, int] | None) -> NDArray[np.float32]:
@@ -147,11 +147,11 @@ def _rows(
     tensor: Tensor, start: int, stop: int, first: int, each: int, of: int
 ) -> NDArray[np.float32]:
     """Rows `start` to `stop` of those that are taken: of each `of` rows `each` from `first` on."""
-    found = []
+    pieces = []
     while start < stop:
         group, within = divmod(start, each)
         count = min(each - within, stop - start)
         at = group * of + first + within
-        found.append(tensor.read(slice(at, at + count)))
+        pieces.append(tensor.read(slice(at, at + count)))
         start += count
-    return found[0] if len(found) == 1 else np.concatenate(found)
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)

@@ -192,8 +192,8 @@ def configuration(file: File) -> dict[str, Any]:
         raise UnsupportedModel(f"its architecture is {file.architecture!r}, not one of {known}")
     if TABLE not in file.tensors:
         raise UnsupportedModel(f"it has no {TABLE}")
-    said = {name: file.get(name) for name in kind.says if file.get(name) is not None}
-    lists = [name for name, value in said.items() if isinstance(value, np.ndarray | list)]
+    metadata = {name: file.get(name) for name in kind.says if file.get(name) is not None}
+    lists = [name for name, value in metadata.items() if isinstance(value, np.ndarray | list)]
     if lists:
         raise UnsupportedModel(f"its layers differ in {some(lists)}")
     config = {
@@ -201,7 +201,7 @@ def configuration(file: File) -> dict[str, Any]:
         "vocab_size": file.tensors[TABLE].shape[0],
         "tie_word_embeddings": HEAD not in file.tensors,
         **kind.constant,
-        **{kind.says[name]: _plain(value) for name, value in said.items()},
+        **{kind.says[name]: _plain(value) for name, value in metadata.items()},
         **_rotation(file, kind),
         **kind.more(file),
     }
@@ -227,23 +227,23 @@ def _rotation(file: File, kind: Architecture) -> dict[str, Any]:
     size = int(file.get("attention.key_length", width // heads))
     if file.get("attention.value_length", size) != size:
         raise UnsupportedModel("its values are of another size than its keys")
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     turned = int(file.get("rope.dimension_count", size))
     if kind.part_turns and turned != size:
-        found["partial_rotary_factor"] = turned / size
+        settings["partial_rotary_factor"] = turned / size
     elif turned != size and kind.model_type != "gpt2":
         raise UnsupportedModel(f"it turns {turned} of the {size} numbers of a head")
     stretch = file.get("rope.scaling.type", "none")
     factor = _plain(file.get("rope.scaling.factor", 1.0))
     if stretch in ("none", "longrope") or factor in (0, 1):
-        return found
+        return settings
     if stretch not in ("linear", "yarn"):
         raise UnsupportedModel(f"its rope.scaling.type is {stretch!r}")
-    found["rope_scaling"] = {"rope_type": stretch, "factor": factor}
+    settings["rope_scaling"] = {"rope_type": stretch, "factor": factor}
     trained = file.get("rope.scaling.original_context_length")
     if trained is not None:
-        found["rope_scaling"]["original_max_position_embeddings"] = int(trained)
-    return found
+        settings["rope_scaling"]["original_max_position_embeddings"] = int(trained)
+    return settings
 
 
 def _check_all_known(file: File, kind: Architecture) -> None:
@@ -308,7 +308,7 @@ def weights(file: File, decoder: Decoder) -> dict[str, Tensor]:
     known = gguf.get_tensor_name_map(arch, len(decoder.layers))
     heads = decoder.layers[0].attention
     turned = {"attn_q": heads.heads, "attn_k": heads.kv_heads} if kind.permuted else {}
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     used = set(OF_ROTATIONS)
     for name in _tensor_names(decoder):
         stem, _, suffix = name.rpartition(".")
@@ -322,11 +322,11 @@ def weights(file: File, decoder: Decoder) -> dict[str, Tensor]:
             tensor = Unpermuted(tensor, turned[role])
         if kind.lowered and role.endswith("_norm"):
             tensor = Lowered(tensor)
-        found[name] = tensor
+        tensors[name] = tensor
     left = sorted(file.tensors.keys() - used)
     if left:
         raise UnsupportedModel(f"it has {some(left)}, which the builder does not know")
-    return found
+    return tensors
 
 
 def _tensor_names(part: Any) -> Iterator[str]:

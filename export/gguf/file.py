@@ -142,10 +142,10 @@ class _Reader:
         return value
 
     def count(self, most: int, what: str) -> int:
-        found = self.scalar("Q")
-        if found > most:
-            raise _Short(f"it tells of {found:,} {what}")
-        return int(found)
+        number = self.scalar("Q")
+        if number > most:
+            raise _Short(f"it tells of {number:,} {what}")
+        return int(number)
 
     def text(self) -> str:
         try:
@@ -184,7 +184,7 @@ class _Reader:
             raise _Short(f"its alignment is {alignment!r}")
         begin = -(-self.at // alignment) * alignment
         whole = np.frombuffer(self.mapped, np.uint8)
-        found: dict[str, Held] = {}
+        tensors: dict[str, Held] = {}
         for name, shape, kind, offset in described:
             if kind not in self.sizes:
                 raise UnsupportedModel(f"{self.path} has {name} in ggml's type {kind}")
@@ -195,7 +195,7 @@ class _Reader:
             first, size = begin + offset, numbers // block * width
             if first + size > len(whole):
                 raise _Short(f"{name!r} would end at byte {first + size:,} of {len(whole):,}")
-            if name in found:
+            if name in tensors:
                 raise _Short(f"it has {name!r} twice")
-            found[name] = Held(shape, kind, whole[first : first + size])
-        return found
+            tensors[name] = Held(shape, kind, whole[first : first + size])
+        return tensors

@@ -47,11 +47,11 @@ def precision_of(file: File) -> str | None:
 
 def _weights_by_type(file: File) -> Counter[str]:
     """Weights of matrices, but for the table of tokens, by the name of their type."""
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for name, held in file.tensors.items():
         if len(held.shape) > 1 and name != architectures.TABLE:
-            found[tensors.type_name(held.kind)] += held.shape[0] * held.shape[-1]
-    return found
+            counts[tensors.type_name(held.kind)] += held.shape[0] * held.shape[-1]
+    return counts
 
 
 def of_file(file: File) -> Parts:
@@ -73,7 +73,7 @@ def of_file(file: File) -> Parts:
             )
         ends = vocabulary.end_ids(file, decoder.vocabulary)
     types = Counter(tensors.type_name(held.kind) for held in file.tensors.values())
-    told = ", ".join(f"{count} {kind}" for kind, count in types.most_common())
+    summary = ", ".join(f"{count} {kind}" for kind, count in types.most_common())
     return Parts(
         name=name,
         config=config | ids,
@@ -83,7 +83,7 @@ def of_file(file: File) -> Parts:
         note=note,
         defaults={name: number for name, number in ids.items() if name != "unk_token_id"} | ends,
         write_tokenizer=partial(_write, tokenizer, settings),
-        about=f"a GGUF file ({told}), without torch",
+        about=f"a GGUF file ({summary}), without torch",
     )
 
 

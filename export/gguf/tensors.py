@@ -62,8 +62,8 @@ class Stored:
             return np.asarray(flat[first:last], np.float32)
         each = math.prod(self.shape[1:-1])
         taken = np.ascontiguousarray(data[first * each : last * each])
-        found = gguf.dequantize(taken, gguf.GGMLQuantizationType(self.held.kind))
-        return np.asarray(found, np.float32).reshape(last - first, *self.shape[1:])
+        values = gguf.dequantize(taken, gguf.GGMLQuantizationType(self.held.kind))
+        return np.asarray(values, np.float32).reshape(last - first, *self.shape[1:])
 
     @property
     def _lines(self) -> int:
@@ -92,8 +92,8 @@ class Unpermuted:
         begin, end = first // size, -(-last // size)
         whole = self.inner.read(slice(begin * size, end * size))
         pairs = whole.reshape(end - begin, size // 2, 2, *self.shape[1:])
-        found = pairs.swapaxes(1, 2).reshape(whole.shape)
-        return np.ascontiguousarray(found[first - begin * size : last - begin * size])
+        unpermuted = pairs.swapaxes(1, 2).reshape(whole.shape)
+        return np.ascontiguousarray(unpermuted[first - begin * size : last - begin * size])
 
 
 @dataclass(frozen=True)

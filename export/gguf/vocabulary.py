@@ -95,27 +95,27 @@ def read(file: File) -> tuple[Tokenizer | None, dict[str, Any], str]:
             pre = "gpt-2"
         if pre not in SPLITS:
             return None, config, f"its pre-tokenizer is {pre!r}, which is not known"
-        made = _byte_level(file, tokens, pre)
+        tokenizer = _byte_level(file, tokens, pre)
         begins = pre in WHOLE_WORDS
     elif kind == "llama":
-        made, begins = _sentence_pieces(file, tokens, types), True
+        tokenizer, begins = _sentence_pieces(file, tokens, types), True
     else:
         return None, config, f"its tokenizer is of the kind {kind!r}, which is not known"
-    made.add_special_tokens(
+    tokenizer.add_special_tokens(
         [AddedToken(t, normalized=False, special=True) for t in _of(tokens, types, CONTROL)]
     )
-    made.add_tokens(
+    tokenizer.add_tokens(
         [
             AddedToken(t, normalized=kind == "llama" and SPACE in t, special=False)
             for t in _of(tokens, types, USER_DEFINED)
         ]
     )
-    _add_ends(made, file, config, begins)
-    return made, config, ""
+    _add_ends(tokenizer, file, config, begins)
+    return tokenizer, config, ""
 
 
 def _of(tokens: Sequence[str], types: Sequence[int], kind: int) -> Iterator[str]:
-    return (token for token, found in zip(tokens, types, strict=True) if found == kind)
+    return (token for token, token_type in zip(tokens, types, strict=True) if token_type == kind)
 
 
 def _byte_level(file: File, tokens: list[str], pre: str) -> Tokenizer:
@@ -124,9 +124,11 @@ def _byte_level(file: File, tokens: list[str], pre: str) -> Tokenizer:
         raise UnsupportedModel("its vocabulary has no merges")
     merges = [_pair(line) for line in lines]
     vocabulary = {token: number for number, token in enumerate(tokens)}
-    made = Tokenizer(_model(vocabulary, merges, ignore_merges=pre in WHOLE_WORDS, fuse_unk=False))
+    tokenizer = Tokenizer(
+        _model(vocabulary, merges, ignore_merges=pre in WHOLE_WORDS, fuse_unk=False)
+    )
     if pre in COMPOSED:
-        made.normalizer = normalizers.NFC()
+        tokenizer.normalizer = normalizers.NFC()
     splits = SPLITS[pre]
     steps: list[Any] = []
     for expression in splits:
@@ -135,9 +137,9 @@ def _byte_level(file: File, tokens: list[str], pre: str) -> Tokenizer:
         elif expression != GPT2:
             steps.append(pre_tokenizers.Split(Regex(expression), "isolated"))
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=GPT2 in splits))
-    made.pre_tokenizer = steps[0] if len(steps) == 1 else pre_tokenizers.Sequence(steps)
-    made.decoder = decoders.ByteLevel()
-    return made
+    tokenizer.pre_tokenizer = steps[0] if len(steps) == 1 else pre_tokenizers.Sequence(steps)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
 
 
 def _model(vocabulary: dict[str, int], merges: list[tuple[str, str]], **rules: Any) -> models.BPE:
@@ -173,12 +175,12 @@ def _sentence_pieces(file: File, tokens: list[str], types: Sequence[int]) -> Tok
         byte_fallback=bool(falls_back),
         ignore_merges=False,
     )
-    made = Tokenizer(model)
+    tokenizer = Tokenizer(model)
     prefixed = bool(file.metadata.get("tokenizer.ggml.add_space_prefix", True))
     spaces = normalizers.Replace(" ", SPACE)
     steps = [normalizers.Prepend(SPACE), spaces] if prefixed else [spaces]
-    made.normalizer = normalizers.Sequence(steps)
-    made.decoder = decoders.Sequence(
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    tokenizer.decoder = decoders.Sequence(
         [
             decoders.Replace(SPACE, " "),
             decoders.ByteFallback(),
@@ -186,26 +188,26 @@ def _sentence_pieces(file: File, tokens: list[str], types: Sequence[int]) -> Tok
             *([decoders.Strip(" ", 1, 0)] if prefixed else []),
         ]
     )
-    return made
+    return tokenizer
 
 
 def _merges(
     vocabulary: dict[str, int], tokens: list[str], scores: Sequence[float], types: Sequence[int]
 ) -> list[tuple[str, str]]:
     """Pairs of pieces that make a piece, the likeliest piece first: SentencePiece joins by that."""
-    found = []
+    merges = []
     for token, score, kind in zip(tokens, scores, types, strict=True):
         if kind != NORMAL:
             continue
         for at in range(1, len(token)):
             left, right = vocabulary.get(token[:at]), vocabulary.get(token[at:])
             if left is not None and right is not None:
-                found.append((-score, left, right))
-    found.sort()
-    return [(tokens[left], tokens[right]) for _, left, right in found]
+                merges.append((-score, left, right))
+    merges.sort()
+    return [(tokens[left], tokens[right]) for _, left, right in merges]
 
 
-def _add_ends(made: Tokenizer, file: File, config: dict[str, Any], begins: bool) -> None:
+def _add_ends(tokenizer: Tokenizer, file: File, config: dict[str, Any], begins: bool) -> None:
     """The tokens that a text begins and ends with."""
     first = file.metadata.get("tokenizer.ggml.add_bos_token", begins)
     last = file.metadata.get("tokenizer.ggml.add_eos_token", False)
@@ -213,11 +215,11 @@ def _add_ends(made: Tokenizer, file: File, config: dict[str, Any], begins: bool)
     after = [config["eos_token"]] if last and "eos_token" in config else []
     if not before and not after:
         return
-    made.post_processor = processors.TemplateProcessing(
+    tokenizer.post_processor = processors.TemplateProcessing(
         single=[*before, "$A", *after],
         pair=[*before, "$A", *after, *(f"{t}:1" for t in before), "$B:1",
               *(f"{t}:1" for t in after)],
-        special_tokens=[(token, made.token_to_id(token)) for token in {*before, *after}],
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in {*before, *after}],
     )  # fmt: skip
 
 
@@ -235,22 +237,22 @@ def special_ids(file: File, tokens: int) -> dict[str, int]:
     Raises:
         UnsupportedModel: one is no token.
     """
-    found = {}
+    ids = {}
     for theirs, name in IDS.items():
         number = file.metadata.get(f"tokenizer.ggml.{theirs}_token_id")
         if number is None:
             continue
         if not isinstance(number, int) or not 0 <= number < tokens:
             raise UnsupportedModel(f"its {name} is {number!r}, and it has {tokens} tokens")
-        found[f"{name}_id"] = number
-    return found
+        ids[f"{name}_id"] = number
+    return ids
 
 
 def end_ids(file: File, tokens: int) -> dict[str, Any]:
     """The ids that end a text, where there are several: of the text, of a turn, of a message."""
     names = ("eos", "eot", "eom")
-    said = [file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in names]
-    ids = [number for number in said if isinstance(number, int) and 0 <= number < tokens]
+    numbers = [file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in names]
+    ids = [number for number in numbers if isinstance(number, int) and 0 <= number < tokens]
     return {"eos_token_id": list(dict.fromkeys(ids))} if len(set(ids)) > 1 else {}
 
 

@@ -203,11 +203,11 @@ def joined(graph: ir.Graph, layer: int, signature: Signature) -> Joined:
 
 def _product(layer: int, value: ir.Value) -> ir.Node:
     """The one product whose second factor is made of `value`."""
-    found, pending = [], [value]
+    products, pending = [], [value]
     while pending:
         for use in pending.pop().uses():
             if use.node.op_type == "MatMul" and use.idx == 1:
-                found.append(use.node)
+                products.append(use.node)
             elif use.node.op_type in BETWEEN and (use.idx == 0 or use.node.op_type == "Mul"):
                 pending += use.node.outputs
             elif use.node.op_type != "Shape":
@@ -216,9 +216,9 @@ def _product(layer: int, value: ir.Value) -> ir.Node:
                     f"{value.name} goes to {use.node.op_type} ({use.node.name}), which is "
                     "not known as a part of attention",
                 )
-    if len(set(found)) != 1:
-        raise refused(layer, f"{value.name} goes to {len(set(found))} products, expected 1")
-    return found[0]
+    if len(set(products)) != 1:
+        raise refused(layer, f"{value.name} goes to {len(set(products))} products, expected 1")
+    return products[0]
 
 
 def _follow(layer: int, node: ir.Node, through: set[str], to: str) -> ir.Node:
@@ -250,25 +250,25 @@ class Meaning:
     window: int | None
 
 
-def meaning(one: Joined, seen: Mapping[str, Any], longer: Mapping[str, Any]) -> Meaning:
+def meaning(nodes: Joined, seen: Mapping[str, Any], longer: Mapping[str, Any]) -> Meaning:
     """Read what attention computes from a run, and compare every number of it.
 
     Args:
         seen: all values of a run with a past, without padding.
         longer: the scores that go to the softmax, [1, heads, new, total], of a long run.
     """
-    layer = one.layer
+    layer = nodes.layer
 
-    def found(value: ir.Value) -> NDArray[np.float64]:
+    def array_of(value: ir.Value) -> NDArray[np.float64]:
         array = seen[str(value.name)] if value.name in seen else constant(value)
         if array is None or isinstance(array, tuple):
             raise refused(layer, f"{value.name} could not be looked at")
         return np.asarray(array, np.float64)
 
-    keys, held = (found(value) for value in one.present)
+    keys, held = (array_of(value) for value in nodes.present)
     rows, kv_heads, total, size = keys.shape
-    new = found(one.new[0]).shape[2]
-    query, turned = (found(input_of(one.scores, index)) for index in range(2))
+    new = array_of(nodes.new[0]).shape[2]
+    query, turned = (array_of(input_of(nodes.scores, index)) for index in range(2))
     query = _four(layer, query, rows, new, size)
     heads = query.shape[1]
     if size % HEAD_STEP or held.shape[3] != size:
@@ -282,18 +282,18 @@ def meaning(one: Joined, seen: Mapping[str, Any], longer: Mapping[str, Any]) -> 
     spread = np.repeat(keys, heads // kv_heads, axis=1).swapaxes(2, 3)
     turned = turned.reshape(*_leading(turned, rows), size, total)
     of_keys = _ratio(layer, turned, spread, "its keys")
-    scores = found(input_of(one.softmax, 0)).reshape(rows, heads, new, total)
+    scores = array_of(input_of(nodes.softmax, 0)).reshape(rows, heads, new, total)
     raw = query @ spread * of_keys
     shown = scores > HIDDEN
-    scale, softcap = _scaled(layer, raw[shown], scores[shown], _cap(one, found))
+    scale, softcap = _scaled(layer, raw[shown], scores[shown], _cap(nodes, array_of))
     weights = np.where(shown, scores, -np.inf)
     weights = np.exp(weights - weights.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
     out = weights @ np.repeat(held, heads // kv_heads, axis=1)
-    given = found(one.values.outputs[0]).reshape(out.shape)
+    given = array_of(nodes.values.outputs[0]).reshape(out.shape)
     if not np.allclose(out, given, rtol=1e-3, atol=1e-4 * (np.abs(out).max() or 1)):
         raise refused(layer, "its sum of values is not what its Softmax weighs")
-    window = _window(layer, np.asarray(longer[str(input_of(one.softmax, 0).name)]))
+    window = _window(layer, np.asarray(longer[str(input_of(nodes.softmax, 0).name)]))
     return Meaning(heads, kv_heads, size, float(scale * of_keys), softcap, window)
 
 
@@ -317,24 +317,24 @@ def _ratio(layer: int, one: NDArray[Any], other: NDArray[Any], what: str) -> flo
     if one.shape != other.shape and one.ndim == 4 and other.shape[1] % one.shape[1] == 0:
         one = np.repeat(one, other.shape[1] // one.shape[1], axis=1)  # not spread over the heads
     if one.shape == other.shape:
-        place = np.unravel_index(np.abs(other).argmax(), other.shape)
-        factor = float(one[place] / other[place]) if other[place] else 1.0
+        index = np.unravel_index(np.abs(other).argmax(), other.shape)
+        factor = float(one[index] / other[index]) if other[index] else 1.0
         if np.allclose(one, other * factor, rtol=1e-4, atol=1e-5 * np.abs(one).max()):
             return factor
     raise refused(layer, f"{what} are not those that it keeps, spread over its heads")
 
 
-def _cap(one: Joined, found: Any) -> float:
+def _cap(nodes: Joined, array_of: Any) -> float:
     """The factor behind a Tanh between the scores and their softmax; 0 where there is none."""
-    node, after, cap = one.scores, False, 1.0
-    while node is not one.softmax:
+    node, after, cap = nodes.scores, False, 1.0
+    while node is not nodes.softmax:
         node = next(
             use.node for use in node.outputs[0].uses() if use.node.op_type not in ("Shape", "IsNaN")
         )
         if node.op_type == "Tanh":
             after = True
         elif after and node.op_type in ("Mul", "Div"):
-            others = [found(v) for v in node.inputs if v is not None]
+            others = [array_of(v) for v in node.inputs if v is not None]
             factor = next((float(v.reshape(-1)[0]) for v in others if v.size == 1), 1.0)
             cap *= factor if node.op_type == "Mul" else 1 / factor
     return cap if after else 0.0
@@ -383,34 +383,34 @@ def _window(layer: int, scores: NDArray[Any]) -> int | None:
 
 
 def group(
-    graph: ir.Graph, one: Joined, means: Meaning, signature: Signature, feed: Feed, ids: ir.Value
+    graph: ir.Graph, nodes: Joined, means: Meaning, signature: Signature, feed: Feed, ids: ir.Value
 ) -> None:
     """Put GroupQueryAttention in the place of the nodes from queries to their sums of values."""
-    before, query = one.values, one.scores.inputs[0]
+    before, query = nodes.values, nodes.scores.inputs[0]
     assert query is not None
     flat = add_initializer(graph, "flat_heads", np.array([0, 0, -1], np.int64))
     sizes = [means.num_heads, means.head_dim]
     if rank(query) == 3:  # [rows * heads, new, size]
         query = _reshaped(graph, before, query, ids, ["rows", sizes[0], "new", sizes[1]])
     parts: list[ir.Value] = []
-    for part in (query, *one.new):
+    for part in (query, *nodes.new):
         (turned,) = insert(before, "Transpose", [part], {"perm": [0, 2, 1, 3]})
         parts += insert(before, "Reshape", [turned, flat])
     pasts = {value.name: value for value in graph.inputs}
     inputs: list[ir.Value | None] = [None] * INPUTS
     inputs[:3] = parts
-    inputs[3:5] = [pasts[name] for name in signature.past[2 * one.layer : 2 * one.layer + 2]]
+    inputs[3:5] = [pasts[name] for name in signature.past[2 * nodes.layer : 2 * nodes.layer + 2]]
     inputs[SEQLENS], inputs[TOTAL] = feed.seqlens_k, feed.total_sequence_length
     inputs[QUERIES] = feed.query_seqlens
     ours = attributes(means.num_heads, means.kv_heads, means.scale, means.window, means.softcap)
     out, *present = insert(before, "GroupQueryAttention", inputs, ours, domain=MICROSOFT, outputs=3)
     shape = add_initializer(graph, "split_heads", np.array([0, 0, *sizes], np.int64))
     (split,) = insert(before, "Reshape", [out, shape])
-    (found,) = insert(before, "Transpose", [split], {"perm": [0, 2, 1, 3]})
-    if rank(one.values.outputs[0]) == 3:
-        found = _reshaped(graph, before, found, ids, [-1, "new", sizes[1]])
-    one.values.outputs[0].replace_all_uses_with(found)
-    for old, new in zip(one.present, present, strict=True):
+    (output,) = insert(before, "Transpose", [split], {"perm": [0, 2, 1, 3]})
+    if rank(nodes.values.outputs[0]) == 3:
+        output = _reshaped(graph, before, output, ids, [-1, "new", sizes[1]])
+    nodes.values.outputs[0].replace_all_uses_with(output)
+    for old, new in zip(nodes.present, present, strict=True):
         name = old.name
         new.type, new.shape = old.type, old.shape
         old.replace_all_uses_with(new, replace_graph_outputs=True)
@@ -444,12 +444,12 @@ def _factor(node: ir.Node) -> tuple[int, float] | None:
     """The input that a node multiplies by a number, and the number; None for other nodes."""
     if node.op_type not in ("Mul", "Div"):
         return None
-    for place in (1, 0):
-        held = constant(node.inputs[place])
-        if held is None or held.size != 1 or (node.op_type == "Div" and place == 0):
+    for index in (1, 0):
+        held = constant(node.inputs[index])
+        if held is None or held.size != 1 or (node.op_type == "Div" and index == 0):
             continue
         number = float(held.reshape(-1)[0])
-        return 1 - place, number if node.op_type == "Mul" else 1 / number
+        return 1 - index, number if node.op_type == "Mul" else 1 / number
     return None
 
 

@@ -73,8 +73,8 @@ class Choice:
     def config(self) -> dict[str, Any]:
         """The folder's config.json, or what its genai_config.json says of the same."""
         path = self.folder / CONFIG
-        found = jsonfile.read(path) if path.is_file() else {}
-        return found if found else _configured(self.genai)
+        config = jsonfile.read(path) if path.is_file() else {}
+        return config if config else _configured(self.genai)
 
     @cached_property
     def genai(self) -> dict[str, Any]:
@@ -102,13 +102,13 @@ def load(path: Path) -> ir.Model:
     try:
         return ir.load(path)
     except Exception as error:  # of protobuf, or of any kind where a graph contradicts itself
-        said = (str(error).strip() or repr(error)).splitlines()[0]
-        raise UnsupportedModel(f"{path.name} cannot be read as a graph: {said}") from error
+        message = (str(error).strip() or repr(error)).splitlines()[0]
+        raise UnsupportedModel(f"{path.name} cannot be read as a graph: {message}") from error
 
 
-def _part(told: dict[str, Any], name: str) -> dict[str, Any]:
+def _part(config: dict[str, Any], name: str) -> dict[str, Any]:
     """An object within another; without content where it is something else."""
-    part = told.get(name)
+    part = config.get(name)
     return part if isinstance(part, dict) else {}
 
 
@@ -116,7 +116,7 @@ def _configured(genai: dict[str, Any]) -> dict[str, Any]:
     """A config.json of what onnxruntime-genai's says."""
     model = _part(genai, "model")
     decoder = _part(model, "decoder")
-    found = {
+    config = {
         "model_type": model.get("type"),
         "vocab_size": model.get("vocab_size"),
         "max_position_embeddings": model.get("context_length"),
@@ -127,8 +127,8 @@ def _configured(genai: dict[str, Any]) -> dict[str, Any]:
         "num_hidden_layers": decoder.get("num_hidden_layers"),
         "sliding_window": _part(decoder, "sliding_window").get("window_size"),
     }
-    found |= {name: model.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return {name: value for name, value in found.items() if value is not None}
+    config |= {name: model.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return {name: value for name, value in config.items() if value is not None}
 
 
 def _searched(genai: dict[str, Any]) -> dict[str, Any]:
@@ -137,12 +137,12 @@ def _searched(genai: dict[str, Any]) -> dict[str, Any]:
         return {}
     model, search = _part(genai, "model"), _part(genai, "search")
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    found = {name: model[name] for name in names if model.get(name) is not None}
+    defaults = {name: model[name] for name in names if model.get(name) is not None}
     if search.get("do_sample"):
-        found["do_sample"] = True
+        defaults["do_sample"] = True
         for name in ("temperature", "top_k", "top_p"):
             if search.get(name) is not None:
-                found[name] = search[name]
+                defaults[name] = search[name]
     for name, neutral in (
         ("repetition_penalty", 1.0),
         ("no_repeat_ngram_size", 0),
@@ -151,38 +151,38 @@ def _searched(genai: dict[str, Any]) -> dict[str, Any]:
         ("min_length", 0),
     ):
         if search.get(name, neutral) not in (neutral, None):
-            found[name] = search[name]
-    return found
+            defaults[name] = search[name]
+    return defaults
 
 
-def choose(place: Path, precision: str | None) -> Choice:
+def choose(folder: Path, precision: str | None) -> Choice:
     """The graph of a folder for a precision.
 
     Args:
-        place: of config.json or genai_config.json.
+        folder: of config.json or genai_config.json.
         precision: a folder's own ("q4", "q8", "fp16", "q4f16", "bnb4", ...), or "int8" or "int4",
             which are made of its fp32; None for q4, else q8, else what there is.
 
     Raises:
         ModelError: it is no decoder of texts, or does not have that precision.
     """
-    name_of_place = name_of(place)
+    folder_name = name_of(folder)
     jsonfile.check_fetched(
-        *(place / name for name in (CONFIG, GENERATION_CONFIG, *vocabulary.FILES))
+        *(folder / name for name in (CONFIG, GENERATION_CONFIG, *vocabulary.FILES))
     )
     try:
-        found = onnx_folders.decoders(onnx_folders.names_in(place))
-        plain = place / found["fp32"] if "fp32" in found else None
+        decoders = onnx_folders.decoders(onnx_folders.names_in(folder))
+        plain = folder / decoders["fp32"] if "fp32" in decoders else None
         if plain and not jsonfile.is_pointer(plain) and (kind := kind_of(plain)) != "fp32":
             # The one without a suffix is quantised all the same (by onnxruntime-genai's builder).
-            found.setdefault({"int4": "q4", "int8": "q8"}[kind], found.pop("fp32"))
-        name = onnx_folders.chosen(found, precision)
+            decoders.setdefault({"int4": "q4", "int8": "q8"}[kind], decoders.pop("fp32"))
+        name = onnx_folders.chosen(decoders, precision)
     except ModelError as error:
-        raise UnsupportedModel(f"{name_of_place} cannot be opened: {error}") from error
-    graph = place / found[name]
+        raise UnsupportedModel(f"{folder_name} cannot be opened: {error}") from error
+    graph = folder / decoders[name]
     kind = kind_of(graph)
-    made = precision if precision in onnx_folders.MADE and kind == "fp32" else kind
-    return Choice(place, graph, name, kind, made)
+    written = precision if precision in onnx_folders.MADE and kind == "fp32" else kind
+    return Choice(folder, graph, name, kind, written)
 
 
 def kind_of(path: Path) -> str:

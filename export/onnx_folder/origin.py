@@ -71,27 +71,27 @@ class Folder:
     @cached_property
     def vocab(self) -> int:
         """Ids that it both reads and says."""
-        said = self.logits(np.zeros(1, np.int64)).shape[-1]
-        return min(int(said), self._said("vocab_size") or int(said))
+        width = self.logits(np.zeros(1, np.int64)).shape[-1]
+        return min(int(width), self._said("vocab_size") or int(width))
 
     @cached_property
     def limit(self) -> int | None:
         """Positions: as the configuration says, and not more than the graph's tables have."""
-        said, tables = self._said(*LIMITS), self._tables()
-        return min([*tables, *([said] if said else [])], default=None)
+        configured, tables = self._said(*LIMITS), self._tables()
+        return min([*tables, *([configured] if configured else [])], default=None)
 
     def _tables(self) -> list[int]:
         """Rows of the tables that the graph looks positions up in."""
-        found = []
+        lengths = []
         for node in self.rewritten.model.graph:
             if node.op_type == "GroupQueryAttention" and flag(node, "do_rotary"):
                 rows = sizes_of(node.inputs[7])[:1]
-                found += [count for count in rows if count is not None]
+                lengths += [count for count in rows if count is not None]
             if node.op_type == "Gather" and (table := constant(node.inputs[0])) is not None:
                 offset = _offset(node.inputs[1])
                 if offset is not None and table.ndim > 1:
-                    found.append(len(table) - offset)
-        return found
+                    lengths.append(len(table) - offset)
+        return lengths
 
     @cached_property
     def rewritten(self) -> rewrite.Rewritten:
@@ -138,18 +138,18 @@ class Folder:
         return self.plain.continuation(row, count)
 
     def convert(self, whole: bool = False) -> tuple[ir.Model, list[str]]:
-        made = self.rewritten
-        shown = [f"{len(made.layers)} attention layers"]
-        if made.halves:
+        rewritten = self.rewritten
+        shown = [f"{len(rewritten.layers)} attention layers"]
+        if rewritten.halves:
             shown.append("half precision became single")
-        return made.model, shown
+        return rewritten.model, shown
 
-    def written(self, place: Path) -> None:
+    def written(self, directory: Path) -> None:
         """It runs by itself."""
 
     def describe(self) -> ModelInfo:
-        made = self.rewritten
-        logits = next(value for value in made.model.graph.outputs if value.name == "logits")
+        rewritten = self.rewritten
+        logits = next(value for value in rewritten.model.graph.outputs if value.name == "logits")
         vocab_size = sizes_of(logits)[2]
         assert vocab_size is not None
         return ModelInfo(
@@ -160,18 +160,18 @@ class Folder:
             vocab_size=vocab_size,
             max_length=self.limit,
             hard_limit=bool(self._tables()),
-            layers=tuple((heads, dim) for heads, dim in made.layers),
+            layers=tuple((heads, dim) for heads, dim in rewritten.layers),
         )
 
     def report(self) -> dict[str, Any]:
-        made = self.rewritten
+        rewritten = self.rewritten
         return {
             "folder": {
                 "graph": self.choice.graph.name,
                 "precision": self.choice.name,
-                "attention": sorted(set(made.kinds)),
-                "windows": made.windows,
-                "half_precision_became_single": made.halves,
+                "attention": sorted(set(rewritten.kinds)),
+                "windows": rewritten.windows,
+                "half_precision_became_single": rewritten.halves,
                 "proof": "logits and greedy text are compared with the folder's own graph, which "
                 "ran by itself, a row at a time, with a past that grows; this one ran through "
                 "fastgen's engine, rows of all lengths together",
@@ -189,14 +189,14 @@ class Folder:
                 "tokens of a step: what a row says depends on its neighbours, by some percent. "
                 "Prefer another precision"
             )
-        found = {window for window in self.rewritten.windows if window is not None}
+        windows = {window for window in self.rewritten.windows if window is not None}
         used = self.config.get("use_sliding_window", True)
-        said = self._said("sliding_window", "window_size") if used else None
-        if said is not None and said < (self.limit or said + 1) and found != {said}:
-            has = f"one of {min(found)}" if found else "none"
-            notes.append(f"config.json has a window of {said} tokens, the folder's graph {has}")
-        if found and said is None:
-            notes.append(f"the folder's graph has a window of {min(found)}, config.json none")
+        window = self._said("sliding_window", "window_size") if used else None
+        if window is not None and window < (self.limit or window + 1) and windows != {window}:
+            has = f"one of {min(windows)}" if windows else "none"
+            notes.append(f"config.json has a window of {window} tokens, the folder's graph {has}")
+        if windows and window is None:
+            notes.append(f"the folder's graph has a window of {min(windows)}, config.json none")
         cap = self.config.get("attn_logit_softcapping")
         capped = any(
             node.op_type == "GroupQueryAttention" and node.attributes.get_float("softcap", 0.0)

@@ -49,9 +49,9 @@ class Plain:
         try:
             self.session = open_graph(model if changed else path, options)
         except Exception as error:  # onnxruntime raises classes of its own, derived from Exception
-            said = str(error).strip().splitlines()[-1]
+            message = str(error).strip().splitlines()[-1]
             raise UnsupportedModel(
-                f"onnxruntime cannot run {path.name} on a CPU: {said}"
+                f"onnxruntime cannot run {path.name} on a CPU: {message}"
             ) from error
 
     def logits(self, row: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -69,16 +69,16 @@ class Plain:
 
     def continuation(self, row: NDArray[np.int64], count: int) -> NDArray[np.int64]:
         """The likeliest tokens after a row, one by one."""
-        found: list[int] = []
+        tokens: list[int] = []
         head = len(row) if self.masks else 1
         logits, past = self._step(row[:head], self.signature.nothing(1))
         for token in row[head:]:
             logits, past = self._step(np.array([token]), past)
         while True:
-            found.append(int(logits[-1].argmax()))
-            if len(found) == count:
-                return np.array(found, np.int64)
-            logits, past = self._step(np.array(found[-1:]), past)
+            tokens.append(int(logits[-1].argmax()))
+            if len(tokens) == count:
+                return np.array(tokens, np.int64)
+            logits, past = self._step(np.array(tokens[-1:]), past)
 
     @cached_property
     def masks(self) -> bool:
@@ -89,8 +89,8 @@ class Plain:
         if self.operators & QUANTISED_TOGETHER:
             return True  # a token's logits depend on all others, and no mask could be told
         nothing = self.signature.nothing(1)
-        said = [self._step(np.array(ids), nothing)[0] for ids in ([0, 1, 2], [0, 3, 4])]
-        return len(said[0]) < 3 or np.allclose(said[0][0], said[1][0], 1e-2, 1e-3)
+        logits = [self._step(np.array(ids), nothing)[0] for ids in ([0, 1, 2], [0, 3, 4])]
+        return len(logits[0]) < 3 or np.allclose(logits[0][0], logits[1][0], 1e-2, 1e-3)
 
     def _step(
         self, ids: NDArray[np.int64], past: list[NDArray[Any]]
@@ -113,8 +113,8 @@ def open_graph(graph: ir.Model | Path, options: Any) -> Any:
     with ExitStack() as stack:
         source: str | bytes = str(graph)
         if isinstance(graph, ir.Model) and _inline(graph.graph) < LARGEST:
-            source, place = _gathered(graph, stack)
-            options.add_session_config_entry(PLACE, place)
+            source, directory = _gathered(graph, stack)
+            options.add_session_config_entry(PLACE, directory)
         elif isinstance(graph, ir.Model):
             source = str(Path(_temporary(stack)) / "graph.onnx")
             ir.save(graph, source, external_data="graph.onnx.data")
@@ -142,15 +142,15 @@ def _gathered(model: ir.Model, stack: ExitStack) -> tuple[bytes, str]:
         if isinstance(tensor := value.const_value, ir.ExternalTensor)
     ]
     files = {tensor.path: Path(os.path.realpath(tensor.path)) for _, tensor in held}
-    places = {file.parent for file in files.values()}
-    if len(places) == 1:
-        place = str(*places)
+    directories = {file.parent for file in files.values()}
+    if len(directories) == 1:
+        directory = str(*directories)
         names = {path: file.name for path, file in files.items()}
     else:
-        place = _temporary(stack)
+        directory = _temporary(stack)
         names = {path: f"weights.{number}" for number, path in enumerate(files)}
         for path, name in names.items():
-            link_or_copy(files[path], Path(place) / name)
+            link_or_copy(files[path], Path(directory) / name)
     for value, tensor in held:
         value.const_value = ir.ExternalTensor(
             names[tensor.path],
@@ -159,9 +159,9 @@ def _gathered(model: ir.Model, stack: ExitStack) -> tuple[bytes, str]:
             tensor.dtype,
             shape=tensor.shape,
             name=tensor.name or str(value.name),
-            base_dir=place,
+            base_dir=directory,
         )
-    return ir.to_proto(model).SerializeToString(), place
+    return ir.to_proto(model).SerializeToString(), directory
 
 
 def link_or_copy(source: Path, to: Path) -> None:
@@ -193,19 +193,19 @@ def observe(
     options.log_severity_level = 4
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.disable_prepacking", "1")
-    found = []
+    observed = []
     try:
         session = open_graph(model, options)
         taken = {value.name for value in session.get_inputs()}
         for fed in feeds:
             arrays = session.run(names, {name: fed[name] for name in fed if name in taken})
-            found.append(
+            observed.append(
                 {
                     name: array if array.size <= most else array.shape
                     for name, array in zip(names, arrays, strict=True)
                 }
             )
     except Exception as error:  # onnxruntime raises classes of its own, derived from Exception
-        said = str(error).strip().splitlines()[-1]
-        raise UnsupportedModel(f"its graph does not run: {said}") from error
-    return found
+        message = str(error).strip().splitlines()[-1]
+        raise UnsupportedModel(f"its graph does not run: {message}") from error
+    return observed

@@ -148,8 +148,8 @@ def _raise_opset(model: ir.Model) -> None:
             if name in node.attributes:
                 held = np.array(node.attributes.pop(name).as_ints(), np.int64)
                 node.resize_inputs(2)
-                made = add_initializer(model.graph, f"{node.name}.{name}", held)
-                node.replace_input_with(1, made)
+                initializer = add_initializer(model.graph, f"{node.name}.{name}", held)
+                node.replace_input_with(1, initializer)
         if version < 18 and kind == "Split" and len(node.inputs) < 2:
             node.attributes["num_outputs"] = ir.AttrInt64("num_outputs", len(node.outputs))
         if version < 13 and kind in FLATTENING and "axis" not in node.attributes:
@@ -161,11 +161,11 @@ def _raise_opset(model: ir.Model) -> None:
 
 def _to_single(model: ir.Model) -> bool:
     """float16 and bfloat16 become float32: initializers, casts, constants, inputs and outputs."""
-    graph, found = model.graph, False
+    graph, changed = model.graph, False
     for value in graph.initializers.values():
         tensor = value.const_value
         if tensor is not None and tensor.dtype in HALVES:
-            found = True
+            changed = True
             value.const_value = _widened(tensor)
             value.dtype = ir.DataType.FLOAT
     for value in (
@@ -173,19 +173,19 @@ def _to_single(model: ir.Model) -> bool:
         *(output for node in graph.all_nodes() for output in node.outputs),
     ):
         if value.dtype in HALVES:
-            value.dtype, found = ir.DataType.FLOAT, True
+            value.dtype, changed = ir.DataType.FLOAT, True
     for node in graph.all_nodes():
         for name in ("to", "dtype", "output_dtype"):
             attribute = node.attributes.get(name)
             if attribute is not None and attribute.value in [int(half) for half in HALVES]:
                 node.attributes[name] = ir.AttrInt64(name, int(ir.DataType.FLOAT))
-                found = True
+                changed = True
         held = node.attributes.get("value")
         tensor = None if held is None else held.value
         if isinstance(tensor, ir.TensorProtocol) and tensor.dtype in HALVES:
             single = ir.tensor(tensor.numpy().astype(np.float32))
             node.attributes["value"] = ir.AttrTensor("value", single)
-    return found
+    return changed
 
 
 def _widened(tensor: ir.TensorProtocol) -> ir.LazyTensor:
@@ -228,8 +228,8 @@ def skip(graph: ir.Graph, node: ir.Node) -> None:
     if len(node.outputs) > 1 and node.outputs[1].uses():
         return
     if output.is_graph_output():
-        made = source.producer()
-        if made is None or source.is_graph_output():
+        producer = source.producer()
+        if producer is None or source.is_graph_output():
             return
         output.name, source.name = f"{output.name}.idle", output.name
         source.type = source.type or output.type

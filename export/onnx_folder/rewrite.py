@@ -170,7 +170,7 @@ def _attend(
 
 def _long_run(
     model: ir.Model,
-    found: list[attention.Joined],
+    layers: list[attention.Joined],
     signature: Signature,
     window: int | None,
     limit: int | None,
@@ -180,7 +180,7 @@ def _long_run(
     most = min(limit or LONG, max(LARGEST_LONG // each, 64))
     length = max(1, min(most - 3, (window or LONG) + 5))
     fed = signature.feeds(np.zeros((1, 3), np.int64), signature.nothing(1, length))
-    wanted = [one.softmax.inputs[0] for one in found]
+    wanted = [layer.softmax.inputs[0] for layer in layers]
     return plain.observe(model, [value for value in wanted if value is not None], [fed], 1 << 30)[0]
 
 
@@ -208,13 +208,13 @@ def _positions(model: ir.Model, seen: shapes.Seen) -> None:
             clean_up(model)
 
 
-def _are_positions(found: Any, past: int, new: int) -> bool:
+def _are_positions(array: Any, past: int, new: int) -> bool:
     return (
-        isinstance(found, np.ndarray)
-        and found.dtype == np.int64
-        and found.ndim == 2
-        and found.shape[1] == new
-        and bool((found == np.arange(past, past + new)).all())
+        isinstance(array, np.ndarray)
+        and array.dtype == np.int64
+        and array.ndim == 2
+        and array.shape[1] == new
+        and bool((array == np.arange(past, past + new)).all())
     )
 
 
@@ -222,13 +222,15 @@ def _leans(graph: ir.Graph, value: ir.Value) -> bool:
     """Tell if a value depends on the mask or the past."""
     pending, done = [value], set()
     while pending:
-        one = pending.pop()
-        if one in done or one is None:
+        current = pending.pop()
+        if current in done or current is None:
             continue
-        done.add(one)
-        if one.is_graph_input() and (one.name == MASK or str(one.name).startswith("past")):
+        done.add(current)
+        if current.is_graph_input() and (
+            current.name == MASK or str(current.name).startswith("past")
+        ):
             return True
-        node = one.producer()
+        node = current.producer()
         if node is not None and not is_grouped(node):
             pending += [source for source in node.inputs if source is not None]
     return False
@@ -301,12 +303,16 @@ def _head(logits: ir.Value, seen: shapes.Seen) -> ir.Node:
             return node
         if node.op_type not in LATE:
             break
-        sized = [one for one in node.inputs if one is not None and one.producer() is not None]
-        wide = [one for one in sized if _width(one, seen) == _width(logits, seen)]
+        sized = [
+            operand
+            for operand in node.inputs
+            if operand is not None and operand.producer() is not None
+        ]
+        wide = [operand for operand in sized if _width(operand, seen) == _width(logits, seen)]
         value = next(iter(wide or sized), None)
     last = None if value is None else value.producer()
-    said = "an input" if last is None else last.op_type
-    raise UnsupportedModel(f"its logits come from {said}, which is not known as an lm_head")
+    source = "an input" if last is None else last.op_type
+    raise UnsupportedModel(f"its logits come from {source}, which is not known as an lm_head")
 
 
 def _is_weight(value: ir.Value | None) -> bool:
@@ -401,8 +407,8 @@ def _cast(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> None:
     """Cast an input for a graph that reads another type, such as ids in 32 bits."""
     uses = [(use.node, use.idx) for use in value.uses()]
     (cast,) = insert(graph[0], "Cast", [value], {"to": int(dtype)})
-    for node, place in uses:
-        node.replace_input_with(place, cast)
+    for node, index in uses:
+        node.replace_input_with(index, cast)
 
 
 def _settle(model: ir.Model, io: GraphIO) -> None:
@@ -420,10 +426,10 @@ def _settle(model: ir.Model, io: GraphIO) -> None:
         seen = shapes.observe(model, fed)
         shapes.name_shapes(model.graph, seen, sizes)
     logits = next(value for value in model.graph.outputs if value.name == LOGITS)
-    found = shapes.shape_of(seen[0][LOGITS])
-    if len(found) != 3 or found[:2] != (ROWS[0], KEPT[0]):
-        raise UnsupportedModel(f"its logits have the shape {found}, expected [rows, keep, vocab]")
-    logits.shape = ir.Shape(["rows", "keep", found[2]])
+    shape = shapes.shape_of(seen[0][LOGITS])
+    if len(shape) != 3 or shape[:2] != (ROWS[0], KEPT[0]):
+        raise UnsupportedModel(f"its logits have the shape {shape}, expected [rows, keep, vocab]")
+    logits.shape = ir.Shape(["rows", "keep", shape[2]])
 
 
 def _ours(io: GraphIO, sizes: Mapping[str, int]) -> dict[str, NDArray[Any]]:
@@ -448,6 +454,6 @@ def _undo_turns(model: ir.Model) -> None:
             continue
         first = list(before.attributes.get_ints("perm", ()))
         second = list(node.attributes.get_ints("perm", ()))
-        if [first[place] for place in second] == sorted(first):
+        if [first[axis] for axis in second] == sorted(first):
             node.outputs[0].replace_all_uses_with(input_of(before, 0))
     clean_up(model)

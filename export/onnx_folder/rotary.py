@@ -104,7 +104,7 @@ def _part(value: ir.Value | None) -> Part | None:
         return (source, *(min(size, at + size if at < 0 else at) for at in (start[0], end[0])))
     if not _is_last(node, source):
         return None
-    place = list(node.outputs).index(value)
+    index = list(node.outputs).index(value)
     lengths = constant(node.inputs[1]) if len(node.inputs) > 1 else None
     if lengths is None:
         count = len(node.outputs)
@@ -112,7 +112,7 @@ def _part(value: ir.Value | None) -> Part | None:
     if lengths is None:
         return None
     ends = np.cumsum(lengths).tolist()
-    return source, int(ends[place] - lengths[place]), int(ends[place])
+    return source, int(ends[index] - lengths[index]), int(ends[index])
 
 
 def _half(value: ir.Value | None, seen: Seen) -> ir.Value | None:

@@ -29,8 +29,8 @@ def observe(model: ir.Model, feeds: Sequence[dict[str, NDArray[Any]]]) -> Seen:
     return plain.observe(model, values, feeds)
 
 
-def shape_of(found: Any) -> tuple[int, ...]:
-    return found if isinstance(found, tuple) else tuple(found.shape)
+def shape_of(observed: Any) -> tuple[int, ...]:
+    return observed if isinstance(observed, tuple) else tuple(observed.shape)
 
 
 def name_shapes(graph: ir.Graph, seen: Seen, sizes: Mapping[str, tuple[int, int]]) -> None:
@@ -98,7 +98,7 @@ def fold(model: ir.Model, seen: Seen, sizes: Mapping[str, tuple[int, int]]) -> i
 
 def _derived(graph: ir.Graph) -> set[ir.Value]:
     """Values that depend on the shapes of others alone."""
-    found: set[ir.Value] = set()
+    derived: set[ir.Value] = set()
     for node in graph:
         sources = [value for value in node.inputs if value is not None]
         inner = any(
@@ -107,11 +107,11 @@ def _derived(graph: ir.Graph) -> set[ir.Value]:
         if node.op_type in ("Shape", "Size") or (
             not inner
             and sources
-            and all(value in found or constant(value) is not None for value in sources)
-            and any(value in found for value in sources)
+            and all(value in derived or constant(value) is not None for value in sources)
+            and any(value in derived for value in sources)
         ):
-            found |= {*node.outputs}
-    return found
+            derived |= {*node.outputs}
+    return derived
 
 
 def _may_be_constant(array: NDArray[Any]) -> bool:
@@ -125,15 +125,15 @@ def _may_be_constant(array: NDArray[Any]) -> bool:
 def _fold_reshape(graph: ir.Graph, node: ir.Node, seen: Seen, derived: set[ir.Value]) -> int:
     """A Reshape to a constant: 0 where a dimension stays, -1 for one that is not known."""
     shape = input_of(node, 1)
-    given = [one for run in seen if (one := _shape_in(input_of(node, 0), run)) is not None]
+    given = [source for run in seen if (source := _shape_in(input_of(node, 0), run)) is not None]
     if shape not in derived or len(given) < len(seen) or flag(node, "allowzero"):
         return 0
     wanted = [shape_of(run[str(node.outputs[0].name)]) for run in seen]
     target = []
-    for place, (a, b) in enumerate(zip(*wanted, strict=True)):
+    for axis, (a, b) in enumerate(zip(*wanted, strict=True)):
         stays = all(
-            place < len(one) and one[place] == w[place]
-            for one, w in zip(given, wanted, strict=True)
+            axis < len(source) and source[axis] == w[axis]
+            for source, w in zip(given, wanted, strict=True)
         )
         target.append(a if a == b and a != 0 else 0 if stays else -1)
     if target.count(-1) > 1:

@@ -143,27 +143,27 @@ def read(graph: ir.Graph, heads: tuple[int, int] | None = None) -> Signature:
 
 def _refuse(names: list[str]) -> None:
     """Refuse what is no decoder of texts, by the names of its inputs."""
-    if found := [name for name in names if name in PICTURES]:
+    if matching := [name for name in names if name in PICTURES]:
         raise UnsupportedModel(
-            f"it takes {found[0]}: it is a part of a model of pictures or sounds, and its text "
+            f"it takes {matching[0]}: it is a part of a model of pictures or sounds, and its text "
             "part alone is not whole"
         )
-    if found := [name for name in names if name in ENCODED or ".encoder." in name]:
-        raise UnsupportedModel(f"it takes {found[0]}: it is a part of an encoder-decoder")
-    if found := [name for name in names if name.startswith("past") and STATES.search(name)]:
+    if matching := [name for name in names if name in ENCODED or ".encoder." in name]:
+        raise UnsupportedModel(f"it takes {matching[0]}: it is a part of an encoder-decoder")
+    if matching := [name for name in names if name.startswith("past") and STATES.search(name)]:
         raise UnsupportedModel(
-            f"it keeps states besides keys and values ({found[0]}): folders of hybrids are not "
+            f"it keeps states besides keys and values ({matching[0]}): folders of hybrids are not "
             "opened; export the transformers model"
         )
 
 
 def _numbered(names: list[str], pattern: re.Pattern[str]) -> dict[tuple[int, str], str]:
     """Names by layer and kind, layer by layer, keys first."""
-    found = {}
+    numbered = {}
     for name in names:
         if match := pattern.match(name):
-            found[int(match[1]), "key" if match[2].startswith("k") else "value"] = name
-    return dict(sorted(found.items()))
+            numbered[int(match[1]), "key" if match[2].startswith("k") else "value"] = name
+    return dict(sorted(numbered.items()))
 
 
 def _shape(value: ir.Value, heads: tuple[int, int] | None) -> tuple[int | None, ...]:
@@ -173,8 +173,8 @@ def _shape(value: ir.Value, heads: tuple[int, int] | None) -> tuple[int | None, 
             f"{value.name} has the shape {value.shape}, expected [rows, heads, past, size]"
         )
     known = [dim if isinstance(dim, int) else None for dim in value.shape]
-    for place, given in zip((1, 3), heads or (None, None), strict=True):
-        known[place] = known[place] or given
+    for axis, given in zip((1, 3), heads or (None, None), strict=True):
+        known[axis] = known[axis] or given
     if known[1] is None or known[3] is None:
         raise UnsupportedModel(
             f"{value.name} has the shape {value.shape}, and no config.json says how many heads"

@@ -175,10 +175,10 @@ def exported_logits(
     model: Model, rows: Sequence[NDArray[np.int64]], at_once: int = AT_ONCE
 ) -> list[NDArray[np.float32]]:
     """The export's logits [length, vocab] of rows, as `exported_parts` gives them."""
-    found = [np.empty((len(row), model.info.vocab_size), np.float32) for row in rows]
+    result = [np.empty((len(row), model.info.vocab_size), np.float32) for row in rows]
     for i, part, logits in exported_parts(model, rows, at_once):
-        found[i][part] = logits
-    return found
+        result[i][part] = logits
+    return result
 
 
 def exported_parts(
@@ -202,8 +202,8 @@ def exported_parts(
         now = [some[step] if step < len(some) else some[-1] for some in parts]
         new = [row[part] for row, part in zip(rows, now, strict=True)]
         last = np.array([[len(ids) - 1] for ids in new])
-        places = np.minimum(np.arange(int(last.max()) + 1), last)
-        logits = model.forward(new, cache, logits_positions=places)
+        positions = np.minimum(np.arange(int(last.max()) + 1), last)
+        logits = model.forward(new, cache, logits_positions=positions)
         for i, part in enumerate(now):
             if step < len(parts[i]):
                 yield i, part, logits[i, : len(new[i])]
@@ -217,10 +217,10 @@ def _parts(length: int, most: int) -> list[slice]:
 
 
 def compare(
-    reference: Sequence[NDArray[np.float32]], found: Sequence[NDArray[np.float32]]
+    reference: Sequence[NDArray[np.float32]], exported: Sequence[NDArray[np.float32]]
 ) -> Agreement:
     """Compare logits [length, vocab] of the same rows."""
-    pairs = zip(reference, found, strict=True)
+    pairs = zip(reference, exported, strict=True)
     return compared(reference, ((i, slice(None), row) for i, (_, row) in enumerate(pairs)))
 
 
@@ -243,16 +243,16 @@ def compared(
     positions = parted = ties = 0
     largest = mean = lost = 0.0
     for i, part, logits in parts:
-        for one, two in zip(chunks(reference[i][part]), chunks(logits), strict=True):
-            difference = np.abs(one - two)
+        for expected, actual in zip(chunks(reference[i][part]), chunks(logits), strict=True):
+            difference = np.abs(expected - actual)
             largest = max(largest, float(difference.max()))
-            mean += float(difference.mean(dtype=np.float64)) * len(one)
-            lost += divergence(log_softmax(one), log_softmax(two))
-            best, other = one.argmax(1), two.argmax(1)
-            places = np.arange(len(one))
+            mean += float(difference.mean(dtype=np.float64)) * len(expected)
+            lost += divergence(log_softmax(expected), log_softmax(actual))
+            best, other = expected.argmax(1), actual.argmax(1)
+            at_each = np.arange(len(expected))
             apart = best != other
-            tie = apart & (one[places, best] - one[places, other] <= TIE * scale)
-            positions += len(one)
+            tie = apart & (expected[at_each, best] - expected[at_each, other] <= TIE * scale)
+            positions += len(expected)
             parted += int((apart & ~tie).sum())
             ties += int(tie.sum())
     return Agreement(
@@ -296,16 +296,16 @@ def original_continuations(
         generate: the tokens, a number of them, that the original adds to a row.
         guesses: of each row.
     """
-    shortest = min(range(len(rows)), key=lambda place: len(rows[place]))
+    shortest = min(range(len(rows)), key=lambda index: len(rows[index]))
     first = generate(rows[shortest], FIRST)
     alike = np.array_equal(first, guesses[shortest][:FIRST])
-    found = []
+    continuations = []
     for row, guess in zip(rows, guesses, strict=True):
         if alike:
-            said = logits(np.concatenate([row, guess[:-1]]))[len(row) - 1 :]
-        right = alike and np.array_equal(said.argmax(1), guess)
-        found.append(guess if right else generate(row, len(guess)))
-    return found
+            predicted = logits(np.concatenate([row, guess[:-1]]))[len(row) - 1 :]
+        right = alike and np.array_equal(predicted.argmax(1), guess)
+        continuations.append(guess if right else generate(row, len(guess)))
+    return continuations
 
 
 def compare_continuation(
@@ -315,14 +315,14 @@ def compare_continuation(
     assert out.logits is not None
     same = ties = 0
     for i, tokens in enumerate(expected):
-        found = np.array(out.sequences[i][-NEW_TOKENS:])
-        parted = np.flatnonzero(found != tokens)
+        generated = np.array(out.sequences[i][-NEW_TOKENS:])
+        parted = np.flatnonzero(generated != tokens)
         if not len(parted):
             same += len(tokens)
             continue
         step = int(parted[0])
         logits = out.logits[step][i]
-        tie = logits[found[step]] - logits[tokens[step]] <= TIE * np.abs(logits).max()
+        tie = logits[generated[step]] - logits[tokens[step]] <= TIE * np.abs(logits).max()
         ties += int(tie)
         same += len(tokens) if tie else step
     return Continuation(tokens=NEW_TOKENS * len(expected), same=same, ties=ties)

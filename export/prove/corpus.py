@@ -86,13 +86,13 @@ class Corpus:
 
     def summary(self) -> str:
         """The amount of text used for each side, as one line."""
-        told = []
+        lines = []
         for side, done in zip(SIDES, ("calibrated", "judged"), strict=True):
             used = {name: count[side] for name, count in self.kinds.items() if count[side]}
             if used:
                 parts = ", ".join(f"{name} {count:,}" for name, count in used.items())
-                told.append(f"{done} on {sum(used.values()):,} tokens ({parts})")
-        return "; ".join([*told, *self.notes])
+                lines.append(f"{done} on {sum(used.values()):,} tokens ({parts})")
+        return "; ".join([*lines, *self.notes])
 
     def _take(self, side: str, tokens: int) -> list[Row]:
         length = max(SHORT, min(ROW, tokens // (2 * max(1, len(self.kinds)))))
@@ -110,7 +110,7 @@ class Corpus:
         used = dict.fromkeys(rows, 0)
         taken: list[Row] = []
         while rows and sum(used.values()) < tokens:
-            name = min(rows, key=lambda one: used[one])
+            name = min(rows, key=lambda kind: used[kind])
             row = next(rows[name], None) if used[name] < most[name] else None
             if row is None:
                 del rows[name]
@@ -173,26 +173,26 @@ def read(path: Path) -> list[Document]:
         raise ValueError(f"text must be UTF-8, {path} is not: {error}") from error
     if path.suffix.lower() in LINES:
         lines = enumerate(content.split("\n"), 1)
-        found = [_of_line(f"{path}, line {n}", line) for n, line in lines if line.strip()]
+        documents = [_of_line(f"{path}, line {n}", line) for n, line in lines if line.strip()]
     else:
-        found = list(_passages(content))
-    if not found:
+        documents = list(_passages(content))
+    if not documents:
         raise ValueError(f"text must be a file with text, {path} has none")
-    return found
+    return documents
 
 
-def _of_line(place: str, line: str) -> Document:
+def _of_line(source: str, line: str) -> Document:
     try:
         fields = parsed(line)
     except ValueError as error:
-        raise ValueError(f"{place}: {error}") from error
+        raise ValueError(f"{source}: {error}") from error
     names = [name for name in FIELDS if name in fields]
     if len(names) != 1:
-        raise ValueError(f"{place}: needs one of {', '.join(FIELDS)}, has {list(fields)}")
+        raise ValueError(f"{source}: needs one of {', '.join(FIELDS)}, has {list(fields)}")
     (name,) = names
     value = fields[name]
     if not _RIGHT[name](value):
-        raise ValueError(f"{place}: {name} must be {_MEANT[name]}, got {str(value)[:80]!r}")
+        raise ValueError(f"{source}: {name} must be {_MEANT[name]}, got {str(value)[:80]!r}")
     return value  # type: ignore[no-any-return]
 
 
@@ -233,19 +233,19 @@ def _shipped(kind: str) -> dict[str, list[Document]]:
     """The two sides of a kind that comes with fastgen, the files' documents mixed evenly."""
     sides: dict[str, list[tuple[float, Document]]] = {side: [] for side in SIDES}
     for path in sorted(TEXTS.glob(f"{kind}.*.*")):
-        for place, half in enumerate(_in_turn(_documents(path))):
-            spread = [((at + 0.5) / len(half), one) for at, one in enumerate(half)]
-            sides[SIDES[place]] += spread
+        for index, half in enumerate(_in_turn(_documents(path))):
+            spread = [((at + 0.5) / len(half), document) for at, document in enumerate(half)]
+            sides[SIDES[index]] += spread
     return {
-        side: [document for _, document in sorted(found, key=lambda one: one[0])]
-        for side, found in sides.items()
+        side: [document for _, document in sorted(documents, key=lambda pair: pair[0])]
+        for side, documents in sides.items()
     }
 
 
 def _documents(path: Path) -> list[Document]:
     if path.suffix in LINES:
         return read(path)
-    return [one.strip("\n") for one in path.read_text(encoding="utf-8").split(BREAK)]
+    return [text.strip("\n") for text in path.read_text(encoding="utf-8").split(BREAK)]
 
 
 def _in_turn(documents: Sequence[Document]) -> tuple[list[Document], list[Document]]:
@@ -260,7 +260,7 @@ def _brought(reader: Reader, files: Sequence[Path]) -> dict[str, dict[str, list[
         halves = _in_turn(_two(path, read(path)))
         name = path.name if path.name not in shelves else str(path)
         try:
-            rows = [[row for one in half for row in reader.asked(one)] for half in halves]
+            rows = [[row for document in half for row in reader.asked(document)] for half in halves]
         except ValueError as error:
             raise ValueError(f"text: {path}: {error}") from error
         shelves[name] = dict(zip(SIDES, rows, strict=True))
@@ -276,14 +276,14 @@ def _two(path: Path, documents: list[Document]) -> list[Document]:
     """Two or more: a single one is cut in the middle."""
     if len(documents) > 1:
         return documents
-    (one,) = documents
-    middle = len(one) // 2
-    if isinstance(one, str):
-        ends = [match.end() for match in re.finditer(r"\n|(?<=[.!?])\s+|\s+", one)]
+    (document,) = documents
+    middle = len(document) // 2
+    if isinstance(document, str):
+        ends = [match.end() for match in re.finditer(r"\n|(?<=[.!?])\s+|\s+", document)]
         middle = min(ends, key=lambda end: abs(end - middle), default=middle)
-        return [one[:middle], one[middle:]]
-    if isinstance(one[0], int):
-        return [one[:middle], one[middle:]]
+        return [document[:middle], document[middle:]]
+    if isinstance(document[0], int):
+        return [document[:middle], document[middle:]]
     raise ValueError(f"text: {path} has one conversation: half is for judging, so give two")
 
 
@@ -309,7 +309,7 @@ class Shelf:
         self._read: list[list[Row]] = []
 
     def __iter__(self) -> Iterator[Row]:
-        for place, document in enumerate(self._documents):
-            if place == len(self._read):
+        for index, document in enumerate(self._documents):
+            if index == len(self._read):
                 self._read.append(self._reader.rows(document))
-            yield from self._read[place]
+            yield from self._read[index]

@@ -47,7 +47,7 @@ class Writer:
         """Ids to go on from: questions, or beginnings of its texts; None if neither is known."""
         reader = self._reader
         if reader.template is not None:
-            asked = [reader.question(one) for one in self._halves["chat"][side]]  # type: ignore[arg-type]
+            asked = [reader.question(chat) for chat in self._halves["chat"][side]]  # type: ignore[arg-type]
             short = [row.tolist() for row in asked if row is not None]
             short = [row for row in short if len(row) <= reader.length // 2]
             if short:
@@ -58,8 +58,12 @@ class Writer:
             return [[reader.bos]]
         if reader.tokenizer is None:
             return None
-        texts = [one for name in ("prose", "code", "languages") for one in self._halves[name][side]]
-        words = [reader.encoded(one)[:2] for one in texts if isinstance(one, str)]
+        texts = [
+            document
+            for name in ("prose", "code", "languages")
+            for document in self._halves[name][side]
+        ]
+        words = [reader.encoded(document)[:2] for document in texts if isinstance(document, str)]
         return [row for row in words if row] or None
 
 
@@ -86,16 +90,16 @@ def own_text(
     while sum(map(len, rows)) < tokens and len(rows) < TRIES * max(full, TOGETHER):
         missing = -(-(tokens - sum(map(len, rows))) // length)
         together = min(AT_ONCE, max(TOGETHER, missing))
-        places = range(len(rows), len(rows) + together)
-        begun = [list(starts[place % len(starts)])[: length - 1] for place in places]
-        rows += _sampled(model, begun, [seed + place for place in places], length, eos)
+        indices = range(len(rows), len(rows) + together)
+        begun = [list(starts[index % len(starts)])[: length - 1] for index in indices]
+        rows += _sampled(model, begun, [seed + index for index in indices], length, eos)
     wanted = np.searchsorted(np.cumsum([len(row) for row in rows]), tokens) + 1
     return [row for row in rows[:wanted] if len(row) > 1]
 
 
 def _random_starts(vocab: int, seed: int, tokens: int) -> list[list[int]]:
     random = np.random.default_rng(seed)
-    return [[int(one)] for one in random.integers(0, vocab, max(1, tokens))]
+    return [[int(token)] for token in random.integers(0, vocab, max(1, tokens))]
 
 
 def _sampled(
@@ -106,7 +110,7 @@ def _sampled(
     What the model's own defaults say of sampling is not its text.
     """
     longest = max(map(len, begun))
-    found = model.without_defaults().generate(
+    sequences = model.without_defaults().generate(
         begun,
         do_sample=True,
         temperature=1.0,
@@ -117,7 +121,7 @@ def _sampled(
         pad_token_id=0,
     )
     rows = []
-    for start, ids in zip(begun, found, strict=True):
+    for start, ids in zip(begun, sequences, strict=True):
         row = np.array(ids[longest - len(start) :], np.int64)
         ends = np.flatnonzero(np.isin(row[len(start) :], list(eos)))
         rows.append(row[: len(start) + int(ends[0]) + 1] if len(ends) else row)

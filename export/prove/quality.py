@@ -67,20 +67,20 @@ def measure(
     for done, row in enumerate(rows):
         shown(done, len(rows))
         reference = original(row)
-        for start, found in _logits(exported, row[:-1]):
-            expected = reference[start : start + len(found)]
-            targets = row[start + 1 : start + 1 + len(found)]
-            p, q = log_softmax(expected), log_softmax(found)
-            places = np.arange(len(found))
-            loss -= float(q[places, targets].sum(dtype=np.float64))
-            reference_loss -= float(p[places, targets].sum(dtype=np.float64))
+        for start, logits in _logits(exported, row[:-1]):
+            expected = reference[start : start + len(logits)]
+            targets = row[start + 1 : start + 1 + len(logits)]
+            p, q = log_softmax(expected), log_softmax(logits)
+            positions = np.arange(len(logits))
+            loss -= float(q[positions, targets].sum(dtype=np.float64))
+            reference_loss -= float(p[positions, targets].sum(dtype=np.float64))
             lost += divergence(p, q)
-            agree += int((expected.argmax(1) == found.argmax(1)).sum())
-            difference = np.abs(expected - found)
+            agree += int((expected.argmax(1) == logits.argmax(1)).sum())
+            difference = np.abs(expected - logits)
             largest = max(largest, float(difference.max()))
             scale = max(scale, float(np.abs(expected).max()))
-            mean += float(difference.mean(dtype=np.float64)) * len(places)
-            tokens += len(places)
+            mean += float(difference.mean(dtype=np.float64)) * len(positions)
+            tokens += len(positions)
         del reference, expected  # the next row's are as large
     return Quality(
         tokens=tokens,

@@ -56,20 +56,20 @@ class Reader:
         limit = info.max_length
         reader = cls(origin.tokenizer, info.vocab_size, min(ROW, limit or ROW))
         with tempfile.TemporaryDirectory() as temporary:
-            place = Path(temporary)
-            origin.write_configuration(place)
-            said = jsonfile.read(place / CONFIG) | {
+            directory = Path(temporary)
+            origin.write_configuration(directory)
+            config = jsonfile.read(directory / CONFIG) | {
                 name: value
-                for name, value in jsonfile.read(place / GENERATION_CONFIG).items()
+                for name, value in jsonfile.read(directory / GENERATION_CONFIG).items()
                 if value is not None
             }
-            bos, eos = said.get("bos_token_id"), said.get("eos_token_id")
+            bos, eos = config.get("bos_token_id"), config.get("eos_token_id")
             reader.bos = bos if _is_id(bos, reader.vocab) else None
             ends = eos if isinstance(eos, list) else [eos]
-            reader.eos = tuple(one for one in ends if _is_id(one, reader.vocab))
-            settings = jsonfile.read(place / TOKENIZER_CONFIG)
-            if reader.tokenizer is not None and chat_template.has_template(place, settings):
-                reader._use(chat_template.source(place, settings, with_tools=False), settings)
+            reader.eos = tuple(end for end in ends if _is_id(end, reader.vocab))
+            settings = jsonfile.read(directory / TOKENIZER_CONFIG)
+            if reader.tokenizer is not None and chat_template.has_template(directory, settings):
+                reader._use(chat_template.source(directory, settings, with_tools=False), settings)
         return reader
 
     def _use(self, source: str, settings: Mapping[str, Any]) -> None:
@@ -89,7 +89,7 @@ class Reader:
         bare = self.tokenizer.encode(text, add_special_tokens=False).ids
         whole = self.tokenizer.encode(text, add_special_tokens=True).ids
         starts = (at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
-        return [one for one in whole[: next(starts, 0)] if one < self.vocab]
+        return [token for token in whole[: next(starts, 0)] if token < self.vocab]
 
     def rows(self, document: Document) -> list[Row]:
         """A shipped document, none of one in letters that the model does not know.
@@ -101,15 +101,15 @@ class Reader:
             return []
         if isinstance(document, str) or self.template is None:
             return self._of_text(text)
-        ids = self._of_messages([one for one in document if isinstance(one, Mapping)])
+        ids = self._of_messages([message for message in document if isinstance(message, Mapping)])
         return self._of_text(text) if ids is None else [ids]
 
     def _knows(self, text: str) -> bool:
         """True if at least half of a text's letters are there when its ids are read back."""
         assert self.tokenizer is not None
-        said = self.tokenizer.decode(self.encoded(text)).casefold()
-        letters = {one for one in text.casefold() if one.isalpha()}
-        return 2 * len(letters & set(said)) >= len(letters)
+        decoded = self.tokenizer.decode(self.encoded(text)).casefold()
+        letters = {letter for letter in text.casefold() if letter.isalpha()}
+        return 2 * len(letters & set(decoded)) >= len(letters)
 
     def asked(self, document: Document) -> list[Row]:
         """A user's document.
@@ -118,7 +118,7 @@ class Reader:
             ValueError: the model cannot read it.
         """
         if not isinstance(document, str) and isinstance(document[0], int):
-            beyond = [one for one in document if not _is_id(one, self.vocab)]
+            beyond = [token for token in document if not _is_id(token, self.vocab)]
             if beyond:
                 raise ValueError(f"ids must be below {self.vocab}, got {beyond[0]}")
             return self._cut([], document)
@@ -136,7 +136,7 @@ class Reader:
         """Ids of a text without those that the tokenizer puts before it."""
         assert self.tokenizer is not None
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids
-        return [one for one in ids if one < self.vocab]
+        return [token for token in ids if token < self.vocab]
 
     def _of_text(self, text: str) -> list[Row]:
         return self._cut(self.prefix, self.encoded(text))
@@ -144,9 +144,9 @@ class Reader:
     def _of_messages(self, messages: list[Message], reply: bool = False) -> Row | None:
         """The beginning of a conversation; None if the template refuses it in any form."""
         assert self.template is not None
-        for said in (messages, [one for one in messages if one["role"] != "system"]):
+        for turns in (messages, [message for message in messages if message["role"] != "system"]):
             try:
-                text = self.template.text(said, reply)
+                text = self.template.text(turns, reply)
             except ValueError:
                 continue
             return np.array(self.encoded(text)[: self.length], np.int64)
@@ -154,7 +154,7 @@ class Reader:
 
     def question(self, messages: list[Message]) -> Row | None:
         """A conversation up to where the first reply begins; None if the template refuses it."""
-        ends = (at for at, one in enumerate(messages) if one["role"] == "user")
+        ends = (at for at, message in enumerate(messages) if message["role"] == "user")
         return self._of_messages(messages[: next(ends, 0) + 1], reply=True)
 
     def _cut(self, prefix: list[int], ids: Sequence[Any]) -> list[Row]:
@@ -189,9 +189,9 @@ class Template:
 
 def _plain(document: Document) -> str:
     return "\n\n".join(
-        f"{str(one['role']).capitalize()}: {one['content']}"
-        for one in document
-        if isinstance(one, Mapping)
+        f"{str(message['role']).capitalize()}: {message['content']}"
+        for message in document
+        if isinstance(message, Mapping)
     )
 
 

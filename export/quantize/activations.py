@@ -35,9 +35,9 @@ class Activations:
             matrix = self.constant(f"hadamard_{size}", rotation.hadamard(size))
             (parts,) = insert(before, "Reshape", [x, apart])
             (mixed,) = insert(before, "MatMul", [parts, matrix])
-            (made,) = insert(before, "Reshape", [mixed, again])
-            set_type(made, x)
-            self._turned[x, size] = made
+            (reshaped,) = insert(before, "Reshape", [mixed, again])
+            set_type(reshaped, x)
+            self._turned[x, size] = reshaped
         return self._turned[x, size]
 
     def quantized(self, x: ir.Value, before: ir.Node) -> tuple[ir.Value, ir.Value]:

@@ -67,7 +67,7 @@ def inputs(
     every = max(1, sum(map(len, rows)) // SAMPLE)
     kept = sum(len(row[::every]) for row in rows)
     with (
-        place(model) as directory,
+        weights_directory(model) as directory,
         _spool(directory, longest, wanted) as seen,
         _spool(directory, kept, wanted) as samples,
         _spooled(directory, [(width, width) for width in widths]) as squares,
@@ -100,7 +100,7 @@ def values(
     """
     wanted = list(dict.fromkeys(wanted))
     tokens = sum(map(len, rows))
-    with place(model) as directory, _spool(directory, tokens, wanted) as seen:
+    with weights_directory(model) as directory, _spool(directory, tokens, wanted) as seen:
         _run(model, rows, seen, directory)
         yield seen
 
@@ -131,8 +131,8 @@ def _step(
     for value, out in seen.items():
         assert value.shape is not None
         shape = [*[1] * (len(value.shape) - 2), len(row), out.shape[1]]
-        place = out[at:].ctypes.data
-        binding.bind_output(str(value.name), "cpu", 0, np.float32, shape, place)
+        address = out[at:].ctypes.data
+        binding.bind_output(str(value.name), "cpu", 0, np.float32, shape, address)
     session.run_with_iobinding(binding)
 
 
@@ -186,11 +186,11 @@ def logits(model: ir.Model, rows: Sequence[NDArray[np.int64]], directory: Path) 
 
 
 @contextmanager
-def place(model: ir.Model) -> Iterator[Path]:
+def weights_directory(model: ir.Model) -> Iterator[Path]:
     """The directory of the file that a graph's weights are in, or a temporary one."""
-    found = {_directory(tensor) for tensor in _large(model)}
-    if len(found) == 1 and None not in found:
-        yield found.pop() or Path()
+    directories = {_directory(tensor) for tensor in _large(model)}
+    if len(directories) == 1 and None not in directories:
+        yield directories.pop() or Path()
         return
     with tempfile.TemporaryDirectory() as temporary:
         yield Path(temporary)
@@ -199,7 +199,7 @@ def place(model: ir.Model) -> Iterator[Path]:
 def _large(model: ir.Model) -> list[ir.TensorProtocol]:
     """Constants that no graph holds itself."""
     held = [value.const_value for value in model.graph.initializers.values()]
-    return [one for one in held if one is not None and one.nbytes > onnx_file.INLINE]
+    return [tensor for tensor in held if tensor is not None and tensor.nbytes > onnx_file.INLINE]
 
 
 def _directory(tensor: ir.TensorProtocol) -> Path | None:
@@ -210,11 +210,11 @@ def running(model: ir.Model, names: Sequence[str], directory: Path) -> onnxrunti
     """A session of the part of the graph that gives the values of these names, and no other.
 
     Args:
-        directory: see `place`.
+        directory: see `weights_directory`.
     """
     part = model.clone()
-    made = {value.name: value for node in part.graph for value in node.outputs}
-    part.graph.outputs[:] = [made[name] for name in names]
+    by_name = {value.name: value for node in part.graph for value in node.outputs}
+    part.graph.outputs[:] = [by_name[name] for name in names]
     ir.passes.common.RemoveUnusedNodesPass()(part)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -264,7 +264,10 @@ def feeds(
     fed = fed_tokens(row[None], np.arange(count)[None]) | {READS_PROMPT.name: np.array(True)}
     fed["position_ids"] += start
     sizes = {"rows": 1, "capacity": count, "prompt_rows": 1, "prompt_capacity": count}
-    specs = [TensorSpec.declared(one.name, one.type, one.shape) for one in session.get_inputs()]
+    specs = [
+        TensorSpec.declared(declared.name, declared.type, declared.shape)
+        for declared in session.get_inputs()
+    ]
     nothing = {spec.name: spec.zeros(**sizes) for spec in specs if spec.name not in fed}
     return {spec.name: fed[spec.name] for spec in specs if spec.name in fed} | nothing
 

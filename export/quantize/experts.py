@@ -134,8 +134,8 @@ def _plan(mixture: Mixture, kernel: Kernel, tokens: Array, mine: NDArray[np.bool
                 x = np.asarray(mixture.between(torch.from_numpy(exact)))
     errors = np.sqrt(sums[:, 1] / np.maximum(sums[:, 0], LEAST))
     return [
-        Stored(kernel, np.stack(one), float(error))
-        for one, error in zip(scales, errors, strict=True)
+        Stored(kernel, np.stack(scale), float(error))
+        for scale, error in zip(scales, errors, strict=True)
     ]
 
 
@@ -171,7 +171,9 @@ def quantize(model: ir.Model, plans: dict[str, list[Stored]]) -> list[tuple[str,
     matrices = []
     for mixture in mixtures(model.graph):
         stored = plans[str(mixture.weights[0].name)]
-        matrices += [(str(w.name), one) for w, one in zip(mixture.weights, stored, strict=True)]
+        matrices += [
+            (str(w.name), matrix) for w, matrix in zip(mixture.weights, stored, strict=True)
+        ]
         replace = _in_kernel if mixture.node.op_type == "MoE" else _in_loop
         replace(model.graph, mixture, stored)
     ir.passes.common.RemoveUnusedNodesPass()(model)
@@ -180,7 +182,9 @@ def quantize(model: ir.Model, plans: dict[str, list[Stored]]) -> list[tuple[str,
 
 def _in_kernel(graph: ir.Graph, mixture: Mixture, stored: Sequence[Stored]) -> None:
     kernel = stored[0].kernel
-    codes = [_in_codes(graph, w, one, 128) for w, one in zip(mixture.weights, stored, strict=True)]
+    codes = [
+        _in_codes(graph, w, matrix, 128) for w, matrix in zip(mixture.weights, stored, strict=True)
+    ]
     attributes = {name: attribute.value for name, attribute in mixture.node.attributes.items()}
     attributes |= {"expert_weight_bits": kernel.bits}
     if kernel.block:  # activations in 8 bits, as those of MatMulNBits
@@ -192,14 +196,14 @@ def _in_kernel(graph: ir.Graph, mixture: Mixture, stored: Sequence[Stored]) -> N
 
 
 def _in_loop(graph: ir.Graph, mixture: Mixture, stored: Sequence[Stored]) -> None:
-    for weight, one in zip(mixture.weights, stored, strict=True):
-        codes, scales = _in_codes(graph, weight, one, 0)
+    for weight, matrix in zip(mixture.weights, stored, strict=True):
+        codes, scales = _in_codes(graph, weight, matrix, 0)
         (use,) = weight.uses()
         (mine,) = insert(use.node, "Gather", [codes, use.node.inputs[1]])
         (scale,) = insert(use.node, "Gather", [scales, use.node.inputs[1]])
         (floats,) = insert(use.node, "DequantizeLinear", [mine, scale], {"axis": 0})
-        for place, value in enumerate((mine, scale, floats)):
-            value.name = f"{codes.name}.{place}"
+        for index, value in enumerate((mine, scale, floats)):
+            value.name = f"{codes.name}.{index}"
         use.node.outputs[0].dtype = ir.DataType.FLOAT
         take_place(use.node, floats)
 
@@ -224,6 +228,8 @@ def _codes(
     """[experts, out, in * bits / 8]: bytes, or int8 where `zero` is the code of zero."""
     matrices = weight.numpy()
     whole = _whole(kernel, matrices.shape[-1])
-    out = [block_codes(one.T, whole, scale) for one, scale in zip(matrices, scales, strict=True)]
+    out = [
+        block_codes(matrix.T, whole, scale) for matrix, scale in zip(matrices, scales, strict=True)
+    ]
     codes = np.stack(out).reshape(*matrices.shape[:2], -1)
     return codes if zero else (codes ^ np.uint8(128)).view(np.int8)

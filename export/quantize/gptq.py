@@ -162,15 +162,15 @@ def _round(
         scale, low, high: [out]; codes reach from low to high.
     """
     rest, scale, low, high = wanted[:, some], scale[some], low[some], high[some]
-    made = np.empty_like(rest)
+    change = np.empty_like(rest)
     for i in range(len(rest)):
         row, error = rounded[i, some], errors[i, some]
         np.divide(rest[i], scale, out=row)
         np.clip(np.rint(row, out=row), low, high, out=row)
         row *= scale
         np.subtract(weight[i, some], row, out=error)
-        np.multiply(shares[i + 1 :, i, None], error, out=made[i + 1 :])
-        rest[i + 1 :] += made[i + 1 :]
+        np.multiply(shares[i + 1 :, i, None], error, out=change[i + 1 :])
+        rest[i + 1 :] += change[i + 1 :]
 
 
 def _factor(moments: Floats) -> Floats:

@@ -82,13 +82,13 @@ def hold(model: ir.Model, shown: Callable[[int, int], None]) -> list[str]:
         The kernel of each.
     """
     total = len(products(model.graph))
-    made: list[str] = []
+    kernels: list[str] = []
 
     def choose(product: Product) -> Choice:
-        shown(len(made), total)
+        shown(len(kernels), total)
         choice = choice_of(product.weight)
-        made.append(str(choice.kernel))
+        kernels.append(str(choice.kernel))
         return choice
 
     quantize(model, choose)
-    return made
+    return kernels

@@ -145,7 +145,7 @@ def products(graph: ir.Graph) -> list[Product]:
     Routers stay as they are, and small matrices that are for each head of a token. Each has a name
     of its own, also where layers share a matrix.
     """
-    found = []
+    result = []
     apart = routers(graph)
     seen: Counter[str] = Counter()
     for node in graph:
@@ -160,8 +160,8 @@ def products(graph: ir.Graph) -> list[Product]:
         name = str(held.name).replace(CHANGED, "")
         seen[name] += 1
         unique = name if seen[name] == 1 else f"{name}.{seen[name]}"
-        found.append(Product(node, unique, transposed))
-    return found
+        result.append(Product(node, unique, transposed))
+    return result
 
 
 def quantize(
@@ -249,7 +249,7 @@ def block_codes(
 ) -> NDArray[np.uint8]:
     """uint8 [out, blocks, block] (8 bits) or [out, blocks, block / 2] (4 bits, low half first)."""
     size, out = weight.shape
-    made = np.empty((*scales.shape, kernel.block * kernel.bits // 8), np.uint8)
+    packed_codes = np.empty((*scales.shape, kernel.block * kernel.bits // 8), np.uint8)
 
     def part(some: slice) -> None:
         values = blocks(weight[:, some], kernel.block)
@@ -257,10 +257,10 @@ def block_codes(
         np.rint(values, out=values)
         values += kernel.middle if zeros is None else zeros[some, :, None]
         codes = np.clip(values, 0, 2 * kernel.middle - 1, out=values).astype(np.uint8)
-        made[some] = codes if kernel.bits == 8 else packed(codes)
+        packed_codes[some] = codes if kernel.bits == 8 else packed(codes)
 
     parts.each(out, size, part)
-    return made
+    return packed_codes
 
 
 def packed(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:

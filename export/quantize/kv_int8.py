@@ -48,20 +48,20 @@ def reach(
             node.replace_input_with(POSITIONS, positions)
     # What is stored for each past, whatever the order of the graph's outputs.
     present = {
-        str(input_of(node, past).name): str(node.outputs[place + 1].name)
+        str(input_of(node, past).name): str(node.outputs[index + 1].name)
         for node in _attention(positioned)
-        for place, (past, _) in enumerate(PAST_AND_SCALE.values())
+        for index, (past, _) in enumerate(PAST_AND_SCALE.values())
     }
     last = (limit or FURTHEST) - max(len(row) for row in rows)
-    found: dict[str, Floats] = {}
-    with calibrate.place(positioned) as directory:
+    reached: dict[str, Floats] = {}
+    with calibrate.weights_directory(positioned) as directory:
         session = calibrate.running(positioned, list(present.values()), directory)
         for row, start in zip(rows, np.linspace(0, last, len(rows)).astype(int), strict=True):
             stored = session.run(list(present.values()), calibrate.feeds(session, row, int(start)))
             for name, array in zip(present, stored, strict=True):
                 largest = np.abs(array).max(axis=(0, 2))
-                found[name] = np.maximum(found.get(name, 0), largest)
-    return found
+                reached[name] = np.maximum(reached.get(name, 0), largest)
+    return reached
 
 
 def quantize(model: ir.Model, reached: dict[str, Floats]) -> NDArray[np.float32]:
@@ -82,16 +82,16 @@ def quantize(model: ir.Model, reached: dict[str, Floats]) -> NDArray[np.float32]
     graph = model.graph
     reads_prompt = contract.value(READS_PROMPT)
     graph.inputs.append(reads_prompt)
-    found: dict[str, Floats] = {}
+    stored_scales: dict[str, Floats] = {}
     for node in list(_attention(model)):
         constants = {}
         for kind, (past, _) in PAST_AND_SCALE.items():
             name = str(input_of(node, past).name)
-            found[name] = scales(reached[name])
-            constants[kind] = add_initializer(graph, f"{name}.scale", found[name])
+            stored_scales[name] = scales(reached[name])
+            constants[kind] = add_initializer(graph, f"{name}.scale", stored_scales[name])
         _split(graph, node, constants, reads_prompt)
     inputs = (str(value.name) for value in graph.inputs)
-    return np.concatenate([found[name].ravel() for name in inputs if name in found])
+    return np.concatenate([stored_scales[name].ravel() for name in inputs if name in stored_scales])
 
 
 def _split(
@@ -135,7 +135,7 @@ def _branch(
     attributes: dict[str, int | str] | None = None,
 ) -> ir.Graph:
     """The graph of an attention node with some other inputs, and of what passes it by."""
-    changed = [inputs.get(place, value) for place, value in enumerate(node.inputs)]
+    changed = [inputs.get(index, value) for index, value in enumerate(node.inputs)]
     kept = {key: attribute.value for key, attribute in node.attributes.items()}
     attends = ir.node(
         node.op_type,
@@ -146,9 +146,9 @@ def _branch(
     )
     passes = [ir.node("Identity", [value]) for value in passed]
     nodes = [attends, *passes]
-    outputs = [value for one in nodes for value in one.outputs]
-    for place, value in enumerate(outputs):  # names are the whole graph's
-        value.name = f"{node.outputs[1].name}.{name}.{place}"
+    outputs = [value for each in nodes for value in each.outputs]
+    for index, value in enumerate(outputs):  # names are the whole graph's
+        value.name = f"{node.outputs[1].name}.{name}.{index}"
     return ir.Graph([], outputs, nodes=nodes, name=name)
 
 

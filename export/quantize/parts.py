@@ -26,12 +26,12 @@ def each(count: int, size: int, work: Callable[[slice], Result]) -> list[Result]
         size: numbers that one thing has.
     """
     step = max(1, PART // max(1, size))
-    places = [slice(at, min(at + step, count)) for at in range(0, count, step)]
-    threads = min(physical_cores(), len(places))
+    parts = [slice(at, min(at + step, count)) for at in range(0, count, step)]
+    threads = min(physical_cores(), len(parts))
     if threads < 2:
-        return [work(place) for place in places]
+        return [work(part) for part in parts]
     with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(work, places))
+        return list(pool.map(work, parts))
 
 
 def chunks(logits: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:

@@ -37,14 +37,14 @@ def write(directory: Path) -> str:
     if any(node.op_type == "QMoE" for node in model.graph):
         return "its experts go through a kernel that has no such form (QMoE)"
     _leave_out_logits(model)
-    found = [node for node in model.graph if _is_packed(node)]
-    if not found:
+    nodes = [node for node in model.graph if _is_packed(node)]
+    if not nodes:
         return "none of its layers' matrices has 4 bits"
-    if not all(map(_is_ours, found)):
+    if not all(map(_is_ours, nodes)):
         return "its matrices of 4 bits are not stored as those of `fastgen export` are"
     unpacking = _Unpacking(model.opset_imports[""])
     activations = Activations(model.graph)
-    for node in found:
+    for node in nodes:
         codes, scales = unpacking.unpacked(node, model.graph)
         take_place(node, integer_product(node, codes, scales, activations))
     ir.passes.common.RemoveUnusedNodesPass()(model)
@@ -71,9 +71,9 @@ def _is_packed(node: ir.Node) -> bool:
 
 def _is_ours(node: ir.Node) -> bool:
     """Tell if it has scales in float32, packed zero points or none, and nothing else."""
-    given = [one for one in node.inputs[2:] if one is not None]
-    held = [one.const_value for one in given]
-    kinds = [None if one is None else one.dtype for one in held]
+    given = [value for value in node.inputs[2:] if value is not None]
+    held = [value.const_value for value in given]
+    kinds = [None if tensor is None else tensor.dtype for tensor in held]
     return len(held) == len(node.inputs[2:]) and kinds in (
         [ir.DataType.FLOAT],
         [ir.DataType.FLOAT, ir.DataType.UINT8],
@@ -167,22 +167,22 @@ class _Unpacking:
         return self._held[name]
 
 
-def _promised(graph: ir.Graph, made: ir.Value) -> ir.Value:
+def _promised(graph: ir.Graph, unpacked: ir.Value) -> ir.Value:
     """A constant whose values are given to the session: the file has others in their place."""
-    assert made.shape is not None and made.dtype is not None
-    size = int(math.prod(made.shape.numpy()) * made.dtype.itemsize)
+    assert unpacked.shape is not None and unpacked.dtype is not None
+    size = int(math.prod(unpacked.shape.numpy()) * unpacked.dtype.itemsize)
     tensor = ir.ExternalTensor(
-        f"{GRAPH}.data", 0, size, made.dtype, name=str(made.name), shape=made.shape
+        f"{GRAPH}.data", 0, size, unpacked.dtype, name=str(unpacked.name), shape=unpacked.shape
     )
-    value = ir.Value(name=made.name, const_value=tensor, shape=made.shape)
-    value.dtype = made.dtype
+    value = ir.Value(name=unpacked.name, const_value=tensor, shape=unpacked.shape)
+    value.dtype = unpacked.dtype
     graph.register_initializer(value)
     return value
 
 
-def _nibbles(node: ir.Node, place: int, shape: Sequence[int]) -> ir.TensorProtocol:
+def _nibbles(node: ir.Node, index: int, shape: Sequence[int]) -> ir.TensorProtocol:
     """The codes that the bytes of an input pack, as an array of uint4 of its own shape."""
-    value = input_of(node, place)
+    value = input_of(node, index)
     packed = tensor_of(value)
     if not isinstance(packed, ir.ExternalTensor):
         raw = np.frombuffer(packed.tobytes(), np.uint8)

@@ -161,9 +161,9 @@ def chosen(steps: Sequence[Step], wanted: float) -> Step:
 
     A dearer one that saves it all, such as float32, does not go before several cheap ones.
     """
-    best = max(steps, key=lambda one: one.saves / one.costs)
-    enough = [one for one in steps if one.saves >= wanted and one.costs < best.costs]
-    return min(enough, key=lambda one: one.costs, default=best)
+    best = max(steps, key=lambda step: step.saves / step.costs)
+    enough = [step for step in steps if step.saves >= wanted and step.costs < best.costs]
+    return min(enough, key=lambda step: step.costs, default=best)
 
 
 class Plan:
@@ -185,7 +185,7 @@ class Plan:
         self._model, self._recipe, self._inputs, self._kept = model, recipe, inputs, kept
         self._experts = _experts(model.graph)
         self._mixed: dict[str, list[experts.Stored]] = {}
-        self._found = products(model.graph)
+        self._products = products(model.graph)
         self._choices: dict[tuple[str, Kernel], Choice] = {}
         self._matrices: dict[str, Matrix] = {}
         self.smoothed: list[str] = []
@@ -201,25 +201,25 @@ class Plan:
             self._mixed, self.reached = self._experts.plan(
                 self._model, self._recipe.experts, rows, shown
             )
-        for place, (value, seen) in enumerate(self._inputs.items()):
-            shown(place, 2 * len(self._inputs))
-            readers = [one for one in self._found if one.input is value]
+        for done, (value, seen) in enumerate(self._inputs.items()):
+            shown(done, 2 * len(self._inputs))
+            readers = [product for product in self._products if product.input is value]
             self._smooth(value, readers, seen)
         for product in products(self._model.graph):
-            shown(len(self._found) + len(self._matrices), 2 * len(self._found))
+            shown(len(self._products) + len(self._matrices), 2 * len(self._products))
             matrix = Matrix(product, not (product.is_head or _is_turned(product)))
             if (kernel := self._kernel(matrix)) is not None:
                 self._choice(product, kernel)
             self._matrices[product.name] = matrix
 
     def _smooth(self, value: ir.Value, readers: Sequence[Product], seen: calibrate.Input) -> None:
-        place = smooth.place_of(value, readers) if not any(map(_is_turned, readers)) else None
+        target = smooth.fold_target(value, readers) if not any(map(_is_turned, readers)) else None
         first = self._recipe.ladder[0].kernel
-        if place is None or first is None:
+        if target is None or first is None:
             return
-        scales = smooth.best_scales(seen.sample, [one.weight for one in readers], first)
+        scales = smooth.best_scales(seen.sample, [reader.weight for reader in readers], first)
         if scales is not None:
-            smooth.fold(self._model.graph, place, scales, readers)
+            smooth.fold(self._model.graph, target, scales, readers)
             seen.divide(scales)
             self.smoothed += [product.name for product in readers]
 
@@ -238,26 +238,26 @@ class Plan:
         every = max(1, round(sum(map(len, rows)) / SENSED))
         rows = rows[::every]
         kinds = self._kinds()
-        with calibrate.place(self._model) as directory:
-            said = calibrate.logits(self._model, rows, directory)
-            exact = [self._kept(_log_probabilities(one)) for one in said]
-            for place, (name, members) in enumerate(kinds.items()):
-                shown(place, len(kinds))
-                made = self._quantised({one.product.name for one in members})
-                self.sensed[name] = _divergence(exact, calibrate.logits(made, rows, directory))
+        with calibrate.weights_directory(self._model) as directory:
+            logits = calibrate.logits(self._model, rows, directory)
+            exact = [self._kept(_log_probabilities(of_row)) for of_row in logits]
+            for done, (name, members) in enumerate(kinds.items()):
+                shown(done, len(kinds))
+                quantised = self._quantised({matrix.product.name for matrix in members})
+                self.sensed[name] = _divergence(exact, calibrate.logits(quantised, rows, directory))
 
     def _kinds(self) -> dict[str, list[Matrix]]:
         """Matrices of the same shape that read the same kind of node, early and late ones apart."""
-        found: dict[str, list[Matrix]] = {}
-        for one in self._matrices.values():
-            if _is_turned(one.product):
+        by_kind: dict[str, list[Matrix]] = {}
+        for matrix in self._matrices.values():
+            if _is_turned(matrix.product):
                 continue
-            node = one.product.input.producer()
+            node = matrix.product.input.producer()
             kind = "input" if node is None else node.op_type
-            rows, columns = one.product.shape
-            found.setdefault(f"{kind} {rows} x {columns}", []).append(one)
+            rows, columns = matrix.product.shape
+            by_kind.setdefault(f"{kind} {rows} x {columns}", []).append(matrix)
         kinds = {}
-        for name, members in found.items():
+        for name, members in by_kind.items():
             if len(members) < HALVES:
                 kinds[name] = members
                 continue
@@ -277,7 +277,9 @@ class Plan:
             Whether any went up.
         """
         kinds = self._kinds()
-        now = {name: self._expected(name, one, one[0].rung) for name, one in kinds.items()}
+        now = {
+            name: self._expected(name, members, members[0].rung) for name, members in kinds.items()
+        }
         share = measured / max(sum(now.values()), 1e-12)
         hoped, moved = dict(now), False
         while share * sum(hoped.values()) > kl or not moved:
@@ -287,8 +289,8 @@ class Plan:
             step = chosen(steps, sum(now.values()) - kl / share)
             now[step.kind] -= step.saves
             hoped[step.kind] = 0.0
-            for one in kinds[step.kind]:
-                one.rung, moved = step.rung, True
+            for matrix in kinds[step.kind]:
+                matrix.rung, moved = step.rung, True
         return moved
 
     def _steps(
@@ -300,7 +302,7 @@ class Plan:
             first = members[0]
             if not first.may_climb:
                 continue
-            costs = [sum(rung.cost_of(one.product) for one in members) for rung in ladder]
+            costs = [sum(rung.cost_of(matrix.product) for matrix in members) for rung in ladder]
             for rung in range(first.rung + 1, len(ladder)):
                 saves = now[name] - self._expected(name, members, rung)
                 if saves > 0:
@@ -309,11 +311,11 @@ class Plan:
     def _expected(self, kind: str, members: Sequence[Matrix], rung: int) -> float:
         """The expected cost of a kind there: the squares of its errors say how much is left."""
         if (kind, rung) not in self._left:
-            kernels = (self._recipe.ladder[place].kernel for place in (0, rung))
+            kernels = (self._recipe.ladder[index].kernel for index in (0, rung))
             first, there = (
                 sum(
-                    self._error(one.product, kernel and fitting(kernel, one.product)) ** 2
-                    for one in members[:: max(1, len(members) // TOLD)]
+                    self._error(matrix.product, kernel and fitting(kernel, matrix.product)) ** 2
+                    for matrix in members[:: max(1, len(members) // TOLD)]
                 )
                 for kernel in kernels
             )
@@ -324,24 +326,25 @@ class Plan:
 
     def make(self, shown: Callable[[int, int], None]) -> tuple[ir.Model, list[Made]]:
         """The graph as it is decided, and what became of each matrix."""
-        for place, matrix in enumerate(self._matrices.values()):
-            shown(place, len(self._matrices))
+        for done, matrix in enumerate(self._matrices.values()):
+            shown(done, len(self._matrices))
             kernel = self._kernel(matrix)
             if kernel is not None:
                 self._choice(matrix.product, kernel)
         model = self._quantised(self._matrices.keys())
         experts = self._experts.quantize(model, self._mixed) if self._experts is not None else ()
-        made = [self._made(one) for one in self._matrices.values()]
+        made = [self._made(matrix) for matrix in self._matrices.values()]
         made += [
-            Made(name, str(one.kernel), round(one.error, 6), wide=False) for name, one in experts
+            Made(name, str(stored.kernel), round(stored.error, 6), wide=False)
+            for name, stored in experts
         ]
         return model, made
 
-    def _made(self, one: Matrix) -> Made:
-        kernel = self._kernel(one)
+    def _made(self, matrix: Matrix) -> Made:
+        kernel = self._kernel(matrix)
         name = "float32" if kernel is None else str(kernel)
-        error = round(self._error(one.product, kernel), 6)
-        return Made(one.product.name, name, error, one.rung > 0)
+        error = round(self._error(matrix.product, kernel), 6)
+        return Made(matrix.product.name, name, error, matrix.rung > 0)
 
     def _quantised(self, names: Collection[str]) -> ir.Model:
         """A copy of the graph with the named products as they are decided."""
@@ -367,10 +370,10 @@ class Plan:
     def _choice(self, product: Product, kernel: Kernel) -> Choice:
         """Scales and codes of a matrix, made once for a kernel."""
         if (product.name, kernel) not in self._choices:
-            made = _choice(product, kernel, self._inputs[product.input])
-            if made.codes is not None:
-                made = replace(made, codes=self._kept(made.codes))
-            self._choices[product.name, kernel] = made
+            choice = _choice(product, kernel, self._inputs[product.input])
+            if choice.codes is not None:
+                choice = replace(choice, codes=self._kept(choice.codes))
+            self._choices[product.name, kernel] = choice
         return self._choices[product.name, kernel]
 
 
@@ -394,7 +397,7 @@ def planned(
     """
     with (
         calibrate.inputs(model, products(model.graph), rows) as inputs,
-        calibrate.place(model) as directory,
+        calibrate.weights_directory(model) as directory,
         calibrate.shelf(directory) as kept,
     ):
         plan = Plan(model, RECIPES[precision], inputs, kept)
@@ -460,8 +463,8 @@ def _log_probabilities(logits: Floats) -> Floats:
 def _divergence(exact: Iterable[Floats], other: Iterable[Floats]) -> float:
     """Mean Kullback-Leibler divergence, in nats: log-probabilities [tokens, vocab] and logits."""
     total, count = 0.0, 0
-    for one, two in zip(exact, other, strict=True):
-        pairs = zip(chunks(one), chunks(two), strict=True)
+    for expected, actual in zip(exact, other, strict=True):
+        pairs = zip(chunks(expected), chunks(actual), strict=True)
         total += sum(divergence(part, log_softmax(more)) for part, more in pairs)
-        count += len(one)
+        count += len(expected)
     return max(0.0, total / count)

@@ -128,14 +128,14 @@ class Stream:
         """Take `value` in, and all that has to be turned with it."""
         pending = [value]
         while pending:
-            one = pending.pop()
-            if one in self.values:
+            current = pending.pop()
+            if current in self.values:
                 continue
-            self.values.add(one)
-            pending += self._made_of(one)
-            for use in one.uses():
+            self.values.add(current)
+            pending += self._made_of(current)
+            for use in current.uses():
                 pending += self._read_by(use.node, use.idx)
-            self.ends |= one.is_graph_output()
+            self.ends |= current.is_graph_output()
 
     def _made_of(self, value: ir.Value) -> list[ir.Value]:
         """Inputs of its node that are of the stream too."""
@@ -145,7 +145,9 @@ class Stream:
             return []
         kind = node.op_type
         if kind == "Add":
-            parts = [one for one in node.inputs if one is not None and not is_constant(one)]
+            parts = [
+                source for source in node.inputs if source is not None and not is_constant(source)
+            ]
             if len(parts) == 1 and _is_vector(node, self.size):
                 self.biases.append(node)
                 return parts
@@ -171,16 +173,16 @@ class Stream:
             and shape_of(table)[1] == self.size
         )
 
-    def _read_by(self, node: ir.Node, place: int) -> list[ir.Value]:
+    def _read_by(self, node: ir.Node, index: int) -> list[ir.Value]:
         """Outputs of a node that reads it that are of the stream too."""
         kind = node.op_type
         if kind == "Shape":
             return []
         if kind == "Add" or (kind == "Mul" and _scaled(node) is not None):
             return [node.outputs[0]]
-        if _is_norm(node) and place == 0:
+        if _is_norm(node) and index == 0:
             self.norms.append(node)
-        elif kind == "MatMul" and place == 0 and is_constant(node.inputs[1]):
+        elif kind == "MatMul" and index == 0 and is_constant(node.inputs[1]):
             self.readers.append(node)
         else:
             self.ends = True
@@ -255,14 +257,14 @@ class Stream:
     ) -> None:
         """Turn an embedding, and what is behind the heads that share its matrix."""
         readers = [node for node in self.tables if node.inputs[0] is table]
-        made = changed(self.graph, table, rotation.forward if heads else into)
+        turned = changed(self.graph, table, rotation.forward if heads else into)
         for node in readers:
-            node.replace_input_with(0, made)
+            node.replace_input_with(0, turned)
             if heads and self._centred:  # the heads read its mean too
                 matrix = _out_of(rotation, None, into(np.eye(self.size, dtype=np.float32)))
                 _behind(node.outputs[0], matrix, f"{PRODUCT}.in")
         for head in heads:
-            head.replace_input_with(1, made)
+            head.replace_input_with(1, turned)
 
     def _fold(self, norm: ir.Node, rotation: Rotation) -> None:
         """A norm's weights go into the products that read it."""
@@ -282,7 +284,7 @@ class Stream:
         name = input_of(norm, 1).name
         heads = _heads(norm.outputs[0]) or []
         shared = {node.inputs[0] for node in self.tables}
-        made = self._plain(norm)
+        normed = self._plain(norm)
         if heads and bias is None and not any(head.inputs[1] in shared for head in heads):
             for head in heads:
                 _fold_into_head(head, rotation, weight)
@@ -294,7 +296,7 @@ class Stream:
         for head in heads:
             if head.inputs[1] not in shared:  # see `_turn_table`
                 _fold_into_head(head, rotation, None)
-        for value in dict.fromkeys(input_of(head, 0) for head in heads) if heads else (made,):
+        for value in dict.fromkeys(input_of(head, 0) for head in heads) if heads else (normed,):
             back = _behind(value, matrix, f"{PRODUCT}.out")
             if bias is not None:
                 uses = back.uses()
@@ -309,15 +311,15 @@ class Stream:
             norm.replace_input_with(1, ones)
             return norm.outputs[0]
         attributes = {"axis": -1, "epsilon": norm.attributes.get_float("epsilon", 1e-5)}
-        (made,) = insert(norm, "RMSNormalization", [norm.inputs[0], ones], attributes)
-        replace(norm.outputs[0], made)
+        (normed,) = insert(norm, "RMSNormalization", [norm.inputs[0], ones], attributes)
+        replace(norm.outputs[0], normed)
         self.graph.remove(norm, safe=True)
-        return made
+        return normed
 
 
 def _heads(value: ir.Value) -> list[ir.Node] | None:
     """The products that read `value` at some of its positions; None if anything else reads it."""
-    found: list[ir.Node] = []
+    heads: list[ir.Node] = []
     for use in value.uses():
         node = use.node
         if node.op_type == "Shape":
@@ -328,12 +330,12 @@ def _heads(value: ir.Value) -> list[ir.Node] | None:
             behind = _heads(node.outputs[0])
             if behind is None:
                 return None
-            found += behind
+            heads += behind
         elif _is_head(node) and use.idx == 0:
-            found.append(node)
+            heads.append(node)
         else:
             return None
-    return None if value.is_graph_output() else found
+    return None if value.is_graph_output() else heads
 
 
 def _fold_into_head(head: ir.Node, rotation: Rotation, weight: Floats | None) -> None:

@@ -39,13 +39,13 @@ def turn_values(graph: ir.Graph, node: ir.Node) -> bool:
     if not reads or not _is_own_matrix(after.inputs[1]):
         return False
     count = node.attributes.get_int("kv_num_heads", 0) * size
-    found = _written_by(node, count)
-    if found is None:
+    written = _written_by(node, count)
+    if written is None:
         return False
-    writers, start = found
+    writers, start = written
     rotation = Rotation(size, signed=False)
-    for writer, place in writers:
-        remake(writer, place, partial(_turned_part, rotation, slice(start, start + count)))
+    for writer, index in writers:
+        remake(writer, index, partial(_turned_part, rotation, slice(start, start + count)))
     remake(after, 1, partial(_turned_rows, rotation))
     return True
 
@@ -65,34 +65,34 @@ def _written_by(node: ir.Node, count: int) -> tuple[list[tuple[ir.Node, int]], i
         start = width - count
     if not only_use(value):
         return None
-    made = value.producer()
-    if made is not None and made.op_type == "Split":
-        sizes = constant(made.inputs[1]) if len(made.inputs) > 1 else None
-        if sizes is None or not only_use(made.inputs[0]):
+    producer = value.producer()
+    if producer is not None and producer.op_type == "Split":
+        sizes = constant(producer.inputs[1]) if len(producer.inputs) > 1 else None
+        if sizes is None or not only_use(producer.inputs[0]):
             return None
-        start = int(sizes[: made.outputs.index(value)].sum())
-        made = input_of(made, 0).producer()
+        start = int(sizes[: producer.outputs.index(value)].sum())
+        producer = input_of(producer, 0).producer()
     writers = []
-    if made is not None and made.op_type == "Add":
-        place = constant_input(made) if any(map(is_constant, made.inputs)) else None
-        if place is None or len(shape_of(made.inputs[place])) != 1:
+    if producer is not None and producer.op_type == "Add":
+        index = constant_input(producer) if any(map(is_constant, producer.inputs)) else None
+        if index is None or len(shape_of(producer.inputs[index])) != 1:
             return None
-        writers.append((made, place))
-        other = input_of(made, 1 - place)
-        made = other.producer() if only_use(other) else None
-    if made is None or made.op_type != "MatMul" or not is_constant(made.inputs[1]):
+        writers.append((producer, index))
+        other = input_of(producer, 1 - index)
+        producer = other.producer() if only_use(other) else None
+    if producer is None or producer.op_type != "MatMul" or not is_constant(producer.inputs[1]):
         return None
-    if not _is_own_matrix(made.inputs[1]):
+    if not _is_own_matrix(producer.inputs[1]):
         return None
-    return [*writers, (made, 1)], start
+    return [*writers, (producer, 1)], start
 
 
 def _turned_part(rotation: Rotation, columns: slice, array: Floats) -> Floats:
     """The array with some of its columns turned by head."""
-    made = array.copy()
+    turned = array.copy()
     heads = array[..., columns].reshape(-1, rotation.size)
-    made[..., columns] = rotation.forward(heads).reshape(made[..., columns].shape)
-    return made
+    turned[..., columns] = rotation.forward(heads).reshape(turned[..., columns].shape)
+    return turned
 
 
 def _turned_rows(rotation: Rotation, matrix: Floats) -> Floats:

@@ -74,10 +74,10 @@ def turned(x: Floats, size: int) -> Floats:
 
 def hadamard(size: int) -> Floats:
     """float32 [size, size], symmetric and orthogonal, all entries as large; size a power of two."""
-    made = np.ones((1, 1), np.float32)
-    while len(made) < size:
-        made = np.block([[made, made], [made, -made]])
-    return np.asarray(made / np.sqrt(size), np.float32)
+    matrix = np.ones((1, 1), np.float32)
+    while len(matrix) < size:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return np.asarray(matrix / np.sqrt(size), np.float32)
 
 
 def _hartley(size: int) -> Floats:
@@ -88,10 +88,10 @@ def _hartley(size: int) -> Floats:
 
 def by_rows(change: Callable[[Floats], Floats], matrix: Floats) -> Floats:
     """Apply `change` to the rows of a matrix [rows, size], some at a time; laid out as it is."""
-    made = np.empty_like(matrix)
+    result = np.empty_like(matrix)
 
     def part(some: slice) -> None:
-        made[some] = change(matrix[some])
+        result[some] = change(matrix[some])
 
     parts.each(len(matrix), matrix[0].size, part)
-    return made
+    return result

@@ -29,7 +29,7 @@ FOLDED = {"LayerNormalization": (1, 2), "RMSNormalization": (1,)}
 
 
 @dataclass(frozen=True)
-class Place:
+class FoldTarget:
     """A node that scales of an activation's channels can be folded into.
 
     Attributes:
@@ -41,7 +41,7 @@ class Place:
     column: int | None = None
 
 
-def place_of(value: ir.Value, readers: Sequence[Product]) -> Place | None:
+def fold_target(value: ir.Value, readers: Sequence[Product]) -> FoldTarget | None:
     """The node that scales of the channels of `value` can be folded into; None if there is none.
 
     Args:
@@ -54,11 +54,11 @@ def place_of(value: ir.Value, readers: Sequence[Product]) -> Place | None:
     if any(reader.transposed or reader.is_head for reader in readers):
         return None
     if node.op_type in FOLDED and value is node.outputs[0]:
-        return Place(node)
+        return FoldTarget(node)
     return _gated(node) if node.op_type == "Mul" else None
 
 
-def _gated(node: ir.Node) -> Place | None:
+def _gated(node: ir.Node) -> FoldTarget | None:
     """The columns behind the linear side of `act(gate) * up`: a product's, whole or a part of it.
 
     The gate's side goes through its activation, which cannot be scaled.
@@ -66,18 +66,22 @@ def _gated(node: ir.Node) -> Place | None:
     for side in (1, 0):
         value = node.inputs[side]
         column = 0
-        made = None if value is None else value.producer()
-        if made is not None and made.op_type == "Split":
-            sizes = None if len(made.inputs) < 2 else constant(made.inputs[1])
+        producer = None if value is None else value.producer()
+        if producer is not None and producer.op_type == "Split":
+            sizes = None if len(producer.inputs) < 2 else constant(producer.inputs[1])
             if value is None or sizes is None or len(value.uses()) != 1:
                 continue
-            column = int(sizes[: made.outputs.index(value)].sum())
-            whole = input_of(made, 0)
-            made = whole.producer() if len(whole.uses()) == 1 else None
+            column = int(sizes[: producer.outputs.index(value)].sum())
+            whole = input_of(producer, 0)
+            producer = whole.producer() if len(whole.uses()) == 1 else None
         elif value is None or len(value.uses()) != 1:
             continue
-        if made is not None and made.op_type == "MatMul" and constant(made.inputs[1]) is not None:
-            return Place(made, column)
+        if (
+            producer is not None
+            and producer.op_type == "MatMul"
+            and constant(producer.inputs[1]) is not None
+        ):
+            return FoldTarget(producer, column)
     return None
 
 
@@ -119,21 +123,21 @@ def _largest(weight: Floats) -> Floats:
     return np.asarray(np.abs(weight).max(axis=1))
 
 
-def fold(graph: ir.Graph, place: Place, scales: Floats, readers: Sequence[Product]) -> None:
+def fold(graph: ir.Graph, target: FoldTarget, scales: Floats, readers: Sequence[Product]) -> None:
     """Divide an activation by `scales` [in] where it is made; its readers make up for it."""
-    if place.column is None:
-        fold_into_norm(graph, place.node, scales)
+    if target.column is None:
+        fold_into_norm(graph, target.node, scales)
     else:
-        columns = slice(place.column, place.column + len(scales))
-        remake(place.node, 1, partial(_divided, columns, scales))
+        columns = slice(target.column, target.column + len(scales))
+        remake(target.node, 1, partial(_divided, columns, scales))
     for product in readers:
         remake(product.node, 1, partial(_multiplied, scales))
 
 
 def _divided(columns: slice, scales: Floats, matrix: Floats) -> Floats:
-    made = matrix.copy()
-    made[:, columns] /= scales
-    return made
+    divided = matrix.copy()
+    divided[:, columns] /= scales
+    return divided
 
 
 def _multiplied(scales: Floats, matrix: Floats) -> Floats:

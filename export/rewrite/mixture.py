@@ -235,11 +235,11 @@ def _arranged(graph: ir.Graph, make: Callable[..., Array], *sources: ir.Value | 
     """An initializer that is made of others when it is read."""
     constants = [source for source in sources if source is not None]
     held = [tensor_of(constant) for constant in constants]
-    shape = make(*(np.broadcast_to(np.float32(0), one.shape.numpy()) for one in held)).shape
+    shape = make(*(np.broadcast_to(np.float32(0), tensor.shape.numpy()) for tensor in held)).shape
     name = f"{constants[0].name}.experts"
 
     def read() -> Array:
-        return make(*(one.numpy() for one in held))
+        return make(*(tensor.numpy() for tensor in held))
 
     return add_lazily(graph, name, read, shape, ir.DataType.FLOAT)
 
@@ -318,9 +318,12 @@ def _looped(node: ir.Node) -> Mixture | None:
         return None
     tokens = _input_above(input_of(node, 2), "Shape")
     logits = _input_above(input_of(node, 0), "Softmax")
-    one, two = (inner for inner in body if inner.op_type == "Gemm")
-    weights = _input_above(input_of(one, 1), "Gather"), _input_above(input_of(two, 1), "Gather")
-    biases = _bias_of(one), _bias_of(two)
+    first, second = (inner for inner in body if inner.op_type == "Gemm")
+    weights = (
+        _input_above(input_of(first, 1), "Gather"),
+        _input_above(input_of(second, 1), "Gather"),
+    )
+    biases = _bias_of(first), _bias_of(second)
     return Mixture(node, tokens, logits, weights, biases, Looped(form[0], form[1] == "gated"))
 
 

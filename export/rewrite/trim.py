@@ -241,7 +241,7 @@ def merge_products(graph: ir.Graph) -> int:
         ]
         if len(siblings) < 2:
             continue
-        order = {node: place for place, node in enumerate(graph)}
+        order = {node: index for index, node in enumerate(graph)}
         siblings.sort(key=lambda node: order[node])
         matrices = [input_of(node, 1) for node in siblings]
         sizes = [shape_of(matrix)[1] for matrix in matrices]
@@ -277,7 +277,7 @@ def _side_by_side(graph: ir.Graph, name: str, matrices: Sequence[ir.Value]) -> i
 
 
 def _joined(held: Sequence[ir.TensorProtocol]) -> NDArray[np.generic]:
-    return np.concatenate([one.numpy() for one in held], axis=1)
+    return np.concatenate([tensor.numpy() for tensor in held], axis=1)
 
 
 def _equal(one: NDArray[np.generic], other: NDArray[np.generic]) -> bool:
@@ -443,7 +443,7 @@ def _part_of(
     model: ir.Model, needed: Sequence[ir.Node], values: Sequence[ir.Value]
 ) -> onnx.ModelProto:
     """A model of the nodes `needed`, which give `values` from the positions."""
-    order = {node: place for place, node in enumerate(model.graph)}
+    order = {node: index for index, node in enumerate(model.graph)}
     nodes = sorted(needed, key=lambda node: order[node])
     constants = {
         str(value.name): array

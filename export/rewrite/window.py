@@ -40,8 +40,8 @@ def bound(model: ir.Model) -> list[int | None]:
         if window is None:
             continue
         for node in nodes[name]:
-            for place, value in zip((SEQLENS, TOTAL), counts[window], strict=True):
-                node.replace_input_with(place, value)
+            for index, value in zip((SEQLENS, TOTAL), counts[window], strict=True):
+                node.replace_input_with(index, value)
             if node.attributes.get_int("do_rotary", 0):  # positions are not counted as keys are
                 node.replace_input_with(POSITIONS, inputs["position_ids"])
     return windows if counts else []
@@ -49,9 +49,9 @@ def bound(model: ir.Model) -> list[int | None]:
 
 def _window(nodes: Sequence[ir.Node]) -> int | None:
     """Of the nodes that attend to the keys of a layer; None if one of them counts all tokens."""
-    found = {node.attributes.get_int("local_window_size", -1) for node in nodes}
+    windows = {node.attributes.get_int("local_window_size", -1) for node in nodes}
     added = any(len(node.inputs) > BIAS and node.inputs[BIAS] is not None for node in nodes)
-    (window,) = found if len(found) == 1 else (-1,)
+    (window,) = windows if len(windows) == 1 else (-1,)
     return None if window < 1 or added else window
 
 

@@ -46,20 +46,20 @@ def check(directory: Path) -> None:
 def _texts(directory: Path) -> list[Path]:
     """Configurations, and the vocabulary where no tokenizer.json has it."""
     paths = [path for path in directory.iterdir() if path.is_file()]
-    found = [path for path in paths if SAID.fullmatch(path.name)]
+    texts = [path for path in paths if SAID.fullmatch(path.name)]
     if not (directory / TOKENIZER).is_file():
-        found += [path for path in paths if VOCABULARY.fullmatch(path.name)]
-    return found
+        texts += [path for path in paths if VOCABULARY.fullmatch(path.name)]
+    return texts
 
 
 def weights(directory: Path) -> list[Path]:
     """The files of a directory that weights are read from; of an adapter too."""
-    found = []
+    files = []
     for names in (WEIGHTS, ADAPTER):
         path = next((directory / name for name in names if (directory / name).is_file()), None)
         if path is not None:
-            found += _shards(path) if path.name.endswith(INDEX) else [path]
-    return found
+            files += _shards(path) if path.name.endswith(INDEX) else [path]
+    return files
 
 
 def _shards(index: Path) -> list[Path]:
@@ -69,9 +69,9 @@ def _shards(index: Path) -> list[Path]:
         ModelError: it names none, or some that are not there or not in its directory.
     """
     rule = "an object of weights and the files that they are in"
-    said = jsonfile.read(index, ADVICE)
-    places = jsonfile.take(said, index, "weight_map", _is_map, rule, ADVICE)
-    names = sorted(set(places.values()))
+    content = jsonfile.read(index, ADVICE)
+    weight_map = jsonfile.take(content, index, "weight_map", _is_map, rule, ADVICE)
+    names = sorted(set(weight_map.values()))
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
         raise ModelError(
@@ -98,7 +98,7 @@ def _check_whole(path: Path) -> None:
         raise jsonfile.damaged(path, "it is no safetensors file, or ends too early", ADVICE)
     with path.open("rb") as file:
         begin = 8 + int.from_bytes(file.read(8), "little")
-    expected = begin + max((said["data_offsets"][1] for said in tensors.values()), default=0)
+    expected = begin + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
     size = path.stat().st_size
     if size != expected:
         raise jsonfile.damaged(
@@ -116,21 +116,21 @@ def header(path: Path) -> dict[str, dict[str, Any]] | None:
         if not 0 < length < path.stat().st_size:
             return None
         try:
-            told = json.loads(file.read(length))
+            entries = json.loads(file.read(length))
         except (ValueError, RecursionError):
             return None
-    if not isinstance(told, dict):
+    if not isinstance(entries, dict):
         return None
-    told.pop("__metadata__", None)
-    return told if all(map(_is_tensor, told.values())) else None
+    entries.pop("__metadata__", None)
+    return entries if all(map(_is_tensor, entries.values())) else None
 
 
-def _is_tensor(said: Any) -> bool:
-    if not isinstance(said, dict) or not isinstance(said.get("dtype"), str):
+def _is_tensor(entry: Any) -> bool:
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
         return False
-    shape, offsets = said.get("shape"), said.get("data_offsets")
+    shape, offsets = entry.get("shape"), entry.get("data_offsets")
     return _are_counts(shape) and _are_counts(offsets) and len(offsets) == 2
 
 
-def _are_counts(said: Any) -> TypeGuard[list[int]]:
-    return isinstance(said, list) and all(jsonfile.is_count(n, 2**62, 0) for n in said)
+def _are_counts(value: Any) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(jsonfile.is_count(n, 2**62, 0) for n in value)

@@ -92,7 +92,7 @@ class Origin(Protocol):
         `meta["repeated"]` of the graph says whether `whole` would give one that is made otherwise.
         """
 
-    def written(self, place: Path) -> None:
+    def written(self, directory: Path) -> None:
         """Take note of where the graph was written in its first precision, to be asked there.
 
         Only for origins that nothing else runs: `logits` then ask that graph.

@@ -23,49 +23,49 @@ FILES = (
 FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")  # of added tokens
 
 
-def write(place: Path, to: Path) -> None:
+def write(directory: Path, to: Path) -> None:
     """Write the tokenizer's files of a directory to another."""
     for name in FILES:
-        path = place / name
+        path = directory / name
         if name == TOKENIZER:
-            jsonfile.write(to / name, _file(place))
+            jsonfile.write(to / name, _file(directory))
         elif path.is_file():
             shutil.copyfile(path, to / name)
     if not (to / TOKENIZER_CONFIG).exists():
         jsonfile.write(to / TOKENIZER_CONFIG, {})
 
 
-def _file(place: Path) -> dict[str, Any]:
+def _file(directory: Path) -> dict[str, Any]:
     """A folder's tokenizer.json with what stands in its tokenizer_config.json alone.
 
     As transformers reads them: tokens that were added and their flags, and whether words at the
     beginning get a space before them.
     """
-    found: dict[str, Any] = json.loads((place / TOKENIZER).read_text("utf-8"))
-    path = place / TOKENIZER_CONFIG
+    tokenizer: dict[str, Any] = json.loads((directory / TOKENIZER).read_text("utf-8"))
+    path = directory / TOKENIZER_CONFIG
     config = jsonfile.read(path) if path.is_file() else {}
-    added = {one["id"]: one for one in found.get("added_tokens") or []}
-    for index, said in (config.get("added_tokens_decoder") or {}).items():
-        flags = {name: said[name] for name in FLAGS if name in said}
-        bare = {**dict.fromkeys(FLAGS, False), "normalized": not said.get("special", False)}
+    added = {token["id"]: token for token in tokenizer.get("added_tokens") or []}
+    for index, fields in (config.get("added_tokens_decoder") or {}).items():
+        flags = {name: fields[name] for name in FLAGS if name in fields}
+        bare = {**dict.fromkeys(FLAGS, False), "normalized": not fields.get("special", False)}
         added[int(index)] = {"id": int(index), **bare, **added.get(int(index), {}), **flags}
-    found["added_tokens"] = [added[index] for index in sorted(added)]
-    outer = found.get("pre_tokenizer") or {}
+    tokenizer["added_tokens"] = [added[index] for index in sorted(added)]
+    outer = tokenizer.get("pre_tokenizer") or {}
     for part in (outer, *outer.get("pretokenizers", ())):
         if part.get("type") == "ByteLevel" and config.get("add_prefix_space") is not None:
             part["add_prefix_space"] = bool(config["add_prefix_space"])
-    return found
+    return tokenizer
 
 
-def read(place: Path) -> tuple[tokenizers.Tokenizer | None, str]:
+def read(directory: Path) -> tuple[tokenizers.Tokenizer | None, str]:
     """The tokenizer of a directory, or why there is none."""
-    path = place / TOKENIZER
+    path = directory / TOKENIZER
     if not path.is_file():
         return None, "the folder has no tokenizer.json"
     try:
-        found = tokenizers.Tokenizer.from_str(json.dumps(_file(place)))
+        tokenizer = tokenizers.Tokenizer.from_str(json.dumps(_file(directory)))
     except Exception as error:  # tokenizers raises Exception itself
         return None, f"its tokenizer.json cannot be read: {error}"
-    found.no_truncation()
-    found.no_padding()
-    return found, ""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer, ""

@@ -34,10 +34,12 @@ def base_of(path: Path) -> str | None:
     """
     if not (path / ADAPTER_CONFIG).is_file() or (path / CONFIG).is_file():
         return None
-    said = jsonfile.read(path / ADAPTER_CONFIG, ADVICE)
+    config = jsonfile.read(path / ADAPTER_CONFIG, ADVICE)
     name = "base_model_name_or_path"
     return str(
-        jsonfile.take(said, path / ADAPTER_CONFIG, name, jsonfile.is_text, "a model's name", ADVICE)
+        jsonfile.take(
+            config, path / ADAPTER_CONFIG, name, jsonfile.is_text, "a model's name", ADVICE
+        )
     )
 
 
@@ -154,13 +156,13 @@ def _logits(model: Any) -> torch.Tensor:
     ids = torch.arange(size - TRIED, size) % size
     ids[::2] = torch.arange(len(ids[::2])) % size
     with torch.no_grad():
-        said: torch.Tensor = model(input_ids=ids[None]).logits.float()
-    return said
+        logits: torch.Tensor = model(input_ids=ids[None]).logits.float()
+    return logits
 
 
-def _check_same(expected: torch.Tensor, found: torch.Tensor) -> None:
+def _check_same(expected: torch.Tensor, actual: torch.Tensor) -> None:
     near = NEAR * float(expected.abs().max())
-    if expected.shape != found.shape or not torch.allclose(expected, found, rtol=0, atol=near):
+    if expected.shape != actual.shape or not torch.allclose(expected, actual, rtol=0, atol=near):
         raise ValueError("merged, the model says something else")
 
 

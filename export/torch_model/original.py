@@ -80,12 +80,12 @@ class Original:
         return check.probes(self.model, self.loaded.tokenizer, self.kept.layers)
 
     def logits(self, row: NDArray[np.int64]) -> NDArray[np.float32]:
-        (found,) = check.reference_logits(self.model, [row])
-        return found
+        (logits,) = check.reference_logits(self.model, [row])
+        return logits
 
     def continuation(self, row: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-        (found,) = check.reference_continuation(self.model, [row], count)
-        return found
+        (tokens,) = check.reference_continuation(self.model, [row], count)
+        return tokens
 
     def convert(self, whole: bool = False) -> tuple[onnx_ir.Model, list[str]]:
         states = len(self.kept.states)
@@ -95,7 +95,7 @@ class Original:
         shown += ", alike" if converted.meta.get("repeated") else ""
         return converted, [shown]
 
-    def written(self, place: Path) -> None:
+    def written(self, directory: Path) -> None:
         """It runs by itself."""
 
     def describe(self) -> ModelInfo:

@@ -113,7 +113,7 @@ def _with_adapter(base: Source, name: str, path: Path) -> Source:
 
 def of_object(model: PreTrainedModel, tokenizer: object | None) -> Source:
     """A model object as a source; what is exported is a copy where it is another one."""
-    kind, said = model.config.model_type, model.config.name_or_path
+    kind, given_name = model.config.model_type, model.config.name_or_path
     devices = {p.device.type for p in model.parameters()}
     if "meta" in devices:
         raise UnsupportedModel(f"{kind} has no weights: it is on device 'meta'")
@@ -128,8 +128,8 @@ def of_object(model: PreTrainedModel, tokenizer: object | None) -> Source:
         model = copy.deepcopy(model)
     _settle(model)
     fast, note = _fast(tokenizer) if tokenizer is not None else (None, "no tokenizer was given")
-    place = Path(said)
-    name = name_of(place) if said and (place.is_absolute() or place.exists()) else said
+    path = Path(given_name)
+    name = name_of(path) if given_name and (path.is_absolute() or path.exists()) else given_name
     return Source(name or kind, model, fast, note)
 
 
@@ -144,18 +144,20 @@ def _configuration(path: Path) -> PretrainedConfig:
 
     Types of weights that torch does not have, such as "auto", are left out: the files have them.
     """
-    said = jsonfile.read(path / CONFIG, checkpoint.ADVICE)
-    known = _without_unknown_types(said)
+    fields = jsonfile.read(path / CONFIG, checkpoint.ADVICE)
+    known = _without_unknown_types(fields)
     try:
         with contextlib.ExitStack() as stack:
-            place = path
-            if known != said:
-                place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fastgen-")))
-                (place / CONFIG).write_text(json.dumps(known), encoding="utf-8")
+            directory = path
+            if known != fields:
+                directory = Path(
+                    stack.enter_context(tempfile.TemporaryDirectory(prefix="fastgen-"))
+                )
+                (directory / CONFIG).write_text(json.dumps(known), encoding="utf-8")
             stack.enter_context(quiet())
-            config = AutoConfig.from_pretrained(place, trust_remote_code=False)
-        for one in (config, config.get_text_config()):
-            one.return_dict = True  # as `generate` has it, whatever is written there
+            config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        for each in (config, config.get_text_config()):
+            each.return_dict = True  # as `generate` has it, whatever is written there
     except Exception as error:  # of all kinds: each configuration checks what it is given itself
         if "trust_remote_code" in str(error):
             raise UnsupportedModel(
@@ -167,11 +169,11 @@ def _configuration(path: Path) -> PretrainedConfig:
     return config
 
 
-def _without_unknown_types(said: dict[str, Any]) -> dict[str, Any]:
+def _without_unknown_types(config: dict[str, Any]) -> dict[str, Any]:
     """A configuration, and those within it, without a `dtype` that is none of torch's."""
     return {
         name: _without_unknown_types(value) if isinstance(value, dict) else value
-        for name, value in said.items()
+        for name, value in config.items()
         if name not in ("dtype", "torch_dtype")
         or isinstance(getattr(torch, str(value), None), torch.dtype)
     }
@@ -196,7 +198,7 @@ def _loaded(path: Path, config: PretrainedConfig, dtype: torch.dtype | str) -> P
         raise UnsupportedModel("transformers has no causal language model of this type")
     try:
         with quiet():
-            model, found = door.from_pretrained(
+            model, loading_info = door.from_pretrained(
                 path,
                 config=config,
                 dtype=dtype,
@@ -213,8 +215,8 @@ def _loaded(path: Path, config: PretrainedConfig, dtype: torch.dtype | str) -> P
         ) from error
     except Exception as error:  # of all kinds: what is read may contradict itself
         raise UnsupportedModel(f"transformers cannot load it: {_short(error)}") from error
-    _check_sizes(path, found["mismatched_keys"])
-    missing = sorted(found["missing_keys"])
+    _check_sizes(path, loading_info["mismatched_keys"])
+    missing = sorted(loading_info["missing_keys"])
     if missing:
         raise ModelError(
             f"{path} is not a whole causal language model: it lacks {jsonfile.some(missing)}"
@@ -224,14 +226,14 @@ def _loaded(path: Path, config: PretrainedConfig, dtype: torch.dtype | str) -> P
 
 def _check_sizes(path: Path, differing: Collection[tuple[str, Any, Any]]) -> None:
     """Raise a ModelError for weights of other sizes than the configuration has."""
-    told = [
-        f"{name} is {list(stored)} where {CONFIG} makes it {list(made)}"
-        for name, stored, made in sorted(differing)
+    differences = [
+        f"{name} is {list(stored)} where {CONFIG} makes it {list(expected)}"
+        for name, stored, expected in sorted(differing)
     ]
-    if told:
+    if differences:
         raise ModelError(
-            f"{path} contradicts itself: {jsonfile.some(told)}. Correct {CONFIG} (vocab_size, if "
-            f"tokens were added), or {checkpoint.ADVICE}"
+            f"{path} contradicts itself: {jsonfile.some(differences)}. Correct {CONFIG} "
+            f"(vocab_size, if tokens were added), or {checkpoint.ADVICE}"
         )
 
 

@@ -59,10 +59,10 @@ def _say_the_same(model: PreTrainedModel, text: PreTrainedModel) -> bool:
     model.eval()
     try:
         with torch.no_grad():
-            one, two = (each(input_ids=ids).logits.float() for each in (model, text))
+            expected, actual = (each(input_ids=ids).logits.float() for each in (model, text))
     except (TypeError, ValueError):  # it wants an image: there is nothing to compare with
         return True
     finally:
         for module in training:
             module.training = True
-    return torch.allclose(one, two, rtol=1e-3, atol=1e-3 * float(one.abs().max()))
+    return torch.allclose(expected, actual, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))

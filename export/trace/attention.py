@@ -84,11 +84,11 @@ class Turn:
 
     Attributes:
         query: [rows, num_heads, new, head_dim] into that space.
-        found: [rows, new, num_heads, value_dim] from there.
+        output: [rows, new, num_heads, value_dim] from there.
     """
 
     query: Callable[[torch.Tensor], torch.Tensor]
-    found: Callable[[torch.Tensor], torch.Tensor]
+    output: Callable[[torch.Tensor], torch.Tensor]
 
 
 class All:
@@ -224,13 +224,13 @@ def attention(
             )
     window = None
     if attention_mask is not None and run.feed is None:
-        place = attention_mask.untyped_storage().data_ptr()
-        if place not in run.windows:
+        address = attention_mask.untyped_storage().data_ptr()
+        if address not in run.windows:
             raise UnsupportedModel(
                 f"layer {len(run.layers)}: its mask is not one of transformers' causal or "
                 "sliding-window masks"
             )
-        window = run.windows[place]
+        window = run.windows[address]
     if isinstance(window, UnsupportedModel):
         raise window
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -263,7 +263,7 @@ def attend(
     run = _run()
     turn, run.turn = run.turn, None
     if turn is not None:
-        return turn.found(
+        return turn.output(
             attend(turn.query(query), key, value, scale, window, softcap, sinks, bias, added)
         )
     raised, run.raised = run.raised, None
@@ -442,12 +442,12 @@ def mask(**kwargs: Any) -> torch.Tensor | None:
     if run.feed is not None:
         return token
     run.masks.append(token)
-    place = token.untyped_storage().data_ptr()
+    address = token.untyped_storage().data_ptr()
     try:
         positions = getattr(kwargs.get("config"), "max_position_embeddings", None)
-        run.windows[place] = window_of(kwargs["mask_function"], positions)
+        run.windows[address] = window_of(kwargs["mask_function"], positions)
     except UnsupportedModel as error:  # it may be for layers that the model does not have
-        run.windows[place] = error
+        run.windows[address] = error
     return token
 
 

@@ -174,9 +174,9 @@ def activation_of(module: nn.Module) -> dict[str, Any] | None:
         alphas = {1.0} | _numbers(module, "alpha", "swiglu_alpha")
         limits = {None} | _numbers(module, "limit", "swiglu_limit")
         gates = (Gate(a, b, limit) for a in alphas for b in (0.0, 1.0) for limit in limits)
-        found = next((g.attributes() for g in gates if _equal(g(*halves), expected)), None)
+        gated = next((g.attributes() for g in gates if _equal(g(*halves), expected)), None)
         names = (n for n, f in LOOPED.items() if _equal(f(halves[0]) * halves[1], expected))
-        return found or next(({"activation_type": n, "swiglu_fusion": 2} for n in names), None)
+        return gated or next(({"activation_type": n, "swiglu_fusion": 2} for n in names), None)
 
 
 def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -184,8 +184,8 @@ def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _numbers(module: nn.Module, *names: str) -> set[float]:
-    found = (getattr(module, name, None) for name in names)
-    return {float(one) for one in found if isinstance(one, float | int)}
+    values = (getattr(module, name, None) for name in names)
+    return {float(value) for value in values if isinstance(value, float | int)}
 
 
 def _seeded() -> torch.Generator:

@@ -26,7 +26,7 @@ from fastgen.errors import UnsupportedModel
 from fastgen.export.rewrite import mixture
 from fastgen.export.trace import attention, experts, hooks, refuse, repeat, states, stored
 from fastgen.export.trace.attention import Feed, Layer
-from fastgen.export.trace.states import Place, StatefulCache, States
+from fastgen.export.trace.states import StatefulCache, StateKey, States
 from fastgen.store.graph_io import TOKENS, GraphIO, TensorSpec, fed_tokens
 
 OPSET = 23
@@ -43,7 +43,7 @@ class Kept:
     """
 
     layers: list[Layer]
-    states: dict[Place, tuple[int, ...]]
+    states: dict[StateKey, tuple[int, ...]]
 
     def io(self, vocab_size: int) -> GraphIO:
         """The inputs and outputs of the graph."""
@@ -80,7 +80,7 @@ class Decoder(torch.nn.Module):
         ):
             logits = call(self.model, input_ids, position_ids)
         present = [tensor for pair in run.present for tensor in pair]
-        return logits, *present, *(left.present[place] for place in self.kept.states)
+        return logits, *present, *(left.present[key] for key in self.kept.states)
 
 
 def call(

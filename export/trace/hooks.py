@@ -25,7 +25,7 @@ from fastgen.export.trace.attention import CACHES, Bias, Turn, attend
 
 CLOSE = 1e-4  # of the largest number that the model's own function gives
 
-Place = tuple[Any, str, Any]  # where a function stands, its name, and ours
+Patch = tuple[Any, str, Any]  # where a function stands, its name, and ours
 
 
 @contextlib.contextmanager
@@ -33,14 +33,14 @@ def own_code(model: PreTrainedModel) -> Iterator[bool]:
     """Ours stands in for the model's own code; yields whether that is its attention, too."""
     config = model.config
     kept = config._attn_implementation
-    places = list(_attention_places(model))
+    patches = list(_attention_patches(model))
     with contextlib.ExitStack() as stack:
-        for owner, name, ours in (*places, *_other_places(model)):
+        for owner, name, ours in (*patches, *_other_patches(model)):
             stack.enter_context(_replaced(owner, name, ours))
-        if any(owner is torch.nn.functional for owner, _, _ in places):
+        if any(owner is torch.nn.functional for owner, _, _ in patches):
             config._attn_implementation_internal = "sdpa"
         try:
-            yield bool(places)
+            yield bool(patches)
         finally:
             config._attn_implementation_internal = kept
 
@@ -104,7 +104,7 @@ def _replaced(owner: Any, name: str, ours: Callable[..., Any]) -> Iterator[None]
 # Attention
 
 
-def _attention_places(model: PreTrainedModel) -> Iterator[Place]:
+def _attention_patches(model: PreTrainedModel) -> Iterator[Patch]:
     """Functions of the model that compute attention in their own way, and their stand-ins."""
     for module in model.modules():
         kind = _kind(module)
@@ -125,22 +125,25 @@ def _kind(module: torch.nn.Module) -> str:
     return f"{type(module).__module__.rpartition('.modeling_')[2]}.{type(module).__name__}"
 
 
-def _compared(owner: Any, name: str, ours: Callable[..., Any]) -> Place:
+def _compared(owner: Any, name: str, ours: Callable[..., Any]) -> Patch:
     """`ours` for `owner.name`, compared with it on what a recording pass calls it with."""
     own = getattr(owner, name)
 
     @functools.wraps(own)
     def function(*args: Any, **kwargs: Any) -> Any:
-        found = ours(*args, **kwargs)
+        result = ours(*args, **kwargs)
         if attention.is_recording():  # of a text from its start: without a cache it is the same
             args = tuple(None if isinstance(value, Cache) else value for value in args)
             kwargs = {key: value for key, value in kwargs.items() if key not in CACHES}
-            one, two = (
-                out if isinstance(out, Tensor) else out[0] for out in (own(*args, **kwargs), found)
+            expected, actual = (
+                out if isinstance(out, Tensor) else out[0] for out in (own(*args, **kwargs), result)
             )
-            if one.shape != two.shape or (one - two).abs().max() > CLOSE * one.abs().max():
+            if (
+                expected.shape != actual.shape
+                or (expected - actual).abs().max() > CLOSE * expected.abs().max()
+            ):
                 raise UnsupportedModel(f"its code ({name}) is not what fastgen knows of its kind")
-        return found
+        return result
 
     return owner, name, function
 
@@ -311,9 +314,9 @@ _BIASES: dict[str, Callable[[Any], Bias]] = {
 # Code that torch's exporter cannot follow
 
 
-def _other_places(model: PreTrainedModel) -> Iterator[Place]:
+def _other_patches(model: PreTrainedModel) -> Iterator[Patch]:
     """Functions besides attention that no graph can hold, and their stand-ins."""
-    yield from sparse.places(model)
+    yield from sparse.patches(model)
     turned = set()
     for module in model.modules():
         kind = _kind(module)
@@ -387,7 +390,7 @@ def _grown(
     """Scores that grow with the logarithm of the query's position, from `floor` on."""
     number = attention.places(states.shape[1])[0] + 1
     tau = 1 + alpha * (number / floor).clamp(min=1).log()[:, None, :, None]
-    attention.turn_next(Turn(lambda query: query * tau, lambda found: found))
+    attention.turn_next(Turn(lambda query: query * tau, lambda output: output))
     return own(states, *args) * tau
 
 
@@ -427,7 +430,7 @@ def _latent(
     def query(states: Tensor) -> Tensor:
         return torch.cat((states[..., :size] @ from_query, states[..., size:]), dim=-1)
 
-    def found(states: Tensor) -> Tensor:
+    def output(states: Tensor) -> Tensor:
         return (states.transpose(1, 2) @ to_value).transpose(1, 2)
 
     keys = torch.cat((latent, turned), dim=-1)
@@ -435,9 +438,9 @@ def _latent(
         expected = own(latent, turned)
         some = torch.randn_like(expected[0])
         scores = query(some) @ keys.transpose(2, 3)
-        values = found(latent.transpose(1, 2).expand(-1, -1, heads, -1)).transpose(1, 2)
+        values = output(latent.transpose(1, 2).expand(-1, -1, heads, -1)).transpose(1, 2)
         for one, two in ((some @ expected[0].transpose(2, 3), scores), (expected[1], values)):
             if one.shape != two.shape or (one - two).abs().max() > CLOSE * one.abs().max():
                 raise UnsupportedModel("its keys are not what fastgen knows of latents")
-    attention.turn_next(Turn(query, found))
+    attention.turn_next(Turn(query, output))
     return keys, latent

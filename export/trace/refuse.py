@@ -90,7 +90,7 @@ def model(model: PreTrainedModel) -> None:
             )
 
 
-def layers(model: PreTrainedModel, found: Sequence[Layer]) -> None:
+def layers(model: PreTrainedModel, recorded: Sequence[Layer]) -> None:
     """Refuse a model whose cache forgets tokens that its attention sees.
 
     What it says then depends on where a text was cut: transformers' `forward` of a whole text and
@@ -100,7 +100,7 @@ def layers(model: PreTrainedModel, found: Sequence[Layer]) -> None:
         UnsupportedModel: with the reason.
     """
     forgets = any(DynamicCache(config=model.config.get_text_config(decoder=True)).is_sliding)
-    if forgets and not any(layer.window or layer.seen for layer in found):
+    if forgets and not any(layer.window or layer.seen for layer in recorded):
         raise UnsupportedModel(
             "its cache forgets what lies before a window, and its attention has none: what it says "
             "depends on where a text is cut"

@@ -69,14 +69,14 @@ def find(model: PreTrainedModel, kept: Sequence[Layer]) -> Layers | None:
     ]
     if len(lists) != 1:
         return None
-    (found,) = lists
+    (layers,) = lists
     settings = [value for value in vars(config).values() if isinstance(value, list)]
     of_layers = [value for value in settings if len(value) == count]
-    for things in (kept, *of_layers, [_looks(module) for module in found.modules]):
+    for things in (kept, *of_layers, [_looks(module) for module in layers.modules]):
         if any(thing != things[0] for thing in things):
             return None
-    weights = [id(weight) for module in found.modules for weight in module.parameters()]
-    return found if len(set(weights)) == len(weights) else None
+    weights = [id(weight) for module in layers.modules for weight in module.parameters()]
+    return layers if len(set(weights)) == len(weights) else None
 
 
 def _looks(module: torch.nn.Module) -> list[Any]:
@@ -163,8 +163,8 @@ class _Unrolling:
         self.layers = layers
         self.own = dict(_own_weights(graph, layers, stand_ins))
         for value in graph.inputs:
-            if (found := layer_and_half(value.name)) is not None:
-                self.own[value] = _Own(*found)
+            if (layer_half := layer_and_half(value.name)) is not None:
+                self.own[value] = _Own(*layer_half)
         self.level: dict[ir.Value, int] = {}
 
     def run(self) -> None:
@@ -180,9 +180,9 @@ class _Unrolling:
             self.graph.insert_after(behind, nodes)
             behind = nodes[-1]
         for node in tail:
-            for place, value in enumerate(node.inputs):
+            for index, value in enumerate(node.inputs):
                 if value in last:
-                    node.replace_input_with(place, latest[last[value]])
+                    node.replace_input_with(index, latest[last[value]])
         for values in (self.graph.inputs, self.graph.outputs):
             values[:] = sorted(values, key=lambda value: layer_and_half(value.name) or (-1, ""))
 
@@ -190,7 +190,9 @@ class _Unrolling:
         """Nodes of the second and of the third layer, and those after it."""
         blocks: list[list[ir.Node]] = [[] for _ in range(TRACED)]
         for node in self.graph:
-            if any(one.type == ir.AttributeType.GRAPH for one in node.attributes.values()):
+            if any(
+                attribute.type == ir.AttributeType.GRAPH for attribute in node.attributes.values()
+            ):
                 raise _Unlike
             level = max((self._level(value) for value in node.inputs), default=-1)
             if node.op_type == "Shape" and input_of(node, 0).is_graph_input():
@@ -215,7 +217,7 @@ class _Unrolling:
         Raises:
             _Unlike: they are not the same nodes.
         """
-        found: Pairs = {}
+        counterparts: Pairs = {}
         if len(second) != len(third):
             raise _Unlike
         for one, other in zip(second, third, strict=True):
@@ -224,11 +226,11 @@ class _Unrolling:
             pairs = [*zip(one.inputs, other.inputs, strict=True)]
             pairs += zip(one.outputs, other.outputs, strict=True)
             for value, counterpart in pairs:
-                if found.setdefault(value, counterpart) is not counterpart:
+                if counterparts.setdefault(value, counterpart) is not counterpart:
                     raise _Unlike
-        if not all(self._corresponds(*pair) for pair in found.items()):
+        if not all(self._corresponds(*pair) for pair in counterparts.items()):
             raise _Unlike
-        return found
+        return counterparts
 
     def _corresponds(self, value: ir.Value | None, counterpart: ir.Value | None) -> bool:
         """Two values are what all share, the same constant, or the same one layer further in."""
@@ -311,10 +313,10 @@ class _Unrolling:
     def _name(self, value: ir.Value, number: int) -> str:
         """As a trace would call it, where that can be told."""
         name = str(value.name)
-        for place in (f"{PAST}.", f"{PRESENT}.", f"{self.layers.name}."):
-            before, found, after = name.partition(f"{place}1.")
-            if found:
-                return f"{before}{place}{number}.{after}"
+        for prefix in (f"{PAST}.", f"{PRESENT}.", f"{self.layers.name}."):
+            before, matched, after = name.partition(f"{prefix}1.")
+            if matched:
+                return f"{before}{prefix}{number}.{after}"
         return f"{name}.{number}"
 
 
@@ -332,19 +334,21 @@ def _own_weights(
         if tensor.dtype != ir.DataType.FLOAT or not tensor.size:
             continue
         view = tensor.numpy()
-        for one in stand_ins:
-            part = one.behind(view)
-            if part is not None and id(one.weight) in names:
-                number, name = names[id(one.weight)]
-                place = view.ctypes.data - one.array.ctypes.data
-                yield value, _Own(number, (name, place, view.shape, view.strides), one)
+        for stand_in in stand_ins:
+            part = stand_in.behind(view)
+            if part is not None and id(stand_in.weight) in names:
+                number, name = names[id(stand_in.weight)]
+                offset = view.ctypes.data - stand_in.array.ctypes.data
+                yield value, _Own(number, (name, offset, view.shape, view.strides), stand_in)
 
 
 def _kind(node: ir.Node) -> tuple[Any, ...]:
     """All of a node but what it reads and makes."""
     attributes = {
-        name: one.value.tobytes() if one.type == ir.AttributeType.TENSOR else one.value
-        for name, one in node.attributes.items()
+        name: attribute.value.tobytes()
+        if attribute.type == ir.AttributeType.TENSOR
+        else attribute.value
+        for name, attribute in node.attributes.items()
     }
     return node.domain, node.op_type, attributes, len(node.inputs), len(node.outputs)
 

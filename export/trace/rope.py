@@ -94,5 +94,5 @@ def _without_change(module: torch.nn.Module, length: int) -> Forward | None:
 
 
 def _table(module: torch.nn.Module, length: int) -> Forward:
-    cos, sin = (one[0] for one in module.forward(torch.zeros(1), torch.arange(length)[None]))
+    cos, sin = (table[0] for table in module.forward(torch.zeros(1), torch.arange(length)[None]))
     return lambda x, position_ids: (cos[position_ids], sin[position_ids])

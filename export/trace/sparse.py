@@ -36,7 +36,7 @@ def settle(model: PreTrainedModel) -> None:
         model.base_model.set_attention_type("original_full")
 
 
-def places(model: PreTrainedModel) -> Iterator[tuple[Any, str, Callable[..., Any]]]:
+def patches(model: PreTrainedModel) -> Iterator[tuple[Any, str, Callable[..., Any]]]:
     """Stand-ins for the indices while a model is exported."""
     for picks in _picking(model):
         if hasattr(picks, "prepare_dynamic_mask"):  # by scores that count besides

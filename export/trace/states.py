@@ -33,7 +33,7 @@ from transformers.activations import ACT2FN
 from fastgen.errors import UnsupportedModel
 from fastgen.export.trace.attention import CACHES, PassingCache
 
-Place = tuple[str, int, int]  # "conv", "shift" or "recurrent", the layer, which of its states
+StateKey = tuple[str, int, int]  # "conv", "shift" or "recurrent", the layer, which of its states
 
 
 @dataclass
@@ -41,37 +41,37 @@ class States:
     """The states of a model, in the order of the graph's inputs, and one run with them.
 
     Attributes:
-        shapes: of one row's state, by its place.
+        shapes: of one row's state, by its key.
         past: float32 [rows, *shape] each; None while shapes are recorded.
         query_seqlens: int32 [rows], how many of the new tokens are real; None for all.
-        present: what the run leaves, by place.
+        present: what the run leaves, by key.
         begun: the state that the next scan starts from; several, one for each of its scans.
         scans: how many there were.
     """
 
-    shapes: dict[Place, tuple[int, ...]] = field(default_factory=dict)
-    past: dict[Place, Tensor] | None = None
+    shapes: dict[StateKey, tuple[int, ...]] = field(default_factory=dict)
+    past: dict[StateKey, Tensor] | None = None
     query_seqlens: Tensor | None = None
-    present: dict[Place, Tensor] = field(default_factory=dict)
+    present: dict[StateKey, Tensor] = field(default_factory=dict)
     begun: Tensor | None = None
     scans: int = 0
 
-    def before(self, place: Place, inputs: Tensor, kept: int) -> Tensor:
+    def before(self, key: StateKey, inputs: Tensor, kept: int) -> Tensor:
         """A convolution's inputs [rows, channels, new] with the `kept` last ones in front."""
         rows, channels, _ = inputs.shape
         if self.past is None:
-            self.leave(place, torch.zeros(rows, channels, kept))
+            self.leave(key, torch.zeros(rows, channels, kept))
             return F.pad(inputs, (kept, 0))
-        full = torch.cat([self.past[place], inputs], dim=-1)
+        full = torch.cat([self.past[key], inputs], dim=-1)
         assert self.query_seqlens is not None
         last = self.query_seqlens.long()[:, None] + torch.arange(kept)
-        self.leave(place, full.gather(2, last[:, None].expand(-1, channels, -1)))
+        self.leave(key, full.gather(2, last[:, None].expand(-1, channels, -1)))
         return full
 
-    def leave(self, place: Place, state: Tensor) -> None:
+    def leave(self, key: StateKey, state: Tensor) -> None:
         if self.past is None:
-            self.shapes[place] = tuple(state.shape[1:])
-        self.present[place] = state
+            self.shapes[key] = tuple(state.shape[1:])
+        self.present[key] = state
 
     def real(self, tokens: Tensor) -> Tensor:
         """float32 [rows, new]: 1 for tokens, 0 for padding, for values [rows, new, ...]."""
@@ -157,7 +157,7 @@ def _scan(
     if past.dim() == 5:  # a layer that scans part after part
         past = past[:, run.scans]
     run.scans += 1
-    inputs = [one.reshape(rows, new, -1) for one in (query, key, value)]
+    inputs = [tensor.reshape(rows, new, -1) for tensor in (query, key, value)]
     out, present = torch.onnx.ops.symbolic_multi_out(
         "com.microsoft::LinearAttention",
         [*inputs, past, decay.reshape(rows, new, -1), beta],
@@ -174,10 +174,10 @@ def _scan(
     return out.reshape(rows, new, heads, size), present
 
 
-def _gated(place: int, query: Tensor, key: Tensor, value: Tensor, decay: Tensor) -> Tensor:
+def _gated(number: int, query: Tensor, key: Tensor, value: Tensor, decay: Tensor) -> Tensor:
     """A scan by the rule `gated` of a model that has no place of its own for the state."""
     run = _run()
-    at = ("recurrent", place, 0)
+    at = ("recurrent", number, 0)
     run.begun = None if run.past is None else run.past[at]
     out, state = _scan("gated", query, key, value, decay)
     run.leave(at, state)
@@ -272,7 +272,7 @@ def _wkv(
     maximum that transformers keeps: a key beyond 88 would be infinite.
     """
     run = _run()
-    place = run.scans
+    number = run.scans
     weight = key.exp()
     real = run.real(key)[..., None]
     numbers = torch.stack([value, torch.ones_like(value)], dim=-1)
@@ -281,46 +281,46 @@ def _wkv(
         F.pad(x, (0, 0) * (x.dim() - 2) + (1, 0))
         for x in ((weight * real)[..., None], numbers, decay)
     )
-    out = _gated(place, torch.ones_like(keys[:, :, :1]), keys, values, decay)
+    out = _gated(number, torch.ones_like(keys[:, :, :1]), keys, values, decay)
     own = (time_first + key).exp()
     above, below = out[:, :-1].unbind(-1)
     return (above + own * value) / (below + own), None
 
 
-def _shift(place: int, module: Any, inputs: Tensor) -> Tensor:
+def _shift(number: int, module: Any, inputs: Tensor) -> Tensor:
     """Each token is shown the one before it, [rows, new, channels]."""
     if tuple(module.padding) != (0, 0, 1, -1):
         return F.pad(inputs, module.padding)
-    full = _run().before(("shift", place, 0), inputs.transpose(1, 2), 1)
+    full = _run().before(("shift", number, 0), inputs.transpose(1, 2), 1)
     return full[:, :, :-1].transpose(1, 2)
 
 
 def _lightning(
-    place: int, module: Any, hidden_states: Tensor, **kwargs: Any
+    number: int, module: Any, hidden_states: Tensor, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """Lightning attention (Qin et al. 2024, arXiv 2405.17381): a head forgets at its own rate."""
     mixed = module.act_fn(module.qkv_proj(hidden_states))
     query, key, value = mixed.unflatten(-1, (module.num_attention_heads, -1)).chunk(3, dim=-1)
     real = _run().real(value)[..., None]
     decay = -module.slope_rate.flatten() * real
-    out = _gated(place, query, key * real[..., None], value, decay)
+    out = _gated(number, query, key * real[..., None], value, decay)
     out = F.sigmoid(module.output_gate(hidden_states)) * module.norm(out.flatten(2))
     return module.out_proj(out), None
 
 
 def _griffin(
-    place: int, module: Any, input_states: Tensor, position_ids: Tensor, *_: Any, **kwargs: Any
+    number: int, module: Any, input_states: Tensor, position_ids: Tensor, *_: Any, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """A convolution and a linear recurrence with gates (De et al. 2024, arXiv 2402.19427)."""
     conv, branch = module.conv_1d, module.linear_x(input_states).transpose(1, 2)
-    full = _run().before(("conv", place, 0), branch, conv.kernel_size[0] - 1)
+    full = _run().before(("conv", number, 0), branch, conv.kernel_size[0] - 1)
     mixed = F.conv1d(full, conv.weight, conv.bias, groups=conv.groups).transpose(1, 2)
     mixed = module.rg_lru(mixed, position_ids)
     return module.linear_out(mixed * module.act_fn(module.linear_y(input_states))), None
 
 
 def _lru(
-    place: int,
+    number: int,
     module: Any,
     hidden_states: Tensor,  # [rows, new, channels]
     recurrent_gate: Tensor,
@@ -331,11 +331,11 @@ def _lru(
     real = _run().real(hidden_states)[..., None]
     decay = (recurrent_gate * ~reset).clamp(min=torch.finfo(torch.float32).tiny).log() * real
     key = (real * torch.ones_like(decay))[..., None]
-    return _gated(place, key[:, :, :1], key, hidden_states[..., None], decay)[..., 0], None
+    return _gated(number, key[:, :, :1], key, hidden_states[..., None], decay)[..., 0], None
 
 
 def _compressed(
-    place: int, module: Any, hidden_states: Tensor, *_: Any
+    number: int, module: Any, hidden_states: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values [rows, new, heads, head_dim] of compressed convolutional attention.
 
@@ -344,13 +344,13 @@ def _compressed(
     heads, shared = (-1, module.head_dim), module.num_key_value_groups
     query, key = module.q_proj(hidden_states), module.k_proj(hidden_states)
     mixed = torch.cat([query, key], dim=-1).transpose(1, 2)
-    full = _run().before(("conv", place, 0), mixed, module.conv_kernel_size)
+    full = _run().before(("conv", number, 0), mixed, module.conv_kernel_size)
     mixed = module.conv_qk_grouped(module.conv_qk_depthwise(full)).transpose(1, 2)
     both = query.unflatten(2, heads) + key.unflatten(2, heads).repeat_interleave(shared, dim=2)
     both = both * 0.5
     mean = both.unflatten(2, (-1, shared)).mean(dim=3)
     width = query.shape[-1]
-    before = _run().before(("shift", place, 0), hidden_states.transpose(1, 2), 1)[:, :, :-1]
+    before = _run().before(("shift", number, 0), hidden_states.transpose(1, 2), 1)[:, :, :-1]
     delayed = module.v_proj_delayed(before.transpose(1, 2))
     value = torch.cat([module.v_proj_current(hidden_states), delayed], dim=-1)
     return (
@@ -391,27 +391,29 @@ def running(model: PreTrainedModel, run: States) -> Iterator[States]:
     ours += [  # a model with a cache of its own asks whether it has got one
         (names, name, StatefulCache)
         for names in files
-        for name, one in names.items()
-        if isinstance(one, type) and issubclass(one, Cache) and one.__module__ == names["__name__"]
+        for name, value in names.items()
+        if isinstance(value, type)
+        and issubclass(value, Cache)
+        and value.__module__ == names["__name__"]
     ]
     theirs = [(names, name, names[name]) for names, name, _ in ours]
     led = [
-        (module, name, functools.partial(function, place, module))
-        for place, module in enumerate(modules)
+        (module, name, functools.partial(function, number, module))
+        for number, module in enumerate(modules)
         for (kind, name), function in MODULES.items()
         if type(module).__name__ == kind
     ]
     try:
         _current = run
-        for names, name, one in ours:
-            names[name] = one
+        for names, name, replacement in ours:
+            names[name] = replacement
         for module, name, function in led:
             setattr(module, name, function)
         yield run
     finally:
         _current = None
-        for names, name, one in theirs:
-            names[name] = one
+        for names, name, original in theirs:
+            names[name] = original
         for module, name, _ in led:
             delattr(module, name)
 

@@ -39,11 +39,11 @@ class Stored(torch.Tensor):
 
     @staticmethod
     def __new__(cls, held: torch.Tensor) -> Stored:
-        made = torch.Tensor._make_wrapper_subclass(
+        stored = torch.Tensor._make_wrapper_subclass(
             cls, held.shape, strides=held.stride(), dtype=torch.float32, device=held.device
         )
-        made.held = held
-        return made
+        stored.held = held
+        return stored
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -76,14 +76,14 @@ def _product(func: Any, args: Any) -> torch.Tensor:
     *bias, x, weight = args
     size, out = weight.shape
     step = max(1, PART // size)
-    made = []
+    parts = []
     for at in range(0, out, step):
         part = weight.held[:, at : at + step].float()
         some = [
             one[..., at : at + step] if one.ndim and one.shape[-1] == out else one for one in bias
         ]
-        made.append(func(*some, x, part))
-    return made[0] if len(made) == 1 else torch.cat(made, dim=-1)
+        parts.append(func(*some, x, part))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
 def cast(weight: Stored) -> torch.Tensor:
@@ -98,16 +98,16 @@ def keep(model: PreTrainedModel) -> bool:
     """
     if any(buffer.dtype in HALVES for buffer in model.buffers()):
         return False
-    made: dict[int, torch.nn.Parameter] = {}
+    parameters: dict[int, torch.nn.Parameter] = {}
     for module in model.modules():
         for name, weight in list(module._parameters.items()):
             if weight is None or weight.dtype not in HALVES:
                 continue
-            if id(weight) not in made:
+            if id(weight) not in parameters:
                 stays = weight.numel() > LARGE and weight.is_contiguous()
                 data = Stored(weight.data) if stays else weight.data.float()
-                made[id(weight)] = torch.nn.Parameter(data, requires_grad=False)
-            module._parameters[name] = made[id(weight)]
+                parameters[id(weight)] = torch.nn.Parameter(data, requires_grad=False)
+            module._parameters[name] = parameters[id(weight)]
     for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
         config.dtype = torch.float32
     return True
@@ -151,20 +151,20 @@ def standing_in(
     known = {part for module in known_again for part in module.modules()}
     random = np.random.default_rng(0)
     stand_ins: list[StandIn] = []
-    made: dict[int, torch.nn.Parameter] = {}
+    parameters: dict[int, torch.nn.Parameter] = {}
     places = []
     for module in model.modules():
         for name, weight in list(module._parameters.items()):
             if weight is None or not (isinstance(weight, Stored) or module in known):
                 continue
-            if id(weight) not in made:
+            if id(weight) not in parameters:
                 size = weight.numel()
                 array = np.zeros(size, np.float32) if size > LARGE else random.random(size, "f4")
                 empty = torch.from_numpy(array).view(weight.shape)
-                made[id(weight)] = torch.nn.Parameter(empty, requires_grad=False)
+                parameters[id(weight)] = torch.nn.Parameter(empty, requires_grad=False)
                 stand_ins.append(StandIn(array, weight))
             places.append((module, name, weight))
-            module._parameters[name] = made[id(weight)]
+            module._parameters[name] = parameters[id(weight)]
     try:
         yield stand_ins
     finally:
@@ -179,7 +179,9 @@ def settle(graph: ir.Graph, stand_ins: Sequence[StandIn]) -> None:
         if isinstance(tensor, ir.LazyTensor) or tensor.dtype != ir.DataType.FLOAT:
             continue
         view = tensor.numpy()
-        held = next((found for one in stand_ins if (found := one.behind(view)) is not None), None)
+        held = next(
+            (part for stand_in in stand_ins if (part := stand_in.behind(view)) is not None), None
+        )
         if held is not None:
             value.const_value = read_lazily(held, str(tensor.name))
 

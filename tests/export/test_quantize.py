@@ -281,7 +281,7 @@ def test_outlier_channels_are_smoothed_into_the_weights(precision, tmp_path, mon
         return len(report["smoothed"]), report["quality"]["kl"]
 
     smoothed, kl = made("smoothed")
-    monkeypatch.setattr(smooth, "place_of", lambda *args: None)
+    monkeypatch.setattr(smooth, "fold_target", lambda *args: None)
     plain, worse = made("plain")
     assert (smoothed, plain) == (6, 0)
     assert kl < worse / 3
