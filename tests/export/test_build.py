@@ -153,7 +153,7 @@ def copy(saved: Path, tmp_path: Path) -> Path:
 
 
 def write(place: Path) -> onnx_ir.Model:
-    found = build_origin.of_directory(place)
+    found = build_origin.Built(build_origin.of_directory(place))
     return found.convert()[0]
 
 
