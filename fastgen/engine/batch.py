@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fastgen.engine.model import Model
 from fastgen.engine.prefill import CALL, WHOLE, Chunks, Prefill
-from fastgen.engine.request import Request, Row, State, by_request, context
+from fastgen.engine.request import RUNNING, Request, Row, by_request, context
 from fastgen.engine.slots import Slots
 from fastgen.engine.step import Event
 from fastgen.sampling import sampler, stop
@@ -187,7 +187,7 @@ class Batch:
 
     def leave(self) -> None:
         """Free the slots of rows that have ended; the rest move up, as few as possible."""
-        stay = [row for row in self.rows if row.state is State.RUNNING or row.gets_tokens()]
+        stay = [row for row in self.rows if row.state is RUNNING or row.gets_tokens()]
         joining = [joining for joining in self.joining if joining.wanted]
         if len(stay) < len(self.rows) or len(joining) < len(self.joining):
             self.joining = joining

@@ -28,6 +28,10 @@ class State(enum.Enum):
     FINISHED = "it gets no more tokens"
 
 
+# By name, since every row asks at every step: looking into an Enum takes as long as comparing.
+WAITING, RUNNING, LINGERING, FINISHED = State
+
+
 @dataclass(eq=False)
 class Row:
     """One sequence while it grows.
@@ -53,7 +57,7 @@ class Row:
     pad: int
     width: int = 0
     logits: NDArray[np.float32] | None = None
-    state: State = State.WAITING
+    state: State = WAITING
     finish_reason: str | None = None
     score: float = float("nan")
     beams: NDArray[np.int32] | None = None
@@ -91,20 +95,20 @@ class Row:
         """End it here, if there is a reason and it has not ended before."""
         if reason is not None and self.finish_reason is None:
             self.finish_reason, self.width = reason, self.length
-            self.state = State.LINGERING if self.request.lingers else State.FINISHED
+            self.state = LINGERING if self.request.lingers else FINISHED
 
     def begin(self) -> None:
         """Let it run, unless it has ended while it waited."""
-        if self.state is State.WAITING:
-            self.state = State.RUNNING
+        if self.state is WAITING:
+            self.state = RUNNING
 
     def gets_tokens(self) -> bool:
         """True while it runs or lingers; a row that has lingered long enough finishes here."""
-        if self.state is State.LINGERING:
+        if self.state is LINGERING:
             request = self.request
             if self.length >= (request.width if request.done else request.max_length):
-                self.state = State.FINISHED
-        return self.state is not State.FINISHED
+                self.state = FINISHED
+        return self.state is not FINISHED
 
 
 @dataclass(eq=False)
@@ -210,7 +214,7 @@ class Request:
         self.lingers = False
         self.end(reason)
         for row in self.rows:
-            row.state = State.FINISHED
+            row.state = FINISHED
 
     @property
     def width(self) -> int:
@@ -219,7 +223,7 @@ class Request:
 
     def uniform(self, rows: Sequence[Row], size: int) -> list[sampler.Words]:
         """The draws [size] of each of `rows` (of this request) for its next token."""
-        lengths = [row.length for row in self.rows if row.state is not State.FINISHED]
+        lengths = [row.length for row in self.rows if row.state is not FINISHED]
         if len(self.streams) == 1:
             self.streams[0].forget(min(lengths) - self.prompt_length)
         else:

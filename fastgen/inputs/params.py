@@ -233,7 +233,9 @@ class Params:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            object.__setattr__(self, field.name, checked(field, getattr(self, field.name)))
+            value = getattr(self, field.name)
+            if value is not field.default:  # which is right, and what most knobs are
+                object.__setattr__(self, field.name, checked(field, value))
         _check_together(self)
 
 

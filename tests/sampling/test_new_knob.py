@@ -4,11 +4,14 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 import fastgen
+from fastgen.inputs.knob import checked
+from fastgen.inputs.params import Params
 
 PACKAGE = Path(fastgen.__file__).parent
 FIELD = """    last_token: int | None = knob(
@@ -85,3 +88,9 @@ def test_a_knob_is_a_field_and_a_step(tmp_path):
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
     assert run.stdout == "added\n", run.stderr
+
+
+def test_every_default_keeps_its_own_rule():
+    """`Params` does not check them at each call."""
+    for field in fields(Params):
+        assert checked(field, field.default) == field.default
