@@ -36,7 +36,7 @@ from fastgen.store.model_info import (
     ModelInfo,
 )
 from fastgen.store.tuning import Tuning
-from fastgen.text import chat_template, token_healing
+from fastgen.text import token_healing
 from fastgen.text.tokenizer import TextStream, Tokenizer
 
 
@@ -383,6 +383,8 @@ class CausalLM:
             ModelError: the template is not the one that was exported.
             ValueError: there is none, or it refuses the messages.
         """
+        from fastgen.text import chat_template  # late: a process starts sooner without
+
         self.model.info.check(self.directory, CHAT_TEMPLATE)
         variables = dict(template_variables or {})
         config = self.tokenizer.config

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from fastgen.engine import speculative
 from fastgen.engine.batch import Batch
-from fastgen.engine.beam import run as beams
 from fastgen.engine.model import Model
 from fastgen.engine.output import GenerateOutput
 from fastgen.engine.prefill import WHOLE, Chunks
@@ -68,6 +67,8 @@ class Call:
             Exception: what a caller's function raises, or a ValueError: no token can be chosen.
         """
         if self.draft is None and self.searches:
+            from fastgen.engine.beam import run as beams  # late: a process starts sooner without
+
             yield from beams.search(self.model, self.request, chunks)
         else:
             yield from self._batch_steps(chunks)

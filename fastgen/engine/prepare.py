@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastgen.engine import memory_estimate, prefix_cache, speculative
-from fastgen.engine.beam import run as beams
 from fastgen.engine.call import Call
 from fastgen.engine.guidance import Unconditional
 from fastgen.engine.model import Model
@@ -143,6 +142,8 @@ def prepare(
         torch=tensors.module() if inputs.as_tensors else None,
     )
     if params.num_beams > 1 or params.num_beam_groups > 1:
+        from fastgen.engine.beam import run as beams  # late: a process starts sooner without
+
         beams.check(request, info.vocab_size)
     request.forces = form is not None and _may_force(request)
     return Call(model, request, inputs.prompts, draft, inputs.prompts.cautions + cautions)

@@ -25,7 +25,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastgen.inputs.params import FORMS
-from fastgen.sampling import schema
 from fastgen.sampling.trial import Exceeded, Limits, Trial
 from fastgen.sampling.trial_process import Spellings
 from fastgen.system import extras
@@ -403,6 +402,8 @@ def _written(name: str, text: str) -> tuple[str, list[str]]:
     Raises:
         ValueError: it is none, or asks for what no text can be held to.
     """
+    from fastgen.sampling import schema  # late: a process starts sooner without
+
     _check_size(name, text)
     matcher = _llguidance().LLMatcher
     if name == "regex":
@@ -477,6 +478,8 @@ def _check_size(name: str, text: str) -> None:
         )
     schemas = [json.loads(text)] if name == "json_schema" else []
     if name == "grammar":
+        from fastgen.sampling import schema
+
         inside = [*schema.embedded(text)]
         schemas = [one for _, _, one in inside]
         rules = text.count(":") - sum(text.count(":", start, end) for start, end, _ in inside)
