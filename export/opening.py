@@ -12,6 +12,7 @@ from fastgen.errors import ModelError, UnsupportedModel
 from fastgen.export import bundle, requirements
 from fastgen.export.build import origin as build_origin
 from fastgen.export.gguf import parts as gguf
+from fastgen.export.gguf import tensors
 from fastgen.export.onnx_folder import folder
 from fastgen.export.onnx_folder import origin as onnx_folder
 from fastgen.export.options import PRECISIONS, ExportOptions
@@ -88,12 +89,16 @@ def _of_gguf(model: Resolved, options: ExportOptions) -> Opening:
     """A GGUF file: in its own numbers, where it is quantised and no precision is asked for.
 
     Raises:
+        ModelError: the library `gguf` is not installed.
         UnsupportedModel: what is asked for needs a transformers model.
     """
     asked = {"adapter": options.adapter, "prove": options.prove, "tokenizer": options.tokenizer}
     if odd := [name for name, value in asked.items() if value]:
         raise UnsupportedModel(f"{odd[0]} is for transformers models: {model.name} is {GGUF}")
-    gguf.check_library()  # before the file is downloaded
+    try:
+        tensors.library()  # before the file is downloaded
+    except ImportError as error:
+        raise resolve.needs(model.name, GGUF, error) from error
     file = gguf.opened(model.fetch() / str(model.file))
     own = gguf.precision_of(file)
     precision = options.precision or own or PRECISION

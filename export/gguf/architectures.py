@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -56,7 +56,6 @@ class Architecture:
     Attributes:
         model_type: transformers' name of it.
         says: names of its values, and of config.json's fields.
-        constant: what config.json says of all of its models.
         more: what it says of this one besides.
         permuted: whether queries and keys lie as llama's do (see `Unpermuted`).
         lowered: whether 1 was added to the weights of norms.
@@ -65,7 +64,6 @@ class Architecture:
 
     model_type: str
     says: dict[str, str]
-    constant: dict[str, Any] = field(default_factory=dict)
     more: Callable[[File], dict[str, Any]] = lambda file: {}
     permuted: bool = False
     lowered: bool = False
@@ -110,10 +108,6 @@ def _gemma(largest: int) -> Callable[[File], dict[str, Any]]:
         return {"query_pre_attn_scalar": scale}
 
     return more
-
-
-def _gpt2(file: File) -> dict[str, Any]:
-    return {"n_inner": int(file.get("feed_forward_length"))}
 
 
 def _stablelm(file: File) -> dict[str, Any]:
@@ -200,7 +194,6 @@ def configuration(file: File) -> dict[str, Any]:
         "model_type": kind.model_type,
         "vocab_size": file.tensors[TABLE].shape[0],
         "tie_word_embeddings": HEAD not in file.tensors,
-        **kind.constant,
         **{kind.says[name]: _plain(value) for name, value in metadata.items()},
         **_rotation(file, kind),
         **kind.more(file),

@@ -20,16 +20,11 @@ FLOATS = ("F32", "F16", "BF16", "F64")
 OF_4_BITS = ("Q4_0",)  # types that the kernel of 4 bits holds exactly
 
 
-def check_library() -> None:
-    """Raise a ModelError where the library `gguf` is not installed."""
-    tensors.library()
-
-
 def opened(path: Path) -> File:
     """Read a file's metadata and map its tensors.
 
     Raises:
-        ModelError: it is damaged, one part of several, or the library `gguf` is not installed.
+        ModelError: it is damaged, or one part of several.
         UnsupportedModel: a version, byte order or type that is not known.
     """
     return read(path, tensors.block_sizes())

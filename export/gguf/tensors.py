@@ -9,33 +9,34 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgen.errors import ModelError
 from fastgen.export.build.weights import Tensor
 from fastgen.export.gguf.file import Held
-from fastgen.system import extras
 
 
 def library() -> Any:
     """The library `gguf`.
 
     Raises:
-        ModelError: it is not installed.
+        ImportError: it is not installed; `opening` looks for it first.
     """
-    try:
-        import gguf
-    except ImportError as error:
-        raise ModelError(
-            f"opening a GGUF file needs the library gguf: {extras.install('gguf')} ({error})"
-        ) from error
+    import gguf
+
     return gguf
 
 
 def block_sizes() -> dict[int, tuple[int, int]]:
     """Of each type that can be read: (numbers, bytes) of a block."""
-    gguf = library()
-    plain = {gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16}
-    known = {*plain, *gguf.quants._type_traits}
-    return {int(kind): gguf.GGML_QUANT_SIZES[kind] for kind in known}
+    sizes = library().GGML_QUANT_SIZES
+    return {int(kind): size for kind, size in sizes.items() if _is_readable(kind, size[1])}
+
+
+def _is_readable(kind: Any, size: int) -> bool:
+    """True if the library dequantises a type, whose blocks have that many bytes."""
+    try:
+        library().dequantize(np.zeros(size, np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def type_name(kind: int) -> str:

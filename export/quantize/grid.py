@@ -7,7 +7,7 @@ and those whose scales are for 16 weights, get the nearest codes of 8 bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -20,6 +20,7 @@ from fastgen.export.quantize.kernels import (
     Product,
     block_codes,
     blocks,
+    codes_values,
     products,
     quantize,
 )
@@ -28,27 +29,35 @@ BLOCK = 32
 FOUR, EIGHT = Kernel(4, BLOCK), Kernel(8, BLOCK)
 # The code of the weight that is the largest of a block: ggml takes it for the end of the grid.
 LOWEST_OF_4, LOWEST_OF_5, HIGHEST_OF_8 = -8, -16, 127
-OFF_GRID = 1e-3  # of a step, that a weight may lie beside its code
+FEW = 32  # outputs that tell whether a matrix may lie on a grid of 4 bits
 
 
 def choice_of(weight: Floats) -> Choice:
     """The kernel in blocks that holds a matrix [in, out]: 4 bits where they are exact, or 8."""
-    scales, is_exact = _scales(weight, (LOWEST_OF_4,))
-    if is_exact:
-        return Choice(FOUR, scales, block_codes(weight, FOUR, scales))
-    scales, _ = _scales(weight, (HIGHEST_OF_8, LOWEST_OF_5, LOWEST_OF_4))
-    return Choice(EIGHT, scales, block_codes(weight, EIGHT, scales))
+    few = np.ascontiguousarray(weight[:, :FEW])  # most matrices show here that 4 bits are not
+    if _is_held(few, _choice(few, FOUR, (LOWEST_OF_4,))):
+        choice = _choice(weight, FOUR, (LOWEST_OF_4,))
+        if _is_held(weight, choice):
+            return choice
+    return _choice(weight, EIGHT, (HIGHEST_OF_8, LOWEST_OF_5, LOWEST_OF_4))
 
 
-def _scales(weight: Floats, ends: tuple[int, ...]) -> tuple[Floats, bool]:
-    """[out, blocks]: of each block the scale that leaves the least, and whether none leaves any.
+def _is_held(weight: Floats, choice: Choice) -> bool:
+    """True if the codes of a matrix stand for its very numbers."""
+    assert choice.codes is not None and choice.scales is not None
+    codes = choice.codes.astype(np.uint8, copy=False)
+    values = codes_values(codes, choice.kernel, choice.scales, len(weight))
+    return np.array_equal(values, weight)
+
+
+def _choice(weight: Floats, kernel: Kernel, ends: Sequence[int]) -> Choice:
+    """The nearest codes, by the scale of each block that leaves the least.
 
     Args:
         ends: codes that the largest weight of a block may be.
     """
     size, out = weight.shape
     scales = np.empty((out, -(-size // BLOCK)), np.float32)
-    exact = np.ones(out, bool)
 
     def part(some: slice) -> None:
         values = blocks(weight[:, some], BLOCK)
@@ -58,17 +67,13 @@ def _scales(weight: Floats, ends: tuple[int, ...]) -> tuple[Floats, bool]:
         for end in ends:
             step = np.where(peak == 0, np.float32(1), peak / np.float32(end))
             codes = values / step
-            beside = np.abs(codes - np.rint(codes)).max(axis=-1)
-            left = beside * np.abs(step[..., 0])
+            left = np.abs(codes - np.rint(codes)).max(axis=-1) * np.abs(step[..., 0])
             better = left < least
             scales[some] = np.where(better, step[..., 0], scales[some])
             least = np.where(better, left, least)
-            if len(ends) == 1:
-                inside = (codes.min(axis=-1) > end - 0.5) & (codes.max(axis=-1) < -end - 0.5)
-                exact[some] = ((beside < OFF_GRID) & inside).all(axis=-1)
 
     parts.each(out, size, part)
-    return scales, bool(exact.all())
+    return Choice(kernel, scales, block_codes(weight, kernel, scales))
 
 
 def hold(model: ir.Model, shown: Callable[[int, int], None]) -> list[str]:

@@ -435,10 +435,6 @@ def evaluate(
     return list(session.run(None, {"position_ids": position_ids}))
 
 
-def _float_info(value: ir.Value) -> onnx.ValueInfoProto:
-    return onnx.helper.make_tensor_value_info(str(value.name), onnx.TensorProto.FLOAT, None)
-
-
 def _part_of(
     model: ir.Model, needed: Sequence[ir.Node], values: Sequence[ir.Value]
 ) -> onnx.ModelProto:

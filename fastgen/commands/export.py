@@ -33,7 +33,7 @@ from fastgen.system.interrupt import ended_at_once
 @click.option(
     "--max-kl",
     type=float,
-    help="KL divergence that kernels are chosen for [default: int8 0.006, int4 0.2]",
+    help="KL divergence that kernels are chosen for [default: int8 0.006, int4 0.1]",
 )
 @click.option(
     "--min-top1", type=float, help="share of equal likeliest tokens that is asked, if any"
@@ -106,7 +106,8 @@ def export(
         except ImportError as error:
             raise ValueError(
                 f"exporting needs torch and transformers: {extras.install('export')}; of a known "
-                f"family or an ONNX folder, onnx and onnx_ir: {extras.install('onnx')} ({error})"
+                f"family or an ONNX folder, onnx and onnx_ir: {extras.install('onnx')}; of a GGUF "
+                f"file, gguf besides: {extras.install('gguf')} ({error})"
             ) from error
         from fastgen.store.model_info import REPORT
         from fastgen.store.report import table

@@ -397,15 +397,6 @@ def classifier_free_guidance(
     return np.asarray(scale * (log_softmax(logits) - unconditional) + unconditional)
 
 
-def _guided(
-    context: Context,
-    logits: np.ndarray,
-    unconditional: Callable[[Context], np.ndarray],
-    scale: float,
-) -> np.ndarray:
-    return classifier_free_guidance(logits, unconditional(context), scale)
-
-
 @dataclass(frozen=True)
 class Biases:
     """Biases of n sequences that are equally long."""

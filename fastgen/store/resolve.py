@@ -223,6 +223,11 @@ def needs(name: object, kind: str, error: object) -> ModelError:
             f"{name} is an ONNX folder; opening it needs onnx and onnx_ir: "
             f"{extras.install('onnx')} ({error})"
         )
+    if kind == GGUF:
+        return ModelError(
+            f"{name} is a GGUF file; opening it needs onnx, onnx_ir and gguf: "
+            f"{extras.install('gguf')} ({error})"
+        )
     return ModelError(
         f"{name} is a transformers model; exporting it needs torch and transformers: "
         f"{extras.install('export')}; where its family can be built, onnx and onnx_ir alone: "

@@ -424,6 +424,13 @@ def test_a_file_of_the_hub_becomes_text_without_torch(world: World):
     assert code != 0 and "org/files:other.gguf is not there" in err and "little-F32.gguf" in err
 
 
+def test_without_onnx_it_says_what_to_install(world: World):
+    program = blocked("onnx", "onnx_ir", "torch", "transformers") + MAIN
+    code, _, err = world.run(program, "generate", "a", "--model", "org/files:little-Q8_0.gguf")
+    assert code != 0 and "little-Q8_0.gguf is a GGUF file; opening it needs onnx" in err
+    assert "pip install 'fastgen-onnx[gguf]'" in err and "torch" not in err
+
+
 def test_without_the_library_it_says_what_to_install(world: World):
     program = blocked("gguf", "torch", "transformers") + MAIN
     code, _, err = world.run(program, "export", "org/files:little-Q8_0.gguf", "out")

@@ -103,7 +103,7 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "export/gguf": (
-        "export/build store system errors",
+        "export/build store errors",
         (
             "parts",
             "architectures",
