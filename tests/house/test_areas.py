@@ -50,12 +50,12 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "serve": (
-        "serve/tools fastgen generator engine sampling text inputs system",
+        "serve/tools fastgen generator first_use engine sampling text store inputs system",
         (
             "routes",
-            "chats completions knobs",
+            "chats completions knobs models",
             "response service",
-            "front",
+            "front record",
             "run",
             "door wire",
             "limits metrics server",
