@@ -12,6 +12,7 @@ from typing import Any
 
 from fastgen.engine.call import Call
 from fastgen.engine.output import Token
+from fastgen.engine.prefix_cache import PrefixCache
 from fastgen.engine.schedule import Job
 from fastgen.engine.writer import Writer
 from fastgen.generator import CausalLM
@@ -62,7 +63,7 @@ class Service(Front):
 
     Args:
         grammars: the most that a new grammar may take until it is compiled.
-        metrics: its counts, and what is kept of prompts.
+        metrics: its counts, and what is kept of prompts; None for new ones.
         settings: see `Front` and `Engine`.
 
     Raises:
@@ -76,7 +77,7 @@ class Service(Front):
         limits: RequestLimits | None = None,
         grammars: trial.Limits | None = None,
         *,
-        metrics: ModelMetrics,
+        metrics: ModelMetrics | None = None,
         reasoning: str = "auto",
         plain_tools: bool = False,
         free_calls: bool = False,
@@ -95,6 +96,7 @@ class Service(Front):
         }
         if grammars is not None and model.has_tokenizer:
             constraint.of(model.tokenizer).limits = grammars
+        metrics = metrics or ModelMetrics(PrefixCache())
         self.engine = Engine(model, metrics.prefix_cache, watch=metrics.step, **settings)
         metrics.watch(self.engine)
 
