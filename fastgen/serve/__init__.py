@@ -5,8 +5,9 @@ dialects     others' names for fields            limits      the most that a req
 door         hosts, the key, sizes
 document     the OpenAPI document                rendered    answers as bytes
 refused      errors as clients see them          server      uvicorn, and how it stops
-completions  prompts -> texts                    chats       conversations -> answers
-response     what the answers of both share      run         the texts of one request
+completions  prompts -> texts                    chats       OpenAI's answers of chats
+talk         conversations -> what is said       response    what all answers share
+run          the texts of one request
 front        a request -> calls                  service     runs the calls in its engine
 engine       the thread that runs the model      answers     tokens -> texts, log-probabilities
 tools        calls of tools, a file a format     reasoning   where it begins, and its budget

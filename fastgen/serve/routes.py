@@ -25,7 +25,7 @@ from fastgen.serve.door import Door, Guard, Hosts
 from fastgen.serve.knobs import described
 from fastgen.serve.limits import RequestLimits
 from fastgen.serve.refused import Refused, failure
-from fastgen.serve.rendered import Json, as_json, in_parts
+from fastgen.serve.rendered import Json, in_parts
 from fastgen.serve.service import Service
 from fastgen.serve.wire import ChatCompletion, Completion, Detokenize, Tokenize
 
@@ -297,7 +297,7 @@ class Events(StreamingResponse):
         try:
             async for chunk in self.made.events():
                 if chunk is not None:
-                    held.append(b"data: " + as_json(chunk) + b"\n\n")
+                    held.append(self.made.sent(chunk))
                 full = len(held) >= MOST_HELD
                 if held and (full or not self.made.run.behind):
                     yield b"".join(held)
@@ -305,5 +305,5 @@ class Events(StreamingResponse):
                 if full:
                     await asyncio.sleep(0)  # others have their turn
         except Refused as error:
-            held.append(b"data: " + as_json(error.body) + b"\n\n")
-        yield b"".join([*held, b"data: [DONE]\n\n"])
+            held.append(self.made.sent(self.made.failed(error)))
+        yield b"".join([*held, self.made.LAST])

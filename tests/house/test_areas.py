@@ -54,6 +54,7 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         (
             "routes",
             "chats completions knobs",
+            "talk",
             "response service",
             "front",
             "run",
