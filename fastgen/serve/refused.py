@@ -74,3 +74,23 @@ def wrong(message: str, names: Mapping[str, str] | None = None) -> Refused:
 def failure(error: Exception) -> Refused:
     """An error that is not the client's."""
     return Refused(500, f"{type(error).__name__}: {error}", code="internal_error")
+
+
+def renamed(error: Refused, names: Mapping[str, str]) -> Refused:
+    """An error in the words of another API.
+
+    Args:
+        names: what fields are called there. Those of one word stay as they are in the message.
+    """
+    found = error.body["error"]
+    message, param = str(found["message"]), found["param"]
+    for ours, theirs in names.items():
+        if "_" in ours:
+            message = re.sub(rf"\b{ours}\b", theirs, message)
+    return Refused(
+        error.status,
+        message,
+        param=names.get(param, param) if param else None,
+        code=found["code"],
+        headers=error.headers,
+    )
