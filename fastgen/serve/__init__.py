@@ -1,13 +1,15 @@
 """The HTTP service: requests become rows of one batch (extra `serve`).
 
-routes       the application, its errors         wire        what clients may send
-dialects     others' names for fields            limits      the most that a request may hold
-door         hosts, the key, sizes
+routes       the application, its errors         wire        what clients may send (wire_*: of
+dialects     others' names for fields                        the younger APIs)
+door         hosts, the key, sizes               limits      the most that a request may hold
 document     the OpenAPI document                rendered    answers as bytes
 refused      errors as clients see them          server      uvicorn, and how it stops
-completions  prompts -> texts                    chats       OpenAI's answers of chats
-talk         conversations -> what is said       response    what all answers share
-run          the texts of one request
+completions  prompts -> texts                    chats       conversations -> OpenAI's choices
+responses    items -> items (/v1/responses)      messages    Anthropic's (/v1/messages)
+items        items -> a chat's messages          output_items, blocks  what is said -> items, blocks
+kept         responses that are kept             talk        conversations -> what is said
+response     what all answers share              run         the texts of one request
 front        a request -> calls                  service     runs the calls in its engine
 engine       the thread that runs the model      answers     tokens -> texts, log-probabilities
 tools        calls of tools, a file a format     reasoning   where it begins, and its budget

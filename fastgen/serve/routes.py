@@ -20,16 +20,17 @@ from starlette.types import Receive, Scope, Send
 import fastgen
 from fastgen.generator import CausalLM
 from fastgen.sampling import trial
-from fastgen.serve import chats, completions, responses
+from fastgen.serve import chats, completions, messages, responses
 from fastgen.serve.document import OF_READING, OF_RUNNING, document, errors, takes
 from fastgen.serve.door import Door, Guard, Hosts
 from fastgen.serve.kept import KeptResponses
 from fastgen.serve.knobs import described
 from fastgen.serve.limits import RequestLimits
-from fastgen.serve.refused import Refused, failure
+from fastgen.serve.refused import MESSAGES, Refused, failure, told
 from fastgen.serve.rendered import Json, in_parts
 from fastgen.serve.service import Service
 from fastgen.serve.wire import ChatCompletion, Completion, Detokenize, Tokenize, invalid
+from fastgen.serve.wire_messages import CountedMessages, CreateMessage
 from fastgen.serve.wire_responses import CountedInput, CreateResponse
 
 GRACE = 30.0  # seconds that running calls have once the service is to stop
@@ -41,7 +42,8 @@ POLICY = (
 )
 STREAM = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies pass events on at once
 BODIES: list[type[BaseModel]] = [
-    Completion, ChatCompletion, CreateResponse, CountedInput, Tokenize, Detokenize,
+    Completion, ChatCompletion, CreateResponse, CountedInput, CreateMessage, CountedMessages,
+    Tokenize, Detokenize,
 ]  # fmt: skip
 EVENTS: dict[str, Any] = {"schema": {"type": "string"}}  # server-sent
 
@@ -116,8 +118,8 @@ def _errors(made: FastAPI) -> None:
     """Let every error have OpenAI's shape."""
 
     @made.exception_handler(Refused)
-    async def refused(_: Request, error: Refused) -> Response:
-        return Json(error.body, error.status, error.headers)
+    async def refused(request: Request, error: Refused) -> Response:
+        return Json(told(error, request.url.path), error.status, error.headers)
 
     @made.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
@@ -218,6 +220,25 @@ def _routes(made: FastAPI, service: Service) -> None:
     ) -> dict[str, Any]:
         """The items that a kept response came of."""
         return responses.listed(kept, name, after, limit, order)
+
+    @made.post(
+        MESSAGES,
+        responses={**answers, **errors(*OF_RUNNING, shape="MessagesError")},
+        openapi_extra=takes(CreateMessage),
+    )
+    async def message(request: Request) -> Any:
+        """The answer to a conversation, as Anthropic has it."""
+        body = await _read(request, CreateMessage, limits)
+        return await _answer(request, messages.answer(service, body))
+
+    @made.post(
+        f"{MESSAGES}/count_tokens",
+        responses=errors(*OF_READING, shape="MessagesError"),
+        openapi_extra=takes(CountedMessages),
+    )
+    async def count_messages(request: Request) -> dict[str, Any]:
+        """The tokens of a conversation."""
+        return await messages.count(service, await _read(request, CountedMessages, limits))
 
     @made.get("/v1/models", responses=shows)
     async def models() -> dict[str, Any]:

@@ -122,8 +122,12 @@ async def read(front: Front, body: Any) -> Prompt:
     return Prompt(ids, text, request, choice, reasoning.inside(text, front.marks))
 
 
-async def begin(front: Front, body: Any) -> Talk:
+async def begin(front: Front, body: Any, usual: int | None = None) -> Talk:
     """Begin the answers to the body of a chat.
+
+    Args:
+        usual: new tokens where the body does not say how many, and there is room for them; None
+            for the model's own.
 
     Raises:
         Refused: what cannot be done.
@@ -135,7 +139,7 @@ async def begin(front: Front, body: Any) -> Talk:
         most = body.max_reasoning_tokens
         _limit(front, request, marks, most, len(prompt.ids), prompt.thinking)
     kept = front.kept_for(bool(choice.tools))
-    usual = front.defaults.get("max_new_tokens") or NEW_TOKENS["reply"]
+    usual = usual or front.defaults.get("max_new_tokens") or NEW_TOKENS["reply"]
     run = await front.run([prompt.ids], request, usual, kept)
     run.notes |= dict.fromkeys(notes)
     asked = ReadingOptions(choice.tools, marks, prompt.thinking, front.raw)

@@ -645,7 +645,10 @@ def test_tokenize_and_back(address: str, model: fastgen.CausalLM) -> None:
 
 
 # Knobs that a request lacks which has one text, and a name of its own for its length.
-ONE_TEXT = {"CreateResponse": {"num_return_sequences", "max_new_tokens"}}
+ONE_TEXT = {
+    "CreateResponse": {"num_return_sequences", "max_new_tokens"},
+    "CreateMessage": {"num_return_sequences", "max_new_tokens", "top_logprobs"},
+}
 
 
 def test_the_api_is_documented(address: str) -> None:
@@ -654,6 +657,7 @@ def test_the_api_is_documented(address: str) -> None:
         "/v1/completions",
         "/v1/chat/completions",
         "/v1/responses",
+        "/v1/messages",
         "/v1/models",
         "/health",
         "/metrics",
@@ -661,7 +665,7 @@ def test_the_api_is_documented(address: str) -> None:
         "/detokenize",
     } <= set(found["paths"])
     described = found["components"]["schemas"]
-    for kind in ("Completion", "ChatCompletion", "CreateResponse"):
+    for kind in ("Completion", "ChatCompletion", "CreateResponse", "CreateMessage"):
         named = set(described[kind]["properties"]) | ONE_TEXT.get(kind, set())
         assert {knob.name for knob in fields(fastgen.Params)} <= named
     assert "swagger" in asked(address, "/docs")[2]

@@ -41,7 +41,7 @@ from fastgen.engine import score
 from fastgen.engine.schedule import Scheduler
 from fastgen.serve.door import Guard, name_of
 from fastgen.serve.limits import RequestLimits
-from fastgen.serve.refused import Refused
+from fastgen.serve.refused import MESSAGES, Refused
 from fastgen.serve.rendered import as_json, in_parts
 from fastgen.serve.tools.reader import ReadingOptions
 from fastgen.serve.tools.whole import WholeAnswer
@@ -376,7 +376,7 @@ def test_no_answer_is_a_5xx_or_undeclared(address: str, mode: GenerationMode) ->
             case.call_and_validate(checks=LAW)
 
         check()
-    assert {COMPLETIONS, CHATS, RESPONSES, "/tokenize", "/metrics", "/health"} <= seen
+    assert {COMPLETIONS, CHATS, RESPONSES, MESSAGES, "/tokenize", "/metrics", "/health"} <= seen
 
 
 JSON = st.recursive(
@@ -400,11 +400,13 @@ def test_a_field_of_any_value_is_answered_or_refused(address: str) -> None:
         COMPLETIONS: {"prompt": [5, 6, 7], "max_tokens": 2},
         CHATS: {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2},
         RESPONSES: {"input": "a", "max_output_tokens": 2},
+        MESSAGES: {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2},
     }
     names = {
         COMPLETIONS: [*described["Completion"]["properties"], "prompt"],
         CHATS: [*described["ChatCompletion"]["properties"]],
         RESPONSES: [*described["CreateResponse"]["properties"]],
+        MESSAGES: [*described["CreateMessage"]["properties"]],
     }
 
     @settings(QUICK, max_examples=120)
