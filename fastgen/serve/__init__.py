@@ -1,8 +1,9 @@
 """The HTTP service: requests become rows of one batch (extra `serve`).
 
-routes       the application, its errors         wire        what clients may send (wire_*: of
-dialects     others' names for fields                        the younger APIs)
-door         hosts, the key, sizes               limits      the most that a request may hold
+routes       the application, its errors         wire        what clients may send
+dialects     others' names for fields            limits      the most that a request may hold
+wire_responses, wire_messages: what clients may send to these two
+door         hosts, the key, sizes
 document     the OpenAPI document                rendered    answers as bytes
 refused      errors as clients see them          server      uvicorn, and how it stops
 completions  prompts -> texts                    chats       conversations -> OpenAI's choices

@@ -85,7 +85,7 @@ class MessageAnswer(BegunAnswer):
         return by if by in (self.body.stop_sequences or ()) else None
 
     def _reason(self) -> str:
-        """Why it has ended, in Anthropic's words."""
+        """The reason of its end, in Anthropic's words."""
         text = self.text.text
         if text.reason == "length":
             full = text.count < self.body.max_tokens

@@ -26,7 +26,7 @@ CODES = {429: "rate_limit_exceeded"}  # of an answer that fails; else "server_er
 
 @dataclass
 class Input:
-    """What a request says, and the conversation that it goes on from.
+    """The items of a request, and the conversation that it goes on from.
 
     Attributes:
         chat: the body of a chat that asks for the same.
@@ -118,7 +118,7 @@ class ResponseAnswer(BegunAnswer):
         return found
 
     def _described(self) -> dict[str, Any]:
-        """What is known of a response at its beginning: what was asked for, as it is done."""
+        """The fields that are known at the beginning: those asked for, as they are done."""
         sent = self.body.model_dump(exclude_unset=True, by_alias=True)
         defaults = self.front.defaults
         usual = {"temperature": 1.0, "top_p": 1.0, "presence_penalty": 0.0,

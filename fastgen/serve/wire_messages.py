@@ -40,7 +40,7 @@ class InputMessage(Sent):
 
 
 class Thinking(Sent):
-    """Whether it thinks, and how long."""
+    """The switch of its thoughts, and their length."""
 
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: int | None = Field(None, ge=0, description="of thoughts, which then have to end")
@@ -55,14 +55,14 @@ class JsonFormat(Sent):
 
 
 class OutputConfig(Sent):
-    """How the text is to be."""
+    """The form of the text, and the effort."""
 
     effort: str | None = None
     format: JsonFormat | None = None
 
 
 class UseOfTools(Sent):
-    """Which tools are used."""
+    """The choice among tools."""
 
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None

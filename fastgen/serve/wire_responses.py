@@ -44,7 +44,7 @@ class InputItem(Sent):
 
 
 class ReasoningOptions(Sent):
-    """How it thinks."""
+    """The effort of its thoughts."""
 
     effort: str | None = None
     summary: Literal["auto", "concise", "detailed"] | None = None
@@ -62,7 +62,7 @@ class TextFormat(Sent):
 
 
 class TextOptions(Sent):
-    """How the text is to be."""
+    """The form of the text, and its length."""
 
     format: TextFormat | None = None
     verbosity: Literal["low", "medium", "high"] | None = None
@@ -163,7 +163,7 @@ def chat_of(body: Any, messages: Sequence[Message]) -> ChatCompletion:
 
 
 def notes(body: Any) -> list[str]:
-    """What is asked for and done in another way."""
+    """Tell of what is asked for and done in another way."""
     reasoning = body.reasoning
     if reasoning is None or not (reasoning.summary or reasoning.generate_summary):
         return []
