@@ -18,7 +18,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastgen.serve.metrics import Metrics
-from fastgen.serve.refused import failure
+from fastgen.serve.refused import failure, told
 from fastgen.serve.rendered import Json
 from fastgen.serve.run import Run
 
@@ -125,7 +125,8 @@ class Recorded:
         except Exception as error:
             if not record.status:
                 refused = failure(error)
-                await Json(refused.body, refused.status)(scope, receive, noted)
+                body = told(refused, scope["path"])
+                await Json(body, refused.status)(scope, receive, noted)
             record.error = repr(error)
             raise
         finally:
