@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine
-from importlib import resources
+from collections.abc import AsyncIterator, Collection, Coroutine
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
@@ -19,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 import fastgen
 from fastgen.generator import CausalLM
 from fastgen.sampling import trial
-from fastgen.serve import chats, completions
+from fastgen.serve import chats, completions, page_files
 from fastgen.serve.document import OF_READING, OF_RUNNING, document, errors, takes
 from fastgen.serve.door import Door, Guard, Hosts
 from fastgen.serve.knobs import described
@@ -31,11 +30,6 @@ from fastgen.serve.wire import ChatCompletion, Completion, Detokenize, Tokenize
 
 GRACE = 30.0  # seconds that running calls have once the service is to stop
 MOST_HELD = 64  # events that are sent in one piece
-PAGE = {"page.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
-POLICY = (
-    "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; "
-    "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
 STREAM = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies pass events on at once
 BODIES: list[type[BaseModel]] = [Completion, ChatCompletion, Tokenize, Detokenize]
 EVENTS: dict[str, Any] = {"schema": {"type": "string"}}  # server-sent
@@ -222,18 +216,14 @@ def _routes(made: FastAPI, service: Service) -> None:
             raise Refused(503, "the service is being stopped", code="stopping")
         return {"status": "ok", "model": service.name}
 
-    for file, kind in PAGE.items():
-        path = "/" if file == "page.html" else f"/{file}"
-        made.add_api_route(path, _file(file, kind), include_in_schema=False)
-
-
-def _file(name: str, kind: str) -> Callable[[], Awaitable[Response]]:
-    async def read() -> Response:
-        content = resources.files("fastgen.serve").joinpath(name).read_bytes()
-        safe = {"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff"}
-        return Response(content, media_type=f"{kind}; charset=utf-8", headers=safe)
-
-    return read
+    @made.get("/", include_in_schema=False)
+    @made.get("/page/{name:path}", include_in_schema=False)
+    async def page(name: str = page_files.FIRST) -> Response:
+        found = page_files.FILES.get(name)
+        if found is None:
+            raise Refused(404, f"the page has no file {name!r}")
+        file, kind = found
+        return Response(file.read_bytes(), media_type=kind, headers=page_files.HEADERS)
 
 
 def _model(service: Service) -> dict[str, Any]:

@@ -59,7 +59,7 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
             "run",
             "door wire",
             "limits metrics server",
-            "answers dialects document engine reasoning rendered",
+            "answers dialects document engine page_files reasoning rendered",
             "refused",
         ),
     ),

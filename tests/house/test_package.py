@@ -118,7 +118,15 @@ def test_telemetry_is_off_unless_the_user_says_otherwise():
 def test_the_wheel_installs_fastgen_alone(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
-    for name in ("fastgen", "export", "pyproject.toml", "setup.py", "README.md", "LICENSE"):
+    for name in (
+        "fastgen",
+        "export",
+        "pyproject.toml",
+        "setup.py",
+        "README.md",
+        "LICENSE",
+        "NOTICE",
+    ):
         subprocess.run(["cp", "-r", str(ROOT / name), str(source)], check=True)
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(source)],
