@@ -355,6 +355,7 @@ def test_narrow_screens(
     page.get_by_label("Show probabilities").check()
     page.locator("#prompt").fill("The " + "very" * 60)
     page.keyboard.press("Enter")
+    expect(page.locator(".token").nth(4)).to_be_attached()
     expect(page.locator("#go")).to_have_text("Stop")
     assert in_view(page, "#go")
     page.keyboard.press("Escape")

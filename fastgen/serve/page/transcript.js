@@ -41,7 +41,7 @@ class Turn {
 
   draw() {
     const { node } = this;
-    this.reasoning = this.prose = this.tokens = this.calls = null;
+    this.reasoning = this.prose = this.text = this.tokens = this.calls = null;
     this.body.replaceChildren();
     if (node.role === "assistant") this.update();
     else if (!this.raw && node.content.includes("```")) new Prose(this.place("prose")).write(node.content);
@@ -74,6 +74,15 @@ class Turn {
     return element;
   }
 
+  /** A place for what continues a text, with the prompt before it: they are one text. */
+  rawPlace() {
+    const prompt = this.conversation.nodes[this.node.parent];
+    const written = make("span", { className: "written" });
+    const echo = this.raw && prompt?.role === "user" ? make("span", { className: "echo" }, prompt.content) : null;
+    this.body.append(make("div", { className: "raw" }, echo, written));
+    return written;
+  }
+
   showReasoning() {
     const { node } = this;
     if (!this.reasoning) {
@@ -91,15 +100,14 @@ class Turn {
   showTokens() {
     const pieces = scored.get(this.node.id);
     if (!this.tokens) {
-      this.tokens = { text: new TokenText(this.place("raw written")), shown: 0 };
+      this.tokens = { text: new TokenText(this.rawPlace()), shown: 0 };
     }
     for (const { piece, tokens } of pieces.slice(this.tokens.shown)) this.tokens.text.push(piece, tokens);
     this.tokens.shown = pieces.length;
   }
 
   showRaw() {
-    this.text ??= null;
-    if (!this.text?.isConnected) this.text = this.place("raw written");
+    this.text ??= this.rawPlace();
     this.text.textContent = this.node.content;
   }
 
