@@ -78,7 +78,7 @@ Answer with <tool_call>{"name": ..., "arguments": ...}</tool_call>.
 <tool_call>{{ f.name }} {{ f.arguments.x }}</tool_call>
 {% endfor %}{% endfor %}assistant:"""
 WAIT = 30.0  # seconds that something may take on a machine that is busy with other things
-COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
+COMPLETIONS, CHATS, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
 
 
 def asked(

@@ -2,11 +2,15 @@
 
 routes       the application, its errors         wire        what clients may send
 dialects     others' names for fields            limits      the most that a request may hold
+wire_responses, wire_messages: what clients may send to these two
 door         hosts, the key, sizes
 document     the OpenAPI document                rendered    answers as bytes
 refused      errors as clients see them          server      uvicorn, and how it stops
-completions  prompts -> texts                    chats       conversations -> answers
-response     what the answers of both share      run         the texts of one request
+completions  prompts -> texts                    chats       conversations -> OpenAI's choices
+responses    items -> items (/v1/responses)      messages    Anthropic's (/v1/messages)
+items        items -> a chat's messages          output_items, blocks  what is said -> items, blocks
+kept         responses that are kept             talk        conversations -> what is said
+response     what all answers share              run         the texts of one request
 front        a request -> calls                  service     runs the calls in its engine
 engine       the thread that runs the model      answers     tokens -> texts, log-probabilities
 tools        calls of tools, a file a format     reasoning   where it begins, and its budget

@@ -12,7 +12,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastgen.serve.metrics import Metrics
-from fastgen.serve.refused import Refused
+from fastgen.serve.refused import Refused, told
 from fastgen.serve.rendered import Json
 
 MOST_DISCARDED = 64 << 20  # bytes of a longer body, before its connection is cut
@@ -44,7 +44,7 @@ class Door:
 
         said = Headers(scope=scope).get("content-length", "0")
         if said.isdecimal() and int(said[:20]) > self.most:
-            await self._refuse(receive, counted)
+            await self._refuse(scope["path"], receive, counted)
             return
         await self.app(scope, self._limited(receive), counted)
 
@@ -66,10 +66,10 @@ class Door:
 
         return limited
 
-    async def _refuse(self, receive: Receive, send: Send) -> None:
+    async def _refuse(self, path: str, receive: Receive, send: Send) -> None:
         """Answer at once; but who is still sending has a while before the connection is cut."""
         error = self._too_long()
-        made = Json(error.body, error.status)
+        made = Json(told(error, path), error.status)
         start = {"type": "http.response.start", "status": 413, "headers": made.raw_headers}
         await send(start)
         await send({"type": "http.response.body", "body": made.body, "more_body": True})
@@ -137,7 +137,7 @@ class Guard:
             return
         error = Refused(
             401,
-            "this service asks for its API key: Authorization: Bearer KEY",
+            "this service asks for its API key: Authorization: Bearer KEY, or x-api-key: KEY",
             code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer"},
         )
@@ -145,9 +145,11 @@ class Guard:
 
     def _has_key(self, headers: Headers) -> bool:
         kind, _, given = headers.get("authorization", "").partition(" ")
-        same = hmac.compare_digest(given.strip().encode(), self.api_key.encode())
-        return same and kind.lower() == "bearer"
+        if kind.lower() != "bearer":
+            given = headers.get("x-api-key", "")
+        return hmac.compare_digest(given.strip().encode(), self.api_key.encode())
 
 
 async def refuse(error: Refused, scope: Scope, receive: Receive, send: Send) -> None:
-    await Json(error.body, error.status, error.headers)(scope, receive, send)
+    body = told(error, scope["path"])
+    await Json(body, error.status, error.headers)(scope, receive, send)

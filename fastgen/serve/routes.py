@@ -6,9 +6,10 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Collection, Coroutine
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import PlainTextResponse, StreamingResponse
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
@@ -18,20 +19,26 @@ from starlette.types import Receive, Scope, Send
 import fastgen
 from fastgen.generator import CausalLM
 from fastgen.sampling import trial
-from fastgen.serve import chats, completions, page_files
+from fastgen.serve import chats, completions, messages, page_files, responses
 from fastgen.serve.document import OF_READING, OF_RUNNING, document, errors, takes
 from fastgen.serve.door import Door, Guard, Hosts
+from fastgen.serve.kept import KeptResponses
 from fastgen.serve.knobs import described
 from fastgen.serve.limits import RequestLimits
-from fastgen.serve.refused import Refused, failure
-from fastgen.serve.rendered import Json, as_json, in_parts
+from fastgen.serve.refused import MESSAGES, Refused, failure, told
+from fastgen.serve.rendered import Json, in_parts
 from fastgen.serve.service import Service
-from fastgen.serve.wire import ChatCompletion, Completion, Detokenize, Tokenize
+from fastgen.serve.wire import ChatCompletion, Completion, Detokenize, Tokenize, invalid
+from fastgen.serve.wire_messages import CountedMessages, CreateMessage
+from fastgen.serve.wire_responses import CountedInput, CreateResponse
 
 GRACE = 30.0  # seconds that running calls have once the service is to stop
 MOST_HELD = 64  # events that are sent in one piece
 STREAM = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies pass events on at once
-BODIES: list[type[BaseModel]] = [Completion, ChatCompletion, Tokenize, Detokenize]
+BODIES: list[type[BaseModel]] = [
+    Completion, ChatCompletion, CreateResponse, CountedInput, CreateMessage, CountedMessages,
+    Tokenize, Detokenize,
+]  # fmt: skip
 EVENTS: dict[str, Any] = {"schema": {"type": "string"}}  # server-sent
 
 Kind = TypeVar("Kind", bound=BaseModel)
@@ -105,14 +112,20 @@ def _errors(made: FastAPI) -> None:
     """Let every error have OpenAI's shape."""
 
     @made.exception_handler(Refused)
-    async def refused(_: Request, error: Refused) -> Response:
-        return Json(error.body, error.status, error.headers)
+    async def refused(request: Request, error: Refused) -> Response:
+        return Json(told(error, request.url.path), error.status, error.headers)
 
     @made.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
         text = f"{request.method} {request.url.path}: {error.detail}"
         headers = dict(error.headers or {})
         return await refused(request, Refused(error.status_code, text, headers=headers))
+
+    @made.exception_handler(RequestValidationError)
+    async def invalid_query(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        name = str(first["loc"][-1])
+        return await refused(request, Refused(400, f"{name}: {first['msg']}", param=name))
 
     @made.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:
@@ -137,17 +150,7 @@ async def _read(request: Request, kind: type[Kind], limits: RequestLimits) -> Ki
     try:
         return kind.model_validate(given)
     except ValidationError as error:
-        raise _invalid(error) from error
-
-
-def _invalid(error: ValidationError) -> Refused:
-    """The first thing that is wrong with a request."""
-    first = error.errors(include_url=False, include_context=False)[0]
-    where = [str(part) for part in first["loc"]]
-    if first["type"] == "extra_forbidden":
-        return Refused(400, f"{'.'.join(where)} is no field of this request", param=where[0])
-    name = where[0] if where else None
-    return Refused(400, f"{name or 'the body'}: {first['msg']}", param=name)
+        raise invalid(error) from error
 
 
 def _routes(made: FastAPI, service: Service) -> None:
@@ -157,6 +160,7 @@ def _routes(made: FastAPI, service: Service) -> None:
         **errors(*OF_RUNNING),
     }
     reads, shows = errors(*OF_READING), errors(401, 403)
+    kept = KeptResponses()
 
     @made.post("/v1/completions", responses=answers, openapi_extra=takes(Completion))
     async def complete(request: Request) -> Any:
@@ -169,6 +173,66 @@ def _routes(made: FastAPI, service: Service) -> None:
         """The answer to a conversation."""
         body = await _read(request, ChatCompletion, limits)
         return await _answer(request, chats.answer(service, body))
+
+    @made.post(
+        "/v1/responses", responses={**answers, **errors(404)}, openapi_extra=takes(CreateResponse)
+    )
+    async def respond(request: Request) -> Any:
+        """A response to items."""
+        body = await _read(request, CreateResponse, limits)
+        return await _answer(request, responses.answer(service, body, kept))
+
+    @made.post(
+        "/v1/responses/input_tokens",
+        responses={**reads, **errors(404)},
+        openapi_extra=takes(CountedInput),
+    )
+    async def count_input(request: Request) -> dict[str, Any]:
+        """The tokens of a request."""
+        body = await _read(request, CountedInput, limits)
+        return await responses.count(service, body, kept)
+
+    @made.get("/v1/responses/{name}", responses=errors(400, 401, 403, 404))
+    async def one_response(name: str, stream: bool = False) -> dict[str, Any]:
+        """A response that is kept."""
+        if stream:
+            raise Refused(400, "stream must be false: the response is there", param="stream")
+        return kept.get(name).response
+
+    @made.delete("/v1/responses/{name}", responses=errors(401, 403, 404))
+    async def forget_response(name: str) -> dict[str, Any]:
+        """Forget a response."""
+        kept.delete(name)
+        return {"id": name, "object": "response", "deleted": True}
+
+    @made.get("/v1/responses/{name}/input_items", responses=errors(400, 401, 403, 404))
+    async def input_items(
+        name: str,
+        after: str | None = None,
+        limit: Annotated[int, Query(ge=1, le=100)] = 20,
+        order: Literal["asc", "desc"] = "desc",
+    ) -> dict[str, Any]:
+        """The items that a kept response came of."""
+        return responses.listed(kept, name, after, limit, order)
+
+    @made.post(
+        MESSAGES,
+        responses={**answers, **errors(*OF_RUNNING, shape="MessagesError")},
+        openapi_extra=takes(CreateMessage),
+    )
+    async def message(request: Request) -> Any:
+        """The answer to a conversation, as Anthropic has it."""
+        body = await _read(request, CreateMessage, limits)
+        return await _answer(request, messages.answer(service, body))
+
+    @made.post(
+        f"{MESSAGES}/count_tokens",
+        responses=errors(*OF_READING, shape="MessagesError"),
+        openapi_extra=takes(CountedMessages),
+    )
+    async def count_messages(request: Request) -> dict[str, Any]:
+        """The tokens of a conversation."""
+        return await messages.count(service, await _read(request, CountedMessages, limits))
 
     @made.get("/v1/models", responses=shows)
     async def models() -> dict[str, Any]:
@@ -287,7 +351,7 @@ class Events(StreamingResponse):
         try:
             async for chunk in self.made.events():
                 if chunk is not None:
-                    held.append(b"data: " + as_json(chunk) + b"\n\n")
+                    held.append(self.made.sent(chunk))
                 full = len(held) >= MOST_HELD
                 if held and (full or not self.made.run.behind):
                     yield b"".join(held)
@@ -295,5 +359,5 @@ class Events(StreamingResponse):
                 if full:
                     await asyncio.sleep(0)  # others have their turn
         except Refused as error:
-            held.append(b"data: " + as_json(error.body) + b"\n\n")
-        yield b"".join([*held, b"data: [DONE]\n\n"])
+            held.append(self.made.sent(self.made.failed(error)))
+        yield b"".join([*held, self.made.LAST])

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from fastgen.engine.call import Call
 from fastgen.engine.output import Token
 from fastgen.engine.schedule import Job
 from fastgen.engine.writer import Writer
@@ -43,6 +44,11 @@ class LiveRun(Run):
             running -= done
             if error is not None:
                 raise refusal(error)
+
+    @property
+    def cached_tokens(self) -> int:
+        calls = (stream.call for stream in self.streams)
+        return sum(call.request.cached_tokens for call in calls if isinstance(call, Call))
 
     def cancel(self) -> None:
         for stream in self.streams:

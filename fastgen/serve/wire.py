@@ -5,7 +5,7 @@ OpenAI's fields are checked here; knobs are checked where they always are, by `g
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -13,6 +13,7 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainValidator,
+    ValidationError,
     WithJsonSchema,
     create_model,
 )
@@ -49,16 +50,33 @@ class Common(Sent):
     stream_options: StreamOptions | None = None
 
 
-def _with_knobs(name: str, base: type[Common], accepted: Mapping[str, Any]) -> type[Any]:
-    """`base` with a field for each knob that it lacks, and for what others call theirs."""
+def with_knobs(
+    name: str, base: type[Sent], accepted: Mapping[str, Any], without: Collection[str] = ()
+) -> type[Any]:
+    """`base` with a field for each knob that it lacks, and for what others call theirs.
+
+    Args:
+        accepted: the one value of each field that has one.
+        without: knobs and others' fields that it is not to have.
+    """
     knobs: dict[str, Any] = {
-        knob.name: (Any, Field(None, description=knob.metadata["help"]))
-        for knob in fields(Params)
-        if knob.name not in base.model_fields
+        knob.name: (Any, Field(None, description=knob.metadata["help"])) for knob in fields(Params)
     }
-    others = dialects.shared() | dialects.only(accepted)
-    made: type[Any] = create_model(name, __base__=base, **knobs, **others)
+    others = knobs | dialects.shared() | dialects.only(accepted)
+    left_out = {*base.model_fields, *without}
+    more = {field: of for field, of in others.items() if field not in left_out}
+    made: type[Any] = create_model(name, __base__=base, **more)
     return made
+
+
+def invalid(error: ValidationError) -> Refused:
+    """The first thing that is wrong with a request."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    where = [str(part) for part in first["loc"]]
+    if first["type"] == "extra_forbidden":
+        return Refused(400, f"{'.'.join(where)} is no field of this request", param=where[0])
+    name = where[0] if where else None
+    return Refused(400, f"{name or 'the body'}: {first['msg']}", param=name)
 
 
 _IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
@@ -146,8 +164,8 @@ if TYPE_CHECKING:
     Completion = _Completion
     ChatCompletion = _ChatCompletion
 else:
-    Completion = _with_knobs("Completion", _Completion, dialects.ONLY_COMPLETIONS)
-    ChatCompletion = _with_knobs("ChatCompletion", _ChatCompletion, dialects.ONLY_CHATS)
+    Completion = with_knobs("Completion", _Completion, dialects.ONLY_COMPLETIONS)
+    ChatCompletion = with_knobs("ChatCompletion", _ChatCompletion, dialects.ONLY_CHATS)
 
 
 class Tokenize(Sent):

@@ -644,11 +644,20 @@ def test_tokenize_and_back(address: str, model: fastgen.CausalLM) -> None:
     assert status == 400 and found["error"]["param"] == "tokens"
 
 
+# Knobs that a request lacks which has one text, and a name of its own for its length.
+ONE_TEXT = {
+    "CreateResponse": {"num_return_sequences", "max_new_tokens"},
+    "CreateMessage": {"num_return_sequences", "max_new_tokens", "top_logprobs"},
+}
+
+
 def test_the_api_is_documented(address: str) -> None:
     _, _, found = asked(address, "/openapi.json")
     assert {
         "/v1/completions",
         "/v1/chat/completions",
+        "/v1/responses",
+        "/v1/messages",
         "/v1/models",
         "/health",
         "/metrics",
@@ -656,8 +665,8 @@ def test_the_api_is_documented(address: str) -> None:
         "/detokenize",
     } <= set(found["paths"])
     described = found["components"]["schemas"]
-    for kind in ("Completion", "ChatCompletion"):
-        named = set(described[kind]["properties"])
+    for kind in ("Completion", "ChatCompletion", "CreateResponse", "CreateMessage"):
+        named = set(described[kind]["properties"]) | ONE_TEXT.get(kind, set())
         assert {knob.name for knob in fields(fastgen.Params)} <= named
     assert "swagger" in asked(address, "/docs")[2]
 
