@@ -124,7 +124,7 @@ def answers(page: Page, path: str, *choices: Any, ends: bool = True) -> None:
 
 
 def in_view(page: Page, selector: str) -> bool:
-    """Whether the whole of an element is on the screen."""
+    """True where the whole of an element is on the screen."""
     box = page.locator(selector).bounding_box()
     size = page.viewport_size
     assert size

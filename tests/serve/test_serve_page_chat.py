@@ -77,7 +77,7 @@ def test_a_chat_is_the_services(address: str, visit: Open) -> None:
 
 
 def _copied(page: Page, button: Any) -> str:
-    """What a button puts on the clipboard."""
+    """The text that a button puts on the clipboard."""
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     button.click()
     expect(button).to_have_text("Copied")
@@ -554,7 +554,8 @@ def test_an_answer_has_the_form_of_a_schema(address: str, visit: Open) -> None:
     for kind in ("Chat", "Plain text"):
         page.get_by_role("radio", name=kind).check()
         send(page, "What is os?")
-        answer = json.loads(page.locator(".turn.assistant .body").text_content() or "")
+        written = page.locator(".turn.assistant :is(.prose pre code, .written)")
+        answer = json.loads(written.text_content() or "")
         assert set(answer) == {"ok", "kind"} and answer["kind"] in ("os", "sys")
         expect(page.locator(".numbers")).not_to_contain_text("longest")
         page.get_by_role("button", name="New chat").click()

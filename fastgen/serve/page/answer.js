@@ -54,7 +54,9 @@ export class Answer {
   node(index) {
     while (this.nodes.length <= index) {
       const { at } = this.conversation;
-      const node = grow(this.conversation, this.id, "assistant", "", { model: this.about.name });
+      const json = this.body.response_format ? { json: true } : {};
+      const more = { model: this.about.name, ...json };
+      const node = grow(this.conversation, this.id, "assistant", "", more);
       if (this.nodes.length) this.conversation.at = at; // the first of them is shown
       this.nodes.push(node);
     }

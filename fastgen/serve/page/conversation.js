@@ -7,7 +7,8 @@
 //
 //   {id, parent, role, content, made}                 role: "user", "assistant" or "tool"
 //   of an answer, what is known of it:                model, reasoning, thought (seconds), calls
-//                                                     ([{id, name, arguments}]), end, usage, pace
+//                                                     ([{id, name, arguments}]), json (whether it
+//                                                     has a schema), end, usage, pace
 //   of a tool's result:                               call (the id of the call)
 
 export function newId() {

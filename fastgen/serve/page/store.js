@@ -143,6 +143,7 @@ function checked(given, index) {
     for (const name of ["model", "reasoning", "end", "call"]) {
       if (node[name] !== undefined && node[name] !== null) known[name] = text(node[name], name);
     }
+    if (node.json) known.json = true;
     if (node.thought !== undefined) known.thought = number(node.thought, "thought");
     if (node.calls !== undefined) {
       if (!Array.isArray(node.calls)) wrong("calls is no list");

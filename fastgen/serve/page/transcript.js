@@ -10,6 +10,8 @@ const ENDS = {
   error: "ended by an error",
 };
 
+const FENCE = "`".repeat(16); // of code that may hold fences itself
+
 // The pieces of answers, {piece, tokens} each, by the node's id: as long as the page, and only where
 // tokens came with their probabilities.
 const scored = new Map();
@@ -63,7 +65,7 @@ class Turn {
     else if (this.raw) this.showRaw();
     else if (node.content) {
       this.prose ??= new Prose(this.place("prose"));
-      this.prose.write(node.content);
+      this.prose.write(node.json ? `${FENCE}json\n${node.content}\n${FENCE}` : node.content);
     }
     if (node.calls?.length) this.showCalls();
   }
