@@ -45,10 +45,11 @@ WHY = {
     413: "the body is too long",
     415: "the body is no JSON",
     429: "as many requests wait as may",
+    500: "the model cannot be loaded, or something broke",
     503: "the service is being stopped",
 }
-OF_READING = (400, 401, 403, 413, 415)
-OF_RUNNING = (*OF_READING, 429, 503)
+OF_READING = (400, 401, 403, 404, 413, 415, 500, 503)
+OF_RUNNING = (*OF_READING, 429)
 
 
 def errors(*statuses: int, shape: str = "Error") -> dict[int | str, dict[str, Any]]:

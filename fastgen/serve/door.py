@@ -11,7 +11,6 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fastgen.serve.metrics import Metrics
 from fastgen.serve.refused import Refused, told
 from fastgen.serve.rendered import Json
 
@@ -23,30 +22,24 @@ PAGE = "/page/"  # and the files of the page
 
 
 class Door:
-    """Counts every answer, and lets in no body of more than `most` bytes.
+    """Lets in no body of more than `most` bytes.
 
     A body that says that it is longer is refused before any of it is read.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, most: int) -> None:
-        self.app, self.metrics, self.most = app, metrics, most
+    def __init__(self, app: ASGIApp, most: int) -> None:
+        self.app, self.most = app, most
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
 
-        async def counted(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                route = getattr(scope.get("route"), "path", "other")
-                self.metrics.requests.labels(route, str(message["status"])).inc()
-            await send(message)
-
         said = Headers(scope=scope).get("content-length", "0")
         if said.isdecimal() and int(said[:20]) > self.most:
-            await self._refuse(scope["path"], receive, counted)
+            await self._refuse(scope["path"], receive, send)
             return
-        await self.app(scope, self._limited(receive), counted)
+        await self.app(scope, self._limited(receive), send)
 
     def _limited(self, receive: Receive) -> Receive:
         """`receive` of a body that does not say how long it is."""

@@ -20,6 +20,7 @@ class Run:
         prompt_tokens: of all prompts, each counted once.
         notes: the parts of a form that its texts are not held to; in order, each once.
         same: whether the texts of a call are copies of its only row.
+        first: when its first token came (`time.perf_counter`); None before.
         behind: whether there are more tokens at hand than the one that `tokens` gave last.
     """
 
@@ -28,6 +29,7 @@ class Run:
     prompt_tokens: int
     notes: dict[str, None] = field(default_factory=dict, init=False)
     same: bool = field(default=False, kw_only=True)
+    first: float | None = field(default=None, init=False)
     behind: bool = field(default=False, init=False)
 
     @property

@@ -37,7 +37,7 @@ class StreamOptions(Sent):
 class Common(Sent):
     """Fields of both kinds of requests."""
 
-    model: str | None = Field(None, description="any name: there is one model")
+    model: str | None = Field(None, description="of /v1/models; any where there is one")
     n: int | None = Field(1, ge=1, description="answers to each prompt")
     max_tokens: int | None = Field(None, ge=0, description="new tokens, at most")
     stop: str | list[str] | None = Field(None, description="texts that end it; left out")
@@ -171,6 +171,7 @@ else:
 class Tokenize(Sent):
     """`POST /tokenize`."""
 
+    model: str | None = None
     prompt: str
     add_special_tokens: bool | None = True
 
@@ -178,6 +179,7 @@ class Tokenize(Sent):
 class Detokenize(Sent):
     """`POST /detokenize`."""
 
+    model: str | None = None
     tokens: list[int]
     skip_special_tokens: bool | None = False
 

@@ -50,13 +50,13 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "serve": (
-        "serve/tools fastgen generator engine sampling text inputs system",
+        "serve/tools fastgen generator first_use engine sampling text store inputs system",
         (
             "routes",
-            "chats completions knobs messages responses",
+            "chats completions knobs messages models responses",
             "talk",
             "response service",
-            "front",
+            "front record",
             "run wire_messages wire_responses",
             "door wire",
             "blocks kept limits metrics output_items server",

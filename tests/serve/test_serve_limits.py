@@ -30,6 +30,7 @@ from serving import (
     address,
     asked,
     command,
+    counts,
     model,
     served,
     until,
@@ -124,8 +125,8 @@ def test_scoring_is_counted_checked_and_cancelled(
 ) -> None:
     with served(model) as address:
         assert asked(address, COMPLETIONS, SCORED)[0] == 200
-        shown = asked(address, "/metrics")[2]
-        assert "fastgen_scored_tokens_total 450.0" in shown and "fastgen_rows_running 0.0" in shown
+        shown = counts(address)
+        assert shown["scored_tokens_total"] == 450 and shown["num_rows_running"] == 0
         watched = Watched(monkeypatch, slow=0.05)
         leave(address, {**SCORED, "prompt": [[5, 6, 7] * 150] * 64}, watched)
         assert watched.begun < 64 * 7  # the steps that all of it would have taken

@@ -331,8 +331,9 @@ def test_everything_has_a_name(service: str, visit: Open) -> None:
         summary.click()
     page.locator("#code-open").click()
     controls = page.locator("button, input:not([type=file]), textarea, select").evaluate_all(
-        """all => all.map((e) =>
-            [e.labels?.[0]?.textContent.trim() || e.ariaLabel || e.textContent.trim(), e.outerHTML])"""
+        """all => all.map((e) => [
+            e.labels?.[0]?.textContent.trim() || e.ariaLabel || e.textContent.trim(), e.outerHTML,
+        ])"""
     )
     assert len(controls) > 60
     assert [html for name, html in controls if not name] == []
