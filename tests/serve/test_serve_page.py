@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import json
+import functools
 import math
 import re
+import shutil
 import time
-import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from browsing import (
+    CHATS,
     CHROMIUM,
     COMPLETIONS,
+    TEMPLATE,
     Open,
     answers,
     browser,
@@ -25,13 +28,18 @@ from browsing import (
     visit,
 )
 from playwright.sync_api import Locator, Page, Route, expect
-from serving import served
+from serving import counts
+from serving import served as served_with
 
 import fastgen
+from fastgen.store import hub
+from fastgen.store.model_info import CHAT_TEMPLATE
 
 __all__ = ["browser", "visit"]  # fixtures
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+
+served = functools.partial(served_with, chunk=64)  # without measuring which is best
 
 FIRST = {"top_p": 0.9, "top_k": 50}  # besides a temperature of 0.7: where a model says nothing
 
@@ -98,7 +106,7 @@ def test_it_stops_and_so_does_the_service(
     text = written(page).text_content()
     assert text
     until = time.monotonic() + 10
-    while _running(service):
+    while counts(service)["num_requests_running"]:
         assert time.monotonic() < until
         time.sleep(0.02)
     assert written(page).text_content() == text
@@ -107,13 +115,6 @@ def test_it_stops_and_so_does_the_service(
         page.get_by_role("button", name="Continue this text").click()
     assert sent.value.post_data_json["prompt"] == "The os module" + text
     expect(written(page).last).to_have_text(" and so on")
-
-
-def _running(service: str) -> float:
-    with urllib.request.urlopen(service + "/metrics", timeout=10) as answer:
-        found = re.search(r"^fastgen_rows_running (\S+)", answer.read().decode(), re.M)
-    assert found
-    return float(found[1])
 
 
 def test_what_was_changed_is_sent_and_nothing_else(service: str, visit: Open) -> None:
@@ -585,26 +586,29 @@ def _as_if(page: Page, **facts: Any) -> None:
     page.reload()
 
 
-def test_a_model_is_chosen_among_several(service: str, visit: Open) -> None:
-    page = visit(service)
-    names = [fastgen.load().model.info.name, "the/other"]
-    listed = json.dumps({"data": [{"id": name} for name in names]})
-    page.route("**/v1/models", lambda route: route.fulfill(body=listed))
-
-    def knobs(route: Route) -> None:
-        found = route.fetch().json()
-        if "model=the%2Fother" in route.request.url:
-            found["model"].update(name="the/other", max_length=1024)
-        route.fulfill(json=found)
-
-    page.route("**/knobs*", knobs)
-    page.reload()
-    page.get_by_label("Model", exact=True).select_option("the/other")
-    expect(page.locator("#facts")).to_contain_text("1,024 tokens")
-    answers(page, COMPLETIONS, {"index": 0, "text": " is", "finish_reason": "stop"})
-    page.reload()
-    expect(page.get_by_label("Model", exact=True)).to_have_value("the/other")
-    with page.expect_request(COMPLETIONS) as sent:
-        send(page, "The os module")
-    assert sent.value.post_data_json["model"] == "the/other"
-    expect(page.locator(".turn.assistant h2")).to_have_text("the/other")
+def test_a_model_is_chosen_among_several(visit: Open, tmp_path: Path) -> None:
+    place = tmp_path / "other"
+    shutil.copytree(hub.DEMO, place)
+    (place / CHAT_TEMPLATE).write_text(TEMPLATE)
+    with served({"docs": hub.DEMO, "the/other": place}) as address:
+        page = visit(address)
+        menu = page.get_by_label("Model", exact=True)
+        expect(menu).to_have_value("docs")
+        expect(page.locator("#prompt-label")).to_have_text("Text to continue")
+        menu.select_option("the/other")
+        expect(page.locator("#prompt-label")).to_have_text("Message")  # it has a chat template
+        page.get_by_label("Longest answer").fill("12")
+        page.reload()
+        expect(menu).to_have_value("the/other")
+        with page.expect_request(CHATS) as sent:
+            send(page, "What is os?")
+        assert sent.value.post_data_json["model"] == "the/other"
+        expect(page.locator(".turn.assistant h2")).to_have_text("the/other")
+        assert counts(address, "the/other")["generation_tokens_total"] == 12
+        menu.select_option("docs")
+        expect(page.get_by_role("radio", name="Chat")).to_be_disabled()
+        page.locator("#prompt").fill("And sys?")
+        page.keyboard.press("Enter")
+        expect(page.locator("#alert")).to_contain_text("docs has no chat template")
+        page.get_by_role("button", name="New chat").click()
+        expect(page.locator("#prompt-label")).to_have_text("Text to continue")

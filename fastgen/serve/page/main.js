@@ -27,6 +27,7 @@ const EXAMPLES = {
 
 let about = { name: "", has_template: true, has_tokenizer: true };
 let conversation = blank("chat");
+let wantsText = false; // a person chose that texts are continued
 let running = null; // the Answer that is being written
 let started = null; // a promise: what the service says of itself has come
 
@@ -67,8 +68,7 @@ async function open(id) {
   if (!found) $("prompt").focus();
 }
 
-const usualKind = () =>
-  (about.has_template && document.querySelector('[name="kind"]:checked')?.value !== "text" ? "chat" : "text");
+const usualKind = () => (about.has_template && !wantsText ? "chat" : "text");
 
 function showKind() {
   const { kind } = conversation;
@@ -90,6 +90,7 @@ function showKind() {
 /** Send another kind of request from now on: what was said so far is of the other kind. */
 function changeKind() {
   const kind = document.querySelector('[name="kind"]:checked').value;
+  wantsText = kind === "text";
   if (conversation.at === null) conversation.kind = kind;
   else conversation = blank(kind, conversation.system);
   draw();
@@ -151,6 +152,10 @@ async function answer(id, said = [], taken = () => {}) {
   if (running) return false;
   card.hide();
   fail("");
+  if (conversation.kind === "chat" && !about.has_template) {
+    fail(`${about.name} has no chat template. “New chat” begins a text, which it continues.`);
+    return false;
+  }
   const mine = conversation;
   const before = mine.at;
   const added = [];
@@ -343,7 +348,7 @@ async function start() {
     about = found.model;
     showModel(names);
     if (hasKey()) $("key-toggle").hidden = false;
-    if (conversation.at === null) conversation.kind = about.has_template ? conversation.kind : "text";
+    if (conversation.at === null) conversation.kind = usualKind();
     showKnobs(found.knobs, conversation.kind, about.max_length);
     draw();
   } catch (error) {
