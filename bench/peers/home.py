@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
+import real
 import shapes
 
 from peers import models
@@ -50,8 +51,9 @@ class Home:
         return path
 
     def source(self, shape: str) -> Path:
-        """The transformers model of a shape."""
-        made_from = repr(shapes.SHAPES[shape]) + inspect.getsource(models)
+        """The transformers model of a shape, or a real one."""
+        what = shapes.SHAPES.get(shape) or real.MODELS[shape]
+        made_from = repr(what) + inspect.getsource(models)
 
         def make(path: Path) -> None:
             command = [sys.executable, str(HERE / "models.py"), shape, str(path)]
@@ -105,7 +107,8 @@ class Home:
         return (size(environment) - int((environment / "empty").read_text())) / 2**20
 
     def converted(self, shape: str, name: str, precision: str) -> Path:
-        """A model of a shape as an engine wants it."""
+        """A model of a shape, or a real one, as an engine wants it."""
+        name = adapter(name).model_of or name
         engine = adapter(name)
         source, converter = self.source(shape), engine.converter(shape)
         made_from = (source / STAMP).read_text() + inspect.getsource(engine.prepare)
@@ -117,7 +120,10 @@ class Home:
         def make(path: Path) -> None:
             path.mkdir()
             python = self.python(converter)
-            command = [str(python), str(WORKER), "prepare", name, str(source), str(path), precision]
+            # Ours reads the tokenizer's settings, which the others' older versions could not.
+            ours = name in OURS and shape in real.MODELS
+            of = real.directory(shape) if ours else source
+            command = [str(python), str(WORKER), "prepare", name, str(of), str(path), precision]
             self.run(command, f"convert-{shape}-{name}-{precision}", OFFLINE)
 
         place = self.path / "converted" / f"{shape}-{name}-{precision}"

@@ -16,7 +16,7 @@ sys.path.append(str(BENCH))
 
 import shapes  # noqa: E402
 from peers import cases, report, worker  # noqa: E402
-from peers.engines import BASE, NAMES, OURS, Engine, adapter, left_padded  # noqa: E402
+from peers.engines import BASE, NAMES, OURS, PRECISIONS, Engine, adapter, left_padded  # noqa: E402
 from peers.home import Home, Unavailable  # noqa: E402
 
 
@@ -86,7 +86,7 @@ def test_every_engine_has_its_files() -> None:
             text = (BENCH / "peers" / "requirements" / f"{requirements}.txt").read_text()
             pins = [line for line in text.splitlines() if line and not line.startswith("#")]
             assert pins and all("==" in pin and "/" not in pin for pin in pins), requirements
-        assert engine.precisions.keys() <= report.CLASSES.keys()
+        assert engine.precisions.keys() <= PRECISIONS.keys()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such lock there")
