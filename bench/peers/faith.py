@@ -60,24 +60,30 @@ def of(home: Home, shape: str, worker: Worker) -> dict[str, Any]:
 
 def reference(home: Home, shape: str, threads: int) -> Path:
     """A directory with the rows of a real model's text, and transformers' logits of each."""
-    source = home.source(shape)
+    source = (home.source(shape) / STAMP).read_text()
     texts = HERE.parents[1] / "export"
     files = [*sorted((texts / "texts").glob("*.*")), texts / "held_out.txt"]
-    made_from = (source / STAMP).read_text() + inspect.getsource(text)
+    made_from = source + inspect.getsource(text)
     made_from += "".join(digest(file.read_text(encoding="utf-8")) for file in files)
 
-    def make(path: Path) -> None:
+    def write(path: Path) -> None:
         path.mkdir()
         command = [sys.executable, str(HERE / "text.py"), shape, str(path / ROWS)]
         home.run(command, f"text-{shape}", {"PYTHONPATH": str(HERE.parent)})
+
+    rows = (home.kept(home.path / "text" / shape, made_from, write) / ROWS).read_text()
+
+    def make(path: Path) -> None:
+        path.mkdir()
+        (path / ROWS).write_text(rows)
         worker = Worker.of(home, shape, BASE, "fp32", threads)
         try:
-            for number, row in enumerate(json.loads((path / ROWS).read_text())):
+            for number, row in enumerate(json.loads(rows)):
                 worker.ask(do="logits", ids=row["ids"], file=str(path / f"{number}.npy"))
         finally:
             worker.stop()
 
-    return home.kept(home.path / "text" / shape, made_from, make)
+    return home.kept(home.path / "reference" / shape, source + rows, make)
 
 
 def measured(worker: Worker, told: Path, file: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 KINDS = ("several kinds", "documentation", "its own")
 TOKENS = 1024  # of each of the first two, or half of the last, about
 ROW = 256  # tokens of a row, at most
+SOME = 32  # rows that a model writes, of which those are taken that make up the tokens
 SEED = 7  # of the text that a model without a tokenizer writes
 
 
@@ -47,22 +48,28 @@ def rows(name: str) -> list[dict[str, Any]]:
 
 
 def own_text(source: Path) -> list[dict[str, Any]]:
-    """Rows that a model writes, token by token from its whole distribution."""
+    """Rows that a model writes from its whole distribution, each up to the end that it gives it."""
     import torch
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    end = model.config.eos_token_id
     torch.manual_seed(SEED)
-    start = torch.full((2 * TOKENS // ROW, 1), model.config.bos_token_id)
-    ids = model.generate(
+    start = torch.full((SOME, 1), model.config.bos_token_id)
+    drawn = model.generate(
         start,
         attention_mask=torch.ones_like(start),
         do_sample=True,
         top_k=0,
         max_new_tokens=ROW - 1,
-        min_new_tokens=ROW - 1,
+        pad_token_id=end,
     )
-    return [{"kind": KINDS[2], "ids": row} for row in ids.tolist()]
+    found: list[dict[str, Any]] = []
+    for ids in drawn.tolist():
+        row = ids[: ids.index(end) + 1] if end in ids else ids
+        if sum(len(one["ids"]) for one in found) < 2 * TOKENS:
+            found.append({"kind": KINDS[2], "ids": row})
+    return found
 
 
 if __name__ == "__main__":
