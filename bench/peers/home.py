@@ -25,6 +25,7 @@ HERE = Path(__file__).resolve().parent
 CHECKOUT = HERE.parents[1]
 WORKER = HERE / "worker.py"
 STAMP = "stamp.json"
+BESIDE = ("commands", "serve", "jobs", "timing")  # areas of fastgen that no export depends on
 
 
 class Unavailable(RuntimeError):
@@ -43,6 +44,7 @@ class Home:
         self.lock = claim(self.path)
         self.failed: dict[Path, str] = {}
         self.package = digest(package_text())
+        self.exporter = digest(package_text(BESIDE))
 
     def log(self, name: str) -> Path:
         """The file that a step or a worker writes its messages to."""
@@ -113,7 +115,7 @@ class Home:
         source, converter = self.source(shape), engine.converter(shape)
         made_from = (source / STAMP).read_text() + inspect.getsource(engine.prepare)
         if name in OURS:
-            made_from += self.package
+            made_from += self.exporter
         elif converter:
             made_from += (self.environment(converter) / STAMP).read_text()
 
@@ -210,11 +212,13 @@ def size(path: Path) -> int:
     return sum(file.lstat().st_size for file in path.rglob("*") if not file.is_dir())
 
 
-def package_text() -> str:
-    """All that fastgen is made of."""
+def package_text(without: tuple[str, ...] = ()) -> str:
+    """All that fastgen is made of, but for some areas."""
     files = [CHECKOUT / "pyproject.toml"]
     for folder in ("fastgen", "export"):
         files += sorted((CHECKOUT / folder).rglob("*.py"))
+    skipped = [CHECKOUT / "fastgen" / area for area in without]
+    files = [file for file in files if not any(area in file.parents for area in skipped)]
     return "".join(file.read_text() for file in files)
 
 

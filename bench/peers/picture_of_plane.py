@@ -25,7 +25,9 @@ SHORT = {
     "int6": "6 bit",
     "int4": "4 bit",
 }  # where an engine has no name of its own
-NEAR = 0.05, 0.07  # shares of the axes within which two labels would overlap
+Box = tuple[float, float, float, float]  # left, right, bottom, top
+POINT = 0.014, 0.016  # half of a point, as shares of the axes
+LETTER = 0.021, 0.02  # a letter's width and half of its height, likewise
 
 
 def draw(figure: Any, lines: Sequence[report.Line], path: Path) -> None:
@@ -106,29 +108,46 @@ def panel(axis: Any, results: report.Results) -> None:
 
 
 def label(axis: Any, points: dict[report.Key, tuple[float, float]]) -> None:
-    """A name at each point, on the side where no other point is near."""
+    """A name beside each point, where the fewest points and other names are."""
     place = axis.transData + axis.transAxes.inverted()
     at = {who: place.transform(point) for who, point in points.items()}
-    for who, (x, y) in at.items():
+    taken = [(x - POINT[0], x + POINT[0], y - POINT[1], y + POINT[1]) for x, y in at.values()]
+    for who, (x, y) in sorted(at.items(), key=lambda one: one[1][0]):
         name = adapter(who[0]).precisions[who[1]]
-        others = [other for one, other in at.items() if one != who]
-        crowds = {
-            side: sum(
-                abs(other[0] - x - side[0] * NEAR[0]) < NEAR[0]
-                and abs(other[1] - y - side[1] * NEAR[1]) < NEAR[1] / 2
-                for other in others
-            )
-            for side in [(1, 0), (0, 1), (0, -1), (-1, 0)]
+        name = SHORT.get(name, name)
+        long = LETTER[0] * len(name)
+        # By side: where the name is, and its alignment.
+        sides = {
+            "left": (x + 2 * POINT[0], y, x + 2 * POINT[0] + long),
+            "center": (x - long / 2, y + 2.2 * POINT[1], x + long / 2),
+            "right": (x - 2 * POINT[0] - long, y, x - 2 * POINT[0]),
+            "below": (x - long / 2, y - 2.2 * POINT[1], x + long / 2),
         }
-        side = min(crowds, key=lambda one: crowds[one])
+        boxes = {
+            side: (left, right, middle - LETTER[1], middle + LETTER[1])
+            for side, (left, middle, right) in sides.items()
+        }
+        side = min(boxes, key=lambda one: sum(overlap(boxes[one], other) for other in taken))
+        taken.append(boxes[side])
+        left, right, bottom, top = boxes[side]
+        align = "center" if side == "below" else side
         axis.annotate(
-            SHORT.get(name, name),
-            points[who],
-            xytext=(7 * side[0], 9 * side[1]),
-            textcoords="offset points",
-            ha={1: "left", 0: "center", -1: "right"}[side[0]],
+            name,
+            (
+                {"left": left, "right": right, "center": (left + right) / 2}[align],
+                (bottom + top) / 2,
+            ),
+            xycoords="axes fraction",
+            ha=align,
             va="center",
             fontsize=8,
             color=COLOURS[who[0]],
             fontweight="bold" if who[0] in OURS else "normal",
         )
+
+
+def overlap(one: Box, other: Box) -> float:
+    """The area that two boxes share."""
+    wide = min(one[1], other[1]) - max(one[0], other[0])
+    high = min(one[3], other[3]) - max(one[2], other[2])
+    return max(0.0, wide) * max(0.0, high)

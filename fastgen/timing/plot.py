@@ -133,7 +133,7 @@ def lines(results: Sequence[Result], width: int, encoding: str) -> Iterator[str]
 def _as_llama_bench(results: Sequence[Result], width: int, encoding: str) -> Iterator[str]:
     """The tests that llama-bench runs by default, as it shows them: a Markdown table."""
     between = _first_of(("±", "+-"), encoding)
-    cells = [("model", "threads", "test", "t/s")]
+    cells: list[tuple[str, ...]] = [("model", "threads", "test", "t/s")]
     for result in results:
         told = f"{statistics.fmean(result.rates):.2f} {between} {result.deviation:.2f}"
         cells.append((result.model, str(result.threads), title(result.case), told))

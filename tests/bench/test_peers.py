@@ -17,7 +17,7 @@ sys.path.append(str(BENCH))
 
 import real  # noqa: E402
 import shapes  # noqa: E402
-from peers import cases, faith, report, worker  # noqa: E402
+from peers import cases, faith, home, report, worker  # noqa: E402
 from peers.engines import BASE, NAMES, OURS, PRECISIONS, Engine, adapter, left_padded  # noqa: E402
 from peers.home import Home, Unavailable  # noqa: E402
 
@@ -167,6 +167,16 @@ def test_what_is_made_is_kept_until_its_source_changes(tmp_path: Path) -> None:
             home.kept(tmp_path / "other", "one", fail)
     assert not (tmp_path / "other").exists()
     home.lock.close()
+
+
+def test_exports_are_made_again_for_what_they_depend_on_alone() -> None:
+    whole, exporter = home.package_text(), home.package_text(home.BESIDE)
+    service = (BENCH.parent / "fastgen" / "commands" / "bench.py").read_text()
+    pipeline = (BENCH.parent / "export" / "pipeline.py").read_text()
+    assert service in whole and service not in exporter
+    assert pipeline in whole and pipeline in exporter
+    for area in home.BESIDE:
+        assert (BENCH.parent / "fastgen" / area).is_dir()
 
 
 def test_ragged_prompts_are_padded_on_the_left() -> None:
