@@ -50,7 +50,7 @@ SHAPES = {  # what is measured by default, and in which precisions
 }
 # Of real models: fp32 of transformers and fastgen alone, for the shapes tell of the others'.
 EXACT = (BASE, "ours")
-REAL = (*EXACT, "ort_genai", "ct2", "openvino_llm", "llama", "ours_int8_prompts")
+REAL = (*EXACT, "ort_genai", "ct2", "openvino_llm", "llama", "ours_many")
 COLD_STARTS = 3
 FIRST_TOKENS = 32  # prompts of the check
 

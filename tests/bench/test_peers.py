@@ -266,7 +266,7 @@ REAL: list[dict[str, Any]] = [
         for engine, precision, kl, seconds in [
             (BASE, "fp32", 0.0, 6.4), ("ours", "int8", 0.004, 0.8), ("llama", "int8", 0.002, 1.6),
             ("openvino_llm", "int8", 0.4, 0.4), ("llama", "int4-k", 0.1, 3.2),
-            ("ours", "int4", 0.2, 0.64), ("ours_int8_prompts", "int4", 0.01, 0.64),
+            ("ours", "int4", 0.2, 0.64), ("ours_many", "int4", 0.01, 0.64),
         ]
         for kind, told in [
             ("faith", {"megabytes": 144.4, "kinds": loss(kl)}),

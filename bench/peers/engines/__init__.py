@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-OURS = ("ours", "ours_int8_keys", "ours_int8_prompts")
+OURS = ("ours", "ours_int8_keys", "ours_many")
 NAMES = (
     "transformers_eager",
     "optimum_onnx",

@@ -1,4 +1,4 @@
-"""fastgen in 4 bits, with its layers in 8 bits besides, in memory, for many tokens at once."""
+"""fastgen with a second form of its layers in memory, int8 a channel, for many tokens at once."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from peers.engines import ours
 
 
 class Adapter(ours.Adapter):
-    variant = "8-bit prompts"
-    precisions: ClassVar = {"int4": "int4"}
+    variant = "many tokens in int8"
+    precisions: ClassVar = {"int8": "int8", "int4": "int4"}
     environment = "ours"
     model_of = "ours"
-    note = "8-bit prompts: its KL is that of reading; a step of one row is int4's"
+    note = (
+        '"many tokens in int8" is `prefill_precision="int8"`: its KL is that of prompts and of '
+        "many rows; a step of one row loses what the line without it says"
+    )
 
     def load(self, directory: Path, precision: str, threads: int) -> None:
         import fastgen
