@@ -24,8 +24,9 @@ COLOURS = {
 AS_FAITHFUL = 1.1  # times the KL divergence that another may have and count as faithful as that
 REAL = {"smollm2": "SmolLM2-135M-Instruct", "gemma3": "Gemma 3 270M", "mgm": "MGM"}
 ABOUT = {
-    "smollm2": "Its weights lie on the grid of llama.cpp's Q4_1, whose 4-bit types find it again.",
-    "gemma3": "Its weights lie on the grid of llama.cpp's Q4_K_M, whose types find it again.",
+    "smollm2": "Its weights lie on llama.cpp's grid of Q4_1, which none of the types below has.",
+    "gemma3": "Its weights lie on the grid of llama.cpp's Q4_K_M, which finds it again: that line "
+    "says nothing of 4 bits.",
     "mgm": "8.9 million weights that never lay on a grid of 4 bits: the fair judge of 4 bits. It "
     "has no tokenizer, and is judged on text that it wrote itself. It has 512 positions.",
 }
@@ -201,7 +202,7 @@ def rate(case: Case, seconds: float) -> float:
 def as_faithful(results: Results) -> list[str]:
     """fastgen beside the fastest peer of any precision that loses no more than it."""
     cases = [name for name in PLANE if measured(results, name)]
-    rows = []
+    rows, behind, cells = [], [], 0
     for who in results.keys:
         if who[0] not in OURS or who[1] == "fp32" or who not in results.losses:
             continue
@@ -210,6 +211,10 @@ def as_faithful(results: Results) -> list[str]:
         faithful = [k for k in peers if results.losses[k].kl <= most]
         alike = [k for k in peers if bits(k[1]) == bits(who[1])]
         rows.append([label(who), *(beside(results, who, case, faithful) for case in cases)])
+        for case, told in zip(cases, rows[-1][1:], strict=True):
+            cells += told != "-"
+            if told != "-" and float(told.split()[0]) < 1:
+                behind.append(f"{label(who)} {CASES[case].title} {told}")
         rows.append(["the same bits", *(beside(results, who, case, alike) for case in cases)])
     if not rows:
         return []
@@ -219,6 +224,8 @@ def as_faithful(results: Results) -> list[str]:
         f"precision, with at most {AS_FAITHFUL} times its KL), and than the fastest of its bits, "
         "however faithful:",
         table(["", *heads], rows),
+        f"At equal faithfulness fastgen is ahead or level in {cells - len(behind)} of {cells} "
+        f"cells that have such a peer; behind in: {'; '.join(behind) or 'none'}.",
     ]
 
 
