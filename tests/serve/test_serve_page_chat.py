@@ -221,6 +221,33 @@ def test_another_answer_and_an_edited_message_are_branches(address: str, visit: 
     assert asked == ["First", "One.", "Second", "One.", "Third"]
 
 
+def test_what_a_person_does_meanwhile_stays(
+    address: str, visit: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The focus, what is unfolded and what is being edited, while an answer comes and ends."""
+    page = visit(address, "status of 400")
+    answers(page, CHATS, delta(reasoning_content="Hm."), delta(content="Yes."), end())
+    send(page, "First")
+    page.locator(".reasoning summary").click()
+    page.unroute(CHATS)
+    slowly(monkeypatch)
+    page.get_by_label("Longest answer").fill("50")
+    page.locator("#prompt").fill("Second")
+    page.keyboard.press("Enter")
+    expect(page.locator(".turn.running .prose")).to_have_text(re.compile(r"\w"))
+    page.locator("#chat-list .delete").focus()
+    ended(page)
+    expect(page.locator("#chat-list .delete")).to_be_focused()
+    expect(page.locator(".thought")).to_be_visible()
+    page.get_by_label("Randomness").fill("-1")
+    page.get_by_role("button", name="Edit this message").last.click()
+    page.get_by_label("The message, to be edited").fill("Third")
+    page.keyboard.press("Enter")  # as in the message below
+    expect(page.get_by_role("alert")).to_contain_text("temperature")
+    expect(page.get_by_label("The message, to be edited")).to_have_value("Third")
+    expect(page.locator(".thought")).to_be_visible()
+
+
 def test_chats_go_out_and_come_in(address: str, visit: Open, tmp_path: Path) -> None:
     page = visit(address)
     answers(page, CHATS, delta(reasoning_content="Hm."), delta(content="**Yes**"), end())

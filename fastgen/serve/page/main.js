@@ -120,9 +120,9 @@ const actions = {
   showsProbabilities: wantsProbabilities,
   again: (node) => answer(node.parent),
   onward: (node) => answer(node.id),
-  edit(node, text) {
+  async edit(node, text) {
     if (running || !text.trim()) return;
-    answer(node.parent, [["user", text]]);
+    if (!(await answer(node.parent, [["user", text]]))) transcript.of(node)?.edit(text);
   },
   results(node, texts) {
     answer(node.id, texts.map((text, i) => ["tool", text, { call: node.calls[i].id }]));
@@ -183,6 +183,7 @@ async function answer(id, said = [], taken = () => {}) {
     return false;
   }
   setRunning(true);
+  panel(null);
   taken();
   say("Writing");
   let failed = null;

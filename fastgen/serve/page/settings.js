@@ -114,7 +114,9 @@ export function showKnobs(list, kind, length) {
   for (const knob of knobs) knob.input.value = changed.knobs?.[knob.name] ?? knob.first;
   for (const name of ["schema", "tools"]) $(name).value = changed[name] ?? "";
   $("probabilities").checked = Boolean(changed.probabilities);
-  for (const name of ["schema", "tools"]) $(name).closest("details").open = Boolean($(name).value);
+  $("reasoning-tokens").value = changed.reasoning ?? "";
+  $("think").checked = changed.think ?? true;
+  for (const name of ["schema", "tools"]) $(name).closest("details").open ||= Boolean($(name).value);
   search();
   mark();
 }
@@ -154,6 +156,8 @@ function changedNow() {
     schema: $("schema").value,
     tools: $("tools").value,
     probabilities: $("probabilities").checked,
+    reasoning: $("reasoning-tokens").value,
+    think: $("think").checked,
   };
 }
 
