@@ -31,7 +31,9 @@ from browsing import (
     visit,
 )
 from playwright.sync_api import Page, Route, expect
-from serving import address, model
+from serving import address, model, served
+
+import fastgen
 
 __all__ = ["TEMPLATE", "address", "browser", "model", "visit"]  # fixtures, and what they read
 
@@ -565,6 +567,30 @@ def test_tools_are_called_and_answered(address: str, visit: Open) -> None:
     page.reload()
     expect(page.locator(".call pre")).to_have_text('{\n  "city": "<Oslo>"\n}')
     expect(page.locator(".results")).to_have_count(0)  # it has its answer
+
+
+def test_a_model_can_be_made_to_call(model: fastgen.CausalLM, visit: Open) -> None:
+    """By the service itself: a call that is legal, its answer, and then words."""
+    pytest.importorskip("llguidance")
+    city = {"type": "object", "properties": {"city": {"enum": ["Oslo", "Rome"]}}}
+    schema = {**city, "required": ["city"], "additionalProperties": False}
+    tool = {"type": "function", "function": {"name": "weather", "parameters": schema}}
+    with served(model, plain_tools=True, chunk=64) as address:
+        page = visit(address)
+        page.get_by_text("Tools", exact=True).click()
+        page.get_by_label("Functions that the model may call").fill(json.dumps([tool]))
+        page.get_by_label("Has to call one").check()
+        page.get_by_label("Longest answer").fill("60")
+        send(page, "Hi")
+        found = json.loads(page.locator(".call pre").text_content() or "")
+        assert found["city"] in ("Oslo", "Rome")
+        page.get_by_label("What weather answers").fill("Sunny.")
+        with page.expect_request(CHATS) as sent:
+            page.get_by_role("button", name="Send back").click()
+        ended(page)
+        assert sent.value.post_data_json["tools"] == [tool]
+        assert "tool_choice" not in sent.value.post_data_json  # or calls would never end
+        assert page.locator(".turn").count() == 4
 
 
 def test_an_answer_has_the_form_of_a_schema(address: str, visit: Open) -> None:

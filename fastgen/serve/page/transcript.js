@@ -165,7 +165,7 @@ class Turn {
     const parts = [];
     if (!this.running) {
       parts.push(this.branches(all));
-      parts.push(copyButton(() => node.content, "Copy this message"));
+      if (node.content) parts.push(copyButton(() => node.content, "Copy this message"));
       if (node.role === "user") parts.push(button("Edit", () => this.edit(), { label: "Edit this message" }));
       if (node.role === "assistant") {
         parts.push(button("Again", () => actions.again(node), { label: "Answer again" }));
