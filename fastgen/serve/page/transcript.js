@@ -87,8 +87,11 @@ class Turn {
   rawPlace() {
     const prompt = this.conversation.nodes[this.node.parent];
     const written = make("span", { className: "written" });
-    const echo = this.raw && prompt?.role === "user" ? make("span", { className: "echo" }, prompt.content) : null;
-    this.body.append(make("div", { className: "raw" }, echo, written));
+    const text = make("div", { className: "raw" }, written);
+    if (this.raw && prompt?.role === "user") {
+      text.prepend(make("span", { className: "echo" }, prompt.content));
+    }
+    this.body.append(text);
     return written;
   }
 
@@ -210,7 +213,8 @@ class Turn {
       this.foot.querySelector('[aria-label^="Edit"]')?.focus();
     };
     const form = make("form", { className: "edit" }, field, make("div", {},
-      make("button", { type: "submit", className: "main" }, "Send"), button("Cancel", leave, { className: "" })));
+      make("button", { type: "submit", className: "main" }, "Send"),
+      button("Cancel", leave, { className: "" })));
     form.addEventListener("submit", (event) => {
       event.preventDefault();
       this.actions.edit(this.node, field.value);
