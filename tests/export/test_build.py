@@ -36,10 +36,11 @@ import built as bench  # noqa: E402
 import shrink  # noqa: E402
 
 # One for each mechanism, the quickest to trace; all of every family are in bench/built.py.
-QUICK = {"llama", "qwen3", "gpt2", "gemma3_text", "phi3", "cohere"}
+QUICK = {"llama", "qwen3", "gpt2", "gemma3_text", "phi3", "cohere", "qwen2_moe", "gpt_oss"}
 LIKE_A_TRACE = {
-    "exaone4", "gemma", "gemma2", "gemma3_text", "gpt2", "granite", "hunyuan_v1_dense", "llama",
-    "mistral", "olmo2", "qwen2", "qwen3", "smollm3", "starcoder2",
+    "exaone4", "gemma", "gemma2", "gemma3_text", "gpt2", "granite", "granitemoe",
+    "hunyuan_v1_dense", "llama", "mistral", "mixtral", "olmo2", "olmoe", "qwen2", "qwen2_moe",
+    "qwen3", "qwen3_moe", "smollm3", "starcoder2",
 }  # fmt: skip
 NO_TORCH = blocked("torch", "transformers", "onnxscript", "peft", "safetensors")
 MAIN = "from fastgen.__main__ import main; main()"
@@ -48,7 +49,8 @@ PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [30, 40], list(range(20, 60))]
 
 def of(kind: str) -> PreTrainedModel:
     """The model that other tests trace too, where they do."""
-    return tiny.build(kind) if kind in QUICK - {"gemma3_text"} else shrink.build(kind)
+    shrunk = {"gemma3_text", "qwen2_moe", "gpt_oss"}
+    return tiny.build(kind) if kind in QUICK - shrunk else shrink.build(kind)
 
 
 @pytest.mark.parametrize("kind", tiny.some(sorted(families.FAMILIES), QUICK))
