@@ -61,7 +61,8 @@ def _gelu(x: Array) -> Array:
 
 
 def _gelu_tanh(x: Array) -> Array:
-    return x * (1 + np.tanh(np.float32(math.sqrt(2 / math.pi)) * (x + 0.044715 * x**3))) / 2
+    inner = np.float32(math.sqrt(2 / math.pi)) * (x + 0.044715 * x**3)
+    return np.asarray(x * (1 + np.tanh(inner)) / 2, np.float32)
 
 
 # Activations that the kernel computes of a product that is not gated.
