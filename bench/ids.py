@@ -6,7 +6,8 @@ The texts are passages of `export/texts` (prose, code, 26 languages), made ones 
 letters, spaces, digits and punctuation, and both with special tokens of the file among them. They
 are compared with llama.cpp's ids (PYTHON is one that has llama-cpp-python), for SentencePiece's
 kind with those of the library `sentencepiece` (of the texts without added tokens, which are found
-before it joins pieces), and with those of DIRECTORY's tokenizer.json, where the original can be had.
+before it joins pieces), and with those of DIRECTORY's tokenizer.json, where the original can be
+had.
 """
 
 from __future__ import annotations

@@ -2,13 +2,14 @@
 
     python bench/opened.py make FILE OUT --llama PYTHON     # the same model in each type
     python bench/opened.py types FILE ...
+    python bench/opened.py seconds FILE ...
     python bench/opened.py speed FILE ... --llama PYTHON
 
 `make` has llama.cpp's own quantizer write files of one model. `types` exports each file as it is
-opened by default (in its own numbers; files of floats as fp32) in a process of its own, and again
-as fp32 beside transformers' reading of it. `speed` reads a prompt and writes tokens, greedily, with
-both, in turns; medians. PYTHON is one that has llama-cpp-python, such as the environment `llama`
-of `bench/peers`.
+opened by default (in its own numbers; files of floats as fp32) beside transformers' reading of it
+in float32, and `seconds` without that, each in a process of its own. `speed` reads a prompt and
+writes tokens, greedily, with both, in turns; medians. PYTHON is one that has llama-cpp-python, such
+as the environment `llama` of `bench/peers`.
 """
 
 from __future__ import annotations
@@ -83,30 +84,37 @@ def size_of(directory: Path) -> float:
 
 def types(files: list[Path]) -> None:
     print("| file | MB | directory, MB | matrices | KL | perplexity, of the file's own numbers "
-          "| export, s | load, s | logits in fp32 and transformers' |")  # fmt: skip
-    print("|---|---|---|---|---|---|---|---|---|")
+          "| float32 logits beside transformers' |")  # fmt: skip
+    print("|---|---|---|---|---|---|---|")
     for file in files:
-        print(line(file), flush=True)
+        with tempfile.TemporaryDirectory() as place:
+            out = Path(place) / "out"
+            report, _ = exported(file, out, prove=True, **usual(file))
+            print(line(file, report, size_of(out)), flush=True)
 
 
-def line(file: Path) -> str:
-    is_float = file.stem in FLOATS
-    with tempfile.TemporaryDirectory() as place:
-        out = Path(place) / "out"
-        report, spent = exported(file, out, **({"precision": "fp32"} if is_float else {}))
-        size = size_of(out)
-        proof, _ = exported(file, Path(place) / "proof", precision="fp32", prove=True)
-    kernels = "; ".join(report.get("kernels", ["float32"]))
+def usual(file: Path) -> dict[str, Any]:
+    return {"precision": "fp32"} if file.stem in FLOATS else {}
+
+
+def line(file: Path, report: dict[str, Any], size: float) -> str:
     quality = report.get("quality")
-    kl = f"{quality['kl']:.1e}" if quality else "0"
-    text = "the same"
+    kl, text = "0", "the same"
     if quality:
         own = quality["perplexity"] / (1 + quality["more_perplexity"])
-        text = f"{quality['perplexity']:.3f}, {own:.3f}"
+        kl, text = f"{quality['kl']:.1e}", f"{quality['perplexity']:.3f}, {own:.3f}"
+    kernels = "; ".join(report.get("kernels") or ["float32"])
     cells = [file.stem, f"{file.stat().st_size / 1e6:,.0f}", f"{size:,.0f}", kernels, kl, text]
-    cells += [f"{spent['exported']:.1f}", f"{spent['loaded']:.2f}"]
-    cells.append(f"{proof['logits']['max_difference']:.1e}")
+    cells.append(f"{report.get('fp32', report)['logits']['max_difference']:.1e}")
     return f"| {' | '.join(cells)} |"
+
+
+def seconds(files: list[Path]) -> None:
+    print("| file | export, s | load, s |\n|---|---|---|")
+    for file in files:
+        with tempfile.TemporaryDirectory() as place:
+            _, spent = exported(file, Path(place) / "out", **usual(file))
+        print(f"| {file.stem} | {spent['exported']:.1f} | {spent['loaded']:.2f} |", flush=True)
 
 
 def speed(files: list[Path], python: str, threads: int, rounds: int) -> None:
@@ -156,7 +164,7 @@ def work(engine: str, directory: Path, threads: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("what", choices=["make", "types", "speed", "worker"])
+    parser.add_argument("what", choices=["make", "types", "seconds", "speed", "worker"])
     parser.add_argument("names", nargs="+", help="files; see above")
     parser.add_argument("--llama", metavar="PYTHON", help="one that has llama-cpp-python")
     parser.add_argument("--threads", type=int, default=2)
@@ -169,6 +177,8 @@ def main() -> None:
         make(files[0], files[1], args.llama)
     elif args.what == "types":
         types(files)
+    elif args.what == "seconds":
+        seconds(files)
     elif args.what == "speed":
         speed(files, args.llama, args.threads, args.rounds)
     else:

@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 import fastgen
 from fastgen.errors import ModelError, UnsupportedModel
@@ -527,20 +527,13 @@ def test_without_the_library_it_says_what_to_install(world: World):
 
 
 @pytest.mark.real
-def test_a_real_file_says_what_transformers_reads_of_it(real_gguf: Callable[[str], Path], tmp_path):
-    """SmolLM2 in Q4_1: logits to 1e-4, and the ids of texts."""
-    path = real_gguf("smollm2")
-    found = opened(path)
-    config = architectures.configuration(found)
-    held = architectures.weights(found, architectures.described(found, config))
-    theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
-    state = theirs.state_dict()
-    for name in ("model.layers.3.self_attn.q_proj.weight", "model.layers.29.mlp.down_proj.weight"):
-        np.testing.assert_allclose(held[name].read(slice(None)), state[name].numpy(), atol=1e-6)
-    ours = fastgen.CausalLM(export(path, tmp_path / "out", precision="fp32", progress=None))
-    text = "The quick brown fox jumps over the lazy dog, and 3 > 2.\n\n  def f(x): return x"
-    ids = np.array(ours.tokenizer.encode(text))
-    (logits,) = check.exported_logits(ours.model, [ids])
-    with torch.no_grad():
-        expected = theirs(torch.from_numpy(ids)[None]).logits[0].numpy()
-    assert np.abs(logits - expected).max() <= 1e-4 * np.abs(expected).max()
+@pytest.mark.parametrize("name", ["smollm2", pytest.param("gemma3", marks=pytest.mark.slow)])
+def test_a_real_file_says_what_transformers_reads_of_it(
+    name: str, real_gguf: Callable[[str], Path], tmp_path: Path
+):
+    """SmolLM2 in Q4_1 and Gemma 3 in Q4_K_M: logits to 1e-4."""
+    out = export(real_gguf(name), tmp_path / "out", precision="fp32", prove=True, progress=None)
+    report = json.loads((out / "report.json").read_text())
+    assert report["proof"].startswith("transformers read the same file and ran")
+    assert report["logits"]["max_difference"] <= 1e-4 and report["mismatch"] == []
+    assert report["greedy"]["same"] == report["greedy"]["tokens"]
