@@ -217,9 +217,10 @@ def table(all_found: Sequence[Found]) -> str:
     for kind in dict.fromkeys(one.family for one in all_found):
         mine = [one for one in all_found if one.family == kind]
         close = [one for one in mine if one.outcome == CLOSE_LOGITS]
-        worst = f"{len(close)} (to {max(one.difference for one in close):.0e})" if close else ""
+        far = max(close, key=lambda one: one.difference) if close else None
+        worst = f"{len(close)} (to {far.difference:.0e})" if far else ""
         refused = [one.what for one in mine if one.outcome == REFUSED]
-        nodes = f"{close[0].nodes[0]}, {close[0].nodes[1]}" if close else ""
+        nodes = f"{far.nodes[0]}, {far.nodes[1]}" if far else ""
         same = sum(one.outcome == SAME for one in mine)
         lines.append(f"| {kind} | {same or ''} | {worst} | {nodes} | {', '.join(refused)} |")
     wrong = [one for one in all_found if one.outcome.startswith(WRONG)]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -85,7 +86,8 @@ def _read(file: File, name: str) -> PreTrainedModel:
 
     place = {"pretrained_model_name_or_path": file.path.parent, "gguf_file": file.path.name}
     try:
-        with quiet():
+        # (Its bar of the tensors is none that can be told to be quiet.)
+        with quiet(), redirect_stderr(io.StringIO()):
             model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
     except ValueError as error:
         raise UnsupportedModel(

@@ -521,6 +521,38 @@ def test_a_directory_becomes_int8_without_torch(
     assert sum(alike) > len(alike) / 2
 
 
+def test_a_mixture_becomes_int8_without_torch(world: World, tmp_path: Path) -> None:
+    shrink.build("mixtral").save_pretrained(tmp_path / "little")
+    asked = ("export", str(tmp_path / "little"), "out", "--quick")
+    code, out, err = world.run(NO_TORCH + MAIN, *asked)
+    assert code == 0 and "family mixtral (transformers 5.24)" in out, err
+    made = onnx_ir.load(world.home / "out" / "model.onnx")
+    assert "QMoE" in {node.op_type for node in made.graph}
+    rows = fastgen.load(world.home / "out").generate(PROMPTS, max_new_tokens=4, eos_token_id=None)
+    assert {len(row) for row in rows} == {len(PROMPTS[-1]) + 4}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_experts_per_tok": 5}, "its tokens go to 5 of 4 experts"),
+        ({"hidden_act": "gelu"}, "the activation of its experts is 'gelu'"),
+        ({"num_local_experts": 3}, r"does not: model\.layers\.0\.block_sparse_moe\.experts\.3"),
+    ],
+)
+def test_mixtures_that_it_does_not_know_are_refused(
+    tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    shrink.build("mixtral").save_pretrained(tmp_path / "little")
+    edit(tmp_path / "little", **changes)
+    if "num_local_experts" in changes:  # the router's matrix is of as many
+        tensors = stored(tmp_path / "little")
+        gates = {n: t[:3].clone() for n, t in tensors.items() if n.endswith("moe.gate.weight")}
+        store(tmp_path / "little", tensors | gates)
+    with pytest.raises((ModelError, UnsupportedModel), match=f"little cannot be built: .*{words}"):
+        write(tmp_path / "little")
+
+
 def test_what_cannot_be_built_is_said_before_weights_are_fetched(world: World) -> None:
     code, _, err = world.run(NO_TORCH + GENERATE, "org/other", "fp32")
     assert code == 1 and "attn_gate = True, which the builder does not know" in err
