@@ -2,7 +2,7 @@
 
     python bench/ids.py FILE ... --llama PYTHON [--texts 2000] [--original DIRECTORY]
 
-The texts are passages of `export/texts` (prose, code, 26 languages), made ones of any Unicode
+The texts are passages of `export/texts` (prose, code, 28 languages), made ones of any Unicode
 letters, spaces, digits and punctuation, and both with special tokens of the file among them. They
 are compared with llama.cpp's ids (PYTHON is one that has llama-cpp-python), for SentencePiece's
 kind with those of the library `sentencepiece` (of the texts without added tokens, which are found
