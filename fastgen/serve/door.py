@@ -17,10 +17,8 @@ from fastgen.serve.rendered import Json
 MOST_DISCARDED = 64 << 20  # bytes of a longer body, before its connection is cut
 PATIENCE = 5.0  # seconds that whoever sends one has to read that it is refused
 # What a browser asks for by itself, and what others look at before they have a key.
-OPEN = frozenset({
-    "/", "/page.css", "/page.js", "/health", "/docs", "/docs/oauth2-redirect", "/redoc",
-    "/openapi.json",
-})  # fmt: skip
+OPEN = frozenset({"/", "/health", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"})
+PAGE = "/page/"  # and the files of the page
 
 
 class Door:
@@ -119,13 +117,15 @@ def name_of(address: str) -> str | None:
 
 
 class Guard:
-    """Lets in whoever has the key; `OPEN` is open to all. Nothing of a body is read before."""
+    """Lets in whoever has the key; `OPEN` and the page are open to all. No body is read before."""
 
     def __init__(self, app: ASGIApp, api_key: str) -> None:
         self.app, self.api_key = app, api_key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN or self._has_key(Headers(scope=scope)):
+        path = scope.get("path", "")
+        free = scope["type"] != "http" or path in OPEN or path.startswith(PAGE)
+        if free or self._has_key(Headers(scope=scope)):
             await self.app(scope, receive, send)
             return
         error = Refused(

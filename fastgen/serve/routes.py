@@ -6,9 +6,8 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping
 from functools import partial
-from importlib import resources
 from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import FastAPI, Query, Request, Response
@@ -22,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 import fastgen
 from fastgen import first_use
 from fastgen.generator import CausalLM
-from fastgen.serve import chats, completions, messages, record, responses
+from fastgen.serve import chats, completions, messages, page_files, record, responses
 from fastgen.serve.document import OF_READING, OF_RUNNING, document, errors, takes
 from fastgen.serve.door import Door, Guard, Hosts
 from fastgen.serve.kept import KeptResponses
@@ -40,11 +39,6 @@ from fastgen.store.model_info import ModelInfo
 
 GRACE = 30.0  # seconds that running calls have once the service is to stop
 MOST_HELD = 64  # events that are sent in one piece
-PAGE = {"page.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
-POLICY = (
-    "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; "
-    "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
 STREAM = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies pass events on at once
 BODIES: list[type[BaseModel]] = [
     Completion, ChatCompletion, CreateResponse, CountedInput, CreateMessage, CountedMessages,
@@ -305,18 +299,14 @@ def _routes(made: FastAPI, models: Models) -> None:
         loaded = {served.name: served.service is not None for served in models}
         return {"status": "ok", "model": models.default.name, "loaded": loaded}
 
-    for file, kind in PAGE.items():
-        path = "/" if file == "page.html" else f"/{file}"
-        made.add_api_route(path, _file(file, kind), include_in_schema=False)
-
-
-def _file(name: str, kind: str) -> Callable[[], Awaitable[Response]]:
-    async def read() -> Response:
-        content = resources.files("fastgen.serve").joinpath(name).read_bytes()
-        safe = {"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff"}
-        return Response(content, media_type=f"{kind}; charset=utf-8", headers=safe)
-
-    return read
+    @made.get("/", include_in_schema=False)
+    @made.get("/page/{name:path}", include_in_schema=False)
+    async def page(name: str = page_files.FIRST) -> Response:
+        found = page_files.FILES.get(name)
+        if found is None:
+            raise Refused(404, f"the page has no file {name!r}")
+        file, kind = found
+        return Response(file.read_bytes(), media_type=kind, headers=page_files.HEADERS)
 
 
 def _model(served: ServedModel, created: float) -> dict[str, Any]:

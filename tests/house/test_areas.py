@@ -61,7 +61,7 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
             "door wire",
             "blocks kept limits metrics output_items server",
             "items",
-            "answers dialects document engine reasoning rendered",
+            "answers dialects document engine page_files reasoning rendered",
             "refused",
         ),
     ),
