@@ -71,7 +71,7 @@ def _sum(to: Writer, weights: ir.Value) -> ir.Value:
 
 
 def _logits(to: Writer, weights: ir.Value, index: ir.Value, experts: Experts) -> ir.Value:
-    """What the node makes these weights of, [tokens, experts]."""
+    """The logits [tokens, experts] that the node makes these weights of."""
     count = experts.router.width
     if ("nowhere", count) not in to.shapes:
         scalars = [to.node("Squeeze", [to.length(name)], [], dtype=INT64) for name in LENGTHS]
@@ -109,9 +109,7 @@ def _by_experts(to: Writer, tokens: ir.Value, logits: ir.Value, experts: Experts
 
 
 def _bias(to: Writer, names: Sequence[str], count: int, width: int) -> ir.Value:
-    """What is added to the outputs of the first matrices [experts, width]: of one tensor, or of two
-    in turns.
-    """
+    """Biases of the first matrices [experts, width]: of one tensor, or of two in turns."""
     if len(names) == 1:
         return to.table(names[0], count, width)
     tensors = [to.tensor(name, [count, width // 2]) for name in names]

@@ -135,7 +135,7 @@ PATTERN = "attention.sliding_window_pattern"
 
 
 def _exaone4(file: File) -> dict[str, Any]:
-    """Which layers slide; without a window all see everything."""
+    """The layers that slide; without a window all see everything."""
     slides = file.get(PATTERN)
     if slides is None or file.get("attention.sliding_window") is None:
         if file.get("attention.sliding_window") is not None:
