@@ -53,7 +53,7 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         "serve/tools fastgen generator first_use engine sampling text store inputs system",
         (
             "routes",
-            "chats completions knobs messages models responses",
+            "chats completions decisions knobs messages models responses",
             "talk",
             "response service",
             "front record",
