@@ -24,7 +24,10 @@ class Adapter(Engine):
 
     @classmethod
     def converter(cls, shape: str) -> str:
-        return "optimum_onnx" if shape in ("distilgpt2", "mgm") else "ort_genai-convert"
+        if shape in ("distilgpt2", "mgm"):
+            return "optimum_onnx"
+        # Its builder cannot read the two rotations of Gemma 3 as transformers 5 writes them.
+        return "ort_genai-convert-4" if shape == "gemma3" else "ort_genai-convert"
 
     @staticmethod
     def prepare(source: Path, target: Path, precision: str) -> None:
