@@ -1,28 +1,53 @@
-"""Prompts of a 4-bit model, read in 8 bits: the matrices that the second session multiplies.
+"""Many tokens at once: a second form of the matrices, in 8 bits for each output channel.
 
-An export in int4 has two small graphs besides, on the same weights file (see
-`export.quantize.prefill_int8`): one makes every matrix of the layers int8, to the nearest code, and
-one reads prompts with these.
+An export in int8 or int4 has two small graphs besides, on the same weights file (see
+`export.quantize.prefill_int8`): one makes the second form, and one has both forms in the branches
+of an If. Long prompts take the second, and so does every step of so many tokens that it is faster.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import onnxruntime
 
-from fastgen.store.model_info import UNPACK
 from fastgen.system.cpu import int8_overflows
 
-# Prompts of so many tokens are read apart, all but their last token. For shorter ones the step that
-# follows for it costs more than is gained (bench/README.md). A prefix cache keeps nothing of those,
-# so that what it knows was always read apart.
-APART = 32
+TRIED = (2, 4, 8, 16, 32, 64)  # tokens of a step that both forms are timed with
+FIRST = 8  # of these
+ROUNDS = 3
+NEVER = 2**31 - 1  # tokens, where the second form is not faster with the most of these
 
 
-def offer(options: Any, directory: Path, threads: int) -> list[Any]:
+def pays_from(seconds: Callable[[int, bool], float]) -> int:
+    """The fewest of TRIED tokens that the second form takes less time for, or NEVER.
+
+    Args:
+        seconds: (tokens, whether in the second form) -> the time that they take.
+    """
+
+    def pays(tokens: int) -> bool:
+        took: dict[bool, list[float]] = {False: [], True: []}
+        for _ in range(ROUNDS + 1):  # the first one touches the memory
+            for many, times in took.items():
+                times.append(seconds(tokens, many))
+        return min(took[True][1:]) < min(took[False][1:])
+
+    at = TRIED.index(FIRST)
+    if pays(TRIED[at]):
+        while at and pays(TRIED[at - 1]):
+            at -= 1
+        return TRIED[at]
+    return next((tokens for tokens in TRIED[at + 1 :] if pays(tokens)), NEVER)
+
+
+def offer(options: Any, unpack: Path, threads: int) -> list[Any]:
     """Make the matrices, and let the session that is opened with `options` have them.
+
+    Args:
+        unpack: the graph that makes them.
 
     Returns:
         What must stay until it is open. It packs a copy of each matrix, and with the last of these
@@ -37,7 +62,7 @@ def offer(options: Any, directory: Path, threads: int) -> list[Any]:
     unpacking.enable_cpu_mem_arena = False
     unpacking.enable_mem_pattern = False
     session = onnxruntime.InferenceSession(
-        str(directory / UNPACK), unpacking, providers=["CPUExecutionProvider"]
+        str(unpack), unpacking, providers=["CPUExecutionProvider"]
     )
     names = [value.name for value in session.get_outputs()]
     made = dict(
