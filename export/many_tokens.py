@@ -27,7 +27,7 @@ from fastgen.sampling.softmax import divergence, log_softmax
 from fastgen.store.tuning import Tuning
 from fastgen.system.memory import trim
 
-SENSED = 256  # tokens that kinds are measured on, about
+SENSED = 512  # tokens that kinds are measured on, about
 JUDGED = 3  # times that the whole is
 # Time of a weight among many tokens, of per channel: bench/README.md, "Many tokens at once".
 COSTS = {Form.CHANNELS: 1.0, Form.GROUPS: 1.35, Form.BLOCKS: 2.5}
@@ -64,7 +64,7 @@ class Second:
             sensed = sensed or self._sensed(kinds)
             expected = sum(sensed[kind.name][forms[kind.name]] for kind in kinds)
             share = (measured.kl - base) / max(expected, 1e-12)
-            forms = chosen(kinds, sensed, (target - base) / max(share, 1.0))
+            forms = chosen(kinds, sensed, max(0.0, target - base) / max(share, 1.0))
             why = self._written(kinds, forms)
             if why:
                 break
@@ -96,29 +96,27 @@ class Second:
         return measured
 
     def _sensed(self, kinds: Sequence[Kind]) -> dict[str, dict[Form, float]]:
-        """KL divergence that each form of each kind costs beside its blocks, alone."""
+        """KL divergence from the original that each form of each kind adds, alone.
+
+        Beside the blocks it would seem larger: two ways to round are no nearer to each other than
+        both to the original.
+        """
         work = self.work
         found: dict[str, dict[Form, float]] = {}
         rows = work.corpus.calibration(SENSED)
-        blocks: list[NDArray[np.float32]] = []
+        exact = [work.kept(log_softmax(work.origin.logits(row))) for row in rows]
+        every = dict.fromkeys((kind.name for kind in kinds), Form.BLOCKS)
+        own = Model(work.directory, tuning=Tuning())
+        usual = _divergence(own, rows, exact)
+        del own
         for done, kind in enumerate(kinds):
             work.shown.part(done, len(kinds))
             found[kind.name] = dict.fromkeys(FORMS, 0.0)
             for form in FORMS[:-1]:
-                others = dict.fromkeys((other.name for other in kinds), Form.BLOCKS)
-                if self._written(kinds, others | {kind.name: form}):
-                    continue
-                model = self._model()
-                blocks = blocks or [
-                    work.kept(_log_probabilities(model, row, many=False)) for row in rows
-                ]
-                total = sum(
-                    divergence(known, _log_probabilities(model, row, many=True))
-                    for row, known in zip(rows, blocks, strict=True)
-                )
-                found[kind.name][form] = max(0.0, total / sum(map(len, rows)))
-                del model
-                trim()
+                if not self._written(kinds, every | {kind.name: form}):
+                    added = _divergence(self._model(), rows, exact) - usual
+                    found[kind.name][form] = max(0.0, added)
+                    trim()
         return found
 
     def _told(
@@ -132,7 +130,7 @@ class Second:
         held = Counter[str]()
         for kind in kinds:
             held[forms[kind.name].value] += len(kind.members)
-        size = sum(kind.weights for kind in kinds if forms[kind.name] is not Form.BLOCKS)
+        size = prefill_int8.memory(work.directory)
         report: Report = {"bytes": size, "forms": dict(held)}
         work.info = replace(work.info, many_tokens_bytes=size)
         lines = [", ".join(f"{count} {form}" for form, count in held.most_common())]
@@ -174,11 +172,15 @@ def chosen(
     return forms
 
 
-def _log_probabilities(model: Model, row: NDArray[np.int64], many: bool) -> NDArray[np.float32]:
-    """float32 [length, vocab] of a row of ids, in one of the forms."""
-    cache, parts = model.new_cache(1, 2 * len(row)), []
-    for start in range(0, len(row), CHUNK):
-        new = row[start : start + CHUNK]
-        logits = model.forward([new], cache, 0, np.arange(len(new))[None], many)[0]
-        parts.append(log_softmax(logits))
-    return np.concatenate(parts)
+def _divergence(
+    model: Model, rows: Sequence[NDArray[np.int64]], exact: Sequence[NDArray[np.float32]]
+) -> float:
+    """Mean KL divergence on rows of ids from log-probabilities [length, vocab] of each."""
+    total = 0.0
+    for row, known in zip(rows, exact, strict=True):
+        cache = model.new_cache(1, 2 * len(row))
+        for start in range(0, len(row), CHUNK):
+            new = row[start : start + CHUNK]
+            logits = model.forward([new], cache, 0, np.arange(len(new))[None])[0]
+            total += divergence(known[start : start + CHUNK], log_softmax(logits))
+    return total / sum(map(len, rows))

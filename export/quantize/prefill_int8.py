@@ -92,6 +92,24 @@ def kinds(directory: Path) -> list[Kind]:
     ]
 
 
+def memory(directory: Path) -> int:
+    """The bytes that the second branch's matrices take, also those that stay as they are.
+
+    A session packs a copy of each for each of the branches.
+    """
+    (either,) = (
+        node
+        for node in ir.load(directory / model_info.MANY_TOKENS).graph
+        if any(value.name == MANY_TOKENS.name for value in node.inputs if value is not None)
+    )
+    total = 0
+    for node in either.attributes["then_branch"].as_graph().all_nodes():
+        if node.op_type in (*PRODUCTS, "MatMulIntegerToFloat"):
+            held = [value for value in node.inputs[1:4] if value is not None and is_constant(value)]
+            total += sum(tensor_of(value).nbytes for value in held)
+    return total
+
+
 def remove(directory: Path) -> None:
     """Remove both graphs, if they are there."""
     for name in (model_info.MANY_TOKENS, UNPACK):
@@ -123,7 +141,9 @@ def write(directory: Path, forms: Mapping[str, Form] | None = None) -> str:
         parts = _groups(node) if form_of[_name(node)] is Form.GROUPS else 1
         held = unpacking.unpacked(node, many.graph, parts)
         product = _grouped if parts > 1 else _whole
-        take_place(node, product(node, held, activations))
+        name, new = _name(node), product(node, held, activations)
+        take_place(node, new)
+        new.name = name
     onnx_ir.passes.common.RemoveUnusedNodesPass()(many)
     _join(few, many, inner)
     ir.save(few, directory / model_info.MANY_TOKENS)
@@ -155,7 +175,7 @@ def _grouped(node: ir.Node, held: Held, activations: Activations) -> ir.Value:
     size = node.attributes["K"].as_int() // count
     assert x.shape is not None
     kept = [0] * (len(x.shape) - 1)
-    apart = activations.constant(f"apart_{size}", np.array([*kept, count, size], np.int64))
+    apart = activations.constant(f"apart_{count}_{size}", np.array([*kept, count, size], np.int64))
     flat = activations.constant(f"flat_{len(kept)}", np.array([*kept, -1], np.int64))
     (parts,) = insert(node, "Reshape", [x, apart])
     parts.shape, parts.dtype = ir.Shape([*list(x.shape)[:-1], count, size]), ir.DataType.FLOAT
@@ -272,6 +292,7 @@ def _graphs(attribute: ir.Attr) -> list[ir.Graph]:
 def _join(few: ir.Model, many: ir.Model, inner: Sequence[ir.Node]) -> None:
     """Put `inner`, nodes of `few`, and what `many` has in their place, into branches of an If."""
     graph = few.graph
+    within = {each for node in inner for each in _with_inner(node)}
     inside = {value for node in inner for value in node.outputs}
     outside = {
         str(value.name): value
@@ -282,7 +303,7 @@ def _join(few: ir.Model, many: ir.Model, inner: Sequence[ir.Node]) -> None:
         value
         for node in inner
         for value in node.outputs
-        if value.is_graph_output() or any(use.node not in set(inner) for use in value.uses())
+        if value.is_graph_output() or any(use.node not in within for use in value.uses())
     ]
     names = [str(value.name) for value in leaving]
     others = [
@@ -298,7 +319,7 @@ def _join(few: ir.Model, many: ir.Model, inner: Sequence[ir.Node]) -> None:
         new.name = old.name
         set_type(new, old)
         for use in list(old.uses()):
-            if use.node not in set(inner):
+            if use.node not in within:
                 use.node.replace_input_with(use.idx, new)
         for index, output in enumerate(graph.outputs):
             if output is old:

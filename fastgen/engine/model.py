@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from fastgen.engine.cache import Cache
 from fastgen.engine.kv_int8 import Codes
-from fastgen.engine.prefill_int8 import offer, pays_from
+from fastgen.engine.prefill_int8 import NEVER, offer, pays_from
 from fastgen.errors import ModelError
 from fastgen.inputs import validators
 from fastgen.store import model_info
@@ -130,7 +130,8 @@ class Model:
     @property
     def _long(self) -> int | None:
         """Tokens from which a prompt is read in the second form; None where none is."""
-        return None if self.many_from is None else min(self.many_from, LONG)
+        never = self.many_from is None or self.many_from == NEVER
+        return None if never else min(self.many_from or LONG, LONG)
 
     def reads_as_many(self, length: int) -> bool:
         """Tell if a prompt of that length is read in the second form, from its first token on.
