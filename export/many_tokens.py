@@ -20,10 +20,8 @@ from fastgen.export import bundle
 from fastgen.export.prove import quality
 from fastgen.export.prove.quality import Quality
 from fastgen.export.quantize import prefill_int8
-from fastgen.export.quantize.parts import CHUNK
 from fastgen.export.quantize.prefill_int8 import Form, Kind
 from fastgen.export.work import Report, Work
-from fastgen.sampling.softmax import divergence, log_softmax
 from fastgen.store.tuning import Tuning
 from fastgen.system.memory import trim
 
@@ -104,17 +102,20 @@ class Second:
         work = self.work
         found: dict[str, dict[Form, float]] = {}
         rows = work.corpus.calibration(SENSED)
-        exact = [work.kept(log_softmax(work.origin.logits(row))) for row in rows]
+        exact = [work.kept(work.origin.logits(row)) for row in rows]
+
+        def divergence(model: Model) -> float:
+            known = iter(exact)
+            return quality.measure(lambda row: next(known), model, rows).kl
+
         every = dict.fromkeys((kind.name for kind in kinds), Form.BLOCKS)
-        own = Model(work.directory, tuning=Tuning())
-        usual = _divergence(own, rows, exact)
-        del own
+        usual = divergence(Model(work.directory, tuning=Tuning()))
         for done, kind in enumerate(kinds):
             work.shown.part(done, len(kinds))
             found[kind.name] = dict.fromkeys(FORMS, 0.0)
             for form in FORMS[:-1]:
                 if not self._written(kinds, every | {kind.name: form}):
-                    added = _divergence(self._model(), rows, exact) - usual
+                    added = divergence(self._model()) - usual
                     found[kind.name][form] = max(0.0, added)
                     trim()
         return found
@@ -170,17 +171,3 @@ def chosen(
         _, name, slower = max(steps, key=lambda step: step[0])
         forms[name] = slower
     return forms
-
-
-def _divergence(
-    model: Model, rows: Sequence[NDArray[np.int64]], exact: Sequence[NDArray[np.float32]]
-) -> float:
-    """Mean KL divergence on rows of ids from log-probabilities [length, vocab] of each."""
-    total = 0.0
-    for row, known in zip(rows, exact, strict=True):
-        cache = model.new_cache(1, 2 * len(row))
-        for start in range(0, len(row), CHUNK):
-            new = row[start : start + CHUNK]
-            logits = model.forward([new], cache, 0, np.arange(len(new))[None])[0]
-            total += divergence(known[start : start + CHUNK], log_softmax(logits))
-    return total / sum(map(len, rows))
