@@ -27,6 +27,7 @@ from fastgen.system.memory import trim
 
 SENSED = 512  # tokens that kinds are measured on, about
 JUDGED = 3  # times that the whole is
+LEAST = 0.5  # of what kinds cost alone, that they may be taken to cost together
 # Time of a weight among many tokens, of per channel: bench/README.md, "Many tokens at once".
 COSTS = {Form.CHANNELS: 1.0, Form.GROUPS: 1.35, Form.BLOCKS: 2.5}
 FORMS = tuple(COSTS)
@@ -62,7 +63,7 @@ class Second:
             sensed = sensed or self._sensed(kinds)
             expected = sum(sensed[kind.name][forms[kind.name]] for kind in kinds)
             share = (measured.kl - base) / max(expected, 1e-12)
-            forms = chosen(kinds, sensed, max(0.0, target - base) / max(share, 1.0))
+            forms = chosen(kinds, sensed, max(0.0, target - base) / max(share, LEAST))
             why = self._written(kinds, forms)
             if why:
                 break
