@@ -28,7 +28,7 @@ from fastgen.engine.plan import Entry, Planner, Work
 from fastgen.engine.prefill import CHUNK, WHOLE, Chunks
 from fastgen.engine.prefix_cache import PrefixCache
 from fastgen.engine.request import Request
-from fastgen.engine.score import Scoring
+from fastgen.engine.score import Choosing, Scoring
 from fastgen.engine.speculative import Assistant
 from fastgen.engine.step import Event, Step
 from fastgen.system.cpu import memory_bytes
@@ -89,9 +89,9 @@ class Scheduler:
                 raise ValueError(f"{name} must be positive, got {value}")
         if chunk is not None and chunk % 32:
             raise ValueError(f"chunk must be a multiple of 32, got {chunk}")
-        there = memory_bytes() or 4e9
-        max_bytes = int(SHARE * there) if max_bytes is None else max_bytes
-        max_buffers = int(VIRTUAL * there) if max_buffers is None else max_buffers
+        usual, buffers = memory_shares()
+        max_bytes = usual if max_bytes is None else max_bytes
+        max_buffers = buffers if max_buffers is None else max_buffers
         self.model, self.max_bytes, self.max_rows = model, max_bytes, max_rows
         self.prefix_cache = prefix_cache
         self.stall: float | None = None
@@ -153,6 +153,8 @@ class Scheduler:
         self.check(job)
         if isinstance(job, Call) and job.request.prefix_cache is None:
             job.request.prefix_cache = self.prefix_cache
+        elif isinstance(job, Choosing) and job.prefix_cache is None:
+            job.prefix_cache = self.prefix_cache
         entry = self._entries[id(job)] = _entry(job, self._needs(job))
         self.planner.waiting.append(entry)
 
@@ -207,6 +209,7 @@ class Scheduler:
     def _enter(self, entry: Entry) -> None:
         """Let a job begin its own steps, if it has any."""
         if entry.work is Work.SEARCH:
+            entry.job.request.started = time.perf_counter()
             self._searches[id(entry)] = entry.job.steps(Chunks.of(self.chunk))
         elif entry.work is Work.SCORING:
             self._scorings[id(entry)] = entry.job.steps(self.chunk)
@@ -221,6 +224,8 @@ class Scheduler:
     def _begin(self, entries: Sequence[Entry]) -> Joining | None:
         """Begin to read the prompts of calls, together."""
         requests = [entry.job.request for entry in entries]
+        for request in requests:
+            request.started = time.perf_counter()
         try:
             self._make_room(sum(entry.rows for entry in entries))
             return self._batch.begin(requests)
@@ -338,6 +343,17 @@ def bytes_of(call: Call, chunk: int = CHUNK) -> int:
         call.model.info, request.params, prompts, width, request.max_length, helper, chunk
     )
     return sum(parts.values())
+
+
+def memory_shares(models: int = 1, max_bytes: int | None = None) -> tuple[int, int]:
+    """`max_bytes` and `max_buffers` of each of several schedulers, alike.
+
+    Args:
+        max_bytes: that the calls of all may come to hold; None for SHARE of the machine's memory.
+    """
+    there = memory_bytes() or 4e9
+    together = int(SHARE * there) if max_bytes is None else max_bytes
+    return together // models, int(VIRTUAL * there) // models
 
 
 def fitting_chunk(model: Model, stall: float = STALL) -> tuple[int, float]:
