@@ -48,7 +48,7 @@ HALVES = 8  # matrices of a kind from which on early and late ones are told apar
 
 
 class Form(enum.Enum):
-    """How a matrix is multiplied with many tokens; the fastest first."""
+    """The way in which a matrix is multiplied with many tokens; the fastest first."""
 
     CHANNELS = "int8 per channel"
     GROUPS = f"int8 per channel and {GROUP} inputs"

@@ -69,7 +69,7 @@ class Model:
 
     Raises:
         ModelError: see `ModelInfo.read`; or the graph is not what `fastgen.json` says it is, or
-            prompts in int8 are asked of a model that has none.
+            int8 for many tokens is asked of a model that has no such form.
         ValueError: threads, prefill_precision.
     """
 

@@ -88,7 +88,7 @@ def _notes(report: dict[str, Any]) -> list[str]:
 
 
 def _many(second: dict[str, Any]) -> str:
-    """What `prefill_precision="int8"` takes its matrices to be, in what memory, and its cost."""
+    """The matrices of `prefill_precision="int8"` by their form, their memory, and their cost."""
     forms = ", ".join(f"{count} {form}" for form, count in second["forms"].items())
     text = second.get("quality")
     judged = f"KL divergence {text['kl']:.1e}" if text else "not compared on text"

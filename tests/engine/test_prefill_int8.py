@@ -458,7 +458,7 @@ def test_the_fastest_forms_within_a_divergence():
 
 
 class Exported:
-    """What `Second` asks of an export: its graph, an original, a target and text."""
+    """The parts of an export that `Second` asks for: a graph, an original, a target and text."""
 
     def __init__(self, directory: Path, original: Model, kl: float, text: list[np.ndarray]) -> None:
         self.directory, self.info = directory, ModelInfo.parse(directory)
