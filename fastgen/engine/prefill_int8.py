@@ -7,6 +7,7 @@ of an If. Long prompts take the second, and so does every step of so many tokens
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from fastgen.system.cpu import int8_overflows
 
 TRIED = (2, 4, 8, 16, 32, 64)  # tokens of a step that both forms are timed with
 FIRST = 8  # of these
-ROUNDS = 3
+ROUNDS, AGREEING = 9, 3  # at most; at least, if all say the same: a busy moment hits one form
 NEVER = 2**31 - 1  # tokens, where the second form is not faster with the most of these
 
 
@@ -29,11 +30,15 @@ def pays_from(seconds: Callable[[int, bool], float]) -> int:
     """
 
     def pays(tokens: int) -> bool:
-        took: dict[bool, list[float]] = {False: [], True: []}
-        for _ in range(ROUNDS + 1):  # the first one touches the memory
-            for many, times in took.items():
-                times.append(seconds(tokens, many))
-        return min(took[True][1:]) < min(took[False][1:])
+        ratios: list[float] = []
+        for many in (False, True):  # which touch the memory
+            seconds(tokens, many)
+        while len(ratios) < ROUNDS:
+            few = seconds(tokens, False)
+            ratios.append(seconds(tokens, True) / few)
+            if len(ratios) >= AGREEING and (max(ratios) < 1 or min(ratios) > 1):
+                break
+        return statistics.median(ratios) < 1
 
     at = TRIED.index(FIRST)
     if pays(TRIED[at]):
