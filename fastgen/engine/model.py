@@ -93,6 +93,11 @@ class Model:
             self.tuning = replace(self.tuning, prefill_precision=prefill_precision)
         if self.tuning.prefill_precision != "same":
             self.info.check_prompts(directory)
+            if int8_overflows():  # and a branch's matrices cannot become uint8 on loading
+                raise ModelError(
+                    f'{directory} cannot be loaded with prefill_precision="int8" on this '
+                    "processor: it has no VNNI, without which products of 8 bits may overflow"
+                )
         two_forms = self.tuning.prefill_precision != "same"
         graph = directory / (model_info.MANY_TOKENS if two_forms else GRAPH)
         self.session = (_two_forms if two_forms else _session)(graph, self.tuning)

@@ -14,8 +14,6 @@ from typing import Any
 
 import onnxruntime
 
-from fastgen.system.cpu import int8_overflows
-
 TRIED = (2, 4, 8, 16, 32, 64)  # tokens of a step that both forms are timed with
 FIRST = 8  # of these
 ROUNDS, AGREEING = 9, 3  # at most; at least, if all say the same: a busy moment hits one form
@@ -74,7 +72,7 @@ def offer(options: Any, unpack: Path, threads: int) -> list[Any]:
         zip(names, map(onnxruntime.OrtValue.from_dlpack, session.run(names, {})), strict=True)
     )
     # What is optimised on loading has to be known before, and then stays.
-    early = {n: one for n, one in made.items() if int8_overflows() or len(one.shape()) == 1}
+    early = {n: one for n, one in made.items() if len(one.shape()) == 1}
     options.add_external_initializers(list(early), list(early.values()))
     for name, one in made.items():
         if name not in early:

@@ -24,7 +24,7 @@ from fastgen.store import jsonfile
 from fastgen.store.jsonfile import is_number, is_object, take
 from fastgen.store.model_info import REPORT, ModelInfo
 from fastgen.store.tuning import Tuning, kernels
-from fastgen.system.cpu import physical_cores, usable_cpus
+from fastgen.system.cpu import int8_overflows, physical_cores, usable_cpus
 from fastgen.timing.rounds import in_rounds
 
 NEAR = 0.03  # of two that are as near as this, the one with fewer threads, or that sleeps, wins
@@ -86,7 +86,8 @@ def candidates(directory: Path, prefill_precision: str = "same") -> list[Candida
     plain = [Tuning(threads=n) for n in sorted(threads)]
     sleeping = [Tuning(threads=n, spinning=False) for n in sorted(threads) if n > 1]
     others = [Tuning(threads=physical_cores(), entries=entries) for entries in kernels()]
-    if prefill_precision != "same" and ModelInfo.read(directory).can_read_prompts:
+    other = prefill_precision != "same" and not int8_overflows()
+    if other and ModelInfo.read(directory).can_read_prompts:
         others += [replace(tuning, prefill_precision=prefill_precision) for tuning in plain]
     return [Candidate(directory, tuning) for tuning in plain + sleeping + others]
 

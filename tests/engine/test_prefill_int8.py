@@ -280,19 +280,22 @@ def test_generation_with_beams_rows_and_guesses(made, two, ids):
             assert near(firsts, logits.max(axis=1))
 
 
-def test_matrices_live_as_long_as_they_are_read(made, two, monkeypatch, ids):
-    """A session that packs no copies keeps them; one that makes them uint8 is given them early."""
+def test_matrices_live_as_long_as_they_are_read(made, two, ids):
+    """A session that packs no copies keeps them."""
     row = ids(150)
     expected = read(two[1], row)[1].read(0, 0, 149)
+    unpacked = Model(made(), tuning=replace(MANY, entries=UNPACKED))
+    found = read(unpacked, row)[1].read(0, 0, 149)
+    assert all(near(*pair, 1e-5) for pair in zip(found, expected, strict=True))
 
-    def same(model: Model) -> bool:
-        found = read(model, row)[1].read(0, 0, 149)
-        return all(near(*pair, 1e-5) for pair in zip(found, expected, strict=True))
 
-    assert same(Model(made(), tuning=replace(MANY, entries=UNPACKED)))
-    for module in (models, reading):
+def test_a_processor_whose_products_may_overflow_is_told(made, monkeypatch):
+    for module in (models, tune):
         monkeypatch.setattr(module, "int8_overflows", lambda: True)
-    assert same(Model(made(), tuning=MANY))
+    with pytest.raises(fastgen.ModelError, match="it has no VNNI, without which products of 8"):
+        Model(made(), tuning=MANY)
+    found = tune.candidates(made(), "int8")
+    assert {one.tuning.prefill_precision for one in found} == {"same"}
 
 
 def test_results_of_one_kind_are_not_taken_for_the_other(two):
@@ -469,6 +472,7 @@ class Exported:
         self.corpus = SimpleNamespace(calibration=lambda tokens: text)
         self.shown = SimpleNamespace(part=lambda done, total: None)
         self.kept = lambda array: array
+        self.options = SimpleNamespace(quick=False)
 
     def judged_on(self, tokens: int) -> list[np.ndarray]:
         return self.text
