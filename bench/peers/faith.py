@@ -130,8 +130,8 @@ def compared(
 
 
 def megabytes(directory: Path) -> float:
-    """The size of a model's graph and weights, without what is a tokenizer's."""
-    files = (path for path in directory.rglob("*") if path.suffix in WEIGHTS)
+    """The size of a model's graph and weights, without a tokenizer's and what folders have."""
+    files = (path for path in directory.iterdir() if path.suffix in WEIGHTS)
     return sum(path.stat().st_size for path in files if "tokenizer" not in path.name) / 1e6
 
 

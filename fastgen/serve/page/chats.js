@@ -5,10 +5,11 @@ import * as store from "./store.js";
 
 let undo = null; // conversations that were just removed
 let open = null; // (id) => opens one
+let forget = null; // (ids) => lets go of what still writes to them
 let current = () => null; // the id of the one that is open
 
 export function watchChats(actions) {
-  ({ open, current } = actions);
+  ({ open, current, forget } = actions);
   $("export").addEventListener("click", save);
   $("import").addEventListener("click", () => $("file").click());
   $("file").addEventListener("change", bring);
@@ -40,6 +41,9 @@ export async function showChats() {
     for (const id of ["export", "import", "remove-all"]) $(id).disabled = true;
     return;
   }
+  const shown = JSON.stringify([current(), rows.map(({ id, title }) => [id, title])]);
+  if (shown === $("chat-list").dataset.shown) return; // a button there may have the focus
+  $("chat-list").dataset.shown = shown;
   $("chat-list").replaceChildren(...rows.map((row) => {
     const title = row.title || "Untitled";
     const opener = button(title, () => open(row.id), { className: "open" });
@@ -53,6 +57,7 @@ export async function showChats() {
 
 async function removed(ids) {
   const place = [...$("chat-list").querySelectorAll(".delete")].indexOf(document.activeElement);
+  forget(ids);
   const gone = await store.remove(ids);
   told(gone.length === 1 ? "Deleted." : `${gone.length} deleted.`, gone);
   if (ids.includes(current())) open(null);

@@ -1,6 +1,6 @@
 // Where a message is written; the column follows what is written into it while it is at its end.
 
-import { $ } from "./dom.js";
+import { $, tab } from "./dom.js";
 
 const NEAR = 64; // pixels from the end that count as there
 const DRAFT = "fastgen-draft";
@@ -10,6 +10,13 @@ const byFinger = matchMedia("(hover: none) and (pointer: coarse)");
 
 let following = true;
 let lastTop = 0;
+
+/** Whether a key that was pressed in a message sends it. */
+export function asksToSend(event) {
+  // While an input method composes a character, Enter chooses that (229: Safari's last one).
+  if (event.key !== "Enter" || event.isComposing || event.keyCode === 229) return false;
+  return event.ctrlKey || event.metaKey || !(event.shiftKey || event.altKey || byFinger.matches);
+}
 
 function atEnd() {
   const { scrollHeight, clientHeight } = document.documentElement;
@@ -43,7 +50,7 @@ export function fit() {
 
 export function setText(text) {
   $("prompt").value = text;
-  sessionStorage.setItem(DRAFT, text);
+  tab.set(DRAFT, text);
   fit();
 }
 
@@ -61,10 +68,7 @@ export function watchComposer({ send, stop }) {
     else send();
   });
   field.addEventListener("keydown", (event) => {
-    // While an input method composes a character, Enter chooses that (229: Safari's last one).
-    if (event.key !== "Enter" || event.isComposing || event.keyCode === 229) return;
-    const asked = event.ctrlKey || event.metaKey;
-    if (!asked && (event.shiftKey || event.altKey || byFinger.matches)) return;
+    if (!asksToSend(event)) return;
     event.preventDefault();
     send();
   });
@@ -78,6 +82,6 @@ export function watchComposer({ send, stop }) {
     if (document.body.classList.contains("busy")) keepUp();
     scrolled();
   }).observe($("column"));
-  setText(sessionStorage.getItem(DRAFT) ?? "");
+  setText(tab.get(DRAFT));
   $("keys").hidden = byFinger.matches;
 }

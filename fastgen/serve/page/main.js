@@ -5,7 +5,7 @@ import { showChats, watchChats } from "./chats.js";
 import { programs } from "./code.js";
 import { fail, fit, follow, keepUp, setText, watchComposer } from "./composer.js";
 import { blank, contextUsed, grow, path, prune, show } from "./conversation.js";
-import { $, button, copy, grouped, make, say, size } from "./dom.js";
+import { $, button, copy, grouped, make, say, size, tab } from "./dom.js";
 import { request } from "./request.js";
 import { ask, hasKey, useKey } from "./service.js";
 import { setKind, showKnobs, showWrong, wantsProbabilities, watchSettings } from "./settings.js";
@@ -15,6 +15,7 @@ import { transcript } from "./transcript.js";
 
 const OPEN = "fastgen-open"; // the conversation of this tab
 const MODEL = "fastgen-model";
+const PANELS = ["chats", "settings"];
 const OFTEN = 1000; // milliseconds between two times that a growing answer is kept
 const EXAMPLES = {
   chat: [
@@ -28,6 +29,7 @@ const EXAMPLES = {
 let about = { name: "", has_template: true, has_tokenizer: true };
 let conversation = blank("chat");
 let wantsText = false; // a person chose that texts are continued
+const removed = new WeakSet(); // conversations that were deleted while an answer came
 let running = null; // the Answer that is being written
 let started = null; // a promise: what the service says of itself has come
 
@@ -36,7 +38,7 @@ let started = null; // a promise: what the service says of itself has come
 /** Keep a conversation; a browser that cannot is told about once, in the list. */
 async function keep(which) {
   try {
-    await store.keep(which);
+    if (!removed.has(which)) await store.keep(which);
   } catch (error) {
     $("chats-note").textContent = `This chat is not kept: ${error.message}.`;
   }
@@ -44,14 +46,22 @@ async function keep(which) {
 }
 
 function draw() {
-  transcript.draw(conversation, actions, running?.conversation === conversation ? running.nodes[0]?.id : null);
+  const growing = running?.conversation === conversation ? running.nodes[0]?.id : null;
+  transcript.draw(conversation, actions, growing);
   $("greeting").hidden = conversation.at !== null;
   $("system").value = conversation.system;
   $("new").disabled = false;
-  sessionStorage.setItem(OPEN, conversation.id);
+  tab.set(OPEN, conversation.id);
   showKind();
   showContext();
   notes();
+}
+
+/** Stop an answer to a conversation that is deleted: it must not be kept again. */
+function forget(ids) {
+  if (!running || !ids.includes(running.conversation.id)) return;
+  removed.add(running.conversation);
+  stop();
 }
 
 /** Open a conversation; null: a new one. */
@@ -120,9 +130,9 @@ const actions = {
   showsProbabilities: wantsProbabilities,
   again: (node) => answer(node.parent),
   onward: (node) => answer(node.id),
-  edit(node, text) {
+  async edit(node, text) {
     if (running || !text.trim()) return;
-    answer(node.parent, [["user", text]]);
+    if (!(await answer(node.parent, [["user", text]]))) transcript.of(node)?.edit(text);
   },
   results(node, texts) {
     answer(node.id, texts.map((text, i) => ["tool", text, { call: node.calls[i].id }]));
@@ -183,6 +193,7 @@ async function answer(id, said = [], taken = () => {}) {
     return false;
   }
   setRunning(true);
+  panel(null);
   taken();
   say("Writing");
   let failed = null;
@@ -207,7 +218,8 @@ async function answer(id, said = [], taken = () => {}) {
   if (kept) await keep(mine);
   const text = nodes[0].content.slice(0, 1000); // read out once, when it is whole
   if (failed) say("");
-  else say(controller.signal.aborted ? `Stopped after ${written} tokens` : `Done, ${written} tokens. ${text}`);
+  else if (controller.signal.aborted) say(`Stopped after ${written} tokens`);
+  else say(`Done, ${written} tokens. ${text}`);
   if (failed) told(failed);
   return !(empty && !kept);
 }
@@ -290,7 +302,7 @@ function panel(name) {
   const before = document.body.dataset.panel;
   if (name) document.body.dataset.panel = name;
   else delete document.body.dataset.panel;
-  for (const one of ["chats", "settings"]) $(`${one}-toggle`).setAttribute("aria-expanded", String(one === name));
+  for (const one of PANELS) $(`${one}-toggle`).setAttribute("aria-expanded", String(one === name));
   if (name && name !== before) window.scrollTo(0, 0);
   fit();
 }
@@ -342,7 +354,7 @@ async function start() {
   fail("");
   try {
     const names = (await (await ask("/v1/models")).json()).data.map(({ id }) => id);
-    const chosen = sessionStorage.getItem(MODEL);
+    const chosen = tab.get(MODEL);
     const query = names.includes(chosen) && names.length > 1 ? `?model=${encodeURIComponent(chosen)}` : "";
     const found = await (await ask(`/knobs${query}`)).json();
     about = found.model;
@@ -358,7 +370,7 @@ async function start() {
 
 /** Open what this tab had open before it was loaded again. */
 async function reopened() {
-  const id = sessionStorage.getItem(OPEN);
+  const id = tab.get(OPEN);
   const found = id && (await store.load(id).catch(() => null));
   if (found) conversation = found;
   await showChats();
@@ -379,7 +391,7 @@ function watch() {
   watchComposer({ send, stop });
   watchSettings();
   watchTokens($("transcript"));
-  watchChats({ open, current: () => conversation.id });
+  watchChats({ open, current: () => conversation.id, forget });
   store.watch(async (id) => {
     if (id === conversation.id && running?.conversation !== conversation) {
       conversation = (await store.load(id)) ?? conversation; // another tab went on with it
@@ -399,7 +411,7 @@ function watch() {
   });
   $("probabilities").addEventListener("change", draw);
   $("models").addEventListener("change", async () => {
-    sessionStorage.setItem(MODEL, $("models").value);
+    tab.set(MODEL, $("models").value);
     await (started = start());
   });
   for (const radio of document.getElementsByName("kind")) radio.addEventListener("change", changeKind);
@@ -410,8 +422,10 @@ function watch() {
     $("code-copy").textContent = (await copy($("program").textContent)) ? "Copied" : "Not allowed";
     setTimeout(() => ($("code-copy").textContent = "Copy"), 1500);
   });
-  for (const name of ["chats", "settings"]) {
-    $(`${name}-toggle`).addEventListener("click", () => panel(document.body.dataset.panel === name ? null : name));
+  for (const name of PANELS) {
+    $(`${name}-toggle`).addEventListener("click", () => {
+      panel(document.body.dataset.panel === name ? null : name);
+    });
   }
   document.addEventListener("needed", () => panel("settings"));
   document.addEventListener("keydown", keys);
