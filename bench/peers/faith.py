@@ -23,7 +23,7 @@ WEIGHTS = {".onnx", ".data", ".bin", ".xml", ".gguf", ".safetensors"}  # endings
 
 
 def of(home: Home, shape: str, worker: Worker) -> dict[str, Any]:
-    """What an engine loses on a real model's text, kept from one run to the next.
+    """The loss of an engine on a real model's text, kept from one run to the next.
 
     Returns:
         for each kind of text: `tokens` that were predicted, and sums over them: `kl` (of the
@@ -130,8 +130,8 @@ def compared(
 
 
 def megabytes(directory: Path) -> float:
-    """The size of a model's graph and weights, without what is a tokenizer's."""
-    files = (path for path in directory.rglob("*") if path.suffix in WEIGHTS)
+    """The size of a model's graph and weights, without a tokenizer's and what folders have."""
+    files = (path for path in directory.iterdir() if path.suffix in WEIGHTS)
     return sum(path.stat().st_size for path in files if "tokenizer" not in path.name) / 1e6
 
 
