@@ -107,7 +107,7 @@ class Lab:
         for matrix in plan._matrices.values():
             goes_up = matrix.may_climb and goes(matrix.product.name)
             matrix.rung = rung if goes_up else 0
-        graph, _ = plan.make(lambda *_: None)
+        graph = plan.make(lambda *_: None)
         out = self.home / "made"
         out.mkdir()
         onnx_file.save(graph, out / "model.onnx")

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from fastgen.engine.model import Model
-from fastgen.export.quantize.parts import CHUNK
+from fastgen.export.quantize.parts import CHUNK, chunks
 from fastgen.sampling.softmax import divergence, log_softmax
 
 TOKENS = 1024  # of a text that precisions are measured on, at most
+EXACT, MEASURED = 1 << 24, 1 << 23  # logits that a graph is asked for at once, about
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,47 @@ class Quality:
         )
 
 
+class Exact:
+    """Logits of rows as they should be, each computed once: they are in a file from then on.
+
+    Args:
+        asked: gives a row's logits some positions at a time, with the first of them.
+        room: gives an array of a shape and type to keep them in.
+    """
+
+    def __init__(
+        self,
+        asked: Callable[[NDArray[np.int64]], Iterator[tuple[int, NDArray[np.float32]]]],
+        vocab: int,
+        room: Callable[[tuple[int, int], DTypeLike], NDArray[Any]],
+    ) -> None:
+        self._asked, self._vocab, self._room = asked, vocab, room
+        self._held: dict[bytes, NDArray[np.float32]] = {}
+
+    @classmethod
+    def of(cls, model: Model, room: Callable[[tuple[int, int], DTypeLike], NDArray[Any]]) -> Exact:
+        """The logits of a graph that was proved: it stands for the original."""
+        vocab = model.info.vocab_size
+        return cls(lambda row: read(model, row, EXACT // vocab), vocab, room)
+
+    def __call__(self, row: NDArray[np.int64]) -> NDArray[np.float32]:
+        """float32 [length, vocab] of a row of ids."""
+        key = row.tobytes()
+        if key not in self._held:
+            held = self._room((len(row), self._vocab), np.float32)
+            for start, logits in self._asked(row):
+                held[start : start + len(logits)] = logits
+            self._held[key] = held
+        return self._held[key]
+
+
 def measure(
     original: Callable[[NDArray[np.int64]], NDArray[np.float32]],
     exported: Model,
     rows: Sequence[NDArray[np.int64]],
     shown: Callable[[int, int], None] = lambda done, total: None,
 ) -> Quality:
-    """Compare on `rows` of ids, each from scratch; the original's logits are held for one row.
+    """Compare on `rows` of ids, each from scratch.
 
     Args:
         original: ids [length] -> its logits, float32 [length, vocab].
@@ -67,7 +103,7 @@ def measure(
     for done, row in enumerate(rows):
         shown(done, len(rows))
         reference = original(row)
-        for start, logits in _logits(exported, row[:-1]):
+        for start, logits in _chunks(exported, row[:-1]):
             expected = reference[start : start + len(logits)]
             targets = row[start + 1 : start + 1 + len(logits)]
             p, q = log_softmax(expected), log_softmax(logits)
@@ -93,10 +129,21 @@ def measure(
     )
 
 
-def _logits(model: Model, row: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """A row in chunks: where each starts, and its float32 [chunk, vocab], valid until the next."""
-    cache = model.new_cache(1, 2 * len(row))
-    for start in range(0, len(row), CHUNK):
-        new = row[start : start + CHUNK]
+def _chunks(model: Model, row: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """A row's logits a few positions at a time: what is made of them is as large."""
+    for start, logits in read(model, row, MEASURED // model.info.vocab_size):
+        for at, part in enumerate(chunks(logits)):
+            yield start + CHUNK * at, part
+
+
+def read(
+    model: Model, row: NDArray[np.int64], most: int
+) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """A row as a prompt, about `most` tokens at a time: where each part starts, and its logits,
+    float32 [part, vocab], valid until the next.
+    """
+    cache, step = model.new_cache(1, 2 * len(row)), max(CHUNK, most)
+    for start in range(0, len(row), step):
+        new = row[start : start + step]
         positions = np.arange(len(new))[None]
         yield start, model.forward([new], cache, logits_positions=positions)[0]

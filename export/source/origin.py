@@ -89,7 +89,8 @@ class Origin(Protocol):
     def convert(self, whole: bool = False) -> tuple[onnx_ir.Model, list[str]]:
         """The graph by the contract, not trimmed, and the findings of that step.
 
-        `meta["repeated"]` of the graph says whether `whole` would give one that is made otherwise.
+        `meta["repeated"]` of the graph says whether `whole` would give one that is made otherwise:
+        traced, and every layer of it.
         """
 
     def written(self, directory: Path) -> None:
