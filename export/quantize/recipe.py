@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -191,9 +192,16 @@ class Plan:
         model: ir.Model,
         recipe: Recipe,
         inputs: Mapping[ir.Value, calibrate.Input],
+        directory: Path,
         kept: calibrate.Shelf,
     ) -> None:
-        self._model, self._recipe, self._inputs, self._kept = model, recipe, inputs, kept
+        """
+        Args:
+            directory: of the file that the graph's weights are in.
+            kept: a shelf below it.
+        """
+        self._model, self._recipe, self._inputs = model, recipe, inputs
+        self._directory, self._kept = directory, kept
         self._experts = _experts(model.graph)
         self._mixed: dict[str, list[experts.Stored]] = {}
         self._products = products(model.graph)
@@ -281,15 +289,12 @@ class Plan:
         """Mean Kullback-Leibler divergence, in nats, with the named matrices as they are decided,
         and all others in float32.
         """
-        kept = self._kept
-        with calibrate.weights_directory(self._model) as directory:
-            said = calibrate.logits(self._quantised(names), rows, directory, kept)
-            pairs = zip(map(exact, rows), said, strict=True)
-            total = sum(
-                divergence(log_softmax(expected), log_softmax(actual))
-                for pair in pairs
-                for expected, actual in zip(*map(chunks, pair), strict=True)
-            )
+        said = calibrate.logits(self._quantised(names), rows, self._directory, self._kept)
+        total = sum(
+            divergence(log_softmax(expected), log_softmax(actual))
+            for pair in zip(map(exact, rows), said, strict=True)
+            for expected, actual in zip(*map(chunks, pair), strict=True)
+        )
         return max(0.0, total / sum(map(len, rows)))
 
     def _kinds(self) -> dict[str, list[Matrix]]:
@@ -488,7 +493,7 @@ def planned(
         calibrate.weights_directory(model) as directory,
         calibrate.named_shelf(directory) as kept,
     ):
-        plan = Plan(model, RECIPES[precision], inputs, kept)
+        plan = Plan(model, RECIPES[precision], inputs, directory, kept)
         plan.prepare(rows, shown)
         trim()
         yield plan
