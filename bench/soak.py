@@ -208,6 +208,7 @@ async def soak(port: int, made: list[Wish], clients: int, seed: int, each: Any) 
 def service(model: str | None, *flags: str) -> Iterator[tuple[int, int]]:
     """`fastgen serve` as a process: its port and its id."""
     words = [sys.executable, "-m", "fastgen", "serve", *([model] if model else []), "--port", "0"]
+    words += ["--log-format", "none"]
     with subprocess.Popen([*words, *flags], stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stderr
@@ -242,15 +243,15 @@ async def metrics(port: int) -> dict[str, float]:
     writer.write(b"GET /metrics HTTP/1.0\r\n\r\n")
     text = (await reader.read()).decode()
     writer.close()
-    pairs = (line.rpartition(" ") for line in text.splitlines() if line.startswith("fastgen_"))
-    return {name: float(value) for name, _, value in pairs}
+    pairs = (line.rpartition(" ") for line in text.splitlines() if line.startswith("fastgen:"))
+    return {name.partition("{")[0]: float(value) for name, _, value in pairs}
 
 
 async def at_rest(port: int) -> dict[str, float]:
     """The counts once nothing runs any more."""
     for _ in range(600):
         found = await metrics(port)
-        if not found["fastgen_rows_running"] and not found["fastgen_calls_waiting"]:
+        if not found["fastgen:num_rows_running"] and not found["fastgen:num_requests_waiting"]:
             return found
         await asyncio.sleep(0.05)
     raise AssertionError(f"rows run that nobody reads: {found}")
@@ -326,8 +327,8 @@ def run(args: argparse.Namespace) -> None:
         f"{len(made)} requests of {args.clients} clients in {seconds:.0f} s "
         f"({', '.join(f'{count} {kind}' for kind, count in kinds.items())}), "
         f"{sum(wish.again for wish in made)} times told 429: none lost, "
-        f"{texts} texts equal to those alone, {counts['fastgen_generated_tokens_total']:,.0f} "
-        f"tokens, {counts['fastgen_prefix_cache_hits_total']:,.0f} prompts known in part"
+        f"{texts} texts equal to those alone, {counts['fastgen:generation_tokens_total']:,.0f} "
+        f"tokens, {counts['fastgen:prefix_cache_hits_total']:,.0f} of prompts known"
     )
 
 

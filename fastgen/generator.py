@@ -100,7 +100,7 @@ class CausalLM:
         *,
         prompts: str | None = None,
     ) -> None:
-        prefill_precision = _renamed_prompts(prompts, prefill_precision)
+        prefill_precision = renamed_prompts(prompts, prefill_precision)
         self.directory = Path(directory)
         self.name_or_path = str(directory)
         self.model = Model(self.directory, threads, tuning, prefill_precision)
@@ -142,7 +142,7 @@ class CausalLM:
                 one of it is not installed.
             ValueError: it cannot be expressed, or its export differs from it.
         """
-        prefill_precision = _renamed_prompts(prompts, prefill_precision)
+        prefill_precision = renamed_prompts(prompts, prefill_precision)
         directory = first_use.exported(name_or_path, precision, cache_precision, revision)
         model = cls(directory, threads, prefill_precision=prefill_precision)
         model.name_or_path = str(name_or_path)
@@ -529,8 +529,8 @@ class CausalLM:
 _OBJECTS = tuple(Objects.__dataclass_fields__)
 
 
-def _renamed_prompts(prompts: str | None, prefill_precision: str | None) -> str | None:
-    """The precision, also where the caller of ours gave it by its old name `prompts`."""
+def renamed_prompts(prompts: str | None, prefill_precision: str | None) -> str | None:
+    """The precision, also where a caller gave it by its old name `prompts`."""
     if prompts is None:
         return prefill_precision
     _warn(["prompts is now named prefill_precision"], DeprecationWarning)
@@ -586,7 +586,7 @@ def load(
             was found.
         ValueError: threads, prefill_precision.
     """
-    prefill_precision = _renamed_prompts(prompts, prefill_precision)
+    prefill_precision = renamed_prompts(prompts, prefill_precision)
     return CausalLM(first_use.directory(name_or_path), threads, prefill_precision=prefill_precision)
 
 

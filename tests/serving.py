@@ -14,7 +14,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -30,8 +30,8 @@ from fastgen.store.model_info import CHAT_TEMPLATE
 
 
 @contextlib.contextmanager
-def served(model: fastgen.CausalLM, **settings: Any) -> Iterator[str]:
-    """The address, such as "http://127.0.0.1:43210", of a service of `model`."""
+def served(model: fastgen.CausalLM | Mapping[str, Any], **settings: Any) -> Iterator[str]:
+    """The address, such as "http://127.0.0.1:43210", of a service of `model`, or of several."""
     made = app(model, **settings)
     place = socket.socket()
     place.bind(("127.0.0.1", 0))
@@ -78,7 +78,7 @@ Answer with <tool_call>{"name": ..., "arguments": ...}</tool_call>.
 <tool_call>{{ f.name }} {{ f.arguments.x }}</tool_call>
 {% endfor %}{% endfor %}assistant:"""
 WAIT = 30.0  # seconds that something may take on a machine that is busy with other things
-COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
+COMPLETIONS, CHATS, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
 
 
 def asked(
@@ -97,6 +97,25 @@ def asked(
     named = {name.lower(): value for name, value in found.items()}
     as_json = named.get("content-type", "").startswith("application/json")
     return status, named, json.loads(content) if as_json else content.decode()
+
+
+def counts(address: str, model: str | None = None) -> dict[str, float]:
+    """The numbers of `/metrics`: of a model of several by its name, else of the only one.
+
+    Names are those after "fastgen:"; `http_requests_total` is as it stands there.
+    """
+    _, _, text = asked(address, "/metrics")
+    out: dict[str, float] = {}
+    for line in text.splitlines():
+        name, _, value = line.rpartition(" ")
+        found = re.fullmatch(r'fastgen:(\w+)\{(.*?),?model_name="([^"]*)"\}', name)
+        if found and model in (None, found[3]):
+            labels = f"{{{found[2]}}}" if found[2] else ""
+            assert found[1] + labels not in out, "of which model?"
+            out[found[1] + labels] = float(value)
+        elif name.startswith("http_requests_total"):
+            out[name] = float(value)
+    return out
 
 
 class Watched:
@@ -143,8 +162,9 @@ def command(*flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
         timer = threading.Timer(2 * WAIT, process.kill)
         timer.start()
         try:
-            said = process.stderr.readline()  # of the model, where none is named
-            said += process.stderr.readline()
+            said = process.stderr.readline()
+            if "no MODEL given" in said:
+                said += process.stderr.readline()
             found = re.search(r"http://127\.0\.0\.1:\d+", said)
             assert found, said
             yield process, found[0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from math import isfinite
 from typing import Any
 
 from fastgen.errors import UnsupportedModel
@@ -94,7 +95,7 @@ class Configuration:
     def real(self, name: str, default: float) -> float:
         value = self.get(name, default)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
             raise UnsupportedModel(f"its config.json has {name} = {value!r}, which is no number")
         return float(value)
 

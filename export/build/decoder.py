@@ -8,6 +8,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from fastgen.errors import UnsupportedModel
+
 
 @dataclass(frozen=True)
 class Part:
@@ -57,11 +59,18 @@ class Rotary:
         inverse: frequencies, float32 [turned / 2]; fewer than half a head turn a part of it.
         scale: of cosines and sines.
         interleaved: whether neighbours turn together, and not the halves.
+
+    Raises:
+        UnsupportedModel: a frequency or the scale is not finite.
     """
 
     inverse: NDArray[np.float32]
     scale: float = 1.0
     interleaved: bool = False
+
+    def __post_init__(self) -> None:
+        if not (np.isfinite(self.inverse).all() and np.isfinite(self.scale)):
+            raise UnsupportedModel("its rotations turn by angles that are not finite")
 
     @property
     def key(self) -> tuple[bytes, float]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from fastgen.errors import UnsupportedModel
 from fastgen.export.build.configuration import Configuration
 from fastgen.export.build.decoder import Decoder
@@ -78,7 +80,8 @@ def describe(config: dict[str, Any]) -> Decoder:
         raise UnsupportedModel(f"its type {kind!r} is none that can be built")
     read = Configuration(dict(config))
     try:
-        decoder = family(read)
+        with np.errstate(over="raise", divide="raise", invalid="raise"):
+            decoder = family(read)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         if isinstance(error, UnsupportedModel):
             raise

@@ -262,6 +262,8 @@ def described(file: File, config: dict[str, Any]) -> Decoder:
     decoder: Decoder = _changed(families.describe(config), _upright)
     if FACTORS in file.tensors:
         factors = Stored(file.tensors[FACTORS]).read(slice(None))
+        if not (np.isfinite(factors) & (factors > 0)).all():
+            raise UnsupportedModel(f"its {FACTORS} has numbers that are no factors")
         decoder = _changed(decoder, lambda part: _slowed(part, factors))
     return decoder
 

@@ -125,7 +125,9 @@ class Batch:
         firsts = self._slots.insert(sources, len(self.rows), others)
         for other, first in zip(self.joining, firsts, strict=True):
             other.prefill.first = first
-        for rows, logits in zip(joining.rows, joining.prefill.logits, strict=True):
+        prefill = joining.prefill
+        for rows, logits, reused in zip(joining.rows, prefill.logits, prefill.reused, strict=True):
+            rows[0].request.cached_tokens += reused
             for row in rows:
                 row.logits = logits
                 row.begin()

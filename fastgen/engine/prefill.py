@@ -65,6 +65,7 @@ class Prefill:
     Attributes:
         first: the slot of the first prompt; what moves the slots sets it anew.
         logits: float32 [prompts, vocab]: those after the last token of each that has been read.
+        reused: of each prompt, the tokens that the prefix cache knew.
         done: whether all have been.
     """
 
@@ -80,6 +81,7 @@ class Prefill:
         self.model, self.cache, self.prompts, self.first = model, cache, prompts, first
         self.prefix_cache, self.chunk, self._most = prefix_cache, chunks.row, chunks.together
         self.logits = np.empty((len(prompts), model.info.vocab_size), np.float32)
+        self.reused = [0] * len(prompts)
         self.done = False
         for slot in range(first, first + len(prompts)):
             cache.begin(slot)
@@ -115,6 +117,8 @@ class Prefill:
         if known is not None:
             model = self.model.fingerprint
             known.fetch(model, texts, self.cache, self.first + start, self.chunk)
+            held = self.cache.lengths[self.first + start : self.first + end]
+            self.reused[start:end] = held.tolist()
         reader = PromptReader(self.model, self.cache, len(prompts), len(prompts[-1]) + self.chunk)
         reader.load(self.first + start, len(prompts))
         states: list[States] | None = None if known is None else [{} for _ in prompts]

@@ -62,7 +62,7 @@ class PrefixCache:
 
     Attributes:
         hits, misses: prompts that found a block, and those that did not.
-        tokens_reused: tokens that were not computed again.
+        tokens_queried, tokens_reused: tokens of these prompts, and those not computed again.
 
     Raises:
         ValueError: `max_bytes` is not positive.
@@ -72,7 +72,7 @@ class PrefixCache:
         if max_bytes < 1:
             raise ValueError(f"max_bytes must be positive, got {max_bytes}")
         self.max_bytes = max_bytes
-        self.hits = self.misses = self.tokens_reused = 0
+        self.hits = self.misses = self.tokens_queried = self.tokens_reused = 0
         # Least recently used first. A block is always older than the one before it in a prompt,
         # so the oldest has none that builds on it.
         self._blocks: OrderedDict[bytes, Block] = OrderedDict()
@@ -138,6 +138,7 @@ class PrefixCache:
             )
             self.hits += int((held > 0).sum())
             self.misses += int((held == 0).sum())
+            self.tokens_queried += sum(map(len, prompts))
             self.tokens_reused += int(held.sum())
         for slot, (blocks, tokens) in enumerate(zip(matches, held.tolist(), strict=True), first):
             for count, parts in blocks[: tokens // size]:

@@ -130,6 +130,9 @@ class Request:
         streams: the source of chance: one for all rows, or one for each; empty when greedy.
         scores, logits: a step: float32 [rows, vocab], if asked for.
         top_logprobs: a row: a step: the likeliest tokens, if asked for.
+        started: when its prompts were begun to be read, where it has waited for that
+            (`time.perf_counter`).
+        cached_tokens: tokens of its prompts that `prefix_cache` knew.
         error: what ended its rows, if something went wrong while a token was chosen.
     """
 
@@ -156,6 +159,8 @@ class Request:
     def __post_init__(self) -> None:
         params = self.params
         self.error: Exception | None = None
+        self.started: float | None = None
+        self.cached_tokens = 0
         self.deadline = Deadline(params.max_time)
         self.eos = frozenset(params.eos_token_id or ())
         knows_ends = any(hasattr(criterion, "eos_token_id") for criterion in self.criteria)

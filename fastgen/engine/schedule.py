@@ -89,9 +89,9 @@ class Scheduler:
                 raise ValueError(f"{name} must be positive, got {value}")
         if chunk is not None and chunk % 32:
             raise ValueError(f"chunk must be a multiple of 32, got {chunk}")
-        there = memory_bytes() or 4e9
-        max_bytes = int(SHARE * there) if max_bytes is None else max_bytes
-        max_buffers = int(VIRTUAL * there) if max_buffers is None else max_buffers
+        usual, buffers = memory_shares()
+        max_bytes = usual if max_bytes is None else max_bytes
+        max_buffers = buffers if max_buffers is None else max_buffers
         self.model, self.max_bytes, self.max_rows = model, max_bytes, max_rows
         self.prefix_cache = prefix_cache
         self.stall: float | None = None
@@ -207,6 +207,7 @@ class Scheduler:
     def _enter(self, entry: Entry) -> None:
         """Let a job begin its own steps, if it has any."""
         if entry.work is Work.SEARCH:
+            entry.job.request.started = time.perf_counter()
             self._searches[id(entry)] = entry.job.steps(Chunks.of(self.chunk))
         elif entry.work is Work.SCORING:
             self._scorings[id(entry)] = entry.job.steps(self.chunk)
@@ -221,6 +222,8 @@ class Scheduler:
     def _begin(self, entries: Sequence[Entry]) -> Joining | None:
         """Begin to read the prompts of calls, together."""
         requests = [entry.job.request for entry in entries]
+        for request in requests:
+            request.started = time.perf_counter()
         try:
             self._make_room(sum(entry.rows for entry in entries))
             return self._batch.begin(requests)
@@ -338,6 +341,17 @@ def bytes_of(call: Call, chunk: int = CHUNK) -> int:
         call.model.info, request.params, prompts, width, request.max_length, helper, chunk
     )
     return sum(parts.values())
+
+
+def memory_shares(models: int = 1, max_bytes: int | None = None) -> tuple[int, int]:
+    """`max_bytes` and `max_buffers` of each of several schedulers, alike.
+
+    Args:
+        max_bytes: that the calls of all may come to hold; None for SHARE of the machine's memory.
+    """
+    there = memory_bytes() or 4e9
+    together = int(SHARE * there) if max_bytes is None else max_bytes
+    return together // models, int(VIRTUAL * there) // models
 
 
 def fitting_chunk(model: Model, stall: float = STALL) -> tuple[int, float]:

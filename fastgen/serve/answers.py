@@ -40,6 +40,7 @@ class GeneratedText:
         starts: of each of them, how many characters come before its own.
         count: all tokens, those that were cut off too.
         reason: OpenAI's, once it has ended.
+        stopped_by: the stop text that has ended it, if one has.
     """
 
     stop: Sequence[str]
@@ -49,6 +50,7 @@ class GeneratedText:
     starts: list[int] = field(default_factory=list)
     count: int = 0
     reason: str | None = None
+    stopped_by: str | None = None
     _held: list[tuple[str, bool]] = field(default_factory=list)  # characters, and whether shown
     _waiting: deque[tuple[int, Token]] = field(default_factory=deque)
     _length: int = 0
@@ -66,15 +68,16 @@ class GeneratedText:
         self._length += len(shown)
         self.reason = reason_of(token)
         text = "".join(char for char, _ in self._held)
-        cut = self._cut(text)
-        if cut is not None:
+        cut, self.stopped_by = self._cut(text)
+        if self.stopped_by is not None:
             text, self.reason = text[:cut], "stop"
         keep = 0 if self.reason else self._begins(text)
         return self._give(len(text) - keep), self._let_out(token.finish_reason == "eos")
 
-    def _cut(self, text: str) -> int | None:
-        offsets = [text.find(stop) for stop in self.stop]
-        return min((offset for offset in offsets if offset >= 0), default=None)
+    def _cut(self, text: str) -> tuple[int, str | None]:
+        """The place of the first stop text, and that text; None where there is none."""
+        found = ((text.find(stop), stop) for stop in self.stop)
+        return min((one for one in found if one[0] >= 0), default=(len(text), None))
 
     def _begins(self, text: str) -> int:
         """Characters at the end of what is held that may begin a stop text."""
@@ -171,6 +174,15 @@ def number(logprob: float) -> float | None:
     return None if math.isnan(logprob) else max(logprob, LOWEST)
 
 
-def usage(prompt: int, new: int) -> dict[str, int]:
-    """The tokens of a request, as OpenAI counts them."""
-    return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+def usage(prompt: int, new: int, cached: int) -> dict[str, Any]:
+    """The tokens of a request, as OpenAI counts them.
+
+    Args:
+        cached: of the prompt, those that were known, and not read again.
+    """
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": new,
+        "total_tokens": prompt + new,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }

@@ -2,56 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import secrets
 from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from fastgen.engine.output import Token
-from fastgen.inputs.lengths import NEW_TOKENS
-from fastgen.inputs.params import FORMS
-from fastgen.sampling import schema
-from fastgen.serve import dialects, reasoning
-from fastgen.serve.answers import GeneratedText, chat_logprobs
+from fastgen.serve import talk
+from fastgen.serve.answers import chat_logprobs
 from fastgen.serve.front import Front
-from fastgen.serve.refused import Refused
 from fastgen.serve.response import Answer
-from fastgen.serve.tools.choice import Choice, chosen
-from fastgen.serve.tools.form import AnswerOptions, GrammarRules
-from fastgen.serve.tools.reader import AnswerEvent, AnswerReader, Marks, ReadingOptions
+from fastgen.serve.talk import ChatText
+from fastgen.serve.tools.reader import AnswerEvent
 from fastgen.serve.tools.whole import ToolCall, WholeAnswer
-from fastgen.serve.wire import GenerationRequest, StreamOptions, generation_request
-
-
-@dataclass
-class ChatText:
-    """One text of an answer, as it is read.
-
-    Attributes:
-        text: as it comes.
-        reader: what reads it; None where there is nothing in it but content.
-        whole: what it said so far.
-        tokens: those whose text has come and that no chunk of a stream has had yet.
-    """
-
-    text: GeneratedText
-    reader: AnswerReader | None
-    whole: WholeAnswer = field(default_factory=WholeAnswer)
-    tokens: list[Token] = field(default_factory=list)
-
-    def push(self, token: Token) -> list[AnswerEvent]:
-        """Read one more token."""
-        piece, tokens = self.text.push(token)
-        self.tokens += tokens
-        if self.reader is None:
-            events = [AnswerEvent("content", piece)] if piece else []
-        else:
-            events = self.reader.push(piece) if piece else []
-            if self.text.reason is not None and not self.reader.text.ended:
-                events += self.reader.end(cut=self.text.reason == "length")
-        self.whole.take(events)
-        return events
+from fastgen.serve.wire import StreamOptions
 
 
 @dataclass
@@ -59,34 +23,31 @@ class ChatAnswer(Answer):
     """An answer that has begun.
 
     Attributes:
-        readers: of each text; None where there is nothing to be read but content.
+        texts: of the answer.
         named: whether the request says which tool is to be called.
     """
 
-    readers: Sequence[AnswerReader | None]
+    texts: Sequence[ChatText]
     named: bool
 
     ID = "chatcmpl"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._said = [
-            ChatText(text, reader)
-            for text, reader in zip(self.run.texts, self.readers, strict=True)
-        ]
 
     @property
     def kind(self) -> str:
         return "chat.completion.chunk" if self.streamed else "chat.completion"
 
+    def usage(self) -> dict[str, Any]:
+        thought = sum(text.thought for text in self.texts)
+        return {**super().usage(), "completion_tokens_details": {"reasoning_tokens": thought}}
+
     async def whole(self) -> dict[str, Any]:
         async for index, token in self.run.tokens():
-            self._said[index].push(token)
+            self.texts[index].push(token)
         return await self.front.put_together(self.size, self._made)
 
     def _made(self) -> dict[str, Any]:
         choices = []
-        for index, chat_text in enumerate(self._said):
+        for index, chat_text in enumerate(self.texts):
             whole = chat_text.whole
             message: dict[str, Any] = {
                 "role": "assistant",
@@ -122,7 +83,7 @@ class ChatAnswer(Answer):
         for index in range(len(self.run.texts)):
             yield self._delta(index, {"role": "assistant", "content": "", "refusal": None})
         async for index, token in self.run.tokens():
-            chat_text = self._said[index]
+            chat_text = self.texts[index]
             if chat_text.text.reason is not None:
                 continue
             deltas = list(_deltas(chat_text.push(token), chat_text.whole))
@@ -183,127 +144,8 @@ async def answer(front: Front, body: Any) -> ChatAnswer:
     Raises:
         Refused: what cannot be done.
     """
-    request = generation_request(body, front.defaults, front.limits)
-    if request.new == 0:
-        raise Refused(400, "an answer has one token at least", param="max_tokens")
-    choice = _choice(front, body)
-    functions = list(body.tools) if body.tools and body.tool_choice != "none" else None
-    messages = [one.model_dump(exclude_unset=True) for one in body.messages]
-    ids, prompt = await front.conversation(messages, functions, _variables(front, body))
-    marks = front.marks
-    begun = reasoning.inside(prompt, marks)
-    notes = await _held_to(front, body, request, choice, begun)
-    if body.max_reasoning_tokens is not None:
-        _limit(front, request, marks, body.max_reasoning_tokens, len(ids), begun)
-    kept = front.kept_for(bool(choice.tools))
-    usual = front.defaults.get("max_new_tokens") or NEW_TOKENS["reply"]
-    run = await front.run([ids], request, usual, kept)
-    run.notes |= dict.fromkeys(notes)
-    asked = ReadingOptions(choice.tools, marks, begun, front.raw)
-    readers = [front.reader(asked) for _ in run.texts]
+    begun = await talk.begin(front, body)
     options = body.stream_options or StreamOptions()
-    return ChatAnswer(front, run, request, options, bool(body.stream), readers, choice.named)
-
-
-def _limit(
-    front: Front,
-    request: GenerationRequest,
-    marks: Marks | None,
-    most: int,
-    prompt: int,
-    begun: bool,
-) -> None:
-    """End reasoning after `most` tokens."""
-    if marks is None:
-        raise Refused(
-            400,
-            "max_reasoning_tokens: the chat template shows no reasoning that could be ended",
-            param="max_reasoning_tokens",
-        )
-    budget = reasoning.Budget(front.model.tokenizer, marks, most, prompt, begun)
-    request.knobs["logits_processor"] = [budget]
-
-
-def _variables(front: Front, body: Any) -> dict[str, Any]:
-    """The template's other variables; the log is told of fields that nothing looks at."""
-    sent, given = body.model_dump(exclude_unset=True), body.chat_template_kwargs or {}
-    used = dialects.for_template(sent, front.template)
-    effort = sent.get("reasoning_effort") if "reasoning_effort" not in used else None
-    enabled = given.get("enable_thinking")
-    switched = reasoning.switched(effort, front.shown.switches, enabled)
-    front.noted(sent, {**used, **({"reasoning_effort": effort} if switched else {})})
-    return switched | used | given
-
-
-def _format(wanted: Any) -> dict[str, Any]:
-    """The knobs that a `response_format` stands for."""
-    if wanted.type == "text":
-        return {}
-    if wanted.type == "json_object":
-        return {"json_schema": {"type": "object"}}
-    given = wanted.json_schema or {}
-    if not isinstance(given.get("schema"), dict):
-        raise Refused(
-            400,
-            'response_format of json_schema needs {"json_schema": {"schema": {...}}}',
-            param="response_format",
-        )
-    if not given.get("strict"):
-        return {"json_schema": given["schema"]}
-    try:
-        return {"json_schema": schema.strict(given["schema"])}
-    except ValueError as error:
-        raise Refused(400, f"response_format: {error}", param="response_format") from error
-
-
-def _choice(front: Front, body: Any) -> Choice:
-    """The tools of a request and its choice among them."""
-    several = body.parallel_tool_calls is not False
-    try:
-        choice = chosen(body.tools, body.tool_choice, several)
-    except ValueError as error:
-        param = "tool_choice" if str(error).startswith("tool_choice") else "tools"
-        raise Refused(400, str(error), param=param) from error
-    if choice.tools and front.has_template and front.format is None:
-        why = (
-            "does not show in a known form how the model calls them"
-            if front.shown.tools
-            else "knows no tools; fastgen serve --plain-tools tells the model of them in words"
-        )
-        raise Refused(400, f"tools: the chat template {why}", param="tools")
-    return choice
-
-
-async def _held_to(
-    front: Front, body: Any, request: GenerationRequest, choice: Choice, begun: bool
-) -> list[str]:
-    """Let the knobs say what the answer has to be; returns what it is not held to, and why."""
-    wanted = {} if body.response_format is None else _format(body.response_format)
-    form = next((name for name in FORMS if request.knobs.get(name) is not None), None)
-    if choice.forced and form is not None:
-        raise Refused(400, f"tool_choice forces a call, and {form} another text", param=form)
-    free = not choice.tools or (not choice.forced and (front.free_calls or form is not None))
-    if free or (not choice.forced and importlib.util.find_spec("llguidance") is None):
-        request.knobs.update(wanted)
-        return []
-    made = GrammarRules(front.specials)
-    content = None if choice.forced or not wanted else made.json(wanted["json_schema"])
-    try:
-        asks = AnswerOptions(
-            choice.tools, choice.forced, choice.several, front.marks, begun, content
-        )
-        assert front.format is not None
-        grammar = front.format.grammar(made, asks)
-        if not choice.forced:  # the service can do without
-            await front.compiled({"grammar": grammar})
-    except (ValueError, Refused) as error:
-        if choice.forced or (isinstance(error, Refused) and error.status != 400):
-            raise (
-                error
-                if isinstance(error, Refused)
-                else Refused(400, f"tools: {error}", param="tools")
-            ) from error
-        request.knobs.update(wanted)
-        return [f"calls are not held to the tools' schemas: {error}"]
-    request.knobs["grammar"] = grammar
-    return []
+    return ChatAnswer(
+        front, begun.run, begun.request, bool(body.stream), options, begun.texts, begun.named
+    )

@@ -168,4 +168,4 @@ async def answer(front: Front, body: Any) -> CompletionAnswer:
     else:
         run = await front.run(prompts, request, NEW_TOKENS["completion"])
     options = body.stream_options or StreamOptions()
-    return CompletionAnswer(front, run, request, options, bool(body.stream), echoes)
+    return CompletionAnswer(front, run, request, bool(body.stream), options, echoes)

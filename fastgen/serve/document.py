@@ -25,6 +25,18 @@ ERROR: dict[str, Any] = {
         }
     },
 }
+MESSAGES_ERROR: dict[str, Any] = {
+    "type": "object",
+    "required": ["type", "error"],
+    "properties": {
+        "type": {"const": "error"},
+        "error": {
+            "type": "object",
+            "required": ["type", "message"],
+            "properties": {"type": {"type": "string"}, "message": {"type": "string"}},
+        },
+    },
+}
 WHY = {
     400: "the request cannot be answered as it is",
     401: "the service asks for its API key",
@@ -33,15 +45,16 @@ WHY = {
     413: "the body is too long",
     415: "the body is no JSON",
     429: "as many requests wait as may",
+    500: "the model cannot be loaded, or something broke",
     503: "the service is being stopped",
 }
-OF_READING = (400, 401, 403, 413, 415)
-OF_RUNNING = (*OF_READING, 429, 503)
+OF_READING = (400, 401, 403, 404, 413, 415, 500, 503)
+OF_RUNNING = (*OF_READING, 429)
 
 
-def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def errors(*statuses: int, shape: str = "Error") -> dict[int | str, dict[str, Any]]:
     """These errors, as a route declares them."""
-    of_json = {"application/json": {"schema": {"$ref": SCHEMAS + "Error"}}}
+    of_json = {"application/json": {"schema": {"$ref": SCHEMAS + shape}}}
     return {status: {"description": WHY[status], "content": of_json} for status in statuses}
 
 
@@ -57,7 +70,7 @@ def document(app: FastAPI, kinds: list[type[BaseModel]]) -> dict[str, Any]:
         title=app.title, version=app.version, summary=app.summary, routes=app.routes
     )
     schemas = openapi.setdefault("components", {}).setdefault("schemas", {})
-    schemas["Error"] = ERROR
+    schemas |= {"Error": ERROR, "MessagesError": MESSAGES_ERROR}
     for kind in kinds:
         schema = kind.model_json_schema(ref_template=SCHEMAS + "{model}")
         schemas |= schema.pop("$defs", {})

@@ -11,44 +11,35 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fastgen.serve.metrics import Metrics
-from fastgen.serve.refused import Refused
+from fastgen.serve.refused import Refused, told
 from fastgen.serve.rendered import Json
 
 MOST_DISCARDED = 64 << 20  # bytes of a longer body, before its connection is cut
 PATIENCE = 5.0  # seconds that whoever sends one has to read that it is refused
 # What a browser asks for by itself, and what others look at before they have a key.
-OPEN = frozenset({
-    "/", "/page.css", "/page.js", "/health", "/docs", "/docs/oauth2-redirect", "/redoc",
-    "/openapi.json",
-})  # fmt: skip
+OPEN = frozenset({"/", "/health", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"})
+PAGE = "/page/"  # and the files of the page
 
 
 class Door:
-    """Counts every answer, and lets in no body of more than `most` bytes.
+    """Lets in no body of more than `most` bytes.
 
     A body that says that it is longer is refused before any of it is read.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, most: int) -> None:
-        self.app, self.metrics, self.most = app, metrics, most
+    def __init__(self, app: ASGIApp, most: int) -> None:
+        self.app, self.most = app, most
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
 
-        async def counted(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                route = getattr(scope.get("route"), "path", "other")
-                self.metrics.requests.labels(route, str(message["status"])).inc()
-            await send(message)
-
         said = Headers(scope=scope).get("content-length", "0")
         if said.isdecimal() and int(said[:20]) > self.most:
-            await self._refuse(receive, counted)
+            await self._refuse(scope["path"], receive, send)
             return
-        await self.app(scope, self._limited(receive), counted)
+        await self.app(scope, self._limited(receive), send)
 
     def _limited(self, receive: Receive) -> Receive:
         """`receive` of a body that does not say how long it is."""
@@ -68,10 +59,10 @@ class Door:
 
         return limited
 
-    async def _refuse(self, receive: Receive, send: Send) -> None:
+    async def _refuse(self, path: str, receive: Receive, send: Send) -> None:
         """Answer at once; but who is still sending has a while before the connection is cut."""
         error = self._too_long()
-        made = Json(error.body, error.status)
+        made = Json(told(error, path), error.status)
         start = {"type": "http.response.start", "status": 413, "headers": made.raw_headers}
         await send(start)
         await send({"type": "http.response.body", "body": made.body, "more_body": True})
@@ -126,18 +117,20 @@ def name_of(address: str) -> str | None:
 
 
 class Guard:
-    """Lets in whoever has the key; `OPEN` is open to all. Nothing of a body is read before."""
+    """Lets in whoever has the key; `OPEN` and the page are open to all. No body is read before."""
 
     def __init__(self, app: ASGIApp, api_key: str) -> None:
         self.app, self.api_key = app, api_key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN or self._has_key(Headers(scope=scope)):
+        path = scope.get("path", "")
+        free = scope["type"] != "http" or path in OPEN or path.startswith(PAGE)
+        if free or self._has_key(Headers(scope=scope)):
             await self.app(scope, receive, send)
             return
         error = Refused(
             401,
-            "this service asks for its API key: Authorization: Bearer KEY",
+            "this service asks for its API key: Authorization: Bearer KEY, or x-api-key: KEY",
             code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer"},
         )
@@ -145,9 +138,11 @@ class Guard:
 
     def _has_key(self, headers: Headers) -> bool:
         kind, _, given = headers.get("authorization", "").partition(" ")
-        same = hmac.compare_digest(given.strip().encode(), self.api_key.encode())
-        return same and kind.lower() == "bearer"
+        if kind.lower() != "bearer":
+            given = headers.get("x-api-key", "")
+        return hmac.compare_digest(given.strip().encode(), self.api_key.encode())
 
 
 async def refuse(error: Refused, scope: Scope, receive: Receive, send: Send) -> None:
-    await Json(error.body, error.status, error.headers)(scope, receive, send)
+    body = told(error, scope["path"])
+    await Json(body, error.status, error.headers)(scope, receive, send)

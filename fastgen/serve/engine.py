@@ -67,8 +67,9 @@ class Engine:
 
     Args:
         model: whose calls they are.
+        prefix_cache: what is kept of their prompts.
         queue: calls that may wait until there is room.
-        max_bytes, max_rows, chunk: see `Scheduler`.
+        max_bytes, max_rows, chunk, max_buffers: see `Scheduler`.
         watch: told of each step, in the event loop.
 
     Raises:
@@ -78,19 +79,26 @@ class Engine:
     def __init__(
         self,
         model: CausalLM,
+        prefix_cache: PrefixCache,
         *,
         queue: int = QUEUE,
         max_bytes: int | None = None,
         max_rows: int | None = None,
         chunk: int | None = None,
+        max_buffers: int | None = None,
         watch: Callable[[list[Progress]], None] = lambda steps: None,
     ) -> None:
         if queue < 1:
             raise ValueError(f"queue must be positive, got {queue}")
         rows = {} if max_rows is None else {"max_rows": max_rows}
-        self.prefix_cache = PrefixCache()
+        self.prefix_cache = prefix_cache
         self.scheduler = Scheduler(
-            model.model, max_bytes=max_bytes, chunk=chunk, prefix_cache=self.prefix_cache, **rows
+            model.model,
+            max_bytes=max_bytes,
+            chunk=chunk,
+            prefix_cache=prefix_cache,
+            max_buffers=max_buffers,
+            **rows,
         )
         self.queue = queue
         self._watch = watch

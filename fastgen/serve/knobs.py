@@ -39,5 +39,8 @@ def described(front: Front) -> dict[str, Any]:
             "max_length": info.max_length,
             "has_template": front.has_template,
             "has_tokenizer": front.model.has_tokenizer,
+            "tools": front.format is not None,
+            "reasoning": front.marks is not None and not front.raw,
+            "thinking_switch": bool(front.shown.switches),
         },
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from fastgen.inputs.params import NAMES
 
@@ -29,6 +30,20 @@ class Refused(Exception):
         self.body = {
             "error": {"message": message, "type": kind, "param": param, "code": code},
         }
+
+
+MESSAGES = "/v1/messages"  # what is below it speaks as Anthropic does
+KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error",
+         413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error"}  # fmt: skip
+
+
+def told(error: Refused, path: str) -> dict[str, Any]:
+    """The body of an error in the words of the API that a path belongs to."""
+    if not path.startswith(MESSAGES):
+        return error.body
+    kind = "invalid_request_error" if error.status < 500 else "api_error"
+    kind = KINDS.get(error.status, kind)
+    return {"type": "error", "error": {"type": kind, "message": str(error)}}
 
 
 class Full(Exception):
@@ -74,3 +89,23 @@ def wrong(message: str, names: Mapping[str, str] | None = None) -> Refused:
 def failure(error: Exception) -> Refused:
     """An error that is not the client's."""
     return Refused(500, f"{type(error).__name__}: {error}", code="internal_error")
+
+
+def renamed(error: Refused, names: Mapping[str, str]) -> Refused:
+    """An error in the words of another API.
+
+    Args:
+        names: what fields are called there. Of one word they are only found where the message
+            begins with them.
+    """
+    found = error.body["error"]
+    message, param = str(found["message"]), found["param"]
+    for ours, theirs in names.items():
+        message = re.sub(rf"\b{ours}\b" if "_" in ours else rf"^{ours}\b", theirs, message)
+    return Refused(
+        error.status,
+        message,
+        param=names.get(param, param) if param else None,
+        code=found["code"],
+        headers=error.headers,
+    )

@@ -23,6 +23,12 @@ def as_json(value: Any) -> bytes:
     return _text(value).encode("utf-8", "replace")
 
 
+def event(value: Any, kind: str | None = None) -> bytes:
+    """A server-sent event, of a kind if it has one."""
+    named = b"" if kind is None else b"event: " + kind.encode() + b"\n"
+    return named + b"data: " + as_json(value) + b"\n\n"
+
+
 def in_parts(value: Any) -> bytes:
     """As `as_json`, for large answers: Python's lock is held for a part of it at a time."""
     return b"".join(part.encode("utf-8", "replace") for part in _parts(value, DEEP))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine
-from importlib import resources
-from typing import Any, TypeVar
+import time
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping
+from functools import partial
+from typing import Annotated, Any, Literal, TypeVar
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import PlainTextResponse, StreamingResponse
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
@@ -17,81 +19,86 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Receive, Scope, Send
 
 import fastgen
+from fastgen import first_use
 from fastgen.generator import CausalLM
-from fastgen.sampling import trial
-from fastgen.serve import chats, completions
+from fastgen.serve import chats, completions, messages, page_files, record, responses
 from fastgen.serve.document import OF_READING, OF_RUNNING, document, errors, takes
 from fastgen.serve.door import Door, Guard, Hosts
+from fastgen.serve.kept import KeptResponses
 from fastgen.serve.knobs import described
 from fastgen.serve.limits import RequestLimits
-from fastgen.serve.refused import Refused, failure
-from fastgen.serve.rendered import Json, as_json, in_parts
+from fastgen.serve.models import Models, ServedModel, Source
+from fastgen.serve.record import Recorded, RequestRecord
+from fastgen.serve.refused import MESSAGES, Refused, Stopping, refusal, told
+from fastgen.serve.rendered import Json, in_parts
 from fastgen.serve.service import Service
-from fastgen.serve.wire import ChatCompletion, Completion, Detokenize, Tokenize
+from fastgen.serve.wire import ChatCompletion, Completion, Detokenize, Tokenize, invalid
+from fastgen.serve.wire_messages import CountedMessages, CreateMessage
+from fastgen.serve.wire_responses import CountedInput, CreateResponse
+from fastgen.store.model_info import ModelInfo
 
 GRACE = 30.0  # seconds that running calls have once the service is to stop
 MOST_HELD = 64  # events that are sent in one piece
-PAGE = {"page.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
-POLICY = (
-    "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; "
-    "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
 STREAM = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies pass events on at once
-BODIES: list[type[BaseModel]] = [Completion, ChatCompletion, Tokenize, Detokenize]
+BODIES: list[type[BaseModel]] = [
+    Completion, ChatCompletion, CreateResponse, CountedInput, CreateMessage, CountedMessages,
+    Tokenize, Detokenize,
+]  # fmt: skip
 EVENTS: dict[str, Any] = {"schema": {"type": "string"}}  # server-sent
 
 Kind = TypeVar("Kind", bound=BaseModel)
 
 
 def application(
-    model: CausalLM,
+    model: Source | Mapping[str, Source] | None,
     *,
     name: str | None = None,
     api_key: str | None = None,
     cors: str | None = None,
     hosts: Collection[str] | None = None,
-    limits: RequestLimits | None = None,
     grace: float = GRACE,
-    grammars: trial.Limits | None = None,
+    log: Callable[[RequestRecord], None] | None = None,
     **settings: Any,
 ) -> FastAPI:
-    """An ASGI application that serves one model.
+    """An ASGI application that serves a model, or several.
 
     Its lifespan starts the engine and, at the end, lets what runs finish within `grace` seconds.
 
     Args:
-        name: what clients see the model called; None for its own name.
+        model: a loaded model, or what names one (see `fastgen.load`); or several of these by the
+            names that clients see, of which all but the default are loaded when they are first
+            asked for.
+        name: what clients see the only model called; None for its own name.
         api_key: that clients must send (`Authorization: Bearer`); None for none. `/`, `/health`
             and the documentation of the API are open to all.
         cors: an origin whose pages may call this service from a browser; "*" for all.
         hosts: names that it may be asked by (`Host`), without a port; None for any. Without a key
             they keep the pages of strangers out of a service on one's own machine.
-        limits: what one request may ask for; None for the defaults.
-        grammars: what a new schema, regular expression or grammar may take until it is compiled.
-        settings: `reasoning`, `plain_tools`, `free_calls` (see `serve.service.Service`), `queue`,
-            `max_bytes`, `max_rows`, `chunk` (see `serve.engine.Engine`).
+        log: takes the record of each request that is over; None for no log.
+        settings: `default`, `unload_after`, `threads`, `prefill_precision`, `limits`, `grammars`,
+            `max_bytes` (see `serve.models.Models`), `reasoning`, `plain_tools`, `free_calls` (see
+            `serve.service.Service`), `queue`, `max_rows`, `chunk` (see `serve.engine.Engine`).
 
     Raises:
         ValueError: a setting that cannot be.
     """
-    service = Service(model, name, limits, grammars, **settings)
+    models = Models(_by_name(model, name), **settings)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        await asyncio.to_thread(getattr, service, "shown")  # templates take their time
-        service.engine.start()
+        await models.start()
         yield
-        await service.engine.drain(grace)
+        await models.drain(grace)
 
     made = FastAPI(
         title="fastgen",
         version=fastgen.__version__,
-        summary="OpenAI's API for one small language model on a CPU",
+        summary="OpenAI's API for small language models on a CPU",
         lifespan=lifespan,
     )
-    made.state.service = service
+    made.state.models = models
     _errors(made)
-    _routes(made, service)
+    _routes(made, models)
     written = document(made, BODIES)
     made.openapi = lambda: written  # type: ignore[method-assign]
     # The last one added is the first that a request passes.
@@ -99,20 +106,38 @@ def application(
         made.add_middleware(Guard, api_key=api_key)
     if cors is not None:
         made.add_middleware(
-            CORSMiddleware, allow_origins=[cors], allow_methods=["*"], allow_headers=["*"]
+            CORSMiddleware,
+            allow_origins=[cors],
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=[record.ID],
         )
     if hosts is not None:
         made.add_middleware(Hosts, names=hosts, cors=cors)
-    made.add_middleware(Door, metrics=service.metrics, most=service.limits.body)
+    made.add_middleware(Door, most=models.limits.body)
+    made.add_middleware(Recorded, metrics=models.metrics, tell=log)
     return made
+
+
+def _by_name(model: Source | Mapping[str, Source] | None, name: str | None) -> Mapping[str, Source]:
+    """The models by the names that clients see."""
+    if isinstance(model, Mapping):
+        if name is not None:
+            raise ValueError(f"name={name!r} is for one model: of several, the keys are the names")
+        return model
+    if isinstance(model, CausalLM):
+        return {name or model.model.info.name or model.directory.name: model}
+    directory = first_use.directory(model)
+    return {name or ModelInfo.parse(directory).name or directory.name: directory}
 
 
 def _errors(made: FastAPI) -> None:
     """Let every error have OpenAI's shape."""
 
     @made.exception_handler(Refused)
-    async def refused(_: Request, error: Refused) -> Response:
-        return Json(error.body, error.status, error.headers)
+    async def refused(request: Request, error: Refused) -> Response:
+        record.of(request.scope).error = str(error)
+        return Json(told(error, request.url.path), error.status, error.headers)
 
     @made.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
@@ -120,9 +145,11 @@ def _errors(made: FastAPI) -> None:
         headers = dict(error.headers or {})
         return await refused(request, Refused(error.status_code, text, headers=headers))
 
-    @made.exception_handler(Exception)
-    async def failed(request: Request, error: Exception) -> Response:
-        return await refused(request, failure(error))
+    @made.exception_handler(RequestValidationError)
+    async def invalid_query(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        name = str(first["loc"][-1])
+        return await refused(request, Refused(400, f"{name}: {first['msg']}", param=name))
 
 
 async def _read(request: Request, kind: type[Kind], limits: RequestLimits) -> Kind:
@@ -143,118 +170,186 @@ async def _read(request: Request, kind: type[Kind], limits: RequestLimits) -> Ki
     try:
         return kind.model_validate(given)
     except ValidationError as error:
-        raise _invalid(error) from error
+        raise invalid(error) from error
 
 
-def _invalid(error: ValidationError) -> Refused:
-    """The first thing that is wrong with a request."""
-    first = error.errors(include_url=False, include_context=False)[0]
-    where = [str(part) for part in first["loc"]]
-    if first["type"] == "extra_forbidden":
-        return Refused(400, f"{'.'.join(where)} is no field of this request", param=where[0])
-    name = where[0] if where else None
-    return Refused(400, f"{name or 'the body'}: {first['msg']}", param=name)
-
-
-def _routes(made: FastAPI, service: Service) -> None:
-    model, limits = service.model, service.limits
+def _routes(made: FastAPI, models: Models) -> None:
+    limits, created = models.limits, time.time()
     answers: dict[int | str, dict[str, Any]] = {
         200: {"content": {"text/event-stream": EVENTS}},
         **errors(*OF_RUNNING),
     }
     reads, shows = errors(*OF_READING), errors(401, 403)
+    kept = KeptResponses()
 
     @made.post("/v1/completions", responses=answers, openapi_extra=takes(Completion))
     async def complete(request: Request) -> Any:
         """Texts that follow prompts."""
         body = await _read(request, Completion, limits)
-        return await _answer(request, completions.answer(service, body))
+        return await _answer(request, models, body, completions.answer)
 
     @made.post("/v1/chat/completions", responses=answers, openapi_extra=takes(ChatCompletion))
     async def talk(request: Request) -> Any:
         """The answer to a conversation."""
         body = await _read(request, ChatCompletion, limits)
-        return await _answer(request, chats.answer(service, body))
+        return await _answer(request, models, body, chats.answer)
+
+    @made.post("/v1/responses", responses=answers, openapi_extra=takes(CreateResponse))
+    async def respond(request: Request) -> Any:
+        """A response to items."""
+        body = await _read(request, CreateResponse, limits)
+        return await _answer(request, models, body, partial(responses.answer, kept=kept))
+
+    @made.post(
+        "/v1/responses/input_tokens",
+        responses=reads,
+        openapi_extra=takes(CountedInput),
+    )
+    async def count_input(request: Request) -> dict[str, Any]:
+        """The tokens of a request."""
+        body = await _read(request, CountedInput, limits)
+        return await responses.count(await _service(request, models, body.model), body, kept)
+
+    @made.get("/v1/responses/{name}", responses=errors(400, 401, 403, 404))
+    async def one_response(name: str, stream: bool = False) -> dict[str, Any]:
+        """A response that is kept."""
+        if stream:
+            raise Refused(400, "stream must be false: the response is there", param="stream")
+        return kept.get(name).response
+
+    @made.delete("/v1/responses/{name}", responses=errors(401, 403, 404))
+    async def forget_response(name: str) -> dict[str, Any]:
+        """Forget a response."""
+        kept.delete(name)
+        return {"id": name, "object": "response", "deleted": True}
+
+    @made.get("/v1/responses/{name}/input_items", responses=errors(400, 401, 403, 404))
+    async def input_items(
+        name: str,
+        after: str | None = None,
+        limit: Annotated[int, Query(ge=1, le=100)] = 20,
+        order: Literal["asc", "desc"] = "desc",
+    ) -> dict[str, Any]:
+        """The items that a kept response came of."""
+        return responses.listed(kept, name, after, limit, order)
+
+    @made.post(
+        MESSAGES,
+        responses={**answers, **errors(*OF_RUNNING, shape="MessagesError")},
+        openapi_extra=takes(CreateMessage),
+    )
+    async def message(request: Request) -> Any:
+        """The answer to a conversation, as Anthropic has it."""
+        body = await _read(request, CreateMessage, limits)
+        return await _answer(request, models, body, messages.answer)
+
+    @made.post(
+        f"{MESSAGES}/count_tokens",
+        responses=errors(*OF_READING, shape="MessagesError"),
+        openapi_extra=takes(CountedMessages),
+    )
+    async def count_messages(request: Request) -> dict[str, Any]:
+        """The tokens of a conversation."""
+        body = await _read(request, CountedMessages, limits)
+        return await messages.count(await _service(request, models, body.model), body)
 
     @made.get("/v1/models", responses=shows)
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_model(service)]}
+    async def all_models() -> dict[str, Any]:
+        return {"object": "list", "data": [_model(served, created) for served in models]}
 
     @made.get("/v1/models/{name:path}", responses=errors(401, 403, 404))
     async def one_model(name: str) -> dict[str, Any]:
-        if name != service.name:
-            raise Refused(
-                404,
-                f"there is no model {name!r}, only {service.name!r}",
-                param="model",
-                code="model_not_found",
-            )
-        return _model(service)
+        return _model(models.named(name, exactly=True), created)
 
     @made.post("/tokenize", responses=reads, openapi_extra=takes(Tokenize))
     async def tokenize(request: Request) -> dict[str, Any]:
         body = await _read(request, Tokenize, limits)
+        service = await _service(request, models, body.model)
         ids = await service.ids(body.prompt, bool(body.add_special_tokens))
         return {"tokens": ids, "count": len(ids), "max_model_len": service.info.max_length}
 
     @made.post("/detokenize", responses=reads, openapi_extra=takes(Detokenize))
     async def detokenize(request: Request) -> dict[str, Any]:
         body = await _read(request, Detokenize, limits)
-        if not model.has_tokenizer:
+        service = await _service(request, models, body.model)
+        if not service.model.has_tokenizer:
             raise Refused(400, "this model was exported for ids only: it has no tokenizer")
         service.known(body.tokens, "tokens")
-        decode = model.tokenizer.decode
+        decode = service.model.tokenizer.decode
         return {
             "prompt": await asyncio.to_thread(decode, body.tokens, bool(body.skip_special_tokens))
         }
 
     @made.get("/knobs", responses=shows)
-    async def knobs() -> dict[str, Any]:
-        return described(service)
+    async def knobs(request: Request, model: str | None = None) -> dict[str, Any]:
+        """The knobs for the page; of which model, `?model=` says."""
+        return described(await _service(request, models, model))
 
     @made.get("/metrics", responses=shows, response_class=PlainTextResponse)
     async def metrics() -> Response:
-        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+        return Response(models.metrics.text(), media_type="text/plain; version=0.0.4")
 
     @made.get("/health", responses=errors(403, 503))
     async def health() -> dict[str, Any]:
-        if not service.engine.serving:
-            raise Refused(503, "the service is being stopped", code="stopping")
-        return {"status": "ok", "model": service.name}
+        """The state: which models are loaded; 503 where no requests are taken."""
+        if models.stopping:
+            raise refusal(Stopping())
+        if not models.serving:
+            raise Refused(503, "an engine has failed", code="engine_failed")
+        loaded = {served.name: served.service is not None for served in models}
+        return {"status": "ok", "model": models.default.name, "loaded": loaded}
 
-    for file, kind in PAGE.items():
-        path = "/" if file == "page.html" else f"/{file}"
-        made.add_api_route(path, _file(file, kind), include_in_schema=False)
+    @made.get("/", include_in_schema=False)
+    @made.get("/page/{name:path}", include_in_schema=False)
+    async def page(name: str = page_files.FIRST) -> Response:
+        found = page_files.FILES.get(name)
+        if found is None:
+            raise Refused(404, f"the page has no file {name!r}")
+        file, kind = found
+        return Response(file.read_bytes(), media_type=kind, headers=page_files.HEADERS)
 
 
-def _file(name: str, kind: str) -> Callable[[], Awaitable[Response]]:
-    async def read() -> Response:
-        content = resources.files("fastgen.serve").joinpath(name).read_bytes()
-        safe = {"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff"}
-        return Response(content, media_type=f"{kind}; charset=utf-8", headers=safe)
-
-    return read
-
-
-def _model(service: Service) -> dict[str, Any]:
+def _model(served: ServedModel, created: float) -> dict[str, Any]:
     return {
-        "id": service.name,
+        "id": served.name,
         "object": "model",
-        "created": int(service.started),
+        "created": int(created),
         "owned_by": "fastgen",
-        "max_model_len": service.info.max_length,
+        "max_model_len": served.info.max_length,
     }
 
 
-async def _answer(request: Request, begun: Coroutine[Any, Any, Any]) -> Response:
-    """Send the answer that a route began, whole or as events; drop it if the client goes away."""
-    made = await _unless_gone(begun, request.receive)
+async def _service(request: Request, models: Models, name: str | None) -> Service:
+    """The service of a model; it stays loaded until the request is over."""
+    mine = record.of(request.scope)
+    mine.model = models.named(name).name
+    return await models.use(name, mine.hold)
+
+
+async def _answer(
+    request: Request,
+    models: Models,
+    body: Any,
+    begin: Callable[[Service, Any], Coroutine[Any, Any, Any]],
+) -> Response:
+    """Send the answer that `begin` begins, whole or as events; drop it if the client goes away.
+
+    Args:
+        begin: from the service of the model that `body` names, and `body`.
+    """
+
+    async def begun() -> Any:
+        return await begin(await _service(request, models, body.model), body)
+
+    mine = record.of(request.scope)
+    made = await _unless_gone(begun(), request)
     if made is None:
         return Response(status_code=499)  # nobody reads it
+    mine.run = made.run
     if made.events is not None:
-        return Events(made)
+        return Events(made, request)
     try:
-        whole = await _unless_gone(made.whole(), request.receive)
+        whole = await _unless_gone(made.whole(), request)
     finally:
         made.run.cancel()
     if whole is None:
@@ -262,12 +357,15 @@ async def _answer(request: Request, begun: Coroutine[Any, Any, Any]) -> Response
     return Json(await made.front.put_together(made.size, lambda: in_parts(whole)))
 
 
-async def _unless_gone(work: Coroutine[Any, Any, Any], receive: Receive) -> Any:
+async def _unless_gone(work: Coroutine[Any, Any, Any], request: Request) -> Any:
     """The result of `work`; None where the client has gone away before."""
-    tasks = asyncio.create_task(work), asyncio.create_task(_disconnected(receive))
+    tasks = asyncio.create_task(work), asyncio.create_task(_disconnected(request.receive))
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        return tasks[0].result() if tasks[0].done() else None
+        if tasks[0].done():
+            return tasks[0].result()
+        record.of(request.scope).gone = True
+        return None
     finally:
         for task in tasks:
             task.cancel()
@@ -281,13 +379,13 @@ async def _disconnected(receive: Receive) -> None:
 class Events(StreamingResponse):
     """Server-sent events, given up where the client goes away; an error is the last but one."""
 
-    def __init__(self, made: Any) -> None:
+    def __init__(self, made: Any, request: Request) -> None:
         super().__init__(self._events(), media_type="text/event-stream", headers=STREAM)
-        self.made = made
+        self.made, self.request = made, request
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await _unless_gone(self.stream_response(send), receive)
+            await _unless_gone(self.stream_response(send), self.request)
         finally:
             self.made.run.cancel()
 
@@ -297,7 +395,7 @@ class Events(StreamingResponse):
         try:
             async for chunk in self.made.events():
                 if chunk is not None:
-                    held.append(b"data: " + as_json(chunk) + b"\n\n")
+                    held.append(self.made.sent(chunk))
                 full = len(held) >= MOST_HELD
                 if held and (full or not self.made.run.behind):
                     yield b"".join(held)
@@ -305,5 +403,6 @@ class Events(StreamingResponse):
                 if full:
                     await asyncio.sleep(0)  # others have their turn
         except Refused as error:
-            held.append(b"data: " + as_json(error.body) + b"\n\n")
-        yield b"".join([*held, b"data: [DONE]\n\n"])
+            record.of(self.request.scope).error = str(error)
+            held.append(self.made.sent(self.made.failed(error)))
+        yield b"".join([*held, self.made.LAST])

@@ -8,7 +8,6 @@ from typing import Any
 
 from fastgen.engine.output import Token
 from fastgen.serve.answers import GeneratedText, usage
-from fastgen.serve.wire import StreamOptions
 
 
 @dataclass
@@ -21,6 +20,7 @@ class Run:
         prompt_tokens: of all prompts, each counted once.
         notes: the parts of a form that its texts are not held to; in order, each once.
         same: whether the texts of a call are copies of its only row.
+        first: when its first token came (`time.perf_counter`); None before.
         behind: whether there are more tokens at hand than the one that `tokens` gave last.
     """
 
@@ -29,11 +29,21 @@ class Run:
     prompt_tokens: int
     notes: dict[str, None] = field(default_factory=dict, init=False)
     same: bool = field(default=False, kw_only=True)
+    first: float | None = field(default=None, init=False)
     behind: bool = field(default=False, init=False)
 
     @property
     def new_tokens(self) -> int:
         return sum(text.count for text in self.texts)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of its prompts that were known, and not read again."""
+        return 0
+
+    def usage(self) -> dict[str, Any]:
+        """The tokens so far, as OpenAI counts them."""
+        return usage(self.prompt_tokens, self.new_tokens, self.cached_tokens)
 
     def warnings(self) -> dict[str, list[str]]:
         """The notes as a field of an answer; of a stream in its first piece only."""
@@ -57,10 +67,3 @@ class Run:
 
     def cancel(self) -> None:
         """Let calls that are not over leave."""
-
-    def so_far(self, options: StreamOptions) -> dict[str, Any]:
-        """The usage in a chunk of a stream: none, or null, unless each chunk is to have it."""
-        if not options.include_usage:
-            return {}
-        each = options.continuous_usage_stats
-        return {"usage": usage(self.prompt_tokens, self.new_tokens) if each else None}

@@ -75,7 +75,7 @@ class Http(HttpToolsProtocol):
 
 def config(app: FastAPI) -> uvicorn.Config:
     """The configuration of uvicorn for an application of `serve.routes`."""
-    http = type("Limited", (Http,), {"most": app.state.service.limits.head})
+    http = type("Limited", (Http,), {"most": app.state.models.limits.head})
     return uvicorn.Config(
         app, http=http, log_level="warning", access_log=False, timeout_graceful_shutdown=CLOSING
     )
@@ -91,7 +91,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: FastAPI, grace: float, ready: Callable[[], None]) -> None:
         super().__init__(config(app))
-        self._engine, self._grace, self._ready = app.state.service.engine, grace, ready
+        self._models, self._grace, self._ready = app.state.models, grace, ready
         self._stopping: asyncio.Task[None] | None = None
         self._told = False
 
@@ -113,5 +113,5 @@ class Server(uvicorn.Server):
         self._stopping = self._loop.create_task(self._drain())
 
     async def _drain(self) -> None:
-        await self._engine.drain(self._grace)
+        await self._models.drain(self._grace)
         self.should_exit = True

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from fastgen.engine.call import Call
 from fastgen.engine.output import Token
+from fastgen.engine.prefix_cache import PrefixCache
 from fastgen.engine.schedule import Job
 from fastgen.engine.writer import Writer
 from fastgen.generator import CausalLM
@@ -18,7 +20,7 @@ from fastgen.sampling import constraint, trial
 from fastgen.serve.engine import Engine, Progress, RunningCall
 from fastgen.serve.front import Front, Made
 from fastgen.serve.limits import RequestLimits
-from fastgen.serve.metrics import Metrics
+from fastgen.serve.metrics import ModelMetrics
 from fastgen.serve.refused import refusal
 from fastgen.serve.run import Run
 from fastgen.serve.wire import GenerationRequest
@@ -36,6 +38,8 @@ class LiveRun(Run):
         running = len(self.streams)
         while running:
             call, tokens, done, error = await self.inbox.get()
+            if tokens and self.first is None:
+                self.first = time.perf_counter()
             for later, token in zip(range(len(tokens) - 1, -1, -1), tokens, strict=True):
                 self.behind = later > 0 or not self.inbox.empty()
                 for text in self.texts_of(call.index, token):
@@ -43,6 +47,11 @@ class LiveRun(Run):
             running -= done
             if error is not None:
                 raise refusal(error)
+
+    @property
+    def cached_tokens(self) -> int:
+        calls = (stream.call for stream in self.streams)
+        return sum(call.request.cached_tokens for call in calls if isinstance(call, Call))
 
     def cancel(self) -> None:
         for stream in self.streams:
@@ -54,6 +63,7 @@ class Service(Front):
 
     Args:
         grammars: the most that a new grammar may take until it is compiled.
+        metrics: its counts, and what is kept of prompts; None for new ones.
         settings: see `Front` and `Engine`.
 
     Raises:
@@ -67,6 +77,7 @@ class Service(Front):
         limits: RequestLimits | None = None,
         grammars: trial.Limits | None = None,
         *,
+        metrics: ModelMetrics | None = None,
         reasoning: str = "auto",
         plain_tools: bool = False,
         free_calls: bool = False,
@@ -85,10 +96,20 @@ class Service(Front):
         }
         if grammars is not None and model.has_tokenizer:
             constraint.of(model.tokenizer).limits = grammars
-        self.metrics = Metrics()
-        self.engine = Engine(model, watch=self.metrics.step, **settings)
-        self.metrics.watch(self.engine)
-        self.started = time.time()
+        metrics = metrics or ModelMetrics(PrefixCache())
+        self.engine = Engine(model, metrics.prefix_cache, watch=metrics.step, **settings)
+        metrics.watch(self.engine)
+
+    async def start(self) -> None:
+        """Start the engine."""
+        await asyncio.to_thread(getattr, self, "shown")  # templates take their time
+        self.engine.start()
+
+    async def close(self, grace: float) -> None:
+        """End when all is done, or after `grace` seconds with what is not."""
+        await self.engine.drain(grace)
+        for queue in self._queues.values():
+            queue.shutdown(wait=False)
 
     async def aside(self, work: Callable[[], Made], queue: str | None = None) -> Made:
         """Do work beside the event loop, and return its result."""

@@ -5,7 +5,7 @@ OpenAI's fields are checked here; knobs are checked where they always are, by `g
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -13,6 +13,7 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainValidator,
+    ValidationError,
     WithJsonSchema,
     create_model,
 )
@@ -36,7 +37,7 @@ class StreamOptions(Sent):
 class Common(Sent):
     """Fields of both kinds of requests."""
 
-    model: str | None = Field(None, description="any name: there is one model")
+    model: str | None = Field(None, description="of /v1/models; any where there is one")
     n: int | None = Field(1, ge=1, description="answers to each prompt")
     max_tokens: int | None = Field(None, ge=0, description="new tokens, at most")
     stop: str | list[str] | None = Field(None, description="texts that end it; left out")
@@ -49,16 +50,33 @@ class Common(Sent):
     stream_options: StreamOptions | None = None
 
 
-def _with_knobs(name: str, base: type[Common], accepted: Mapping[str, Any]) -> type[Any]:
-    """`base` with a field for each knob that it lacks, and for what others call theirs."""
+def with_knobs(
+    name: str, base: type[Sent], accepted: Mapping[str, Any], without: Collection[str] = ()
+) -> type[Any]:
+    """`base` with a field for each knob that it lacks, and for what others call theirs.
+
+    Args:
+        accepted: the one value of each field that has one.
+        without: knobs and others' fields that it is not to have.
+    """
     knobs: dict[str, Any] = {
-        knob.name: (Any, Field(None, description=knob.metadata["help"]))
-        for knob in fields(Params)
-        if knob.name not in base.model_fields
+        knob.name: (Any, Field(None, description=knob.metadata["help"])) for knob in fields(Params)
     }
-    others = dialects.shared() | dialects.only(accepted)
-    made: type[Any] = create_model(name, __base__=base, **knobs, **others)
+    others = knobs | dialects.shared() | dialects.only(accepted)
+    left_out = {*base.model_fields, *without}
+    more = {field: of for field, of in others.items() if field not in left_out}
+    made: type[Any] = create_model(name, __base__=base, **more)
     return made
+
+
+def invalid(error: ValidationError) -> Refused:
+    """The first thing that is wrong with a request."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    where = [str(part) for part in first["loc"]]
+    if first["type"] == "extra_forbidden":
+        return Refused(400, f"{'.'.join(where)} is no field of this request", param=where[0])
+    name = where[0] if where else None
+    return Refused(400, f"{name or 'the body'}: {first['msg']}", param=name)
 
 
 _IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
@@ -146,13 +164,14 @@ if TYPE_CHECKING:
     Completion = _Completion
     ChatCompletion = _ChatCompletion
 else:
-    Completion = _with_knobs("Completion", _Completion, dialects.ONLY_COMPLETIONS)
-    ChatCompletion = _with_knobs("ChatCompletion", _ChatCompletion, dialects.ONLY_CHATS)
+    Completion = with_knobs("Completion", _Completion, dialects.ONLY_COMPLETIONS)
+    ChatCompletion = with_knobs("ChatCompletion", _ChatCompletion, dialects.ONLY_CHATS)
 
 
 class Tokenize(Sent):
     """`POST /tokenize`."""
 
+    model: str | None = None
     prompt: str
     add_special_tokens: bool | None = True
 
@@ -160,6 +179,7 @@ class Tokenize(Sent):
 class Detokenize(Sent):
     """`POST /detokenize`."""
 
+    model: str | None = None
     tokens: list[int]
     skip_special_tokens: bool | None = False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -18,6 +19,8 @@ import safetensors.torch
 import tiny
 import torch
 from fake_hub import World, blocked, serving
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -291,6 +294,47 @@ def test_what_it_does_not_know_is_refused(copy: Path, changes: dict[str, Any], w
     edit(copy, **changes)
     with pytest.raises(UnsupportedModel, match=f"little cannot be built: .*{words}"):
         write(copy)
+
+
+NUMBERS = st.one_of(
+    st.floats(), st.integers(-2, 2**70), st.sampled_from([0, 1, 1.0, 1e-300, 1e38, 1e300])
+)
+VALUES = NUMBERS | st.none() | st.booleans() | st.text(max_size=3) | st.lists(NUMBERS, max_size=4)
+ROTATIONS = st.dictionaries(
+    st.sampled_from(sorted(set().union(rotary.ANGLES, *rotary.KNOWN.values()) - {"rope_type"})),
+    VALUES,
+    max_size=8,
+)
+# Each decides how much is described, and a description of a thousand layers takes seconds.
+LAYERS = {"num_hidden_layers", "n_layer", "num_layers"}
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data(), kind=st.sampled_from(sorted(families.FAMILIES)))
+def test_no_value_of_a_field_makes_anything_else_than_an_error_of_ours(
+    data: st.DataObject, kind: str
+) -> None:
+    """Numbers that overflow, vanish or are none; rotations that cannot be computed."""
+    config = json.loads(shrink.config_of(kind).to_json_string())
+    fields = sorted({*config} - LAYERS - {"model_type"})
+    changes = data.draw(st.dictionaries(st.sampled_from(fields), VALUES, max_size=2))
+    turns = data.draw(st.sampled_from(["default", *rotary.SCALINGS]))
+    known = {"rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 32}
+    changes["rope_parameters"] = known | data.draw(ROTATIONS) | {"rope_type": turns}
+    # That is the law: no other error, no warning, and no time without end.
+    with contextlib.suppress(UnsupportedModel):
+        assert families.describe(config | changes).layers
+
+
+@pytest.mark.parametrize(
+    ("theta", "words"),
+    [(0.0, "contradicts itself: .*divide by zero"), (float("nan"), "angles that are not finite")],
+)
+def test_angles_that_cannot_be_computed_are_refused(theta: float, words: str) -> None:
+    config = json.loads(shrink.config_of("llama").to_json_string())
+    turns = {"rope_type": "default", "rope_theta": theta}
+    with pytest.raises(UnsupportedModel, match=words):
+        families.describe(config | {"rope_parameters": turns})
 
 
 def test_what_says_nothing_is_not_refused(copy: Path, saved: Path) -> None:

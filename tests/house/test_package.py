@@ -118,7 +118,15 @@ def test_telemetry_is_off_unless_the_user_says_otherwise():
 def test_the_wheel_installs_fastgen_alone(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
-    for name in ("fastgen", "export", "pyproject.toml", "setup.py", "README.md", "LICENSE"):
+    for name in (
+        "fastgen",
+        "export",
+        "pyproject.toml",
+        "setup.py",
+        "README.md",
+        "LICENSE",
+        "NOTICE",
+    ):
         subprocess.run(["cp", "-r", str(ROOT / name), str(source)], check=True)
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(source)],
@@ -135,6 +143,10 @@ def test_the_wheel_installs_fastgen_alone(tmp_path):
     assert {f"fastgen/{part}" for part in parts} <= set(names)
     assert "fastgen/demo/fastgen.json" in names
     assert "fastgen/py.typed" in names
+    page = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("fastgen/serve/page/**/*.*")}
+    assert {"fastgen/serve/page/page.html", "fastgen/serve/page/vendor/purify.min.js"} <= page
+    assert page <= set(names)
+    assert {"LICENSE", "NOTICE"} <= {name.split("/")[-1] for name in names}
     (metadata,) = (held.read(name).decode() for name in names if name.endswith("/METADATA"))
     described = metadata.partition("\n\n")[2]
     assert described.startswith("# fastgen") and "Five lines of Python" in described

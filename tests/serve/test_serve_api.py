@@ -32,6 +32,7 @@ from serving import (
     address,
     asked,
     command,
+    counts,
     model,
     served,
     until,
@@ -631,7 +632,11 @@ def test_models_and_health(client: openai.OpenAI, address: str) -> None:
     assert client.models.retrieve("docs").owned_by == "fastgen"
     with pytest.raises(openai.NotFoundError, match="no model 'gpt', only 'docs'"):
         client.models.retrieve("gpt")
-    assert asked(address, "/health")[2] == {"status": "ok", "model": "docs"}
+    assert asked(address, "/health")[2] == {
+        "status": "ok",
+        "model": "docs",
+        "loaded": {"docs": True},
+    }
 
 
 def test_tokenize_and_back(address: str, model: fastgen.CausalLM) -> None:
@@ -644,11 +649,20 @@ def test_tokenize_and_back(address: str, model: fastgen.CausalLM) -> None:
     assert status == 400 and found["error"]["param"] == "tokens"
 
 
+# Knobs that a request lacks which has one text, and a name of its own for its length.
+ONE_TEXT = {
+    "CreateResponse": {"num_return_sequences", "max_new_tokens"},
+    "CreateMessage": {"num_return_sequences", "max_new_tokens", "top_logprobs"},
+}
+
+
 def test_the_api_is_documented(address: str) -> None:
     _, _, found = asked(address, "/openapi.json")
     assert {
         "/v1/completions",
         "/v1/chat/completions",
+        "/v1/responses",
+        "/v1/messages",
         "/v1/models",
         "/health",
         "/metrics",
@@ -656,8 +670,8 @@ def test_the_api_is_documented(address: str) -> None:
         "/detokenize",
     } <= set(found["paths"])
     described = found["components"]["schemas"]
-    for kind in ("Completion", "ChatCompletion"):
-        named = set(described[kind]["properties"])
+    for kind in ("Completion", "ChatCompletion", "CreateResponse", "CreateMessage"):
+        named = set(described[kind]["properties"]) | ONE_TEXT.get(kind, set())
         assert {knob.name for knob in fields(fastgen.Params)} <= named
     assert "swagger" in asked(address, "/docs")[2]
 
@@ -669,23 +683,33 @@ def test_metrics(model: fastgen.CausalLM) -> None:
             client.completions.create(model="it", prompt=prompt, max_tokens=9, temperature=0)
         with pytest.raises(openai.BadRequestError):
             client.completions.create(model="it", prompt=PROMPT, max_tokens=-1)
-        status, headers, text = asked(address, "/metrics")
+        status, headers, _ = asked(address, "/metrics")
+        found = counts(address)
     assert status == 200 and headers["content-type"].startswith("text/plain")
-    lines = [line.rpartition(" ") for line in text.splitlines() if not line.startswith("#")]
-    found = {name: float(value) for name, _, value in lines}
     length = len(model.tokenizer.encode(prompt))
-    assert found['fastgen_requests_total{route="/v1/completions",status="200"}'] == 2
-    assert found['fastgen_requests_total{route="/v1/completions",status="400"}'] == 1
-    assert found["fastgen_prompt_tokens_total"] == 2 * length
-    assert found["fastgen_generated_tokens_total"] == 18
-    assert found["fastgen_time_to_first_token_seconds_count"] == 2
-    assert found["fastgen_time_between_tokens_seconds_count"] == 16
-    assert found['fastgen_time_between_tokens_seconds_bucket{le="+Inf"}'] == 16
-    assert found["fastgen_rows_running"] == found["fastgen_calls_waiting"] == 0
-    assert found["fastgen_prefix_cache_hits_total"] == 1
-    assert found["fastgen_prefix_cache_misses_total"] == 1
-    assert found["fastgen_prefix_cache_tokens_reused_total"] == (length - 1) // 32 * 32
-    assert found["fastgen_prefix_cache_bytes"] > 0 == found["fastgen_bytes_promised"]
+    assert found['http_requests_total{handler="/v1/completions",method="POST",status="200"}'] == 2
+    assert found['http_requests_total{handler="/v1/completions",method="POST",status="400"}'] == 1
+    assert found["prompt_tokens_total"] == 2 * length
+    assert found["generation_tokens_total"] == 18
+    for seconds in ("time_to_first_token", "e2e_request_latency", "request_queue_time",
+                    "request_prefill_time", "request_decode_time"):  # fmt: skip
+        assert found[f"{seconds}_seconds_count"] == 2
+    waited = found["request_queue_time_seconds_sum"] + found["request_prefill_time_seconds_sum"]
+    assert waited == pytest.approx(found["time_to_first_token_seconds_sum"])
+    whole = waited + found["request_decode_time_seconds_sum"]
+    assert whole == pytest.approx(found["e2e_request_latency_seconds_sum"])
+    assert found["inter_token_latency_seconds_count"] == 16
+    assert found['inter_token_latency_seconds_bucket{le="+Inf"}'] == 16
+    assert found["request_prompt_tokens_sum"] == 2 * length
+    assert found["request_generation_tokens_sum"] == 18
+    assert found['request_success_total{finished_reason="length"}'] == 2
+    assert found['request_success_total{finished_reason="stop"}'] == 0
+    assert found["num_rows_running"] == found["num_requests_waiting"] == 0
+    assert found["num_requests_running"] == found["kv_cache_usage_perc"] == 0
+    assert found["prefix_cache_queries_total"] == 2 * length
+    assert found["prefix_cache_hits_total"] == (length - 1) // 32 * 32
+    assert found["prefix_cache_bytes"] > 0 == found["promised_bytes"]
+    assert found["model_loaded"] == 1
 
 
 def test_the_key(model: fastgen.CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -895,7 +919,7 @@ def test_the_queue_has_an_end(model: fastgen.CausalLM, monkeypatch: pytest.Monke
         scheduler = watched.scheduler
         assert scheduler
         until(lambda: scheduler.waiting == 2)
-        assert "fastgen_calls_waiting 2.0" in asked(address, "/metrics")[2]
+        assert counts(address)["num_requests_waiting"] == 2
         with pytest.raises(openai.RateLimitError) as error:
             client.completions.create(**settings)
         assert error.value.response.headers["retry-after"] == "1"
@@ -915,12 +939,12 @@ def test_what_can_never_fit_is_refused(model: fastgen.CausalLM) -> None:
         # One prompt of several that cannot be: none of them runs on.
         status, _, found = asked(address, COMPLETIONS, {**body, "prompt": [[5], [5] * 300]})
         assert status == 400
-        until(lambda: "fastgen_rows_running 0.0" in asked(address, "/metrics")[2])
+        until(lambda: counts(address)["num_rows_running"] == 0)
 
 
 def test_sigterm_lets_what_runs_finish() -> None:
     """The demo model, where none is named."""
-    with command() as (process, address), talking_to(address) as client:
+    with command("--log-format", "json") as (process, address), talking_to(address) as client:
         assert client.models.list().data[0].id == DEMO.name
         settings: dict[str, Any] = {
             "model": "it", "prompt": PROMPT, "max_tokens": 480, "n": 4, "seed": 1,
@@ -936,7 +960,10 @@ def test_sigterm_lets_what_runs_finish() -> None:
         ended = [chunk.choices[0].finish_reason for chunk in stream]
         assert ended.count("length") == 4 and tokens + len(ended) > 4 * 240
         assert process.wait(WAIT) == 0
-        assert process.stderr and process.stderr.read() == ""
+        assert process.stderr
+        told = [json.loads(line) for line in process.stderr.read().splitlines()]
+        ends = {(one["status"], one["finish_reason"], one["client_gone"]) for one in told}
+        assert ends == {(200, "length", False), (503, None, False)}
 
 
 @pytest.mark.parametrize("how", ["grace", "twice"])

@@ -1,34 +1,45 @@
-"""The page of the service, in a real browser, as a person uses it.
-
-Chromium is Debian's (`.ci/browser` installs it). The page's own policy forbids `eval`, which is
-what playwright's `wait_for_function` needs: the tests wait with `expect`.
-"""
+"""The page of the service, in a real browser: its requests, its settings and its errors."""
 
 from __future__ import annotations
 
-import json
+import functools
 import math
 import re
 import shutil
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
-from serving import served
+from browsing import (
+    CHATS,
+    CHROMIUM,
+    COMPLETIONS,
+    TEMPLATE,
+    Open,
+    answers,
+    browser,
+    ended,
+    in_view,
+    posted,
+    send,
+    slowly,
+    visit,
+)
+from playwright.sync_api import Locator, Page, Route, expect
+from serving import counts
+from serving import served as served_with
 
 import fastgen
-from fastgen.engine.schedule import Scheduler
+from fastgen.store import hub
+from fastgen.store.model_info import CHAT_TEMPLATE
 
-CHROMIUM = shutil.which("chromium")
-TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+__all__ = ["browser", "visit"]  # fixtures
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 
-Open = Callable[..., Page]
+served = functools.partial(served_with, chunk=64)  # without measuring which is best
 
 FIRST = {"top_p": 0.9, "top_k": 50}  # besides a temperature of 0.7: where a model says nothing
 
@@ -39,74 +50,13 @@ def service() -> Iterator[str]:
         yield address
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    expect.set_options(timeout=20_000)
-    with sync_playwright() as playwright:
-        made = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield made
-        made.close()
-
-
-@pytest.fixture
-def visit(browser: Browser) -> Iterator[Open]:
-    """`visit(address, **context)`: the page, opened.
-
-    At the end of the test: nothing was asked of anything but the service, no script failed, and
-    the console is empty but for what `expected` (an argument) allows.
-    """
-    contexts, requests, complaints = [], [], []
-
-    def go(address: str, expected: str = "$nothing", **settings: Any) -> Page:
-        context = browser.new_context(**settings)
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(20_000)
-        page.on("request", lambda request: requests.append((address, request.url)))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on(
-            "console",
-            lambda said: re.search(expected, said.text) or complaints.append(said.text),
-        )
-        page.goto(address)
-        return page
-
-    yield go
-    for context in contexts:
-        context.close()
-    assert not complaints
-    assert requests
-    for address, url in requests:
-        assert url.startswith((address + "/", "data:")), url
-
-
-def posted(address: str, path: str, **body: Any) -> Any:
-    request = urllib.request.Request(
-        address + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=20) as answer:
-        return json.load(answer)
-
-
 def written(page: Page) -> Locator:
-    return page.locator("#output .written")
+    """The texts that the model wrote."""
+    return page.locator(".turn.assistant .written")
 
 
-def ended(page: Page) -> None:
-    """Wait until a run has begun and ended."""
-    expect(page.locator("#status")).to_have_text(re.compile("Done|Stopped"))
-    expect(page.locator("body.busy")).to_have_count(0)
-
-
-def slowly(monkeypatch: pytest.MonkeyPatch, seconds: float = 0.03) -> None:
-    """A step takes as long as with a larger model."""
-    step = Scheduler.step
-
-    def slower(self: Scheduler) -> Any:
-        time.sleep(seconds)
-        return step(self)
-
-    monkeypatch.setattr(Scheduler, "step", slower)
+def knob(page: Page, name: str) -> Locator:
+    return page.locator(f"#knob-{name}")
 
 
 def test_text_streams_and_is_the_services(
@@ -117,22 +67,24 @@ def test_text_streams_and_is_the_services(
     wanted = posted(service, "/v1/completions", prompt=prompt, **knobs)["choices"][0]["text"]
     slowly(monkeypatch)
     page = visit(service)
-    page.get_by_label("max_new_tokens").fill("60")
-    page.get_by_label("seed").fill("11")
-    page.get_by_label("temperature").fill("0.8")
-    page.get_by_label("Prompt", exact=True).nth(1).fill(prompt)
-    page.get_by_role("button", name="Generate").click()
-    expect(page.locator(".token").nth(3)).to_be_attached()
+    page.get_by_label("Longest answer").fill("60")
+    page.get_by_label("Repeatable").fill("11")
+    page.get_by_label("Randomness").fill("0.8")
+    page.get_by_label("Text to continue").fill(prompt)
+    page.get_by_role("button", name="Send").click()
+    expect(written(page)).to_have_text(re.compile(r"\w\s+\w"))
     early = written(page).text_content() or ""
     assert wanted.startswith(early) and len(early) < len(wanted)
     ended(page)
     assert written(page).text_content() == wanted
-    assert page.locator("#output .echo").text_content() == prompt  # as a text, not as elements
-    assert page.locator(".token").count() > 40
-    expect(page.locator("#count")).to_contain_text("60 written")
-    expect(page.locator("#first")).to_have_text(re.compile(r"^[\d.]+ m?s$"))
-    speed = re.match(r"([\d.]+) tokens/s", page.locator("#speed").text_content() or "")
-    assert speed and 0 < float(speed[1]) < 500
+    body = page.locator(".turn.user .body")
+    assert body.text_content() == prompt  # as a text, not as elements
+    expect(page.locator(".token")).to_have_count(0)  # nothing is underlined unless one asks for it
+    numbers = page.locator(".numbers").text_content() or ""
+    found = re.fullmatch(r"60 tokens · ([\d.]+) a second · first after [\d.]+ m?s · (.*)", numbers)
+    assert found and 0 < float(found[1]) < 500 and found[2] == "reached the longest answer"
+    used = len(posted(service, "/tokenize", prompt=prompt)["tokens"]) + 60
+    expect(page.locator("#context-text")).to_have_text(f"{used} of 512 tokens")
 
 
 @pytest.mark.parametrize("how", ["button", "Escape"])
@@ -141,53 +93,55 @@ def test_it_stops_and_so_does_the_service(
 ) -> None:
     slowly(monkeypatch)
     page = visit(service)
-    page.get_by_label("max_new_tokens").fill("400")
+    page.get_by_label("Longest answer").fill("400")
     page.locator("#prompt").fill("The os module")
-    page.keyboard.press("Control+Enter")
-    expect(page.locator(".token").nth(2)).to_be_attached()
+    page.keyboard.press("Enter")
+    expect(written(page)).to_have_text(re.compile(r"\w\s+\w"))
+    page.keyboard.press("Enter")  # no second request, and no stop
     page.keyboard.press("Escape") if how == "Escape" else page.locator("#go").click()
+    expect(page.locator("#status")).to_have_text(re.compile("^Stopped after"))
     ended(page)
-    expect(page.locator("#reason")).to_have_text("you")
-    expect(page.locator("#go")).to_have_text("Generate")
+    expect(page.locator(".numbers")).to_contain_text("stopped by you")
+    expect(page.locator("#go")).to_have_text("Send")
     text = written(page).text_content()
-    assert text and page.locator(".token").count() < 300
+    assert text
     until = time.monotonic() + 10
-    while _running(service):
+    while counts(service)["num_requests_running"]:
         assert time.monotonic() < until
         time.sleep(0.02)
     assert written(page).text_content() == text
-
-
-def _running(service: str) -> float:
-    with urllib.request.urlopen(service + "/metrics", timeout=10) as answer:
-        found = re.search(r"^fastgen_rows_running (\S+)", answer.read().decode(), re.M)
-    assert found
-    return float(found[1])
+    answers(page, COMPLETIONS, {"index": 0, "text": " and so on", "finish_reason": "stop"})
+    with page.expect_request(COMPLETIONS) as sent:
+        page.get_by_role("button", name="Continue this text").click()
+    assert sent.value.post_data_json["prompt"] == "The os module" + text
+    expect(written(page).last).to_have_text(" and so on")
 
 
 def test_what_was_changed_is_sent_and_nothing_else(service: str, visit: Open) -> None:
     page = visit(service)
-    page.locator("#prompt").fill("class ")
+    model = fastgen.load().model.info.name
     common = page.locator("#common label")
-    assert common.first.text_content() == "max_new_tokens"
-    assert common.last.text_content() == "stop"
-    page.get_by_text("All other knobs").click()
-    page.get_by_label("Search the knobs").fill("smallest typical")  # words of two knobs
+    assert common.first.text_content() == "Longest answer"
+    assert page.locator("#common code").first.text_content() == "max_new_tokens"
+    assert "torch" not in (page.locator("#settings").text_content() or "")
+    page.get_by_text("All other settings").click()
+    page.get_by_label("Search the settings").fill("smallest typical")  # words of two knobs
     expect(page.locator("#found")).to_contain_text("0 of")
     expect(page.locator("#others .knob:visible")).to_have_count(0)
-    page.get_by_label("Search the knobs").fill("n-grams once")
-    expect(page.locator("#others .knob:visible label")).to_have_text(["no_repeat_ngram_size"])
-    page.get_by_label("no_repeat_ngram_size", exact=True).fill("3")
-    page.get_by_label("Search the knobs").fill("")
-    page.get_by_label("do_sample").select_option("on")
-    page.get_by_label("logit_bias").fill('{"5": -1.5}')
-    page.get_by_label("stop", exact=True).fill('["zq", "qz"]')
-    page.get_by_label("top_p").fill("0.75")
-    page.get_by_label("num_return_sequences").fill("2")
-    with page.expect_request("**/v1/completions") as sent:
-        page.keyboard.press("Control+Enter")
-    ended(page)
+    page.get_by_label("Search the settings").fill("n-grams once")
+    expect(page.locator("#others .knob:visible code")).to_have_text(["no_repeat_ngram_size"])
+    knob(page, "no_repeat_ngram_size").fill("3")
+    page.get_by_label("Search the settings").fill("")
+    page.get_by_label("Draw at random").select_option("on")
+    knob(page, "logit_bias").fill('{"5": -1.5}')
+    page.get_by_label("Stop at").fill('["zq", "qz"]')
+    page.get_by_label("Only likely words").fill("0.75")
+    page.get_by_label("Answers").fill("2")
+    expect(page.locator("[name=preset]:checked")).to_have_count(0)  # it is none of them
+    with page.expect_request(COMPLETIONS) as sent:
+        send(page, "class ")
     assert sent.value.post_data_json == {
+        "model": model,
         "prompt": "class ",
         "max_tokens": 128,
         "do_sample": True,
@@ -195,25 +149,29 @@ def test_what_was_changed_is_sent_and_nothing_else(service: str, visit: Open) ->
         "top_p": 0.75,
         "temperature": 0.7,
         "stop": ["zq", "qz"],
-        "num_return_sequences": 2,
+        "n": 2,
         "no_repeat_ngram_size": 3,
         "logit_bias": {"5": -1.5},
-        "logprobs": 5,
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    expect(written(page)).to_have_count(2)
+    expect(page.locator(".branches")).to_contain_text("1 of 2")
+    one = written(page).text_content()
+    page.get_by_role("button", name="The next version").click()
+    expect(page.locator(".branches")).to_contain_text("2 of 2")
+    assert written(page).text_content() != one
+    page.reload()
+    expect(page.get_by_label("Only likely words")).to_have_value("0.75")  # kept in the browser
     page.get_by_role("button", name="Reset 6 changed").click()
-    page.locator("#prompt").focus()
-    with page.expect_request("**/v1/completions") as sent:
-        page.keyboard.press("Control+Enter")
-    ended(page)
+    expect(page.get_by_role("radio", name="Balanced")).to_be_checked()
+    with page.expect_request(COMPLETIONS) as sent:
+        send(page, "class ")
     assert sent.value.post_data_json == {
+        "model": model,
         "prompt": "class ",
         "max_tokens": 128,
         "temperature": 0.7,
         **FIRST,
-        "logprobs": 5,
         "stream": True,
         "stream_options": {"include_usage": True},
     }
@@ -226,57 +184,62 @@ def test_what_was_changed_is_sent_and_nothing_else(service: str, visit: Open) ->
         ({"do_sample": False, "top_k": 20}, ["false", "1", "1", "20", ""]),
     ],
 )
-def test_it_begins_with_the_models_own_sampling(
+def test_it_begins_with_the_models_own_sampling_and_has_presets(
     visit: Open, own: dict[str, Any], fields: list[str]
 ) -> None:
     model = fastgen.load()
     for name, value in own.items():
         setattr(model.generation_config, name, value)
+    names = ["do_sample", "temperature", "top_p", "top_k", "min_p"]
     with served(model) as address:
         page = visit(address)
-        names = ["do_sample", "temperature", "top_p", "top_k", "min_p"]
-        for name, value in zip(names, fields, strict=True):
-            expect(page.locator(f"#knob-{name}")).to_have_value(value)
+
+        def shown() -> list[str]:
+            return [knob(page, name).input_value() for name in names]
+
+        expect(knob(page, "temperature")).to_have_value(fields[1])
+        assert shown() == fields
         expect(page.locator("#reset")).to_be_hidden()  # nothing was changed
-        page.locator("#prompt").fill("class ")
-        with page.expect_request("**/v1/completions") as sent:
-            page.keyboard.press("Control+Enter")
-        ended(page)
+        with page.expect_request(COMPLETIONS) as sent:
+            send(page, "class ")
         body = sent.value.post_data_json
         assert own.items() <= body.items()
         assert [body[name] for name in ("temperature", "top_p", "top_k")] == [
             float(value) for value in fields[1:4]
         ]
+        page.get_by_role("radio", name="Precise").check()
+        assert shown() == ["", "0.2", "0.9", *fields[3:]]
+        page.get_by_role("radio", name="Creative").check()
+        assert shown() == ["", "1", "0.95", *fields[3:]]
+        page.get_by_label("Randomness").fill("1.5")
+        expect(page.locator("[name=preset]:checked")).to_have_count(0)
+        page.get_by_role("radio", name="Balanced").check()
+        assert shown() == fields
 
 
 def test_beams_come_at_the_end(service: str, visit: Open) -> None:
     knobs = {"max_tokens": 20, "num_beams": 3}
     wanted = posted(service, "/v1/completions", prompt="The os", **knobs)["choices"][0]["text"]
     page = visit(service)
-    page.get_by_label("max_new_tokens").fill("20")
-    page.get_by_label("num_beams").fill("3")
-    page.locator("#prompt").fill("The os")
-    page.keyboard.press("Control+Enter")
-    ended(page)
+    page.get_by_label("Longest answer").fill("20")
+    page.get_by_text("All other settings").click()
+    page.get_by_label("Width of the beam search").fill("3")
+    send(page, "The os")
     assert written(page).text_content() == wanted
-    expect(page.locator("#speed")).to_have_text(re.compile(r"^[\d.]+ tokens/s$"))
+    expect(page.locator(".numbers")).to_have_text(re.compile(r"^20 tokens · [\d.]+ a second"))
 
 
-def test_a_tokens_probability_on_hover(service: str, visit: Open) -> None:
-    whole = posted(
-        service,
-        "/v1/completions",
-        prompt="The os module",
-        max_tokens=12,
-        do_sample=False,
-        logprobs=5,
-    )["choices"][0]["logprobs"]
+def test_probabilities_are_shown_when_they_are_asked_for(service: str, visit: Open) -> None:
+    asked = {"prompt": "The os module", "max_tokens": 12, "do_sample": False, "logprobs": 5}
+    whole = posted(service, "/v1/completions", **asked)["choices"][0]["logprobs"]
     page = visit(service)
-    page.get_by_label("max_new_tokens").fill("12")
-    page.get_by_label("do_sample").select_option("off")
-    page.locator("#prompt").fill("The os module")
-    page.keyboard.press("Control+Enter")
-    ended(page)
+    page.get_by_label("Longest answer").fill("12")
+    page.get_by_text("All other settings").click()
+    page.get_by_label("Draw at random").select_option("off")
+    page.get_by_label("Show probabilities").check()
+    expect(page.locator("#token-note")).to_be_visible()
+    send(page, "The os module")
+    assert page.locator(".token").count() > 8
     place = next(i for i, token in enumerate(whole["tokens"]) if re.fullmatch(r" ?\w+", token))
     page.locator(".token").nth(place).hover()
     card = page.locator("#card")
@@ -292,21 +255,37 @@ def test_a_tokens_probability_on_hover(service: str, visit: Open) -> None:
     card.hover()  # the pointer can go over to it
     page.wait_for_timeout(250)
     expect(card).to_be_visible()
-    page.locator("h1").hover()
+    page.locator("header").hover()
     expect(card).to_be_hidden()
+    text = written(page).text_content()
+    page.get_by_label("Show probabilities").uncheck()
+    expect(page.locator(".token")).to_have_count(0)
+    assert written(page).text_content() == text
+    with page.expect_request(COMPLETIONS) as sent:
+        send(page, "The os")
+    assert "logprobs" not in sent.value.post_data_json
 
 
 def test_the_keyboard_alone(service: str, visit: Open) -> None:
     page = visit(service)
-    expect(page.locator("#knob-seed")).to_be_visible()
+    expect(knob(page, "seed")).to_be_visible()
     expect(page.locator("#prompt")).to_be_focused()
+    for _ in range(30):
+        page.keyboard.press("Tab")
+        if page.locator(":focus").get_attribute("id") == "probabilities":
+            break
+    page.keyboard.press("Space")
+    page.locator("#prompt").focus()
     page.keyboard.type("The os module")
-    page.keyboard.press("Control+Enter")
+    page.keyboard.press("Enter")
     ended(page)
     expect(page.locator("#prompt")).to_be_focused()
-    page.keyboard.press("Tab")
-    expect(page.locator("#go")).to_be_focused()
-    page.keyboard.press("Tab")
+    names = []
+    for _ in range(3):  # back through what can be done with the answer
+        page.keyboard.press("Shift+Tab")
+        names.append(page.locator(":focus").get_attribute("aria-label"))
+    assert names == ["Continue this text", "Answer again", "Copy this message"]
+    page.keyboard.press("Shift+Tab")  # all tokens at once: they are one stop
     tokens = page.locator(".token")
     expect(tokens.first).to_be_focused()
     card = page.locator("#card")
@@ -323,45 +302,79 @@ def test_the_keyboard_alone(service: str, visit: Open) -> None:
     expect(tokens.first).to_be_focused()
     page.keyboard.press("Escape")
     expect(card).to_be_hidden()
-    page.keyboard.press("Tab")  # past all tokens at once: they are one stop
-    seen = []
-    for _ in range(9):
-        seen.append(page.locator(":focus").get_attribute("id"))
-        page.keyboard.press("Tab")
-    page.keyboard.press("Enter")  # on the other knobs
+    page.keyboard.press("Shift+Tab")
+    expect(page.get_by_role("button", name="Edit this message")).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(page.get_by_label("The message, to be edited")).to_be_focused()
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("button", name="Edit this message")).to_be_focused()
+    page.locator("body").evaluate("() => document.activeElement.blur()")
+    page.locator(".skip").last.focus()
+    page.keyboard.press("Enter")
+    page.keyboard.press("Tab")
+    assert page.locator(":focus").get_attribute("name") == "preset"
+    page.locator("#more summary").focus()
+    page.keyboard.press("Enter")
     page.keyboard.press("Tab")
     expect(page.locator("#search")).to_be_focused()
-    assert seen[:4] == ["knob-max_new_tokens", "knob-do_sample", "knob-temperature", "knob-top_p"]
-    page.locator("#prompt").focus()
-    for _ in range(5):
-        page.keyboard.press("Shift+Tab")
-        if page.locator(":focus").get_attribute("id") == "key-toggle":
-            break
+    page.locator("#code-open").focus()
     page.keyboard.press("Enter")
-    expect(page.locator("#key")).to_be_focused()
+    expect(page.locator("#code")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.locator("#code")).to_be_hidden()
+    expect(page.locator("#code-open")).to_be_focused()
 
 
 def test_everything_has_a_name(service: str, visit: Open) -> None:
     page = visit(service)
-    expect(page.locator("#knob-seed")).to_be_visible()
-    page.get_by_text("All other knobs").click()
-    page.get_by_role("button", name="API key").click()
-    for control in page.locator("button:visible, input:visible, textarea:visible").all():
-        assert control.evaluate("e => e.labels?.[0]?.textContent.trim() || e.textContent.trim()")
+    send(page, "The os module")
+    for summary in page.locator("summary:visible").all():
+        summary.click()
+    page.locator("#code-open").click()
+    controls = page.locator("button, input:not([type=file]), textarea, select").evaluate_all(
+        """all => all.map((e) => [
+            e.labels?.[0]?.textContent.trim() || e.ariaLabel || e.textContent.trim(), e.outerHTML,
+        ])"""
+    )
+    assert len(controls) > 60
+    assert [html for name, html in controls if not name] == []
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_narrow_screens(service: str, visit: Open, scheme: str) -> None:
-    page = visit(service, viewport={"width": 320, "height": 640}, color_scheme=scheme)
+def test_narrow_screens(
+    service: str, visit: Open, scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slowly(monkeypatch)
+    page = visit(service, viewport={"width": 320, "height": 480}, color_scheme=scheme)
+
+    def fits() -> bool:
+        return bool(page.evaluate("document.documentElement.scrollWidth") <= 320)
+
+    assert fits()
+    page.get_by_role("button", name="Settings").click()
+    expect(page.locator("#transcript")).to_be_hidden()
+    page.get_by_text("All other settings").click()
+    assert fits() and in_view(page, "#composer")  # a panel leaves the composer where it is
+    page.get_by_label("Show probabilities").check()
     page.locator("#prompt").fill("The " + "very" * 60)
-    page.keyboard.press("Control+Enter")
+    page.keyboard.press("Enter")
+    expect(page.locator(".token").nth(4)).to_be_attached()
+    expect(page.locator("#go")).to_have_text("Stop")
+    assert in_view(page, "#go")
+    page.keyboard.press("Escape")
     ended(page)
-    page.get_by_text("All other knobs").click()
-    page.get_by_role("button", name="API key").click()
-    page.locator(".token").nth(5).click()  # what a finger does in place of pointing
+    page.get_by_role("button", name="Settings").click()  # closed again
+    page.locator(".token").nth(3).click()  # what a finger does in place of pointing
     box = page.locator("#card").bounding_box()
     assert box and box["x"] >= 0 and box["x"] + box["width"] <= 320
-    assert page.evaluate("document.documentElement.scrollWidth") <= 320
+    assert fits()
+    page.get_by_role("button", name="Chats").click()
+    expect(page.get_by_role("button", name="New chat")).to_be_visible()
+    assert fits()
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("button", name="Chats")).to_be_focused()
+    page.get_by_role("button", name="Show as code").click()
+    assert fits()
     ink, paper = page.evaluate(
         "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
     )
@@ -372,43 +385,92 @@ def _light(color: str) -> int:
     return sum(map(int, re.findall(r"\d+", color)[:3]))
 
 
-def test_errors_are_shown_as_text(service: str, visit: Open) -> None:
-    page = visit(service, expected="status of 400")
-    alert = page.get_by_role("alert")
+@pytest.mark.parametrize("width", [320, 1280])
+def test_errors_stand_by_their_field_and_in_view(service: str, visit: Open, width: int) -> None:
+    page = visit(service, "status of 400", viewport={"width": width, "height": 500})
+
+    def settings() -> None:
+        toggle = page.locator("#settings-toggle")
+        if toggle.is_visible() and toggle.get_attribute("aria-expanded") == "false":
+            toggle.click()
+
+    settings()
+    page.get_by_label("Randomness").fill("-1")
+    if width < 1000:
+        page.get_by_role("button", name="Settings").click()  # its field is not on the screen now
     page.locator("#prompt").fill("The os module")
-    page.get_by_label("temperature").fill("-1")
-    page.keyboard.press("Control+Enter")
-    expect(alert).to_contain_text("temperature")
-    expect(page.locator("#output > *")).to_have_count(0)
-    expect(page.locator("#go")).to_have_text("Generate")
-    page.get_by_label("temperature").fill("")
-    page.get_by_text("All other knobs").click()
-    page.get_by_label("logit_bias").fill("{5")
-    page.keyboard.press("Control+Enter")
-    expect(alert).to_contain_text("logit_bias: no JSON")
-    expect(page.get_by_label("logit_bias")).to_be_focused()
-    page.get_by_label("logit_bias").fill("")
-    page.keyboard.press("Control+Enter")
+    page.keyboard.press("Enter")
+    field = knob(page, "temperature")
+    expect(field).to_be_focused()
+    assert field.get_attribute("aria-invalid") == "true"
+    said = page.get_by_role("alert")
+    expect(said).to_contain_text("temperature")
+    assert in_view(page, "#knob-temperature") and in_view(page, "#knob-temperature-wrong")
+    assert "knob-temperature-wrong" in (field.get_attribute("aria-describedby") or "").split()
+    expect(page.locator(".turn")).to_have_count(0)  # nothing was said
+    expect(page.locator("#prompt")).to_have_value("The os module")
+    field.fill("")
+    expect(said).to_have_count(0)
+    assert field.get_attribute("aria-invalid") is None
+    page.get_by_text("All other settings").click()
+    knob(page, "logit_bias").fill("{5")
+    page.get_by_text("All other settings").click()  # closed: it is opened again
+    page.locator("#prompt").focus()
+    page.keyboard.press("Enter")
+    expect(knob(page, "logit_bias")).to_be_focused()
+    expect(said).to_contain_text("This is no JSON")
+    assert in_view(page, "#knob-logit_bias-wrong")
+    knob(page, "logit_bias").fill("")
+    page.get_by_text("Form of the answer").click()
+    page.get_by_label("JSON schema").fill("[1]")
+    page.locator("#prompt").focus()
+    page.keyboard.press("Enter")
+    expect(said).to_contain_text("A schema, such as {}")
+    page.get_by_label("JSON schema").fill('{"type": "nothing"}')
+    page.locator("#prompt").focus()
+    page.keyboard.press("Enter")
+    expect(said).to_contain_text("json_schema")
+    expect(page.get_by_label("JSON schema")).to_be_focused()
+    page.get_by_label("JSON schema").fill("")
+    page.locator("#prompt").focus()
+    page.keyboard.press("Enter")
     ended(page)
-    expect(alert).to_be_hidden()
+    expect(said).to_have_count(0)
+
+
+def test_an_error_of_no_field_stands_over_the_message(service: str, visit: Open) -> None:
+    page = visit(service, "status of 400", viewport={"width": 900, "height": 500})
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label("Longest answer").fill("500")
+    page.get_by_role("button", name="Settings").click()
+    text = "The os module " * 10
+    page.locator("#prompt").fill(text)
+    page.keyboard.press("Enter")
+    expect(page.locator("#alert")).to_contain_text("the context is 512 tokens")
+    assert in_view(page, "#alert")
+    expect(page.locator("#prompt")).to_have_value(text)  # it can be changed and sent again
 
 
 def test_an_error_within_a_stream(service: str, visit: Open) -> None:
     page = visit(service)
     message = "no token can be chosen <img src=x>"
-    lines = [
-        {"choices": [{"index": 0, "text": "Be", "logprobs": None, "finish_reason": None}]},
-        {"error": {"message": message}},
-    ]
-    body = "".join(f"data: {json.dumps(line)}\n\n" for line in lines)
-    page.route(
-        "**/v1/completions",
-        lambda route: route.fulfill(body=body, content_type="text/event-stream"),
-    )
+    begun = {"index": 0, "text": "Be", "logprobs": None, "finish_reason": None}
+    answers(page, COMPLETIONS, begun, {"error": {"message": message}}, ends=False)
     page.locator("#prompt").fill("The os module")
-    page.keyboard.press("Control+Enter")
-    expect(page.get_by_role("alert")).to_have_text(message)
+    page.keyboard.press("Enter")
+    expect(page.locator("#alert")).to_have_text(message)
     assert written(page).text_content() == "Be"
+    expect(page.locator(".numbers")).to_contain_text("ended by an error")
+
+
+def test_a_service_that_is_gone(service: str, visit: Open) -> None:
+    page = visit(service, "ERR_FAILED")
+    page.route(COMPLETIONS, lambda route: route.abort())
+    page.locator("#prompt").fill("The os module")
+    page.keyboard.press("Enter")
+    expect(page.locator("#alert")).to_have_text("The service does not answer. Is it still running?")
+    expect(page.locator("#prompt")).to_have_value("The os module")
+    expect(page.locator(".turn")).to_have_count(0)
 
 
 def test_characters_of_several_tokens(service: str, visit: Open) -> None:
@@ -420,20 +482,19 @@ def test_characters_of_several_tokens(service: str, visit: Open) -> None:
             "tokens": list(tokens), "token_logprobs": [-0.5] * len(tokens),
             "top_logprobs": [{token: -0.5} for token in tokens],
         }  # fmt: skip
-        choice = {"index": 0, "text": text, "logprobs": scores, "finish_reason": None}
-        return {"choices": [choice]}
+        return {"index": 0, "text": text, "logprobs": scores, "finish_reason": None}
 
-    chunks = [
-        chunk("Hi", " Hi"), chunk("é f", "bytes:\\xc3", "bytes:\\xa9", " foo"), chunk("oo"),
-        chunk("", "</s>"), chunk("\U0001f600!", "bytes:\\xf0\\x9f", "bytes:\\x98\\x80", "!"),
-    ]  # fmt: skip
-    body = "".join(f"data: {json.dumps(one)}\n\n" for one in chunks) + "data: [DONE]\n\n"
-    page.route(
-        "**/v1/completions",
-        lambda route: route.fulfill(body=body, content_type="text/event-stream"),
+    answers(
+        page,
+        COMPLETIONS,
+        chunk("Hi", " Hi"),
+        chunk("é f", "bytes:\\xc3", "bytes:\\xa9", " foo"),
+        chunk("oo"),
+        chunk("", "</s>"),
+        chunk("\U0001f600!", "bytes:\\xf0\\x9f", "bytes:\\x98\\x80", "!"),
     )
-    page.keyboard.press("Control+Enter")
-    ended(page)
+    page.get_by_label("Show probabilities").check()
+    send(page, "H")
     assert written(page).text_content() == "Hié foo\U0001f600!"
     assert page.locator(".token").all_text_contents() == ["Hi", "é foo", "\U0001f600", "!"]
     page.locator(".token").nth(1).hover()
@@ -446,6 +507,7 @@ def test_events_may_be_cut_anywhere(service: str, visit: Open) -> None:
     body += "data: [DONE]\n\n"
     found = page.evaluate(
         """async (bytes) => {
+            const { events } = await import("/page/service.js");
             const cut = new ReadableStream({
                 start(stream) {
                     for (const byte of bytes) stream.enqueue(new Uint8Array([byte]));
@@ -463,57 +525,90 @@ def test_events_may_be_cut_anywhere(service: str, visit: Open) -> None:
 
 def test_the_key_is_asked_for_and_kept_in_the_tab(visit: Open) -> None:
     with served(fastgen.load(), api_key="sesame") as address:
-        page = visit(address, expected="status of 401")
-        expect(page.get_by_role("alert")).to_contain_text("API key")
+        page = visit(address, "status of 401")
+        expect(page.locator("#alert")).to_contain_text("API key")
         expect(page.locator("#key")).to_be_focused()
         page.keyboard.type("mellon")
         page.keyboard.press("Enter")
-        expect(page.get_by_role("alert")).to_contain_text("API key")
+        expect(page.locator("#alert")).to_contain_text("API key")
         page.locator("#key").fill("sesame")
         page.keyboard.press("Enter")
         expect(page.locator("#key-form")).to_be_hidden()
         expect(page.locator("#prompt")).to_be_focused()
-        page.keyboard.type("The os module")
-        page.keyboard.press("Control+Enter")
-        ended(page)
+        send(page, "The os module")
         assert written(page).text_content()
         assert page.evaluate("[localStorage.length, document.cookie]") == [0, ""]
+        page.locator("#code-open").click()
+        program = page.locator("#program").text_content() or ""
+        assert "$FASTGEN_API_KEY" in program and "sesame" not in program
         page.reload()
         expect(page.locator("#model")).to_contain_text(fastgen.load().model.info.name)
-        other = visit(address, expected="status of 401")  # another tab of another session
+        other = visit(address, "status of 401")  # another tab of another session
         expect(other.locator("#key")).to_be_visible()
 
 
 def test_no_chat_without_a_template(service: str, visit: Open) -> None:
     page = visit(service)
-    expect(page.locator("#mode-note")).to_contain_text("no chat template")
+    expect(page.locator("#kind-note")).to_contain_text("no chat template")
     expect(page.get_by_role("radio", name="Chat")).to_be_disabled()
+    expect(page.locator("#key-toggle")).to_be_hidden()  # nobody asks for one
+    expect(page.locator("#models")).to_be_hidden()  # there is nothing to choose
+    page.get_by_role("button", name="The os module").click()  # an example: sent by oneself
+    expect(page.locator("#prompt")).to_have_value("The os module")
 
 
-def test_a_chat(visit: Open, tmp_path: Path) -> None:
-    place = tmp_path / "model"
-    shutil.copytree(Path(fastgen.__file__).parent / "demo", place)
-    (place / "chat_template.jinja").write_text(TEMPLATE)
-    with served(fastgen.load(place)) as address:
+def test_ids_of_a_model_without_a_tokenizer(service: str, visit: Open) -> None:
+    page = visit(service)
+    _as_if(page, has_tokenizer=False)
+    expect(page.locator("#prompt-label")).to_contain_text("Token ids")
+    page.locator("#prompt").fill("5, six")
+    page.keyboard.press("Enter")
+    expect(page.locator("#alert")).to_contain_text("Whole numbers were expected")
+    answers(page, COMPLETIONS, {"index": 0, "text": "", "token_ids": [7, 8]})
+    with page.expect_request(COMPLETIONS) as sent:
+        send(page, "5, 6")
+    assert sent.value.post_data_json["prompt"] == [5, 6]
+    expect(written(page)).to_have_text("7 8 ")
+    with page.expect_request(COMPLETIONS) as sent:
+        page.get_by_role("button", name="Continue this text").click()
+    assert sent.value.post_data_json["prompt"] == [5, 67, 8]
+
+
+def _as_if(page: Page, **facts: Any) -> None:
+    """Let the service say this of its model, and load the page again."""
+
+    def answer(route: Route) -> None:
+        found = route.fetch().json()
+        found["model"].update(facts)
+        route.fulfill(json=found)
+
+    page.route("**/knobs*", answer)
+    page.reload()
+
+
+def test_a_model_is_chosen_among_several(visit: Open, tmp_path: Path) -> None:
+    place = tmp_path / "other"
+    shutil.copytree(hub.DEMO, place)
+    (place / CHAT_TEMPLATE).write_text(TEMPLATE)
+    with served({"docs": hub.DEMO, "the/other": place}) as address:
         page = visit(address)
-        page.get_by_role("radio", name="Chat").check()
-        page.get_by_label("do_sample").select_option("off")
-        page.get_by_label("max_new_tokens").fill("12")
-        page.get_by_label("System message").fill("Be brief.")
-        messages = [{"role": "system", "content": "Be brief."}]
-        for question in ("What is os?", "And sys?"):
-            messages.append({"role": "user", "content": question})
-            wanted = posted(
-                address, "/v1/chat/completions", messages=messages, max_tokens=12, do_sample=False
-            )["choices"][0]["message"]["content"]
-            page.get_by_label("Message", exact=True).fill(question)
-            page.keyboard.press("Control+Enter")
-            expect(page.locator(".turn")).to_have_count(len(messages))
-            ended(page)
-            assert page.locator(".turn .written").last.text_content() == wanted
-            messages.append({"role": "assistant", "content": wanted})
-            expect(page.locator("#prompt")).to_have_value("")
-        page.locator(".turn .token").last.hover()
-        expect(page.locator("#card .chosen")).to_have_count(1)
+        menu = page.get_by_label("Model", exact=True)
+        expect(menu).to_have_value("docs")
+        expect(page.locator("#prompt-label")).to_have_text("Text to continue")
+        menu.select_option("the/other")
+        expect(page.locator("#prompt-label")).to_have_text("Message")  # it has a chat template
+        page.get_by_label("Longest answer").fill("12")
+        page.reload()
+        expect(menu).to_have_value("the/other")
+        with page.expect_request(CHATS) as sent:
+            send(page, "What is os?")
+        assert sent.value.post_data_json["model"] == "the/other"
+        expect(page.locator(".turn.assistant h2")).to_have_text("the/other")
+        assert counts(address, "the/other")["generation_tokens_total"] == 12
+        menu.select_option("docs")
+        expect(page.get_by_role("radio", name="Chat")).to_be_disabled()
+        page.locator("#prompt").fill("And sys?")
+        page.keyboard.press("Enter")
+        expect(page.locator("#alert")).to_contain_text("docs has no chat template")
         page.get_by_role("button", name="New chat").click()
-        expect(page.locator(".turn")).to_have_count(0)
+        expect(page.locator("#prompt-label")).to_have_text("Text to continue")

@@ -19,7 +19,7 @@ from tool_forms import EVERY, FORMS, OFFERED, TOOLS, template, thinking
 import fastgen
 from fastgen.serve import chats
 from fastgen.serve.reasoning import Budget
-from fastgen.serve.tools.reader import Marks
+from fastgen.serve.tools.reader import Marks, ReadingOptions
 from fastgen.serve.tools.whole import WholeAnswer
 from fastgen.store import hub
 from fastgen.store.model_info import CHAT_TEMPLATE
@@ -374,7 +374,7 @@ def test_unknown_effort_is_let_go(client: openai.OpenAI) -> None:
 
 def test_deltas_number_calls_across_steps() -> None:
     whole, seen = WholeAnswer(), []
-    reader = EVERY["mistral11"].read(chats.ReadingOptions(TOOLS))
+    reader = EVERY["mistral11"].read(ReadingOptions(TOOLS))
     text = "[TOOL_CALLS]now[ARGS]{}[TOOL_CALLS]now[ARGS]{}"
     for letter in [*text, None]:
         events = reader.end() if letter is None else reader.push(letter)

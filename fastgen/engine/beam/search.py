@@ -78,6 +78,7 @@ class Search(ABC, Generic[B]):
             while not reading.done:
                 reading.read()
                 yield Step(Kind.READ)
+        self.request.cached_tokens = sum(self.prefill.reused)
         count, beams = len(self.prompts), self.request.params.num_beams
         self.slots.insert(np.repeat(np.arange(count), beams), 0)
         self.logits = np.repeat(self.prefill.logits, beams, axis=0)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
-from fastgen.generator import CausalLM
+from fastgen.generator import renamed_prompts
 from fastgen.jobs.ray import node
 from fastgen.serve import app
 from fastgen.system import extras
@@ -14,7 +15,7 @@ WAITING = 64  # requests that a replica has at a time, running or waiting; more 
 
 
 def deployment(
-    model: str | os.PathLike[str] | None = None,
+    model: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]] | None = None,
     *,
     threads: int | None = None,
     prefill_precision: str | None = None,
@@ -29,7 +30,8 @@ def deployment(
 
     Args:
         model: a directory, a hub id, or the URI of a directory that pyarrow can read; None for
-            the demo model. What is not on a node is fetched there once.
+            the demo model. Or several of these, by the names that clients see: each replica loads
+            one when it is first asked for it. What is not on a node is fetched there once.
         threads: of a step; None for the CPUs that Ray gives the replica.
         prefill_precision: see `fastgen.load`.
         options: of `serve.deployment`, such as `{"num_replicas": 4, "ray_actor_options":
@@ -40,6 +42,7 @@ def deployment(
     Raises:
         ValueError: Ray Serve is not installed, or an option that cannot be.
     """
+    prefill_precision = renamed_prompts(prompts, prefill_precision)
     try:
         from fastapi import FastAPI
         from ray import serve
@@ -53,17 +56,17 @@ def deployment(
 
         async def check_health(self) -> None:
             """Raise an error where the engine has failed: Ray replaces the replica."""
-            if not self.app.state.service.engine.serving:
+            if not self.app.state.models.serving:
                 raise RuntimeError("the engine has ended")
 
     def made() -> FastAPI:
-        loaded = CausalLM(
-            node.directory(model),
-            threads or node.threads(),
-            prefill_precision=prefill_precision,
-            prompts=prompts,
+        there: Any = (
+            {name: node.directory(one) for name, one in model.items()}
+            if isinstance(model, Mapping)
+            else node.directory(model)
         )
-        return app(loaded, **{"max_bytes": node.memory(), **settings})
+        run = {"threads": threads or node.threads(), "prefill_precision": prefill_precision}
+        return app(there, **{"max_bytes": node.memory(), **run, **settings})
 
     wanted = {"max_ongoing_requests": WAITING, **(options or {})}
     return serve.deployment(**wanted)(serve.ingress(made)(Replica)).bind()
