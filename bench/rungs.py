@@ -124,7 +124,7 @@ class Lab:
         return f"| {kind} | {name} | {told} | {size / 1e6:.0f} |"
 
     def measured(self, plan: Any) -> list[Any]:
-        """What a plan's model loses on the two sets of rows, and its bytes."""
+        """The loss of a plan's model on the two sets of rows, and its bytes."""
         import fastgen
         from fastgen.export import bundle
         from fastgen.export.prove import quality

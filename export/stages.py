@@ -108,7 +108,7 @@ class Graph:
             windows=tuple(window.bound(graph)),
         )
         work.save(graph, work.graph_directory)
-        work.origin.written(work.graph_directory)
+        work.origin.written(work.graph_directory, work.kept.room)
         self.repeated = bool(graph.meta.get("repeated"))
         return [*about, f"{len(graph.graph)} nodes"]
 

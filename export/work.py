@@ -108,8 +108,8 @@ class Work:
 
     @cached_property
     def exact(self) -> quality.Exact:
-        """What a row's logits should be: what the proved graph says, which is what the original
-        says, in half the time; or the original itself, where it is not proved.
+        """The logits that rows should have: the proved graph's, which says what the original says,
+        in half the time; or the original's own, where the graph is not proved.
         """
         if self.proved_equal:
             return quality.Exact.of(self._writer().model, self.kept.room)

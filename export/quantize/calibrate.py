@@ -191,6 +191,8 @@ class Shelf:
 
     def __call__(self, array: NDArray[Any]) -> NDArray[Any]:
         """The same array, in the file."""
+        if self.place(array) is not None:
+            return array
         room = self.room(array.shape, array.dtype)
         room[...] = array
         return room
@@ -205,7 +207,7 @@ class Shelf:
         return array
 
     def place(self, array: NDArray[Any]) -> tuple[int, int] | None:
-        """Where an array lies in the file, and its bytes; None for any other."""
+        """The place of an array in the file, and its bytes; None for any other."""
         place = self._places.get(array.ctypes.data)
         return place if place is not None and place[1] == array.nbytes else None
 

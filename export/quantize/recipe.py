@@ -298,10 +298,12 @@ class Plan:
         return max(0.0, total / sum(map(len, rows)))
 
     def _kinds(self) -> dict[str, list[Matrix]]:
-        """Matrices of the same shape that read the same kind of node, early and late ones apart."""
+        """Matrices on the ladder, of the same shape, that read the same kind of node: early and
+        late ones apart.
+        """
         by_kind: dict[str, list[Matrix]] = {}
         for matrix in self._matrices.values():
-            if _is_turned(matrix.product):
+            if not matrix.may_climb:
                 continue
             node = matrix.product.input.producer()
             kind = "input" if node is None else node.op_type
@@ -351,8 +353,6 @@ class Plan:
         ladder = self._recipe.ladder
         for name, members in kinds.items():
             first = members[0]
-            if not first.may_climb:
-                continue
             costs = [sum(rung.cost_of(matrix.product) for matrix in members) for rung in ladder]
             for rung in range(first.rung + 1, len(ladder)):
                 saves = now[name] - self._expected(name, members, rung)
@@ -394,7 +394,7 @@ class Plan:
         return ["float32" if kernel is None else str(kernel) for kernel in kernels]
 
     def made(self) -> list[Made]:
-        """What became of each matrix."""
+        """The form of each matrix, and its error."""
         return [self._made(matrix) for matrix in self._matrices.values()] + [
             Made(name, str(stored.kernel), round(stored.error, 6), wide=False)
             for name, stored in self._stored
