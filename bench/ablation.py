@@ -15,6 +15,7 @@ import argparse
 import sys
 import tempfile
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,9 @@ def main() -> None:
         lab = Lab(source, args.precision, [], Path(temporary), args.tokens)
         print("| | | KL | perplexity | KL, other rows | perplexity | MB | seconds |")
         print("|---|---|---|---|---|---|---|---|", flush=True)
-        for what in wanted:
-            LINES[what](lab)
+        with closing(lab):
+            for what in wanted:
+                LINES[what](lab)
 
 
 def texts(lab: Lab) -> None:
@@ -51,7 +53,8 @@ def texts(lab: Lab) -> None:
             continue  # a model without a tokenizer has its own alone
         rows = lab.used if name == "all" else lab.corpus.only(some).calibration(lab.tokens)
         seen = {row.tobytes() for row in lab.rows[0]}
-        line(lab, "text", name, "all", [row for row in rows if row.tobytes() not in seen])
+        if rows := [row for row in rows if row.tobytes() not in seen]:
+            line(lab, "text", name, "all", rows)
 
 
 def rotations(lab: Lab) -> None:

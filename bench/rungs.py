@@ -15,7 +15,7 @@ import argparse
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ def main() -> None:
         lab = Lab(source, args.precision, args.text, Path(temporary))
         print("| matrices that go up | to | KL | perplexity | KL, other rows | perplexity | MB |")
         print("|---|---|---|---|---|---|---|", flush=True)
-        with lab.plan(lab.turned()) as plan:
+        with closing(lab), lab.plan(lab.turned()) as plan:
             for line in lab.lines(plan, args.each):
                 print(line, flush=True)
 
@@ -67,8 +67,14 @@ class Lab:
         rows = self.corpus.calibration(self.tokens + stages.TUNED)
         tuned, self.used = stages.apart(rows, stages.TUNED)
         self.rows = [tuned, self.corpus.evaluation(quality.TOKENS)]
-        self.file = (home / "logits").open("w+b")
-        self.said = quality.Exact.of(model.model, calibrate.Shelf(self.file).room)
+        self.open = ExitStack()
+        self.said = quality.Exact.of(
+            model.model, self.open.enter_context(calibrate.shelf(home)).room
+        )
+
+    def close(self) -> None:
+        """Let go of the file that logits are in."""
+        self.open.close()
 
     def turned(self, rotated: str = "all") -> Any:
         """The graph, turned: "all" that can be, its "values" alone, or "nothing"."""
