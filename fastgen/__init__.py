@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
-    from fastgen.engine.output import GenerateOutput, Token
+    from fastgen.engine.output import Decision, GenerateOutput, Token
     from fastgen.engine.prefix_cache import PrefixCache
     from fastgen.errors import ModelError
     from fastgen.generator import CausalLM, generate, load, verify
@@ -44,6 +44,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CausalLM",
     "CausalLMModelForOnnxGeneration",
+    "Decision",
     "GenerateOutput",
     "ModelError",
     "Params",
@@ -57,6 +58,7 @@ __all__ = [
 
 _OFFERED = {
     "CausalLM": "generator",
+    "Decision": "engine.output",
     "GenerateOutput": "engine.output",
     "ModelError": "errors",
     "Params": "inputs.params",

@@ -15,12 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastgen import first_use
-from fastgen.engine import score
+from fastgen.engine import memory_estimate, score
 from fastgen.engine.call import Call
 from fastgen.engine.model import Model
 from fastgen.engine.output import Token
 from fastgen.engine.prefix_cache import PrefixCache, check
 from fastgen.engine.prepare import Loaded, Objects, last_token, prepare, read
+from fastgen.engine.score import Choosing, decision
 from fastgen.engine.writer import Writer
 from fastgen.inputs import tensors, validators
 from fastgen.inputs.lengths import default_length
@@ -441,6 +442,113 @@ class CausalLM:
         out = score.log_probabilities(self.model, rows, before, prefix_cache)
         return out[0] if _is_one(ids) else out
 
+    def choose(
+        self,
+        prompt: Any,
+        options: Sequence[Any],
+        *,
+        temperature: float = 1.0,
+        per_token: bool = False,
+        prefix_cache: PrefixCache | None = None,
+    ) -> Any:
+        """Decide which of some options follows a prompt, with a probability for each.
+
+        An option's score is the log-probability of its tokens after the prompt, summed up; the
+        probabilities are the softmax of the scores over the options. Of options that are one token
+        each this is what transformers' `DecisionPipeline` computes of its labels. A long option is
+        seldom as likely as a short one: `per_token` compares the mean of their tokens instead.
+
+        A prompt is read once for all its options, and what prompts begin with alike is read once
+        for all of them.
+
+        Args:
+            prompt: one text or row of ids, or several of them, as `generate` takes them. A
+                conversation's is `chat_ids(messages)`.
+            options: two or more texts or rows of ids; for several prompts also a list of these
+                for each. A text is cut into tokens apart from the prompt: where words follow a
+                space, it begins with that space.
+            temperature: that the scores are divided by, such as a calibrated one.
+            per_token: whether options are compared by the mean of their tokens, not by the sum.
+            prefix_cache: keeps the prompts' keys and values for later calls.
+
+        Returns:
+            a `Decision` for one prompt, a list of them for several.
+
+        Raises:
+            ValueError: there are fewer than two options, one is empty or there twice, or the
+                prompt with one is longer than the model takes; or the temperature is not positive.
+        """
+        check(prefix_cache)
+        temperature = validators.number("temperature", temperature)
+        if not 0 < temperature < float("inf"):
+            raise validators.wrong("temperature", "a positive number", temperature)
+        if isinstance(options, str):
+            raise _too_few(options)
+        prompts = self._rows(prompt)
+        known = prefix_cache
+        if known is None and len(prompts) > 1:
+            known = PrefixCache()
+        out, given = [], list(options)
+        each = not _is_one(prompt) and _are_lists(given)
+        if each and len(given) != len(prompts):
+            raise ValueError(
+                f"options are {len(given)} lists for {len(prompts)} prompts: give one for each"
+            )
+        shared = None if each else self.options(given)
+        for index, row in enumerate(prompts):
+            mine = shared or self.options(given[index])
+            choosing = self.choosing(row.tolist(), mine, known)
+            memory_estimate.check({"keys and values": choosing.bytes}, "shorter texts need less")
+            for _ in choosing.steps():
+                pass
+            options = given[index] if each else given
+            out.append(decision(options, choosing.option_logprobs, temperature, per_token))
+        return out[0] if _is_one(prompt) else out
+
+    def options(self, given: Sequence[Any]) -> list[list[int]]:
+        """The ids of options, for those that make `choosing` of them.
+
+        Raises:
+            ValueError: there are fewer than two, or one is empty, or there twice.
+        """
+        if isinstance(given, str) or len(given) < 2:
+            raise _too_few(given)
+        rows = [
+            self.tokenizer.encode(validators.text("an option", one), add_special_tokens=False)
+            if isinstance(one, str)
+            else (self._rows([one])[0].tolist() if len(one) else [])
+            for one in given
+        ]
+        for index, row in enumerate(rows):
+            if not row:
+                raise ValueError(f"option {index} is empty: it needs at least one token")
+            if row in rows[:index]:
+                raise ValueError(f"option {index} is there twice: {given[index]!r}")
+        return rows
+
+    def choosing(
+        self,
+        prompt: Sequence[int],
+        options: Sequence[Sequence[int]],
+        prefix_cache: PrefixCache | None = None,
+    ) -> Choosing:
+        """A decision that is checked and has not begun, for those that run many (see `schedule`).
+
+        Args:
+            prompt: ids.
+            options: of `options`.
+
+        Raises:
+            ValueError: the prompt with an option is longer than the model takes.
+        """
+        limit, longest = self.model.info.max_length, len(prompt) + max(map(len, options))
+        if limit is not None and longest > limit:
+            raise ValueError(
+                f"{longest} tokens of a prompt and an option cannot be scored: the model takes "
+                f"{limit} at most"
+            )
+        return Choosing(self.model, prompt, options, prefix_cache)
+
     def perplexity(self, texts: Any) -> float:
         """exp of the mean negative log-probability of all tokens of some texts (or rows of ids).
 
@@ -557,6 +665,21 @@ def _is_one(ids: Any) -> bool:
     """True of one text or one row of ids, rather than several."""
     return isinstance(ids, str) or not (
         isinstance(ids[0], str) or np.ndim(tensors.array(ids[0])) > 0
+    )
+
+
+def _too_few(options: Any) -> ValueError:
+    return ValueError(f"options must be two or more texts or rows of ids, got {options!r}")
+
+
+def _are_lists(options: Sequence[Any]) -> bool:
+    """True of lists of options, rather than options: their items are texts or rows of ids."""
+    return all(
+        isinstance(one, Sequence)
+        and not isinstance(one, str)
+        and bool(one)
+        and (isinstance(one[0], str) or np.ndim(tensors.array(one[0])) > 0)
+        for one in options
     )
 
 

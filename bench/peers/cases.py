@@ -64,6 +64,8 @@ MAIN = (
     *(Case(f"rows-{rows}", f"{rows} rows, 64 -> 64", (64,) * rows, 64) for rows in (8, 16, 32)),
     Case("ragged-8", "8 rows, 8 to 128 -> 64", (8, 25, 42, 59, 77, 94, 111, 128), 64),
 )
+# What real models are timed on, beside their faithfulness.
+PLANE = ("greedy-16", "greedy-256", "prefill-512", "rows-8", "rows-32")
 CASES = {
     case.name: case
     for case in (*MAIN, *(_beams(b, new) for new in BEAM_LENGTHS for b in BEAMS), *LONG)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
+import real
 import shapes
 
 from peers import models
@@ -24,6 +25,7 @@ HERE = Path(__file__).resolve().parent
 CHECKOUT = HERE.parents[1]
 WORKER = HERE / "worker.py"
 STAMP = "stamp.json"
+BESIDE = ("commands", "serve", "jobs", "timing")  # areas of fastgen that no export depends on
 
 
 class Unavailable(RuntimeError):
@@ -42,6 +44,7 @@ class Home:
         self.lock = claim(self.path)
         self.failed: dict[Path, str] = {}
         self.package = digest(package_text())
+        self.exporter = digest(package_text(BESIDE))
 
     def log(self, name: str) -> Path:
         """The file that a step or a worker writes its messages to."""
@@ -50,8 +53,9 @@ class Home:
         return path
 
     def source(self, shape: str) -> Path:
-        """The transformers model of a shape."""
-        made_from = repr(shapes.SHAPES[shape]) + inspect.getsource(models)
+        """The transformers model of a shape, or a real one."""
+        what = shapes.SHAPES.get(shape) or real.MODELS[shape]
+        made_from = repr(what) + inspect.getsource(models)
 
         def make(path: Path) -> None:
             command = [sys.executable, str(HERE / "models.py"), shape, str(path)]
@@ -105,19 +109,23 @@ class Home:
         return (size(environment) - int((environment / "empty").read_text())) / 2**20
 
     def converted(self, shape: str, name: str, precision: str) -> Path:
-        """A model of a shape as an engine wants it."""
+        """A model of a shape, or a real one, as an engine wants it."""
+        name = adapter(name).model_of or name
         engine = adapter(name)
         source, converter = self.source(shape), engine.converter(shape)
         made_from = (source / STAMP).read_text() + inspect.getsource(engine.prepare)
         if name in OURS:
-            made_from += self.package
+            made_from += self.exporter
         elif converter:
             made_from += (self.environment(converter) / STAMP).read_text()
 
         def make(path: Path) -> None:
             path.mkdir()
             python = self.python(converter)
-            command = [str(python), str(WORKER), "prepare", name, str(source), str(path), precision]
+            # Ours reads the tokenizer's settings, which the others' older versions could not.
+            ours = name in OURS and shape in real.MODELS
+            of = real.directory(shape) if ours else source
+            command = [str(python), str(WORKER), "prepare", name, str(of), str(path), precision]
             self.run(command, f"convert-{shape}-{name}-{precision}", OFFLINE)
 
         place = self.path / "converted" / f"{shape}-{name}-{precision}"
@@ -204,11 +212,13 @@ def size(path: Path) -> int:
     return sum(file.lstat().st_size for file in path.rglob("*") if not file.is_dir())
 
 
-def package_text() -> str:
-    """All that fastgen is made of."""
+def package_text(without: tuple[str, ...] = ()) -> str:
+    """All that fastgen is made of, but for some areas."""
     files = [CHECKOUT / "pyproject.toml"]
     for folder in ("fastgen", "export"):
         files += sorted((CHECKOUT / folder).rglob("*.py"))
+    skipped = [CHECKOUT / "fastgen" / area for area in without]
+    files = [file for file in files if not any(area in file.parents for area in skipped)]
     return "".join(file.read_text() for file in files)
 
 

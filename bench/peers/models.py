@@ -1,18 +1,65 @@
-"""The model that every engine converts: random weights, and a tokenizer for those that need one."""
+"""The model that every engine converts, as transformers saves it.
+
+A shape has random weights, and a tokenizer for those that need one. A real model is one of
+`bench/real.py`.
+"""
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 # A model with the usual random weights says its last token again and again, whatever its layers
 # do. With layers this many times as strong, its text shows whether an engine computes them right.
 LIVELIER = 1.5
+RANDOM = "random-weights"  # a file beside such a model
 
 
-def make(shape: str, directory: Path) -> None:
-    """Save a model of that shape as transformers saves one, with a tokenizer beside it."""
+def make(name: str, directory: Path) -> None:
+    """Save a model as transformers saves one, with a tokenizer beside it that each engine reads."""
+    import shapes
+
+    if name in shapes.SHAPES:
+        make_random(name, directory)
+    else:
+        make_real(name, directory)
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    # Engines whose converters read an older transformers' config look for these names.
+    config.setdefault("torch_dtype", "float32")
+    if rope := config.get("rope_parameters"):
+        config.setdefault("rope_theta", rope.get("full_attention", rope)["rope_theta"])
+    path.write_text(json.dumps(config, indent=2))
+    if name in shapes.SHAPES or not (directory / "tokenizer.json").exists():
+        make_tokenizer(directory, config["vocab_size"], config["eos_token_id"])
+
+
+def is_random(source: Path) -> bool:
+    """True for a model of random weights, whose text says nothing."""
+    return (source / RANDOM).exists()
+
+
+def make_real(name: str, directory: Path) -> None:
+    """Save a model of `bench/real.py`, its weights in one file of safetensors."""
+    import real
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    source = real.directory(name)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    model.save_pretrained(directory)
+    for file in source.glob("*token*"):
+        shutil.copy(file, directory)
+    path = directory / "tokenizer_config.json"
+    if path.exists():  # prompts are ids: what older versions of transformers can read will do
+        said = json.loads(path.read_text())
+        write_tokenizer_config(directory, said.get("eos_token") or said["bos_token"])
+
+
+def make_random(shape: str, directory: Path) -> None:
+    """Save a model of that shape with random weights."""
     import shapes
     import torch
 
@@ -22,14 +69,7 @@ def make(shape: str, directory: Path) -> None:
             if weight.ndim == 2 and not any(part in name for part in ("wte", "wpe", "embed")):
                 weight *= LIVELIER
     model.save_pretrained(directory)
-    path = directory / "config.json"
-    config = json.loads(path.read_text())
-    # Engines whose converters read an older transformers' config look for these names.
-    config.setdefault("torch_dtype", "float32")
-    if rope := config.get("rope_parameters"):
-        config.setdefault("rope_theta", rope["rope_theta"])
-    path.write_text(json.dumps(config, indent=2))
-    make_tokenizer(directory, config["vocab_size"], config["eos_token_id"])
+    (directory / RANDOM).touch()
 
 
 def make_tokenizer(directory: Path, size: int, eos: int) -> None:

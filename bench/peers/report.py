@@ -2,18 +2,47 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from peers.cases import BEAM_LENGTHS, BEAMS, CASES, CHAT, COLD, LONG, MAIN, Case
-from peers.engines import BASE, NAMES, OURS, adapter
+from peers.cases import BEAM_LENGTHS, BEAMS, CASES, CHAT, COLD, LONG, MAIN, PLANE, Case
+from peers.engines import BASE, NAMES, OURS, PRECISIONS, adapter
+from peers.text import KINDS
 
 Line = dict[str, Any]
 Key = tuple[str, str]  # engine, precision
-CLASSES = {"fp32": "fp32", "int8": "8 bit", "int4": "4 bit"}
-COLOURS = {"fp32": "#8c9bab", "int8": "#3b7dd8", "int4": "#e08a1e"}
+COLOURS = {
+    "fp32": "#8c9bab",
+    "int8": "#3b7dd8",
+    "int6": "#7a5fc0",
+    "int4-k": "#c0503b",
+    "int4": "#e08a1e",
+}
+AS_FAITHFUL = 1.1  # times the KL divergence that another may have and count as faithful as that
+REAL = {"smollm2": "SmolLM2-135M-Instruct", "gemma3": "Gemma 3 270M", "mgm": "MGM"}
+ABOUT = {
+    "smollm2": "Its weights lie on llama.cpp's grid of Q4_1, which none of the types below has.",
+    "gemma3": "Its weights lie on the grid of llama.cpp's Q4_K_M, which finds it again: that line "
+    "says nothing of 4 bits.",
+    "mgm": "8.9 million weights that never lay on a grid of 4 bits: the fair judge of 4 bits. It "
+    "has no tokenizer, and is judged on text that it wrote itself. It has 512 positions.",
+}
+PAGE = """# Beside the peers: speed and faithfulness
+
+    {command}
+
+Real models (`bench/real.py`), each engine's own conversion of the same float32 weights. KL is the
+mean Kullback-Leibler divergence of an engine's next-token distribution from transformers' in
+float32, in nats, over the same rows of text, read as prompts; top-1 the share of places where the
+likeliest token is the same; perplexity how much the text's own is above that of float32. Half of
+the text is of several kinds, from the half of fastgen's own texts that no export calibrates on;
+half is documentation that no export has seen. Speed is measured with forced lengths and random
+prompts. What it says, and where fastgen is behind and why: `bench/README.md`.
+
+"""
 
 
 class Results:
@@ -28,8 +57,9 @@ class Results:
             self.seconds.setdefault(cell, {})[line["round"]] = line["seconds"]
             if first := line.get("first"):
                 self.firsts.setdefault(cell, []).append((first, line["seconds"] - first))
-        self.tried = {key(line) for line in self.lines}
-        self.keys = [k for k in every_key() if k in {k for k, _ in self.seconds} | self.cold_keys()]
+        self.losses = {key(line): Loss(line) for line in self.of("faith")}
+        known = {k for k, _ in self.seconds} | self.cold_keys() | self.losses.keys()
+        self.keys = [k for k in every_key() if k in known]
 
     def of(self, kind: str) -> list[Line]:
         """The lines of a kind."""
@@ -60,8 +90,12 @@ class Results:
         return statistics.median(theirs[r] / mine[r] for r in both) if both else None
 
     def best(self, case: str, precision: str, among: Iterable[Key]) -> Key | None:
-        """The fastest at a precision."""
-        medians = {k: self.median(k, case) for k in among if k[1] == precision}
+        """The fastest with as many bits as a precision."""
+        return self.fastest(case, (k for k in among if bits(k[1]) == bits(precision)))
+
+    def fastest(self, case: str, among: Iterable[Key]) -> Key | None:
+        """The fastest of some."""
+        medians = {k: self.median(k, case) for k in among}
         return min(
             (k for k, m in medians.items() if m is not None),
             key=lambda k: medians[k] or 0.0,
@@ -76,18 +110,133 @@ class Results:
         return ""
 
 
+class Loss:
+    """What an engine at a precision loses on a real model's text, of a line of kind "faith"."""
+
+    def __init__(self, line: Line) -> None:
+        self.kinds: dict[str, dict[str, float]] = line["kinds"]
+        self.megabytes: float = line["megabytes"]
+
+    def mean(self, name: str, kinds: Iterable[str] = KINDS) -> float:
+        """Of a token, over some kinds of text."""
+        of = [self.kinds[kind] for kind in kinds if kind in self.kinds]
+        return sum(sums[name] for sums in of) / sum(sums["tokens"] for sums in of)
+
+    @property
+    def kl(self) -> float:
+        """In nats a token; never negative, as it is by rounding where there is no loss."""
+        return max(0.0, self.mean("kl"))
+
+    @property
+    def more_perplexity(self) -> float:
+        """Relative to float32's."""
+        return math.exp(self.mean("loss") - self.mean("reference_loss")) - 1
+
+
 def markdown(lines: Sequence[Line]) -> str:
     """All tables."""
-    out = [
-        f"{line['text']}; commit {line['commit']}; medians of {line['rounds']} rounds"
-        for line in lines
-        if line["kind"] == "machine"
-    ]
+    out = list(
+        dict.fromkeys(
+            f"{line['text']}; commit {line['commit']}; medians of {line['rounds']} rounds"
+            for line in lines
+            if line["kind"] == "machine"
+        )
+    )
     for shape in dict.fromkeys(line["shape"] for line in lines if "shape" in line):
         results = Results(lines, shape)
+        if results.losses:
+            out += [f"## {REAL[shape]}", ABOUT[shape], *plane(results), *as_faithful(results)]
+            out += [*remarks(results)]
+            continue
         out += [f"## {shape} shape", *speed(results), *turns(results), *beams(results)]
         out += [*against(results), *starting(results, lines), *remarks(results)]
     return "\n\n".join(part for part in out if part) + "\n"
+
+
+def page(lines: Sequence[Line], picture: str | None) -> str:
+    """The tables of real models as a page, with a picture at that place."""
+    commands = (line.get("command") for line in lines if line["kind"] == "machine")
+    top = PAGE.format(command=next(filter(None, commands), "python bench/peers"))
+    shown = f"![speed against KL by engine and precision]({picture})\n\n" if picture else ""
+    return top + shown + markdown(lines)
+
+
+def plane(results: Results) -> list[str]:
+    """Faithfulness beside speed, by engine and precision."""
+    cases = [CASES[name] for name in PLANE if measured(results, name)]
+    kinds = [kind for kind in KINDS if any(kind in loss.kinds for loss in results.losses.values())]
+    kinds = kinds if len(kinds) > 1 else []
+    rows = []
+    for who in results.keys:
+        loss = results.losses.get(who)
+        told = ["-"] * (4 + len(kinds))
+        if loss is not None:
+            told = [f"{loss.megabytes:.{0 if loss.megabytes >= 20 else 1}f}", small(loss.kl)]
+            told += [small(loss.mean("kl", [kind])) for kind in kinds]
+            told += [f"{loss.mean('same'):.1%}", f"{loss.more_perplexity:+.2%}"]
+        rows.append([label(who), *told, *(pace(results, who, case) for case in cases)])
+    heads = ["", "MB", "KL", *(f"KL, {kind}" for kind in kinds), "top-1", "perplexity"]
+    heads += [f"{case.title}, ms" if case.new == 1 else case.title for case in cases]
+    return [
+        "Tokens a second of all rows, prompt included, but for the first token after 512, which is "
+        "in milliseconds. Bold: the fastest with that number of bits.",
+        table(heads, rows),
+    ]
+
+
+def pace(results: Results, who: Key, case: Case) -> str:
+    """A cell of the plane: tokens a second, or milliseconds to the first."""
+    seconds = results.median(who, case.name)
+    if seconds is None:
+        return "-"
+    text = f"{1e3 * seconds:.0f}" if case.new == 1 else f"{rate(case, seconds):.0f}"
+    return f"**{text}**" if results.best(case.name, who[1], results.keys) == who else text
+
+
+def rate(case: Case, seconds: float) -> float:
+    """Tokens a second of all rows: of the prompt, where only one is new."""
+    tokens = case.lengths[0] if case.new == 1 else case.new
+    return len(case.lengths) * tokens / seconds
+
+
+def as_faithful(results: Results) -> list[str]:
+    """fastgen beside the fastest peer of any precision that loses no more than it."""
+    cases = [name for name in PLANE if measured(results, name)]
+    rows, behind, cells = [], [], 0
+    for who in results.keys:
+        if who[0] not in OURS or who[1] == "fp32" or who not in results.losses:
+            continue
+        peers = [k for k in results.losses if k[0] not in OURS]
+        most = AS_FAITHFUL * results.losses[who].kl
+        faithful = [k for k in peers if results.losses[k].kl <= most]
+        alike = [k for k in peers if bits(k[1]) == bits(who[1])]
+        rows.append([label(who), *(beside(results, who, case, faithful) for case in cases)])
+        for case, told in zip(cases, rows[-1][1:], strict=True):
+            cells += told != "-"
+            if told != "-" and float(told.split()[0]) < 1:
+                behind.append(f"{label(who)} {CASES[case].title} {told}")
+        rows.append(["the same bits", *(beside(results, who, case, alike) for case in cases)])
+    if not rows:
+        return []
+    heads = [CASES[case].title for case in cases]
+    return [
+        "How many times faster fastgen is than the fastest peer that is as faithful (of any "
+        f"precision, with at most {AS_FAITHFUL} times its KL), and than the fastest of its bits, "
+        "however faithful:",
+        table(["", *heads], rows),
+        f"At equal faithfulness fastgen is ahead or level in {cells - len(behind)} of {cells} "
+        f"cells that have such a peer; behind in: {'; '.join(behind) or 'none'}.",
+    ]
+
+
+def beside(results: Results, who: Key, case: str, peers: Iterable[Key]) -> str:
+    """How many times as fast as the fastest of some peers, and which that is."""
+    one_row = len(CASES[case].lengths) == 1 and CASES[case].new > 1
+    if one_row and adapter(who[0]).model_of:  # its KL is that of many tokens at once
+        return "-"
+    best = results.fastest(case, peers)
+    ratio = best and results.ratio(who, best, case)
+    return f"{ratio:.2f} ({label(best)})" if best and ratio else "-"
 
 
 def speed(results: Results) -> list[str]:
@@ -145,7 +294,9 @@ def grid(
 ) -> str:
     """A table with a row for each engine and precision, and a column for each case."""
     fastest = {
-        (case.name, p): results.best(case.name, p, results.keys) for case in cases for p in CLASSES
+        (case.name, p): results.best(case.name, p, results.keys)
+        for case in cases
+        for p in PRECISIONS
     }
     rows = []
     for who in results.keys:
@@ -217,7 +368,9 @@ def remarks(results: Results) -> list[str]:
             where = ", beams"
         out[f"{label(key(line))}{where}: {line['reason']}"] = None
     starts = {key(line): line.get("equal_first") for line in results.of("check")}
-    told = [f"{label(k)} {starts[k]:.0%}" for k in results.keys if k[1] != "fp32" and starts.get(k)]
+    told = [
+        f"{label(k)} {starts[k] or 0:.0%}" for k in results.keys if k[1] != "fp32" and starts.get(k)
+    ]
     if told:
         out[f"first tokens of random prompts that are transformers': {', '.join(told)}"] = None
     for who in results.keys:
@@ -237,7 +390,7 @@ def remarks(results: Results) -> list[str]:
 
 
 def picture(lines: Sequence[Line], path: Path) -> None:
-    """Bars of tokens a second: a row of panels for each shape.
+    """Speed against faithfulness of real models; of shapes bars of tokens a second.
 
     Raises:
         ModuleNotFoundError: matplotlib is missing; the message says what to install.
@@ -248,6 +401,11 @@ def picture(lines: Sequence[Line], path: Path) -> None:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("the picture needs matplotlib: pip install matplotlib") from error
 
+    if any(line["kind"] == "faith" for line in lines):
+        from peers import picture_of_plane
+
+        picture_of_plane.draw(Figure, lines, path)
+        return
     panels = {"greedy-16": "one prompt", "beams-4-new-64": "4 beams", "rows-8": "8 prompts",
               "prefill-512": "reading a prompt of 512"}  # fmt: skip
     shapes = list(dict.fromkeys(line["shape"] for line in lines if line["kind"] == "time"))
@@ -261,9 +419,9 @@ def picture(lines: Sequence[Line], path: Path) -> None:
             axis.set_title(f"{shape}: {title}", fontsize=10)
             axis.set_xlabel("prompt tokens/s" if CASES[case].new == 1 else "tokens/s", fontsize=9)
     figure.legend(
-        handles=[Patch(color=COLOURS[p], label=CLASSES[p]) for p in CLASSES],
+        handles=[Patch(color=COLOURS[p], label=PRECISIONS[p]) for p in PRECISIONS],
         loc="outside lower center",
-        ncols=len(CLASSES),
+        ncols=len(PRECISIONS),
         frameon=False,
     )
     figure.savefig(path, dpi=110)
@@ -274,7 +432,7 @@ def bars(axis: Any, results: Results, names: Sequence[str], case: Case) -> None:
     rows = len(case.lengths)
     tokens = case.lengths[0] if case.new == 1 else rows * case.new
     for place, name in enumerate(names):
-        here = [p for p in CLASSES if (name, p) in results.keys]
+        here = [p for p in PRECISIONS if (name, p) in results.keys]
         for offset, precision in enumerate(reversed(here)):
             seconds = results.median((name, precision), case.name)
             if seconds is None:
@@ -297,7 +455,19 @@ def key(line: Line) -> Key:
 
 def every_key() -> list[Key]:
     """Engines and precisions in the order of the tables: by precision."""
-    return [(name, p) for p in CLASSES for name in NAMES if p in adapter(name).precisions]
+    return [(name, p) for p in PRECISIONS for name in NAMES if p in adapter(name).precisions]
+
+
+def bits(precision: str) -> int:
+    """Of a weight, by the name of a precision."""
+    return int("".join(filter(str.isdigit, precision)))
+
+
+def small(value: float) -> str:
+    """A divergence with two digits that count."""
+    if value < 1e-6:
+        return "0"
+    return f"{value:.1e}" if value < 1e-4 else f"{value:.{1 - math.floor(math.log10(value))}f}"
 
 
 def label(who: Key) -> str:

@@ -36,7 +36,7 @@ def serve(engine: Engine, requests: Iterable[str], answers: TextIO) -> None:
 
 
 def respond(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
-    """Do what one request asks: `load`, `generate` or `memory`."""
+    """Do what one request asks: `load`, `generate`, `logits` or `memory`."""
     match request["do"]:
         case "load":
             directory = Path(request["directory"])
@@ -53,6 +53,13 @@ def respond(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
                 "ids": [[int(i) for i in row] for row in ids],
                 "spun": rest() if request.get("rest", True) else 0.0,
             }
+        case "logits":
+            # In a file: those of 256 tokens and 262,144 logits each are 268 MB.
+            import numpy as np
+
+            found = engine.logits(request["ids"])
+            np.save(request["file"], np.ascontiguousarray(found, np.float32))
+            return {"shape": list(found.shape)}
         case "memory":
             return memory()
     raise ValueError(f"no such request: {request['do']}")

@@ -85,6 +85,10 @@ def bench(
     Prompts are read, and one row, many rows and beams are generated, all of a forced length, with
     several numbers of threads. Models take turns, and medians of the rounds count. What does not
     fit into a model's positions or the memory is left out, if it was not asked for.
+
+    A last table has what llama.cpp's llama-bench measures by default: pp512, a prompt of 512
+    tokens, and tg128, 128 tokens with nothing before them, in tokens a second, mean and standard
+    deviation of the rounds. A model with fewer positions reads fewer, and the name says so.
     """
     from fastgen.timing import measure, plot
 

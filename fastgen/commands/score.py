@@ -34,8 +34,9 @@ def score(
 
     IN has JSON lines, {"text": ...} or {"ids": [...]}, with a "prefix" that comes before, if there
     is one; or text, one a line (.txt); or is a Parquet file with such columns. OUT has the sum of
-    the log-probabilities, the number of tokens and the perplexity. It is killed, started again and
-    wrong in single rows as `fastgen batch` is.
+    the log-probabilities, the number of tokens and the perplexity. A row with "options" is a
+    decision: OUT has which of them follows its text, with a probability for each. It is killed,
+    started again and wrong in single rows as `fastgen batch` is.
     """
     with clear_errors():
         from fastgen.jobs.job import RowJob

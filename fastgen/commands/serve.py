@@ -162,7 +162,8 @@ def serve(
     by the NAME of NAME=MODEL. The default is loaded at once, each of the others when it is first
     asked for; all are fetched, and exported if need be, before the service begins.
 
-    The API is OpenAI's: /v1/completions, /v1/chat/completions, /v1/models; every knob is a field
+    The API is OpenAI's: /v1/completions, /v1/chat/completions, /v1/responses, /v1/models; and
+    Anthropic's: /v1/messages. Every knob is a field
     besides. At / there is a page to try it, at /docs the API, at /metrics what Prometheus reads.
     The page samples as the model's own generation config says, or at temperature 0.7 and top_p 0.9
     if it says nothing of it; the API has OpenAI's defaults.

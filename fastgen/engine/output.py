@@ -34,6 +34,31 @@ class Token:
     row: int = 0
 
 
+@dataclass(frozen=True)
+class Decision:
+    """A choice among options (see `CausalLM.choose`).
+
+    Attributes:
+        index: of the likeliest option.
+        option: that option, as it was given.
+        probabilities: of each option, in their order; their sum is 1.
+        logprobs: of each option, the log-probability of its tokens after the prompt, summed up.
+    """
+
+    index: int
+    option: Any
+    probabilities: list[float]
+    logprobs: list[float]
+
+    @property
+    def confidence(self) -> float:
+        """0 where all options are alike, 1 where one is certain (transformers' `confidence`)."""
+        even = 1 / len(self.probabilities)
+        if even == 1:
+            return 1.0
+        return max(0.0, (self.probabilities[self.index] - even) / (1 - even))
+
+
 @dataclass(eq=False)
 class GenerateOutput(Mapping[str, Any]):
     """The result of `generate` with `return_dict_in_generate=True`, in transformers' names.

@@ -28,7 +28,7 @@ from fastgen.engine.plan import Entry, Planner, Work
 from fastgen.engine.prefill import CHUNK, WHOLE, Chunks
 from fastgen.engine.prefix_cache import PrefixCache
 from fastgen.engine.request import Request
-from fastgen.engine.score import Scoring
+from fastgen.engine.score import Choosing, Scoring
 from fastgen.engine.speculative import Assistant
 from fastgen.engine.step import Event, Step
 from fastgen.system.cpu import memory_bytes
@@ -153,6 +153,8 @@ class Scheduler:
         self.check(job)
         if isinstance(job, Call) and job.request.prefix_cache is None:
             job.request.prefix_cache = self.prefix_cache
+        elif isinstance(job, Choosing) and job.prefix_cache is None:
+            job.prefix_cache = self.prefix_cache
         entry = self._entries[id(job)] = _entry(job, self._needs(job))
         self.planner.waiting.append(entry)
 

@@ -11,10 +11,12 @@ from numpy.typing import NDArray
 from fastgen.engine import memory_estimate
 from fastgen.engine.cache import Cache
 from fastgen.engine.model import Model
+from fastgen.engine.output import Decision
+from fastgen.engine.prefill import CHUNK as READ_AT_ONCE
 from fastgen.engine.prefix_cache import PrefixCache
 from fastgen.engine.prompt_reader import PromptReader
 from fastgen.sampling import sampler
-from fastgen.sampling.softmax import log_softmax
+from fastgen.sampling.softmax import log_softmax, normalisers
 
 Ids = NDArray[np.int64]
 Scores = NDArray[np.float32]
@@ -45,29 +47,66 @@ def log_probabilities(
     Raises:
         ValueError: the model's logits hold nan, or there is not the memory.
     """
-    held = np.empty(0, np.int64) if prefix is None else prefix[:-1]
-    start = held[:0] if prefix is None else prefix[-1:]
-    longest = max(len(row) for row in rows)
-    together, capacity = min(len(rows), TOGETHER), len(held) + longest + chunk
-    token = model.info.cache_bytes + model.info.reading_bytes
-    size = together * (capacity * token + model.info.state_bytes)
+    size = bytes_of(model, rows, prefix, chunk)
     memory_estimate.check({"keys and values": size}, "shorter texts need less")
+    out: list[Scores] = []
+    for _ in _scored(model, rows, prefix, prefix_cache, chunk, chunk, out):
+        pass
+    return out
+
+
+def bytes_of(model: Model, rows: Sequence[Ids], prefix: Ids | None, chunk: int) -> int:
+    """The bytes of keys, values and states while rows after a prefix are scored."""
+    info, together = model.info, min(len(rows), TOGETHER)
+    token = info.cache_bytes + info.reading_bytes
+    return together * (_capacity(rows, prefix, chunk) * token + info.state_bytes)
+
+
+def _capacity(rows: Sequence[Ids], prefix: Ids | None, chunk: int) -> int:
+    """Tokens of a slot in which a row is scored."""
+    return (0 if prefix is None else len(prefix)) + max(map(len, rows)) + chunk
+
+
+def _scored(
+    model: Model,
+    rows: Sequence[Ids],
+    prefix: Ids | None,
+    prefix_cache: PrefixCache | None,
+    of_prefix: int,
+    chunk: int,
+    out: list[Scores],
+) -> Iterator[None]:
+    """Score rows, a call of the model at each step; `log_probabilities` says the rest.
+
+    Args:
+        of_prefix: tokens of the prefix that are read at a time.
+        out: gets the numbers of each row, in the end.
+    """
+    together, capacity = min(len(rows), TOGETHER), _capacity(rows, prefix, max(of_prefix, chunk))
     reader = PromptReader(model, model.new_cache(together, capacity), together, capacity)
-    _read(reader, held, prefix_cache, chunk)
-    cache = reader.floats
+    cache, firsts = reader.floats, np.full(len(rows), np.nan, np.float32)
+    if prefix is None:
+        yield from _reading(reader, np.empty(0, np.int64), None, of_prefix)
+    else:
+        yield from _reading(reader, prefix[:-1], prefix_cache, of_prefix)
+        # Its last token predicts the first of every row: it is read once for all of them.
+        logits = model.forward([prefix[-1:]], cache)[0]
+        (top,), (norm,) = normalisers(logits)
+        firsts = (logits[0, [int(row[0]) for row in rows]] - top) - norm
+        sampler.refuse_nan(firsts)
+        yield
     begun = cache.state(0)
-    out: list[Scores] = [np.empty(0, np.float32)] * len(rows)
+    found: list[Scores] = [np.empty(0, np.float32)] * len(rows)
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
     for first in range(0, len(rows), TOGETHER):
         indices = order[first : first + TOGETHER]
         cache.restore(0, begun)
         cache.take([0] * len(indices))
-        texts = [np.concatenate((start, rows[i])) for i in indices]
-        predicted = _predicted(model, cache, texts, chunk)
-        for index, logprobs in zip(indices, predicted, strict=True):
-            missing = len(rows[index]) - len(logprobs)
-            out[index] = np.append(np.full(missing, np.nan, np.float32), logprobs)
-    return out
+        parts: list[list[Scores]] = [[] for _ in indices]
+        yield from _predicted(model, cache, [rows[i] for i in indices], chunk, parts)
+        for index, mine in zip(indices, parts, strict=True):
+            found[index] = np.concatenate([firsts[index : index + 1], *mine]).astype(np.float32)
+    out += found
 
 
 class Scoring:
@@ -132,6 +171,82 @@ class Scoring:
         self.done, self.error = True, error
 
 
+class Choosing(Scoring):
+    """The options after one prompt, whose tokens are scored a step at a time.
+
+    The prompt is read once, and the first tokens of all options are scored together.
+
+    Args:
+        prompt: int64 [length], at least one token.
+        options: int64 [length] each, at least one token.
+        prefix_cache: where the prompt's keys and values are kept, if anywhere.
+
+    Attributes:
+        logprobs: of the tokens of all options, one option after the other, once it is over.
+        option_logprobs: float32 [length] of each option, once it is over.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        prompt: Sequence[int],
+        options: Sequence[Sequence[int]],
+        prefix_cache: PrefixCache | None = None,
+    ) -> None:
+        super().__init__(model, prompt)
+        self.options = [np.array(option, np.int64) for option in options]
+        self.prefix_cache = prefix_cache
+        self.logprobs, self.tops = [], []
+        self.option_logprobs: list[Scores] = []
+
+    @property
+    def bytes(self) -> int:
+        """The bytes that it may come to hold."""
+        rows = min(len(self.options), TOGETHER)
+        read = min(CHUNK, max(map(len, self.options)))
+        logits = max(rows * read, len(self.options)) * self.model.info.vocab_size
+        logits *= memory_estimate.FLOAT * SCORING
+        tokens = sum(map(len, self.options)) * memory_estimate.PAIR
+        return bytes_of(self.model, self.options, self.ids, READ_AT_ONCE) + logits + tokens
+
+    def steps(self, chunk: int = READ_AT_ONCE) -> Iterator[None]:
+        """Read a chunk of the prompt at each step, then score some tokens of the options.
+
+        Raises:
+            ValueError: the model's logits hold nan.
+        """
+        most, kept = min(chunk, CHUNK), self.prefix_cache
+        scored = _scored(
+            self.model, self.options, self.ids, kept, chunk, most, self.option_logprobs
+        )
+        yield from scored
+        self.logprobs = [float(one) for option in self.option_logprobs for one in option]
+        self.done = True
+
+
+def decision(
+    options: Sequence[Any],
+    logprobs: Sequence[Scores],
+    temperature: float = 1.0,
+    per_token: bool = False,
+) -> Decision:
+    """The decision that the log-probabilities of options make.
+
+    Args:
+        options: as they are given back.
+        logprobs: float32 [length] of each option: of its tokens.
+        temperature: that the log-probabilities are divided by.
+        per_token: whether options are compared by the mean of their tokens, not by the sum.
+    """
+    sums = np.array([one.sum(dtype=np.float64) for one in logprobs])
+    lengths = np.array([len(one) if per_token else 1 for one in logprobs])
+    scores = sums / lengths / temperature
+    weights = np.exp(scores - scores.max())
+    probabilities = (weights / weights.sum()).tolist()
+    index = int(scores.argmax())
+    return Decision(index, options[index], probabilities, sums.tolist())
+
+
 def perplexity(logprobs: Sequence[Scores]) -> float:
     """exp of the mean negative log-probability of all tokens that something predicts."""
     known = np.concatenate(logprobs).astype(np.float64)
@@ -141,8 +256,10 @@ def perplexity(logprobs: Sequence[Scores]) -> float:
     return float(np.exp(-known.mean()))
 
 
-def _read(reader: PromptReader, ids: Ids, prefix_cache: PrefixCache | None, chunk: int) -> None:
-    """Read `ids` into the first slot, which is empty; nobody wants logits."""
+def _reading(
+    reader: PromptReader, ids: Ids, prefix_cache: PrefixCache | None, chunk: int
+) -> Iterator[None]:
+    """Read `ids` into the first slot, which is empty, a chunk at a step; nobody wants logits."""
     model, cache = reader.model, reader.cache
     by_prefill_session = model.reads_apart(len(ids))
     if prefix_cache is not None:
@@ -154,16 +271,21 @@ def _read(reader: PromptReader, ids: Ids, prefix_cache: PrefixCache | None, chun
         if prefix_cache is not None:
             length, state = cache.state(0)
             states[length] = state
+        yield
     if prefix_cache is not None:
         prefix_cache.keep(model.fingerprint, ids, cache, 0, chunk, states)
 
 
-def _predicted(model: Model, cache: Cache, rows: Sequence[Ids], chunk: int) -> list[Scores]:
-    """float32 [length - 1] of each row, longest first: how likely its tokens after the first are.
+def _predicted(
+    model: Model, cache: Cache, rows: Sequence[Ids], chunk: int, out: list[list[Scores]]
+) -> Iterator[None]:
+    """Find how likely the tokens of each row after the first are, a call of the model at a step.
 
-    The rows go to the first slots; what the slots hold comes before them.
+    The rows, longest first, go to the first slots; what the slots hold comes before them.
+
+    Args:
+        out: gets float32 [new] of each row, part by part.
     """
-    out: list[list[Scores]] = [[] for _ in rows]
     for at in range(0, len(rows[0]) - 1, chunk):
         going = [row for row in rows if len(row) - 1 > at]
         new = [row[at : min(at + chunk, len(row) - 1)] for row in going]
@@ -175,7 +297,7 @@ def _predicted(model: Model, cache: Cache, rows: Sequence[Ids], chunk: int) -> l
             logprobs = sampler.logprob_of(logits[index, : len(ids)], targets)
             sampler.refuse_nan(logprobs)
             out[index].append(logprobs.astype(np.float32))
-    return [np.concatenate(parts) if parts else np.empty(0, np.float32) for parts in out]
+        yield
 
 
 def transition_scores(

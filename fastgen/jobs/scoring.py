@@ -16,20 +16,29 @@ from fastgen.jobs.row import Done, InputRow, KeptFields, Outcome
 from fastgen.jobs.window import Window
 
 TEXTS = ("text", "prompt", "ids", "input_ids")  # a line of text comes as a prompt
-FIELDS = frozenset({*TEXTS, "prefix"})
-OUTPUT = frozenset({"file", "row", "logprob", "tokens", "perplexity", "logprobs", "error"})
+FIELDS = frozenset({*TEXTS, "prefix", "options"})
+OF_DECISION = ("choice", "choice_index", "probabilities", "option_logprobs")
+OUTPUT = frozenset(
+    {"file", "row", "logprob", "tokens", "perplexity", "logprobs", "error", *OF_DECISION}
+)
 WINDOW = Window(tokens=2**16, rows=1024)
 TOGETHER = 16  # rows between two that are written down
 
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """A row to be scored: its ids, those before it, if any, and the fields that are kept."""
+    """A row to be scored: its ids, those before it, if any, and the fields that are kept.
+
+    Attributes:
+        options: of which one may follow the ids, as they were given, and as ids; None where it is
+            the ids that are scored.
+    """
 
     row: InputRow
     kept: Mapping[str, Any]
     ids: list[int]
     prefix: tuple[int, ...] | None
+    options: tuple[list[Any], list[list[int]]] | None = None
 
 
 class ScoringWork:
@@ -56,7 +65,10 @@ class ScoringWork:
             if not bad and not good:
                 return
             yield from bad
-            given = [request for _, request in good]
+            for _, request in good:
+                if request.options is not None:
+                    yield Done(request.row, self._decided(request, *request.options))
+            given = [request for _, request in good if request.options is None]
             given.sort(
                 key=lambda request: (
                     request.prefix or (),
@@ -102,7 +114,15 @@ class ScoringWork:
         prefix = fields.get("prefix")
         before = None if prefix is None else tuple(self._ids("prefix", prefix, True))
         ids = self._ids(named[0], fields[named[0]], prefix is None)
-        return ScoreRequest(row, kept, ids, before)
+        options = fields.get("options")
+        if options is None:
+            return ScoreRequest(row, kept, ids, before)
+        if prefix is not None:
+            raise ValueError("options follow the text: a prefix before it is part of the text")
+        if not isinstance(options, list):
+            raise ValueError(f"options must be a list, got {options!r}")
+        rows = [self._ids("an option", one, False) for one in options]
+        return ScoreRequest(row, kept, ids, None, (options, self.model.options(rows)))
 
     def _ids(self, name: str, value: Any, special: bool) -> list[int]:
         """A text or a list as ids, as `CausalLM.score` would read it."""
@@ -114,6 +134,16 @@ class ScoringWork:
         if not ids:
             raise ValueError(f"{name} is empty: it needs at least one token")
         return ids
+
+    def _decided(self, request: ScoreRequest, options: list[Any], rows: list[list[int]]) -> Outcome:
+        """The option that follows a row."""
+        try:
+            found = self.model.choose(request.ids, rows, prefix_cache=self.cache)
+        except ValueError as error:
+            return Outcome.failed(error, request.kept)
+        values = (options[found.index], found.index, found.probabilities, found.logprobs)
+        made = {**request.kept, **dict(zip(OF_DECISION, values, strict=True))}
+        return Outcome(made, len(request.ids) + sum(map(len, rows)))
 
     def _scored(self, some: list[ScoreRequest]) -> Iterator[Done]:
         """Rows with one prefix. One that cannot be is bad, and the others are not."""

@@ -15,6 +15,7 @@ response     what all answers share              run         the texts of one re
 front        a request -> calls                  service     runs the calls in its engine
 engine       the thread that runs the model      answers     tokens -> texts, log-probabilities
 tools        calls of tools, a file a format     reasoning   where it begins, and its budget
+decisions    which of some options follows
 knobs        the one list, for the page          page_files  the page at /, in `page`
 metrics      the counts at /metrics
 """

@@ -31,6 +31,7 @@ class RequestLimits:
     text: int = limit(1 << 20, "bytes of a text that is to be cut into tokens")
     prompts: int = limit(64, "prompts of a completion")
     copies: int = limit(64, "answers to a prompt: n, best_of, num_return_sequences")
+    options: int = limit(256, "options of a decision")
     stops: int = limit(32, "stop texts")
     stop_text: int = limit(1024, "characters of a stop text")
     alternatives: int = limit(20, "alternatives of a token: logprobs, top_logprobs")

@@ -42,8 +42,10 @@ def told(error: Refused, path: str) -> dict[str, Any]:
     if not path.startswith(MESSAGES):
         return error.body
     kind = "invalid_request_error" if error.status < 500 else "api_error"
-    kind = KINDS.get(error.status, kind)
-    return {"type": "error", "error": {"type": kind, "message": str(error)}}
+    said: dict[str, Any] = {"type": KINDS.get(error.status, kind), "message": str(error)}
+    if error.body["error"]["code"] is not None:
+        said["details"] = {"error_code": error.body["error"]["code"]}
+    return {"type": "error", "error": said}
 
 
 class Full(Exception):

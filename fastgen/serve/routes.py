@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 import fastgen
 from fastgen import first_use
 from fastgen.generator import CausalLM
-from fastgen.serve import chats, completions, messages, page_files, record, responses
+from fastgen.serve import chats, completions, decisions, messages, page_files, record, responses
 from fastgen.serve.document import OF_READING, OF_RUNNING, document, errors, takes
 from fastgen.serve.door import Door, Guard, Hosts
 from fastgen.serve.kept import KeptResponses
@@ -32,7 +32,7 @@ from fastgen.serve.record import Recorded, RequestRecord
 from fastgen.serve.refused import MESSAGES, Refused, Stopping, refusal, told
 from fastgen.serve.rendered import Json, in_parts
 from fastgen.serve.service import Service
-from fastgen.serve.wire import ChatCompletion, Completion, Detokenize, Tokenize, invalid
+from fastgen.serve.wire import ChatCompletion, Choose, Completion, Detokenize, Tokenize, invalid
 from fastgen.serve.wire_messages import CountedMessages, CreateMessage
 from fastgen.serve.wire_responses import CountedInput, CreateResponse
 from fastgen.store.model_info import ModelInfo
@@ -42,7 +42,7 @@ MOST_HELD = 64  # events that are sent in one piece
 STREAM = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies pass events on at once
 BODIES: list[type[BaseModel]] = [
     Completion, ChatCompletion, CreateResponse, CountedInput, CreateMessage, CountedMessages,
-    Tokenize, Detokenize,
+    Choose, Tokenize, Detokenize,
 ]  # fmt: skip
 EVENTS: dict[str, Any] = {"schema": {"type": "string"}}  # server-sent
 
@@ -252,6 +252,12 @@ def _routes(made: FastAPI, models: Models) -> None:
         """The tokens of a conversation."""
         body = await _read(request, CountedMessages, limits)
         return await messages.count(await _service(request, models, body.model), body)
+
+    @made.post("/v1/choose", responses=errors(*OF_RUNNING), openapi_extra=takes(Choose))
+    async def choose(request: Request) -> Any:
+        """The option that follows a prompt, with a probability for each."""
+        body = await _read(request, Choose, limits)
+        return await _answer(request, models, body, decisions.answer)
 
     @made.get("/v1/models", responses=shows)
     async def all_models() -> dict[str, Any]:

@@ -168,6 +168,24 @@ else:
     ChatCompletion = with_knobs("ChatCompletion", _ChatCompletion, dialects.ONLY_CHATS)
 
 
+class Choose(Sent):
+    """`POST /v1/choose`."""
+
+    model: str | None = Field(None, description="of /v1/models; any where there is one")
+    prompt: Annotated[
+        Any, PlainValidator(_prompt), WithJsonSchema({"anyOf": PROMPT}, mode="validation")
+    ] = Field(None, description="a text or several, or token ids: a decision for each")
+    messages: list[Message] | None = Field(
+        None, min_length=1, description="a conversation in place of a prompt"
+    )
+    options: list[str] | list[list[int]] = Field(
+        min_length=2, description="what may follow: texts or token ids"
+    )
+    temperature: float | None = Field(None, description="that the scores are divided by")
+    per_token: bool | None = Field(False, description="compare the mean of their tokens")
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="for the template")
+
+
 class Tokenize(Sent):
     """`POST /tokenize`."""
 

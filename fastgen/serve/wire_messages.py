@@ -91,6 +91,7 @@ class _CreateMessage(CountedMessages):
     stream: bool | None = Field(False, description="server-sent events, as tokens come")
     metadata: dict[str, Any] | None = Field(None, description="accepted, and changes nothing")
     service_tier: Literal["auto", "standard_only"] | None = None
+    thread: Any = Field(None, description="not supported; clients then go on without")
 
 
 if TYPE_CHECKING:
@@ -113,6 +114,13 @@ def chat_of(body: Any) -> ChatCompletion:
         Refused: it asks for what is not done here.
     """
     sent = body.model_dump(exclude_unset=True, by_alias=True)
+    if "thread" in sent:
+        raise Refused(
+            400,
+            "thread is not supported: conversations are not kept, send all messages",
+            param="thread",
+            code="thread_unsupported_request",  # clients then send all messages
+        )
     made: dict[str, Any] = {
         name: value
         for name, value in sent.items()

@@ -1,5 +1,8 @@
 """The speed of models on this machine: reading prompts, one row, many rows, beams, threads.
 
+Last come the two tests that llama-bench runs by default, pp512 and tg128: a prompt of 512 tokens,
+and 128 tokens one after the other with nothing before them.
+
 A case is a call of `generate` whose length is forced. In every round each model is loaded, does
 every case once and is dropped, and medians of the rounds count: a busy minute hits all of them, and
 memory never holds more than one.
@@ -38,7 +41,8 @@ class Case:
     """A call that is timed.
 
     Attributes:
-        kind: "read" for a prompt up to its first token; "rows" and "beams" for the steps after it.
+        kind: "read" for a prompt up to its first token; "rows" and "beams" for the steps after it;
+            "pp" and "tg" for llama-bench's tests, a prompt and nothing but steps.
         prompt: tokens of each row's prompt.
         new: tokens that follow.
         rows: rows that are generated together.
@@ -54,12 +58,16 @@ class Case:
     @property
     def tokens(self) -> int:
         """The tokens that count: those of the prompt, or those of all rows after the first."""
-        return self.prompt if self.kind == "read" else self.rows * (self.new - 1)
+        if self.kind == "tg":
+            return self.new
+        return self.prompt if self.kind in ("read", "pp") else self.rows * (self.new - 1)
 
     @property
     def steps(self) -> int:
         """Among which the seconds are divided: to the first token it is one."""
-        return 1 if self.kind == "read" else self.new - 1
+        if self.kind == "tg":
+            return self.new
+        return 1 if self.kind in ("read", "pp") else self.new - 1
 
 
 @dataclass
@@ -86,12 +94,24 @@ class Result:
         """Half of what lies between the slowest round and the fastest, as a share of the median."""
         return (max(self.seconds) - min(self.seconds)) / 2 / statistics.median(self.seconds)
 
+    @property
+    def rates(self) -> list[float]:
+        """Tokens a second of each round."""
+        return [self.case.tokens / seconds for seconds in self.seconds]
+
+    @property
+    def deviation(self) -> float:
+        """The sample standard deviation of `rates`, which llama-bench shows; 0 of one round."""
+        return statistics.stdev(self.rates) if len(self.seconds) > 1 else 0.0
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
         return asdict(self) | {
             "tokens_per_second": self.rate,
             "milliseconds": self.milliseconds,
             "spread": self.spread,
+            "mean_tokens_per_second": statistics.fmean(self.rates),
+            "deviation_tokens_per_second": self.deviation,
         }
 
 
@@ -113,6 +133,8 @@ class CaseOptions:
 
 
 PROMPTS, ROWS, BEAMS = (64, 512), (1, 8, 32), (4,)
+LLAMA_BENCH = ("pp", "tg")  # kinds of what it measures, too
+READ, WRITTEN = 512, 128  # tokens of pp512 and tg128
 
 
 def thread_counts() -> list[int]:
@@ -131,6 +153,8 @@ def cases(infos: Mapping[str, ModelInfo], asked: CaseOptions) -> tuple[list[Case
     out = [Case("read", prompt, 1) for prompt in prompts]
     out += [Case("rows", prompts[0], asked.new, rows=n) for n in asked.rows or ROWS]
     out += [Case("beams", prompts[0], asked.new, beams=n) for n in asked.beams or BEAMS]
+    most = min((info.max_length for info in infos.values() if info.max_length), default=READ + 1)
+    out += [Case("pp", min(READ, most - 1), 1), Case("tg", 1, min(WRITTEN, most - 1))]
     given = {"read": True, "rows": bool(asked.rows), "beams": bool(asked.beams)}
     notes: list[str] = []
     for case in list(out):
@@ -138,7 +162,8 @@ def cases(infos: Mapping[str, ModelInfo], asked: CaseOptions) -> tuple[list[Case
             for info in infos.values():
                 _check_room(info, case, asked.memory)
         except ValueError as error:
-            if given[case.kind] or case.rows * case.beams == 1:
+            must = given.get(case.kind) or case.rows * case.beams == 1
+            if must and case.kind not in LLAMA_BENCH:
                 raise
             out.remove(case)
             notes.append(f"left out: {title(case)}: {error}")
@@ -170,7 +195,9 @@ def _check_room(info: ModelInfo, case: Case, memory: int | None) -> None:
 
 
 def title(case: Case) -> str:
-    """A case in words: "reading 64 tokens", "8 rows", "4 beams"."""
+    """A case in words: "reading 64 tokens", "8 rows", "4 beams"; "pp512" and "tg128"."""
+    if case.kind in ("pp", "tg"):
+        return f"{case.kind}{case.tokens}"
     if case.kind == "read":
         return f"reading {case.prompt:,} tokens"
     return f"{case.beams} beams" if case.kind == "beams" else rows(case.rows)
@@ -232,7 +259,7 @@ def measure(
 
 
 def run(model: Model, case: Case, clock: Callable[[], float] = time.perf_counter) -> float:
-    """Seconds of a case, by a clock: up to the first token, or of the steps after it."""
+    """Seconds of a case, by a clock: up to the first token, of the steps after it, or of all."""
     ids = np.random.default_rng(0).integers(0, model.info.vocab_size, (case.rows, case.prompt))
     knobs = {"max_new_tokens": case.new, "num_beams": case.beams, "eos_token_id": None}
     mask = np.ones_like(ids)
@@ -244,7 +271,7 @@ def run(model: Model, case: Case, clock: Callable[[], float] = time.perf_counter
             read = clock()
         elif step.kind is Kind.SEARCHED or case.beams == 1:
             ends.append(clock())
-    if case.kind == "read":
+    if case.kind in ("read", "pp", "tg"):  # the step that reads tg's one token is one of its steps
         return ends[-1] - start
     # The first token of plain rows comes of the prompt alone; beams go on to the next one at once.
     return ends[-1] - (read if case.beams > 1 else ends[0])

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import itertools
 import math
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastgen.system import extras
-from fastgen.timing.measure import Case, Result, title
+from fastgen.timing.measure import LLAMA_BENCH, Case, Result, title
 
 NUMBERS = 29  # columns: tokens a second, the time, the spread
 LEAST_BAR = 8  # where there are fewer columns, there are no bars
@@ -46,10 +48,15 @@ def of_machine(machine: Mapping[str, Any]) -> str:
 
 
 def of_kind(results: Sequence[Result]) -> dict[str, dict[Case, list[Result]]]:
-    """By kind and case, of each model its first result; the others are about threads."""
+    """By kind and case, of each model its first result; the others are about threads.
+
+    Without llama-bench's tests, which stand by themselves.
+    """
     out: dict[str, dict[Case, list[Result]]] = {}
     seen = set()
     for result in results:
+        if result.case.kind in LLAMA_BENCH:
+            continue
         if (result.model, result.case) not in seen:
             seen.add((result.model, result.case))
             out.setdefault(result.case.kind, {}).setdefault(result.case, []).append(result)
@@ -118,6 +125,27 @@ def lines(results: Sequence[Result], width: int, encoding: str) -> Iterator[str]
                 numbers += f"{_spread(result):>6}"
                 yield f"{f'  {name}':<{left}}{numbers}  {bar}".rstrip()
         yield ""
+    tests = [result for result in results if result.case.kind in LLAMA_BENCH]
+    if tests:
+        yield from _as_llama_bench(tests, width, encoding)
+
+
+def _as_llama_bench(results: Sequence[Result], width: int, encoding: str) -> Iterator[str]:
+    """The tests that llama-bench runs by default, as it shows them: a Markdown table."""
+    between = _first_of(("±", "+-"), encoding)
+    cells: list[tuple[str, ...]] = [("model", "threads", "test", "t/s")]
+    for result in results:
+        told = f"{statistics.fmean(result.rates):.2f} {between} {result.deviation:.2f}"
+        cells.append((result.model, str(result.threads), title(result.case), told))
+    taken = sum(max(map(len, column)) + 3 for column in list(zip(*cells, strict=True))[1:]) + 4
+    room = max(SHORTEST, width - taken)
+    cells = [(_cut(model, room), *others) for model, *others in cells]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ("-" * widths[0], *(f"{'-' * (width - 1)}:" for width in widths[1:])))
+    for first, *others in cells:
+        padded = [first.ljust(widths[0])]
+        padded += [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        yield f"| {' | '.join(padded)} |"
 
 
 def _number(rate: float) -> str:
@@ -141,13 +169,18 @@ def _cut(text: str, width: int) -> str:
     return text if len(text) <= width else "~" + text[len(text) - width + 1 :]
 
 
+def _first_of(texts: Sequence[str], encoding: str) -> str:
+    """The first that an encoding has, or else the last."""
+    for text in texts[:-1]:
+        with contextlib.suppress(LookupError, UnicodeEncodeError):
+            text.encode(encoding)
+            return text
+    return texts[-1]
+
+
 def _bar(encoding: str) -> Callable[[float], str]:
     """The function that draws a bar of a number of columns."""
-    try:
-        EIGHTHS.encode(encoding)
-        marks = EIGHTHS
-    except (LookupError, UnicodeEncodeError):
-        marks = PLAIN
+    marks = _first_of((EIGHTHS, PLAIN), encoding)
     parts = len(marks) - 1
 
     def draw(columns: float) -> str:

@@ -9,14 +9,16 @@ import time
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 
 BENCH = Path(__file__).parents[2] / "bench"
 sys.path.append(str(BENCH))
 
+import real  # noqa: E402
 import shapes  # noqa: E402
-from peers import cases, report, worker  # noqa: E402
-from peers.engines import BASE, NAMES, OURS, Engine, adapter, left_padded  # noqa: E402
+from peers import cases, faith, home, report, worker  # noqa: E402
+from peers.engines import BASE, NAMES, OURS, PRECISIONS, Engine, adapter, left_padded  # noqa: E402
 from peers.home import Home, Unavailable  # noqa: E402
 
 
@@ -34,6 +36,9 @@ class Counting(Engine):
             raise NotImplementedError("no beams")
         self.first = time.perf_counter()
         return [[prompt[-1] + i + 1 for i in range(new)] for prompt in prompts]
+
+    def logits(self, row: list[int]) -> np.ndarray:
+        return np.eye(12, dtype=np.float64)[np.array(row) + 1]
 
 
 def asked(*requests: dict[str, Any]) -> list[dict[str, Any]]:
@@ -61,6 +66,50 @@ def test_a_worker_goes_on_after_an_error(capsys: pytest.CaptureFixture[str]) -> 
     assert "no beams" in capsys.readouterr().err
 
 
+def test_a_worker_writes_the_logits_after_each_id_of_a_row(tmp_path: Path) -> None:
+    file = tmp_path / "logits.npy"
+    (answer,) = asked({"do": "logits", "ids": [3, 9, 0], "file": str(file)})
+    assert answer == {"shape": [3, 12]}
+    found = np.load(file)
+    assert found.dtype == np.float32 and found.argmax(1).tolist() == [4, 10, 1]
+
+
+def test_what_an_engine_loses_is_what_fastgen_measures_of_an_export() -> None:
+    """The sums of a row, against the sums of the formulas in torch; padding is cut off."""
+    torch = pytest.importorskip("torch")
+    random = np.random.default_rng(0)
+    expected = random.standard_normal((70, 50), np.float32) * 3
+    logits = expected + random.standard_normal((70, 50), np.float32)
+    ids = random.integers(0, 50, 70).tolist()
+    padded = np.concatenate([logits, np.full((70, 14), 99, np.float32)], axis=1)
+    sums = faith.compared(ids, expected, padded)
+    p, q = (
+        torch.tensor(one[:-1], dtype=torch.float64).log_softmax(1) for one in (expected, logits)
+    )
+    targets = torch.tensor(ids[1:])
+    divergence = torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum")
+    assert sums["tokens"] == 69
+    assert sums["kl"] == pytest.approx(float(divergence)) and sums["kl"] > 1
+    loss, reference_loss = (
+        float(torch.nn.functional.nll_loss(one, targets, reduction="sum")) for one in (q, p)
+    )
+    assert sums["loss"] == pytest.approx(loss)
+    assert sums["reference_loss"] == pytest.approx(reference_loss)
+    assert sums["same"] == int((p.argmax(1) == q.argmax(1)).sum()) < 69
+    assert faith.compared(ids, expected, expected)["kl"] == 0
+    for wrong in (logits[:-1], logits[:, :-1], logits[None]):
+        with pytest.raises(ValueError, match=r"logits must be \[70, 50\]"):
+            faith.compared(ids, expected, wrong)
+
+
+def test_a_model_is_as_large_as_its_graph_and_weights(tmp_path: Path) -> None:
+    (tmp_path / "fp32").mkdir()
+    names = ["model.onnx", "model.onnx.data", "openvino_tokenizer.bin", "tokenizer.json"]
+    for name in [*names, "fp32/model.onnx"]:
+        (tmp_path / name).write_bytes(b"x" * 500_000)
+    assert faith.megabytes(tmp_path) == 1.0
+
+
 def test_prompts_are_the_same_for_all_and_new_each_round() -> None:
     case = cases.CASES["ragged-8"]
     first = cases.prompts(case, 1000, 1)
@@ -86,7 +135,7 @@ def test_every_engine_has_its_files() -> None:
             text = (BENCH / "peers" / "requirements" / f"{requirements}.txt").read_text()
             pins = [line for line in text.splitlines() if line and not line.startswith("#")]
             assert pins and all("==" in pin and "/" not in pin for pin in pins), requirements
-        assert engine.precisions.keys() <= report.CLASSES.keys()
+        assert engine.precisions.keys() <= PRECISIONS.keys()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such lock there")
@@ -118,6 +167,16 @@ def test_what_is_made_is_kept_until_its_source_changes(tmp_path: Path) -> None:
             home.kept(tmp_path / "other", "one", fail)
     assert not (tmp_path / "other").exists()
     home.lock.close()
+
+
+def test_exports_are_made_again_for_what_they_depend_on_alone() -> None:
+    whole, exporter = home.package_text(), home.package_text(home.BESIDE)
+    service = (BENCH.parent / "fastgen" / "commands" / "bench.py").read_text()
+    pipeline = (BENCH.parent / "export" / "pipeline.py").read_text()
+    assert service in whole and service not in exporter
+    assert pipeline in whole and pipeline in exporter
+    for area in home.BESIDE:
+        assert (BENCH.parent / "fastgen" / area).is_dir()
 
 
 def test_ragged_prompts_are_padded_on_the_left() -> None:
@@ -188,6 +247,76 @@ def test_only_fastgen_reads_the_longest_prompts() -> None:
 def test_tables_of_a_partial_run_need_no_transformers() -> None:
     lines = [line for line in LINES if line.get("engine") != BASE]
     assert "| fastgen fp32 | **25.0** |" in report.markdown(lines)
+
+
+def loss(kl: float, other: float = 2.0) -> dict[str, dict[str, float]]:
+    """Of a line of a real model: two kinds of text, whose perplexity is 3 times too large."""
+    told = {"loss": 100 * (1 + np.log(3)), "reference_loss": 100.0, "same": 90}
+    return {
+        kind: {"tokens": 100, "kl": 100 * one, **told}
+        for kind, one in (("several kinds", kl), ("documentation", other * kl))
+    }
+
+
+REAL: list[dict[str, Any]] = [
+    {"kind": "machine", "text": "a machine", "commit": "abc", "rounds": 3,
+     "command": "python bench/peers --home DIR --shapes smollm2"},
+    *(
+        {"kind": kind, "shape": "smollm2", "engine": engine, "precision": precision, **told}
+        for engine, precision, kl, seconds in [
+            (BASE, "fp32", 0.0, 6.4), ("ours", "int8", 0.004, 0.8), ("llama", "int8", 0.002, 1.6),
+            ("openvino_llm", "int8", 0.4, 0.4), ("llama", "int4-k", 0.1, 3.2),
+            ("ours", "int4", 0.2, 0.64), ("ours_many", "int4", 0.01, 0.64),
+        ]
+        for kind, told in [
+            ("faith", {"megabytes": 144.4, "kinds": loss(kl)}),
+            ("time", {"case": "greedy-16", "round": 1, "seconds": seconds, "tokens": 64,
+                      "equal": None, "spun": 0.0}),
+            ("time", {"case": "prefill-512", "round": 1, "seconds": seconds, "tokens": 1,
+                      "equal": None, "spun": 0.0}),
+        ]
+    ),
+]  # fmt: skip
+
+
+def test_faithfulness_stands_beside_speed() -> None:
+    text = report.page(REAL, "plane.png")
+    assert text.startswith("# Beside the peers: speed and faithfulness\n")
+    assert "\n    python bench/peers --home DIR --shapes smollm2\n" in text
+    assert "](plane.png)" in text and "## SmolLM2-135M-Instruct" in text
+    heads = "|  | MB | KL | KL, several kinds | KL, documentation | top-1 | perplexity | 16 -> 64 |"
+    assert f"{heads} first token after 512, ms |" in text
+    told = "0.0060 | 0.0040 | 0.0080 | 90.0% | +200.00%"
+    assert f"| fastgen int8 | 144 | {told} | 80 | 800 |" in text
+    assert "| OpenVINO GenAI int8 | 144 | 0.60 | 0.40 | 0.80 | 90.0% | +200.00% | **160** |" in text
+    assert "| fastgen int4 | 144 | 0.30 |" in text and "| **100** | **640** |" in text
+    assert "| transformers float32 | 144 | 0 | 0 | 0 |" in text
+
+
+def test_speed_is_compared_with_peers_that_are_as_faithful() -> None:
+    text = report.markdown(REAL)
+    assert "| fastgen int8 | 2.00 (llama.cpp Q8_0) |" in text
+    assert "| the same bits | 0.50 (OpenVINO GenAI int8) |" in text
+    assert "| fastgen int4 | 2.50 (llama.cpp Q8_0) |" in text
+    assert "| the same bits | 5.00 (llama.cpp Q4_K_M) |" in text
+    assert "ahead or level in 5 of 5 cells that have such a peer; behind in: none." in text
+    slower = [line | {"seconds": 4.0} if line.get("engine") == "ours" else line for line in REAL]
+    told = "behind in: fastgen int8 16 -> 64 0.40 (llama.cpp Q8_0); fastgen int8 first token after"
+    assert "in 1 of 5 cells" in report.markdown(slower) and told in report.markdown(slower)
+
+
+@pytest.mark.parametrize("lines", [REAL, REAL[:7]])
+def test_the_plane_is_drawn(lines: list[dict[str, Any]], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    report.picture(lines, tmp_path / "plane.png")
+    assert (tmp_path / "plane.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_real_models_have_all_that_a_page_says_of_them() -> None:
+    assert report.REAL.keys() == report.ABOUT.keys() == real.MODELS.keys()
+    assert not real.MODELS.keys() & shapes.SHAPES.keys()
+    for name in NAMES:
+        assert adapter(name).logits is not Engine.logits
 
 
 def test_the_picture_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -8,9 +8,11 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import openai
 import pytest
 import real
 import torch
+from serving import served
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fastgen
@@ -59,6 +61,13 @@ def ours(source, tmp_path_factory):
     """Its export in float32, loaded."""
     out = tmp_path_factory.mktemp("real") / "smollm2-fp32"
     return fastgen.load(export(str(source), out, precision="fp32", progress=None))
+
+
+@pytest.fixture(scope="module")
+def int8(source, tmp_path_factory):
+    """Its export in int8, loaded."""
+    out = tmp_path_factory.mktemp("real") / "smollm2-int8"
+    return fastgen.load(export(str(source), out, precision="int8", progress=None))
 
 
 def continued(theirs, ids, new=NEW):
@@ -142,9 +151,9 @@ def test_streamed_pieces_are_the_text(ours):
 
 @pytest.mark.slow
 @pytest.mark.real
-def test_int8_is_within_its_target_with_no_flag(source, theirs, ours, tmp_path):
+def test_int8_is_within_its_target_with_no_flag(theirs, ours, int8):
     """By its report, and by the original's own distributions on texts that it has not seen."""
-    out = fastgen.load(export(str(source), tmp_path / "int8", precision="int8", progress=None))
+    out = int8
     report = json.loads((out.directory / "report.json").read_text())
     assert report["mismatch"] == [] and report["quality"]["kl"] <= 0.006
     assert any("residual stream of 576" in one for one in report["turned"])
@@ -161,6 +170,42 @@ def test_int8_is_within_its_target_with_no_flag(source, theirs, ours, tmp_path):
         f"{asked}The capital of France is", do_sample=False, max_new_tokens=8
     )
     assert "Paris" in said
+
+
+WEATHER = {
+    "type": "function",
+    "name": "get_weather",
+    "description": "The weather of a city",
+    "parameters": {
+        "type": "object",
+        "properties": {"city": {"type": "string"}},
+        "required": ["city"],
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.real
+def test_a_loop_of_tools_ends(int8):
+    """Its template knows no tools: it is told of them in words, calls once, and then answers."""
+    asked = [{"role": "user", "content": "What is the weather in Paris?"}]
+    settings = {"model": "any", "temperature": 0, "max_output_tokens": 100, "tools": [WEATHER]}
+    with (
+        served(int8, plain_tools=True) as address,
+        openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client,
+    ):
+        called = client.responses.create(
+            input=asked, tool_choice="required", parallel_tool_calls=False, **settings
+        )
+        (call,) = called.output
+        assert call.name == "get_weather" and json.loads(call.arguments) == {"city": "Paris"}
+        told = {"type": "function_call_output", "call_id": call.call_id}
+        told["output"] = "18 degrees, sunny"
+        answer = client.responses.create(input=[*asked, call, told], **settings)
+        again = client.responses.create(input=[told], previous_response_id=called.id, **settings)
+    assert answer.status == "completed" and "18 degrees" in answer.output_text
+    assert [item.type for item in answer.output] == ["message"]
+    assert again.output_text == answer.output_text
 
 
 @pytest.mark.real

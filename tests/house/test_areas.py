@@ -53,7 +53,7 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         "serve/tools fastgen generator first_use engine sampling text store inputs system",
         (
             "routes",
-            "chats completions knobs messages models responses",
+            "chats completions decisions knobs messages models responses",
             "talk",
             "response service",
             "front record",
@@ -105,8 +105,9 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "export/gguf": (
-        "export/build store errors",
+        "export/torch_model export/build export/prove store errors",
         (
+            "proved",
             "parts",
             "architectures",
             "tensors vocabulary",
@@ -120,10 +121,13 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
             "proved",
             "origin",
             "families",
+            "families_mixture",
             "families_gemma families_layer_norm families_llama families_post_norm",
             "pieces",
             "configuration",
             "graph rotary",
+            "mixture",
+            "writer",
             "decoder weights",
         ),
     ),

@@ -766,6 +766,35 @@ def test_scores_are_those_of_the_model(model, here, counted):
     ]
 
 
+def test_rows_with_options_are_decisions(model, here):
+    options = [" fox", " dog", " lazy dog"]
+    rows: list[Any] = [
+        {"prompt": "The quick", "options": options, "id": 7},
+        {"ids": [5, 6], "options": [[7], [8, 9]]},
+        {"text": "The quick"},
+        {"text": "a", "options": ["x"]},
+        {"text": "a", "options": "xy"},
+        {"text": "a", "options": ["x", "y"], "prefix": "b"},
+        {"text": "a", "options": ["x", 5]},
+        {"ids": [5] * 200, "options": [[7], [8]]},
+    ]
+    write(Path("in.jsonl"), rows)
+    code, _, said = run("score", "in.jsonl", "out.jsonl", "-m", model.directory)
+    found = read(Path("out.jsonl"))
+    assert code == 1 and "8 rows, 5 bad" in said, said
+    assert ["error" in one for one in found] == [False] * 3 + [True] * 5
+    for one, prompt, given in ((found[0], "The quick", options), (found[1], [5, 6], [[7], [8, 9]])):
+        expected = model.choose(prompt, given)
+        assert (one["choice"], one["choice_index"]) == (expected.option, expected.index)
+        assert one["probabilities"] == pytest.approx(expected.probabilities, abs=1e-5)
+        assert one["option_logprobs"] == pytest.approx(expected.logprobs, abs=1e-4)
+        assert "logprob" not in one
+    assert found[0]["id"] == 7 and "logprob" in found[2]
+    for one, words in zip(found[3:], ("two or more", "must be a list", "prefix", "", "takes 128"),
+                          strict=True):  # fmt: skip
+        assert words in one["error"]["message"]
+
+
 def test_scoring_goes_on_after_a_kill(model, here, counted):
     write(Path("in.jsonl"), [{"text": "The quick " * (n % 9 + 1)} for n in range(40)])
     command = ("score", "in.jsonl", "out.jsonl", "-m", model.directory)

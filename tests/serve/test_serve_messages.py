@@ -188,6 +188,29 @@ def test_a_loop_of_uses(client: Any) -> None:
     assert second.content[0].text and second.stop_reason in ("max_tokens", "end_turn")
 
 
+def test_the_client_runs_a_loop_of_tools(client: Any) -> None:
+    """It offers to keep the conversation in a thread, and goes on without one."""
+    asked_for: list[bool] = []
+
+    @anthropic.beta_tool  # type: ignore[untyped-decorator,unused-ignore]
+    def now(exact: bool) -> str:
+        """Tell the time.
+
+        Args:
+            exact: to the second.
+        """
+        asked_for.append(exact)
+        return "noon"
+
+    choice = {"type": "any", "disable_parallel_tool_use": True}
+    runner = client.beta.messages.tool_runner(
+        model="any", messages=MESSAGES, tools=[now], max_tokens=100, tool_choice=choice,
+        max_iterations=2,
+    )  # fmt: skip
+    found = [message.stop_reason for message in runner]
+    assert found[0] == "tool_use" and len(found) == 2 and asked_for
+
+
 def test_a_use_that_is_cut_off(client: Any, address: str) -> None:
     choice = {"type": "tool", "name": "weather"}
     found = ask(client, tools=OFFERED, tool_choice=choice, max_tokens=26)

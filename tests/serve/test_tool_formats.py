@@ -16,10 +16,17 @@ from hypothesis import strategies as st
 from tool_forms import ALONE, ANSWERS, EVERY, EXPECTED, FORMS, KNOWN, TOOLS, template, thinking
 
 from fastgen.sampling import schema
+from fastgen.serve.tools import reader
 from fastgen.serve.tools.choice import chosen
 from fastgen.serve.tools.form import AnswerOptions, GrammarRules
 from fastgen.serve.tools.format import Format
-from fastgen.serve.tools.reader import THINK, Marks, ReadingOptions
+from fastgen.serve.tools.reader import (
+    THINK,
+    AnswerEvent,
+    Marks,
+    ReadingOptions,
+    TextBuffer,
+)
 from fastgen.serve.tools.shown import TemplateForms, shown
 from fastgen.serve.tools.whole import WholeAnswer
 from fastgen.text import chat_template
@@ -48,6 +55,23 @@ def seen(source: str, tokens: Sequence[str] = ()) -> TemplateForms:
         return chat_template.rendered(source, {}, given | dict(variables))
 
     return shown(render, tokens)
+
+
+def test_a_call_may_begin_as_the_prompt_ends() -> None:
+    """Gemma 4's prompt ends in `<|channel>` where a call has `<|tool_call>`, a text behind it."""
+    text = "{{ m.content }}"
+    silent = "{% if not m.tool_calls %}" + text + "{% endif %}"
+    found = seen(FORMS["gemma"][0].replace(text, silent) + "<|channel>thought\n<channel|>")
+    assert found.format is not None and found.format.name == "gemma"
+
+
+def test_the_end_of_a_message_is_no_end_of_thoughts() -> None:
+    """Phi's messages end in `<|end|>`, as those of gpt-oss do."""
+    source = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}<|assistant|>"
+    )
+    assert seen(source).reasoning is None
+    assert seen(f"{source}<think></think>").reasoning == THINK
 
 
 def test_every_format_has_a_form_here() -> None:
@@ -302,6 +326,40 @@ def test_reading_takes_time_by_length_alone(name: str) -> None:
 
     # Ten times as long; a square would take a hundred times as long.
     assert growth(read_letters, 3_000, 30_000, enough=30) <= 30
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_characters_of_one_piece_are_copied_a_few_times_at_most(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted: those that events are made of, and those that are held anew for a mark put back."""
+    made, copied = EVERY[name], [0]
+    event, put_back = reader.AnswerEvent, reader.TextBuffer.put_back
+
+    def counted(kind: str, text: str = "") -> AnswerEvent:
+        copied[0] += len(text)
+        return event(kind, text)
+
+    def watched(buffer: TextBuffer, taken: str) -> None:
+        before = buffer._held
+        put_back(buffer, taken)
+        copied[0] += 0 if buffer._held is before else len(buffer._held)
+
+    monkeypatch.setattr(reader, "AnswerEvent", counted)
+    monkeypatch.setattr(reader.TextBuffer, "put_back", watched)
+    for part in (made.mark, f"{made.mark}{{", f'{made.mark}{{"name": "now", "arg', "a <", "</"):
+        text = part * 2000
+        copied[0] = 0
+        answer = made.read(ReadingOptions(TOOLS))
+        answer.push(text)
+        answer.end()
+        assert copied[0] <= 3 * len(text), part
+    # A value in which much looks like its end.
+    text = ANSWERS[name].replace("Zürich", "x</y " * 2000)
+    copied[0] = 0
+    answer = made.read(ReadingOptions(TOOLS))
+    assert answer.push(text) + answer.end()
+    assert copied[0] <= 3 * len(text)
 
 
 # --- reasoning -----------------------------------------------------------------------------------

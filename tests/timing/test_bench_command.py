@@ -65,6 +65,9 @@ def test_the_demo_model_is_timed_and_shown():
         rf"  9 tokens +{row}", "",
         r"new tokens, after 4 +tokens/s +a step +\+-", rf"  1 row +{row}", rf"  3 rows +{row}",
         rf"  2 beams +{row}", "",
+        r"\| model \| threads \|  test \| +t/s \|", r"\| -+ \| -+: \| -+: \| -+: \|",
+        r"\| demo  \|       1 \| pp511 \| +\d+\.\d\d ± \d+\.\d\d \|",
+        r"\| demo  \|       1 \| tg128 \| +\d+\.\d\d ± \d+\.\d\d \|",
     ]  # fmt: skip
     lines = table.splitlines()
     assert len(lines) == len(expected)
@@ -92,6 +95,8 @@ def test_all_that_was_measured_is_written(two, tmp_path, monkeypatch):
             "rows",
             "rows",
             "beams",
+            "pp",
+            "tg",
         ]
         assert [k for model, k, threads in timed if (model, threads) == (name, 1)] == [
             "read",
@@ -137,6 +142,29 @@ def test_the_table_fits_the_terminal_and_its_encoding(width, encoding):
     assert max(map(len, lines)) <= max(width, 76)
     if width >= 80:
         assert max(map(len, lines)) == width  # the longest bar
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "no-such"])
+def test_what_llama_bench_measures_is_shown_as_it_shows_it(encoding):
+    """The mean of the rounds' tokens a second and their standard deviation, not the median."""
+    tests = [
+        Result("a-model", Case("pp", 512, 1), 2, [0.5, 0.25, 0.5]),
+        Result("a-model", Case("tg", 1, 128), 2, [1.0, 2.0, 4.0]),
+    ]
+    lines = list(plot.lines([*RESULTS, *tests], 80, encoding))
+    sign = "±" if encoding == "utf-8" else "+-"
+    assert [line.split("|")[1].strip() for line in lines[-4:]] == [
+        "model",
+        "-------",
+        *["a-model"] * 2,
+    ]
+    assert f" pp512 | 1365.33 {sign} 591.21 |" in lines[-2]  # 1024, 2048, 1024
+    assert re.search(rf" tg128 \| +74\.67 {re.escape(sign)} 48\.88 \|$", lines[-1])  # 128, 64, 32
+    assert len({len(line) for line in lines[-4:]}) == 1
+    once = [replace(one, seconds=one.seconds[:1]) for one in tests]
+    assert list(plot.lines([*RESULTS, *once], 80, encoding))[-1].endswith(f"128.00 {sign} 0.00 |")
+    narrow = [replace(one, model="a-model-with-a-long-name" * 3) for one in tests]
+    assert max(map(len, list(plot.lines([*RESULTS, *narrow], 60, encoding))[-4:])) <= 60
 
 
 def test_bars_are_as_long_as_what_they_show():
@@ -191,6 +219,8 @@ def test_each_case_runs_the_call_that_it_says(monkeypatch):
         (Case("rows", 5, 4), [(1, 5), (1, 1), (1, 1), (1, 1)]),
         (Case("rows", 5, 3, rows=3), [(3, 5), (3, 1), (3, 1)]),
         (Case("beams", 5, 3, beams=2), [(1, 5), (2, 1), (2, 1)]),
+        (Case("pp", 300, 1), [(1, 256), (1, 44)]),
+        (Case("tg", 1, 4), [(1, 1)] * 4),
     ):
         seen.clear()
         assert measure.run(model, case) > 0
@@ -213,12 +243,18 @@ def test_seconds_are_those_of_the_steps_that_count(monkeypatch):
         (Case("rows", 300, 5), 4),
         (Case("rows", 20, 5, rows=3), 4),
         (Case("beams", 300, 5, beams=3), 4),
+        (Case("pp", 300, 1), 200),
+        (Case("tg", 1, 4), 4),
     ):
         assert measure.run(model, case, clock=lambda: now[0]) == seconds, case
         result = Result("x", case, 1, [seconds])
-        assert result.milliseconds == pytest.approx(1000 if case.kind != "read" else seconds * 1e3)
+        assert result.milliseconds == pytest.approx(
+            1000 if case.kind not in ("read", "pp") else seconds * 1e3
+        )
     assert Result("x", Case("rows", 20, 5, rows=3), 1, [4]).rate == 3
     assert Result("x", Case("read", 20, 1), 1, [2, 1, 9]).rate == 10
+    assert Result("x", Case("pp", 512, 1), 1, [2]).rate == 256
+    assert Result("x", Case("tg", 1, 128), 1, [2]).rate == 64
 
 
 def test_models_take_turns(two, monkeypatch):
@@ -255,11 +291,18 @@ def test_threads_are_those_that_were_tuned_if_none_are_asked_for(two, monkeypatc
 
 def test_usual_prompts_are_cut_to_what_every_model_takes(info):
     endless = replace(info, max_length=None)
-    for limit, prompts in ((None, [64, 512]), (544, [64, 512]), (512, [64, 480]), (60, [28])):
+    for limit, prompts, tests in (
+        (None, [64, 512], ["pp512", "tg128"]),
+        (544, [64, 512], ["pp512", "tg128"]),
+        (512, [64, 480], ["pp511", "tg128"]),
+        (60, [28], ["pp59", "tg59"]),
+    ):
         infos = {"a": endless, "b": replace(info, max_length=limit)}
         timed, notes = measure.cases(infos, CaseOptions())
         assert [case.prompt for case in timed if case.kind == "read"] == prompts
-        assert {case.prompt for case in timed if case.kind != "read"} == {prompts[0]}
+        steps = [case for case in timed if case.kind in ("rows", "beams")]
+        assert {case.prompt for case in steps} == {prompts[0]}
+        assert [measure.title(case) for case in timed[-2:]] == tests
         assert notes == []
     with pytest.raises(ValueError, match="b takes 30 positions, --new 32 leaves none"):
         measure.cases({"b": replace(info, max_length=30)}, CaseOptions())

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from peers.cases import Case
 
-OURS = ("ours", "ours_int8_keys")
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+OURS = ("ours", "ours_int8_keys", "ours_many")
 NAMES = (
     "transformers_eager",
     "optimum_onnx",
@@ -23,6 +27,13 @@ NAMES = (
     *OURS,
 )
 BASE = NAMES[0]  # what the others are compared with
+PRECISIONS = {  # by bits of a weight, from many to few: what the tables call each
+    "fp32": "fp32",
+    "int8": "8 bit",
+    "int6": "6 bit",
+    "int4-k": "4 bit, mixed",  # llama.cpp's Q4_K_M: some matrices in more bits
+    "int4": "4 bit",
+}
 
 
 class Engine:
@@ -31,9 +42,10 @@ class Engine:
     Attributes:
         title: the engine's name in tables.
         variant: what sets it apart from another engine of that name.
-        precisions: those of fp32, int8 and int4 that it has, with its own name for each.
+        precisions: those of `PRECISIONS` that it has, with its own name for each.
         build: environment variables of `pip install`.
         environment: the engine whose environment it shares; an empty string: it has its own.
+        model_of: the engine whose converted models it runs; an empty string: it has its own.
         longest: tokens of the longest prompt that it is asked to read.
         note: what a reader of the numbers should know.
         first: when the last call had its first token, by `time.perf_counter`; None: it cannot tell.
@@ -44,6 +56,7 @@ class Engine:
     precisions: ClassVar[dict[str, str]]
     build: ClassVar[dict[str, str]] = {}
     environment: ClassVar[str] = ""
+    model_of: ClassVar[str] = ""
     longest: ClassVar[int] = 8192
     note: ClassVar[str] = ""
     first: float | None = None
@@ -65,11 +78,18 @@ class Engine:
         """Convert the transformers model of `source` into the directory `target`, once."""
 
     def load(self, directory: Path, precision: str, threads: int) -> None:
-        """Load what `prepare` made. (Named precisions are `fp32`, `int8` and `int4`.)"""
+        """Load what `prepare` made, at a precision of `PRECISIONS`."""
         raise NotImplementedError
 
     def generate(self, prompts: list[list[int]], new: int, beams: int) -> list[list[int]]:
         """Exactly `new` ids for each prompt, greedy or by beam search."""
+        raise NotImplementedError
+
+    def logits(self, row: list[int]) -> NDArray[np.float32]:
+        """The logits after each of a row's ids, read as a prompt: [len(row), vocab].
+
+        Padding of the vocabulary beyond the model's own may follow; it is cut off.
+        """
         raise NotImplementedError
 
 
@@ -77,6 +97,15 @@ def adapter(name: str) -> type[Engine]:
     """The adapter class of an engine."""
     module: Any = importlib.import_module(f"peers.engines.{name}")
     return module.Adapter
+
+
+def logits_of_transformers(model: Any, row: list[int]) -> NDArray[np.float32]:
+    """`Engine.logits` of a model of transformers."""
+    import torch
+
+    with torch.inference_mode():
+        found: NDArray[np.float32] = model(torch.tensor([row])).logits[0].float().numpy()
+    return found
 
 
 def left_padded(prompts: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from peers.engines import Engine
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 class Adapter(Engine):
@@ -50,3 +54,9 @@ class Adapter(Engine):
             include_prompt_in_result=False,
         )
         return [list(result.sequences_ids[0]) for result in out]
+
+    def logits(self, row: list[int]) -> NDArray[np.float32]:
+        import numpy as np
+
+        tokens = [[self.tokens[i] for i in row]]
+        return np.array(self.model.forward_batch(tokens, return_log_probs=False))[0]

@@ -6,19 +6,33 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from peers.cases import Case
 from peers.engines import Engine
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 ROUND = 256  # a row's cache has a multiple of so many positions
 
 
 class Adapter(Engine):
     title = "llama.cpp"
-    precisions: ClassVar = {"fp32": "F32", "int8": "Q8_0", "int4": "Q4_0"}
+    precisions: ClassVar = {
+        "fp32": "F32",
+        "int8": "Q8_0",
+        "int6": "Q6_K",
+        "int4-k": "Q4_K_M",
+        "int4": "Q4_0",
+    }
     build: ClassVar = {"CMAKE_ARGS": "-DGGML_NATIVE=ON", "CMAKE_BUILD_PARALLEL_LEVEL": "2"}
-    note = "greedy through the C API, logits compared in numpy; built from source for this machine"
+    note = (
+        "greedy through the C API, logits compared in numpy; built from source for this machine; "
+        "quantised by itself from float32. Its K types take blocks of 256 inputs: matrices with "
+        "another number of them (576 of SmolLM2, 640 of Gemma 3) get Q8_0 or Q5_0 instead"
+    )
     model: Any
     cache_type: int
     threads: int
@@ -43,10 +57,8 @@ class Adapter(Engine):
             full.rename(target / "model.gguf")
             return
         settings = llama_cpp.llama_model_quantize_default_params()
-        settings.ftype = {
-            "int8": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0,
-            "int4": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0,
-        }[precision]
+        kind = Adapter.precisions[precision]
+        settings.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
         model = str(target / "model.gguf").encode()
         failed = llama_cpp.llama_model_quantize(str(full).encode(), model, settings)
         full.unlink()
@@ -89,7 +101,7 @@ class Adapter(Engine):
         import numpy as np
 
         context = self.sized(len(prompts), max(map(len, prompts)) + new)
-        vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
+        vocab = self.vocab()
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
         batch = llama_cpp.llama_batch_init(sum(map(len, prompts)), 0, 1)
         lengths = [0] * len(prompts)
@@ -107,6 +119,29 @@ class Adapter(Engine):
             fresh = [row[-1:] for row in ids]
         llama_cpp.llama_batch_free(batch)
         return ids
+
+    def logits(self, row: list[int]) -> NDArray[np.float32]:
+        import llama_cpp
+        import numpy as np
+
+        context = self.sized(1, len(row))
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+        batch = llama_cpp.llama_batch_init(len(row), 0, 1)
+        fill(batch, [row], [0])
+        for place in range(len(row)):
+            batch.logits[place] = 1
+        code = llama_cpp.llama_decode(context, batch)
+        llama_cpp.llama_batch_free(batch)
+        if code:
+            raise RuntimeError(f"llama_decode gave {code}")
+        found = llama_cpp.llama_get_logits(context)
+        return np.array(np.ctypeslib.as_array(found, (len(row), self.vocab())))
+
+    def vocab(self) -> int:
+        """The number of tokens that it knows."""
+        import llama_cpp
+
+        return int(llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model)))
 
 
 def fill(batch: Any, fresh: list[list[int]], lengths: list[int]) -> list[int]:
@@ -128,7 +163,7 @@ def fill(batch: Any, fresh: list[list[int]], lengths: list[int]) -> list[int]:
 
 
 def write_gguf(source: Path, path: Path) -> None:
-    """A transformers model of the two shapes as GGUF, with llama.cpp's names and no vocabulary.
+    """A transformers model of three kinds as GGUF, with llama.cpp's names and no vocabulary.
 
     llama.cpp's own converter knows tokenizers by a list of hashes, and refuses others.
     """
@@ -137,7 +172,11 @@ def write_gguf(source: Path, path: Path) -> None:
 
     config = json.loads((source / "config.json").read_text())
     kind = config["model_type"]
-    arch = {"gpt2": gguf.MODEL_ARCH.GPT2, "llama": gguf.MODEL_ARCH.LLAMA}[kind]
+    arch = {
+        "gpt2": gguf.MODEL_ARCH.GPT2,
+        "llama": gguf.MODEL_ARCH.LLAMA,
+        "gemma3_text": gguf.MODEL_ARCH.GEMMA3,
+    }[kind]
     layers = config["n_layer"] if kind == "gpt2" else config["num_hidden_layers"]
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch], use_temp_file=True)
     describe(writer, config, layers)
@@ -146,9 +185,12 @@ def write_gguf(source: Path, path: Path) -> None:
         if kind == "gpt2" and name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
             tensor = tensor.T
         for part, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
-            if part in name:  # llama.cpp rotates neighbours, transformers halves
+            # Of a Llama, llama.cpp rotates neighbours, transformers halves.
+            if kind == "llama" and part in name:
                 pairs = tensor.reshape(config[heads], 2, -1, tensor.shape[-1])
                 tensor = pairs.swapaxes(1, 2).reshape(tensor.shape)
+        if kind == "gemma3_text" and name.endswith("norm.weight"):
+            tensor = tensor + 1  # transformers adds it when the norm runs
         new_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
         writer.add_tensor(new_name, np.ascontiguousarray(tensor, np.float32))
     writer.write_header_to_file()
@@ -195,5 +237,10 @@ def describe(writer: Any, config: dict[str, Any], layers: int) -> None:
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_dimension_count(config["hidden_size"] // config["num_attention_heads"])
+    if config["model_type"] == "gemma3_text":
+        writer.add_key_length(config["head_dim"])
+        writer.add_value_length(config["head_dim"])
+        writer.add_sliding_window(config["sliding_window"])
+    else:
+        writer.add_rope_dimension_count(config["hidden_size"] // config["num_attention_heads"])
     writer.add_rope_freq_base(config["rope_theta"])

@@ -7,20 +7,24 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from peers.engines import Engine
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 class Adapter(Engine):
     title = "onnxruntime-genai"
     precisions: ClassVar = {"fp32": "fp32", "int8": "int8", "int4": "int4"}
-    note = "distilgpt2 is optimum's graph with a config written by hand: the builder refuses GPT-2"
+    note = "GPT-2s are optimum's graphs with a config written by hand: the builder refuses them"
     model: Any
 
     @classmethod
     def converter(cls, shape: str) -> str:
-        return "optimum_onnx" if shape == "distilgpt2" else "ort_genai-convert"
+        return "optimum_onnx" if shape in ("distilgpt2", "mgm") else "ort_genai-convert"
 
     @staticmethod
     def prepare(source: Path, target: Path, precision: str) -> None:
@@ -74,6 +78,16 @@ class Adapter(Engine):
             if step == 0:
                 self.first = time.perf_counter()
         return [list(generator.get_sequence(row)[-new:]) for row in range(len(prompts))]
+
+    def logits(self, row: list[int]) -> NDArray[np.float32]:
+        import numpy as np
+        import onnxruntime_genai
+
+        settings = onnxruntime_genai.GeneratorParams(self.model)
+        settings.set_search_options(batch_size=1, do_sample=False, max_length=len(row) + 1)
+        generator = onnxruntime_genai.Generator(self.model, settings)
+        generator.append_tokens(np.array([row], np.int32))
+        return np.array(generator.get_output("logits")[0], np.float32)
 
 
 def genai_config(config: dict[str, Any], graph: str) -> dict[str, Any]:

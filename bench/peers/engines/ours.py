@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from peers.engines import Engine
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 class Adapter(Engine):
@@ -18,9 +22,11 @@ class Adapter(Engine):
     @staticmethod
     def prepare(source: Path, target: Path, precision: str) -> None:
         from fastgen.export import export
+        from peers.models import is_random
 
         # Random weights say nothing of a text, so quantised models are not compared on one.
-        export(str(source), target, precision=precision, quick=True, force=True)
+        quick = is_random(source)
+        export(str(source), target, precision=precision, quick=quick, force=True)
 
     def load(self, directory: Path, precision: str, threads: int) -> None:
         import fastgen
@@ -40,6 +46,14 @@ class Adapter(Engine):
         if clock:
             self.first = clock.times[1]
         return [list(row[-new:]) for row in out]
+
+    def logits(self, row: list[int]) -> NDArray[np.float32]:
+        import numpy as np
+
+        positions = np.arange(len(row))[None]
+        cache = self.model.model.new_cache(1, 2 * len(row))
+        new = [np.array(row)]
+        return np.array(self.model.model.forward(new, cache, logits_positions=positions)[0])
 
 
 class Clock:

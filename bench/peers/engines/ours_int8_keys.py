@@ -16,7 +16,13 @@ class Adapter(ours.Adapter):
     @staticmethod
     def prepare(source: Path, target: Path, precision: str) -> None:
         from fastgen.export import export
+        from peers.models import is_random
 
         export(
-            str(source), target, precision=precision, cache_precision="int8", quick=True, force=True
+            str(source),
+            target,
+            precision=precision,
+            cache_precision="int8",
+            quick=is_random(source),
+            force=True,
         )

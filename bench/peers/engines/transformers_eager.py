@@ -7,9 +7,13 @@ anew for each length, and a fifth slower with 4 beams. So it is not among the en
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from peers.engines import Engine, generate_of_transformers
+from peers.engines import Engine, generate_of_transformers, logits_of_transformers
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 class Adapter(Engine):
@@ -30,3 +34,6 @@ class Adapter(Engine):
 
     def generate(self, prompts: list[list[int]], new: int, beams: int) -> list[list[int]]:
         return generate_of_transformers(self.model, prompts, new, beams)
+
+    def logits(self, row: list[int]) -> NDArray[np.float32]:
+        return logits_of_transformers(self.model, row)

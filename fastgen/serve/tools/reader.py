@@ -106,9 +106,17 @@ class TextBuffer:
 
     def put_back(self, taken: str) -> None:
         """Let what was taken last be there again."""
-        self._held, self._at = taken + self._held[self._at :], 0
-        if self._record is not None:
-            self._record = ["".join(self._record).removesuffix(taken)]
+        start = self._at - len(taken)
+        if start >= 0 and self._held.startswith(taken, start):
+            self._at = start
+        else:  # it came in an earlier piece
+            self._held, self._at = taken + self._held[self._at :], 0
+        left = len(taken) if self._record else 0
+        while left and self._record:
+            last = self._record.pop()
+            if len(last) > left:
+                self._record.append(last[:-left])
+            left = max(0, left - len(last))
 
     def peek(self, count: int = 1) -> Steps[str]:
         """The next characters; fewer where the text ends before."""
@@ -216,6 +224,7 @@ class AnswerReader:
     def __init__(self, asked: ReadingOptions) -> None:
         self.asked, self.text = asked, TextBuffer()
         self._events: list[AnswerEvent] = []
+        self._grows, self._pieces = "", list[str]()  # the kind of the event that grows
         self._content, self._thought = Trim(False), Trim(True)
         self._called = self._open = self._said = False
         self._steps = self._all()
@@ -239,6 +248,7 @@ class AnswerReader:
     def _go(self) -> list[AnswerEvent]:
         if not self._over:
             self._over = next(self._steps, self) is self
+        self._settle()
         made, self._events = self._events, []
         return made
 
@@ -316,7 +326,7 @@ class AnswerReader:
         if not self._said:
             self._content.rest()
             self._content.begin = True
-        self._events.append(AnswerEvent("call", name))
+        self._add(AnswerEvent("call", name))
 
     def arguments(self, piece: str) -> None:
         self._event("arguments", piece)
@@ -325,7 +335,7 @@ class AnswerReader:
         """The call is whole."""
         self.text.recorded()
         self._open = False
-        self._events.append(AnswerEvent("end"))
+        self._add(AnswerEvent("end"))
 
     def broken(self) -> None:
         """Give back the characters taken since the recording began: they are no call after all.
@@ -339,7 +349,7 @@ class AnswerReader:
             raw = ""
         if self._open:
             self._open = False
-            self._events.append(AnswerEvent("broken", raw))
+            self._add(AnswerEvent("broken", raw))
         else:
             self.content(raw)
 
@@ -347,8 +357,17 @@ class AnswerReader:
         if not text:
             return
         self._said = self._said or kind == "content"
-        last = self._events[-1] if self._events else None
-        if last is not None and last.kind == kind:
-            self._events[-1] = AnswerEvent(kind, last.text + text)
-        else:
-            self._events.append(AnswerEvent(kind, text))
+        if kind != self._grows:
+            self._settle()
+            self._grows = kind
+        self._pieces.append(text)
+
+    def _add(self, event: AnswerEvent) -> None:
+        self._settle()
+        self._events.append(event)
+
+    def _settle(self) -> None:
+        """Make one event of the pieces of a kind that have come together."""
+        if self._pieces:
+            self._events.append(AnswerEvent(self._grows, "".join(self._pieces)))
+            self._pieces = []
