@@ -69,7 +69,9 @@ class Lab:
         self.rows = [tuned, self.corpus.evaluation(quality.TOKENS)]
         self.open = ExitStack()
         self.said = quality.Exact.of(
-            model.model, self.open.enter_context(calibrate.shelf(home)).room
+            lambda: model.model,
+            self.info.vocab_size,
+            self.open.enter_context(calibrate.shelf(home)).room,
         )
 
     def close(self) -> None:

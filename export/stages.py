@@ -191,6 +191,7 @@ class Comparison:
         """Measure what it costs on rows, and whether that is too much."""
         work = self.work
         assert self.model is not None and self.rows is not None
+        work.exact.ask(self.rows())
         measured = quality.measure(work.exact, self.model.model, self.rows(), work.shown.part)
         self.report |= {
             "quality": asdict(measured) | {"more_perplexity": measured.more_perplexity},
@@ -263,6 +264,9 @@ class Weights:
         work, precision = self.work, self.work.target.precision
         used, self.rows = work.rows(recipe.RECIPES[precision].tokens + TUNED)
         self.tuned, used = apart(used, TUNED)
+        if not work.options.quick:
+            work.exact.ask([*self.tuned, *self.rows])
+            memory.trim()
         graph, self.turned = self._turn(work.graph_directory)
         work.open.enter_context(self.open)
         plan = recipe.planned(graph, precision, used, work.shown.part)

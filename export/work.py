@@ -111,10 +111,10 @@ class Work:
         """The logits that rows should have: the proved graph's, which says what the original says,
         in half the time; or the original's own, where the graph is not proved.
         """
+        logits, vocab, room = self.origin.logits, self.info.vocab_size, self.kept.room
         if self.proved_equal:
-            return quality.Exact.of(self._writer().model, self.kept.room)
-        logits, vocab = self.origin.logits, self.info.vocab_size
-        return quality.Exact(lambda row: iter([(0, logits(row))]), vocab, self.kept.room)
+            return quality.Exact.of(lambda: self._writer().model, vocab, room)
+        return quality.Exact(lambda: lambda row: iter([(0, logits(row))]), vocab, room)
 
     def rows(self, calibration: int) -> tuple[Rows, Rows]:
         """Rows to calibrate on, about so many tokens, and rows to measure on (see `judged_on`)."""

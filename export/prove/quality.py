@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,9 @@ from fastgen.export.quantize.parts import CHUNK, chunks
 from fastgen.sampling.softmax import log_softmax
 
 TOKENS = 1024  # of a text that precisions are measured on, at most
-EXACT, MEASURED = 1 << 24, 1 << 23  # logits that a graph is asked for at once, about
+EXACT, MEASURED = 1 << 23, 1 << 20  # logits that a graph is asked for at once, about
+
+Logits = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -61,34 +64,45 @@ class Exact:
     """Logits of rows as they should be, each computed once: they are in a file from then on.
 
     Args:
-        asked: gives a row's logits some positions at a time, with the first of them.
+        opened: gives what a row's logits are asked of, some positions at a time, with the first of
+            them; it is let go when the rows are done.
         room: gives an array of a shape and type to keep them in.
     """
 
     def __init__(
         self,
-        asked: Callable[[NDArray[np.int64]], Iterator[tuple[int, NDArray[np.float32]]]],
+        opened: Callable[[], Callable[[NDArray[np.int64]], Iterator[tuple[int, Logits]]]],
         vocab: int,
         room: Callable[[tuple[int, int], DTypeLike], NDArray[Any]],
     ) -> None:
-        self._asked, self._vocab, self._room = asked, vocab, room
-        self._held: dict[bytes, NDArray[np.float32]] = {}
+        self._opened, self._vocab, self._room = opened, vocab, room
+        self._held: dict[bytes, Logits] = {}
 
     @classmethod
-    def of(cls, model: Model, room: Callable[[tuple[int, int], DTypeLike], NDArray[Any]]) -> Exact:
+    def of(
+        cls,
+        opened: Callable[[], Model],
+        vocab: int,
+        room: Callable[[tuple[int, int], DTypeLike], NDArray[Any]],
+    ) -> Exact:
         """The logits of a graph that was proved: it stands for the original."""
-        vocab = model.info.vocab_size
-        return cls(lambda row: read(model, row, EXACT // vocab), vocab, room)
+        return cls(lambda: partial(read, opened(), most=EXACT // vocab), vocab, room)
 
-    def __call__(self, row: NDArray[np.int64]) -> NDArray[np.float32]:
+    def __call__(self, row: NDArray[np.int64]) -> Logits:
         """float32 [length, vocab] of a row of ids."""
-        key = row.tobytes()
-        if key not in self._held:
+        self.ask([row])
+        return self._held[row.tobytes()]
+
+    def ask(self, rows: Sequence[NDArray[np.int64]]) -> None:
+        """Compute those of several rows at once, which opens the graph once."""
+        missing = [row for row in rows if row.tobytes() not in self._held]
+        asked = self._opened() if missing else None
+        for row in missing:
+            assert asked is not None
             held = self._room((len(row), self._vocab), np.float32)
-            for start, logits in self._asked(row):
+            for start, logits in asked(row):
                 held[start : start + len(logits)] = logits
-            self._held[key] = held
-        return self._held[key]
+            self._held[row.tobytes()] = held
 
 
 def measure(
@@ -164,3 +178,4 @@ def read(
         new = row[start : start + step]
         positions = np.arange(len(new))[None]
         yield start, model.forward([new], cache, logits_positions=positions)[0]
+    cache.bindings.clear()  # they hold logits, and each other
