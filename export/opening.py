@@ -72,8 +72,9 @@ def opening(model: object, options: ExportOptions) -> Opening:
     _check_precision(precision)
     name = model.name if isinstance(model, Resolved) else None
     if _is_built(model, options) and isinstance(model, Resolved):
-        load = partial(_of_tensors, model, options)
-        return Opening(name, "fp32", precision, precision, not options.prove, load)
+        runs = _original_runs(options)
+        load = partial(_of_tensors, model, options, runs)
+        return Opening(name, "fp32", precision, precision, not runs, load)
     return Opening(name, "fp32", precision, precision, False, partial(_original, model, options))
 
 
@@ -161,13 +162,14 @@ def _loaded(model: Resolved, options: ExportOptions, budget: Budget) -> Source:
     return loaded
 
 
-def _of_tensors(model: Resolved, options: ExportOptions, budget: Budget) -> Origin:
-    """A checkpoint whose family is known; with the original beside it, where that is to run."""
+def _of_tensors(model: Resolved, options: ExportOptions, runs: bool, budget: Budget) -> Origin:
+    """A checkpoint whose family is known; with the original beside it, where that runs."""
     directory = model.fetch()
-    if options.prove:
+    if runs:
         from fastgen.export.build.proved import Proved
 
-        return Proved(_loaded(model, options, budget), directory)
+        may_trace = options.build is None and not options.prove
+        return Proved(_loaded(model, options, budget), directory, may_trace)
     size = requirements.of_checkpoint(directory)
     if size is not None:
         budget.settle(replace(size, is_float32=True), may_stay=False)  # each is cast as it is read
@@ -175,7 +177,8 @@ def _of_tensors(model: Resolved, options: ExportOptions, budget: Budget) -> Orig
 
 
 def _is_built(model: object, options: ExportOptions) -> bool:
-    """True where the graph is made of a checkpoint's tensors, and not traced.
+    """True where the graph is made of a checkpoint's tensors, and not traced: where its family is
+    known, for that takes a fraction of a second, and a trace half a minute (see bench/README.md).
 
     Raises:
         ModelError: there is no torch, and what it says cannot be built; or nothing is to be done.
@@ -187,15 +190,23 @@ def _is_built(model: object, options: ExportOptions) -> bool:
         raise resolve.needs(name, CHECKPOINT, TO_PROVE)
     if isinstance(model, Resolved) and model.kind == FASTGEN:
         raise ModelError(f"{name} is a fastgen model already: there is nothing to export")
-    wanted = options.build
-    if not (options.prove or not has_torch if wanted is None else wanted):
+    if options.build is False and not options.prove:
         return False
     why = _unbuildable(model, options)
     if why is None:
         return True
     if options.build or options.prove:
         raise UnsupportedModel(f"{name} cannot be built: {why}")
-    raise resolve.needs(name, CHECKPOINT, why)
+    if not has_torch:
+        raise resolve.needs(name, CHECKPOINT, why)
+    return False
+
+
+def _original_runs(options: ExportOptions) -> bool:
+    """True if a graph that is built is proved by its original: where torch is, unless `build` says
+    that it is not wanted.
+    """
+    return options.prove or (options.build is None and resolve.has_torch())
 
 
 def _unbuildable(model: object, options: ExportOptions) -> str | None:

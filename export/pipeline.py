@@ -85,10 +85,11 @@ def export(
         min_top1: share of equal likeliest tokens that is asked; without it none is.
         quick: leave out the comparison on text of what was quantised, and so its tolerance. What
             proves the graph in float32 is never left out.
-        build: whether to make the graph of the checkpoint's tensors, by its family (`build`), and
-            not to trace the model; None to do so where there is no torch.
-        prove: run the original in torch beside a graph that was built. One that was traced is
-            always compared with it.
+        build: True to make the graph of the checkpoint's tensors, by its family (`build`), without
+            torch; False to trace the model. None to build it where its family is known, and to
+            compare it with the original where torch is; should they differ, it is traced.
+        prove: build, and run the original in torch beside it, whatever `build` says; should they
+            differ, that is an error. A graph that was traced is always compared with it.
         progress: where steps are shown; None for nowhere.
 
     Returns:

@@ -17,6 +17,7 @@ from typing import Any
 
 from fastgen.errors import ModelError
 from fastgen.export import bundle
+from fastgen.export.prove import quality
 from fastgen.export.quantize import calibrate
 from fastgen.export.source import checkpoint
 from fastgen.system.cpu import memory_bytes
@@ -97,7 +98,9 @@ def _told(parts: dict[str, int]) -> str:
     return f"{total:,} bytes ({total / 1e9:,.1f} GB: {each})"
 
 
-SEEN = 2 * calibrate.SAMPLE  # tokens of activations that are kept, and those of a row
+# Tokens of activations that are kept, and those whose moments are made at once.
+SEEN = calibrate.SAMPLE + calibrate.TOGETHER + calibrate.ROW
+JUDGED = 2 * quality.TOKENS  # tokens whose logits are kept, to choose kernels by and to judge
 
 
 def needs(
@@ -132,6 +135,7 @@ def needs(
         "activations": FLOAT * SEEN * size.widths if quantised else 0,
         "moments": FLOAT * size.widest * size.widths // 2 if quantised else 0,
         "codes": written if quantised else 0,
+        "logits": FLOAT * JUDGED * size.vocabulary if steps else 0,
         "what is written": written,
     }
     return Needs(own, memory, disk)

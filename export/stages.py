@@ -41,7 +41,7 @@ class Graph:
 
     def __init__(self, work: Work) -> None:
         self.work = work
-        self.repeated = False  # one layer was traced, and all others are said to be like it
+        self.repeated = False  # not traced, or only a layer that others are like
 
     def steps(self) -> list[Step]:
         asks_graph = self.work.opening.asks_graph
@@ -108,17 +108,18 @@ class Graph:
             windows=tuple(window.bound(graph)),
         )
         work.save(graph, work.graph_directory)
-        work.origin.written(work.graph_directory)
+        work.origin.written(work.graph_directory, work.kept.room)
         self.repeated = bool(graph.meta.get("repeated"))
         return [*about, f"{len(graph.graph)} nodes"]
 
     def _judge(self, report: Report) -> None:
         work = self.work
-        if report["mismatch"] and self.repeated:  # layers are alike, but not these
+        if report["mismatch"] and self.repeated:  # others are, but not this model
             work.shown.again([self._converting(whole=True), *self._comparing()])
             return
         work.judge(report)
         work.proved, work.report = work.graph_directory, report
+        work.proved_equal = not report["mismatch"]
 
 
 class Comparison:
@@ -190,8 +191,8 @@ class Comparison:
         """Measure what it costs on rows, and whether that is too much."""
         work = self.work
         assert self.model is not None and self.rows is not None
-        logits, rows = work.origin.logits, self.rows()
-        measured = quality.measure(logits, self.model.model, rows, work.shown.part)
+        work.exact.ask(self.rows())
+        measured = quality.measure(work.exact, self.model.model, self.rows(), work.shown.part)
         self.report |= {
             "quality": asdict(measured) | {"more_perplexity": measured.more_perplexity},
             "mismatch": check.judge(measured, work.target.tolerance),
@@ -244,7 +245,6 @@ class Weights:
         self.work = work
         self.open = ExitStack()  # holds the plan, until it is carried out
         self.plan: recipe.Plan
-        self.made: list[recipe.Made] = []
         self.turned: list[str] = []
         self.tuned: Rows = ()  # they say whether the target is met
         self.rows: Rows = ()
@@ -262,9 +262,11 @@ class Weights:
     def _quantise(self) -> list[str]:
         gc.collect()  # graphs are full of cycles: the one before goes now, with its weights
         work, precision = self.work, self.work.target.precision
-        used = work.corpus.calibration(recipe.RECIPES[precision].tokens + TUNED)
-        self.rows = work.judged_on(quality.TOKENS)
+        used, self.rows = work.rows(recipe.RECIPES[precision].tokens + TUNED)
         self.tuned, used = apart(used, TUNED)
+        if not work.options.quick:
+            work.exact.ask([*self.tuned, *self.rows])
+            memory.trim()
         graph, self.turned = self._turn(work.graph_directory)
         work.open.enter_context(self.open)
         plan = recipe.planned(graph, precision, used, work.shown.part)
@@ -295,13 +297,13 @@ class Weights:
         """Write the cheapest graph that is within the target on some rows, as far as one is."""
         work = self.work
         while True:
-            model, self.made = self.plan.make(work.shown.part)
+            model = self.plan.make(work.shown.part)
             work.save(model, work.graph_directory)
             del model
             if work.options.quick:
                 break
             written = CausalLM(work.graph_directory).model
-            measured = quality.measure(work.origin.logits, written, self.tuned).kl
+            measured = quality.measure(work.exact, written, self.tuned).kl
             del written
             memory.trim()
             if not self._climbs(measured):
@@ -314,12 +316,12 @@ class Weights:
         if measured <= target:
             return False
         if not self.plan.sensed:
-            self.plan.sense(self.tuned, self.work.shown.part)
+            self.plan.sense(self.tuned, self.work.exact, self.work.shown.part)
         return self.plan.aim(measured, target)
 
     def _told(self) -> list[str]:
         """Say what became of the matrices."""
-        plan, kernels = self.plan, Counter(matrix.kernel for matrix in self.made)
+        plan, kernels = self.plan, Counter(self.plan.kernels())
         lines = [", ".join(f"{count} {kernel}" for kernel, count in kernels.most_common())]
         lines += [f"{len(plan.smoothed)} smoothed"] if plan.smoothed else []
         if plan.reached:
@@ -335,9 +337,10 @@ class Weights:
             self.again += 1
             work.shown.again(self._steps(self._make))
             return
+        made = plan.made()
         report |= {
-            "matrices": [asdict(matrix) for matrix in self.made],
-            "wider": [matrix.name for matrix in self.made if matrix.wide],
+            "matrices": [asdict(matrix) for matrix in made],
+            "wider": [matrix.name for matrix in made if matrix.wide],
             "smoothed": plan.smoothed,
             "turned": self.turned,
             "kinds": plan.sensed,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,8 @@ from fastgen.export import bundle
 from fastgen.export.opening import Opening
 from fastgen.export.options import ExportOptions, Target
 from fastgen.export.progress import Progress
-from fastgen.export.prove import check, corpus
+from fastgen.export.prove import check, corpus, quality
+from fastgen.export.quantize import calibrate
 from fastgen.export.rewrite import contract, onnx_file
 from fastgen.export.source.origin import Origin
 from fastgen.generator import CausalLM
@@ -45,7 +46,8 @@ class Work:
         info: the content of `fastgen.json`.
         directory: becomes `out` at the end.
         graph_directory: the directory of the last graph that was written (see `directory_of`).
-        proved: the same of the graph in the origin's precision, once it was proved equal.
+        proved: the same of the graph in the origin's precision, once it was compared.
+        proved_equal: whether it says what the original says.
         scales: of keys and values, once they are quantised.
         report: of the last graph, and of those before it.
     """
@@ -57,12 +59,13 @@ class Work:
     shown: Progress
     open: contextlib.ExitStack
     origin: Origin = field(init=False)
-    kept: Callable[[NDArray[Any]], NDArray[Any]] = field(init=False)
+    kept: calibrate.Shelf = field(init=False)
     original: check.Reference = field(default_factory=lambda: check.Reference([], []))
     info: ModelInfo = field(init=False)
     directory: Path = field(init=False)
     graph_directory: Path = field(init=False)
     proved: Path | None = None
+    proved_equal: bool = False
     scales: NDArray[np.float32] | None = None
     report: Report = field(default_factory=dict)
 
@@ -102,6 +105,22 @@ class Work:
         """The graph in float32, which the model's own text is sampled from."""
         assert self.proved is not None
         return CausalLM(self.proved, tuning=Tuning(entries=UNPACKED))
+
+    @cached_property
+    def exact(self) -> quality.Exact:
+        """The logits that rows should have: the proved graph's, which says what the original says,
+        in half the time; or the original's own, where the graph is not proved.
+        """
+        logits, vocab, room = self.origin.logits, self.info.vocab_size, self.kept.room
+        if self.proved_equal:
+            return quality.Exact.of(lambda: self._writer().model, vocab, room)
+        return quality.Exact(lambda: lambda row: iter([(0, logits(row))]), vocab, room)
+
+    def rows(self, calibration: int) -> tuple[Rows, Rows]:
+        """Rows to calibrate on, about so many tokens, and rows to measure on (see `judged_on`)."""
+        judged = 0 if self.options.quick else quality.TOKENS
+        self.corpus.write(calibration, judged)
+        return self.corpus.calibration(calibration), self.judged_on(quality.TOKENS)
 
     def judged_on(self, tokens: int) -> Rows:
         """Rows to measure on; none where nothing is measured."""

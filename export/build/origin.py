@@ -20,22 +20,22 @@ import onnx_ir as ir
 import tokenizers
 from numpy.typing import NDArray
 
-from fastgen.engine.model import UNPACKED, Model
+from fastgen.engine.model import UNPACKED
 from fastgen.engine.output import GenerateOutput
 from fastgen.errors import ModelError, UnsupportedModel
 from fastgen.export.build import families, graph, weights, writer
 from fastgen.export.build.decoder import Decoder
 from fastgen.export.build.weights import Tensor
-from fastgen.export.prove import check
+from fastgen.export.prove import check, quality
+from fastgen.export.quantize.parts import CHUNK, chunks
 from fastgen.export.source import checkpoint, vocabulary
-from fastgen.export.source.origin import Tolerance, name_of
+from fastgen.export.source.origin import Room, Tolerance, name_of
 from fastgen.generator import CausalLM
 from fastgen.sampling.softmax import log_softmax
 from fastgen.store import jsonfile
 from fastgen.store.model_info import CONFIG, GENERATION_CONFIG, TOKENIZER, ModelInfo
 from fastgen.store.tuning import Tuning
 
-AT_ONCE = 1 << 25  # logits that are asked for at once
 COMPARED = 1 << 10  # rows of two tables that are compared at a time
 
 
@@ -140,6 +140,7 @@ class Built:
         self.name, self.config, self.decoder = parts.name, parts.config, parts.decoder
         self.weights, self.tokenizer, self.note = parts.weights, parts.tokenizer, parts.note
         self.directory: Path | None = None
+        self.room: Room
         # By the bytes of each probe, nats of its tokens, once it was asked.
         self.spent: dict[bytes, NDArray[np.float32] | None] = {}
 
@@ -171,8 +172,8 @@ class Built:
         self.spent = {row.tobytes(): None for row in rows}
         return rows
 
-    def written(self, directory: Path) -> None:
-        self.directory = directory
+    def written(self, directory: Path, room: Room) -> None:
+        self.directory, self.room = directory, room
 
     @cached_property
     def own(self) -> CausalLM:
@@ -182,8 +183,10 @@ class Built:
 
     def logits(self, row: NDArray[np.int64]) -> NDArray[np.float32]:
         """Of one row alone, read at once."""
-        logits = _read(self.own.model, row)
-        if not np.isfinite(logits).all():
+        logits = self.room((len(row), self.decoder.vocabulary), np.float32)
+        for at, part in quality.read(self.own.model, row, quality.EXACT // logits.shape[1]):
+            logits[at : at + len(part)] = part
+        if not all(np.isfinite(part).all() for part in chunks(logits)):
             raise check.Mismatch("its logits are not finite: the weights are damaged")
         if self.spent.get(row.tobytes(), 0) is None:
             self.spent[row.tobytes()] = _surprise(logits, row)
@@ -274,20 +277,9 @@ def _equal(one: Tensor, other: Tensor) -> bool:
     return all(np.array_equal(one.read(part), other.read(part)) for part in parts)
 
 
-def _read(model: Model, row: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Logits [length, vocab] of a row that is read from its beginning, as few times as may be."""
-    vocab = model.info.vocab_size
-    cache = model.new_cache(1, len(row))
-    step = max(1, AT_ONCE // vocab)
-    logits = np.empty((len(row), vocab), np.float32)
-    for at in range(0, len(row), step):
-        part = row[at : at + step]
-        positions = np.arange(len(part))[None]
-        logits[at : at + len(part)] = model.forward([part], cache, logits_positions=positions)[0]
-    return logits
-
-
 def _surprise(logits: NDArray[np.float32], row: NDArray[np.int64]) -> NDArray[np.float32]:
     """Of each token of a row but the first: nats, by what was said before it."""
-    log_probabilities = log_softmax(logits[:-1])
-    return -log_probabilities[np.arange(len(row) - 1), row[1:]]
+    targets = np.split(row[1:], range(CHUNK, len(row) - 1, CHUNK))
+    pairs = zip(chunks(logits[:-1]), targets, strict=True)
+    spent = [log_softmax(part)[np.arange(len(next_)), next_] for part, next_ in pairs]
+    return -np.concatenate(spent)

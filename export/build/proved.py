@@ -13,12 +13,17 @@ from fastgen.store.model_info import ModelInfo
 
 
 class Proved(Original):
-    """A transformers model whose graph is built of its checkpoint. See `origin.Origin`."""
+    """A transformers model whose graph is built of its checkpoint. See `origin.Origin`.
+
+    Args:
+        may_trace: whether it is traced instead, should the graph say something else.
+    """
 
     way = "built of its tensors, proved by torch"
 
-    def __init__(self, loaded: Source, directory: Path) -> None:
+    def __init__(self, loaded: Source, directory: Path, may_trace: bool) -> None:
         super().__init__(loaded)
+        self.may_trace = may_trace
         self.built = Built(of_directory(directory, loaded.name))
 
     @property
@@ -26,7 +31,11 @@ class Proved(Original):
         return self.built.parameters
 
     def convert(self, whole: bool = False) -> tuple[ir.Model, list[str]]:
-        return self.built.convert(whole)
+        if whole:
+            return super().convert(whole)
+        model, found = self.built.convert()
+        model.meta["repeated"] = self.may_trace
+        return model, found
 
     def describe(self) -> ModelInfo:
         return self.built.describe()

@@ -22,7 +22,7 @@ from fastgen.export.onnx_folder.signature import POSITIONS
 from fastgen.export.prove import check
 from fastgen.export.rewrite.edit import constant, flag, sizes_of
 from fastgen.export.source import vocabulary
-from fastgen.export.source.origin import Tolerance, name_of
+from fastgen.export.source.origin import Room, Tolerance, name_of
 from fastgen.store import jsonfile
 from fastgen.store.model_info import CONFIG, GENERATION_CONFIG, ModelInfo
 
@@ -144,7 +144,7 @@ class Folder:
             shown.append("half precision became single")
         return rewritten.model, shown
 
-    def written(self, directory: Path) -> None:
+    def written(self, directory: Path, room: Room) -> None:
         """It runs by itself."""
 
     def describe(self) -> ModelInfo:

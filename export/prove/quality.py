@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from fastgen.engine.model import Model
-from fastgen.export.quantize.parts import CHUNK
-from fastgen.sampling.softmax import divergence, log_softmax
+from fastgen.export.quantize.parts import CHUNK, chunks
+from fastgen.sampling.softmax import log_softmax
 
 TOKENS = 1024  # of a text that precisions are measured on, at most
+EXACT, MEASURED = 1 << 23, 1 << 20  # logits that a graph is asked for at once, about
+
+Logits = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,8 @@ class Quality:
         top1: share of positions with the same likeliest token.
         max_difference: largest difference of a logit, as a share of the largest logit.
         mean_difference: the mean, likewise.
+        kl_error: the standard error of `kl`, by its differences from token to token.
+        perplexity_error: that of `more_perplexity`, likewise: half a per cent in a thousand tokens.
     """
 
     tokens: int
@@ -37,6 +44,8 @@ class Quality:
     top1: float
     max_difference: float
     mean_difference: float
+    kl_error: float
+    perplexity_error: float
 
     @property
     def more_perplexity(self) -> float:
@@ -46,8 +55,54 @@ class Quality:
     def summary(self) -> str:
         return (
             f"perplexity {self.perplexity:.3f} against {self.reference_perplexity:.3f} "
-            f"({self.more_perplexity:+.2%}), KL {self.kl:.1e}, top-1 {self.top1:.2%}"
+            f"({self.more_perplexity:+.2%} ± {self.perplexity_error:.2%}), "
+            f"KL {self.kl:.1e} ± {self.kl_error:.0e}, top-1 {self.top1:.2%}"
         )
+
+
+class Exact:
+    """Logits of rows as they should be, each computed once: they are in a file from then on.
+
+    Args:
+        opened: gives what a row's logits are asked of, some positions at a time, with the first of
+            them; it is let go when the rows are done.
+        room: gives an array of a shape and type to keep them in.
+    """
+
+    def __init__(
+        self,
+        opened: Callable[[], Callable[[NDArray[np.int64]], Iterator[tuple[int, Logits]]]],
+        vocab: int,
+        room: Callable[[tuple[int, int], DTypeLike], NDArray[Any]],
+    ) -> None:
+        self._opened, self._vocab, self._room = opened, vocab, room
+        self._held: dict[bytes, Logits] = {}
+
+    @classmethod
+    def of(
+        cls,
+        opened: Callable[[], Model],
+        vocab: int,
+        room: Callable[[tuple[int, int], DTypeLike], NDArray[Any]],
+    ) -> Exact:
+        """The logits of a graph that was proved: it stands for the original."""
+        return cls(lambda: partial(read, opened(), most=EXACT // vocab), vocab, room)
+
+    def __call__(self, row: NDArray[np.int64]) -> Logits:
+        """float32 [length, vocab] of a row of ids."""
+        self.ask([row])
+        return self._held[row.tobytes()]
+
+    def ask(self, rows: Sequence[NDArray[np.int64]]) -> None:
+        """Compute those of several rows at once, which opens the graph once."""
+        missing = [row for row in rows if row.tobytes() not in self._held]
+        asked = self._opened() if missing else None
+        for row in missing:
+            assert asked is not None
+            held = self._room((len(row), self._vocab), np.float32)
+            for start, logits in asked(row):
+                held[start : start + len(logits)] = logits
+            self._held[row.tobytes()] = held
 
 
 def measure(
@@ -56,25 +111,29 @@ def measure(
     rows: Sequence[NDArray[np.int64]],
     shown: Callable[[int, int], None] = lambda done, total: None,
 ) -> Quality:
-    """Compare on `rows` of ids, each from scratch; the original's logits are held for one row.
+    """Compare on `rows` of ids, each from scratch.
 
     Args:
         original: ids [length] -> its logits, float32 [length, vocab].
         shown: called with the number of rows done and their total, as they are.
     """
     tokens, agree = 0, 0
-    loss = reference_loss = lost = mean = largest = scale = 0.0
+    loss = reference_loss = mean = largest = scale = 0.0
+    lost, more = list[NDArray[np.float32]](), list[NDArray[np.float32]]()  # of each token
     for done, row in enumerate(rows):
         shown(done, len(rows))
         reference = original(row)
-        for start, logits in _logits(exported, row[:-1]):
+        for start, logits in _chunks(exported, row[:-1]):
             expected = reference[start : start + len(logits)]
             targets = row[start + 1 : start + 1 + len(logits)]
             p, q = log_softmax(expected), log_softmax(logits)
             positions = np.arange(len(logits))
-            loss -= float(q[positions, targets].sum(dtype=np.float64))
-            reference_loss -= float(p[positions, targets].sum(dtype=np.float64))
-            lost += divergence(p, q)
+            theirs, ours = p[positions, targets], q[positions, targets]
+            loss -= float(ours.sum(dtype=np.float64))
+            reference_loss -= float(theirs.sum(dtype=np.float64))
+            more.append(theirs - ours)
+            p_less_q = np.subtract(p, q, out=q)
+            lost.append(np.einsum("tv,tv->t", np.exp(p, out=p), p_less_q))
             agree += int((expected.argmax(1) == logits.argmax(1)).sum())
             difference = np.abs(expected - logits)
             largest = max(largest, float(difference.max()))
@@ -86,17 +145,37 @@ def measure(
         tokens=tokens,
         perplexity=float(np.exp(loss / tokens)),
         reference_perplexity=float(np.exp(reference_loss / tokens)),
-        kl=max(0.0, lost / tokens),
+        kl=max(0.0, float(np.concatenate(lost).mean(dtype=np.float64))),
         top1=agree / tokens,
         max_difference=largest / (scale or 1),
         mean_difference=mean / tokens / (scale or 1),
+        kl_error=_error(np.concatenate(lost)),
+        perplexity_error=float(np.exp((loss - reference_loss) / tokens))
+        * _error(np.concatenate(more)),
     )
 
 
-def _logits(model: Model, row: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """A row in chunks: where each starts, and its float32 [chunk, vocab], valid until the next."""
-    cache = model.new_cache(1, 2 * len(row))
-    for start in range(0, len(row), CHUNK):
-        new = row[start : start + CHUNK]
+def _error(values: NDArray[np.float32]) -> float:
+    """The standard error of their mean."""
+    return float(values.std(dtype=np.float64) / np.sqrt(len(values)))
+
+
+def _chunks(model: Model, row: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """A row's logits a few positions at a time: what is made of them is as large."""
+    for start, logits in read(model, row, MEASURED // model.info.vocab_size):
+        for at, part in enumerate(chunks(logits)):
+            yield start + CHUNK * at, part
+
+
+def read(
+    model: Model, row: NDArray[np.int64], most: int
+) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """A row as a prompt, about `most` tokens at a time: where each part starts, and its logits,
+    float32 [part, vocab], valid until the next.
+    """
+    cache, step = model.new_cache(1, 2 * len(row)), max(CHUNK, most)
+    for start in range(0, len(row), step):
+        new = row[start : start + step]
         positions = np.arange(len(new))[None]
         yield start, model.forward([new], cache, logits_positions=positions)[0]
+    cache.bindings.clear()  # they hold logits, and each other

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from fastgen.export.quantize import rotation
 from fastgen.export.quantize.kernels import (
@@ -33,7 +34,9 @@ from fastgen.store.graph_io import READS_PROMPT, TensorSpec, fed_tokens
 
 ROW = 128  # tokens of a row, about
 TOKENS = 2048  # of calibration, at most
+LOGITS = "logits"
 ALIGNED = 4096  # bytes: where an array begins in a file
+TOGETHER = 512  # tokens whose moments are made by one product
 SAMPLE = 512  # tokens of an input that are kept as they are, about
 
 
@@ -63,30 +66,46 @@ def inputs(
     """Give each distinct input of `products` on `rows`, in files as `values` does."""
     wanted = list(dict.fromkeys(product.input for product in products))
     widths = [_width(value) for value in wanted]
-    longest = max(map(len, rows))
     every = max(1, sum(map(len, rows)) // SAMPLE)
-    kept = sum(len(row[::every]) for row in rows)
+    sampled = sum(len(row[::every]) for row in rows)
+    together = list(_together(rows))
+    longest = max(sum(map(len, some)) for some in together)
     with (
         weights_directory(model) as directory,
         _spool(directory, longest, wanted) as seen,
-        _spool(directory, kept, wanted) as samples,
+        _spool(directory, sampled, wanted) as samples,
         _spooled(directory, [(width, width) for width in widths]) as squares,
     ):
         session = running(model, [str(value.name) for value in wanted], directory)
         at = 0
-        for row in rows:
-            _step(session, row, seen, 0)
-            some = len(row[::every])
-            for i, value in enumerate(wanted):
-                x = seen[value][: len(row)]
-                samples[value][at : at + some] = x[::every]
-                squares[i] += x.T @ x
-            at += some
+        for some in together:
+            end = 0
+            for row in some:
+                _step(session, row, seen, end)
+                sample = slice(at, at + len(row[::every]))
+                for value in wanted:
+                    samples[value][sample] = seen[value][end : end + len(row) : every]
+                at, end = sample.stop, end + len(row)
+            for value, square in zip(wanted, squares, strict=True):
+                x = seen[value][:end]
+                square += x.T @ x
         del session  # and what memory its steps took
         total = np.float32(sum(map(len, rows)))
         for square in squares:
             square /= total
         yield {value: Input(samples[value], squares[i]) for i, value in enumerate(wanted)}
+
+
+def _together(rows: Sequence[NDArray[np.int64]]) -> Iterator[list[NDArray[np.int64]]]:
+    """Rows in order, as many as have TOGETHER tokens or one more: their moments are one product."""
+    some: list[NDArray[np.int64]] = []
+    for row in rows:
+        some.append(row)
+        if sum(map(len, some)) >= TOGETHER:
+            yield some
+            some = []
+    if some:
+        yield some
 
 
 @contextmanager
@@ -158,18 +177,55 @@ def _spooled(directory: Path, shapes: Sequence[tuple[int, int]]) -> Iterator[lis
         ]
 
 
+class Shelf:
+    """A file that arrays are kept in, where they take no memory that the system could not have
+    back.
+
+    Attributes:
+        path: of the file; None where it has no name.
+    """
+
+    def __init__(self, file: IO[bytes], path: Path | None = None) -> None:
+        self.path, self._file = path, file
+        self._places: dict[int, tuple[int, int]] = {}  # by address: where it is, and its bytes
+
+    def __call__(self, array: NDArray[Any]) -> NDArray[Any]:
+        """The same array, in the file."""
+        if self.place(array) is not None:
+            return array
+        room = self.room(array.shape, array.dtype)
+        room[...] = array
+        return room
+
+    def room(self, shape: Sequence[int], dtype: DTypeLike) -> NDArray[Any]:
+        """An array of zeros in the file, to be filled."""
+        start = -(-self._file.seek(0, os.SEEK_END) // ALIGNED) * ALIGNED
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        self._file.truncate(start + max(size, 1))
+        array = np.asarray(np.memmap(self._file, dtype, "r+", start, tuple(shape)))
+        self._places[array.ctypes.data] = start, size
+        return array
+
+    def place(self, array: NDArray[Any]) -> tuple[int, int] | None:
+        """The place of an array in the file, and its bytes; None for any other."""
+        place = self._places.get(array.ctypes.data)
+        return place if place is not None and place[1] == array.nbytes else None
+
+
 @contextmanager
-def shelf(directory: Path) -> Iterator[Callable[[NDArray[Any]], NDArray[Any]]]:
-    """Give a function that puts an array into an unnamed file and gives it back from there."""
+def shelf(directory: Path) -> Iterator[Shelf]:
+    """Give a shelf whose file has no name."""
     with tempfile.TemporaryFile(dir=directory) as file:
+        yield Shelf(file)
 
-        def kept(array: NDArray[Any]) -> NDArray[Any]:
-            start = file.seek(-(-file.seek(0, os.SEEK_END) // ALIGNED) * ALIGNED)
-            file.write(np.ascontiguousarray(array).data.cast("B"))
-            file.flush()
-            return np.asarray(np.memmap(file, array.dtype, "r", start, array.shape))
 
-        yield kept
+@contextmanager
+def named_shelf(directory: Path) -> Iterator[Shelf]:
+    """Give a shelf in a folder of its own below `directory`, where graphs can read from it."""
+    with tempfile.TemporaryDirectory(dir=directory) as folder:
+        path = Path(folder) / "kept.data"
+        with path.open("w+b") as file:
+            yield Shelf(file, path)
 
 
 def _width(value: ir.Value) -> int:
@@ -178,11 +234,16 @@ def _width(value: ir.Value) -> int:
     return width
 
 
-def logits(model: ir.Model, rows: Sequence[NDArray[np.int64]], directory: Path) -> Iterator[Floats]:
-    """Logits of rows: float32 [length, vocab] of each, one at a time. See `running`."""
-    session = running(model, ["logits"], directory)
-    for row in rows:
-        yield session.run(["logits"], feeds(session, row))[0][0]
+def logits(
+    model: ir.Model, rows: Sequence[NDArray[np.int64]], directory: Path, kept: Shelf
+) -> Iterator[Floats]:
+    """Logits of rows: float32 [length, vocab] of each, valid until the next. See `running`."""
+    (value,) = [output for output in model.graph.outputs if output.name == LOGITS]
+    session = running(model, [LOGITS], directory, kept)
+    with _spool(directory, max(map(len, rows)), [value]) as held:
+        for row in rows:
+            _step(session, row, held, 0)
+            yield held[value][: len(row)]
 
 
 @contextmanager
@@ -206,11 +267,18 @@ def _directory(tensor: ir.TensorProtocol) -> Path | None:
     return Path(tensor.base_dir) if isinstance(tensor, ir.ExternalTensor) else None
 
 
-def running(model: ir.Model, names: Sequence[str], directory: Path) -> onnxruntime.InferenceSession:
+def running(
+    model: ir.Model,
+    names: Sequence[str],
+    directory: Path,
+    kept: Shelf | None = None,
+) -> onnxruntime.InferenceSession:
     """A session of the part of the graph that gives the values of these names, and no other.
 
     Args:
         directory: see `weights_directory`.
+        kept: holds codes, below `directory`: then matrices are packed, as the kernels of a model
+            that is used have them. Without, its weights stay in the file that is mapped.
     """
     part = model.clone()
     by_name = {value.name: value for node in part.graph for value in node.outputs}
@@ -218,13 +286,13 @@ def running(model: ir.Model, names: Sequence[str], directory: Path) -> onnxrunti
     ir.passes.common.RemoveUnusedNodesPass()(part)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    # Weights stay in the file that is mapped: no packed copy of them.
-    options.add_session_config_entry("session.disable_prepacking", "1")
+    if kept is None:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     with tempfile.TemporaryDirectory(dir=directory) as own:
         path, data = directory / "calibration.onnx", Path(own) / "more.data"
         try:
-            _spill(part, directory, data)
+            _spill(part, directory, data, kept)
             ir.save(part, path)
             return onnxruntime.InferenceSession(
                 str(path), options, providers=["CPUExecutionProvider"]
@@ -233,7 +301,7 @@ def running(model: ir.Model, names: Sequence[str], directory: Path) -> onnxrunti
             path.unlink(missing_ok=True)
 
 
-def _spill(model: ir.Model, directory: Path, data: Path) -> None:
+def _spill(model: ir.Model, directory: Path, data: Path, kept: Shelf | None) -> None:
     """Write large constants that are in no file of `directory` to one below it, `data`."""
     with data.open("wb") as file:
         for value in model.graph.initializers.values():
@@ -242,13 +310,17 @@ def _spill(model: ir.Model, directory: Path, data: Path) -> None:
                 continue
             if _directory(tensor) == directory:
                 continue
-            file.seek(-(-file.tell() // ALIGNED) * ALIGNED)
-            start = file.tell()
-            file.write(np.ascontiguousarray(tensor.numpy()).data.cast("B"))
+            array = np.ascontiguousarray(tensor.numpy())
+            place = None if kept is None else kept.place(array)
+            if kept is None or kept.path is None or place is None:
+                path, start = data, file.seek(-(-file.tell() // ALIGNED) * ALIGNED)
+                file.write(array.data.cast("B"))
+            else:
+                path, start = kept.path, place[0]
             value.const_value = ir.ExternalTensor(
-                data.relative_to(directory),
+                path.relative_to(directory),
                 start,
-                file.tell() - start,
+                array.nbytes,
                 tensor.dtype,
                 name=str(value.name),
                 shape=ir.Shape(tensor.shape.numpy()),

@@ -100,7 +100,7 @@ def gptq(
     weight: Floats,
     kernel: Kernel,
     scales: Floats,
-    moments: Floats,
+    factor: Floats,
     zeros: NDArray[np.uint8] | None = None,
 ) -> Floats:
     """A matrix [in, out] whose weights lie on the grid of `scales`, closest in its output.
@@ -109,14 +109,13 @@ def gptq(
         weight: float32 [in, out].
         kernel: bits and block size.
         scales: [out, blocks].
-        moments: float32 [in, in], second moments of the inputs: E[x^T x].
+        factor: of the second moments of the inputs, see `factor`.
         zeros: [out, blocks], zero points, if the kernel has them.
     """
     level = np.full(scales.shape, LEVELS[kernel.bits], np.float32)
     low = -level - 1 if zeros is None else -zeros.astype(np.float32)
     high = level if zeros is None else low + (2 * kernel.middle - 1)
     size, count = weight.shape
-    factor = _factor(moments)
     diagonal: Floats = np.diag(factor)
     rounded = np.empty((size, count), np.float32)
     errors = np.empty((size, count), np.float32)
@@ -173,8 +172,8 @@ def _round(
         rest[i + 1 :] += change[i + 1 :]
 
 
-def _factor(moments: Floats) -> Floats:
-    """Lower triangle G [in, in] with G^T G = the damped second moments of the inputs.
+def factor(moments: Floats) -> Floats:
+    """Lower triangle G [in, in] with G^T G = the damped second moments E[x^T x] of the inputs.
 
     It is the inverse of the factor that the paper has, of the inverse of the moments: nothing has
     to be inverted. Damping bounds the moments' condition by in / DAMPING, so that what float32
@@ -185,7 +184,7 @@ def _factor(moments: Floats) -> Floats:
     diagonal += DAMPING * diagonal.mean(dtype=np.float64) + 1e-12
     torch = sys.modules.get("torch")  # twice as fast; folders are exported without
     if torch is None:
-        factor = np.linalg.cholesky(backwards)
+        lower = np.linalg.cholesky(backwards)
     else:
-        factor = torch.linalg.cholesky(torch.from_numpy(backwards)).numpy()
-    return np.asarray(factor[::-1, ::-1].T)
+        lower = torch.linalg.cholesky(torch.from_numpy(backwards)).numpy()
+    return np.asarray(lower[::-1, ::-1].T)

@@ -244,12 +244,25 @@ def block_scales(weight: Floats, kernel: Kernel) -> Floats:
     return scales
 
 
+def codes_shape(scales: Floats, kernel: Kernel) -> tuple[int, ...]:
+    """The shape of block codes with scales [out, blocks]."""
+    return *scales.shape, kernel.block * kernel.bits // 8
+
+
 def block_codes(
-    weight: Floats, kernel: Kernel, scales: Floats, zeros: NDArray[np.uint8] | None = None
+    weight: Floats,
+    kernel: Kernel,
+    scales: Floats,
+    zeros: NDArray[np.uint8] | None = None,
+    out: NDArray[np.uint8] | None = None,
 ) -> NDArray[np.uint8]:
-    """uint8 [out, blocks, block] (8 bits) or [out, blocks, block / 2] (4 bits, low half first)."""
-    size, out = weight.shape
-    packed_codes = np.empty((*scales.shape, kernel.block * kernel.bits // 8), np.uint8)
+    """uint8 [out, blocks, block] (8 bits) or [out, blocks, block / 2] (4 bits, low half first).
+
+    Args:
+        out: to be filled; None for a new array.
+    """
+    size, count = weight.shape
+    packed_codes = np.empty(codes_shape(scales, kernel), np.uint8) if out is None else out
 
     def part(some: slice) -> None:
         values = blocks(weight[:, some], kernel.block)
@@ -259,7 +272,7 @@ def block_codes(
         codes = np.clip(values, 0, 2 * kernel.middle - 1, out=values).astype(np.uint8)
         packed_codes[some] = codes if kernel.bits == 8 else packed(codes)
 
-    parts.each(out, size, part)
+    parts.each(count, size, part)
     return packed_codes
 
 
@@ -376,8 +389,7 @@ def _replace_nbits(graph: ir.Graph, product: Product, choice: Choice) -> None:
         make = partial(
             _block_codes_of, tensor_of(node.inputs[1]), product.transposed, kernel, scales
         )
-        shape = [*scales.shape, kernel.block * kernel.bits // 8]
-        codes = add_lazily(graph, name, make, shape, ir.DataType.UINT8)
+        codes = add_lazily(graph, name, make, codes_shape(scales, kernel), ir.DataType.UINT8)
     else:
         codes = add_initializer(graph, name, choice.codes)
     scale = add_initializer(graph, f"{product.name}.scales", scales)

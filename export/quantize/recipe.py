@@ -1,26 +1,28 @@
 """A kernel for each matrix: the cheapest that keep the model's output near the original's.
 
 A precision has a ladder of kernels, the cheapest first. Every matrix begins at the bottom. Where
-the whole is measured to cost more than it may, each kind of matrix is quantised without the others,
-and the KL divergence at the model's output is what the kind costs (its own error says little of
-that). Then kinds go up, where most is likely to be saved for what a step costs, until the whole is
-expected to be within the target; whoever measures the whole says what it came to, and aims again.
+the whole is measured to cost more than it may, each kind of matrix is left in float32 in turn, and
+the KL divergence at the model's output that this saves is what the kind costs (its own error says
+little of that). Then kinds go up, where most is likely to be saved for what a step costs, until the
+whole is expected to be within the target; whoever measures the whole says what it came to, and aims
+again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from fastgen.export.quantize import calibrate, rotate, rotation, smooth
-from fastgen.export.quantize.gptq import gptq, search_scales
+from fastgen.export.quantize.gptq import factor, gptq, search_scales
 from fastgen.export.quantize.kernels import (
     W8A8,
     Choice,
@@ -31,6 +33,7 @@ from fastgen.export.quantize.kernels import (
     block_scales,
     channel_codes,
     channel_scales,
+    codes_shape,
     products,
     quantize,
     turned_matrix,
@@ -147,6 +150,14 @@ class Matrix:
 
 
 @dataclass(frozen=True)
+class Moments:
+    """Second moments of an input: their diagonal [in], and their factor (see `gptq`)."""
+
+    diagonal: Floats
+    factor: Floats
+
+
+@dataclass(frozen=True)
 class Step:
     """A kind of matrices that may go up to a rung: KL divergence saved, and what it costs."""
 
@@ -172,7 +183,8 @@ class Plan:
     Attributes:
         smoothed: names of matrices whose inputs were divided.
         reached: which experts the calibration text came to.
-        sensed: KL divergence that each kind of matrix costs at the bottom, alone.
+        sensed: KL divergence that each kind of matrix costs at the bottom.
+        rest: of the whole there, which no kind explains.
     """
 
     def __init__(
@@ -180,9 +192,16 @@ class Plan:
         model: ir.Model,
         recipe: Recipe,
         inputs: Mapping[ir.Value, calibrate.Input],
-        kept: Callable[[NDArray[Any]], NDArray[Any]],
+        directory: Path,
+        kept: calibrate.Shelf,
     ) -> None:
-        self._model, self._recipe, self._inputs, self._kept = model, recipe, inputs, kept
+        """
+        Args:
+            directory: of the file that the graph's weights are in.
+            kept: a shelf below it.
+        """
+        self._model, self._recipe, self._inputs = model, recipe, inputs
+        self._directory, self._kept = directory, kept
         self._experts = _experts(model.graph)
         self._mixed: dict[str, list[experts.Stored]] = {}
         self._products = products(model.graph)
@@ -191,6 +210,9 @@ class Plan:
         self.smoothed: list[str] = []
         self.reached: list[experts.Reached] = []
         self.sensed: dict[str, float] = {}
+        self.rest = 0.0
+        self._stored: list[tuple[str, experts.Stored]] = []
+        self._factor: tuple[tuple[ir.Value, int], Moments] | None = None  # the last
         self._left: dict[tuple[str, int], float] = {}
 
     # --- what is measured ------------------------------------------------------------------------
@@ -233,24 +255,55 @@ class Plan:
         weight = np.ascontiguousarray(product.weight[:, columns])
         return calibrate.output_error(x[:: max(1, len(x) // SAMPLE)], weight, choice)
 
-    def sense(self, rows: Sequence[NDArray[np.int64]], shown: Callable[[int, int], None]) -> None:
-        """Measure what each kind of matrix costs at the model's output, alone."""
+    def sense(
+        self,
+        rows: Sequence[NDArray[np.int64]],
+        exact: Callable[[NDArray[np.int64]], Floats],
+        shown: Callable[[int, int], None],
+    ) -> None:
+        """Measure what each kind of matrix costs at the model's output: what the whole loses
+        less where the kind is in float32.
+
+        All others are as they will be used, so this takes a third of the time of one kind among
+        products in float32.
+
+        Args:
+            exact: gives the logits of a row, float32 [length, vocab], as they should be.
+        """
         every = max(1, round(sum(map(len, rows)) / SENSED))
         rows = rows[::every]
-        kinds = self._kinds()
-        with calibrate.weights_directory(self._model) as directory:
-            logits = calibrate.logits(self._model, rows, directory)
-            exact = [self._kept(_log_probabilities(of_row)) for of_row in logits]
-            for done, (name, members) in enumerate(kinds.items()):
-                shown(done, len(kinds))
-                quantised = self._quantised({matrix.product.name for matrix in members})
-                self.sensed[name] = _divergence(exact, calibrate.logits(quantised, rows, directory))
+        kinds, names = self._kinds(), self._matrices.keys()
+        whole = self._lost(names, rows, exact)
+        for done, (name, members) in enumerate(kinds.items()):
+            shown(done, len(kinds))
+            others = names - {matrix.product.name for matrix in members}
+            self.sensed[name] = max(0.0, whole - self._lost(others, rows, exact))
+        self.rest = max(0.0, whole - sum(self.sensed.values()))
+
+    def _lost(
+        self,
+        names: Collection[str],
+        rows: Sequence[NDArray[np.int64]],
+        exact: Callable[[NDArray[np.int64]], Floats],
+    ) -> float:
+        """Mean Kullback-Leibler divergence, in nats, with the named matrices as they are decided,
+        and all others in float32.
+        """
+        said = calibrate.logits(self._quantised(names), rows, self._directory, self._kept)
+        total = sum(
+            divergence(log_softmax(expected), log_softmax(actual))
+            for pair in zip(map(exact, rows), said, strict=True)
+            for expected, actual in zip(*map(chunks, pair), strict=True)
+        )
+        return max(0.0, total / sum(map(len, rows)))
 
     def _kinds(self) -> dict[str, list[Matrix]]:
-        """Matrices of the same shape that read the same kind of node, early and late ones apart."""
+        """Matrices on the ladder, of the same shape, that read the same kind of node: early and
+        late ones apart.
+        """
         by_kind: dict[str, list[Matrix]] = {}
         for matrix in self._matrices.values():
-            if _is_turned(matrix.product):
+            if not matrix.may_climb:
                 continue
             node = matrix.product.input.producer()
             kind = "input" if node is None else node.op_type
@@ -280,13 +333,13 @@ class Plan:
         now = {
             name: self._expected(name, members, members[0].rung) for name, members in kinds.items()
         }
-        share = measured / max(sum(now.values()), 1e-12)
+        share = measured / max(sum(now.values()) + self.rest, 1e-12)
         hoped, moved = dict(now), False
-        while share * sum(hoped.values()) > kl or not moved:
+        while share * (sum(hoped.values()) + self.rest) > kl or not moved:
             steps = list(self._steps(kinds, now))
             if not steps:
                 return moved
-            step = chosen(steps, sum(now.values()) - kl / share)
+            step = chosen(steps, sum(now.values()) + self.rest - kl / share)
             now[step.kind] -= step.saves
             hoped[step.kind] = 0.0
             for matrix in kinds[step.kind]:
@@ -300,8 +353,6 @@ class Plan:
         ladder = self._recipe.ladder
         for name, members in kinds.items():
             first = members[0]
-            if not first.may_climb:
-                continue
             costs = [sum(rung.cost_of(matrix.product) for matrix in members) for rung in ladder]
             for rung in range(first.rung + 1, len(ladder)):
                 saves = now[name] - self._expected(name, members, rung)
@@ -324,21 +375,30 @@ class Plan:
 
     # --- what is made ----------------------------------------------------------------------------
 
-    def make(self, shown: Callable[[int, int], None]) -> tuple[ir.Model, list[Made]]:
-        """The graph as it is decided, and what became of each matrix."""
+    def make(self, shown: Callable[[int, int], None]) -> ir.Model:
+        """The graph as it is decided."""
         for done, matrix in enumerate(self._matrices.values()):
             shown(done, len(self._matrices))
             kernel = self._kernel(matrix)
             if kernel is not None:
                 self._choice(matrix.product, kernel)
         model = self._quantised(self._matrices.keys())
-        experts = self._experts.quantize(model, self._mixed) if self._experts is not None else ()
-        made = [self._made(matrix) for matrix in self._matrices.values()]
-        made += [
+        if self._experts is not None:
+            self._stored = list(self._experts.quantize(model, self._mixed))
+        return model
+
+    def kernels(self) -> list[str]:
+        """The kernel of each matrix."""
+        kernels = [self._kernel(matrix) for matrix in self._matrices.values()]
+        kernels += [stored.kernel for _, stored in self._stored]
+        return ["float32" if kernel is None else str(kernel) for kernel in kernels]
+
+    def made(self) -> list[Made]:
+        """The form of each matrix, and its error."""
+        return [self._made(matrix) for matrix in self._matrices.values()] + [
             Made(name, str(stored.kernel), round(stored.error, 6), wide=False)
-            for name, stored in experts
+            for name, stored in self._stored
         ]
-        return model, made
 
     def _made(self, matrix: Matrix) -> Made:
         kernel = self._kernel(matrix)
@@ -370,11 +430,44 @@ class Plan:
     def _choice(self, product: Product, kernel: Kernel) -> Choice:
         """Scales and codes of a matrix, made once for a kernel."""
         if (product.name, kernel) not in self._choices:
-            choice = _choice(product, kernel, self._inputs[product.input])
-            if choice.codes is not None:
-                choice = replace(choice, codes=self._kept(choice.codes))
-            self._choices[product.name, kernel] = choice
+            made = (
+                self._nearest(product, kernel) if product.is_head else self._best(product, kernel)
+            )
+            self._choices[product.name, kernel] = made
         return self._choices[product.name, kernel]
+
+    def _nearest(self, product: Product, kernel: Kernel) -> Choice:
+        """The nearest codes of a head, whose matrix may be the embedding's: it is the largest."""
+        scales = block_scales(product.weight, kernel)
+        codes = self._kept.room(codes_shape(scales, kernel), np.uint8)
+        return Choice(kernel, scales, block_codes(product.weight, kernel, scales, out=codes))
+
+    def _best(self, product: Product, kernel: Kernel) -> Choice:
+        """Scales and GPTQ's codes."""
+        weight, moments = product.weight, self._moments(product, kernel.turned)
+        if kernel.turned:
+            weight = turned_matrix(kernel.turned, False, weight)
+        weight = np.ascontiguousarray(weight)
+        if kernel.block == 0:
+            scales = channel_scales(weight)
+            on_grid = gptq(weight, kernel, scales[:, None], moments.factor)
+            return Choice(kernel, scales, self._kept(channel_codes(on_grid, scales)[0]))
+        if kernel.zero_points:
+            scales, zeros = search_scales(weight, kernel, moments.diagonal)
+        else:
+            scales, zeros = block_scales(weight, kernel), None
+        on_grid = gptq(weight, kernel, scales, moments.factor, zeros)
+        codes = self._kept(block_codes(on_grid, kernel, scales, zeros))
+        return Choice(kernel, scales, codes, zeros)
+
+    def _moments(self, product: Product, turned: int) -> Moments:
+        """Of a product's input: products that read the same one come one after the other."""
+        if self._factor is None or self._factor[0] != (product.input, turned):
+            moments = self._inputs[product.input].moments
+            if turned:
+                moments = rotation.turned(rotation.turned(moments, turned).T, turned)
+            self._factor = (product.input, turned), Moments(np.diag(moments), factor(moments))
+        return self._factor[1]
 
 
 @contextmanager
@@ -398,9 +491,9 @@ def planned(
     with (
         calibrate.inputs(model, products(model.graph), rows) as inputs,
         calibrate.weights_directory(model) as directory,
-        calibrate.shelf(directory) as kept,
+        calibrate.named_shelf(directory) as kept,
     ):
-        plan = Plan(model, RECIPES[precision], inputs, kept)
+        plan = Plan(model, RECIPES[precision], inputs, directory, kept)
         plan.prepare(rows, shown)
         trim()
         yield plan
@@ -430,41 +523,3 @@ def fitting(kernel: Kernel, product: Product) -> Kernel:
         block //= 2
     turned = min(kernel.turned, size & -size)
     return replace(kernel, block=block, turned=turned if turned > 1 else 0)
-
-
-def _choice(product: Product, kernel: Kernel, seen: calibrate.Input) -> Choice:
-    """Scales and GPTQ's codes; of a head, whose matrix may be the embedding's, the nearest."""
-    if product.is_head:
-        return Choice(kernel)
-    weight, moments = product.weight, seen.moments
-    if (turned := kernel.turned) > 0:
-        weight = turned_matrix(turned, False, weight)
-        moments = rotation.turned(rotation.turned(moments, turned).T, turned)
-    weight = np.ascontiguousarray(weight)
-    if kernel.block == 0:
-        scales = channel_scales(weight)
-        on_grid = gptq(weight, kernel, scales[:, None], moments)
-        return Choice(kernel, scales, channel_codes(on_grid, scales)[0])
-    if kernel.zero_points:
-        scales, zeros = search_scales(weight, kernel, np.diag(moments))
-    else:
-        scales, zeros = block_scales(weight, kernel), None
-    on_grid = gptq(weight, kernel, scales, moments, zeros)
-    return Choice(kernel, scales, block_codes(on_grid, kernel, scales, zeros), zeros)
-
-
-def _log_probabilities(logits: Floats) -> Floats:
-    """Logits [tokens, vocab] in their place, some at a time: a vocabulary may be large."""
-    for part in chunks(logits):
-        part[:] = log_softmax(part)
-    return logits
-
-
-def _divergence(exact: Iterable[Floats], other: Iterable[Floats]) -> float:
-    """Mean Kullback-Leibler divergence, in nats: log-probabilities [tokens, vocab] and logits."""
-    total, count = 0.0, 0
-    for expected, actual in zip(exact, other, strict=True):
-        pairs = zip(chunks(expected), chunks(actual), strict=True)
-        total += sum(divergence(part, log_softmax(more)) for part, more in pairs)
-        count += len(expected)
-    return max(0.0, total / count)

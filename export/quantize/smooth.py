@@ -22,6 +22,7 @@ from fastgen.export.rewrite.edit import add_initializer, constant, input_of, rem
 
 STRENGTHS = (0.3, 0.5, 0.7)  # the paper's alpha; the best on the calibration text is taken
 SAMPLE = 128  # tokens that an error is measured on
+COLUMNS = 256  # outputs that they are measured on
 GAIN = 0.9  # an error that does not fall below this share is not worth a change
 
 # Where a norm keeps what multiplies its output: the inputs that are divided, by operator.
@@ -99,6 +100,7 @@ def best_scales(x: Floats, weights: Sequence[Floats], kernel: Kernel) -> Floats 
     weight = weights[0] if len(weights) == 1 else np.concatenate(weights, axis=1)
     reach_x, reach_w = np.abs(x).max(axis=0), _reach(weight)
     sample = x[:: max(1, len(x) // SAMPLE)]
+    weight = np.ascontiguousarray(weight[:, :: max(1, weight.shape[1] // COLUMNS)])
     exact = sample @ weight
     least = GAIN * output_error(sample, weight, Choice(kernel), exact)
     best = None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from fastgen.store.model_info import ModelInfo
 
@@ -38,6 +39,10 @@ class Tolerance:
     def quantised(cls, kl: float) -> Tolerance:
         """Decided by KL alone: a flat distribution changes its likeliest token at KL 0.001."""
         return cls(max_difference=None, kl=kl, top1=None, greedy=False)
+
+
+# Gives an array of a shape and type, in a file: logits of a large vocabulary need much room.
+Room = Callable[[tuple[int, int], DTypeLike], NDArray[Any]]
 
 
 class Origin(Protocol):
@@ -89,11 +94,13 @@ class Origin(Protocol):
     def convert(self, whole: bool = False) -> tuple[onnx_ir.Model, list[str]]:
         """The graph by the contract, not trimmed, and the findings of that step.
 
-        `meta["repeated"]` of the graph says whether `whole` would give one that is made otherwise.
+        `meta["repeated"]` of the graph says whether `whole` would give one that is made otherwise:
+        traced, and every layer of it.
         """
 
-    def written(self, directory: Path) -> None:
-        """Take note of where the graph was written in its first precision, to be asked there.
+    def written(self, directory: Path, room: Room) -> None:
+        """Take note of where the graph was written in its first precision, to be asked there, and
+        of what gives arrays for its logits.
 
         Only for origins that nothing else runs: `logits` then ask that graph.
         """

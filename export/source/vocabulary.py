@@ -28,7 +28,8 @@ def write(directory: Path, to: Path) -> None:
     for name in FILES:
         path = directory / name
         if name == TOKENIZER:
-            jsonfile.write(to / name, _file(directory))
+            # In one line: a large vocabulary takes seconds to indent.
+            (to / name).write_text(json.dumps(_file(directory), ensure_ascii=False), "utf-8")
         elif path.is_file():
             shutil.copyfile(path, to / name)
     if not (to / TOKENIZER_CONFIG).exists():

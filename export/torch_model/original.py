@@ -17,7 +17,7 @@ import transformers
 from numpy.typing import NDArray
 
 from fastgen.export.prove import check
-from fastgen.export.source.origin import Tolerance
+from fastgen.export.source.origin import Room, Tolerance
 from fastgen.export.torch_model.source import Source, quiet
 from fastgen.export.trace import graph, hooks, sparse
 from fastgen.store import jsonfile
@@ -95,7 +95,7 @@ class Original:
         shown += ", alike" if converted.meta.get("repeated") else ""
         return converted, [shown]
 
-    def written(self, directory: Path) -> None:
+    def written(self, directory: Path, room: Room) -> None:
         """It runs by itself."""
 
     def describe(self) -> ModelInfo:

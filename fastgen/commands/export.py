@@ -53,8 +53,8 @@ from fastgen.system.interrupt import ended_at_once
 @click.option(
     "--build/--no-build",
     default=None,
-    help="make the graph of the checkpoint's tensors, or trace the model with torch [default: "
-    "build where there is no torch]",
+    help="make the graph of the checkpoint's tensors without torch, or trace the model with torch "
+    "[default: build where its family is known, and run the original beside it if torch is here]",
 )
 @click.option("--prove", is_flag=True, help="build, and run the original in torch beside it")
 @click.option("--revision", help="branch, tag or commit of a hub repository")
@@ -87,9 +87,9 @@ def export(
 
     A transformers model of a known family (safetensors, with a tokenizer.json) and an ONNX folder
     need onnx and onnx_ir (the extra `onnx`), all other models torch and transformers (the extra
-    `export`); running the result needs none of them. Where torch is here, a model is traced and
-    compared with the original. Where it is not, the graph is built of the checkpoint's tensors, by
-    its family. The report says which.
+    `export`); running the result needs none of them. Where the family is known, the graph is built
+    of the checkpoint's tensors, else the model is traced. Where torch is here, it is compared with
+    the original. The report says which.
 
     Where a repository has an ONNX folder too, and torch is here, the transformers model is
     exported; --precision q4, q8, fp16 and so on take what the folder has. Of its fp32, int8 and

@@ -54,7 +54,8 @@ def _column(section: dict[str, Any]) -> dict[str, str]:
         "greedy tokens until one differs": f"{greedy['same']} of {greedy['tokens']}",
     }
     if text:
-        column["perplexity"] = f"{text['perplexity']:.3f} ({text['more_perplexity']:+.2%})"
+        error = f" ± {text['perplexity_error']:.2%}" if "perplexity_error" in text else ""
+        column["perplexity"] = f"{text['perplexity']:.3f} ({text['more_perplexity']:+.2%}{error})"
     if "bytes" in section:
         column["graph and weights"] = f"{section['bytes'] / 1e6:,.1f} MB"
     return column

@@ -129,6 +129,8 @@ def test_what_precisions_cost_is_measured(run, trained):
     said = lines(run("quality", trained, "--precision", "int8"))
     assert [line[0] for line in said[1:]] == ["llama", "llama, twin"]
     assert len(lines(run("rungs", trained, "--precision", "int8"))) >= 2
+    said = lines(run("ablation", trained, "--tokens", "300", "--only", "text", "rung"))
+    assert {"all", "own"} <= {line[1] for line in said} and said[-1][1] == "float32"
 
 
 def test_calls_of_tools_are_read(run, tmp_path):
@@ -173,5 +175,5 @@ def test_no_script_is_left_out():
     scripts = {path.stem for path in BENCH.glob("*.py")}
     scripts |= {path.parent.name for path in BENCH.glob("*/__main__.py")}
     alone = {"ratio", "versions", "loading", "memory", "startup", "structured", "held_out"}
-    alone |= {"flat", "latent", "quality", "rungs", "tools"}
+    alone |= {"flat", "latent", "quality", "rungs", "ablation", "tools"}
     assert scripts == {*SHAPED, *alone, *HELP, *MODULES}

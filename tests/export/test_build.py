@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from fastgen.export import UnsupportedModel, export
 from fastgen.export.build import configuration, families, rotary, weights
 from fastgen.export.build import graph as writer
 from fastgen.export.build import origin as build_origin
+from fastgen.export.prove.check import Mismatch
 from fastgen.export.torch_model import original
 from fastgen.store.report import table
 
@@ -428,11 +430,17 @@ def test_what_is_known_to_mean_nothing(kind: str) -> None:
 # --- which way is taken ---------------------------------------------------------------------------
 
 
-def test_where_torch_is_a_model_is_traced_unless_told_otherwise(
+def test_where_torch_is_the_original_proves_what_is_built_unless_told_otherwise(
     saved: Path, llama: PreTrainedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = {}
-    for name, wishes in {"traced": {}, "built": {"build": True}, "proved": {"prove": True}}.items():
+    ways: dict[str, Any] = {
+        "traced": {"build": False},
+        "built": {"build": True},
+        "proved": {"prove": True},
+        "usual": {},
+    }
+    for name, wishes in ways.items():
         made = export(saved, tmp_path / name, precision="fp32", progress=sys.stderr, **wishes)
         shown = capsys.readouterr().err
         report = json.loads((made / "report.json").read_text())
@@ -440,16 +448,35 @@ def test_where_torch_is_a_model_is_traced_unless_told_otherwise(
         assert f"proof: {report['proof']}" in table(report)
     assert "traced by torch" in found["traced"][0]
     assert "built of its tensors, without torch" in found["built"][0]
-    assert "built of its tensors, proved by torch" in found["proved"][0]
+    for name in ("proved", "usual"):
+        assert "built of its tensors, proved by torch" in found[name][0]
     assert found["built"][1]["proof"] == "family llama (transformers 5.24)"
     assert found["built"][1]["beside"].startswith("its own graph")
-    for name in ("traced", "proved"):
+    for name in ("traced", "proved", "usual"):
         assert found[name][1]["proof"].startswith("the original ran (transformers 5.24")
     assert found["traced"][2] == found["built"][2] == found["proved"][2]
     told = [json.loads((tmp_path / name / "fastgen.json").read_text()) for name in found]
     for one in told:
         one.pop("files")
-    assert told[0] == told[1] == told[2]
+    assert told[0] == told[1] == told[2] == told[3]
+
+
+def test_a_built_graph_that_is_not_the_original_is_traced_or_refused(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    describe = families.describe
+
+    def wrong(config: dict[str, Any]) -> Any:
+        decoder = describe(config)
+        return replace(decoder, embedding=replace(decoder.embedding, times=2.0))
+
+    monkeypatch.setattr(families, "describe", wrong)
+    made = export(saved, tmp_path / "traced", precision="fp32", progress=None)
+    report = json.loads((made / "report.json").read_text())
+    assert [step["step"] for step in report["steps"]].count("convert") == 2
+    assert not report["mismatch"]
+    with pytest.raises(Mismatch, match="disagrees"):
+        export(saved, tmp_path / "asked", precision="fp32", prove=True, progress=None)
 
 
 def test_what_cannot_be_built_is_no_surprise(

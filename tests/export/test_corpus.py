@@ -16,8 +16,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 import fastgen
 from fastgen.export import export
-from fastgen.export.prove import corpus
-from fastgen.export.prove.own_text import Writer, own_text
+from fastgen.export.prove import corpus, own_text
+from fastgen.export.prove.own_text import Wish, Writer, own_texts
 from fastgen.export.prove.reader import ROW, Reader
 from fastgen.store.model_info import ModelInfo
 from fastgen.text.tokenizer import _byte_level
@@ -144,13 +144,14 @@ def test_the_models_own_text_is_what_it_says_and_differs_by_side(pair):
     one, other = text.calibration(200), text.evaluation(200)
     assert set(text.kinds) == {corpus.OWN} and text.kinds["own"]["calibration"] >= 200
     assert not {row.tobytes() for row in one} & {row.tobytes() for row in other}
-    assert [r.tolist() for r in own_text(model, 60, 5, None, 32)] == [
-        r.tolist() for r in own_text(model, 60, 5, None, 32)
-    ]
+    wish, beside = Wish(60, 5), Wish(100, 77, [[3], [5]])
+    (alone,), (among, rows) = own_texts(model, [wish], 32), own_texts(model, [wish, beside], 32)
+    assert [row.tolist() for row in alone] == [row.tolist() for row in among]
+    assert [row[:1].tolist() for row in rows[:2]] == [[3], [5]] and sum(map(len, rows)) >= 100
     random = np.random.default_rng(0).integers(0, model.model.info.vocab_size, (4, 32))
     told = [
         np.nanmean(np.concatenate(model.score([r.tolist() for r in rows])))
-        for rows in (own_text(model, 128, 1, None, 32), random)
+        for rows in (own_texts(model, [Wish(128, 1)], 32)[0], random)
     ]
     assert told[0] > told[1]
 
@@ -172,6 +173,24 @@ def test_own_text_is_made_when_it_is_asked_for_and_a_quarter_at_most(pair):
     two = text.only(["prose", "own"])
     two.calibration(2000)
     assert two.kinds["own"]["calibration"] <= 2000 // 4 + 64 and len(loads) == 2
+
+
+def test_both_sides_are_written_at_once(pair, monkeypatch):
+    _, model = pair("gpt2")
+    calls: list[int] = []  # wishes of each
+    write = own_text.own_texts
+
+    def noted(model, wishes, *rest):
+        calls.append(len(wishes))
+        return write(model, wishes, *rest)
+
+    monkeypatch.setattr(own_text, "own_texts", noted)
+    vocab = model.model.info.vocab_size
+    text = corpus.of(Origin(bytes_tokenizer(True)), about(64, vocab), (), model)
+    text.write(500, 500)
+    rows = [text.calibration(500), text.evaluation(500), text.calibration(400)]
+    assert calls == [2] and text.kinds["own"]["evaluation"] > 0
+    assert not {row.tobytes() for row in rows[0]} & {row.tobytes() for row in rows[1]}
 
 
 def test_what_ends_its_texts_at_once_is_written_on(pair):

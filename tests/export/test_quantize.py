@@ -117,7 +117,7 @@ def test_searched_scales_and_gptq_each_lower_the_error_of_the_output(random, mat
     plain = Choice(kernel)
     scales, _ = gptq.search_scales(weight, kernel, np.einsum("ti,ti->i", x, x) / len(x))
     searched = Choice(kernel, scales)
-    rounded = gptq.gptq(weight, kernel, scales, x.T @ x / len(x))
+    rounded = gptq.gptq(weight, kernel, scales, gptq.factor(x.T @ x / len(x)))
     better = Choice(kernel, scales, block_codes(rounded, kernel, scales))
 
     def error(choice):
@@ -226,7 +226,7 @@ def test_gptq_rounds_as_the_paper_does(monkeypatch, factors, tokens, matrix):
         scale = scales[:, i // 32]
         expected[i] = np.clip(np.rint(rest[i] / scale), -8, 7) * scale
         rest[i + 1 :] -= np.outer(factor[i, i + 1 :], (rest[i] - expected[i]) / factor[i, i])
-    found = gptq.gptq(weight, kernel, scales, x.T @ x / len(x))
+    found = gptq.gptq(weight, kernel, scales, gptq.factor(x.T @ x / len(x)))
     assert (found == expected).mean() > 0.999
 
 
@@ -237,7 +237,7 @@ def test_gptq_rounds_to_the_codes_that_zero_points_leave():
     kernel = Kernel(4, 32, zero_points=True)
     moments = x.T @ x / len(x)
     scales, zeros = gptq.search_scales(weight, kernel, np.diag(moments))
-    rounded = gptq.gptq(weight, kernel, scales, moments.copy(), zeros)
+    rounded = gptq.gptq(weight, kernel, scales, gptq.factor(moments), zeros)
     choice = Choice(kernel, scales, block_codes(rounded, kernel, scales, zeros), zeros)
     np.testing.assert_allclose(calibrate.stored(weight, choice), rounded, atol=1e-5)
     nearest = Choice(kernel, scales, None, zeros)
