@@ -33,8 +33,11 @@ from fastgen.export.rewrite.edit import add_initializer, constant, insert, take_
 from fastgen.store import tuning
 from fastgen.store.model_info import ModelInfo
 from fastgen.store.tuning import Tuning
+from fastgen.system.cpu import int8_overflows
 from fastgen.timing import tune
 from fastgen.timing.tune import Candidate, Workload
+
+pytestmark = pytest.mark.skipif(int8_overflows(), reason="x86 without VNNI is refused this form")
 
 LIMIT = 512
 FILES = ("many_tokens.onnx", "unpack.onnx")
