@@ -155,8 +155,8 @@ def test_calls_of_tools_are_read(run, tmp_path):
 
 
 # Scripts that need what others made, an hour, or both; most have tests of their own besides.
-HELP = ("architectures", "built", "cluster", "export", "peers", "folders", "real", "serve", "soak",
-        "texts")  # fmt: skip
+HELP = ("architectures", "built", "cluster", "export", "folders", "fresh", "ids", "opened", "peers",
+        "real", "serve", "soak", "texts")  # fmt: skip
 MODULES = {"shapes", "shrink", "serve_worker"}  # which the others import or start
 
 

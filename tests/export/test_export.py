@@ -573,15 +573,17 @@ def gpt2_directory(pair, tmp_path_factory) -> Path:
 
 
 def test_the_command_fails_with_a_mismatch_unless_it_is_allowed(
-    wrong, gpt2_directory, tmp_path, monkeypatch, capfd
+    wrong, tmp_path_factory, tmp_path, monkeypatch, capfd
 ):
-    out = tmp_path / "out"
-    assert command(monkeypatch, "export", "--precision=fp32", gpt2_directory, out) == 2
+    out, traced = tmp_path / "out", tmp_path_factory.mktemp("source") / "of-no-known-family"
+    tiny.build("gpt_bigcode").save_pretrained(traced)
+    tiny.tokenizer().save_pretrained(traced)
+    assert command(monkeypatch, "export", "--precision=fp32", traced, out) == 2
     shown = capfd.readouterr()
     last = shown.err.splitlines()[-1]
     assert last.startswith("fastgen: the export disagrees with the original: a logit differs")
     assert shown.out == "" and not list(tmp_path.iterdir())
-    again = ("export", "--precision=fp32", gpt2_directory, out, "--allow-mismatch")
+    again = ("export", "--precision=fp32", traced, out, "--allow-mismatch")
     assert command(monkeypatch, *again) == 0
     assert out.is_dir()
 

@@ -47,7 +47,8 @@ assert "INTEGER" in flag and "no token above this one" in flag, flag
 
 model = fastgen.load({demo!r})
 service = types.SimpleNamespace(
-    defaults={{}}, info=model.model.info, name="m", has_template=True, model=model
+    defaults={{}}, info=model.model.info, name="m", has_template=True, model=model,
+    format=None, marks=None, raw=False, shown=types.SimpleNamespace(switches=())
 )
 (shown,) = [one for one in knobs.described(service)["knobs"] if one["name"] == "last_token"]
 assert shown["type"] == "int" and shown["help"] == "no token above this one"
