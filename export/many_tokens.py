@@ -3,7 +3,9 @@
 The second form rounds activations by token, or by token and group of inputs, where blocks have a
 scale of their own for each few. What a kind of matrix costs so is measured at the model's output,
 beside its blocks; kinds whose cost is too large for the target take a slower form, or stay in
-blocks. The whole is judged beside the original, on the text that the export was judged on.
+blocks. (Where nothing was quantised but held as its file has it, all kinds take the same form:
+that is found out in seconds.) The whole is judged beside the original, on the text that the export
+was judged on.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ COSTS = {Form.CHANNELS: 1.0, Form.GROUPS: 1.35, Form.BLOCKS: 2.5}
 FORMS = tuple(COSTS)
 
 Forms = dict[str, Form]  # by the name of a kind
+Rows = Sequence[NDArray[np.int64]]
 
 
 @dataclass
@@ -57,23 +60,38 @@ class Second:
         rows = [] if why else work.judged_on(quality.TOKENS)
         if why or not rows:
             return self._told(why, kinds, forms, None)
-        base, target = self._base(), work.target.tolerance.kl
+        work.exact.ask(rows)
+        target = work.target.tolerance.kl
         measured = self._judged(rows)
-        sensed: dict[str, dict[Form, float]] = {}
+        if measured.kl > target and "grid" in work.target.parts:
+            forms = dict.fromkeys(forms, Form.GROUPS)  # sensing takes longer than all else did
+            why = self._written(kinds, forms)
+            measured = self._judged(rows)
+        elif measured.kl > target:
+            forms, why, measured = self._sought(kinds, forms, measured, rows)
+        if not why and measured.kl > target:
+            why = f"it would cost a KL divergence of {measured.kl:.1e}, more than {target:.1e}"
+        return self._told(why, kinds, forms, measured)
+
+    def _sought(
+        self, kinds: Sequence[Kind], forms: Forms, measured: Quality, rows: Rows
+    ) -> tuple[Forms, str, Quality]:
+        """Seek forms that are within the target, by what each costs alone."""
+        base, target = self._base(), self.work.target.tolerance.kl
+        sensed, why = self._sensed(kinds), ""
         for _ in range(JUDGED - 1):
-            if measured.kl <= target:
-                break
-            sensed = sensed or self._sensed(kinds)
             expected = sum(sensed[kind.name][forms[kind.name]] for kind in kinds)
             share = (measured.kl - base) / max(expected, 1e-12)
             forms = chosen(kinds, sensed, max(0.0, target - base) / max(share, LEAST))
+            if {*forms.values()} == {Form.BLOCKS}:
+                break
             why = self._written(kinds, forms)
             if why:
                 break
             measured = self._judged(rows)
-        if not why and measured.kl > target:
-            why = f"it would cost a KL divergence of {measured.kl:.1e}, more than {target:.1e}"
-        return self._told(why, kinds, forms, measured)
+            if measured.kl <= target:
+                break
+        return forms, why, measured
 
     def _base(self) -> float:
         """KL divergence that the export has already."""
@@ -91,9 +109,9 @@ class Second:
         tuning = Tuning(prefill_precision="int8", many_from=1)
         return Model(self.work.directory, tuning=tuning)
 
-    def _judged(self, rows: Sequence[NDArray[np.int64]]) -> Quality:
+    def _judged(self, rows: Rows) -> Quality:
         work = self.work
-        measured = quality.measure(work.origin.logits, self._model(), rows, work.shown.part)
+        measured = quality.measure(work.exact, self._model(), rows, work.shown.part)
         trim()
         return measured
 
@@ -106,11 +124,10 @@ class Second:
         work = self.work
         found: dict[str, dict[Form, float]] = {}
         rows = work.corpus.calibration(SENSED)
-        exact = [work.kept(work.origin.logits(row)) for row in rows]
+        work.exact.ask(rows)
 
         def divergence(model: Model) -> float:
-            known = iter(exact)
-            return quality.measure(lambda row: next(known), model, rows).kl
+            return quality.measure(work.exact, model, rows).kl
 
         every = dict.fromkeys((kind.name for kind in kinds), Form.BLOCKS)
         usual = divergence(Model(work.directory, tuning=Tuning()))
@@ -131,6 +148,7 @@ class Second:
         if why:
             prefill_int8.remove(work.directory)
             work.info = replace(work.info, no_prompts=why)
+            bundle.seal(work.directory, work.info)
             return [f"none: {why}"]
         held = Counter[str]()
         for kind in kinds:

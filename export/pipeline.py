@@ -149,8 +149,8 @@ def steps(work: Work) -> list[Step]:
     return [
         *stages.Graph(work).steps(),
         *stages.quantised(work),
-        Step("time by operator", Cost(1, 1), partial(_profile, work, spent)),
         *([] if work.target.precision == "fp32" else [_many_tokens(work)]),
+        Step("time by operator", Cost(1, 1), partial(_profile, work, spent)),
         Step("bundle", Cost(0.2, 0.3), partial(_bundle, work, spent)),
     ]
 

@@ -470,11 +470,12 @@ class Exported:
         self.directory, self.info = directory, ModelInfo.parse(directory)
         self.original, self.text = original, text
         self.report = {"quality": {"kl": quality.measure(self.logits, Model(directory), text).kl}}
-        self.target = SimpleNamespace(tolerance=SimpleNamespace(kl=kl))
-        self.origin = SimpleNamespace(logits=self.logits)
+        self.target = SimpleNamespace(tolerance=SimpleNamespace(kl=kl), parts=["weights"])
+        self.exact = quality.Exact(
+            lambda: lambda row: iter([(0, self.logits(row))]), original.info.vocab_size, np.empty
+        )
         self.corpus = SimpleNamespace(calibration=lambda tokens: text)
         self.shown = SimpleNamespace(part=lambda done, total: None)
-        self.kept = lambda array: array
         self.options = SimpleNamespace(quick=False)
 
     def judged_on(self, tokens: int) -> list[np.ndarray]:

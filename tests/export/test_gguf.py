@@ -440,6 +440,22 @@ def test_what_is_asked_for_is_made_of_it(llama, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize("precision", [None, "int4"])
+def test_what_it_costs_is_judged_beside_its_own_numbers(precision, llama, tmp_path):
+    """All steps of an export, without an original that could be asked once its graph is away."""
+    path = gguf_files.write(llama, tmp_path / "model.gguf", TYPES.Q8_0)
+    wishes = {"precision": precision, "max_kl": 1e-6, "allow_mismatch": True}
+    out = export(path, tmp_path / "out", progress=None, **wishes)
+    report = json.loads((out / "report.json").read_text())
+    assert report["quality"]["tokens"] > 200
+    told = next(step for step in report["steps"] if step["step"] == "form for many tokens")
+    said = (
+        "it would cost a KL divergence of " if precision is None else "none of its layers' matrices"
+    )
+    assert told["found"].startswith(f"none: {said}")  # 4 bits have gone up to float32
+    assert fastgen.load(out).generate([5, 6, 7], max_new_tokens=4)
+
+
 def test_it_is_proved_by_transformers_own_reading(llama, tmp_path, capsys, monkeypatch):
     path = gguf_files.write(llama, tmp_path / "model.gguf", TYPES.Q8_0)
     proofs = {}
