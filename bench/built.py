@@ -56,6 +56,7 @@ ROTATIONS: dict[str, dict[str, Any]] = {
     "yarn": {"factor": 4.0, "original_max_position_embeddings": 64},
     "longrope": {"original_max_position_embeddings": 64, "factor": 4.0},
 }  # fmt: skip
+KEPT = {"rope_theta", "partial_rotary_factor"}  # whatever the type of the rotation is
 COMMUTE = ("Add", "Mul")
 
 
@@ -94,7 +95,8 @@ def configurations(kind: str) -> Iterator[tuple[str, PretrainedConfig]]:
     if "head_dim" in type(base).__dataclass_fields__:
         yield "head_dim = 24", changed(base, {"head_dim": 24})
     for name, settings in ROTATIONS.items() if "rope_theta" in parameters else ():
-        turned = {**parameters, "rope_type": name, **settings}
+        kept = {one: parameters[one] for one in KEPT & parameters.keys()}
+        turned = {**kept, "rope_type": name, **settings}
         if name == "longrope":
             size = getattr(base, "head_dim", None) or base.hidden_size // base.num_attention_heads
             count = int(size * (parameters.get("partial_rotary_factor") or 1)) // 2
@@ -215,9 +217,10 @@ def table(all_found: Sequence[Found]) -> str:
     for kind in dict.fromkeys(one.family for one in all_found):
         mine = [one for one in all_found if one.family == kind]
         close = [one for one in mine if one.outcome == CLOSE_LOGITS]
-        worst = f"{len(close)} (to {max(one.difference for one in close):.0e})" if close else ""
+        far = max(close, key=lambda one: one.difference) if close else None
+        worst = f"{len(close)} (to {far.difference:.0e})" if far else ""
         refused = [one.what for one in mine if one.outcome == REFUSED]
-        nodes = f"{close[0].nodes[0]}, {close[0].nodes[1]}" if close else ""
+        nodes = f"{far.nodes[0]}, {far.nodes[1]}" if far else ""
         same = sum(one.outcome == SAME for one in mine)
         lines.append(f"| {kind} | {same or ''} | {worst} | {nodes} | {', '.join(refused)} |")
     wrong = [one for one in all_found if one.outcome.startswith(WRONG)]

@@ -12,7 +12,7 @@ from fastgen.errors import ModelError, UnsupportedModel
 from fastgen.export import bundle, requirements
 from fastgen.export.build import origin as build_origin
 from fastgen.export.gguf import parts as gguf
-from fastgen.export.gguf import tensors
+from fastgen.export.gguf import proved, tensors
 from fastgen.export.onnx_folder import folder
 from fastgen.export.onnx_folder import origin as onnx_folder
 from fastgen.export.options import PRECISIONS, ExportOptions
@@ -24,6 +24,8 @@ from fastgen.store.resolve import CHECKPOINT, FASTGEN, GGUF, ONNX_FOLDER, Resolv
 
 if TYPE_CHECKING:  # which a folder needs none of
     from fastgen.export.torch_model.source import Source
+
+TO_PROVE = "to run the original, as --prove asks"
 
 
 @dataclass(frozen=True)
@@ -92,13 +94,15 @@ def _of_gguf(model: Resolved, options: ExportOptions) -> Opening:
         ModelError: the library `gguf` is not installed.
         UnsupportedModel: what is asked for needs a transformers model.
     """
-    asked = {"adapter": options.adapter, "prove": options.prove, "tokenizer": options.tokenizer}
+    asked = {"adapter": options.adapter, "tokenizer": options.tokenizer}
     if odd := [name for name, value in asked.items() if value]:
         raise UnsupportedModel(f"{odd[0]} is for transformers models: {model.name} is {GGUF}")
     try:
         tensors.library()  # before the file is downloaded
     except ImportError as error:
         raise resolve.needs(model.name, GGUF, error) from error
+    if options.prove and not resolve.has_torch():
+        raise resolve.needs(model.name, CHECKPOINT, TO_PROVE)
     file = gguf.opened(model.fetch() / str(model.file))
     own = gguf.precision_of(file)
     precision = options.precision or own or PRECISION
@@ -107,10 +111,10 @@ def _of_gguf(model: Resolved, options: ExportOptions) -> Opening:
     def load(budget: Budget) -> Origin:
         shapes = [("F32", held.shape) for held in file.tensors.values()]
         budget.settle(requirements.of_shapes(shapes), may_stay=False)
-        return build_origin.Built(gguf.of_file(file))
+        return proved.Proved(file) if options.prove else build_origin.Built(gguf.of_file(file))
 
     held = options.precision is None and own is not None
-    return Opening(file.path.stem, "fp32", precision, precision, True, load, held)
+    return Opening(file.path.stem, "fp32", precision, precision, not options.prove, load, held)
 
 
 def _check_precision(precision: str) -> None:
@@ -180,7 +184,7 @@ def _is_built(model: object, options: ExportOptions) -> bool:
     name = model.name if isinstance(model, Resolved) else type(model).__name__
     has_torch = resolve.has_torch()
     if options.prove and not has_torch:
-        raise resolve.needs(name, CHECKPOINT, "to run the original, as --prove asks")
+        raise resolve.needs(name, CHECKPOINT, TO_PROVE)
     if isinstance(model, Resolved) and model.kind == FASTGEN:
         raise ModelError(f"{name} is a fastgen model already: there is nothing to export")
     wanted = options.build

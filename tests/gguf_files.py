@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,12 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
 # transformers' names of what llama.cpp calls otherwise.
-NAMES = {"gemma3_text": "gemma3", "cohere": "command-r", "mistral": "llama"}
-PERMUTED = ("llama", "granite", "smollm3")
+NAMES = {
+    "gemma3_text": "gemma3", "cohere": "command-r", "mistral": "llama", "mixtral": "llama",
+    "gpt_neox": "gptneox", "gpt_oss": "gpt-oss", "hunyuan_v1_dense": "hunyuan-dense",
+    "phi": "phi2", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe",
+}  # fmt: skip
+PERMUTED = ("llama", "granite", "granitemoe", "smollm3")
 LOWERED = ("gemma", "gemma2", "gemma3")
 FLAT = ("attn_qkv.weight", "attn_output.weight", "ffn_up.weight", "ffn_down.weight")  # of GPT-2
 
@@ -44,7 +49,15 @@ def write(
         stem, _, suffix = full.rpartition(".")
         if tied and stem == "lm_head":
             continue
+        held = _of_experts(full, parameter.numpy(), config.model_type)
+        if held:
+            for theirs, array in held.items():
+                _add(writer, theirs, array, kind)
+            continue
+        stem = stem.replace("block_sparse_moe.router", "block_sparse_moe.router.layer")
         theirs = f"{known.get_name(stem)}.{suffix}"
+        if suffix == "sinks":
+            theirs = f"{known.get_name(full)}.weight"
         _add(writer, theirs, _laid_out(parameter.numpy(), theirs, name, config), kind)
     for theirs, value in (extra or {}).items():
         if isinstance(value, np.ndarray):
@@ -60,6 +73,29 @@ def write(
     return path
 
 
+def _of_experts(
+    name: str, array: NDArray[np.float32], model_type: str
+) -> dict[str, NDArray[np.float32]]:
+    """The tensors of all experts of a layer, which the model holds in fewer; none for others."""
+    found = re.fullmatch(r"model\.layers\.(\d+)\..*experts\.(gate_up|down)_proj(_bias)?", name)
+    if found is None:
+        return {}
+    layer, which, is_bias = f"blk.{found[1]}", found[2], found[3] is not None
+    if model_type == "gpt_oss" and not is_bias:
+        array = array.swapaxes(1, 2)
+    suffix = "bias" if is_bias else "weight"
+    if which == "down":
+        return {f"{layer}.ffn_down_exps.{suffix}": np.ascontiguousarray(array)}
+    if model_type == "gpt_oss":
+        gate, up = array[:, ::2], array[:, 1::2]
+    else:
+        gate, up = np.split(array, 2, axis=1)
+    return {
+        f"{layer}.ffn_gate_exps.{suffix}": np.ascontiguousarray(gate),
+        f"{layer}.ffn_up_exps.{suffix}": np.ascontiguousarray(up),
+    }
+
+
 def _laid_out(
     array: NDArray[np.float32], theirs: str, name: str, config: Any
 ) -> NDArray[np.float32]:
@@ -72,6 +108,11 @@ def _laid_out(
         array = array + 1
     if name == "gpt2" and role in FLAT:
         array = array.T
+    if name == "gptneox" and "attn_qkv" in role:
+        heads = array.reshape(config.num_attention_heads, 3, -1, *array.shape[1:])
+        array = heads.swapaxes(0, 1).reshape(array.shape)
+    if role == "ffn_gate_inp_shexp.weight":
+        array = array[0]
     return np.ascontiguousarray(array)
 
 
@@ -100,12 +141,17 @@ def _describe(writer: gguf.GGUFWriter, config: Any, name: str) -> None:
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(said.get("intermediate_size") or 4 * config.hidden_size)
     writer.add_head_count(config.num_attention_heads)
-    if name != "gpt2":
+    if name not in ("gpt2", "gptneox"):
         writer.add_head_count_kv(config.num_key_value_heads)
+    if name != "gpt2":
         size = said.get("head_dim") or config.hidden_size // config.num_attention_heads
         part = rope.get("partial_rotary_factor") or 1.0
         writer.add_rope_dimension_count(int(part * size))
         writer.add_rope_freq_base(rope["rope_theta"])
+        if rope.get("rope_type") == "yarn":
+            writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+            writer.add_rope_scaling_factor(rope["factor"])
+            writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
         if said.get("head_dim"):
             writer.add_key_length(size)
             writer.add_value_length(size)
@@ -115,20 +161,32 @@ def _describe(writer: gguf.GGUFWriter, config: Any, name: str) -> None:
     else:
         names = ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon")
         writer.add_layer_norm_eps(next(said[n] for n in names if n in said))
-    if name in ("gemma2", "gemma3", "phi3") and said.get("sliding_window"):
+    if name in ("gemma2", "gemma3", "phi3", "exaone4", "gpt-oss") and said.get("sliding_window"):
         writer.add_sliding_window(said["sliding_window"])
     if name == "gemma2":
         writer.add_attn_logit_softcapping(said["attn_logit_softcapping"])
         writer.add_final_logit_softcapping(said["final_logit_softcapping"])
-    if name == "granite":
+    if name in ("granite", "granitemoe"):
         writer.add_attention_scale(said["attention_multiplier"])
         writer.add_embedding_scale(said["embedding_multiplier"])
         writer.add_residual_scale(said["residual_multiplier"])
         writer.add_logit_scale(said["logits_scaling"])
     if name == "command-r":
         writer.add_logit_scale(said["logit_scale"])
-    if name == "stablelm":
+    if name in ("stablelm", "gptneox"):
         writer.add_parallel_residual(said["use_parallel_residual"])
+    if name == "exaone4" and said.get("sliding_window"):
+        writer.add_sliding_window_pattern([k == "sliding_attention" for k in said["layer_types"]])
+    experts = said.get("num_local_experts") or said.get("num_experts")
+    if experts:
+        writer.add_expert_count(experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+    if name in ("qwen2moe", "qwen3moe"):
+        writer.add_expert_feed_forward_length(said["moe_intermediate_size"])
+    if name == "qwen2moe":
+        writer.add_expert_shared_feed_forward_length(said["shared_expert_intermediate_size"])
+    if name == "gpt-oss":
+        writer.add_expert_feed_forward_length(said["intermediate_size"])
 
 
 def vocabulary(writer: gguf.GGUFWriter, tokenizer: Tokenizer, pre: str = "gpt-2") -> None:

@@ -87,7 +87,7 @@ def chat(browser: Browser, address: str) -> None:
 
 
 def probabilities(browser: Browser, address: str) -> None:
-    page = opened(browser, address, (720, 560))
+    page = opened(browser, address, (720, 600))
     page.get_by_role("button", name="Settings").click()
     page.get_by_label("Show probabilities").check()
     page.locator("#knob-seed").fill(SEED)

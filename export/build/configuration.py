@@ -25,6 +25,7 @@ HARMLESS = re.compile(
     r"|chunk_size_feed_forward|gradient_checkpointing|pretraining_tp|tokenizer_class"
     r"|transformers\.js_config|task_specific_params|finetuning_task|unsloth_\w+|prefix"
     r"|is_llama_config|_sliding_window_pattern|_num_labels|cache_implementation|is_decoder"
+    r"|router_(aux_loss_coef|jitter_noise)"
 )
 # Fields that only mean what transformers does anyway, at these values.
 NEUTRAL: dict[str, Any] = {
@@ -46,6 +47,7 @@ NEUTRAL_IN: dict[str, dict[str, Any]] = {
         ("reorder_and_upcast_attn", "n_ctx", "summary_activation", "summary_first_dropout",
          "summary_proj_to_labels", "summary_type", "summary_use_proj"), ANY
     ),
+    "gpt_oss": {"experts_per_token": ANY, "initial_context_length": ANY},
     "hunyuan_v1_dense": {
         "use_qk_norm": True, "use_cla": False, "use_rotary_pos_emb": True, "norm_type": "rms",
         "add_classification_head": False, "position_embedding_xdrope": False,
@@ -59,6 +61,7 @@ NEUTRAL_IN: dict[str, dict[str, Any]] = {
         "attention_bias": False, "mlp_bias": False, "lm_head_bias": False, "full_attn_mod": 1,
         "interpolate_factor": 1,
     },
+    "qwen3_moe": {"max_window_layers": ANY},
     "smollm3": {"max_window_layers": ANY},
     "starcoder2": {"activation_function": ANY, "mlp_type": "default", "norm_type": "layer_norm"},
 }  # fmt: skip

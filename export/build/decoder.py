@@ -84,7 +84,12 @@ NormPlace = Literal["together", "split", "heads", "turned"]
 
 @dataclass(frozen=True)
 class Attention:
-    """See `attention.Layer`; `rotary` is None where positions are not told."""
+    """See `attention.Layer`; `rotary` is None where positions are not told.
+
+    Attributes:
+        clip: of queries, keys and values: none is larger.
+        sinks: the tensor of a logit for each head, to which nothing belongs.
+    """
 
     heads: int
     kv_heads: int
@@ -100,6 +105,8 @@ class Attention:
     query_norm: Norm | None = None
     key_norm: Norm | None = None
     norm_place: NormPlace = "split"
+    clip: float | None = None
+    sinks: str | None = None
 
 
 @dataclass(frozen=True)
@@ -113,8 +120,60 @@ class FeedForward:
 
 
 @dataclass(frozen=True)
+class Stack:
+    """A matrix of each expert.
+
+    Attributes:
+        names: of the tensor [out, in] of each, or of the one [experts, out, in] of all.
+        together: whether it is one.
+        flat: whether that one is [experts, in, out].
+    """
+
+    names: tuple[str, ...]
+    together: bool = False
+    flat: bool = False
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Experts, of which a router gives each token to some: down(gate(first(x))) of each.
+
+    Attributes:
+        router: to a score for each expert.
+        chosen: experts that a token goes to.
+        width: of what is inside an expert.
+        gate, up: the first matrix in two halves; `up` is None where `gate` has the rows of both.
+        in_turns: whether these rows are in turns; else those of the gate come first.
+        biases: of the first matrix, in one tensor (in turns) or in two, and of `down`.
+        weighs: "all": weights are a softmax over all scores; "chosen": over those of the chosen.
+        softmax_axis: the last of two, as the family's code names it.
+        sums_to_one: whether the weights of the chosen are divided by their sum.
+        alpha, beta, limit: of the gate, see `rewrite.mixture.Gate`.
+        shared: what every token goes to besides.
+        shared_gate: to one number a token, whose sigmoid the shared part is multiplied by.
+    """
+
+    router: Linear
+    chosen: int
+    width: int
+    gate: Stack
+    up: Stack | None
+    down: Stack
+    in_turns: bool = False
+    biases: tuple[tuple[str, ...], str] | None = None
+    weighs: Literal["all", "chosen"] = "all"
+    softmax_axis: int = -1
+    sums_to_one: bool = False
+    alpha: float = 1.0
+    beta: float = 0.0
+    limit: float | None = None
+    shared: FeedForward | None = None
+    shared_gate: Linear | None = None
+
+
+@dataclass(frozen=True)
 class Layer:
-    """Attention and a feed-forward part.
+    """Attention and a feed-forward part, which may be a mixture of experts.
 
     Attributes:
         before_attention, before_feed: norms of what goes in. Where the residual is parallel and
@@ -127,7 +186,7 @@ class Layer:
     """
 
     attention: Attention
-    feed: FeedForward
+    feed: FeedForward | Experts
     before_attention: Norm | None = None
     after_attention: Norm | None = None
     before_feed: Norm | None = None

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastgen.errors import UnsupportedModel
 from fastgen.export.build.configuration import Configuration, window_of
-from fastgen.export.build.decoder import Attention, Decoder, Layer, NormPlace
+from fastgen.export.build.decoder import Attention, Decoder, Experts, FeedForward, Layer, NormPlace
 from fastgen.export.build.pieces import (
     attention_of,
     fused_part,
@@ -21,7 +21,7 @@ from fastgen.export.build.pieces import (
 )
 
 
-def _llama(
+def llama_like(
     config: Configuration,
     *,
     theta: float = 10_000.0,
@@ -40,12 +40,16 @@ def _llama(
     scale: float | None = None,
     times: float | None = None,
     residual: float = 1.0,
+    feeds: Callable[[int, str], FeedForward | Experts] | None = None,
+    attends: Callable[[str], dict[str, Any]] = lambda prefix: {},
 ) -> Decoder:
     """RMS norms before each part, a gated feed-forward part: what most are.
 
     Args:
         names: of the norms of queries and keys.
         rotates: whether a layer tells positions.
+        feeds: another feed-forward part, by a layer's number and the prefix of its tensors' names.
+        attends: what else `Attention` has, by the prefix of its tensors' names.
     """
     width, heads = config.number("hidden_size"), config.heads()
     eps, act = config.real("rms_norm_eps", eps), config.get("hidden_act", "silu")
@@ -53,9 +57,9 @@ def _llama(
     layers = []
     for number in config.layers():
         prefix = f"model.layers.{number}"
-        more: dict[str, Any] = {}
+        more = attends(f"{prefix}.self_attn")
         if names is not None:
-            more = {
+            more |= {
                 "query_norm": rms_norm(f"{prefix}.self_attn.{names[0]}", eps),
                 "key_norm": rms_norm(f"{prefix}.self_attn.{names[1]}", eps),
                 "norm_place": norm_place,
@@ -73,7 +77,9 @@ def _llama(
                     window=None if windows is None else windows[number],
                     **more,
                 ),
-                feed=gated_feed(f"{prefix}.mlp", config, width, act, feed_bias),
+                feed=gated_feed(f"{prefix}.mlp", config, width, act, feed_bias)
+                if feeds is None
+                else feeds(number, prefix),
                 before_attention=rms_norm(f"{prefix}.input_layernorm", eps),
                 before_feed=rms_norm(f"{prefix}.post_attention_layernorm", eps),
                 times=residual,
@@ -85,13 +91,13 @@ def _llama(
 
 def llama(config: Configuration) -> Decoder:
     bias, feed = config.flag("attention_bias"), config.flag("mlp_bias")
-    return _llama(config, bias=bias, feed_bias=feed)
+    return llama_like(config, bias=bias, feed_bias=feed)
 
 
 def mistral(config: Configuration) -> Decoder:
     config.number("num_key_value_heads", 8)
     window = window_of(config.get("sliding_window", 4096))
-    return _llama(config, windows=[window] * len(config.layers()))
+    return llama_like(config, windows=[window] * len(config.layers()))
 
 
 def _qwen_windows(config: Configuration) -> list[int | None]:
@@ -107,13 +113,13 @@ def _qwen_windows(config: Configuration) -> list[int | None]:
 
 
 def qwen2(config: Configuration) -> Decoder:
-    return _llama(config, windows=_qwen_windows(config), bias=True, out_bias=False)
+    return llama_like(config, windows=_qwen_windows(config), bias=True, out_bias=False)
 
 
 def qwen3(config: Configuration) -> Decoder:
     config.suppose(head_dim=128)
     bias = config.flag("attention_bias")
-    return _llama(config, windows=_qwen_windows(config), bias=bias, names=("q_norm", "k_norm"))
+    return llama_like(config, windows=_qwen_windows(config), bias=bias, names=("q_norm", "k_norm"))
 
 
 def smollm3(config: Configuration) -> Decoder:
@@ -125,7 +131,7 @@ def smollm3(config: Configuration) -> Decoder:
         raise UnsupportedModel(f"no_rope_layers are {len(turned)}, and its layers {len(usual)}")
     slides = config.flag("use_sliding_window") and config.get("sliding_window") is not None
     kinds = ["sliding_attention" if slides and not turns else "full_attention" for turns in turned]
-    return _llama(
+    return llama_like(
         config,
         theta=2_000_000.0,
         windows=config.windows(kinds, config.get("sliding_window")),
@@ -139,7 +145,7 @@ def smollm3(config: Configuration) -> Decoder:
 def ernie4_5(config: Configuration) -> Decoder:
     config.suppose(head_dim=128, num_key_value_heads=2)
     bias = config.flag("use_bias")
-    return _llama(
+    return llama_like(
         config, theta=500_000.0, bias=bias, feed_bias=bias, tied=True, eps=1e-5, interleaved=True
     )
 
@@ -147,7 +153,7 @@ def ernie4_5(config: Configuration) -> Decoder:
 def granite(config: Configuration) -> Decoder:
     scaling = config.real("logits_scaling", 1.0)
     times = config.real("embedding_multiplier", 1.0)
-    return _llama(
+    return llama_like(
         config,
         bias=config.flag("attention_bias"),
         feed_bias=config.flag("mlp_bias"),
@@ -164,7 +170,7 @@ def hunyuan(config: Configuration) -> Decoder:
             return parameters | {"rope_type": "ntk_alpha"}
         return parameters
 
-    return _llama(
+    return llama_like(
         config,
         bias=config.flag("attention_bias"),
         eps=1e-5,

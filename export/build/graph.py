@@ -7,40 +7,39 @@ of rotations. Weights are constants that are read when they are wanted, and not 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
-from fastgen.errors import ModelError, UnsupportedModel
-from fastgen.export.build import weights as held
+from fastgen.errors import UnsupportedModel
+from fastgen.export.build import mixture
 from fastgen.export.build.decoder import (
     Attention,
     Decoder,
     Embedding,
+    Experts,
     FeedForward,
     Head,
     Layer,
-    Linear,
     Norm,
     Part,
     Rotary,
 )
 from fastgen.export.build.weights import Weights
+from fastgen.export.build.writer import FLOAT, INT64, Dim, Writer, dims
 from fastgen.export.rewrite import contract
 from fastgen.export.rewrite.edit import MICROSOFT
-from fastgen.export.rewrite.node import HEAD_STEP, INPUTS, QUERIES, SEQLENS, TOTAL, attributes
+from fastgen.export.rewrite.node import (
+    HEAD_STEP,
+    INPUTS,
+    QUERIES,
+    SEQLENS,
+    SINK,
+    TOTAL,
+    attributes,
+)
 from fastgen.store.graph_io import GraphIO
-from fastgen.store.jsonfile import some
-
-OPSET, IR_VERSION = 23, 10
-FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
-Dim = int | str
-END = np.iinfo(np.int64).max
 
 
 def write(decoder: Decoder, weights: Weights) -> ir.Model:
@@ -50,37 +49,21 @@ def write(decoder: Decoder, weights: Weights) -> ir.Model:
         ModelError: a tensor is missing, is of another shape than the description has, or is left.
         UnsupportedModel: the attention node takes no heads of that size.
     """
-    writer = _Writer(decoder, weights)
+    writer = _Graph(decoder, weights)
     writer.write()
     writer.check_all_used()
     return writer.model
 
 
-def ignored(decoder: Decoder) -> re.Pattern[str]:
-    """Names of tensors that are in some checkpoints and mean nothing."""
-    return re.compile("|".join(decoder.ignored))
-
-
-class _Writer:
-    """One graph, as it grows."""
+class _Graph(Writer):
+    """The graph of a decoder."""
 
     def __init__(self, decoder: Decoder, weights: Weights) -> None:
-        self.decoder = decoder
-        self.weights = weights
-        self.used: dict[str, int] = {}  # numbers of each tensor that the graph reads
-        self.constants: dict[Any, ir.Value] = {}
+        super().__init__(decoder, weights, _io(decoder))
         self.angles: dict[Any, tuple[ir.Value, ir.Value]] = {}
-        self.shapes: dict[Any, ir.Value] = {}
-        self.graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET, MICROSOFT: 1})
-        self.model = ir.Model(self.graph, ir_version=IR_VERSION, producer_name="fastgen")
-        self.graph.name = "main_graph"
-        self.io = _io(decoder)
-        self.inputs: dict[str, ir.Value] = {}
 
     def write(self) -> None:
         decoder = self.decoder
-        self.inputs = {spec.name: contract.value(spec) for spec in self.io.inputs}
-        self.graph.inputs.extend(self.inputs.values())
         x = self.embed(decoder.embedding)
         present = []
         for number, layer in enumerate(decoder.layers):
@@ -91,142 +74,6 @@ class _Writer:
         logits = self.head(x, decoder.head, decoder.embedding)
         logits.name = self.io.logits.name
         self.graph.outputs.extend([logits, *present])
-
-    # What the graph is made of
-
-    def node(
-        self,
-        op_type: str,
-        inputs: Sequence[ir.Value | None],
-        shape: Sequence[Dim] | ir.Shape | None,
-        attributes: dict[str, Any] | None = None,
-        *,
-        domain: str = "",
-        dtype: ir.DataType = FLOAT,
-    ) -> ir.Value:
-        node = ir.node(op_type, inputs, attributes or {}, domain=domain)
-        self.graph.append(node)
-        (out,) = node.outputs
-        out.shape, out.dtype = None if shape is None else ir.Shape(shape), dtype
-        return out
-
-    def constant(self, array: NDArray[Any]) -> ir.Value:
-        """A small one, once."""
-        key = (array.dtype.str, array.shape, array.tobytes())
-        if key not in self.constants:
-            name = f"constant.{len(self.constants)}"
-            self.constants[key] = self._initializer(name, ir.tensor(array, name=name))
-        return self.constants[key]
-
-    def number(self, value: float) -> ir.Value:
-        return self.constant(np.array(value, np.float32))
-
-    def ints(self, *values: int) -> ir.Value:
-        return self.constant(np.array(values, np.int64))
-
-    def _initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-        value = ir.Value(name=name, const_value=tensor)
-        value.shape, value.dtype = ir.Shape(tensor.shape.numpy()), tensor.dtype
-        self.graph.register_initializer(value)
-        return value
-
-    # Weights
-
-    def tensor(self, name: str, shape: Sequence[int]) -> held.Tensor:
-        """A tensor of the checkpoint, under its name there.
-
-        Raises:
-            ModelError: it is missing, or of another shape.
-        """
-        tensor = self.weights.get(self.named(name))
-        if tensor is None:
-            raise ModelError(f"it is not a whole causal language model: it lacks {name}")
-        if tuple(tensor.shape) != tuple(shape):
-            raise ModelError(
-                f"it contradicts itself: {name} is {list(tensor.shape)} where config.json makes it "
-                f"{list(shape)}"
-            )
-        return tensor
-
-    def named(self, name: str) -> str:
-        """The checkpoint's name of a tensor: those of models without a head leave `base` out."""
-        other = self.decoder.also.get(name)
-        if other is not None and other in self.weights:
-            return other
-        if name not in self.weights and name.startswith(self.decoder.base):
-            return name.removeprefix(self.decoder.base)
-        return name
-
-    def use(self, name: str, count: int) -> None:
-        self.used[self.named(name)] = self.used.get(self.named(name), 0) + count
-
-    def lazily(
-        self, name: str, make: Callable[[], NDArray[np.float32]], shape: Sequence[int]
-    ) -> ir.Value:
-        """A constant that is made whenever it is read, once for each name."""
-        if name not in self.constants:
-            tensor = ir.LazyTensor(
-                lambda: ir.tensor(np.ascontiguousarray(make())), FLOAT, ir.Shape(shape), name=name
-            )
-            self.constants[name] = self._initializer(name, tensor)
-        return self.constants[name]
-
-    def vector(self, name: str, width: int, plus: float = 0.0) -> ir.Value:
-        """A tensor of one dimension, with a number added."""
-        if (name, plus) not in self.constants:
-            tensor = self.tensor(name, [width])
-            self.use(name, width)
-            array = np.ascontiguousarray(held.whole(tensor) + np.float32(plus))
-            value = self._initializer(name, ir.tensor(array, name=name))
-            self.constants[name, plus] = value
-        return self.constants[name, plus]
-
-    def bias(self, part: Part, width: int) -> ir.Value:
-        if part.rows is None:
-            return self.vector(part.name, width)
-        first, last, of = part.rows
-        tensor = self.tensor(part.name, [width // (last - first) * of])
-        self.use(part.name, width)
-        name = f"{part.name}.{first}"
-        return self._initializer(name, ir.tensor(held.taken(tensor, part.rows), name=name))
-
-    def table(self, name: str, rows: int, width: int) -> ir.Value:
-        """A matrix as it is stored."""
-        if name not in self.constants:
-            tensor = self.tensor(name, [rows, width])
-            self.use(name, rows * width)
-            self.lazily(name, partial(held.whole, tensor), [rows, width])
-        return self.constants[name]
-
-    def matrix(self, part: Part, into: int, out: int) -> ir.Value:
-        """A matrix [in, out]."""
-        first, last, of = part.rows or (0, out, out)
-        stored = out // (last - first) * of
-        tensor = self.tensor(part.name, [into, stored] if part.flat else [stored, into])
-        self.use(part.name, into * out)
-        name = part.name if part.flat and part.rows is None else f"{part.name}.T"
-        name = name if part.rows is None else f"{part.name}.{first}"
-        if part.flat:
-            make = partial(_columns, tensor, part.rows)
-        else:
-            make = partial(held.transposed, tensor, part.rows)
-        return self.lazily(name, make, [into, out])
-
-    def check_all_used(self) -> None:
-        """Every number of every tensor is read, once.
-
-        Raises:
-            ModelError: some are left, or are read again.
-        """
-        meaningless = ignored(self.decoder)
-        left = [
-            name
-            for name, tensor in self.weights.items()
-            if self.used.get(name) != held.size(tensor) and not meaningless.fullmatch(name)
-        ]
-        if left:
-            names = some(sorted(left))
-            raise ModelError(f"it has weights that its configuration does not: {names}")
 
     # The parts of a decoder
 
@@ -277,17 +124,8 @@ class _Writer:
         x = self.node("Add", [x, more], x.shape)
         return self.norm(x, norm) if norm is not None and layer.norms_stream else x
 
-    def linear(self, x: ir.Value, linear: Linear) -> ir.Value:
-        *places, into = _dims(x)
-        matrix = self.matrix(linear.weight, int(into), linear.width)
-        shape = [*places, linear.width]
-        x = self.node("MatMul", [x, matrix], shape)
-        if linear.bias is None:
-            return x
-        return self.node("Add", [x, self.bias(linear.bias, linear.width)], shape)
-
     def norm(self, x: ir.Value, norm: Norm) -> ir.Value:
-        width = int(_dims(x)[-1])
+        width = int(dims(x)[-1])
         weight = self.vector(norm.weight, width, 1.0 if norm.plus_one else 0.0)
         if norm.kind == "layer":
             bias = None if norm.bias is None else self.vector(norm.bias, width)
@@ -295,20 +133,29 @@ class _Writer:
             inputs = [x, weight] + ([] if bias is None else [bias])
             return self.node("LayerNormalization", inputs, x.shape, attributes)
         if norm.kind == "centred":
-            *places, _ = _dims(x)
+            *places, _ = dims(x)
             attributes = {"keepdims": 1, "noop_with_empty_axes": 0}
             mean = self.node("ReduceMean", [x, self.ints(-1)], [*places, 1], attributes)
             x = self.node("Sub", [x, mean], x.shape)
         attributes = {"axis": -1, "epsilon": norm.eps, "stash_type": 1}
         return self.node("RMSNormalization", [x, weight], x.shape, attributes)
 
-    def feed(self, x: ir.Value, feed: FeedForward) -> ir.Value:
+    def feed(self, x: ir.Value, feed: FeedForward | Experts) -> ir.Value:
+        if isinstance(feed, Experts):
+            return self.mixed(x, feed)
         if feed.gate is None:
             return self.linear(self.activated(self.linear(x, feed.up), feed.activation), feed.down)
         gate = self.linear(x, feed.gate)
         up = self.linear(x, feed.up)
         both = self.node("Mul", [self.activated(gate, feed.activation), up], up.shape)
         return self.linear(both, feed.down)
+
+    def mixed(self, x: ir.Value, experts: Experts) -> ir.Value:
+        tokens = mixture.flat(self, x)
+        shared = None if experts.shared is None else self.feed(tokens, experts.shared)
+        out = mixture.write(self, tokens, experts, shared)
+        *_, width = dims(x)
+        return self.reshaped(out, [int(width)], dims(x))
 
     def activated(self, x: ir.Value, name: str) -> ir.Value:
         if name in GELUS:
@@ -334,7 +181,7 @@ class _Writer:
 
     def head(self, x: ir.Value, head: Head, embedding: Embedding) -> ir.Value:
         """Logits at the positions that are asked for."""
-        width, vocabulary = int(_dims(x)[-1]), self.decoder.vocabulary
+        width, vocabulary = int(dims(x)[-1]), self.decoder.vocabulary
         if head.project is not None:
             x = self.linear(x, head.project)
             width = head.project.width
@@ -375,13 +222,15 @@ class _Writer:
         heads, kv_heads = attention.heads, attention.kv_heads
         query = self.turned(self.linear(x, attention.query), attention, heads, attention.query_norm)
         key = self.turned(self.linear(x, attention.key), attention, kv_heads, attention.key_norm)
-        value = self.linear(x, attention.value)
+        value = self.clipped(self.linear(x, attention.value), attention)
         inputs: list[ir.Value | None] = [None] * INPUTS
         inputs[:3] = query, key, value
         inputs[3:5] = (self.inputs[pair.past.name] for pair in pairs)
         inputs[SEQLENS] = self.inputs["seqlens_k"]
         inputs[TOTAL] = self.inputs["total_sequence_length"]
         inputs[QUERIES] = self.inputs["query_seqlens"]
+        if attention.sinks is not None:
+            inputs[SINK] = self.vector(attention.sinks, heads)
         ours = attributes(heads, kv_heads, attention.scale, attention.window, attention.softcap)
         node = ir.node("GroupQueryAttention", inputs, ours, domain=MICROSOFT, num_outputs=3)
         self.graph.append(node)
@@ -397,6 +246,7 @@ class _Writer:
         if norm is not None and attention.norm_place == "together":
             x, norm = self.norm(x, norm), None
         if norm is None:
+            x = self.clipped(x, attention)
             return x if attention.rotary is None else self.rotated(x, attention, heads)
         size = attention.head_dim
         x = self.reshaped(x, [-1, size], ["rows", "new", heads, size])
@@ -411,30 +261,12 @@ class _Writer:
             x = self.norm(x, norm)
         return self.reshaped(self.transposed(x), [-1], ["rows", "new", heads * size])
 
-    def transposed(self, x: ir.Value) -> ir.Value:
-        a, b, c, d = _dims(x)
-        return self.node("Transpose", [x], [a, c, b, d], {"perm": [0, 2, 1, 3]})
-
-    def reshaped(self, x: ir.Value, last: Sequence[int], shape: Sequence[Dim]) -> ir.Value:
-        """[rows, new, *last]."""
-        key = tuple(last)
-        if key not in self.shapes:
-            first = [self.length("rows"), self.length("new")]
-            more = [self.ints(size) for size in last]
-            self.shapes[key] = self.node(
-                "Concat", [*first, *more], [2 + len(last)], {"axis": 0}, dtype=INT64
-            )
-        return self.node("Reshape", [x, self.shapes[key]], shape, {"allowzero": 1})
-
-    def length(self, name: str) -> ir.Value:
-        if name not in self.shapes:
-            # (The trace asks the second layer's values for the number of rows.)
-            second = self.io.key_values["float32"][:4][-1].past.name
-            source, axis = (second, 0) if name == "rows" else ("input_ids", 1)
-            self.shapes[name] = self.node(
-                "Shape", [self.inputs[source]], [1], {"start": axis, "end": axis + 1}, dtype=INT64
-            )
-        return self.shapes[name]
+    def clipped(self, x: ir.Value, attention: Attention) -> ir.Value:
+        """Queries, keys or values, none larger than is allowed."""
+        if attention.clip is None:
+            return x
+        ends = [self.number(-attention.clip), self.number(attention.clip)]
+        return self.node("Clip", [x, *ends], x.shape)
 
     def rotated(self, x: ir.Value, attention: Attention, heads: int) -> ir.Value:
         rotary = attention.rotary
@@ -442,7 +274,7 @@ class _Writer:
         cos, sin = self.cosines(rotary)
         part = 2 * len(rotary.inverse)
         attributes = {"interleaved": int(rotary.interleaved), "num_heads": heads}
-        if len(_dims(x)) == 3 or part != attention.head_dim:
+        if len(dims(x)) == 3 or part != attention.head_dim:
             attributes["rotary_embedding_dim"] = 0 if part == attention.head_dim else part
         return self.node("RotaryEmbedding", [x, cos, sin], x.shape, attributes)
 
@@ -474,11 +306,6 @@ class _Writer:
 GELUS = {"gelu": "none", "gelu_pytorch_tanh": "tanh"}
 
 
-def _dims(x: ir.Value) -> list[Dim]:
-    assert x.shape is not None
-    return [dim if isinstance(dim, int) else str(dim.value) for dim in x.shape]
-
-
 def _io(decoder: Decoder) -> GraphIO:
     """The inputs and outputs of a decoder's graph."""
     layers = tuple((layer.attention.kv_heads, layer.attention.head_dim) for layer in decoder.layers)
@@ -486,12 +313,3 @@ def _io(decoder: Decoder) -> GraphIO:
         if head_dim % HEAD_STEP:
             raise UnsupportedModel(f"its heads are of the size {head_dim}")
     return GraphIO(decoder.vocabulary, layers)
-
-
-def _columns(tensor: held.Tensor, rows: tuple[int, int, int] | None) -> NDArray[np.float32]:
-    """Of a matrix [in, out] some of its outputs."""
-    array = held.whole(tensor)
-    if rows is None:
-        return array
-    first, last, _ = rows
-    return array[:, first:last]

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from fastgen.engine.model import UNPACKED, Model
 from fastgen.engine.output import GenerateOutput
 from fastgen.errors import ModelError, UnsupportedModel
-from fastgen.export.build import families, graph, weights
+from fastgen.export.build import families, graph, weights, writer
 from fastgen.export.build.decoder import Decoder
 from fastgen.export.build.weights import Tensor
 from fastgen.export.prove import check
@@ -145,7 +145,7 @@ class Built:
 
     @property
     def parameters(self) -> int:
-        ignored = graph.ignored(self.decoder)
+        ignored = writer.ignored(self.decoder)
         return sum(
             weights.size(tensor)
             for name, tensor in self.weights.items()

@@ -38,9 +38,14 @@ def rms_norm(name: str, eps: float, plus_one: bool = False) -> Norm:
 
 
 def gated_feed(
-    prefix: str, config: Configuration, width: int, act: str, bias: bool = False
+    prefix: str,
+    config: Configuration,
+    width: int,
+    act: str,
+    bias: bool = False,
+    size: str = "intermediate_size",
 ) -> FeedForward:
-    inner = config.number("intermediate_size")
+    inner = config.number(size)
     return FeedForward(
         up=linear(f"{prefix}.up_proj", inner, bias),
         down=linear(f"{prefix}.down_proj", width, bias),

@@ -4,4 +4,5 @@ file           metadata and tensors of a file, checked   tensors      its types 
 architectures  its names -> a transformers configuration and transformers' tensor names
 vocabulary     its tokens, merges and scores -> a tokenizer
 parts          all of it, as a graph is built of it
+proved         the same, beside what transformers reads of the file
 """

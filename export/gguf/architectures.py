@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 
 from fastgen.errors import UnsupportedModel
 from fastgen.export.build import families
-from fastgen.export.build.decoder import Decoder, Part, Rotary
+from fastgen.export.build.decoder import Decoder, Experts, Part, Rotary, Stack
+from fastgen.export.build.families_mixture import YARN
 from fastgen.export.build.weights import Tensor
 from fastgen.export.gguf.file import File
-from fastgen.export.gguf.tensors import Lowered, Stored, Unpermuted, library
+from fastgen.export.gguf.tensors import Lowered, Regrouped, Row, Stored, Unpermuted, library
 from fastgen.store.jsonfile import some
 
 TABLE, HEAD = "token_embd.weight", "output.weight"
@@ -44,9 +45,11 @@ WINDOW = {"attention.sliding_window": "sliding_window"}
 # What says nothing, or is looked at besides.
 READ_BESIDES = re.compile(
     r"vocab_size|rope\.dimension_count|attention\.(key|value)_length|tensor_data_layout"
+    r"|expert_count"
     r"|rope\.scaling\.(type|factor|original_context_length|attn_factor|finetuned)"
 )
-OFF = {"expert_count": (0,), "expert_used_count": (0,), "attention.causal": (True,)}
+OFF = {"expert_used_count": (0,), "attention.causal": (True,), "expert_weights_scale": (1.0,)}
+EXPERTS = {"expert_used_count": "num_experts_per_tok"}
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,10 @@ class Architecture:
         more: what it says of this one besides.
         permuted: whether queries and keys lie as llama's do (see `Unpermuted`).
         lowered: whether 1 was added to the weights of norms.
-        part_turns: whether only a part of a head may be turned.
+        part: the field for the part of a head that turns, where that may be less than all of it.
+        lists: values that are told of each layer.
+        experts: the field for the number of experts, which an architecture without one has not.
+        with_experts: the same architecture's files of mixtures.
     """
 
     model_type: str
@@ -67,7 +73,10 @@ class Architecture:
     more: Callable[[File], dict[str, Any]] = lambda file: {}
     permuted: bool = False
     lowered: bool = False
-    part_turns: bool = False
+    part: str = ""
+    lists: tuple[str, ...] = ()
+    experts: str = ""
+    with_experts: Architecture | None = None
 
 
 def _attention_bias(file: File) -> dict[str, Any]:
@@ -122,6 +131,42 @@ def _cohere(file: File) -> dict[str, Any]:
     return {"use_qk_norm": "blk.0.attn_q_norm.weight" in file.tensors}
 
 
+PATTERN = "attention.sliding_window_pattern"
+
+
+def _exaone4(file: File) -> dict[str, Any]:
+    """The layers that slide; without a window all see everything."""
+    slides = file.get(PATTERN)
+    if slides is None or file.get("attention.sliding_window") is None:
+        if file.get("attention.sliding_window") is not None:
+            return {"sliding_window_pattern": 4}  # llama.cpp's
+        return {"sliding_window": None, "sliding_window_pattern": None}
+    names = ("full_attention", "sliding_attention")
+    return {"layer_types": [names[bool(one)] for one in slides]}
+
+
+def _ernie4_5(file: File) -> dict[str, Any]:
+    return {"use_bias": "blk.0.ffn_up.bias" in file.tensors}
+
+
+def _qwen2_moe(file: File) -> dict[str, Any]:
+    return {"qkv_bias": "blk.0.attn_q.bias" in file.tensors, "norm_topk_prob": False}
+
+
+def _qwen3_moe(file: File) -> dict[str, Any]:
+    return {**_attention_bias(file), "norm_topk_prob": True}
+
+
+def _gpt_oss(file: File) -> dict[str, Any]:
+    """YaRN, which a file tells the factor and the first length of."""
+    told = {
+        "factor": file.get("rope.scaling.factor"),
+        "original_max_position_embeddings": file.get("rope.scaling.original_context_length"),
+    }
+    told = {name: _plain(value) for name, value in told.items() if value is not None}
+    return {**_attention_bias(file), "rope_scaling": YARN | told}
+
+
 GEMMA = SIZES | RMS | HEADS
 CAPS = {
     "attn_logit_softcapping": "attn_logit_softcapping",
@@ -155,18 +200,95 @@ ARCHITECTURES = {
             "attention.layer_norm_epsilon": "layer_norm_epsilon",
         },
     ),
+    "ernie4_5": Architecture("ernie4_5", SIZES | ROPE | RMS | HEADS, more=_ernie4_5),
+    "exaone4": Architecture(
+        "exaone4", SIZES | ROPE | RMS | HEADS | WINDOW, more=_exaone4, lists=(PATTERN,)
+    ),
+    "glm4": Architecture(
+        "glm4", SIZES | ROPE | RMS | HEADS, more=_attention_bias, part="partial_rotary_factor"
+    ),
+    "gpt-oss": Architecture(
+        "gpt_oss",
+        SIZES
+        | ROPE
+        | RMS
+        | HEADS
+        | WINDOW
+        | EXPERTS
+        | {"expert_feed_forward_length": "intermediate_size"},
+        more=_gpt_oss,
+        experts="num_local_experts",
+    ),
+    "gptneox": Architecture(
+        "gpt_neox",
+        SIZES
+        | LAYER_NORM
+        | {"rope.freq_base": "rotary_emb_base", "use_parallel_residual": "use_parallel_residual"},
+        part="rotary_pct",
+    ),
     "granite": Architecture("granite", SIZES | ROPE | RMS | SCALES, more=_biases, permuted=True),
-    "llama": Architecture("llama", SIZES | ROPE | RMS | HEADS, more=_biases, permuted=True),
+    "granitemoe": Architecture(
+        "granitemoe",
+        SIZES | ROPE | RMS | SCALES | EXPERTS,
+        more=_attention_bias,
+        permuted=True,
+        experts="num_local_experts",
+    ),
+    "hunyuan-dense": Architecture(
+        "hunyuan_v1_dense", SIZES | ROPE | RMS | HEADS, more=_attention_bias
+    ),
+    "llama": Architecture(
+        "llama",
+        SIZES | ROPE | RMS | HEADS,
+        more=_biases,
+        permuted=True,
+        with_experts=Architecture(
+            "mixtral",
+            SIZES | ROPE | RMS | HEADS | EXPERTS,
+            permuted=True,
+            experts="num_local_experts",
+        ),
+    ),
     "olmo2": Architecture("olmo2", SIZES | ROPE | RMS, more=_attention_bias),
-    "phi3": Architecture("phi3", SIZES | ROPE | RMS | WINDOW, more=_phi3, part_turns=True),
+    "olmoe": Architecture(
+        "olmoe", SIZES | ROPE | RMS | EXPERTS, more=_attention_bias, experts="num_experts"
+    ),
+    "phi2": Architecture("phi", SIZES | ROPE | LAYER_NORM, part="partial_rotary_factor"),
+    "phi3": Architecture(
+        "phi3", SIZES | ROPE | RMS | WINDOW, more=_phi3, part="partial_rotary_factor"
+    ),
     "qwen2": Architecture("qwen2", SIZES | ROPE | RMS),
+    "qwen2moe": Architecture(
+        "qwen2_moe",
+        SIZES
+        | ROPE
+        | RMS
+        | EXPERTS
+        | {
+            "expert_feed_forward_length": "moe_intermediate_size",
+            "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+        },
+        more=_qwen2_moe,
+        experts="num_experts",
+    ),
+    "qwen3moe": Architecture(
+        "qwen3_moe",
+        SIZES
+        | ROPE
+        | RMS
+        | HEADS
+        | EXPERTS
+        | {"expert_feed_forward_length": "moe_intermediate_size"},
+        more=_qwen3_moe,
+        experts="num_experts",
+    ),
     "qwen3": Architecture("qwen3", SIZES | ROPE | RMS | HEADS, more=_attention_bias),
     "smollm3": Architecture("smollm3", SIZES | ROPE | RMS, more=_biases, permuted=True),
     "stablelm": Architecture(
         "stablelm",
         SIZES | ROPE | LAYER_NORM | {"use_parallel_residual": "use_parallel_residual"},
         more=_stablelm,
-        part_turns=True,
+        part="partial_rotary_factor",
     ),
     "starcoder2": Architecture(
         "starcoder2", SIZES | ROPE | {"attention.layer_norm_epsilon": "norm_epsilon"}
@@ -180,10 +302,7 @@ def configuration(file: File) -> dict[str, Any]:
     Raises:
         UnsupportedModel: its architecture is not known, or says something that is not.
     """
-    kind = ARCHITECTURES.get(file.architecture)
-    if kind is None:
-        known = ", ".join(ARCHITECTURES)
-        raise UnsupportedModel(f"its architecture is {file.architecture!r}, not one of {known}")
+    kind = _kind(file)
     if TABLE not in file.tensors:
         raise UnsupportedModel(f"it has no {TABLE}")
     metadata = {name: file.get(name) for name in kind.says if file.get(name) is not None}
@@ -195,11 +314,29 @@ def configuration(file: File) -> dict[str, Any]:
         "vocab_size": file.tensors[TABLE].shape[0],
         "tie_word_embeddings": HEAD not in file.tensors,
         **{kind.says[name]: _plain(value) for name, value in metadata.items()},
+        **({kind.experts: file.get("expert_count")} if kind.experts else {}),
         **_rotation(file, kind),
         **kind.more(file),
     }
     _check_all_known(file, kind)
     return config
+
+
+def _kind(file: File) -> Architecture:
+    """The architecture of a file.
+
+    Raises:
+        UnsupportedModel: it is not known, or has experts where it should have none.
+    """
+    kind = ARCHITECTURES.get(file.architecture)
+    if kind is None:
+        known = ", ".join(ARCHITECTURES)
+        raise UnsupportedModel(f"its architecture is {file.architecture!r}, not one of {known}")
+    if file.get("expert_count", 0) and not kind.experts:
+        if kind.with_experts is None:
+            raise UnsupportedModel(f"it says expert_count = {file.get('expert_count')}")
+        return kind.with_experts
+    return kind
 
 
 def _plain(value: Any) -> Any:
@@ -222,8 +359,8 @@ def _rotation(file: File, kind: Architecture) -> dict[str, Any]:
         raise UnsupportedModel("its values are of another size than its keys")
     settings: dict[str, Any] = {}
     turned = int(file.get("rope.dimension_count", size))
-    if kind.part_turns and turned != size:
-        settings["partial_rotary_factor"] = turned / size
+    if kind.part:
+        settings[kind.part] = turned / size
     elif turned != size and kind.model_type != "gpt2":
         raise UnsupportedModel(f"it turns {turned} of the {size} numbers of a head")
     stretch = file.get("rope.scaling.type", "none")
@@ -246,6 +383,7 @@ def _check_all_known(file: File, kind: Architecture) -> None:
         f"{name} = {str(value)[:40]}"
         for name, value in own.items()
         if name not in kind.says
+        and name not in kind.lists
         and not READ_BESIDES.fullmatch(name)
         and value not in OFF.get(name, ())
     ]
@@ -259,7 +397,7 @@ def described(file: File, config: dict[str, Any]) -> Decoder:
     Raises:
         UnsupportedModel: see `families.describe`.
     """
-    decoder: Decoder = _changed(families.describe(config), _upright)
+    decoder: Decoder = _changed(families.describe(config), _as_stored)
     if FACTORS in file.tensors:
         factors = Stored(file.tensors[FACTORS]).read(slice(None))
         if not (np.isfinite(factors) & (factors > 0)).all():
@@ -268,9 +406,26 @@ def described(file: File, config: dict[str, Any]) -> Decoder:
     return decoder
 
 
-def _upright(part: Any) -> Any:
-    """A matrix of GPT-2, which lies in a file as all others do."""
-    return replace(part, flat=False) if isinstance(part, Part) and part.flat else part
+def _as_stored(part: Any) -> Any:
+    """A part as files have it: matrices of GPT-2 upright as all others, the matrices of experts
+    together, and halves of their first matrix apart.
+    """
+    if isinstance(part, Part) and part.flat:
+        return replace(part, flat=False)
+    if isinstance(part, Stack) and not part.together:
+        return Stack((part.names[0].replace(".experts.0.", ".experts."),), together=True)
+    if isinstance(part, Experts) and part.up is None:
+        layer = re.sub(r"\.(mlp|block_sparse_moe)\..*", ".mlp.experts", part.gate.names[0])
+        gate, up, down = (f"{layer}.{name}_proj" for name in ("gate", "up", "down"))
+        biases = ((f"{gate}.bias", f"{up}.bias"), f"{down}.bias")
+        return replace(
+            part,
+            gate=Stack((f"{gate}.weight",), together=True),
+            up=Stack((f"{up}.weight",), together=True),
+            down=Stack((f"{down}.weight",), together=True),
+            biases=None if part.biases is None else biases,
+        )
+    return part
 
 
 def _slowed(part: Any, factors: NDArray[np.float32]) -> Any:
@@ -297,7 +452,7 @@ def weights(file: File, decoder: Decoder) -> dict[str, Tensor]:
     Raises:
         UnsupportedModel: one is left whose meaning is not known.
     """
-    kind = ARCHITECTURES[file.architecture]
+    kind = _kind(file)
     gguf = library()
     arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == file.architecture)
     known = gguf.get_tensor_name_map(arch, len(decoder.layers))
@@ -308,11 +463,17 @@ def weights(file: File, decoder: Decoder) -> dict[str, Tensor]:
     for name in _tensor_names(decoder):
         stem, _, suffix = name.rpartition(".")
         theirs = f"{known.get_name(stem)}.{suffix}"
+        if suffix == "sinks":
+            theirs = f"{known.get_name(name)}.weight"
         if theirs not in file.tensors:
             continue  # the graph's writer says what is missing
         used.add(theirs)
         tensor: Tensor = Stored(file.tensors[theirs])
         role = theirs.split(".")[-2]
+        if role == "attn_qkv" and kind.model_type == "gpt_neox":
+            tensor = Regrouped(tensor, heads.heads)
+        if role == "ffn_gate_inp_shexp" and len(tensor.shape) == 1:
+            tensor = Row(tensor)
         if role in turned:
             tensor = Unpermuted(tensor, turned[role])
         if kind.lowered and role.endswith("_norm"):
@@ -330,11 +491,11 @@ def _tensor_names(part: Any) -> Iterator[str]:
     waiting = [part]
     while waiting:
         current = waiting.pop()
-        if isinstance(current, str) and current.endswith((".weight", ".bias")):
+        if isinstance(current, str) and current.endswith((".weight", ".bias", ".sinks")):
             if current not in seen:
                 seen.add(current)
                 yield current
-        elif isinstance(current, list):
+        elif isinstance(current, list | tuple):
             waiting += current
         elif is_dataclass(current):
             waiting += [getattr(current, f.name) for f in fields(current)]

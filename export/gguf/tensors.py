@@ -109,3 +109,44 @@ class Lowered:
 
     def read(self, rows: slice) -> NDArray[np.float32]:
         return self.inner.read(rows) - np.float32(1)
+
+
+@dataclass(frozen=True)
+class Regrouped:
+    """Queries, keys and values of GPT-NeoX: a file has those of all heads one after the other, and
+    transformers those of each head.
+    """
+
+    inner: Tensor
+    heads: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.inner.shape
+
+    def read(self, rows: slice) -> NDArray[np.float32]:
+        first, last, _ = rows.indices(self.shape[0])
+        size = self.shape[0] // self.heads // 3
+        pieces = []
+        while first < last:
+            group, within = divmod(first, size)
+            head, which = divmod(group, 3)
+            count = min(size - within, last - first)
+            at = (which * self.heads + head) * size + within
+            pieces.append(self.inner.read(slice(at, at + count)))
+            first += count
+        return np.concatenate(pieces) if pieces else self.inner.read(slice(0, 0))
+
+
+@dataclass(frozen=True)
+class Row:
+    """A vector as a matrix of one row."""
+
+    inner: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (1, *self.inner.shape)
+
+    def read(self, rows: slice) -> NDArray[np.float32]:
+        return self.inner.read(slice(None))[None][rows]

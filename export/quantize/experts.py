@@ -15,7 +15,6 @@ from functools import partial
 
 import numpy as np
 import onnx_ir as ir
-import torch
 from numpy.typing import NDArray
 
 from fastgen.export.quantize import calibrate
@@ -131,7 +130,7 @@ def _plan(mixture: Mixture, kernel: Kernel, tokens: Array, mine: NDArray[np.bool
                 sums[i] += np.square(exact[some]).sum(), np.square(off).sum()
             if i == 0:
                 exact = exact if bias is None else exact + bias[expert]
-                x = np.asarray(mixture.between(torch.from_numpy(exact)))
+                x = mixture.between(exact)
     errors = np.sqrt(sums[:, 1] / np.maximum(sums[:, 0], LEAST))
     return [
         Stored(kernel, np.stack(scale), float(error))

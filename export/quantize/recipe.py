@@ -407,7 +407,7 @@ def planned(
 
 
 def _experts(graph: ir.Graph) -> ModuleType | None:
-    """The module for mixtures, which needs torch; None for a graph without one."""
+    """The module for mixtures; None for a graph without one."""
     if all(node.op_type not in ("MoE", "Loop") for node in graph):
         return None
     from fastgen.export.quantize import experts

@@ -16,6 +16,7 @@ that some token goes to, each of which computes its tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,10 +24,8 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import torch
 from numpy.typing import NDArray
 from onnx_ir.tape import Tape
-from torch import nn
 
 from fastgen.export.rewrite.edit import (
     MICROSOFT,
@@ -45,17 +44,34 @@ NEVER = -1e30  # a router's logit for an expert that a token does not go to
 LEAST = float(np.finfo(np.float32).tiny)  # a weight of zero has no logarithm
 
 Array = NDArray[np.float32]
-Activation = Callable[[torch.Tensor], torch.Tensor]
+Activation = Callable[[Array], Array]
+
+
+def _relu(x: Array) -> Array:
+    return np.maximum(x, np.float32(0))
+
+
+def _sigmoid(x: Array) -> Array:
+    return np.asarray(np.exp(-np.logaddexp(np.float32(0), -x)), np.float32)
+
+
+def _gelu(x: Array) -> Array:
+    error = np.frompyfunc(math.erf, 1, 1)(x / np.float32(math.sqrt(2))).astype(np.float32)
+    return np.asarray(x * (1 + error) / 2, np.float32)
+
+
+def _gelu_tanh(x: Array) -> Array:
+    inner = np.float32(math.sqrt(2 / math.pi)) * (x + 0.044715 * x**3)
+    return np.asarray(x * (1 + np.tanh(inner)) / 2, np.float32)
+
 
 # Activations that the kernel computes of a product that is not gated.
 PLAIN: dict[str, Activation] = {
-    "relu": nn.functional.relu, "silu": nn.functional.silu, "identity": lambda x: x,
+    "relu": _relu, "silu": lambda x: x * _sigmoid(x), "identity": lambda x: x,
 }  # fmt: skip
 # Activations of a Loop, where the kernel lacks them: of a product, or of its gate.
 LOOPED: dict[str, Activation] = {
-    "relu": nn.functional.relu, "gelu": nn.functional.gelu,
-    "gelu_tanh": partial(nn.functional.gelu, approximate="tanh"),
-    "relu2": lambda x: nn.functional.relu(x).square(),
+    "relu": _relu, "gelu": _gelu, "gelu_tanh": _gelu_tanh, "relu2": lambda x: _relu(x) ** 2,
 }  # fmt: skip
 
 
@@ -67,10 +83,12 @@ class Gate:
     beta: float
     limit: float | None
 
-    def __call__(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    def __call__(self, gate: Array, up: Array) -> Array:
         if self.limit is not None:
-            gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
-        return gate * torch.sigmoid(self.alpha * gate) * (up + self.beta)
+            limit = np.float32(self.limit)
+            gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
+        alpha, beta = np.float32(self.alpha), np.float32(self.beta)
+        return gate * _sigmoid(alpha * gate) * (up + beta)
 
     def attributes(self) -> dict[str, Any]:
         limit = {} if self.limit is None else {"swiglu_limit": self.limit}
@@ -92,10 +110,10 @@ class Looped:
     def __str__(self) -> str:
         return f"experts {self.kind} {'gated' if self.gated else 'plain'}"
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: Array) -> Array:
         if not self.gated:
             return LOOPED[self.kind](x)
-        gate, up = x.chunk(2, dim=-1)
+        gate, up = np.split(x, 2, axis=-1)
         return LOOPED[self.kind](gate) * up
 
     def nodes(self, tape: Tape, x: ir.Value) -> ir.Value:
@@ -287,7 +305,7 @@ class Mixture:
     logits: ir.Value
     weights: tuple[ir.Value, ir.Value]
     biases: tuple[ir.Value | None, ir.Value | None]
-    between: Callable[[torch.Tensor], torch.Tensor]
+    between: Activation
 
 
 def mixtures(graph: ir.Graph) -> list[Mixture]:
@@ -304,7 +322,7 @@ def _mixture(node: ir.Node) -> Mixture:
     if between is None:
         gate = Gate(given["activation_alpha"], given["activation_beta"], given.get("swiglu_limit"))
 
-        def between(x: torch.Tensor) -> torch.Tensor:
+        def between(x: Array) -> Array:
             return gate(x[:, 0::2], x[:, 1::2])
 
     return Mixture(node, tokens, logits, (first, second), (first_bias, second_bias), between)

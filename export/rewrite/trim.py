@@ -170,17 +170,19 @@ def rotate_flat(graph: ir.Graph) -> int:
 
 
 def drop_round_trips(graph: ir.Graph) -> int:
-    """Reshapes that lead back to the shape they started from."""
+    """Reshapes that lead back to a shape there was before, or stay where they are."""
     fired = 0
     for node in list(graph):
-        if node.op_type != "Reshape":
+        if node.op_type != "Reshape" or node.outputs[0].is_graph_output():
             continue
-        source = input_of(node, 0)
-        while (earlier := producer(source, "Reshape")) is not None:
-            source = input_of(earlier, 0)
-        if same_shape(source, node.outputs[0]) and not node.outputs[0].is_graph_output():
-            node.outputs[0].replace_all_uses_with(source)
-            fired += 1
+        sources = [input_of(node, 0)]
+        while (earlier := producer(sources[-1], "Reshape")) is not None:
+            sources.append(input_of(earlier, 0))
+        for source in reversed(sources):
+            if same_shape(source, node.outputs[0]):
+                node.outputs[0].replace_all_uses_with(source)
+                fired += 1
+                break
     return fired
 
 

@@ -39,10 +39,11 @@ import built as bench  # noqa: E402
 import shrink  # noqa: E402
 
 # One for each mechanism, the quickest to trace; all of every family are in bench/built.py.
-QUICK = {"llama", "qwen3", "gpt2", "gemma3_text", "phi3", "cohere"}
+QUICK = {"llama", "qwen3", "gpt2", "gemma3_text", "phi3", "cohere", "qwen2_moe", "gpt_oss"}
 LIKE_A_TRACE = {
-    "exaone4", "gemma", "gemma2", "gemma3_text", "gpt2", "granite", "hunyuan_v1_dense", "llama",
-    "mistral", "olmo2", "qwen2", "qwen3", "smollm3", "starcoder2",
+    "exaone4", "gemma", "gemma2", "gemma3_text", "gpt2", "granite", "granitemoe",
+    "hunyuan_v1_dense", "llama", "mistral", "mixtral", "olmo2", "olmoe", "qwen2", "qwen2_moe",
+    "qwen3", "qwen3_moe", "smollm3", "starcoder2",
 }  # fmt: skip
 NO_TORCH = blocked("torch", "transformers", "onnxscript", "peft", "safetensors")
 MAIN = "from fastgen.__main__ import main; main()"
@@ -51,7 +52,8 @@ PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [30, 40], list(range(20, 60))]
 
 def of(kind: str) -> PreTrainedModel:
     """The model that other tests trace too, where they do."""
-    return tiny.build(kind) if kind in QUICK - {"gemma3_text"} else shrink.build(kind)
+    shrunk = {"gemma3_text", "qwen2_moe", "gpt_oss"}
+    return tiny.build(kind) if kind in QUICK - shrunk else shrink.build(kind)
 
 
 @pytest.mark.parametrize("kind", tiny.some(sorted(families.FAMILIES), QUICK))
@@ -561,6 +563,38 @@ def test_a_directory_becomes_int8_without_torch(
         for one, other in zip(row[-8:], rows, strict=True)
     ]
     assert sum(alike) > len(alike) / 2
+
+
+def test_a_mixture_becomes_int8_without_torch(world: World, tmp_path: Path) -> None:
+    shrink.build("mixtral").save_pretrained(tmp_path / "little")
+    asked = ("export", str(tmp_path / "little"), "out", "--quick")
+    code, out, err = world.run(NO_TORCH + MAIN, *asked)
+    assert code == 0 and "family mixtral (transformers 5.24)" in out, err
+    made = onnx_ir.load(world.home / "out" / "model.onnx")
+    assert "QMoE" in {node.op_type for node in made.graph}
+    rows = fastgen.load(world.home / "out").generate(PROMPTS, max_new_tokens=4, eos_token_id=None)
+    assert {len(row) for row in rows} == {len(PROMPTS[-1]) + 4}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_experts_per_tok": 5}, "its tokens go to 5 of 4 experts"),
+        ({"hidden_act": "gelu"}, "the activation of its experts is 'gelu'"),
+        ({"num_local_experts": 3}, r"does not: model\.layers\.0\.block_sparse_moe\.experts\.3"),
+    ],
+)
+def test_mixtures_that_it_does_not_know_are_refused(
+    tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    shrink.build("mixtral").save_pretrained(tmp_path / "little")
+    edit(tmp_path / "little", **changes)
+    if "num_local_experts" in changes:  # the router's matrix is of as many
+        tensors = stored(tmp_path / "little")
+        gates = {n: t[:3].clone() for n, t in tensors.items() if n.endswith("moe.gate.weight")}
+        store(tmp_path / "little", tensors | gates)
+    with pytest.raises((ModelError, UnsupportedModel), match=f"little cannot be built: .*{words}"):
+        write(tmp_path / "little")
 
 
 def test_what_cannot_be_built_is_said_before_weights_are_fetched(world: World) -> None:

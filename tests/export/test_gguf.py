@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import struct
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,32 +24,60 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 import fastgen
 from fastgen.errors import ModelError, UnsupportedModel
 from fastgen.export import export
+from fastgen.export.build import graph
 from fastgen.export.gguf import architectures, file, tensors, vocabulary
 from fastgen.export.prove import check
 from fastgen.export.quantize import grid
 from fastgen.export.quantize.kernels import Kernel, codes_values
+from fastgen.export.rewrite import trim
 from fastgen.store import resolve
+from fastgen.store.report import table
+
+sys.path.append(str(Path(__file__).parents[2] / "bench"))
+
+import built
 
 KINDS = {
     "cohere": {},
+    "ernie4_5": {},
+    "exaone4": {"head_dim": 16, "sliding_window": 8, "num_hidden_layers": 4},
     "gemma": {},
     "gemma2": {},
     "gemma3_text": {"sliding_window_pattern": 6},
+    "glm4": {},
     "gpt2": {},
+    "gpt_neox": {"num_key_value_heads": None},
     "granite": {},
+    "hunyuan_v1_dense": {"head_dim": 16},
     "llama": {},
     "olmo2": {},
+    "phi": {},
     "phi3": {"sliding_window": None},
     "qwen2": {},
     "qwen3": {},
     "smollm3": {"no_rope_layer_interval": 4},
     "stablelm": {},
     "starcoder2": {"sliding_window": None},
+}
+FEW = {"num_local_experts": 4, "num_experts_per_tok": 2}
+OTHERS = {  # what a checkpoint holds otherwise, or calls otherwise
+    "mistral": {"sliding_window": None},
+    "gpt_oss": {**FEW, "head_dim": 16, "sliding_window": 8},
+    "granitemoe": {**FEW, "logits_scaling": 3.0},
+    "mixtral": FEW,
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 48,
+    },
+    "qwen3_moe": {**FEW, "head_dim": 16, "moe_intermediate_size": 32, "norm_topk_prob": True},
 }
 TYPES = gguf.GGMLQuantizationType
 MADE = (TYPES.F16, TYPES.BF16, TYPES.Q8_0, TYPES.Q4_0, TYPES.Q4_1, TYPES.Q5_0, TYPES.Q5_1)
@@ -84,6 +114,20 @@ def test_its_configuration_and_its_tensors_are_those_of_the_model(kind: str, tmp
         np.testing.assert_array_equal(tensor.read(part), tensor.read(slice(None))[part])
 
 
+@pytest.mark.parametrize("kind", [*KINDS, *OTHERS])
+def test_its_graph_is_that_of_the_checkpoint(kind: str, tmp_path: Path):
+    """Operators, wiring and every constant to the bit."""
+    model = tiny.build(kind, **(KINDS | OTHERS)[kind])
+    model.save_pretrained(tmp_path / "saved")
+    expected, limit = built.of_checkpoint(tmp_path / "saved")
+    found = opened(gguf_files.write(model, tmp_path / "model.gguf"))
+    decoder = architectures.described(found, architectures.configuration(found))
+    made = graph.write(decoder, architectures.weights(found, decoder))
+    trim.trim(made, decoder.limit)
+    assert decoder.limit == limit
+    assert built.prints(made) == built.prints(expected)
+
+
 @pytest.mark.parametrize("kind", MADE, ids=lambda kind: kind.name)
 def test_each_type_becomes_what_the_library_makes_of_it(kind, llama, tmp_path):
     found = opened(gguf_files.write(llama, tmp_path / "model.gguf", kind))
@@ -114,7 +158,7 @@ def test_the_factors_of_llama_3_slow_its_rotation(llama, tmp_path):
             {"attention.clamp_kqv": 3.0},
             "attention.clamp_kqv = 3.0, which the builder does not know",
         ),
-        ({"expert_count": 8}, "expert_count = 8"),
+        ({"expert_count": 8}, r"it has blk\.0\.ffn_down\.weight"),  # of no expert
         ({"blk.0.attn_gate.weight": np.ones((2, 2), np.float32)}, "blk.0.attn_gate.weight"),
         ({"rope_freqs.weight": np.ones(3, np.float32)}, r"rope_freqs.weight has the shape \(3,\)"),
     ],
@@ -124,6 +168,13 @@ def test_what_is_not_known_is_refused(extra, words, llama, tmp_path):
     with pytest.raises(UnsupportedModel, match=words):
         config = architectures.configuration(found)
         architectures.weights(found, architectures.described(found, config))
+
+
+def test_experts_where_there_should_be_none_are_refused(tmp_path):
+    model = tiny.build("qwen2")
+    found = opened(gguf_files.write(model, tmp_path / "model.gguf", extra={"expert_count": 8}))
+    with pytest.raises(UnsupportedModel, match="it says expert_count = 8"):
+        architectures.configuration(found)
 
 
 def test_an_architecture_that_is_not_known_is_refused(tmp_path):
@@ -341,9 +392,9 @@ NO_TORCH = blocked("torch", "transformers", "onnxscript", "peft", "safetensors")
 MAIN = "from fastgen.__main__ import main; main()"
 
 
-@pytest.mark.parametrize("kind", tiny.some(KINDS, QUICK))
+@pytest.mark.parametrize("kind", tiny.some([*KINDS, *OTHERS], QUICK))
 def test_a_file_says_what_the_model_says_that_it_was_made_of(kind: str, tmp_path: Path):
-    model = tiny.build(kind, **KINDS[kind])
+    model = tiny.build(kind, **(KINDS | OTHERS)[kind])
     path = gguf_files.write(model, tmp_path / "model.gguf")
     ours = fastgen.CausalLM(export(path, tmp_path / "out", precision="fp32", progress=None))
     rows = [np.array(row) for row in tiny.ragged(1)]
@@ -384,9 +435,47 @@ def test_what_is_asked_for_is_made_of_it(llama, tmp_path):
     path = gguf_files.write(llama, tmp_path / "model.gguf", TYPES.Q8_0)
     out = export(path, tmp_path / "out", precision="int4", quick=True, progress=None)
     assert fastgen.load(out).model.info.precision == "int4"
-    with pytest.raises(UnsupportedModel, match=r"prove is for transformers models: .*a GGUF file"):
-        export(path, tmp_path / "other", prove=True, progress=None)
+    with pytest.raises(UnsupportedModel, match=r"adapter is for transformers models: .*a GGUF fi"):
+        export(path, tmp_path / "other", adapter="x", progress=None)
     assert not (tmp_path / "other").exists()
+
+
+def test_it_is_proved_by_transformers_own_reading(llama, tmp_path, capsys, monkeypatch):
+    path = gguf_files.write(llama, tmp_path / "model.gguf", TYPES.Q8_0)
+    proofs = {}
+    for name, wishes in {"alone": {}, "proved": {"prove": True}}.items():
+        made = export(path, tmp_path / name, quick=True, progress=sys.stderr, **wishes)
+        assert ("proved by torch" in capsys.readouterr().err) == (name == "proved")
+        report = json.loads((made / "report.json").read_text())
+        assert f"proof: {report['proof']}" in table(report)
+        proofs[name] = report["proof"]
+    assert proofs["alone"] == "family llama (transformers 5.24)"
+    assert proofs["proved"].startswith("transformers read the same file and ran (transformers 5.24")
+    wrong = dataclasses.replace(architectures.ARCHITECTURES["llama"], permuted=False)
+    monkeypatch.setitem(architectures.ARCHITECTURES, "llama", wrong)
+    with pytest.raises(fastgen.export.Mismatch, match="disagrees with the original"):
+        export(path, tmp_path / "wrong", prove=True, progress=None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "extra", "words"),
+    [
+        ("llama", {"rope_freqs.weight": np.ones(8, np.float32)}, r"read its rope_freqs\.weight"),
+        ("granite", {}, "transformers does not read it: .*granite"),
+    ],
+)
+def test_what_transformers_reads_otherwise_is_not_proved_by_it(kind, extra, words, tmp_path):
+    path = gguf_files.write(tiny.build(kind), tmp_path / "model.gguf", extra=extra)
+    with pytest.raises(UnsupportedModel, match=f"model cannot be proved: .*{words}"):
+        export(path, tmp_path / "out", prove=True, progress=None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_proof_by_transformers_needs_torch(llama, tmp_path, monkeypatch):
+    path = gguf_files.write(llama, tmp_path / "model.gguf")
+    monkeypatch.setattr(resolve, "has_torch", lambda: False)
+    with pytest.raises(ModelError, match=r"\[export\]'.*--prove"):
+        export(path, tmp_path / "out", prove=True, progress=None)
 
 
 def test_a_directory_stands_for_its_only_file(llama, tmp_path):
@@ -438,20 +527,13 @@ def test_without_the_library_it_says_what_to_install(world: World):
 
 
 @pytest.mark.real
-def test_a_real_file_says_what_transformers_reads_of_it(real_gguf: Callable[[str], Path], tmp_path):
-    """SmolLM2 in Q4_1: logits to 1e-4, and the ids of texts."""
-    path = real_gguf("smollm2")
-    found = opened(path)
-    config = architectures.configuration(found)
-    held = architectures.weights(found, architectures.described(found, config))
-    theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
-    state = theirs.state_dict()
-    for name in ("model.layers.3.self_attn.q_proj.weight", "model.layers.29.mlp.down_proj.weight"):
-        np.testing.assert_allclose(held[name].read(slice(None)), state[name].numpy(), atol=1e-6)
-    ours = fastgen.CausalLM(export(path, tmp_path / "out", precision="fp32", progress=None))
-    text = "The quick brown fox jumps over the lazy dog, and 3 > 2.\n\n  def f(x): return x"
-    ids = np.array(ours.tokenizer.encode(text))
-    (logits,) = check.exported_logits(ours.model, [ids])
-    with torch.no_grad():
-        expected = theirs(torch.from_numpy(ids)[None]).logits[0].numpy()
-    assert np.abs(logits - expected).max() <= 1e-4 * np.abs(expected).max()
+@pytest.mark.parametrize("name", ["smollm2", pytest.param("gemma3", marks=pytest.mark.slow)])
+def test_a_real_file_says_what_transformers_reads_of_it(
+    name: str, real_gguf: Callable[[str], Path], tmp_path: Path
+):
+    """SmolLM2 in Q4_1 and Gemma 3 in Q4_K_M: logits to 1e-4."""
+    out = export(real_gguf(name), tmp_path / "out", precision="fp32", prove=True, progress=None)
+    report = json.loads((out / "report.json").read_text())
+    assert report["proof"].startswith("transformers read the same file and ran")
+    assert report["logits"]["max_difference"] <= 1e-4 and report["mismatch"] == []
+    assert report["greedy"]["same"] == report["greedy"]["tokens"]

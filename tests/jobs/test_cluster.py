@@ -391,8 +391,8 @@ def test_two_replicas_answer_through_ray_serve(cluster, model):
     from ray import serve
 
     made = deployment(
-        str(model.directory),
-        name="tiny",
+        {"tiny": str(model.directory), "again": model.directory},
+        default="tiny",
         options={"num_replicas": 2, "ray_actor_options": {"num_cpus": 0.5}},
     )
     serve.start(http_options={"host": "127.0.0.1", "port": 18764})
@@ -409,7 +409,14 @@ def test_two_replicas_answer_through_ray_serve(cluster, model):
             model="tiny", prompt="The quick", max_tokens=6, temperature=0, stream=True
         )
         assert "".join(chunk.choices[0].text for chunk in stream) == expected
-        assert [one.id for one in client.models.list()] == ["tiny"]
+        assert [one.id for one in client.models.list()] == ["tiny", "again"]
+        for _ in range(4):  # each replica loads it when it is asked for it
+            found = client.completions.create(
+                model="again", prompt="The quick", max_tokens=6, temperature=0
+            )
+            assert (found.model, found.choices[0].text) == ("again", expected)
+        with pytest.raises(openai.NotFoundError):
+            client.completions.create(model="none", prompt="The quick")
         with pytest.raises(openai.BadRequestError, match="context"):
             client.completions.create(model="tiny", prompt="The", max_tokens=1000)
         status = serve.status().applications["fastgen"].deployments

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +32,25 @@ from browsing import (
     visit,
 )
 from playwright.sync_api import Page, Route, expect
-from serving import address, model
+from serving import model, served
 
-__all__ = ["TEMPLATE", "address", "browser", "model", "visit"]  # fixtures, and what they read
+import fastgen
+
+__all__ = ["TEMPLATE", "browser", "model", "visit"]  # fixtures, and what they read
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 
 AXE = Path(os.environ.get("FASTGEN_REAL_MODELS", "~/.cache/fastgen-tests")).expanduser() / (
     "axe-core/axe.min.js"
 )
+
+
+@pytest.fixture(scope="module")
+def address(model: fastgen.CausalLM) -> Iterator[str]:
+    with served(model, chunk=64) as found:  # without measuring which is best
+        yield found
+
+
 GREEDY = {"max_tokens": 12, "temperature": 0}
 
 
@@ -219,6 +230,33 @@ def test_another_answer_and_an_edited_message_are_branches(address: str, visit: 
         send(page, "Third")  # the branch that is shown goes on
     asked = [one["content"] for one in sent.value.post_data_json["messages"]]
     assert asked == ["First", "One.", "Second", "One.", "Third"]
+
+
+def test_what_a_person_does_meanwhile_stays(
+    address: str, visit: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The focus, what is unfolded and what is being edited, while an answer comes and ends."""
+    page = visit(address, "status of 400")
+    answers(page, CHATS, delta(reasoning_content="Hm."), delta(content="Yes."), end())
+    send(page, "First")
+    page.locator(".reasoning summary").click()
+    page.unroute(CHATS)
+    slowly(monkeypatch)
+    page.get_by_label("Longest answer").fill("50")
+    page.locator("#prompt").fill("Second")
+    page.keyboard.press("Enter")
+    expect(page.locator(".turn.running .prose")).to_have_text(re.compile(r"\w"))
+    page.locator("#chat-list .delete").focus()
+    ended(page)
+    expect(page.locator("#chat-list .delete")).to_be_focused()
+    expect(page.locator(".thought")).to_be_visible()
+    page.get_by_label("Randomness").fill("-1")
+    page.get_by_role("button", name="Edit this message").last.click()
+    page.get_by_label("The message, to be edited").fill("Third")
+    page.keyboard.press("Enter")  # as in the message below
+    expect(page.get_by_role("alert")).to_contain_text("temperature")
+    expect(page.get_by_label("The message, to be edited")).to_have_value("Third")
+    expect(page.locator(".thought")).to_be_visible()
 
 
 def test_chats_go_out_and_come_in(address: str, visit: Open, tmp_path: Path) -> None:
@@ -454,19 +492,18 @@ def test_markdown_reads_well(address: str, visit: Open) -> None:
     expect(page.locator("#prompt")).to_have_value("Write")
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["> " * 5000 + "x", "[" * 20_000, "*" * 20_001 + "a", "| a " * 5000, "a" * 300_000],
-    ids=["quotes", "brackets", "stars", "bars", "long"],
-)
-def test_any_text_is_shown_soon(address: str, visit: Open, text: str) -> None:
+def test_any_text_is_shown_soon(address: str, visit: Open) -> None:
     page = visit(address)
-    answers(page, CHATS, delta(content=text), end())
-    begun = time.monotonic()
-    send(page, "Hi")
-    shown = page.locator(".turn.assistant .prose").text_content() or ""
-    assert time.monotonic() - begun < 10
-    assert shown.count(text[-1]) == text.count(text[-1])
+    for text in (
+        "> " * 5000 + "x", "[" * 20_000, "*" * 20_001 + "a", "| a " * 5000, "a" * 300_000,
+    ):  # fmt: skip
+        answers(page, CHATS, delta(content=text), end())
+        begun = time.monotonic()
+        page.get_by_role("button", name="New chat").click()
+        send(page, "Hi")
+        shown = page.locator(".turn.assistant .prose").text_content() or ""
+        assert time.monotonic() - begun < 10
+        assert shown.count(text[-1]) == text.count(text[-1])
 
 
 def test_reasoning_is_folded(address: str, visit: Open) -> None:
@@ -538,6 +575,30 @@ def test_tools_are_called_and_answered(address: str, visit: Open) -> None:
     page.reload()
     expect(page.locator(".call pre")).to_have_text('{\n  "city": "<Oslo>"\n}')
     expect(page.locator(".results")).to_have_count(0)  # it has its answer
+
+
+def test_a_model_can_be_made_to_call(model: fastgen.CausalLM, visit: Open) -> None:
+    """By the service itself: a call that is legal, its answer, and then words."""
+    pytest.importorskip("llguidance")
+    city = {"type": "object", "properties": {"city": {"enum": ["Oslo", "Rome"]}}}
+    schema = {**city, "required": ["city"], "additionalProperties": False}
+    tool = {"type": "function", "function": {"name": "weather", "parameters": schema}}
+    with served(model, plain_tools=True, chunk=64) as address:
+        page = visit(address)
+        page.get_by_text("Tools", exact=True).click()
+        page.get_by_label("Functions that the model may call").fill(json.dumps([tool]))
+        page.get_by_label("Has to call one").check()
+        page.get_by_label("Longest answer").fill("60")
+        send(page, "Hi")
+        found = json.loads(page.locator(".call pre").text_content() or "")
+        assert found["city"] in ("Oslo", "Rome")
+        page.get_by_label("What weather answers").fill("Sunny.")
+        with page.expect_request(CHATS) as sent:
+            page.get_by_role("button", name="Send back").click()
+        ended(page)
+        assert sent.value.post_data_json["tools"] == [tool]
+        assert "tool_choice" not in sent.value.post_data_json  # or calls would never end
+        assert page.locator(".turn").count() == 4
 
 
 def test_an_answer_has_the_form_of_a_schema(address: str, visit: Open) -> None:
@@ -655,8 +716,7 @@ def test_nothing_moves_for_who_asks_for_that(address: str, visit: Open) -> None:
 
 
 @pytest.mark.skipif(not AXE.exists(), reason="axe-core is not there: .ci/browser fetches it")
-@pytest.mark.parametrize("width", [320, 1280])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("width", "scheme"), [(320, "dark"), (1280, "light")])
 def test_no_barriers_are_found(address: str, visit: Open, width: int, scheme: str) -> None:
     size = {"width": width, "height": 800}
     page = visit(address, viewport=size, color_scheme=scheme, bypass_csp=True)

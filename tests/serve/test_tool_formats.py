@@ -57,6 +57,23 @@ def seen(source: str, tokens: Sequence[str] = ()) -> TemplateForms:
     return shown(render, tokens)
 
 
+def test_a_call_may_begin_as_the_prompt_ends() -> None:
+    """Gemma 4's prompt ends in `<|channel>` where a call has `<|tool_call>`, a text behind it."""
+    text = "{{ m.content }}"
+    silent = "{% if not m.tool_calls %}" + text + "{% endif %}"
+    found = seen(FORMS["gemma"][0].replace(text, silent) + "<|channel>thought\n<channel|>")
+    assert found.format is not None and found.format.name == "gemma"
+
+
+def test_the_end_of_a_message_is_no_end_of_thoughts() -> None:
+    """Phi's messages end in `<|end|>`, as those of gpt-oss do."""
+    source = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}<|assistant|>"
+    )
+    assert seen(source).reasoning is None
+    assert seen(f"{source}<think></think>").reasoning == THINK
+
+
 def test_every_format_has_a_form_here() -> None:
     assert FORMS.keys() == KNOWN.keys()
 

@@ -120,7 +120,8 @@ export class Answer {
   /** Write down how it went. */
   measure() {
     if (this.first === null) return;
-    const usage = { prompt: this.usage?.prompt_tokens ?? 0, completion: this.usage?.completion_tokens ?? this.written };
+    const completion = this.usage?.completion_tokens ?? this.written;
+    const usage = { prompt: this.usage?.prompt_tokens ?? 0, completion };
     for (const node of this.nodes) {
       if (node.reasoning) node.thought ??= this.seconds();
       if (this.nodes.length === 1) node.usage = usage; // of several together it would mislead

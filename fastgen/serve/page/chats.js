@@ -40,6 +40,9 @@ export async function showChats() {
     for (const id of ["export", "import", "remove-all"]) $(id).disabled = true;
     return;
   }
+  const shown = JSON.stringify([current(), rows.map(({ id, title }) => [id, title])]);
+  if (shown === $("chat-list").dataset.shown) return; // a button there may have the focus
+  $("chat-list").dataset.shown = shown;
   $("chat-list").replaceChildren(...rows.map((row) => {
     const title = row.title || "Untitled";
     const opener = button(title, () => open(row.id), { className: "open" });

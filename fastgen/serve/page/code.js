@@ -4,7 +4,7 @@
 const OPENAI = new Set([
   "model", "messages", "prompt", "max_tokens", "temperature", "top_p", "stop", "seed", "n",
   "frequency_penalty", "presence_penalty", "logit_bias", "logprobs", "top_logprobs", "tools",
-  "response_format",
+  "tool_choice", "parallel_tool_calls", "response_format",
 ]);
 const KEY = "FASTGEN_API_KEY"; // of the environment: a key never stands in a program
 

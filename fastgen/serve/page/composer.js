@@ -11,6 +11,13 @@ const byFinger = matchMedia("(hover: none) and (pointer: coarse)");
 let following = true;
 let lastTop = 0;
 
+/** Whether a key that was pressed in a message sends it. */
+export function asksToSend(event) {
+  // While an input method composes a character, Enter chooses that (229: Safari's last one).
+  if (event.key !== "Enter" || event.isComposing || event.keyCode === 229) return false;
+  return event.ctrlKey || event.metaKey || !(event.shiftKey || event.altKey || byFinger.matches);
+}
+
 function atEnd() {
   const { scrollHeight, clientHeight } = document.documentElement;
   return window.scrollY + clientHeight >= scrollHeight - NEAR;
@@ -61,10 +68,7 @@ export function watchComposer({ send, stop }) {
     else send();
   });
   field.addEventListener("keydown", (event) => {
-    // While an input method composes a character, Enter chooses that (229: Safari's last one).
-    if (event.key !== "Enter" || event.isComposing || event.keyCode === 229) return;
-    const asked = event.ctrlKey || event.metaKey;
-    if (!asked && (event.shiftKey || event.altKey || byFinger.matches)) return;
+    if (!asksToSend(event)) return;
     event.preventDefault();
     send();
   });

@@ -15,6 +15,7 @@ import { transcript } from "./transcript.js";
 
 const OPEN = "fastgen-open"; // the conversation of this tab
 const MODEL = "fastgen-model";
+const PANELS = ["chats", "settings"];
 const OFTEN = 1000; // milliseconds between two times that a growing answer is kept
 const EXAMPLES = {
   chat: [
@@ -44,7 +45,8 @@ async function keep(which) {
 }
 
 function draw() {
-  transcript.draw(conversation, actions, running?.conversation === conversation ? running.nodes[0]?.id : null);
+  const growing = running?.conversation === conversation ? running.nodes[0]?.id : null;
+  transcript.draw(conversation, actions, growing);
   $("greeting").hidden = conversation.at !== null;
   $("system").value = conversation.system;
   $("new").disabled = false;
@@ -120,9 +122,9 @@ const actions = {
   showsProbabilities: wantsProbabilities,
   again: (node) => answer(node.parent),
   onward: (node) => answer(node.id),
-  edit(node, text) {
+  async edit(node, text) {
     if (running || !text.trim()) return;
-    answer(node.parent, [["user", text]]);
+    if (!(await answer(node.parent, [["user", text]]))) transcript.of(node)?.edit(text);
   },
   results(node, texts) {
     answer(node.id, texts.map((text, i) => ["tool", text, { call: node.calls[i].id }]));
@@ -183,6 +185,7 @@ async function answer(id, said = [], taken = () => {}) {
     return false;
   }
   setRunning(true);
+  panel(null);
   taken();
   say("Writing");
   let failed = null;
@@ -207,7 +210,8 @@ async function answer(id, said = [], taken = () => {}) {
   if (kept) await keep(mine);
   const text = nodes[0].content.slice(0, 1000); // read out once, when it is whole
   if (failed) say("");
-  else say(controller.signal.aborted ? `Stopped after ${written} tokens` : `Done, ${written} tokens. ${text}`);
+  else if (controller.signal.aborted) say(`Stopped after ${written} tokens`);
+  else say(`Done, ${written} tokens. ${text}`);
   if (failed) told(failed);
   return !(empty && !kept);
 }
@@ -290,7 +294,7 @@ function panel(name) {
   const before = document.body.dataset.panel;
   if (name) document.body.dataset.panel = name;
   else delete document.body.dataset.panel;
-  for (const one of ["chats", "settings"]) $(`${one}-toggle`).setAttribute("aria-expanded", String(one === name));
+  for (const one of PANELS) $(`${one}-toggle`).setAttribute("aria-expanded", String(one === name));
   if (name && name !== before) window.scrollTo(0, 0);
   fit();
 }
@@ -410,8 +414,10 @@ function watch() {
     $("code-copy").textContent = (await copy($("program").textContent)) ? "Copied" : "Not allowed";
     setTimeout(() => ($("code-copy").textContent = "Copy"), 1500);
   });
-  for (const name of ["chats", "settings"]) {
-    $(`${name}-toggle`).addEventListener("click", () => panel(document.body.dataset.panel === name ? null : name));
+  for (const name of PANELS) {
+    $(`${name}-toggle`).addEventListener("click", () => {
+      panel(document.body.dataset.panel === name ? null : name);
+    });
   }
   document.addEventListener("needed", () => panel("settings"));
   document.addEventListener("keydown", keys);

@@ -19,6 +19,8 @@ export function request(conversation, id, about) {
   // Near the end of the context the service fits the answer in, if nobody has said how long it is.
   const left = (about.max_length ?? Infinity) - contextUsed(conversation, id);
   if (kind === "chat" && usualLength() && left < 2 * fields.max_tokens) delete fields.max_tokens;
+  // What was called has to be answered in words once, or the calls never end.
+  if (conversation.nodes[id]?.role === "tool") delete fields.tool_choice;
   if (kind === "chat") {
     const scores = wantsProbabilities() ? { logprobs: true, top_logprobs: ALTERNATIVES } : {};
     const said = messages(conversation, id);

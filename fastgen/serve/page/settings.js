@@ -114,7 +114,10 @@ export function showKnobs(list, kind, length) {
   for (const knob of knobs) knob.input.value = changed.knobs?.[knob.name] ?? knob.first;
   for (const name of ["schema", "tools"]) $(name).value = changed[name] ?? "";
   $("probabilities").checked = Boolean(changed.probabilities);
-  for (const name of ["schema", "tools"]) $(name).closest("details").open = Boolean($(name).value);
+  $("reasoning-tokens").value = changed.reasoning ?? "";
+  $("think").checked = changed.think ?? true;
+  $("has-to-call").checked = Boolean(changed.hasToCall);
+  for (const name of ["schema", "tools"]) $(name).closest("details").open ||= Boolean($(name).value);
   search();
   mark();
 }
@@ -154,6 +157,9 @@ function changedNow() {
     schema: $("schema").value,
     tools: $("tools").value,
     probabilities: $("probabilities").checked,
+    reasoning: $("reasoning-tokens").value,
+    think: $("think").checked,
+    hasToCall: $("has-to-call").checked,
   };
 }
 
@@ -316,7 +322,11 @@ export function settings(kind) {
     out.response_format = { type: "json_schema", json_schema: { name: "answer", schema } };
   }
   const tools = $("tools-field").hidden ? undefined : json($("tools"), "A list of tools", Array.isArray);
-  if (tools?.length) out.tools = tools;
+  if (tools?.length) {
+    out.tools = tools;
+    // One call: a small model would repeat it until the longest answer is reached.
+    if ($("has-to-call").checked) Object.assign(out, { tool_choice: "required", parallel_tool_calls: false });
+  }
   if (!$("reasoning-field").hidden) {
     right($("reasoning-tokens"));
     const most = $("reasoning-tokens").value;

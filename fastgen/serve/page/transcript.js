@@ -1,5 +1,6 @@
 // The conversation on the screen: a turn for each node of the branch that is shown.
 
+import { asksToSend } from "./composer.js";
 import { branches, path } from "./conversation.js";
 import { $, button, copyButton, grouped, make, round, time } from "./dom.js";
 import { Prose } from "./markdown.js";
@@ -43,18 +44,24 @@ class Turn {
 
   draw() {
     const { node } = this;
-    this.reasoning = this.prose = this.text = this.tokens = this.calls = null;
+    this.reasoning = this.prose = this.text = this.tokens = this.calls = this.form = null;
     this.body.replaceChildren();
+    this.foot.hidden = false;
     if (node.role === "assistant") this.update();
     else if (!this.raw && node.content.includes("```")) new Prose(this.place("prose")).write(node.content);
     else this.place(this.raw || node.role === "tool" ? "raw" : "said").textContent = node.content;
     this.drawFoot();
   }
 
-  setRunning(running) {
-    this.running = running;
-    this.element.classList.toggle("running", running);
-    this.draw();
+  /** Show what is around the turn by now: whether it is being written, and what it is a branch of. */
+  refresh(running) {
+    if (this.running !== running) {
+      this.running = running;
+      this.element.classList.toggle("running", running);
+      this.update();
+    }
+    if (this.calls) this.showCalls();
+    this.drawFoot();
   }
 
   /** Show what an answer says by now. */
@@ -80,8 +87,11 @@ class Turn {
   rawPlace() {
     const prompt = this.conversation.nodes[this.node.parent];
     const written = make("span", { className: "written" });
-    const echo = this.raw && prompt?.role === "user" ? make("span", { className: "echo" }, prompt.content) : null;
-    this.body.append(make("div", { className: "raw" }, echo, written));
+    const text = make("div", { className: "raw" }, written);
+    if (this.raw && prompt?.role === "user") {
+      text.prepend(make("span", { className: "echo" }, prompt.content));
+    }
+    this.body.append(text);
     return written;
   }
 
@@ -102,6 +112,8 @@ class Turn {
   showTokens() {
     const pieces = scored.get(this.node.id);
     if (!this.tokens) {
+      this.body.querySelector(":scope > :is(.raw, .prose)")?.remove(); // of before the first token
+      this.text = this.prose = null;
       this.tokens = { text: new TokenText(this.rawPlace()), shown: 0 };
     }
     for (const { piece, tokens } of pieces.slice(this.tokens.shown)) this.tokens.text.push(piece, tokens);
@@ -115,14 +127,18 @@ class Turn {
 
   showCalls() {
     this.calls ??= this.place("calls");
-    this.calls.replaceChildren(...this.node.calls.map((call) => {
-      const shown = pretty(call.arguments);
-      return make("div", { className: "code call" },
-        make("div", {}, make("span", { className: "language" }, "Calls ", make("b", {}, call.name)),
-          copyButton(() => shown, `Copy the arguments of ${call.name}`)),
-        make("pre", { tabIndex: 0 }, make("code", {}, shown)));
-    }));
-    if (this.node.id === this.conversation.at && !this.running) this.calls.append(this.resultsForm());
+    const shown = this.node.calls.map((call) => `${call.name}\n${call.arguments}`).join("\n");
+    if (shown !== this.calls.dataset.shown) {
+      this.calls.dataset.shown = shown;
+      this.calls.replaceChildren(...this.node.calls.map(callBox));
+      this.form = null;
+    }
+    const open = this.node.id === this.conversation.at && !this.running;
+    if (open && !this.form) this.calls.append((this.form = this.resultsForm()));
+    if (!open) {
+      this.form?.remove();
+      this.form = null;
+    }
   }
 
   /** Fields for what the tools answered: the page has none that it could run. */
@@ -142,35 +158,40 @@ class Turn {
 
   drawFoot() {
     const { node, actions } = this;
+    const isLast = node.id === this.conversation.at;
+    const numbers = node.role === "assistant" ? this.numbers() : "";
+    const all = branches(this.conversation, node);
+    // What is as it was stays: a button may have the focus.
+    const shown = [this.running, isLast, numbers, all.length, all.indexOf(node)].join();
+    if (shown === this.foot.dataset.shown) return;
+    this.foot.dataset.shown = shown;
     const parts = [];
     if (!this.running) {
-      parts.push(...this.branches());
-      parts.push(copyButton(() => node.content, "Copy this message"));
+      parts.push(this.branches(all));
+      if (node.content) parts.push(copyButton(() => node.content, "Copy this message"));
       if (node.role === "user") parts.push(button("Edit", () => this.edit(), { label: "Edit this message" }));
       if (node.role === "assistant") {
         parts.push(button("Again", () => actions.again(node), { label: "Answer again" }));
-        if (this.raw && node.id === this.conversation.at) {
+        if (this.raw && isLast) {
           parts.push(button("Continue", () => actions.onward(node), { label: "Continue this text" }));
         }
       }
     }
-    const numbers = node.role === "assistant" ? this.numbers() : "";
     if (numbers) parts.push(make("span", { className: "numbers" }, numbers));
     this.foot.replaceChildren(...parts);
   }
 
   /** Which of the branches here is shown, and the way to the others. */
-  branches() {
-    const all = branches(this.conversation, this.node);
-    if (all.length < 2) return [];
+  branches(all) {
+    if (all.length < 2) return "";
     const at = all.indexOf(this.node);
     const to = (which, sign, label) => {
       const made = button(sign, () => this.actions.branch(all[which]), { label });
       made.disabled = !all[which];
       return made;
     };
-    return [make("span", { className: "branches" }, to(at - 1, "‹", "The version before"),
-      make("span", {}, `${at + 1} of ${all.length}`), to(at + 1, "›", "The next version"))];
+    return make("span", { className: "branches" }, to(at - 1, "‹", "The version before"),
+      make("span", {}, `${at + 1} of ${all.length}`), to(at + 1, "›", "The next version"));
   }
 
   numbers() {
@@ -183,29 +204,44 @@ class Turn {
     ].filter(Boolean).join(" · ");
   }
 
-  edit() {
-    const field = make("textarea", { value: this.node.content, rows: 3 });
+  /** Let the message be edited, from `text` on. */
+  edit(text = this.node.content) {
+    const field = make("textarea", { value: text, rows: 3 });
     field.setAttribute("aria-label", "The message, to be edited");
     const leave = () => {
       this.draw();
       this.foot.querySelector('[aria-label^="Edit"]')?.focus();
     };
     const form = make("form", { className: "edit" }, field, make("div", {},
-      make("button", { type: "submit", className: "main" }, "Send"), button("Cancel", leave, { className: "" })));
+      make("button", { type: "submit", className: "main" }, "Send"),
+      button("Cancel", leave, { className: "" })));
     form.addEventListener("submit", (event) => {
       event.preventDefault();
       this.actions.edit(this.node, field.value);
     });
     field.addEventListener("keydown", (event) => {
+      if (asksToSend(event)) {
+        event.preventDefault();
+        form.requestSubmit();
+      }
       if (event.key === "Escape") {
         event.stopPropagation();
         leave();
       }
     });
     this.body.replaceChildren(form);
-    this.foot.replaceChildren();
+    this.foot.hidden = true;
     field.focus();
   }
+}
+
+/** A call of a tool, with its arguments. */
+function callBox(call) {
+  const shown = pretty(call.arguments);
+  return make("div", { className: "code call" },
+    make("div", {}, make("span", { className: "language" }, "Calls ", make("b", {}, call.name)),
+      copyButton(() => shown, `Copy the arguments of ${call.name}`)),
+    make("pre", { tabIndex: 0 }, make("code", {}, shown)));
 }
 
 function pretty(json) {
@@ -216,20 +252,26 @@ function pretty(json) {
   }
 }
 
-/** What is on the screen. */
+/** The turns on the screen. */
 export const transcript = {
   turns: new Map(), // by the node's id
   conversation: null,
+  probabilities: false, // whether they are shown
 
   /** Draw a conversation; `running` is the id of the node that is being written, if one is. */
   draw(conversation, actions, running = null) {
-    this.conversation = conversation;
-    this.turns = new Map(path(conversation).map((node) => {
-      const turn = new Turn(conversation, node, actions);
-      if (node.id === running) turn.setRunning(true);
-      return [node.id, turn];
-    }));
-    $("transcript").replaceChildren(...[...this.turns.values()].map((turn) => turn.element));
+    const probabilities = actions.showsProbabilities();
+    const same = conversation === this.conversation && probabilities === this.probabilities;
+    const before = same ? this.turns : new Map();
+    Object.assign(this, { conversation, probabilities });
+    this.turns = new Map(path(conversation).map((node) =>
+      [node.id, before.get(node.id) ?? new Turn(conversation, node, actions)]));
+    for (const [id, turn] of this.turns) turn.refresh(id === running);
+    // Turns that stay are not touched: a person may have selected something there.
+    const shown = [...this.turns.values()].map((turn) => turn.element);
+    const place = $("transcript");
+    for (const element of [...place.children]) if (!shown.includes(element)) element.remove();
+    place.append(...shown.slice(place.children.length));
   },
 
   /** The turn of a node; undefined where it is not on the screen. */

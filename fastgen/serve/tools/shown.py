@@ -150,7 +150,7 @@ def _format(render: Render, offered: str, variables: Sequence[str]) -> Format | 
     more = {name: [OFFERED] for name in variables}
     for talk in TALKS:
         text = _rendered(render, talk, [OFFERED], more)
-        call = text[_common(text, offered) :]
+        call = text[_parting(text, offered) :]
         for form in FORMATS:
             if call and form.shown(call):
                 return form
@@ -174,7 +174,9 @@ def _reasoning(
     on = _rendered(render, [ASKED], None, {"enable_thinking": True, "thinking": True})
     off = _rendered(render, [ASKED], None, {"enable_thinking": False, "thinking": False})
     for marks in MARKS:
-        if any(marks.begin in text or marks.end in text for text in (bare, on, off)):
+        # An end alone tells only if it is one of thoughts: `<|end|>` ends messages of others.
+        tells = [marks.begin, *([marks.end] if "think" in marks.end.lower() else [])]
+        if any(mark in text for mark in tells for text in (bare, on, off)):
             return marks
     if form is not None and form.channels:
         return form.reasoning
@@ -190,7 +192,9 @@ def _rendered(
         return ""
 
 
-def _common(one: str, other: str) -> int:
-    """The length of the beginning that two texts share."""
+def _parting(one: str, other: str) -> int:
+    """The place where two texts part: before the tag, if it is within one (`<|` of two)."""
     pairs = enumerate(zip(one, other, strict=False))
-    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
+    place = next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
+    begun = re.search(r"<[^<>\s]*$", one[:place])
+    return begun.start() if begun else place
