@@ -203,7 +203,7 @@ def ready(args: argparse.Namespace, home: Home, shape: str, lines: Lines) -> Ite
 
 
 def faithful(home: Home, shape: str, workers: list[Worker], lines: Lines) -> None:
-    """What each engine loses on a real model's text, and the size of its files."""
+    """The loss of each engine on a real model's text, and the size of its files."""
     for worker in workers:
         try:
             found = faith.of(home, shape, worker)

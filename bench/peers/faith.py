@@ -23,7 +23,7 @@ WEIGHTS = {".onnx", ".data", ".bin", ".xml", ".gguf", ".safetensors"}  # endings
 
 
 def of(home: Home, shape: str, worker: Worker) -> dict[str, Any]:
-    """What an engine loses on a real model's text, kept from one run to the next.
+    """The loss of an engine on a real model's text, kept from one run to the next.
 
     Returns:
         for each kind of text: `tokens` that were predicted, and sums over them: `kl` (of the

@@ -111,7 +111,7 @@ class Results:
 
 
 class Loss:
-    """What an engine at a precision loses on a real model's text, of a line of kind "faith"."""
+    """The loss of an engine at a precision on a real model's text, of a line of kind "faith"."""
 
     def __init__(self, line: Line) -> None:
         self.kinds: dict[str, dict[str, float]] = line["kinds"]
@@ -230,7 +230,7 @@ def as_faithful(results: Results) -> list[str]:
 
 
 def beside(results: Results, who: Key, case: str, peers: Iterable[Key]) -> str:
-    """How many times as fast as the fastest of some peers, and which that is."""
+    """The speed in times of the fastest of some peers, and which that is."""
     one_row = len(CASES[case].lengths) == 1 and CASES[case].new > 1
     if one_row and adapter(who[0]).model_of:  # its KL is that of many tokens at once
         return "-"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from tiny import core, ragged
+from tiny import ragged
 from transformers.pipelines import DecisionPipeline
 
 import fastgen
@@ -167,7 +167,7 @@ def test_what_cannot_be_decided_is_said(pair):
             call()
 
 
-@pytest.mark.parametrize("kind", [*core("numpy, states", "numpy, windows")])
+@pytest.mark.parametrize("kind", ["numpy, states", "numpy, windows"])
 def test_with_states_and_with_windows(pair, kind):
     """An option is scored as a continuation is, whatever the model keeps of a prompt."""
     _, ours = pair(kind)

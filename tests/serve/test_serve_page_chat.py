@@ -259,6 +259,34 @@ def test_what_a_person_does_meanwhile_stays(
     expect(page.locator(".thought")).to_be_visible()
 
 
+def test_an_answer_goes_on_while_another_chat_is_read(
+    address: str, visit: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = visit(address)
+    greedy(page, 60)
+    send(page, "First")
+    page.get_by_role("button", name="New chat").click()
+    slowly(monkeypatch)
+    page.locator("#prompt").fill("Second")
+    page.keyboard.press("Enter")
+    expect(page.locator(".turn.running .prose")).to_have_text(re.compile(r"\w"))
+    page.get_by_role("button", name="First", exact=True).click()
+    expect(page.locator(".turn.user")).to_have_text(re.compile("First"))
+    expect(page.locator("#go")).to_have_text("Stop")
+    page.get_by_role("button", name="Second", exact=True).click()
+    expect(page.locator(".turn.running .prose")).to_have_text(re.compile(r"\w"))
+    ended(page)
+    expect(page.locator(".numbers")).to_contain_text("60 tokens")
+    page.locator("#prompt").fill("Third")
+    page.keyboard.press("Enter")
+    expect(page.locator(".turn.running .prose")).to_have_text(re.compile(r"\w"))
+    page.get_by_role("button", name="Delete “Second”").click()
+    ended(page)
+    page.wait_for_timeout(200)  # it is not kept again by what was being written to it
+    expect(page.locator("#chat-list .open")).to_have_text(["First"])
+    expect(page.locator(".turn")).to_have_count(0)
+
+
 def test_chats_go_out_and_come_in(address: str, visit: Open, tmp_path: Path) -> None:
     page = visit(address)
     answers(page, CHATS, delta(reasoning_content="Hm."), delta(content="**Yes**"), end())
@@ -372,6 +400,25 @@ def test_the_newest_chats_are_kept(address: str, visit: Open) -> None:
     )
     titles = ["aaaaa", *[str(i) for i in range(104, 5, -1)]]
     assert left == [titles, "the conversation is too large to be kept"]
+
+
+def test_a_browser_that_keeps_nothing(address: str, visit: Open) -> None:
+    page = visit(address)
+    page.add_init_script(
+        """for (const name of ["indexedDB", "localStorage", "sessionStorage"]) {
+            Object.defineProperty(window, name, {get() { throw new DOMException("denied"); }});
+        }"""
+    )
+    page.reload()
+    expect(page.locator("#chats-note")).to_contain_text("This browser keeps nothing")
+    expect(page.get_by_role("button", name="Export")).to_be_disabled()
+    answers(page, CHATS, delta(content="Yes."), end())
+    page.get_by_label("Randomness").fill("0.5")
+    send(page, "First")
+    send(page, "Second")
+    assert said(page) == ["First", "Yes.", "Second", "Yes."]
+    page.get_by_role("button", name="New chat").click()
+    expect(page.locator(".turn")).to_have_count(0)
 
 
 def test_two_tabs_lose_nothing(address: str, visit: Open) -> None:

@@ -583,6 +583,26 @@ def test_choices_of_tools() -> None:
             assert [*found.tools] == ["b"] and found.forced == (listed["mode"] == "required")
 
 
+def test_a_tool_of_no_parameters_is_called_with_none() -> None:
+    """`properties: {}` names all there are; an object without `properties` may have any."""
+    made = EVERY["plain"]
+    for parameters, legal in (
+        ({"type": "object", "properties": {}}, False),
+        ({"type": "object"}, True),
+        ({"type": "object", "properties": {}, "additionalProperties": True}, True),
+    ):
+        grammar = made.grammar(GrammarRules({}), AnswerOptions({"f": parameters}, True, False))
+        text = '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
+        letters = Letters(())
+        matcher = llguidance.LLMatcher(
+            llguidance.LLTokenizer(letters),
+            llguidance.LLMatcher.grammar_from_lark(schema.within(grammar)[0]),
+            log_level=0,
+        )
+        tokens = _ids(text, letters)
+        assert (matcher.try_consume_tokens(tokens) == len(tokens)) == legal, parameters
+
+
 def test_strict_parameters_are_closed() -> None:
     loose = {"type": "object", "properties": {"x": {"type": "integer"}}}
     (found,) = chosen([tool("a", parameters=loose, strict=True)], None, True).tools.values()

@@ -5,10 +5,11 @@ import * as store from "./store.js";
 
 let undo = null; // conversations that were just removed
 let open = null; // (id) => opens one
+let forget = null; // (ids) => lets go of what still writes to them
 let current = () => null; // the id of the one that is open
 
 export function watchChats(actions) {
-  ({ open, current } = actions);
+  ({ open, current, forget } = actions);
   $("export").addEventListener("click", save);
   $("import").addEventListener("click", () => $("file").click());
   $("file").addEventListener("change", bring);
@@ -56,6 +57,7 @@ export async function showChats() {
 
 async function removed(ids) {
   const place = [...$("chat-list").querySelectorAll(".delete")].indexOf(document.activeElement);
+  forget(ids);
   const gone = await store.remove(ids);
   told(gone.length === 1 ? "Deleted." : `${gone.length} deleted.`, gone);
   if (ids.includes(current())) open(null);

@@ -1,6 +1,6 @@
 // Where a message is written; the column follows what is written into it while it is at its end.
 
-import { $ } from "./dom.js";
+import { $, tab } from "./dom.js";
 
 const NEAR = 64; // pixels from the end that count as there
 const DRAFT = "fastgen-draft";
@@ -50,7 +50,7 @@ export function fit() {
 
 export function setText(text) {
   $("prompt").value = text;
-  sessionStorage.setItem(DRAFT, text);
+  tab.set(DRAFT, text);
   fit();
 }
 
@@ -82,6 +82,6 @@ export function watchComposer({ send, stop }) {
     if (document.body.classList.contains("busy")) keepUp();
     scrolled();
   }).observe($("column"));
-  setText(sessionStorage.getItem(DRAFT) ?? "");
+  setText(tab.get(DRAFT));
   $("keys").hidden = byFinger.matches;
 }

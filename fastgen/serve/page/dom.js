@@ -58,3 +58,25 @@ export const size = (number) => compact.format(number);
 export const grouped = (number) => number.toLocaleString("en");
 export const round = (number) => (number < 10 ? number.toFixed(1) : Math.round(number).toString());
 export const time = (ms) => (ms < 1000 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFixed(1)} s`);
+
+const memory = new Map(); // where a browser keeps nothing
+
+/** What this tab remembers until it is closed; "" is nothing. */
+export const tab = {
+  get(name) {
+    try {
+      return sessionStorage.getItem(name) ?? "";
+    } catch {
+      return memory.get(name) ?? "";
+    }
+  },
+  set(name, value) {
+    memory.set(name, value);
+    try {
+      if (value) sessionStorage.setItem(name, value);
+      else sessionStorage.removeItem(name);
+    } catch {
+      // Storage is off or full: it is remembered as long as the page.
+    }
+  },
+};

@@ -5,7 +5,7 @@ import { showChats, watchChats } from "./chats.js";
 import { programs } from "./code.js";
 import { fail, fit, follow, keepUp, setText, watchComposer } from "./composer.js";
 import { blank, contextUsed, grow, path, prune, show } from "./conversation.js";
-import { $, button, copy, grouped, make, say, size } from "./dom.js";
+import { $, button, copy, grouped, make, say, size, tab } from "./dom.js";
 import { request } from "./request.js";
 import { ask, hasKey, useKey } from "./service.js";
 import { setKind, showKnobs, showWrong, wantsProbabilities, watchSettings } from "./settings.js";
@@ -29,6 +29,7 @@ const EXAMPLES = {
 let about = { name: "", has_template: true, has_tokenizer: true };
 let conversation = blank("chat");
 let wantsText = false; // a person chose that texts are continued
+const removed = new WeakSet(); // conversations that were deleted while an answer came
 let running = null; // the Answer that is being written
 let started = null; // a promise: what the service says of itself has come
 
@@ -37,7 +38,7 @@ let started = null; // a promise: what the service says of itself has come
 /** Keep a conversation; a browser that cannot is told about once, in the list. */
 async function keep(which) {
   try {
-    await store.keep(which);
+    if (!removed.has(which)) await store.keep(which);
   } catch (error) {
     $("chats-note").textContent = `This chat is not kept: ${error.message}.`;
   }
@@ -50,10 +51,17 @@ function draw() {
   $("greeting").hidden = conversation.at !== null;
   $("system").value = conversation.system;
   $("new").disabled = false;
-  sessionStorage.setItem(OPEN, conversation.id);
+  tab.set(OPEN, conversation.id);
   showKind();
   showContext();
   notes();
+}
+
+/** Stop an answer to a conversation that is deleted: it must not be kept again. */
+function forget(ids) {
+  if (!running || !ids.includes(running.conversation.id)) return;
+  removed.add(running.conversation);
+  stop();
 }
 
 /** Open a conversation; null: a new one. */
@@ -346,7 +354,7 @@ async function start() {
   fail("");
   try {
     const names = (await (await ask("/v1/models")).json()).data.map(({ id }) => id);
-    const chosen = sessionStorage.getItem(MODEL);
+    const chosen = tab.get(MODEL);
     const query = names.includes(chosen) && names.length > 1 ? `?model=${encodeURIComponent(chosen)}` : "";
     const found = await (await ask(`/knobs${query}`)).json();
     about = found.model;
@@ -362,7 +370,7 @@ async function start() {
 
 /** Open what this tab had open before it was loaded again. */
 async function reopened() {
-  const id = sessionStorage.getItem(OPEN);
+  const id = tab.get(OPEN);
   const found = id && (await store.load(id).catch(() => null));
   if (found) conversation = found;
   await showChats();
@@ -383,7 +391,7 @@ function watch() {
   watchComposer({ send, stop });
   watchSettings();
   watchTokens($("transcript"));
-  watchChats({ open, current: () => conversation.id });
+  watchChats({ open, current: () => conversation.id, forget });
   store.watch(async (id) => {
     if (id === conversation.id && running?.conversation !== conversation) {
       conversation = (await store.load(id)) ?? conversation; // another tab went on with it
@@ -403,7 +411,7 @@ function watch() {
   });
   $("probabilities").addEventListener("change", draw);
   $("models").addEventListener("change", async () => {
-    sessionStorage.setItem(MODEL, $("models").value);
+    tab.set(MODEL, $("models").value);
     await (started = start());
   });
   for (const radio of document.getElementsByName("kind")) radio.addEventListener("change", changeKind);

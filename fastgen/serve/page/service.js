@@ -1,5 +1,7 @@
 // The service: it is asked as every other client asks it.
 
+import { tab } from "./dom.js";
+
 const KEY = "fastgen-key"; // kept in this tab alone
 
 /** What went wrong: `status` is HTTP's, 0 where there was no answer; `param` the field, if known. */
@@ -10,17 +12,16 @@ export class Failure extends Error {
   }
 }
 
-export const hasKey = () => Boolean(sessionStorage.getItem(KEY));
+export const hasKey = () => Boolean(tab.get(KEY));
 
 export function useKey(key) {
-  if (key) sessionStorage.setItem(KEY, key);
-  else sessionStorage.removeItem(KEY);
+  tab.set(KEY, key);
 }
 
 /** A response that is not an error. */
 export async function ask(path, options = {}) {
   const headers = { ...options.headers };
-  const key = sessionStorage.getItem(KEY);
+  const key = tab.get(KEY);
   if (key) headers.Authorization = `Bearer ${key}`;
   let response;
   try {

@@ -164,7 +164,7 @@ def _closed(schema: Any) -> Any:
     if isinstance(schema.get("items"), dict):
         made["items"] = _closed(schema["items"])
     properties = schema.get("properties")
-    if isinstance(properties, dict) and properties and not schema.keys() & OPEN:
+    if isinstance(properties, dict) and not schema.keys() & OPEN:
         made["properties"] = {name: _closed(one) for name, one in properties.items()}
         required = schema.get("required")
         named = required if isinstance(required, list) else []
