@@ -1,9 +1,10 @@
 """Time model directories beside the first of them: calls of all take turns.
 
-    python bench/ratio.py OLD NEW [...] --rounds 21
+    python bench/ratio.py OLD NEW NEW+int8 [...] --rounds 21
 
 What a busy or a slow minute does to one call it does to its neighbours too, so that ratios of
-medians are steadier here than times. Directories are of one model, in any precision.
+medians are steadier here than times. Directories are of one model, in any precision; `+int8` behind
+one loads it with `prefill_precision="int8"`, and the last line says from how many tokens that pays.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ PROMPTS, ROWS, PAST = (64, 512), (1, 8, 32), 64
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("directories", nargs="+", type=Path)
+    parser.add_argument("directories", nargs="+", metavar="DIRECTORY[+int8]")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=8, help="of decoding, in a call")
@@ -32,9 +33,14 @@ def main() -> None:
 
     import fastgen
 
-    models = [fastgen.load(one, threads=args.threads).model for one in args.directories]
+    given = [one.partition("+") for one in args.directories]
+    models = [
+        fastgen.load(path, threads=args.threads, prefill_precision=form or "same").model
+        for path, _, form in given
+    ]
+    names = [f"{Path(path).name}{plus}{form}" for path, plus, form in given]
     print(f"{shapes.machine(args.threads)}\n")
-    print(f"| | {' | '.join(one.name for one in args.directories)} |")
+    print(f"| | {' | '.join(names)} |")
     print("|---|" + "---|" * len(models))
     for length in PROMPTS:
         calls = [prompt(model, length) for model in models]
@@ -43,6 +49,8 @@ def main() -> None:
         calls = [steps(model, rows, args.steps) for model in models]
         title = "a step of one row" if rows == 1 else f"a step of {rows} rows"
         print(line(title, calls, args.rounds, args.steps), flush=True)
+    pays = [str(model.many_from or "") for model in models]
+    print(f"| tokens from which the second form pays | {' | '.join(pays)} |")
 
 
 def line(title: str, calls: list[Callable[[], None]], rounds: int, parts: int) -> str:

@@ -8,6 +8,7 @@ build         a checkpoint, without torch            onnx_folder  what others ex
 trace         torch's code -> a graph                gguf       llama.cpp's files
 rewrite       fewer nodes, less memory               prove      does it say what the original says
 quantize      weights, keys and values in 8 or 4 bits
+many_tokens   which form each matrix has for them
 bundle        the model directory                    requirements  of memory and disk
 demo          trains the embedded model              manual     Python's manual as text, for it
 """

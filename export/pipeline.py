@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -19,11 +19,11 @@ import onnxruntime
 import fastgen
 from fastgen.errors import UnsupportedModel
 from fastgen.export import bundle, requirements, stages
+from fastgen.export.many_tokens import Second
 from fastgen.export.opening import Opening, opening
 from fastgen.export.options import PRECISIONS, ExportOptions, texts_of
 from fastgen.export.progress import Cost, Progress, Step
 from fastgen.export.prove import profile
-from fastgen.export.quantize import prefill_int8
 from fastgen.export.source.origin import Tolerance
 from fastgen.export.work import Work
 from fastgen.store import jsonfile
@@ -149,16 +149,18 @@ def steps(work: Work) -> list[Step]:
         *stages.Graph(work).steps(),
         *stages.quantised(work),
         Step("time by operator", Cost(1, 1), partial(_profile, work, spent)),
+        *([] if work.target.precision == "fp32" else [_many_tokens(work)]),
         Step("bundle", Cost(0.2, 0.3), partial(_bundle, work, spent)),
     ]
+
+
+def _many_tokens(work: Work) -> Step:
+    return Step("form for many tokens", Cost(1, 4), Second(work).write)
 
 
 def _profile(work: Work, spent: dict[str, dict[str, float]]) -> list[str]:
     """Complete the graphs, and measure where their time goes."""
     shutil.rmtree(work.working, ignore_errors=True)
-    why = prefill_int8.write(work.directory)
-    if why and work.target.precision == "int4":
-        work.info = replace(work.info, no_prompts=why)
     spent |= profile.by_operator(work.directory)
     return [f"{step} {next(iter(shares))}" for step, shares in spent.items()]
 

@@ -698,10 +698,11 @@ def load(
     Args:
         name_or_path: a directory or a hub id; None for the embedded demo model.
         threads: threads of a step; None for the physical cores.
-        prefill_precision: "int8" lets a model in int4 read long prompts as fast as one in int8
-            does: a second copy of its layers, one byte a weight, is made in memory on loading. The
-            weights are the same, the activations are rounded otherwise. "same" reads them with the
-            weights of all else; None as `fastgen tune` left it, or "same".
+        prefill_precision: "int8" reads prompts, and takes every step of so many new tokens of all
+            rows that it pays, with a second form of the layers' matrices: int8 per output channel,
+            made on loading in memory of up to a byte a weight (`fastgen info`). It is faster and
+            rounds activations otherwise, so a row of many says nearly what it says alone. "same"
+            has one form for all; None as `fastgen tune` left it, or "same".
         prompts: the old name of `prefill_precision`.
 
     Raises:

@@ -63,7 +63,7 @@ class NumpyModel(Model):
         self.directory = Path("numpy")
         self.info = info(windows, states, vocab, max_length)
         self.tuning = Tuning()
-        self.prefill_session = self.codes = None
+        self.many_from = self.codes = None
         self.grain = GRAIN
         self._spare: dict[str, Cache] = {}
         self.fingerprint = f"{windows} {states} {vocab} {seed}"
@@ -88,7 +88,7 @@ class NumpyModel(Model):
         cache: Cache,
         first: int = 0,
         logits_positions: NDArray[np.int64] | None = None,
-        by_prefill_session: bool = False,
+        many: bool | None = None,
     ) -> Array:
         """As `Model.forward`."""
         if logits_positions is None:

@@ -5,7 +5,7 @@ gptq       codes of the least output error   calibrate     what flows through th
 rotate     outliers turned away, exactly     smooth        outliers moved into the weights
 rotate_values  the same in attention         rotation      the matrices that turn
 activations  nodes that quantise activations
-kv_int8    keys and values in int8           prefill_int8  a second graph that reads prompts
+kv_int8    keys and values in int8           prefill_int8  a second form for many tokens
 experts    mixtures of experts           parts         large matrices, a part at a time
 grid       numbers that lie on a grid already, as a GGUF file's
 """

@@ -33,8 +33,8 @@ def prefill_option(command: Callable[..., Any]) -> Callable[..., Any]:
     shown = click.option(
         "--prefill-precision",
         metavar="same|int8",
-        help="int8: a model in int4 reads long prompts as fast as one in int8, for a byte of "
-        "memory a weight [default: as tuned, or same]",
+        help="int8: a model in int8 or int4 reads prompts and steps with many rows faster, for up "
+        "to a byte of memory a weight (see `fastgen info`) [default: as tuned, or same]",
     )
     return shown(click.option("--prompts", hidden=True)(renamed))
 

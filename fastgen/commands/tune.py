@@ -40,8 +40,9 @@ def tune(
     Each is a directory or a hub id. What is best for a model directory is saved in it (of a hub's,
     in the copy here) and used from then on, on this machine only.
     Given several exports of one model, say fp32, int8 and int4, the fastest is named whose report
-    keeps the accuracy budget (--max-kl, --min-top1). With --prefill-precision int8, models in
-    int4 are also tried with prompts in int8, which take the memory of a model in int8 besides.
+    keeps the accuracy budget (--max-kl, --min-top1). With --prefill-precision int8, models are
+    also tried with their matrices in int8 for many tokens, where they have that form: it takes
+    memory besides (`fastgen info`). From how many tokens it pays is measured too.
     """
     from fastgen import first_use
     from fastgen.store import tuning
@@ -56,7 +57,7 @@ def tune(
         work = Workload(rows, prompt, new)
         directories = [first_use.directory(model) for model in models]
         for directory in directories:
-            _check_room(directory, work)
+            _check_room(directory, work, prefill_precision)
         if prefill_precision not in (None, *tuning.PREFILL_PRECISIONS):
             raise ValueError(f"--prefill-precision must be same or int8, got {prefill_precision!r}")
         if prefill_precision == "int8":
@@ -74,7 +75,7 @@ def tune(
             tune.measure(candidates, work, rounds, lambda: bar.update(1))
         chosen = [tune.best(group, new) for group in every.values()]
         for candidate in chosen:
-            tuning.write(candidate.directory, candidate.tuning)
+            tuning.write(candidate.directory, candidate.measured)
         for line in tune.table(candidates, chosen, new):
             click.echo(line)
         if len(every) > 1:
@@ -85,7 +86,7 @@ def tune(
             click.echo(f"fastest within the budget: {candidate.directory} ({candidate.tuning})")
 
 
-def _check_room(directory: Path, work: Workload) -> None:
+def _check_room(directory: Path, work: Workload, prefill_precision: str | None) -> None:
     """Raise a ValueError if what is timed cannot be in this machine's memory."""
     info = ModelInfo.read(directory)
     tokens = work.prompt + work.new
@@ -95,6 +96,8 @@ def _check_room(directory: Path, work: Workload) -> None:
         "ids": work.rows * tokens * 8,
         "logits": work.rows * info.vocab_size * 2 * memory_estimate.FLOAT,
     }
+    if prefill_precision == "int8":
+        parts |= memory_estimate.of_second_form(info)
     memory_estimate.check(
         parts, f"lower --rows {work.rows}, --prompt {work.prompt} or --new {work.new}"
     )

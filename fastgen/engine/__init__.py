@@ -2,7 +2,7 @@
 
 model          new ids and a cache -> logits       cache         keys and values, in place
 kv_int8        keys and values in 8 bits           prompt_reader in 32, where prompts are read
-prefill        prompts -> the cache, by chunks     prefill_int8  by a second session, for 4 bits
+prefill        prompts -> the cache, by chunks     prefill_int8  many tokens, in 8 bits
 prefix_cache   what is kept of prompts for later   request       the rows of one call
 batch          THE LOOP: rows join, step, leave    beam/         beam search over the same stages
 slots          rows move between a cache's slots    step          which kind it was, its new tokens

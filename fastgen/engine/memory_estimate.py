@@ -52,6 +52,12 @@ def of_call(
     }
 
 
+def of_second_form(info: ModelInfo) -> dict[str, int]:
+    """The bytes that `prefill_precision="int8"` takes, and besides them while it is loaded."""
+    size = info.many_tokens_bytes
+    return {"form for many tokens": size, "the same before it is packed": size}
+
+
 def check(parts: Mapping[str, int], instead: str, memory: int | None = None) -> None:
     """Raise a ValueError for what cannot fit into this machine.
 

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import os
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,11 +22,20 @@ from numpy.typing import NDArray
 
 from fastgen.engine.cache import Cache
 from fastgen.engine.kv_int8 import Codes
-from fastgen.engine.prefill_int8 import APART, offer
+from fastgen.engine.prefill_int8 import NEVER, offer, pays_from
 from fastgen.errors import ModelError
 from fastgen.inputs import validators
-from fastgen.store.graph_io import GRAIN, TOKENS, GraphIO, Pair, TensorSpec, first_shown
-from fastgen.store.model_info import GRAPH, PROMPTS, SCALES, UNPACK, WEIGHTS, ModelInfo, digest
+from fastgen.store import model_info
+from fastgen.store.graph_io import (
+    GRAIN,
+    MANY_TOKENS,
+    TOKENS,
+    GraphIO,
+    Pair,
+    TensorSpec,
+    first_shown,
+)
+from fastgen.store.model_info import GRAPH, SCALES, UNPACK, WEIGHTS, ModelInfo, digest
 from fastgen.store.tuning import PREFILL_PRECISIONS, Tuning, read
 from fastgen.system.cpu import int8_overflows
 from fastgen.system.memory import page_out
@@ -34,6 +44,7 @@ THREADS_A_CPU = 8  # that may be asked for; more than one gains nothing
 SPIN_US = "2000"  # microseconds that threads spin for more work
 KEPT_BINDINGS = 16  # shapes of call that stay bound to a cache
 SPARE_BYTES = 128 << 20  # of a cache that is kept for the next call, at most
+LONG = 32  # tokens of a prompt that is read in the second form, at most: a prefix cache's block
 SPARE_LOGITS = 16 << 20  # bytes of logits that stay bound to it
 # To run what is not run often: weights stay in the mapped file, and no packed copy is made of them.
 UNPACKED = {"session.disable_prepacking": "1"}
@@ -52,12 +63,13 @@ class Model:
 
     Attributes:
         io: the inputs and outputs of its graph.
-        prefill_session: the session that reads long prompts in int8 (see `prefill_int8`), or None.
+        many_from: new tokens of all rows from which a step takes the second form of the matrices
+            (see `prefill_int8`); None where there is one form.
         grain: tokens by which it moves what layers with windows are shown first.
 
     Raises:
         ModelError: see `ModelInfo.read`; or the graph is not what `fastgen.json` says it is, or
-            prompts in int8 are asked of a model that has none.
+            int8 for many tokens is asked of a model that has no such form.
         ValueError: threads, prefill_precision.
     """
 
@@ -81,10 +93,14 @@ class Model:
             self.tuning = replace(self.tuning, prefill_precision=prefill_precision)
         if self.tuning.prefill_precision != "same":
             self.info.check_prompts(directory)
-        self.session = _session(directory / GRAPH, self.tuning)
-        self.prefill_session: Any = None
-        if self.tuning.prefill_precision != "same":
-            self.prefill_session = _prefill_session(directory, self.tuning)
+            if int8_overflows():  # and a branch's matrices cannot become uint8 on loading
+                raise ModelError(
+                    f'{directory} cannot be loaded with prefill_precision="int8" on this '
+                    "processor: it has no VNNI, without which products of 8 bits may overflow"
+                )
+        two_forms = self.tuning.prefill_precision != "same"
+        graph = directory / (model_info.MANY_TOKENS if two_forms else GRAPH)
+        self.session = (_two_forms if two_forms else _session)(graph, self.tuning)
         if not UNPACKED.items() <= self.tuning.entries.items():  # else they are read there
             page_out(directory / WEIGHTS)
         self.codes: Codes | None = None
@@ -92,14 +108,17 @@ class Model:
             self.codes = Codes(directory / SCALES, self.info.layers)
         self.grain = GRAIN
         self._spare: dict[str, Cache] = {}  # by the type of its keys
-        self.io = GraphIO.of(self.info)
+        self.io = GraphIO.of(self.info, two_forms)
         self.io.check(
-            directory / GRAPH,
+            graph,
             *(
                 [(value.name, value.type, value.shape) for value in values]
                 for values in (self.session.get_inputs(), self.session.get_outputs())
             ),
         )
+        self.many_from: int | None = None
+        if two_forms:
+            self.many_from = self.tuning.many_from or pays_from(self._seconds)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -110,15 +129,28 @@ class Model:
         """
         missing = [name for name in self.info.files if name not in self.info.digests]
         computed = {name: digest(self.directory / name) for name in missing}
-        known = f"{onnxruntime.__version__} {self.info} {computed} {self.tuning.prefill_precision}"
+        known = f"{onnxruntime.__version__} {self.info} {computed} {self._long}"
         return hashlib.sha256(known.encode()).hexdigest()
 
-    def reads_apart(self, length: int) -> bool:
-        """Tell if the prefill session reads a prompt of that length, but for its last token.
+    @property
+    def _long(self) -> int | None:
+        """Tokens from which a prompt is read in the second form; None where none is."""
+        never = self.many_from is None or self.many_from == NEVER
+        return None if never else min(self.many_from or LONG, LONG)
+
+    def reads_as_many(self, length: int) -> bool:
+        """Tell if a prompt of that length is read in the second form, from its first token on.
 
         What a prefix cache knows of it counts too: so a hit gives what a fresh prefill gives.
         """
-        return self.prefill_session is not None and length >= APART
+        return self._long is not None and length >= self._long
+
+    def _seconds(self, tokens: int, many: bool) -> float:
+        """The time that so many new tokens take in a form, without their logits."""
+        cache, ids = self.new_cache(1, tokens, reads_prompts=True), np.zeros(tokens, np.int64)
+        start = time.perf_counter()
+        self.forward([ids], cache, 0, np.zeros((1, 0), np.int64), many)
+        return time.perf_counter() - start
 
     def new_cache(self, rows: int, capacity: int, reads_prompts: bool = False) -> Cache:
         """Make an empty cache for `rows` rows of up to `capacity` tokens.
@@ -157,7 +189,7 @@ class Model:
         cache: Cache,
         first: int = 0,
         logits_positions: NDArray[np.int64] | None = None,
-        by_prefill_session: bool = False,
+        many: bool | None = None,
     ) -> NDArray[np.float32]:
         """Append new tokens to the rows in slots `first`, `first + 1`, ... and return logits.
 
@@ -167,7 +199,8 @@ class Model:
             cache: holds the rows so far; it must have room for the longest of `new` in each row.
             logits_positions: int64 [rows, keep], which of the new tokens want logits; None for
                 the last of each row.
-            by_prefill_session: which has no logits to give (see `prefill_int8`).
+            many: whether to take the second form of the matrices, where there is one; None for
+                what the number of tokens says (see `many_from`).
 
         Returns:
             float32 [rows, keep, vocab]. It is the memory of the binding: valid until the next
@@ -175,7 +208,11 @@ class Model:
         """
         counts = [len(ids) for ids in new]
         width, keep = max(counts), 1 if logits_positions is None else logits_positions.shape[1]
-        step = self._bound(cache, StepShape(first, len(new), width, keep, by_prefill_session))
+        if self.many_from is None:
+            many = False
+        elif many is None:
+            many = len(new) * width >= self.many_from
+        step = self._bound(cache, StepShape(first, len(new), width, keep, many))
         held = cache.lengths[first : first + len(new)]
         for slot in np.flatnonzero(held == 0).tolist() if self.info.states else ():
             cache.begin(first + slot)
@@ -199,7 +236,7 @@ class Model:
             np.maximum(step.query_seqlens - 1, 0, out=step.logits_positions[:, 0])
         else:
             step.logits_positions[:] = logits_positions
-        step.session.run_with_iobinding(step.binding)
+        self.session.run_with_iobinding(step.binding)
         return step.logits
 
     def _bound(self, cache: Cache, shape: StepShape) -> BoundStep:
@@ -217,13 +254,14 @@ class StepShape(NamedTuple):
         first, rows: its slots of the cache.
         width: new tokens of the longest row.
         keep: logits of each row.
+        many: whether it takes the second form of the matrices.
     """
 
     first: int
     rows: int
     width: int
     keep: int
-    by_prefill_session: bool
+    many: bool
 
 
 class BoundStep:
@@ -231,9 +269,7 @@ class BoundStep:
 
     def __init__(self, model: Model, cache: Cache, shape: StepShape) -> None:
         io, dtype = model.io, cache.dtype.name
-        self.session = model.prefill_session if shape.by_prefill_session else model.session
-        self.binding = self.session.io_binding()
-        self._taken = {value.name for value in self.session.get_inputs()}
+        self.binding = model.session.io_binding()
         sizes = {"rows": shape.rows, "new": shape.width, "keep": shape.keep}
         (
             self.input_ids,
@@ -244,8 +280,10 @@ class BoundStep:
             self.logits_positions,
         ) = (self._bind_input(spec, spec.zeros(**sizes)) for spec in TOKENS)
         self.logits = io.logits.zeros(**sizes)
-        if not shape.by_prefill_session:
-            _bind(self.binding.bind_output, io.logits.name, self.logits)
+        _bind(self.binding.bind_output, io.logits.name, self.logits)
+        self._many = np.array(shape.many)
+        if io.two_forms:
+            self._bind_input(MANY_TOKENS, self._many)
         self._windowed = self._bind_key_values(
             io.key_values[dtype], cache.slots(shape.first, shape.rows)
         )
@@ -275,9 +313,8 @@ class BoundStep:
                 self._bind_pair(pair, view, start)
 
     def _bind_input(self, spec: TensorSpec, array: NDArray[Any]) -> NDArray[Any]:
-        """Bind an array to an input, if this session takes it."""
-        if spec.name in self._taken:
-            _bind(self.binding.bind_input, spec.name, array)
+        """Bind an array to an input."""
+        _bind(self.binding.bind_input, spec.name, array)
         return array
 
     def _bind_key_values(
@@ -364,14 +401,14 @@ def open_session(path: Path, options: Any) -> Any:
     )
 
 
-def _prefill_session(directory: Path, tuning: Tuning) -> Any:
-    """Open the session that reads prompts; see `fastgen.engine.prefill_int8`."""
-    options = session_options(tuning)
+def _two_forms(path: Path, tuning: Tuning) -> Any:
+    """Open a graph with two forms of its matrices; see `fastgen.engine.prefill_int8`."""
+    options, unpack = session_options(tuning), path.parent / UNPACK
     try:
-        offered = offer(options, directory, tuning.threads)
+        offered = offer(options, unpack, tuning.threads)
     except Exception as error:  # as below
-        raise ModelError(f"onnxruntime cannot run {directory / UNPACK}: {error}") from error
-    session = _session(directory / PROMPTS, tuning, options)
+        raise ModelError(f"onnxruntime cannot run {unpack}: {error}") from error
+    session = _session(path, tuning, options)
     offered.clear()
     return session
 

@@ -99,7 +99,7 @@ class Prefill:
 
     def _read_all(self) -> Iterator[None]:
         lengths = [len(prompt) for prompt in self.prompts]
-        short = sum(not self.model.reads_apart(length) for length in lengths)
+        short = sum(not self.model.reads_as_many(length) for length in lengths)
         groups = together(lengths[:short], self.chunk, self._most)
         rest = together(lengths[short:], self.chunk, self._most)
         groups += [(short + a, short + b) for a, b in rest]
@@ -112,23 +112,18 @@ class Prefill:
     def _read_group(self, start: int, end: int) -> Iterator[None]:
         """Read prompts `start` to `end`, but what the prefix cache knows of them."""
         prompts, known = self.prompts[start:end], self.prefix_cache
-        apart = self.model.reads_apart(len(prompts[0]))  # all but its last token
-        texts = [prompt[:-1] for prompt in prompts] if apart else prompts
         if known is not None:
             model = self.model.fingerprint
-            known.fetch(model, texts, self.cache, self.first + start, self.chunk)
+            known.fetch(model, prompts, self.cache, self.first + start, self.chunk)
             held = self.cache.lengths[self.first + start : self.first + end]
             self.reused[start:end] = held.tolist()
         reader = PromptReader(self.model, self.cache, len(prompts), len(prompts[-1]) + self.chunk)
         reader.load(self.first + start, len(prompts))
         states: list[States] | None = None if known is None else [{} for _ in prompts]
-        yield from self._read_rows(reader, start, texts, apart, states)
-        if apart:
-            ends = [prompt[-1:] for prompt in prompts]
-            self.logits[start:end] = reader.forward(ends, self.first + start, 0)[:, 0]
+        yield from self._read_rows(reader, start, prompts, states)
         reader.close()
         if known is not None and states is not None:
-            for index, (text, mine) in enumerate(zip(texts, states, strict=True), start):
+            for index, (text, mine) in enumerate(zip(prompts, states, strict=True), start):
                 known.keep(model, text, self.cache, self.first + index, self.chunk, mine)
 
     def _read_rows(
@@ -136,17 +131,16 @@ class Prefill:
         reader: PromptReader,
         start: int,
         texts: Sequence[NDArray[np.int64]],
-        by_prefill_session: bool,
         states: list[States] | None,
     ) -> Iterator[None]:
         """Read what the slots do not hold yet, row by row shorter ones leaving.
 
         Args:
-            texts: the prompts from `start` on; without their last tokens if the
-                prefill session reads them.
+            texts: the prompts from `start` on.
             states: gets each row's states where a chunk ended; None where nobody wants them.
         """
         at, end = start, start + len(texts)
+        many = self.model.reads_as_many(len(texts[0]))
         while True:  # `at` is the first row that is not complete
             first = self.first + at
             prompts = texts[at - start :]
@@ -154,11 +148,10 @@ class Prefill:
             stop = (held.min() // self.chunk + 1) * self.chunk
             new = [prompt[done:stop] for prompt, done in zip(prompts, held, strict=True)]
             ended = sum(len(prompt) <= stop for prompt in prompts)
-            # Only a chunk in which a prompt ends needs logits; the prefill session has none.
-            wanted = ended and not by_prefill_session
-            positions = None if wanted else np.zeros((len(new), 0), np.int64)
-            logits = reader.forward(new, first, at - start, positions, by_prefill_session)
-            if wanted:
+            # Only a chunk in which a prompt ends needs logits.
+            positions = None if ended else np.zeros((len(new), 0), np.int64)
+            logits = reader.forward(new, first, at - start, positions, many)
+            if ended:
                 self.logits[at : at + ended] = logits[:ended, 0]
             if states is None:  # no prefix cache wants what was read first
                 reader.forget(first, at - start, len(new))

@@ -1,28 +1,56 @@
-"""Prompts of a 4-bit model, read in 8 bits: the matrices that the second session multiplies.
+"""Many tokens at once: a second form of the matrices, in 8 bits for each output channel.
 
-An export in int4 has two small graphs besides, on the same weights file (see
-`export.quantize.prefill_int8`): one makes every matrix of the layers int8, to the nearest code, and
-one reads prompts with these.
+An export in int8 or int4 has two small graphs besides, on the same weights file (see
+`export.quantize.prefill_int8`): one makes the second form, and one has both forms in the branches
+of an If. Long prompts take the second, and so does every step of so many tokens that it is faster.
 """
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import onnxruntime
 
-from fastgen.store.model_info import UNPACK
-from fastgen.system.cpu import int8_overflows
-
-# Prompts of so many tokens are read apart, all but their last token. For shorter ones the step that
-# follows for it costs more than is gained (bench/README.md). A prefix cache keeps nothing of those,
-# so that what it knows was always read apart.
-APART = 32
+TRIED = (2, 4, 8, 16, 32, 64)  # tokens of a step that both forms are timed with
+FIRST = 8  # of these
+ROUNDS, AGREEING = 9, 3  # at most; at least, if all say the same: a busy moment hits one form
+NEVER = 2**31 - 1  # tokens, where the second form is not faster with the most of these
 
 
-def offer(options: Any, directory: Path, threads: int) -> list[Any]:
+def pays_from(seconds: Callable[[int, bool], float]) -> int:
+    """The fewest of TRIED tokens that the second form takes less time for, or NEVER.
+
+    Args:
+        seconds: (tokens, whether in the second form) -> the time that they take.
+    """
+
+    def pays(tokens: int) -> bool:
+        ratios: list[float] = []
+        for many in (False, True):  # which touch the memory
+            seconds(tokens, many)
+        while len(ratios) < ROUNDS:
+            few = seconds(tokens, False)
+            ratios.append(seconds(tokens, True) / few)
+            if len(ratios) >= AGREEING and (max(ratios) < 1 or min(ratios) > 1):
+                break
+        return statistics.median(ratios) < 1
+
+    at = TRIED.index(FIRST)
+    if pays(TRIED[at]):
+        while at and pays(TRIED[at - 1]):
+            at -= 1
+        return TRIED[at]
+    return next((tokens for tokens in TRIED[at + 1 :] if pays(tokens)), NEVER)
+
+
+def offer(options: Any, unpack: Path, threads: int) -> list[Any]:
     """Make the matrices, and let the session that is opened with `options` have them.
+
+    Args:
+        unpack: the graph that makes them.
 
     Returns:
         What must stay until it is open. It packs a copy of each matrix, and with the last of these
@@ -37,14 +65,14 @@ def offer(options: Any, directory: Path, threads: int) -> list[Any]:
     unpacking.enable_cpu_mem_arena = False
     unpacking.enable_mem_pattern = False
     session = onnxruntime.InferenceSession(
-        str(directory / UNPACK), unpacking, providers=["CPUExecutionProvider"]
+        str(unpack), unpacking, providers=["CPUExecutionProvider"]
     )
     names = [value.name for value in session.get_outputs()]
     made = dict(
         zip(names, map(onnxruntime.OrtValue.from_dlpack, session.run(names, {})), strict=True)
     )
     # What is optimised on loading has to be known before, and then stays.
-    early = {n: one for n, one in made.items() if int8_overflows() or len(one.shape()) == 1}
+    early = {n: one for n, one in made.items() if len(one.shape()) == 1}
     options.add_external_initializers(list(early), list(early.values()))
     for name, one in made.items():
         if name not in early:

@@ -52,7 +52,7 @@ class PromptReader:
         first: int,
         row: int,
         logits_positions: NDArray[np.int64] | None = None,
-        by_prefill_session: bool = False,
+        many: bool | None = None,
     ) -> NDArray[np.float32]:
         """As `Model.forward`, for the slots from `first` on.
 
@@ -60,11 +60,11 @@ class PromptReader:
             row: the index of the first of them among the rows that were loaded.
         """
         if self.codes is None:
-            return self.model.forward(new, self.cache, first, logits_positions, by_prefill_session)
+            return self.model.forward(new, self.cache, first, logits_positions, many)
         for i in range(len(new)):
             if (start := self._exact.pop(row + i, None)) is not None:
                 self._fetch(row + i, first + i, start, self.cache.lengths[first + i])
-        logits = self.model.forward(new, self.floats, row, logits_positions, by_prefill_session)
+        logits = self.model.forward(new, self.floats, row, logits_positions, many)
         for i in range(len(new)):
             self._keep(row + i, first + i)
         return logits

@@ -372,7 +372,7 @@ def fitting_chunk(model: Model, stall: float = STALL) -> tuple[int, float]:
             cache = model.new_cache(1, chunk, reads_prompts=True)
             start = time.perf_counter()
             nothing = np.zeros((1, 0), np.int64)
-            model.forward([ids], cache, 0, nothing, model.reads_apart(len(ids)))
+            model.forward([ids], cache, 0, nothing, model.reads_as_many(len(ids)))
             seconds = min(seconds, time.perf_counter() - start)
         if seconds <= stall:
             break

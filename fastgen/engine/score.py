@@ -261,13 +261,13 @@ def _reading(
 ) -> Iterator[None]:
     """Read `ids` into the first slot, which is empty, a chunk at a step; nobody wants logits."""
     model, cache = reader.model, reader.cache
-    by_prefill_session = model.reads_apart(len(ids))
+    many = model.reads_as_many(len(ids))
     if prefix_cache is not None:
         prefix_cache.fetch(model.fingerprint, [ids], cache, 0, chunk)
     reader.load(0, 1)
     nothing, states = np.zeros((1, 0), np.int64), {}
     while (at := int(cache.lengths[0])) < len(ids):
-        reader.forward([ids[at : (at // chunk + 1) * chunk]], 0, 0, nothing, by_prefill_session)
+        reader.forward([ids[at : (at // chunk + 1) * chunk]], 0, 0, nothing, many)
         if prefix_cache is not None:
             length, state = cache.state(0)
             states[length] = state

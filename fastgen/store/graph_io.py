@@ -11,6 +11,7 @@
 | `past_state.{i}` | float32 [rows, ...] | kept by convolutions and recurrences |
 | `window_start.{W}` | int32 [] | the token that layers with a window of W are shown first |
 | `reads_prompt` | bool [] | with int8 keys: attend to the float32 ones below |
+| `many_tokens` | bool [] | of a graph with two forms of its matrices: take the second |
 | `prompt_key_values.{i}.key/value` | float32, as the past | with int8 keys: for prompts |
 
 Outputs: `logits` float32 [rows, keep, vocab], and `present.{i}.key/value`, `present_state.{i}` and
@@ -90,6 +91,7 @@ TOKENS = (
     TensorSpec("logits_positions", "int64", ("rows", "keep")),
 )
 READS_PROMPT = TensorSpec("reads_prompt", "bool")
+MANY_TOKENS = TensorSpec("many_tokens", "bool")
 
 
 class Pair(NamedTuple):
@@ -138,6 +140,7 @@ class GraphIO:
         states: shapes of what else is kept of a row, float32.
         windows: of each layer, the tokens that a query sees; None for all. Empty if all see all.
         cache_dtype: of the stored keys and values, "float32" or "int8".
+        two_forms: whether it has its matrices in a second form too, for many tokens.
     """
 
     vocab_size: int
@@ -145,11 +148,13 @@ class GraphIO:
     states: tuple[tuple[int, ...], ...] = ()
     windows: tuple[int | None, ...] = ()
     cache_dtype: str = "float32"
+    two_forms: bool = False
 
     @classmethod
-    def of(cls, info: Described) -> GraphIO:
+    def of(cls, info: Described, two_forms: bool = False) -> GraphIO:
         """The graph of a model directory, by its `ModelInfo`."""
-        return cls(info.vocab_size, info.layers, info.states, info.windows, info.cache_dtype)
+        known = (info.vocab_size, info.layers, info.states, info.windows, info.cache_dtype)
+        return cls(*known, two_forms)
 
     @property
     def logits(self) -> TensorSpec:
@@ -215,6 +220,7 @@ class GraphIO:
             *self.window_starts.values(),
             *choice,
             *(pair.past for pairs in prompts for pair in pairs),
+            *([MANY_TOKENS] if self.two_forms else []),
         ]
 
     @cached_property

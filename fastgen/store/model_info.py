@@ -21,7 +21,7 @@ INFO = "fastgen.json"
 GRAPH = "model.onnx"
 WEIGHTS = GRAPH + ".data"
 SCALES = "cache_scales.npy"  # float32, flat: of each layer's keys, then values, by channel
-PROMPTS = "prompts.onnx"
+MANY_TOKENS = "many_tokens.onnx"
 UNPACK = "unpack.onnx"
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -59,7 +59,9 @@ class ModelInfo:
         name: what was exported.
         parameters: of the original.
         exporter: the version of fastgen that wrote it.
-        no_prompts: why a model in int4 cannot read prompts in int8; empty where it can.
+        no_prompts: why a model in int8 or int4 has no second form for many tokens; empty where it
+            has.
+        many_tokens_bytes: of memory that the second form takes.
     """
 
     precision: str
@@ -77,6 +79,7 @@ class ModelInfo:
     parameters: int = 0
     exporter: str = "?"
     no_prompts: str = ""
+    many_tokens_bytes: int = 0
 
     @property
     def cache_precision(self) -> str:
@@ -111,8 +114,8 @@ class ModelInfo:
 
     @property
     def can_read_prompts(self) -> bool:
-        """True if the model can read them in int8 (see `fastgen.load`)."""
-        return PROMPTS in self.files and UNPACK in self.files
+        """True if the model has its matrices in a second form too (see `fastgen.load`)."""
+        return MANY_TOKENS in self.files and UNPACK in self.files
 
     @staticmethod
     def parse(directory: Path) -> ModelInfo:
@@ -173,13 +176,13 @@ class ModelInfo:
         return info
 
     def check_prompts(self, directory: Path) -> None:
-        """Raise a ModelError if prompts cannot be read in int8; it says why."""
+        """Raise a ModelError if the model has no second form; it says why."""
         if self.can_read_prompts:
             return
         if self.no_prompts:
             why = self.no_prompts
-        elif self.precision != "int4":
-            why = f"they are for models in int4, it is in {self.precision}"
+        elif self.precision == "fp32":
+            why = "that is for models in int8 and int4, this one is in fp32"
         else:
             why = "an older fastgen exported it: export the model again"
         raise ModelError(f'{directory} cannot be loaded with prefill_precision="int8": {why}')
@@ -301,12 +304,13 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "cache_dtype": (lambda v: v in tuple(CACHE_DTYPES), " or ".join(CACHE_DTYPES)),
     "windows": (_are_windows, WINDOWS),
     "no_prompts": (_is_string, "text"),
+    "many_tokens_bytes": (lambda v: is_count(v, 2**60, 0), "an integer"),
     "files": (_are_files, "an object of names in the directory and their sizes"),
 }
 # Fields that older versions did not write, or that are left out where they hold nothing.
 OLDER: dict[str, Any] = {
     "fastgen": "?", "name": "", "parameters": 0, "states": [], "cache_dtype": "float32",
-    "windows": [], "no_prompts": "",
+    "windows": [], "no_prompts": "", "many_tokens_bytes": 0,
 }  # fmt: skip
 
 
@@ -352,6 +356,7 @@ def _of_content(content: Mapping[str, Any]) -> ModelInfo:
         parameters=content["parameters"],
         exporter=content["fastgen"],
         no_prompts=content["no_prompts"],
+        many_tokens_bytes=content["many_tokens_bytes"],
     )
 
 
@@ -372,11 +377,13 @@ def _content(info: ModelInfo) -> dict[str, Any]:
         "cache_dtype": info.cache_dtype,
         "windows": list(info.windows),
         "no_prompts": info.no_prompts,
+        "many_tokens_bytes": info.many_tokens_bytes,
         "files": {
             name: {"bytes": size, "sha256": info.digests[name]} if name in info.digests else size
             for name, size in info.files.items()
         },
     }
-    if not info.no_prompts:
-        del content["no_prompts"]
+    for name in ("no_prompts", "many_tokens_bytes"):  # where they hold something
+        if not content[name]:
+            del content[name]
     return content

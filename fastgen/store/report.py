@@ -80,9 +80,19 @@ def _notes(report: dict[str, Any]) -> list[str]:
         costly = sorted(report["kinds"].items(), key=lambda one: -one[1])[:SHOWN]
         told = ", ".join(f"{name} {kl:.1e}" for name, kl in costly)
         notes.append(f"KL divergence of each kind alone, at the cheapest: {told}")
+    if "many_tokens" in report:
+        notes.append(f"many tokens: {_many(report['many_tokens'])}")
     notes += [f"note: {note}" for note in report.get("folder", {}).get("notes", [])]
     notes.append(f"beyond the tolerance: {'; '.join(report['mismatch']) or 'nothing'}")
     return notes
+
+
+def _many(second: dict[str, Any]) -> str:
+    """The matrices of `prefill_precision="int8"` by their form, their memory, and their cost."""
+    forms = ", ".join(f"{count} {form}" for form, count in second["forms"].items())
+    text = second.get("quality")
+    judged = f"KL divergence {text['kl']:.1e}" if text else "not compared on text"
+    return f"{forms}; {second['bytes'] / 1e6:,.1f} MB more; {judged}"
 
 
 def _taken(peaks: dict[str, Any]) -> str:

@@ -19,7 +19,8 @@ from fastgen.store.model_info import TUNING
 from fastgen.system.cpu import cpu_name, physical_cores, usable_cpus
 
 MOST_THREADS = 2**16  # of any machine
-# How prompts can be read: with the weights of all else, or with int8.
+MOST_TOKENS = 2**31  # of a step: more than any has
+# How prompts and other steps of many tokens are computed: as all else, or in int8 per channel.
 PREFILL_PRECISIONS = ("same", "int8")
 
 # Kernels that onnxruntime has besides its default, by the processors that have them: session
@@ -38,20 +39,23 @@ class Tuning:
         threads: of a step.
         spinning: whether threads spin while they wait for more of a step, or sleep.
         entries: session configuration entries of onnxruntime that choose kernels.
-        prefill_precision: of reading prompts, "same" or "int8"; see `fastgen.load`. (The file has
-            it as "prompts".)
+        prefill_precision: of many tokens, "same" or "int8"; see `fastgen.load`. (The file has it
+            as "prompts".)
+        many_from: new tokens of all rows from which a step takes the matrices that read prompts;
+            None to measure it on loading.
     """
 
     threads: int = field(default_factory=physical_cores)
     spinning: bool = True
     entries: dict[str, str] = field(default_factory=dict)
     prefill_precision: str = "same"
+    many_from: int | None = None
 
     def __str__(self) -> str:
         kernels = [f"{name}={value}" for name, value in self.entries.items()]
         waiting = [] if self.spinning else ["sleeping"]
         precision = self.prefill_precision
-        prompts = [] if precision == "same" else [f"prompts in {precision}"]
+        prompts = [] if precision == "same" else [f"many tokens in {precision}"]
         plural = "s" if self.threads > 1 else ""
         return ", ".join([f"{self.threads} thread{plural}", *waiting, *kernels, *prompts])
 
@@ -79,7 +83,7 @@ def read(directory: Path) -> Tuning | None:
     content = jsonfile.read(path, advice)
     measured = take(content, path, "here", is_object, "an object", advice)
     settings = take(content, path, "tuning", is_object, "an object", advice)
-    settings = {"prompts": "same"} | settings  # which older versions did not write
+    settings = {"prompts": "same", "many_from": None} | settings  # of older versions
     setting = functools.partial(take, settings, path, advice=advice)
     mine = measured == here()
     most = len(usable_cpus()) if mine else MOST_THREADS
@@ -93,6 +97,9 @@ def read(directory: Path) -> Tuning | None:
         ),
         prefill_precision=setting(
             "prompts", lambda v: v in PREFILL_PRECISIONS, " or ".join(PREFILL_PRECISIONS)
+        ),
+        many_from=setting(
+            "many_from", lambda v: v is None or is_count(v, MOST_TOKENS), "null or a number"
         ),
     )
     return tuning if mine else None

@@ -24,12 +24,12 @@ from fastgen.store import jsonfile
 from fastgen.store.jsonfile import is_number, is_object, take
 from fastgen.store.model_info import REPORT, ModelInfo
 from fastgen.store.tuning import Tuning, kernels
-from fastgen.system.cpu import physical_cores, usable_cpus
+from fastgen.system.cpu import int8_overflows, physical_cores, usable_cpus
 from fastgen.timing.rounds import in_rounds
 
 NEAR = 0.03  # of two that are as near as this, the one with fewer threads, or that sleeps, wins
 CLOSE = 1e-3  # KL divergence in nats that kernels may add
-ROUNDED = 0.02  # and prompts in int8, which round activations otherwise: who asks for them knows
+ROUNDED = 0.02  # and many tokens in int8, which round activations otherwise: asked for
 WARM = 2  # steps that are not timed
 
 
@@ -50,6 +50,7 @@ class Candidate:
         decode: seconds of a step, by round.
         prefill: seconds to the first token, by round.
         divergence: KL from what the model's default settings say, in nats.
+        many_from: tokens from which the second form paid, by round; none where there is one form.
     """
 
     directory: Path
@@ -57,6 +58,14 @@ class Candidate:
     decode: list[float] = field(default_factory=list)
     prefill: list[float] = field(default_factory=list)
     divergence: float = 0.0
+    many_from: list[int] = field(default_factory=list)
+
+    @property
+    def measured(self) -> Tuning:
+        """The settings, with what was found of the second form."""
+        if not self.many_from:
+            return self.tuning
+        return replace(self.tuning, many_from=statistics.median_low(self.many_from))
 
     def seconds(self, new: int) -> float:
         """Seconds of a whole call: the prompt and `new` tokens."""
@@ -77,7 +86,8 @@ def candidates(directory: Path, prefill_precision: str = "same") -> list[Candida
     plain = [Tuning(threads=n) for n in sorted(threads)]
     sleeping = [Tuning(threads=n, spinning=False) for n in sorted(threads) if n > 1]
     others = [Tuning(threads=physical_cores(), entries=entries) for entries in kernels()]
-    if prefill_precision != "same" and ModelInfo.read(directory).can_read_prompts:
+    other = prefill_precision != "same" and not int8_overflows()
+    if other and ModelInfo.read(directory).can_read_prompts:
         others += [replace(tuning, prefill_precision=prefill_precision) for tuning in plain]
     return [Candidate(directory, tuning) for tuning in plain + sleeping + others]
 
@@ -103,6 +113,8 @@ def measure(
         prefill, decode, logits = _timed(model, work)
         candidate.prefill.append(prefill)
         candidate.decode.append(decode)
+        if model.many_from is not None:
+            candidate.many_from.append(model.many_from)
         expected = log_softmax(by_default.setdefault(candidate.directory, logits))
         difference = np.exp(expected) * (expected - log_softmax(logits))
         candidate.divergence = max(candidate.divergence, float(difference.sum(axis=-1).mean()))

@@ -404,7 +404,7 @@ def test_with_quantised_weights(exported, pair, precision, tmp_path):
     report = json.loads((path / "report.json").read_text())
     assert report["precision"] == precision and report["cache_precision"] == "int8"
     assert report["quality"] != report["cache"]["quality"]
-    assert report["matrices"] and report["steps"][-2]["step"] == f"{precision} text compared"
+    assert report["matrices"] and report["steps"][-3]["step"] == f"{precision} text compared"
     model = fastgen.load(path)
     assert model.model.info.cache_dtype == "int8"
     rows = rows_of(40, 9)

@@ -97,7 +97,7 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         "store system errors",
         (
             "pipeline",
-            "stages",
+            "many_tokens stages",
             "work",
             "opening",
             "demo requirements",

@@ -38,6 +38,7 @@ from fastgen.commands.chat import COMMANDS
 from fastgen.engine import prefill_int8, prefix_cache, schedule
 from fastgen.export import export
 from fastgen.export.options import TOLERANCES
+from fastgen.export.quantize.prefill_int8 import GROUP
 from fastgen.inputs import params
 from fastgen.jobs import Generate
 from fastgen.sampling import trial, trial_process
@@ -508,7 +509,8 @@ SAID = {  # numbers that pages say in passing, as the code has them
     "cli.md": [f"at temperature {params.SANE['temperature']} and top_p {params.SANE['top_p']} if"],
     "precisions.md": [
         f"a KL divergence of {KL['int8']} for int8 and {KL['int4']} for int4",
-        f"Prompts of {prefill_int8.APART} tokens or more",
+        f"From how many tokens it pays ({prefill_int8.TRIED[0]} to {prefill_int8.TRIED[-1]})",
+        f"rounded by groups of {GROUP} inputs",
     ],
     "python.md": [f"in blocks of {prefix_cache.BLOCK} tokens"],
     "service.md": [

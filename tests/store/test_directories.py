@@ -264,6 +264,7 @@ WRITTEN: dict[str, Any] = {
     "cache_dtype": "int8",
     "windows": [None, 512],
     "no_prompts": "its layers are not of that kind",
+    "many_tokens_bytes": 123,
     "files": {"config.json": 4, "model.onnx": {"bytes": 9, "sha256": "ab"}},
 }
 

@@ -28,7 +28,8 @@ class Adapter(Engine):
 
     @classmethod
     def converter(cls, shape: str) -> str:
-        return "openvino_llm-convert"
+        # Its exporter refuses Gemma 3 with transformers 5.
+        return "openvino_llm-convert-4" if shape == "gemma3" else "openvino_llm-convert"
 
     @staticmethod
     def prepare(source: Path, target: Path, precision: str) -> None:
