@@ -65,7 +65,7 @@ class Second:
         measured = self._judged(rows)
         if measured.kl > target and "grid" in work.target.parts:
             forms = dict.fromkeys(forms, Form.GROUPS)  # sensing takes longer than all else did
-            why = self._written(kinds, forms)
+            self._written(kinds, forms)
             measured = self._judged(rows)
         elif measured.kl > target:
             forms, why, measured = self._sought(kinds, forms, measured, rows)

@@ -72,7 +72,18 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Unpermuted:
+class _Changed:
+    """A tensor whose rows are another's, in another order or with other numbers."""
+
+    inner: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.inner.shape
+
+
+@dataclass(frozen=True)
+class Unpermuted(_Changed):
     """Queries or keys of llama's kind: a file has the two that turn together side by side, and
     transformers has half a head between them.
 
@@ -80,12 +91,7 @@ class Unpermuted:
         heads: of the tensor's rows.
     """
 
-    inner: Tensor
     heads: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.inner.shape
 
     def read(self, rows: slice) -> NDArray[np.float32]:
         first, last, _ = rows.indices(self.shape[0])
@@ -98,31 +104,20 @@ class Unpermuted:
 
 
 @dataclass(frozen=True)
-class Lowered:
+class Lowered(_Changed):
     """Weights of a norm to which transformers adds 1, and the file has it added."""
-
-    inner: Tensor
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.inner.shape
 
     def read(self, rows: slice) -> NDArray[np.float32]:
         return self.inner.read(rows) - np.float32(1)
 
 
 @dataclass(frozen=True)
-class Regrouped:
+class Regrouped(_Changed):
     """Queries, keys and values of GPT-NeoX: a file has those of all heads one after the other, and
     transformers those of each head.
     """
 
-    inner: Tensor
     heads: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.inner.shape
 
     def read(self, rows: slice) -> NDArray[np.float32]:
         first, last, _ = rows.indices(self.shape[0])
