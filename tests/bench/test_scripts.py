@@ -85,6 +85,7 @@ def test_a_shape_is_measured(run, keep, script):
         ("ratio", ["--threads", "1", "--rounds", "1", "--steps", "1"]),
         ("loading", ["--rounds", "1"]),
         ("memory", ["--rounds", "1"]),
+        ("nodes", ["--threads", "1", "--steps", "2", "--past", "4"]),
     ],
 )
 def test_a_directory_is_measured(run, directory, script, arguments):
@@ -175,5 +176,5 @@ def test_no_script_is_left_out():
     scripts = {path.stem for path in BENCH.glob("*.py")}
     scripts |= {path.parent.name for path in BENCH.glob("*/__main__.py")}
     alone = {"ratio", "versions", "loading", "memory", "startup", "structured", "held_out"}
-    alone |= {"flat", "latent", "quality", "rungs", "ablation", "tools"}
+    alone |= {"flat", "latent", "nodes", "quality", "rungs", "ablation", "tools"}
     assert scripts == {*SHAPED, *alone, *HELP, *MODULES}
