@@ -120,7 +120,7 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         (
             "proved",
             "origin",
-            "families",
+            "families unpacked",
             "families_mixture",
             "families_gemma families_layer_norm families_llama families_post_norm",
             "pieces",
@@ -160,7 +160,7 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "export/trace": (
-        "export/rewrite store errors",
+        "export/source export/rewrite store errors",
         (
             "graph",
             "refuse",
@@ -184,7 +184,7 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "export/source": (
         "store errors",
-        ("checkpoint origin vocabulary",),
+        ("checkpoint origin quantised vocabulary",),
     ),
     "export/rewrite": (
         "store",
