@@ -157,7 +157,7 @@ def _errors(made: FastAPI) -> None:
 def _heads(made: FastAPI) -> None:
     """Let HEAD do what GET does; the server that runs the application leaves out the body."""
     for route in made.routes:
-        if isinstance(route, APIRoute) and "GET" in route.methods:
+        if isinstance(route, APIRoute) and route.methods and "GET" in route.methods:
             route.methods.add("HEAD")
 
 
