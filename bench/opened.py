@@ -27,8 +27,8 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 TYPES = (
-    "Q8_0", "Q6_K", "Q5_K_M", "Q5_0", "Q4_K_M", "Q4_1", "Q4_0", "Q3_K_M", "Q2_K", "IQ4_NL", "F16",
-    "BF16",
+    "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_1", "Q5_0", "Q4_K_M", "Q4_1", "Q4_0", "Q3_K_M",
+    "Q2_K", "IQ4_NL",
 )  # fmt: skip
 FLOATS = ("F32", "F16", "BF16")
 PROMPT, NEW = 256, 64  # tokens
