@@ -15,6 +15,7 @@ from fastgen.export.build import weights
 from fastgen.export.build.weights import Mapped, Tensor
 from fastgen.export.source import quantised
 
+USUAL = (128, 128)  # a block of FP8, where the configuration does not say
 BLOCKS, SCALES, INVERSE = "_blocks", "_scales", "_scale_inv"
 
 
@@ -63,7 +64,7 @@ def of_directory(directory: Path, said: Mapping[str, Any] | None) -> dict[str, T
     if method == quantised.MXFP4:
         return _of_pairs(found)
     if method == quantised.FP8 and said is not None:
-        return _of_scaled(found, said.get("weight_block_size"))
+        return _of_scaled(found, said.get("weight_block_size", USUAL))
     return dict(found)
 
 

@@ -172,7 +172,7 @@ def reference_continuation(
 
 
 class Asked:
-    """What of an origin is asked of a transformers model, a row at a time. See `origin.Origin`."""
+    """The part of an origin that asks a transformers model, a row at a time. See `Origin`."""
 
     model: PreTrainedModel
 

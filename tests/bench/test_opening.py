@@ -165,7 +165,7 @@ def wheel(tmp_path: Path) -> Path:
 def test_a_way_has_an_environment_of_its_own(
     wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Which is made once; each of its programs gets the model and a place, and is timed."""
+    """Made once; each of its programs gets the model and a place, and is timed."""
     programs = (
         "import sys, little\nopen(sys.argv[2], 'w').write(sys.argv[1])",
         "import sys\nheld = b'x' * 50_000_000\n"
