@@ -16,7 +16,7 @@ Doubles = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Beside:
-    """What logits are beside those that they should be, each [positions].
+    """Logits beside those that they should be, each [positions].
 
     Attributes:
         kl: Kullback-Leibler divergence from those expected, in nats.
