@@ -170,7 +170,7 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "export/quantize": (
-        "export/rewrite sampling store system",
+        "export/rewrite store system",
         (
             "recipe",
             "experts kv_int8 smooth",
@@ -178,8 +178,9 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
             "kernels",
             "activations rotate",
             "rotate_values",
-            "rotation",
+            "divergence rotation",
             "parts",
+            "blas",
         ),
     ),
     "export/source": (
