@@ -13,10 +13,13 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import shapes
+
+from fastgen.timing.rounds import in_rounds
 
 LONG = 4000  # tokens from which on nothing is warmed up: it would take as long
 
@@ -49,11 +52,8 @@ def main() -> None:
             contexts = {name: Context(model, args, past) for name, model in models.items()}
             for name, model in models.items() if args.every_token else ():
                 contexts[f"{name}, every token"] = Context(model, args, past, every=True)
-            for turn in range(args.rounds + (past < LONG)):  # the first warms up
-                for context in contexts.values():
-                    context.round(keep=turn > 0 or past >= LONG)
-            for name, one in contexts.items():
-                print(f"| {past:,} | {name} | {one.summary()} |", flush=True)
+            for name, told in summaries(contexts, args.rounds, warm=int(past < LONG)):
+                print(f"| {past:,} | {name} | {told} |", flush=True)
 
 
 class Context:
@@ -66,13 +66,11 @@ class Context:
         self.grain, self.windows = model.grain, model.info.windows
         if every:
             self.grain, self.windows = past + args.new, ()
-        self.megabytes: list[float] = []
-        self.steps: list[float] = []
-        self.reading: list[float] = []
         random = np.random.default_rng(0)
         self.ids = random.integers(0, model.info.vocab_size, (args.rows, past + args.new))
 
-    def round(self, keep: bool) -> None:
+    def round(self, _: int) -> tuple[float, float, float]:
+        """Megabytes more, seconds to read, and seconds of a step."""
         from fastgen.engine.prefill import CHUNK, prefill
 
         cache = self.model.new_cache(self.rows, self.past + max(CHUNK, self.new))
@@ -85,15 +83,18 @@ class Context:
         read = time.perf_counter()
         for step in range(self.past, self.past + self.new):
             self.model.forward(list(self.ids[:, step : step + 1]), cache)
-        if keep:
-            self.megabytes.append(held)
-            self.reading.append(took)
-            self.steps.append((time.perf_counter() - read) / self.new)
+        return held, took, (time.perf_counter() - read) / self.new
 
-    def summary(self) -> str:
-        tokens, megabytes = self.rows * self.past, statistics.median(self.megabytes)
-        read, step = statistics.median(self.reading), statistics.median(self.steps)
-        return f"{megabytes:.1f} | {read:.2f} | {tokens / read:,.0f} | {1e3 * step:.2f}"
+
+def summaries(
+    contexts: Mapping[str, Context], rounds: int, warm: int = 1
+) -> Iterator[tuple[str, str]]:
+    """The cells of each, in interleaved rounds."""
+    calls = {name: context.round for name, context in contexts.items()}
+    for name, found in in_rounds(calls, rounds, warm).items():
+        megabytes, read, step = map(statistics.median, zip(*found, strict=True))
+        tokens = contexts[name].rows * contexts[name].past
+        yield name, f"{megabytes:.1f} | {read:.2f} | {tokens / read:,.0f} | {1e3 * step:.2f}"
 
 
 if __name__ == "__main__":

@@ -102,6 +102,10 @@ class Way:
     programs: tuple[str, ...] = field(repr=False)
 
 
+class Failed(RuntimeError):
+    """A way that does not come to a token."""
+
+
 def frozen(*names: str) -> tuple[str, ...]:
     return tuple(f"-r{REQUIREMENTS / name}.txt" for name in names)
 
@@ -177,7 +181,11 @@ def installed(python: Path) -> tuple[float, int]:
 
 
 def measure(way: Way, python: Path, model: Path) -> tuple[float, float]:
-    """Seconds until the first token, and the largest resident memory in MB."""
+    """Seconds until the first token, and the largest resident memory in MB.
+
+    Raises:
+        Failed: with the last words of a program.
+    """
     seconds, peak = 0.0, 0.0
     with tempfile.TemporaryDirectory() as out:
         for program in way.programs:
@@ -188,7 +196,9 @@ def measure(way: Way, python: Path, model: Path) -> tuple[float, float]:
             )
             seconds += time.perf_counter() - start
             if done.returncode:
-                raise SystemExit(f"{way.title}:\n{done.stderr[-2000:]}")
+                print(done.stderr, file=sys.stderr)
+                said = [line for line in done.stderr.splitlines() if line.strip()]
+                raise Failed(said[-1] if said else f"exit {done.returncode}")
             peak = max(peak, json.loads(done.stdout.splitlines()[-1]) / 1e3)
     return seconds, peak
 
@@ -215,9 +225,13 @@ def main() -> None:
         spent = f"{json.loads(stamp.read_text())['seconds']:.0f}" if stamp.is_file() else ""
         size, packages = installed(python)
         model = args.checkpoint if way.model == "checkpoint" else args.gguf
-        seconds, peak = measure(way, python, model.resolve())
+        try:
+            seconds, peak = measure(way, python, model.resolve())
+            found = [f"{seconds:.1f}", f"{peak:,.0f}"]
+        except Failed as error:
+            found = [f"fails: {error}", ""]
         kind = "safetensors" if way.model == "checkpoint" else "GGUF"
-        cells = [way.title, kind, f"{size:,.0f}", packages, spent, f"{seconds:.1f}", f"{peak:,.0f}"]
+        cells = [way.title, kind, f"{size:,.0f}", packages, spent, *found]
         print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from unittest import mock
 
 import shapes
-from context import Context
+from context import Context, summaries
 
 SIZES = {
     "vocab_size": 1024, "hidden_size": 1024, "intermediate_size": 1024, "num_hidden_layers": 2,
@@ -60,11 +60,8 @@ def main(sizes: Mapping[str, Any] = SIZES) -> None:
             for rows in options.rows:
                 args = argparse.Namespace(rows=rows, new=8)
                 contexts = {name: Context(one, args, past) for name, one in loaded.items()}
-                for turn in range(options.rounds + 1):  # the first warms up
-                    for context in contexts.values():
-                        context.round(keep=turn > 0)
-                for name, one in contexts.items():
-                    print(f"| {rows} | {past} | {name} | {one.summary()} |", flush=True)
+                for name, told in summaries(contexts, options.rounds):
+                    print(f"| {rows} | {past} | {name} | {told} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -22,13 +22,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 TYPES = (
-    "Q8_0", "Q6_K", "Q5_K_M", "Q5_0", "Q4_K_M", "Q4_1", "Q4_0", "Q3_K_M", "Q2_K", "IQ4_NL", "F16",
-    "BF16",
+    "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_1", "Q5_0", "Q4_K_M", "Q4_1", "Q4_0", "Q3_K_M",
+    "Q2_K", "IQ4_NL",
 )  # fmt: skip
 FLOATS = ("F32", "F16", "BF16")
 PROMPT, NEW = 256, 64  # tokens
@@ -118,6 +119,8 @@ def seconds(files: list[Path]) -> None:
 
 
 def speed(files: list[Path], python: str, threads: int, rounds: int) -> None:
+    from fastgen.timing.rounds import in_rounds  # which the other engine's Python has not
+
     print(f"| file | engine | prompt of {PROMPT} tokens, a second | new tokens a second |")
     print("|---|---|---|---|")
     for file in files:
@@ -126,15 +129,19 @@ def speed(files: list[Path], python: str, threads: int, rounds: int) -> None:
             exported(file, ours)
             theirs.mkdir()
             (theirs / "model.gguf").symlink_to(file.resolve())
-            found: dict[str, list[tuple[float, float]]] = {"llama": [], "ours": []}
-            for _ in range(rounds):
-                for engine, directory in (("llama", theirs), ("ours", ours)):
-                    command = python if engine == "llama" else sys.executable
-                    found[engine].append(timed(command, engine, directory, threads))
-        for engine, title in (("ours", "fastgen"), ("llama", "llama.cpp")):
-            first, rest = (statistics.median(column) for column in zip(*found[engine], strict=True))
-            print(f"| {file.stem} | {title} | {PROMPT / first:,.0f} | {(NEW - 1) / rest:,.1f} |",
-                  flush=True)  # fmt: skip
+            calls = {
+                "fastgen": lambda _, at=ours: timed(sys.executable, "ours", at, threads),
+                "llama.cpp": lambda _, at=theirs: timed(python, "llama", at, threads),
+            }
+            found = in_rounds(calls, rounds, warm=0)  # each warms up by itself
+        for title, times in found.items():
+            print(paces(file, title, times), flush=True)
+
+
+def paces(file: Path, title: str, times: Sequence[tuple[float, float]]) -> str:
+    """The line of an engine: medians of the tokens a second, of a prompt and of new ones."""
+    first, rest = (statistics.median(column) for column in zip(*times, strict=True))
+    return f"| {file.stem} | {title} | {PROMPT / first:,.0f} | {(NEW - 1) / rest:,.1f} |"
 
 
 def timed(python: str, engine: str, directory: Path, threads: int) -> tuple[float, float]:

@@ -11,12 +11,14 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from functools import partial
+from typing import Any
 
 import numpy as np
 import shapes
 
 import fastgen
-from fastgen.timing.rounds import ratio
+from fastgen.timing.rounds import in_rounds, ratio
 
 
 def main() -> None:
@@ -45,19 +47,21 @@ def compare(model: fastgen.CausalLM, args: argparse.Namespace) -> tuple[list[flo
     ids = random.integers(3, model.model.info.vocab_size, args.prompt)
     cache = fastgen.PrefixCache()
     model.generate(ids[: args.kept], max_new_tokens=1, prefix_cache=cache)
-    fresh: list[float] = []
-    kept: list[float] = []
-    for turn in range(args.rounds + 1):
-        ids[args.kept :] = random.integers(3, model.model.info.vocab_size, args.prompt - args.kept)
-        outs = []
-        for seconds, prefix_cache in ((fresh, None), (kept, cache)):
-            start = time.perf_counter()
-            outs.append(model.generate(ids, max_new_tokens=1, prefix_cache=prefix_cache))
-            if turn:
-                seconds.append(time.perf_counter() - start)
-        assert np.array_equal(*outs)
-    assert cache.hits == args.rounds + 1
-    return fresh, kept
+    rest = random.integers(
+        3, model.model.info.vocab_size, (args.rounds + 1, args.prompt - args.kept)
+    )
+
+    def first(turn: int, prefix_cache: fastgen.PrefixCache | None) -> tuple[float, Any]:
+        ids[args.kept :] = rest[turn]
+        start = time.perf_counter()
+        out = model.generate(ids, max_new_tokens=1, prefix_cache=prefix_cache)
+        return time.perf_counter() - start, out
+
+    calls = {name: partial(first, prefix_cache=one) for name, one in (("", None), ("kept", cache))}
+    both = in_rounds(calls, args.rounds)
+    (fresh, said), (kept, same) = (zip(*found, strict=True) for found in both.values())
+    assert all(map(np.array_equal, said, same)) and cache.hits == args.rounds + 1
+    return list(fresh), list(kept)
 
 
 if __name__ == "__main__":

@@ -33,8 +33,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ import shapes
 import soak
 from peers.home import OFFLINE, Home, Unavailable
 from serve_worker import STREAM
+
+from fastgen.timing.rounds import in_rounds
 
 CLIENTS = (8, 32)
 DEMO = "demo"
@@ -223,17 +225,21 @@ def ids(source: random.Random, shape: str, length: int) -> list[int]:
 
 def throughput(args: argparse.Namespace, shape: str, all_: dict[str, Side]) -> None:
     """Tokens a second of each side, alone and with many clients."""
-    rates: dict[tuple[str, int], list[float]] = defaultdict(list)
-    for turn in range(args.rounds + 1):  # the first warms up
-        source = random.Random(turn)
-        for clients in (1, *CLIENTS):
-            count = args.alone if clients == 1 else args.requests * clients
-            new = [source.randrange(32, 65) for _ in range(count)]
-            prompts = [ids(source, shape, source.randrange(16, 65)) for _ in new]
-            for name, side in all_.items():
-                answer = side(do="loop", prompts=prompts, new=new, clients=clients)
-                if turn:
-                    rates[name, clients].append(answer["tokens"] / answer["seconds"])
+
+    def rate(turn: int, side: Side, clients: int) -> float:
+        source = random.Random(f"{turn} {clients}")
+        count = args.alone if clients == 1 else args.requests * clients
+        new = [source.randrange(32, 65) for _ in range(count)]
+        prompts = [ids(source, shape, source.randrange(16, 65)) for _ in new]
+        answer = side(do="loop", prompts=prompts, new=new, clients=clients)
+        return float(answer["tokens"] / answer["seconds"])
+
+    calls = {
+        (name, clients): partial(rate, side=side, clients=clients)
+        for clients in (1, *CLIENTS)
+        for name, side in all_.items()
+    }
+    rates = in_rounds(calls, args.rounds)
     for name in all_:
         alone = rates[name, 1]
         cells = [f"{statistics.median(alone):,.0f}"]
@@ -246,17 +252,16 @@ def throughput(args: argparse.Namespace, shape: str, all_: dict[str, Side]) -> N
 
 def stalls(args: argparse.Namespace, shape: str, all_: dict[str, Side]) -> None:
     """Measure how long clients wait while a long prompt is read."""
-    found: dict[str, list[Answers]] = defaultdict(list)
     long = 480 if shape == DEMO else 1000
-    for turn in range(args.rounds + 1):
+
+    def stall(turn: int, side: Side) -> Answers:
         source = random.Random(100 + turn)
         running = [ids(source, shape, 16) for _ in range(8)]
         prompts = {"long": ids(source, shape, long), "short": ids(source, shape, 16)}
-        for name, side in all_.items():
-            answer = side(do="stall", running=running, **prompts)
-            if turn:
-                found[name].append(answer)
-    for name, answers in found.items():
+        return side(do="stall", running=running, **prompts)
+
+    calls = {name: partial(stall, side=side) for name, side in all_.items()}
+    for name, answers in in_rounds(calls, args.rounds).items():
         medians = [
             1e3 * statistics.median(one[key] for one in answers)
             for key in ("usual", "longest", "first", "first_of_long")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from fastgen.export.onnx_folder import folder
 from fastgen.export.onnx_folder import origin as onnx_folder
 from fastgen.export.options import PRECISIONS, ExportOptions
 from fastgen.export.requirements import Budget
+from fastgen.export.source import quantised
 from fastgen.export.source.origin import Origin
 from fastgen.store import resolve
 from fastgen.store.model_info import PRECISION
@@ -170,10 +171,10 @@ def _of_tensors(model: Resolved, options: ExportOptions, runs: bool, budget: Bud
 
         may_trace = options.build is None and not options.prove
         return Proved(_loaded(model, options, budget), directory, may_trace)
-    size = requirements.of_checkpoint(directory)
-    if size is not None:
-        budget.settle(replace(size, is_float32=True), may_stay=False)  # each is cast as it is read
-    return build_origin.Built(build_origin.of_directory(directory))
+    parts = build_origin.of_directory(directory)
+    shapes = [("F32", tensor.shape) for tensor in parts.weights.values()]  # cast as they are read
+    budget.settle(requirements.of_shapes(shapes), may_stay=False)
+    return build_origin.Built(parts)
 
 
 def _is_built(model: object, options: ExportOptions) -> bool:
@@ -182,7 +183,7 @@ def _is_built(model: object, options: ExportOptions) -> bool:
 
     Raises:
         ModelError: there is no torch, and what it says cannot be built; or nothing is to be done.
-        UnsupportedModel: it cannot be built, which was asked for.
+        UnsupportedModel: it cannot be built, which was asked for, or nothing reads its weights.
     """
     name = model.name if isinstance(model, Resolved) else type(model).__name__
     has_torch = resolve.has_torch()
@@ -192,7 +193,10 @@ def _is_built(model: object, options: ExportOptions) -> bool:
         raise ModelError(f"{name} is a fastgen model already: there is nothing to export")
     if options.build is False and not options.prove:
         return False
-    why = _unbuildable(model, options)
+    try:
+        why = _unbuildable(model, options)
+    except quantised.Unreadable as error:
+        raise UnsupportedModel(f"{name} cannot be exported: {error}") from error
     if why is None:
         return True
     if options.build or options.prove:

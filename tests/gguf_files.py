@@ -9,7 +9,9 @@ from typing import Any
 
 import gguf
 import numpy as np
+import sentencepiece
 from numpy.typing import NDArray
+from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
@@ -203,3 +205,36 @@ def vocabulary(writer: gguf.GGUFWriter, tokenizer: Tokenizer, pre: str = "gpt-2"
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(0)
+
+
+def sentence_pieces(path: Path, prefixed: bool) -> tuple[Path, Any]:
+    """A file with a vocabulary of SentencePiece's kind alone, and the library's processor of it."""
+    words = ["▁the", "▁quick", "▁", "th", "he", "▁t", "qu", "ick", "ui", "▁q", "br", "own", "▁br"]
+    words += ["ow", "n", "▁brown", "the", "▁a", "12", "▁▁", "ck", "ic"]
+    pieces = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3)]
+    pieces += [(f"<0x{byte:02X}>", 0.0, 6) for byte in range(256)]
+    pieces += [("[tag]", 0.0, 4)]
+    pieces += [(word, -float(number), 1) for number, word in enumerate(words) if len(word) > 1]
+    pieces += [(letter, -1000.0, 1) for letter in "▁abcdefghiklmnopqrstuvw123.é"]
+    proto = sentencepiece_model_pb2.ModelProto()
+    for text, score, kind in pieces:
+        piece = proto.pieces.add()
+        piece.piece, piece.score, piece.type = text, score, kind
+    trainer, normal = proto.trainer_spec, proto.normalizer_spec
+    trainer.model_type, trainer.byte_fallback, trainer.vocab_size = 2, True, len(pieces)
+    trainer.unk_id, trainer.bos_id, trainer.eos_id, trainer.pad_id = 0, 1, 2, -1
+    normal.name, normal.add_dummy_prefix = "identity", prefixed
+    normal.remove_extra_whitespaces, normal.escape_whitespaces = False, True
+    made = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([text for text, _, _ in pieces])
+    writer.add_token_scores([score for _, score, _ in pieces])
+    writer.add_token_types([kind for _, _, kind in pieces])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_add_space_prefix(prefixed)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path, made

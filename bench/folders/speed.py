@@ -10,7 +10,7 @@ import json
 import shutil
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from peers.workers import Failed, Worker
 from shapes import SHAPES
 
 from fastgen.export import export
+from fastgen.timing.rounds import in_rounds
 from folders import demo
 from folders.made import DEMO, TOOLS, Maker, Tool
 
@@ -135,18 +136,16 @@ def _pair(maker: Maker, shape: str, source: Path, what: str, threads: int) -> Pa
 
 def _time(pair: Pair, case: Case, vocabulary: int, rounds: int) -> None:
     """Both in turn, with the same new prompts; the first round warms up."""
-    found = []
-    for turn in range(rounds + 1):
-        rows = prompts(case, vocabulary, turn)
-        try:
-            one, other = (
-                worker.generate(case, rows)["seconds"] for worker in (pair.theirs, pair.ours)
-            )
-        except Failed as error:
-            pair.failed[case.name] = str(error)
-            return
-        found.append((one, other))
-    pair.seconds[case.name] = found[1:]
+
+    def timed(worker: Worker) -> Callable[[int], float]:
+        return lambda turn: worker.generate(case, prompts(case, vocabulary, turn))["seconds"]
+
+    try:
+        found = in_rounds({"theirs": timed(pair.theirs), "ours": timed(pair.ours)}, rounds)
+    except Failed as error:
+        pair.failed[case.name] = str(error)
+        return
+    pair.seconds[case.name] = list(zip(found["theirs"], found["ours"], strict=True))
 
 
 def table(pairs: Sequence[Pair], cases: Sequence[str]) -> str:

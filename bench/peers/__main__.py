@@ -197,9 +197,12 @@ def ready(args: argparse.Namespace, home: Home, shape: str, lines: Lines) -> Ite
             if precision == "fp32" and unasked:
                 continue
             try:
-                yield Worker.of(home, shape, name, precision, args.threads)
+                worker = Worker.of(home, shape, name, precision, args.threads)
             except Unavailable as error:
                 lines.absent(shape, (name, precision), "*", error)
+                continue
+            if worker.engine.runs(worker.directory):
+                yield worker
 
 
 def faithful(home: Home, shape: str, workers: list[Worker], lines: Lines) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ COLOURS = {
     "int4-k": "#c0503b",
     "int4": "#e08a1e",
 }
+# A file or folder of the machine that measured, in an engine's own words.
+PLACE = re.compile(r"(?<![\w.:/\\])(?:[A-Za-z]:)?(?:[/\\][^\s/\\'\"()\[\],:]+){2,}[/\\]?")
 AS_FAITHFUL = 1.1  # times the KL divergence that another may have and count as faithful as that
 REAL = {"smollm2": "SmolLM2-135M-Instruct", "gemma3": "Gemma 3 270M", "mgm": "MGM"}
 ABOUT = {
@@ -366,7 +369,7 @@ def remarks(results: Results) -> list[str]:
         where = "" if line["case"] == "*" else f", {line['case']}"
         if line["reason"] == results.why_not(key(line), "beams-4-new-64") and "beams" in where:
             where = ", beams"
-        out[f"{label(key(line))}{where}: {line['reason']}"] = None
+        out[f"{label(key(line))}{where}: {without_places(line['reason'])}"] = None
     starts = {key(line): line.get("equal_first") for line in results.of("check")}
     told = [
         f"{label(k)} {starts[k] or 0:.0%}" for k in results.keys if k[1] != "fp32" and starts.get(k)
@@ -387,6 +390,11 @@ def remarks(results: Results) -> list[str]:
         if note := adapter(who[0]).note:
             out[f"{adapter(who[0]).title}: {note}"] = None
     return ["\n".join(f"- {text}" for text in out)] if out else []
+
+
+def without_places(text: str) -> str:
+    """A message with the name alone of each file that it gives the place of."""
+    return PLACE.sub(lambda found: re.split(r"[/\\]", found[0].rstrip("/\\"))[-1], text)
 
 
 def picture(lines: Sequence[Line], path: Path) -> None:

@@ -1,6 +1,7 @@
 """From a checkpoint to a graph without torch: config.json and safetensors, by a description.
 
 decoder   a model's layers, as data     weights   tensors, read in parts
+unpacked  tensors of a quantised checkpoint
 families  config.json -> decoder, by its type, in families_llama, families_gemma,
           families_layer_norm, families_post_norm and families_mixture
 configuration  config.json, field by field, none overlooked

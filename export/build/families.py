@@ -44,6 +44,7 @@ from fastgen.export.build.families_mixture import (
     qwen3_moe,
 )
 from fastgen.export.build.families_post_norm import exaone4, glm4, olmo2
+from fastgen.export.source import quantised
 
 KNOWN_BY = "transformers 5.24"  # whose models the families are proved against
 
@@ -92,6 +93,7 @@ def describe(config: dict[str, Any]) -> Decoder:
         raise UnsupportedModel(f"its type {kind!r} is none that can be built")
     read = Configuration(dict(config))
     try:
+        quantised.method(read.get(quantised.FIELD))
         with np.errstate(over="raise", divide="raise", invalid="raise"):
             decoder = family(read)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from fastgen.export.build import weights as held
 from fastgen.export.build.decoder import Experts, Stack
 from fastgen.export.build.writer import FLOAT, INT64, Dim, Writer, dims
+from fastgen.export.quantize import parts
 from fastgen.export.rewrite.edit import MICROSOFT
 from fastgen.export.rewrite.mixture import LEAST, NEVER, Gate
 
@@ -144,17 +145,25 @@ def _matrices(
 def _stacked(
     stacks: Sequence[Sequence[held.Tensor]], form: Stack, splits: bool
 ) -> NDArray[np.float32]:
-    parts = [_whole(tensors, form) for tensors in stacks]
+    arrays = [_whole(tensors, form) for tensors in stacks]
     if splits:
-        parts = np.split(parts[0], 2, axis=1)
-    if len(parts) == 1:
-        return parts[0]
-    count, out, into = parts[0].shape
-    return np.stack(parts, axis=2).reshape(count, len(parts) * out, into)
+        arrays = np.split(arrays[0], 2, axis=1)
+    if len(arrays) == 1:
+        return arrays[0]
+    count, out, into = arrays[0].shape
+    return np.stack(arrays, axis=2).reshape(count, len(arrays) * out, into)
 
 
 def _whole(tensors: Sequence[held.Tensor], form: Stack) -> NDArray[np.float32]:
     if not form.together:
         return np.stack([held.whole(tensor) for tensor in tensors])
-    array = held.whole(tensors[0])
-    return array.swapaxes(1, 2) if form.flat else array
+    if not form.flat:
+        return held.whole(tensors[0])
+    count, into, out = tensors[0].shape
+    turned = np.empty((count, out, into), np.float32)
+
+    def fill(rows: slice) -> None:
+        turned[rows] = tensors[0].read(rows).swapaxes(1, 2)
+
+    parts.each(count, into * out, fill)
+    return turned

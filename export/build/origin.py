@@ -23,12 +23,12 @@ from numpy.typing import NDArray
 from fastgen.engine.model import UNPACKED
 from fastgen.engine.output import GenerateOutput
 from fastgen.errors import ModelError, UnsupportedModel
-from fastgen.export.build import families, graph, weights, writer
+from fastgen.export.build import families, graph, unpacked, weights, writer
 from fastgen.export.build.decoder import Decoder
 from fastgen.export.build.weights import Tensor
 from fastgen.export.prove import check, quality
 from fastgen.export.quantize.parts import CHUNK, chunks
-from fastgen.export.source import checkpoint, vocabulary
+from fastgen.export.source import checkpoint, quantised, vocabulary
 from fastgen.export.source.origin import Room, Tolerance, name_of
 from fastgen.generator import CausalLM
 from fastgen.sampling.softmax import log_softmax
@@ -62,12 +62,17 @@ def refused(directory: Path, names: Iterable[str]) -> str | None:
 
     Args:
         names: of its files.
+
+    Raises:
+        quantised.Unreadable: nothing else can read its weights either.
     """
     names = list(names)
     if CONFIG not in names:
         return f"it has no {CONFIG}"
     try:
         check_known(jsonfile.read(directory / CONFIG, checkpoint.ADVICE), names)
+    except quantised.Unreadable:
+        raise
     except UnsupportedModel as error:
         return str(error)
     return None
@@ -112,7 +117,8 @@ def of_directory(directory: Path, name: str | None = None) -> Parts:
     with naming(name):
         config = families.complete(jsonfile.read(directory / CONFIG, checkpoint.ADVICE))
         decoder = check_known(config, (path.name for path in directory.iterdir()))
-        held = _without_copy(decoder, weights.of_safetensors(directory))
+        tensors = unpacked.of_directory(directory, config.pop(quantised.FIELD, None))
+        held = _without_copy(decoder, tensors)
     tokenizer, note = vocabulary.read(directory)
     path = directory / GENERATION_CONFIG
     ids = {name: config[name] for name in families.IDS if name in config}

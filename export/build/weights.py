@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -36,7 +37,7 @@ class Tensor(Protocol):
 Weights = Mapping[str, Tensor]
 
 
-def _as_it_is(held: NDArray[Any]) -> NDArray[np.float32]:
+def as_it_is(held: NDArray[Any]) -> NDArray[np.float32]:
     return held.astype(np.float32, copy=False)
 
 
@@ -48,11 +49,12 @@ def _widened(held: NDArray[np.uint16]) -> NDArray[np.float32]:
 
 
 # How a type of safetensors lies in a file, and how it becomes float32.
-TYPES: dict[str, tuple[str, Callable[[NDArray[Any]], NDArray[np.float32]]]] = {
-    "F32": ("<f4", _as_it_is),
-    "F16": ("<f2", _as_it_is),
+Types = Mapping[str, tuple[str, Callable[[NDArray[Any]], NDArray[np.float32]]]]
+TYPES: Types = {
+    "F32": ("<f4", as_it_is),
+    "F16": ("<f2", as_it_is),
     "BF16": ("<u2", _widened),
-    "F64": ("<f8", _as_it_is),
+    "F64": ("<f8", as_it_is),
 }
 
 
@@ -71,8 +73,11 @@ class Mapped:
         return self.convert(self.held[rows])
 
 
-def of_safetensors(directory: Path) -> dict[str, Tensor]:
+def of_safetensors(directory: Path, more: Types = MappingProxyType({})) -> dict[str, Mapped]:
     """All tensors of a directory's safetensors files, which are whole (`checkpoint.check`).
+
+    Args:
+        more: types besides those of floats.
 
     Raises:
         UnsupportedModel: there are none, or one is of a float type that is not known.
@@ -81,14 +86,14 @@ def of_safetensors(directory: Path) -> dict[str, Tensor]:
     files = checkpoint.weights(directory)
     if not files or any(path.suffix != ".safetensors" for path in files):
         raise UnsupportedModel(f"{directory} has no weights in safetensors")
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Mapped] = {}
     for path in files:
         header = checkpoint.header(path) or {}
         with path.open("rb") as file:
             begin = 8 + int.from_bytes(file.read(8), "little")
         held = np.memmap(path, np.uint8, "r")
         for name, entry in header.items():
-            kind = TYPES.get(entry["dtype"])
+            kind = {**TYPES, **more}.get(entry["dtype"])
             if kind is None:
                 if entry["dtype"][0] == "F" or entry["dtype"][:2] == "BF":
                     raise UnsupportedModel(f"its weights are of the type {entry['dtype']}")

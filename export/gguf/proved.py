@@ -7,9 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from fastgen.errors import UnsupportedModel
 from fastgen.export.build.origin import Built
 from fastgen.export.gguf import architectures
@@ -21,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class Proved(Built):
+class Proved(check.Asked, Built):
     """A GGUF file beside what transformers makes of it, in float32. See `origin.Origin`."""
 
     def __init__(self, file: File) -> None:
@@ -37,14 +34,6 @@ class Proved(Built):
 
     def about(self) -> list[str]:
         return [*super().about(), "proved by torch"]
-
-    def logits(self, row: NDArray[np.int64]) -> NDArray[np.float32]:
-        (logits,) = check.reference_logits(self.model, [row])
-        return logits
-
-    def continuation(self, row: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-        (tokens,) = check.reference_continuation(self.model, [row], count)
-        return tokens
 
     def report(self) -> dict[str, Any]:
         import transformers

@@ -171,6 +171,20 @@ def reference_continuation(
         model.generation_config = kept
 
 
+class Asked:
+    """The part of an origin that asks a transformers model, a row at a time. See `Origin`."""
+
+    model: PreTrainedModel
+
+    def logits(self, row: NDArray[np.int64]) -> NDArray[np.float32]:
+        (logits,) = reference_logits(self.model, [row])
+        return logits
+
+    def continuation(self, row: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+        (tokens,) = reference_continuation(self.model, [row], count)
+        return tokens
+
+
 def exported_logits(
     model: Model, rows: Sequence[NDArray[np.int64]], at_once: int = AT_ONCE
 ) -> list[NDArray[np.float32]]:

@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from fastgen.engine.model import Model
-from fastgen.export.quantize.parts import CHUNK, chunks
-from fastgen.sampling.softmax import log_softmax
+from fastgen.export.quantize.divergence import Beside, beside
+from fastgen.export.quantize.parts import CHUNK
 
 TOKENS = 1024  # of a text that precisions are measured on, at most
-EXACT, MEASURED = 1 << 23, 1 << 20  # logits that a graph is asked for at once, about
+EXACT, MEASURED = 1 << 23, 1 << 23  # logits that a graph is asked for at once, about
 
 Logits = NDArray[np.float32]
 
@@ -117,54 +117,42 @@ def measure(
         original: ids [length] -> its logits, float32 [length, vocab].
         shown: called with the number of rows done and their total, as they are.
     """
-    tokens, agree = 0, 0
-    loss = reference_loss = mean = largest = scale = 0.0
-    lost, more = list[NDArray[np.float32]](), list[NDArray[np.float32]]()  # of each token
+    found = list[Beside]()
+    ours, theirs = list[NDArray[np.float64]](), list[NDArray[np.float64]]()  # of each token
     for done, row in enumerate(rows):
         shown(done, len(rows))
         reference = original(row)
-        for start, logits in _chunks(exported, row[:-1]):
+        for start, logits in read(exported, row[:-1], MEASURED // exported.info.vocab_size):
             expected = reference[start : start + len(logits)]
             targets = row[start + 1 : start + 1 + len(logits)]
-            p, q = log_softmax(expected), log_softmax(logits)
-            positions = np.arange(len(logits))
-            theirs, ours = p[positions, targets], q[positions, targets]
-            loss -= float(ours.sum(dtype=np.float64))
-            reference_loss -= float(theirs.sum(dtype=np.float64))
-            more.append(theirs - ours)
-            p_less_q = np.subtract(p, q, out=q)
-            lost.append(np.einsum("tv,tv->t", np.exp(p, out=p), p_less_q))
-            agree += int((expected.argmax(1) == logits.argmax(1)).sum())
-            difference = np.abs(expected - logits)
-            largest = max(largest, float(difference.max()))
-            scale = max(scale, float(np.abs(expected).max()))
-            mean += float(difference.mean(dtype=np.float64)) * len(positions)
-            tokens += len(positions)
+            one, positions = beside(expected, logits), np.arange(len(logits))
+            found.append(one)
+            theirs.append(expected[positions, targets] - one.expected_total)
+            ours.append(logits[positions, targets] - one.actual_total)
         del reference, expected  # the next row's are as large
+
+    def every(name: str) -> NDArray[np.float64]:
+        return np.concatenate([getattr(one, name) for one in found])
+
+    kl, scale = every("kl"), float(every("reach").max()) or 1.0
+    loss, reference_loss = (-np.concatenate(some).mean() for some in (ours, theirs))
     return Quality(
-        tokens=tokens,
-        perplexity=float(np.exp(loss / tokens)),
-        reference_perplexity=float(np.exp(reference_loss / tokens)),
-        kl=max(0.0, float(np.concatenate(lost).mean(dtype=np.float64))),
-        top1=agree / tokens,
-        max_difference=largest / (scale or 1),
-        mean_difference=mean / tokens / (scale or 1),
-        kl_error=_error(np.concatenate(lost)),
-        perplexity_error=float(np.exp((loss - reference_loss) / tokens))
-        * _error(np.concatenate(more)),
+        tokens=len(kl),
+        perplexity=float(np.exp(loss)),
+        reference_perplexity=float(np.exp(reference_loss)),
+        kl=max(0.0, float(kl.mean())),
+        top1=float(every("same").mean()),
+        max_difference=float(every("largest").max()) / scale,
+        mean_difference=float(every("mean").mean()) / scale,
+        kl_error=_error(kl),
+        perplexity_error=float(np.exp(loss - reference_loss))
+        * _error(np.concatenate(theirs) - np.concatenate(ours)),
     )
 
 
-def _error(values: NDArray[np.float32]) -> float:
+def _error(values: NDArray[np.float64]) -> float:
     """The standard error of their mean."""
     return float(values.std(dtype=np.float64) / np.sqrt(len(values)))
-
-
-def _chunks(model: Model, row: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """A row's logits a few positions at a time: what is made of them is as large."""
-    for start, logits in read(model, row, MEASURED // model.info.vocab_size):
-        for at, part in enumerate(chunks(logits)):
-            yield start + CHUNK * at, part
 
 
 def read(

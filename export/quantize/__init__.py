@@ -7,5 +7,6 @@ rotate_values  the same in attention         rotation      the matrices that tur
 activations  nodes that quantise activations
 kv_int8    keys and values in int8           prefill_int8  a second form for many tokens
 experts    mixtures of experts           parts         large matrices, a part at a time
-grid       numbers that lie on a grid already, as a GGUF file's
+grid       numbers that lie on a grid    blas          numpy's products, on one thread
+           already, as a GGUF file's     divergence    two sets of logits
 """

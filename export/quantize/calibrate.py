@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -188,6 +189,7 @@ class Shelf:
     def __init__(self, file: IO[bytes], path: Path | None = None) -> None:
         self.path, self._file = path, file
         self._places: dict[int, tuple[int, int]] = {}  # by address: where it is, and its bytes
+        self._growing = threading.Lock()
 
     def __call__(self, array: NDArray[Any]) -> NDArray[Any]:
         """The same array, in the file."""
@@ -199,9 +201,10 @@ class Shelf:
 
     def room(self, shape: Sequence[int], dtype: DTypeLike) -> NDArray[Any]:
         """An array of zeros in the file, to be filled."""
-        start = -(-self._file.seek(0, os.SEEK_END) // ALIGNED) * ALIGNED
         size = math.prod(shape) * np.dtype(dtype).itemsize
-        self._file.truncate(start + max(size, 1))
+        with self._growing:
+            start = -(-self._file.seek(0, os.SEEK_END) // ALIGNED) * ALIGNED
+            self._file.truncate(start + max(size, 1))
         array = np.asarray(np.memmap(self._file, dtype, "r+", start, tuple(shape)))
         self._places[array.ctypes.data] = start, size
         return array

@@ -9,7 +9,6 @@ that follow. It is written as Babai's nearest plane, which it is (Chen et al. 20
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -182,9 +181,4 @@ def factor(moments: Floats) -> Floats:
     backwards = np.ascontiguousarray(moments[::-1, ::-1])
     diagonal = np.einsum("ii->i", backwards)
     diagonal += DAMPING * diagonal.mean(dtype=np.float64) + 1e-12
-    torch = sys.modules.get("torch")  # twice as fast; folders are exported without
-    if torch is None:
-        lower = np.linalg.cholesky(backwards)
-    else:
-        lower = torch.linalg.cholesky(torch.from_numpy(backwards)).numpy()
-    return np.asarray(lower[::-1, ::-1].T)
+    return np.asarray(np.linalg.cholesky(backwards)[::-1, ::-1].T)

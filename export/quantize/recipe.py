@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from fastgen.export.quantize import calibrate, rotate, rotation, smooth
+from fastgen.export.quantize.divergence import beside
 from fastgen.export.quantize.gptq import factor, gptq, search_scales
 from fastgen.export.quantize.kernels import (
     W8A8,
@@ -38,8 +40,7 @@ from fastgen.export.quantize.kernels import (
     quantize,
     turned_matrix,
 )
-from fastgen.export.quantize.parts import chunks
-from fastgen.sampling.softmax import divergence, log_softmax
+from fastgen.export.quantize.parts import side_by_side
 from fastgen.system.memory import trim
 
 if TYPE_CHECKING:
@@ -212,7 +213,6 @@ class Plan:
         self.sensed: dict[str, float] = {}
         self.rest = 0.0
         self._stored: list[tuple[str, experts.Stored]] = []
-        self._factor: tuple[tuple[ir.Value, int], Moments] | None = None  # the last
         self._left: dict[tuple[str, int], float] = {}
 
     # --- what is measured ------------------------------------------------------------------------
@@ -223,27 +223,35 @@ class Plan:
             self._mixed, self.reached = self._experts.plan(
                 self._model, self._recipe.experts, rows, shown
             )
-        for done, (value, seen) in enumerate(self._inputs.items()):
-            shown(done, 2 * len(self._inputs))
-            readers = [product for product in self._products if product.input is value]
-            self._smooth(value, readers, seen)
+        self._smooth()
         for product in products(self._model.graph):
-            shown(len(self._products) + len(self._matrices), 2 * len(self._products))
-            matrix = Matrix(product, not (product.is_head or _is_turned(product)))
-            if (kernel := self._kernel(matrix)) is not None:
-                self._choice(product, kernel)
-            self._matrices[product.name] = matrix
+            self._matrices[product.name] = Matrix(
+                product, not (product.is_head or _is_turned(product))
+            )
+        self._choose(shown)
 
-    def _smooth(self, value: ir.Value, readers: Sequence[Product], seen: calibrate.Input) -> None:
-        target = smooth.fold_target(value, readers) if not any(map(_is_turned, readers)) else None
-        first = self._recipe.ladder[0].kernel
-        if target is None or first is None:
-            return
-        scales = smooth.best_scales(seen.sample, [reader.weight for reader in readers], first)
-        if scales is not None:
-            smooth.fold(self._model.graph, target, scales, readers)
-            seen.divide(scales)
-            self.smoothed += [product.name for product in readers]
+    def _smooth(self) -> None:
+        """Smooth what gains by it: scales are sought side by side, and folded in order."""
+        first, readers = self._recipe.ladder[0].kernel, dict[ir.Value, list[Product]]()
+        for product in self._products:
+            readers.setdefault(product.input, []).append(product)
+        targets = {
+            value: target
+            for value, those in readers.items()
+            if not any(map(_is_turned, those))
+            and (target := smooth.fold_target(value, those)) is not None
+        }
+
+        def sought(value: ir.Value) -> Floats | None:
+            weights = [reader.weight for reader in readers[value]]
+            sample = self._inputs[value].sample
+            return None if first is None else smooth.best_scales(sample, weights, first)
+
+        for value, scales in zip(targets, side_by_side(sought, list(targets)), strict=True):
+            if scales is not None:
+                smooth.fold(self._model.graph, targets[value], scales, readers[value])
+                self._inputs[value].divide(scales)
+                self.smoothed += [product.name for product in readers[value]]
 
     def _error(self, product: Product, kernel: Kernel | None) -> float:
         """The error of a product's output, on some of its tokens and columns."""
@@ -290,11 +298,8 @@ class Plan:
         and all others in float32.
         """
         said = calibrate.logits(self._quantised(names), rows, self._directory, self._kept)
-        total = sum(
-            divergence(log_softmax(expected), log_softmax(actual))
-            for pair in zip(map(exact, rows), said, strict=True)
-            for expected, actual in zip(*map(chunks, pair), strict=True)
-        )
+        pairs = zip(map(exact, rows), said, strict=True)
+        total = sum(float(beside(*pair).kl.sum()) for pair in pairs)
         return max(0.0, total / sum(map(len, rows)))
 
     def _kinds(self) -> dict[str, list[Matrix]]:
@@ -330,9 +335,8 @@ class Plan:
             Whether any went up.
         """
         kinds = self._kinds()
-        now = {
-            name: self._expected(name, members, members[0].rung) for name, members in kinds.items()
-        }
+        self._tell(kinds)
+        now = {name: self._expected(name, members[0].rung) for name, members in kinds.items()}
         share = measured / max(sum(now.values()) + self.rest, 1e-12)
         hoped, moved = dict(now), False
         while share * (sum(hoped.values()) + self.rest) > kl or not moved:
@@ -355,33 +359,40 @@ class Plan:
             first = members[0]
             costs = [sum(rung.cost_of(matrix.product) for matrix in members) for rung in ladder]
             for rung in range(first.rung + 1, len(ladder)):
-                saves = now[name] - self._expected(name, members, rung)
+                saves = now[name] - self._expected(name, rung)
                 if saves > 0:
                     yield Step(name, rung, saves, costs[rung] - costs[first.rung])
 
-    def _expected(self, kind: str, members: Sequence[Matrix], rung: int) -> float:
-        """The expected cost of a kind there: the squares of its errors say how much is left."""
-        if (kind, rung) not in self._left:
-            kernels = (self._recipe.ladder[index].kernel for index in (0, rung))
+    def _tell(self, kinds: Mapping[str, Sequence[Matrix]]) -> None:
+        """Find out what each rung leaves of each kind's error, by its squares."""
+        rungs = range(1, len(self._recipe.ladder))
+        missing = [
+            (name, rung) for name in kinds for rung in rungs if (name, rung) not in self._left
+        ]
+
+        def left(kind: tuple[str, int]) -> float:
+            members = kinds[kind[0]]
+            some = members[:: max(1, len(members) // TOLD)]
             first, there = (
                 sum(
                     self._error(matrix.product, kernel and fitting(kernel, matrix.product)) ** 2
-                    for matrix in members[:: max(1, len(members) // TOLD)]
+                    for matrix in some
                 )
-                for kernel in kernels
+                for kernel in (self._recipe.ladder[rung].kernel for rung in (0, kind[1]))
             )
-            self._left[kind, rung] = there / first if first else 0.0
-        return self.sensed[kind] * self._left[kind, rung]
+            return there / first if first else 0.0
+
+        self._left |= zip(missing, side_by_side(left, missing), strict=True)
+
+    def _expected(self, kind: str, rung: int) -> float:
+        """The expected cost of a kind there."""
+        return self.sensed[kind] * (self._left[kind, rung] if rung else 1.0)
 
     # --- what is made ----------------------------------------------------------------------------
 
     def make(self, shown: Callable[[int, int], None]) -> ir.Model:
         """The graph as it is decided."""
-        for done, matrix in enumerate(self._matrices.values()):
-            shown(done, len(self._matrices))
-            kernel = self._kernel(matrix)
-            if kernel is not None:
-                self._choice(matrix.product, kernel)
+        self._choose(shown)
         model = self._quantised(self._matrices.keys())
         if self._experts is not None:
             self._stored = list(self._experts.quantize(model, self._mixed))
@@ -395,7 +406,7 @@ class Plan:
 
     def made(self) -> list[Made]:
         """The form of each matrix, and its error."""
-        return [self._made(matrix) for matrix in self._matrices.values()] + [
+        return list(side_by_side(self._made, list(self._matrices.values()))) + [
             Made(name, str(stored.kernel), round(stored.error, 6), wide=False)
             for name, stored in self._stored
         ]
@@ -427,13 +438,43 @@ class Plan:
         kernel = recipe.head if product.is_head else recipe.ladder[matrix.rung].kernel
         return None if kernel is None else fitting(kernel, product)
 
+    def _choose(self, shown: Callable[[int, int], None]) -> None:
+        """Make the codes that are missing, side by side where matrices read different values."""
+        together: dict[tuple[ir.Value, int], list[tuple[Product, Kernel]]] = {}
+        for matrix in self._matrices.values():
+            product, kernel = matrix.product, self._kernel(matrix)
+            if kernel is None or (product.name, kernel) in self._choices:
+                continue
+            if product.is_head:  # the largest, on all cores
+                self._choice(product, kernel)
+            else:
+                key = product.input, kernel.turned
+                together.setdefault(key, []).append((product, kernel))
+        work = partial(self._best_of, together)
+        for done, made in enumerate(side_by_side(work, list(together))):
+            shown(done, len(together))
+            self._choices |= made
+
+    def _best_of(
+        self,
+        together: Mapping[tuple[ir.Value, int], Sequence[tuple[Product, Kernel]]],
+        key: tuple[ir.Value, int],
+    ) -> dict[tuple[str, Kernel], Choice]:
+        """Choices of matrices that read the same value, by its moments."""
+        moments = self._moments(*key)
+        return {
+            (product.name, kernel): self._best(product, kernel, moments)
+            for product, kernel in together[key]
+        }
+
     def _choice(self, product: Product, kernel: Kernel) -> Choice:
         """Scales and codes of a matrix, made once for a kernel."""
         if (product.name, kernel) not in self._choices:
-            made = (
-                self._nearest(product, kernel) if product.is_head else self._best(product, kernel)
+            self._choices[product.name, kernel] = (
+                self._nearest(product, kernel)
+                if product.is_head
+                else self._best(product, kernel, self._moments(product.input, kernel.turned))
             )
-            self._choices[product.name, kernel] = made
         return self._choices[product.name, kernel]
 
     def _nearest(self, product: Product, kernel: Kernel) -> Choice:
@@ -442,9 +483,9 @@ class Plan:
         codes = self._kept.room(codes_shape(scales, kernel), np.uint8)
         return Choice(kernel, scales, block_codes(product.weight, kernel, scales, out=codes))
 
-    def _best(self, product: Product, kernel: Kernel) -> Choice:
+    def _best(self, product: Product, kernel: Kernel, moments: Moments) -> Choice:
         """Scales and GPTQ's codes."""
-        weight, moments = product.weight, self._moments(product, kernel.turned)
+        weight = product.weight
         if kernel.turned:
             weight = turned_matrix(kernel.turned, False, weight)
         weight = np.ascontiguousarray(weight)
@@ -460,14 +501,12 @@ class Plan:
         codes = self._kept(block_codes(on_grid, kernel, scales, zeros))
         return Choice(kernel, scales, codes, zeros)
 
-    def _moments(self, product: Product, turned: int) -> Moments:
-        """Of a product's input: products that read the same one come one after the other."""
-        if self._factor is None or self._factor[0] != (product.input, turned):
-            moments = self._inputs[product.input].moments
-            if turned:
-                moments = rotation.turned(rotation.turned(moments, turned).T, turned)
-            self._factor = (product.input, turned), Moments(np.diag(moments), factor(moments))
-        return self._factor[1]
+    def _moments(self, value: ir.Value, turned: int) -> Moments:
+        """Of a product's input."""
+        moments = self._inputs[value].moments
+        if turned:
+            moments = rotation.turned(rotation.turned(moments, turned).T, turned)
+        return Moments(np.diag(moments), factor(moments))
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from fastgen.store.model_info import CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG
 OF_THIS_MACHINE = {"name_or_path", "is_local", "local_files_only", "vocab_file", "tokenizer_file"}
 
 
-class Original:
+class Original(check.Asked):
     """A transformers model. See `origin.Origin`."""
 
     first = "fp32"
@@ -78,14 +78,6 @@ class Original:
 
     def probes(self) -> list[NDArray[np.int64]]:
         return check.probes(self.model, self.loaded.tokenizer, self.kept.layers)
-
-    def logits(self, row: NDArray[np.int64]) -> NDArray[np.float32]:
-        (logits,) = check.reference_logits(self.model, [row])
-        return logits
-
-    def continuation(self, row: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-        (tokens,) = check.reference_continuation(self.model, [row], count)
-        return tokens
 
     def convert(self, whole: bool = False) -> tuple[onnx_ir.Model, list[str]]:
         states = len(self.kept.states)

@@ -82,9 +82,12 @@ def load(
     if adapted is not None:
         return _with_adapter(load(path), *_place(adapted))
     config = _configuration(path)
-    own_types = in_own_types(path)
+    said = refuse.quantisation(config)
     with refuse.by_name(config.model_type):
         refuse.configuration(config)
+        if said:
+            config.quantization_config = said | {"dequantize": True}
+        own_types = not said and in_own_types(path)
         model = text.alone(_model(path, config, own_types).eval())
         refuse.configuration(model.config)
         _settle(model)

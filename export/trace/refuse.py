@@ -16,6 +16,7 @@ from typing import Any
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from fastgen.errors import UnsupportedModel
+from fastgen.export.source import quantised
 from fastgen.export.trace import hooks, rope
 from fastgen.export.trace.attention import Layer
 
@@ -40,13 +41,15 @@ def configuration(config: PretrainedConfig) -> None:
     """
     if config.is_encoder_decoder:
         raise UnsupportedModel("it is an encoder-decoder model; fastgen runs decoder-only ones")
-    quantized = getattr(config, "quantization_config", None)
-    if quantized:
-        method = _get(quantized, "quant_method") or "unknown method"
-        raise UnsupportedModel(
-            f"its weights are quantised already ({getattr(method, 'value', method)}): "
-            "export the model that it was made from"
-        )
+    quantised.method(quantisation(config))
+
+
+def quantisation(config: PretrainedConfig) -> dict[str, Any] | None:
+    """The `quantization_config` of a configuration, if it has one."""
+    said = getattr(config, quantised.FIELD, None)
+    if said is None or isinstance(said, dict):
+        return said
+    return dict(said.to_dict())
 
 
 def model(model: PreTrainedModel) -> None:
@@ -56,6 +59,8 @@ def model(model: PreTrainedModel) -> None:
         UnsupportedModel: with the reason.
     """
     configuration(model.config)
+    if quantisation(model.config):
+        raise UnsupportedModel("its weights are held quantised: load it with dequantize=True")
     if "shared_kv_states" in inspect.signature(model.forward).parameters:
         raise UnsupportedModel(
             "it reads another model's keys and values: it is that model's assistant, and says "
@@ -121,7 +126,3 @@ def _rope_types(model: PreTrainedModel) -> Iterator[str]:
     for module in model.modules():
         kinds = None if rope.settled(module) else getattr(module, "rope_type", None)
         yield from (kinds,) if isinstance(kinds, str) else (kinds or {}).values()
-
-
-def _get(settings: Any, name: str) -> Any:
-    return settings.get(name) if isinstance(settings, dict) else getattr(settings, name, None)

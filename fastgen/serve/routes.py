@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import PlainTextResponse, StreamingResponse
+from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -101,6 +102,7 @@ def application(
     _routes(made, models)
     written = document(made, BODIES)
     made.openapi = lambda: written  # type: ignore[method-assign]
+    _heads(made)
     # The last one added is the first that a request passes.
     if api_key is not None:
         made.add_middleware(Guard, api_key=api_key)
@@ -150,6 +152,13 @@ def _errors(made: FastAPI) -> None:
         first = error.errors()[0]
         name = str(first["loc"][-1])
         return await refused(request, Refused(400, f"{name}: {first['msg']}", param=name))
+
+
+def _heads(made: FastAPI) -> None:
+    """Let HEAD do what GET does; the server that runs the application leaves out the body."""
+    for route in made.routes:
+        if isinstance(route, APIRoute) and route.methods and "GET" in route.methods:
+            route.methods.add("HEAD")
 
 
 async def _read(request: Request, kind: type[Kind], limits: RequestLimits) -> Kind:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import importlib
 import io
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -20,6 +24,9 @@ import shapes  # noqa: E402
 from peers import cases, faith, home, report, worker  # noqa: E402
 from peers.engines import BASE, NAMES, OURS, PRECISIONS, Engine, adapter, left_padded  # noqa: E402
 from peers.home import Home, Unavailable  # noqa: E402
+
+from fastgen.store import hub  # noqa: E402
+from fastgen.store.model_info import MANY_TOKENS, UNPACK, ModelInfo  # noqa: E402
 
 
 class Counting(Engine):
@@ -226,6 +233,53 @@ def test_tables_show_medians_ratios_and_reasons() -> None:
     assert "that are transformers': fastgen int8 88%" in text
     assert "- llama.cpp Q4_0: cannot be installed" in text
     assert "- CTranslate2 float32, greedy-16: 50.0% of transformers' tokens" in text
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("Error: /some/home/converted/it-int8/model.onnx is bad", "Error: model.onnx is bad"),
+        ("in '/a/b c/d.py', line 3: (/x/y/z/)", "in 'b c/d.py', line 3: (z)"),
+        (r"File C:\home\it\model.bin: no", "File model.bin: no"),
+        ("see https://host.org/a/b.html, and/or 3/4 of /health", None),
+        ("pip failed: a/b==1.0 of [rows/new/heads]", None),
+    ],
+)
+def test_tables_name_no_place_of_the_machine_that_measured(said: str, shown: str | None) -> None:
+    absent = {"kind": "absent", "shape": "tiny", "engine": "llama", "precision": "int4",
+              "case": "*", "reason": said}  # fmt: skip
+    assert f"- llama.cpp Q4_0: {shown or said}\n" in report.markdown([*LINES, absent])
+
+
+def test_an_engine_has_no_line_of_a_model_without_what_it_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fastgen's second form, of directories that have one."""
+    monkeypatch.setattr(sys, "path", [*sys.path])  # whose first the program changes
+    peers = importlib.import_module("peers.__main__")
+    lines = peers.Lines(None)
+    args = argparse.Namespace(engines=["ours", "ours_many"], precisions=["int8", "int4"], threads=1)
+
+    class Made(Home):
+        def __init__(self) -> None:
+            self.path = tmp_path
+
+        def python(self, name: str | None) -> Path:
+            return Path(sys.executable)
+
+        def converted(self, shape: str, name: str, precision: str) -> Path:
+            place = tmp_path / precision
+            shutil.copytree(hub.DEMO, place, dirs_exist_ok=True)
+            if precision == "int4":
+                info = ModelInfo.parse(place)
+                files = info.files | {MANY_TOKENS: 1, UNPACK: 1}
+                dataclasses.replace(info, files=files).write(place)
+            return place
+
+    workers = list(peers.ready(args, Made(), "tiny", lines))
+    found = [(one.name, one.precision) for one in workers]
+    assert found == [("ours", "int8"), ("ours", "int4"), ("ours_many", "int4")]
+    assert not lines.all
 
 
 def test_tables_tell_the_wait_for_the_first_token_from_the_pace_after_it() -> None:

@@ -277,7 +277,7 @@ def test_buffers_that_old_files_hold_mean_nothing(copy: Path, saved: Path) -> No
     [
         ({"model_type": "xlnet"}, "its type 'xlnet' is none that can be built"),
         ({"attn_gate": True}, "says attn_gate = True, which the builder does not know"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"quantization_config": {"bits": 4}}, "quantised already .an unknown method"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
         ({"rope_parameters": {"rope_type": "su2", "rope_theta": 1.0}}, "of the type 'su2'"),
         ({"rope_parameters": {"rope_type": "default", "new": 1}}, r"have \['new'\]"),

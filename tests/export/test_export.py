@@ -416,7 +416,7 @@ def test_encoder_decoder_models_are_refused(model, tmp_path):
     [
         ({"model_type": "vit"}, "vit cannot be exported: .*no causal language model"),
         ({"model_type": "llama", "quantization_config": {"quant_method": "gptq", "bits": 4}},
-         "llama cannot be exported: its weights are quantised already .gptq."),
+         "cannot be exported: its weights are quantised already .gptq."),
         ({"model_type": "theirs", "auto_map": {"AutoConfig": "code.Config"}},
          "brings Python code of its own"),
     ],

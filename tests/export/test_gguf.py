@@ -15,14 +15,12 @@ import gguf_files
 import numpy as np
 import onnx_ir
 import pytest
-import sentencepiece
 import tiny
 import tokenizers_made
 import torch
 from fake_hub import Hub, World, blocked, serving
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
@@ -308,43 +306,9 @@ def test_a_pre_tokenizer_that_is_not_known_leaves_ids_only(tmp_path):
     assert read is None and note == "its pre-tokenizer is 'of-tomorrow', which is not known"
 
 
-def sentence_pieces(prefixed: bool) -> tuple[list[tuple[str, float, int]], Any]:
-    """Pieces (text, score, type), and SentencePiece's own processor of them."""
-    words = ["▁the", "▁quick", "▁", "th", "he", "▁t", "qu", "ick", "ui", "▁q", "br", "own", "▁br"]
-    words += ["ow", "n", "▁brown", "the", "▁a", "12", "▁▁", "ck", "ic"]
-    pieces = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3)]
-    pieces += [(f"<0x{byte:02X}>", 0.0, 6) for byte in range(256)]
-    pieces += [("[tag]", 0.0, 4)]
-    pieces += [(word, -float(number), 1) for number, word in enumerate(words) if len(word) > 1]
-    pieces += [(letter, -1000.0, 1) for letter in "▁abcdefghiklmnopqrstuvw123.é"]
-    proto = sentencepiece_model_pb2.ModelProto()
-    for text, score, kind in pieces:
-        piece = proto.pieces.add()
-        piece.piece, piece.score, piece.type = text, score, kind
-    trainer, normal = proto.trainer_spec, proto.normalizer_spec
-    trainer.model_type, trainer.byte_fallback, trainer.vocab_size = 2, True, len(pieces)
-    trainer.unk_id, trainer.bos_id, trainer.eos_id, trainer.pad_id = 0, 1, 2, -1
-    normal.name, normal.add_dummy_prefix = "identity", prefixed
-    normal.remove_extra_whitespaces, normal.escape_whitespaces = False, True
-    made = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
-    return pieces, made
-
-
 @pytest.mark.parametrize("prefixed", [True, False])
 def test_sentence_pieces_are_joined_as_sentencepiece_joins_them(prefixed, tmp_path):
-    pieces, theirs = sentence_pieces(prefixed)
-    path = tmp_path / "model.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list([text for text, _, _ in pieces])
-    writer.add_token_scores([score for _, score, _ in pieces])
-    writer.add_token_types([kind for _, _, kind in pieces])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_add_space_prefix(prefixed)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
+    path, theirs = gguf_files.sentence_pieces(tmp_path / "model.gguf", prefixed)
     read, _, _ = vocabulary.read(opened(path))
     assert isinstance(read, Tokenizer)
     # After a token that was added a space is put again: so does llama.cpp, and so do the

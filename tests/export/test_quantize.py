@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +16,16 @@ import torch
 
 import fastgen
 from fastgen.export import Mismatch, export
-from fastgen.export.quantize import calibrate, gptq, parts, rotate, rotation, smooth
+from fastgen.export.quantize import (
+    blas,
+    calibrate,
+    divergence,
+    gptq,
+    parts,
+    rotate,
+    rotation,
+    smooth,
+)
 from fastgen.export.quantize.kernels import (
     W8A8,
     Choice,
@@ -32,6 +41,7 @@ from fastgen.export.quantize.kernels import (
 )
 from fastgen.export.quantize.recipe import Step, chosen
 from fastgen.export.source.origin import Tolerance
+from fastgen.sampling.softmax import log_softmax
 
 
 @pytest.fixture
@@ -205,16 +215,51 @@ def test_parts_and_threads_give_the_same_model(precision, tmp_path, monkeypatch)
     assert (one / "model.onnx.data").read_bytes() == (two / "model.onnx.data").read_bytes()
 
 
+def test_things_are_worked_on_side_by_side_each_by_one_thread():
+    """In order, by `each` and by numpy's products too; an error ends it, and all is as before."""
+    get, _ = blas._functions() or (lambda: 1, None)
+    both, before = threading.Barrier(2, timeout=60), get()
+
+    def work(number: int) -> tuple[int, int, set[int]]:
+        if number == 5:
+            raise ZeroDivisionError
+        both.wait()  # two are at it
+        seen = parts.each(4, parts.PART, lambda part: threading.get_ident())
+        return number, get(), {*seen, threading.get_ident()}
+
+    found = list(parts.side_by_side(work, [0, 1, 2, 3], threads=2))
+    assert [number for number, _, _ in found] == [0, 1, 2, 3]
+    assert {threads for _, threads, _ in found} == {1} and get() == before
+    assert all(len(idents) == 1 for _, _, idents in found)
+    with pytest.raises(ZeroDivisionError):
+        list(parts.side_by_side(work, [5, 5], threads=2))
+    assert get() == before
+
+
+def test_logits_beside_others_are_told_apart_as_by_their_logarithms(random):
+    """For more positions than are looked at at a time, the likeliest token wrong in one."""
+    expected = random.standard_normal((2 * parts.PART // 900, 900)).astype(np.float32) * 3 + 40
+    expected[:, 7] = 60
+    actual = expected + random.standard_normal(expected.shape).astype(np.float32) / 10
+    actual[3, 7] = 0
+    found = divergence.beside(expected, actual)
+    p, q = log_softmax(expected.astype(np.float64)), log_softmax(actual.astype(np.float64))
+    np.testing.assert_allclose(found.kl, (np.exp(p) * (p - q)).sum(axis=1), atol=2e-6, rtol=1e-5)
+    np.testing.assert_allclose(expected[:, 5] - found.expected_total, p[:, 5], rtol=1e-5)
+    np.testing.assert_allclose(actual[:, 5] - found.actual_total, q[:, 5], rtol=1e-5)
+    assert np.flatnonzero(~found.same).tolist() == [3]
+    np.testing.assert_allclose(found.largest, np.abs(expected - actual).max(axis=1))
+    np.testing.assert_allclose(found.mean, np.abs(expected - actual).mean(axis=1), rtol=1e-5)
+    np.testing.assert_allclose(found.reach, np.abs(expected).max(axis=1))
+
+
 @pytest.mark.parametrize("tokens", [200, 40], ids=["many tokens", "fewer than inputs"])
-@pytest.mark.parametrize("factors", ["torch", "numpy"])
-def test_gptq_rounds_as_the_paper_does(monkeypatch, factors, tokens, matrix):
+def test_gptq_rounds_as_the_paper_does(tokens, matrix):
     """One input after the other, its error made good at once in all that follow.
 
     For more outputs than are looked at at a time.
     """
     out = 2 * parts.PART // 80 + 50
-    if factors == "numpy":
-        monkeypatch.delitem(sys.modules, "torch")
     weight, x, kernel = matrix(80, out), matrix(tokens, 80) @ matrix(80, 80), Kernel(4, 32)
     x[:, 3] *= 100  # an outlier
     scales, _ = gptq.search_scales(weight, kernel, np.einsum("ti,ti->i", x, x) / len(x))

@@ -120,7 +120,7 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         (
             "proved",
             "origin",
-            "families",
+            "families unpacked",
             "families_mixture",
             "families_gemma families_layer_norm families_llama families_post_norm",
             "pieces",
@@ -160,7 +160,7 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "export/trace": (
-        "export/rewrite store errors",
+        "export/source export/rewrite store errors",
         (
             "graph",
             "refuse",
@@ -170,7 +170,7 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "export/quantize": (
-        "export/rewrite sampling store system",
+        "export/rewrite store system",
         (
             "recipe",
             "experts kv_int8 smooth",
@@ -178,13 +178,14 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
             "kernels",
             "activations rotate",
             "rotate_values",
-            "rotation",
+            "divergence rotation",
             "parts",
+            "blas",
         ),
     ),
     "export/source": (
         "store errors",
-        ("checkpoint origin vocabulary",),
+        ("checkpoint origin quantised vocabulary",),
     ),
     "export/rewrite": (
         "store",
@@ -219,7 +220,7 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
             "batch diverse plain",
             "search",
             "hypotheses",
-            "writer",
+            "alike writer",
             "slots step",
             "request score",
             "guidance memory_estimate",

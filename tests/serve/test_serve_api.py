@@ -676,6 +676,28 @@ def test_the_api_is_documented(address: str) -> None:
     assert "swagger" in asked(address, "/docs")[2]
 
 
+def test_head_is_get_without_a_body(address: str) -> None:
+    """For whoever looks whether a service is there: also where the answer is an error."""
+
+    def answer(method: str, path: str) -> tuple[int, dict[str, str], bytes]:
+        host = address.removeprefix("http://")
+        with contextlib.closing(http.client.HTTPConnection(host, timeout=30)) as line:
+            line.request(method, path)
+            found = line.getresponse()
+            named = {name.lower(): value for name, value in found.getheaders()}
+            kept = {name: named[name] for name in ("content-type", "content-length")}
+            return found.status, kept, found.read()
+
+    paths = ["/health", "/v1/models", "/v1/models/docs", "/knobs", "/", "/page/main.js", "/docs"]
+    for path in [*paths, "/openapi.json", "/v1/models/none", "/v1/responses/none"]:
+        status, headers, content = answer("GET", path)
+        assert content and status == (404 if path.endswith("none") else 200)
+        assert answer("HEAD", path) == (status, headers, b""), path
+    status, _, content = answer("HEAD", "/metrics")  # (they count requests: each is another text)
+    assert (status, content) == (200, b"")
+    assert answer("HEAD", COMPLETIONS)[0] == 405
+
+
 def test_metrics(model: fastgen.CausalLM) -> None:
     with served(model) as address, talking_to(address) as client:
         prompt = PROMPT * 30

@@ -69,6 +69,11 @@ class Engine:
         return ""
 
     @classmethod
+    def runs(cls, directory: Path) -> bool:
+        """True if a converted model has what this engine would run of it."""
+        return True
+
+    @classmethod
     def converter(cls, shape: str) -> str | None:
         """The requirements file of the environment that `prepare` runs in; None is the driver's."""
         return None

@@ -18,6 +18,12 @@ class Adapter(ours.Adapter):
         "many rows; a step of one row loses what the line without it says"
     )
 
+    @classmethod
+    def runs(cls, directory: Path) -> bool:
+        from fastgen.store.model_info import ModelInfo
+
+        return ModelInfo.parse(directory).can_read_prompts
+
     def load(self, directory: Path, precision: str, threads: int) -> None:
         import fastgen
 

@@ -1,0 +1,50 @@
+"""numpy's BLAS held to one thread, where matrices are worked on side by side.
+
+Its threads wait for each other by spinning: several small products at once are then far slower on
+two threads each than on one, and where others use the machine, tens of times so.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+# Where numpy's wheels keep it, beside or within the package, and what its functions are called.
+FOLDERS = ("../numpy.libs", ".dylibs", ".libs")
+NAMES = (
+    "scipy_openblas_{}_num_threads64_",
+    "openblas_{}_num_threads64_",
+    "openblas_{}_num_threads",
+)
+
+
+@cache
+def _functions() -> tuple[Callable[[], int], Callable[[int], None]] | None:
+    """Functions that get and set its number of threads; None where they are not found."""
+    home = Path(np.__file__).parent
+    for path in (path for folder in FOLDERS for path in (home / folder).glob("*openblas*")):
+        library = ctypes.CDLL(str(path))  # which is loaded already
+        for name in NAMES:
+            if hasattr(library, name.format("set")):
+                return getattr(library, name.format("get")), getattr(library, name.format("set"))
+    return None
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Have products of numpy computed by the thread that asks for them, and by no other."""
+    if (functions := _functions()) is None:
+        yield
+        return
+    threads, set_threads = functions
+    before = threads()
+    set_threads(1)
+    try:
+        yield
+    finally:
+        set_threads(before)
