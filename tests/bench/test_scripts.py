@@ -106,6 +106,13 @@ def test_the_demo_model_is_measured(run, tmp_path):
     assert not ended.value.code
 
 
+def test_a_service_is_measured(run, tmp_path):
+    said = run("serve", "--home", tmp_path, "--requests", "1", "--alone", "1", *ONCE)
+    assert [line[1] for line in lines(said)[1:]].count("service") == 2
+    said = run("soak", "--warm", "150", "--requests", "30", "--clients", "4", "--growth", "200")
+    assert "none lost" in said
+
+
 def test_latents_are_measured(run):
     small = {
         "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4,
