@@ -38,6 +38,7 @@ LOGITS = "logits"
 ALIGNED = 4096  # bytes: where an array begins in a file
 TOGETHER = 512  # tokens whose moments are made by one product
 SAMPLE = 512  # tokens of an input that are kept as they are, about
+DAMPING = (0.01, 1.0)  # of moments: least and most
 
 
 @dataclass
@@ -47,10 +48,17 @@ class Input:
     Attributes:
         sample: float32 [tokens, in], some of the tokens.
         moments: float32 [in, in], E[x^T x] of all.
+        tokens: of all.
     """
 
     sample: Floats
     moments: Floats
+    tokens: int
+
+    @property
+    def damping(self) -> float:
+        """Of the moments (see `gptq.factor`): what they say of chance, as a share of the rest."""
+        return float(np.clip(len(self.moments) / self.tokens, *DAMPING))
 
     def divide(self, scales: Floats) -> None:
         """Have each channel divided by its scale [in]."""
@@ -90,10 +98,10 @@ def inputs(
                 x = seen[value][:end]
                 square += x.T @ x
         del session  # and what memory its steps took
-        total = np.float32(sum(map(len, rows)))
+        total = sum(map(len, rows))
         for square in squares:
-            square /= total
-        yield {value: Input(samples[value], squares[i]) for i, value in enumerate(wanted)}
+            square /= np.float32(total)
+        yield {value: Input(samples[value], squares[i], total) for i, value in enumerate(wanted)}
 
 
 def _together(rows: Sequence[NDArray[np.int64]]) -> Iterator[list[NDArray[np.int64]]]:
@@ -284,6 +292,13 @@ def running(
     by_name = {value.name: value for node in part.graph for value in node.outputs}
     part.graph.outputs[:] = [by_name[name] for name in names]
     ir.passes.common.RemoveUnusedNodesPass()(part)
+    return opened(part, directory, kept)
+
+
+def opened(
+    part: ir.Model, directory: Path, kept: Shelf | None = None
+) -> onnxruntime.InferenceSession:
+    """A session of a graph, which is changed: see `running`."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     if kept is None:

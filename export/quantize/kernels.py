@@ -244,6 +244,12 @@ def block_scales(weight: Floats, kernel: Kernel) -> Floats:
     return scales
 
 
+def short(scales: Floats) -> Floats:
+    """Scales that the upper halves of their floats say: they are stored in two bytes (bfloat16)."""
+    bits = np.ascontiguousarray(scales, np.float32).view(np.uint32)
+    return ((bits + np.uint32(1 << 15)) & np.uint32(0xFFFF0000)).view(np.float32)
+
+
 def codes_shape(scales: Floats, kernel: Kernel) -> tuple[int, ...]:
     """The shape of block codes with scales [out, blocks]."""
     return *scales.shape, kernel.block * kernel.bits // 8
@@ -392,7 +398,7 @@ def _replace_nbits(graph: ir.Graph, product: Product, choice: Choice) -> None:
         codes = add_lazily(graph, name, make, codes_shape(scales, kernel), ir.DataType.UINT8)
     else:
         codes = add_initializer(graph, name, choice.codes)
-    scale = add_initializer(graph, f"{product.name}.scales", scales)
+    scale = _scales(graph, product, scales)
     zeros = [] if choice.zeros is None else [_zero_points(graph, product.name, choice.zeros)]
     attributes = {"K": size, "N": out, "bits": kernel.bits, "block_size": kernel.block}
     (result,) = insert(
@@ -409,6 +415,18 @@ def _replace_nbits(graph: ir.Graph, product: Product, choice: Choice) -> None:
             if use.node.op_type == "Gather":
                 assert not zeros, f"{product.name}: an embedding has no zero points"
                 _gather_codes(graph, use.node, codes, scale, kernel, size)
+
+
+def _scales(graph: ir.Graph, product: Product, scales: Floats) -> ir.Value:
+    """Scales float32 [out, blocks]: those of two bytes become so on loading, as constants do."""
+    name = f"{product.name}.scales"
+    if product.transposed or not np.array_equal(short(scales), scales):
+        return add_initializer(graph, name, scales)
+    halves = (scales.view(np.uint32) >> np.uint32(16)).astype(np.uint16)
+    held = add_initializer(graph, name, halves.view(ir.DataType.BFLOAT16.numpy()))
+    (scale,) = insert(product.node, "Cast", [held], {"to": int(ir.DataType.FLOAT)})
+    scale.shape, scale.dtype = held.shape, ir.DataType.FLOAT
+    return scale
 
 
 def _zero_points(graph: ir.Graph, name: str, zeros: NDArray[np.uint8]) -> ir.Value:

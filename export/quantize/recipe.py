@@ -22,7 +22,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from fastgen.export.quantize import calibrate, rotate, rotation, smooth
-from fastgen.export.quantize.gptq import factor, gptq, search_scales
+from fastgen.export.quantize.gptq import factor, gptq
 from fastgen.export.quantize.kernels import (
     W8A8,
     Choice,
@@ -150,14 +150,6 @@ class Matrix:
 
 
 @dataclass(frozen=True)
-class Moments:
-    """Second moments of an input: their diagonal [in], and their factor (see `gptq`)."""
-
-    diagonal: Floats
-    factor: Floats
-
-
-@dataclass(frozen=True)
 class Step:
     """A kind of matrices that may go up to a rung: KL divergence saved, and what it costs."""
 
@@ -212,7 +204,7 @@ class Plan:
         self.sensed: dict[str, float] = {}
         self.rest = 0.0
         self._stored: list[tuple[str, experts.Stored]] = []
-        self._factor: tuple[tuple[ir.Value, int], Moments] | None = None  # the last
+        self._factor: tuple[tuple[ir.Value, int], Floats] | None = None  # the last
         self._left: dict[tuple[str, int], float] = {}
 
     # --- what is measured ------------------------------------------------------------------------
@@ -444,29 +436,26 @@ class Plan:
 
     def _best(self, product: Product, kernel: Kernel) -> Choice:
         """Scales and GPTQ's codes."""
-        weight, moments = product.weight, self._moments(product, kernel.turned)
+        weight, moments = product.weight, self._factor_of(product, kernel.turned)
         if kernel.turned:
             weight = turned_matrix(kernel.turned, False, weight)
         weight = np.ascontiguousarray(weight)
         if kernel.block == 0:
             scales = channel_scales(weight)
-            on_grid = gptq(weight, kernel, scales[:, None], moments.factor)
-            return Choice(kernel, scales, self._kept(channel_codes(on_grid, scales)[0]))
-        if kernel.zero_points:
-            scales, zeros = search_scales(weight, kernel, moments.diagonal)
-        else:
-            scales, zeros = block_scales(weight, kernel), None
-        on_grid = gptq(weight, kernel, scales, moments.factor, zeros)
-        codes = self._kept(block_codes(on_grid, kernel, scales, zeros))
-        return Choice(kernel, scales, codes, zeros)
+            values = gptq(weight, kernel, moments, scales).values
+            return Choice(kernel, scales, self._kept(channel_codes(values, scales)[0]))
+        made = gptq(weight, kernel, moments)
+        codes = self._kept(block_codes(made.values, kernel, made.scales, made.zeros))
+        return Choice(kernel, made.scales, codes, made.zeros)
 
-    def _moments(self, product: Product, turned: int) -> Moments:
-        """Of a product's input: products that read the same one come one after the other."""
+    def _factor_of(self, product: Product, turned: int) -> Floats:
+        """Of the moments of a product's input: products that read the same come one by one."""
         if self._factor is None or self._factor[0] != (product.input, turned):
-            moments = self._inputs[product.input].moments
+            seen = self._inputs[product.input]
+            moments = seen.moments
             if turned:
                 moments = rotation.turned(rotation.turned(moments, turned).T, turned)
-            self._factor = (product.input, turned), Moments(np.diag(moments), factor(moments))
+            self._factor = (product.input, turned), factor(moments, seen.damping)
         return self._factor[1]
 
 
