@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,16 +55,16 @@ class Input:
     moments: Floats
     tokens: int
 
-    @property
-    def damping(self) -> float:
-        """Of the moments (see `gptq.factor`): what they say of chance, as a share of the rest."""
-        return float(np.clip(len(self.moments) / self.tokens, *DAMPING))
-
     def divide(self, scales: Floats) -> None:
         """Have each channel divided by its scale [in]."""
         self.sample /= scales
         self.moments /= scales
         self.moments /= scales[:, None]
+
+
+def damping(size: int, tokens: int) -> float:
+    """Of the moments of `size` inputs (see `gptq.factor`): what they owe to chance, about."""
+    return float(np.clip(2 * size / tokens, *DAMPING))
 
 
 @contextmanager
@@ -329,7 +329,7 @@ def _spill(model: ir.Model, directory: Path, data: Path, kept: Shelf | None) -> 
             place = None if kept is None else kept.place(array)
             if kept is None or kept.path is None or place is None:
                 path, start = data, file.seek(-(-file.tell() // ALIGNED) * ALIGNED)
-                file.write(array.data.cast("B"))
+                file.write(array.reshape(-1).view(np.uint8).data)
             else:
                 path, start = kept.path, place[0]
             value.const_value = ir.ExternalTensor(
@@ -344,9 +344,16 @@ def _spill(model: ir.Model, directory: Path, data: Path, kept: Shelf | None) -> 
 
 
 def feeds(
-    session: onnxruntime.InferenceSession, row: NDArray[np.int64], start: int = 0
+    session: onnxruntime.InferenceSession,
+    row: NDArray[np.int64],
+    start: int = 0,
+    known: Container[str] = (),
 ) -> dict[str, NDArray[Any]]:
-    """Inputs of one row from scratch, its first token at position `start`, for all its logits."""
+    """Inputs of one row from scratch, its first token at position `start`, for all its logits.
+
+    Args:
+        known: names of inputs that are given besides.
+    """
     count = len(row)
     fed = fed_tokens(row[None], np.arange(count)[None]) | {READS_PROMPT.name: np.array(True)}
     fed["position_ids"] += start
@@ -354,6 +361,7 @@ def feeds(
     specs = [
         TensorSpec.declared(declared.name, declared.type, declared.shape)
         for declared in session.get_inputs()
+        if declared.name not in known
     ]
     nothing = {spec.name: spec.zeros(**sizes) for spec in specs if spec.name not in fed}
     return {spec.name: fed[spec.name] for spec in specs if spec.name in fed} | nothing

@@ -237,10 +237,9 @@ def factor(moments: Floats, damping: float) -> Floats:
     to be inverted.
 
     Args:
-        damping: of the mean diagonal. Moments of few tokens say more than the text they are of,
-            the more of it the more inputs there are: see `Input.damping`. Its least value bounds
-            the moments' condition, so that what float32 rounds is to them as if the damping were
-            a few hundredths more or less.
+        damping: of the mean diagonal, see `calibrate.damping`. Moments of few tokens say more of
+            these than of others. It also bounds the moments' condition, so that what float32
+            rounds is to them as if it were a few hundredths more or less.
     """
     backwards = np.ascontiguousarray(moments[::-1, ::-1])
     diagonal = np.einsum("ii->i", backwards)

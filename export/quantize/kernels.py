@@ -68,6 +68,12 @@ class Kernel:
         return f"int{self.bits}{shared}{', turned' if self.turned else ''}"
 
     @property
+    def weight_bits(self) -> float:
+        """Bits of a weight, with its share of a scale and a zero point; see `short`."""
+        shared = 16 + (self.bits if self.zero_points else 0)
+        return self.bits + (shared / self.block if self.block else 0)
+
+    @property
     def middle(self) -> int:
         """The code that is zero where there are no zero points."""
         return 1 << (self.bits - 1)
@@ -242,6 +248,27 @@ def block_scales(weight: Floats, kernel: Kernel) -> Floats:
     parts.each(out, size, part)
     scales[scales == 0] = 1
     return scales
+
+
+def block_grid(weight: Floats, kernel: Kernel) -> tuple[Floats, NDArray[np.uint8] | None]:
+    """Scales and zero points [out, blocks] of the whole range of each block; see `gptq`."""
+    if not kernel.zero_points:
+        return block_scales(weight, kernel), None
+    size, out = weight.shape
+    scales = np.empty((out, -(-size // kernel.block)), np.float32)
+    zeros = np.empty(scales.shape, np.uint8)
+    last = np.float32(2 * kernel.middle - 1)
+
+    def part(some: slice) -> None:
+        held = blocks(weight[:, some], kernel.block)
+        high, low = held.max(axis=-1).clip(0), held.min(axis=-1).clip(None, 0)
+        whole = (high - low) / last
+        whole[whole == 0] = 1
+        scales[some] = whole
+        zeros[some] = np.clip(np.rint((last - (high + low) / whole) / 2), 0, last)
+
+    parts.each(out, size, part)
+    return scales, zeros
 
 
 def short(scales: Floats) -> Floats:

@@ -246,7 +246,7 @@ def test_a_blocks_scale_leaves_the_least_that_nothing_makes_good(monkeypatch, ma
     monkeypatch.setattr(gptq, "RANGES", {4: (1.0,)})
     monkeypatch.setattr(gptq, "FITS", 0)
     whole = gptq.gptq(weight, kernel, factor)
-    assert error(found.values).mean() < 0.9 * error(whole.values).mean()
+    assert error(found.values).mean() < 0.95 * error(whole.values).mean()
 
 
 def test_scales_that_are_found_are_stored_in_two_bytes(tmp_path, matrix):

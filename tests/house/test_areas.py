@@ -173,7 +173,9 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         "export/rewrite sampling store system",
         (
             "recipe",
-            "experts kv_int8 smooth",
+            "codes experts kv_int8 smooth",
+            "follow",
+            "passage",
             "calibrate gptq grid prefill_int8",
             "kernels",
             "activations rotate",
