@@ -22,7 +22,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from fastgen.export.quantize import calibrate, passage, rotate, smooth
+from fastgen.export.quantize import calibrate, passage, rotate, smooth, values_apart
 from fastgen.export.quantize.codes import Codes, FollowedCodes
 from fastgen.export.quantize.kernels import (
     W8A8,
@@ -471,6 +471,8 @@ def planned(
         shown: called with the number of matrices done and their total, as they are.
     """
     recipe = RECIPES[precision]
+    if recipe.bits is not None:
+        values_apart.split(model.graph)
     follows = recipe.bits is not None and passage.can_be_cut(model.graph)
     seen = rows[:: max(1, sum(map(len, rows)) // SEEN)] if follows else rows
     with (

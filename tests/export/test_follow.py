@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from fastgen.export import export
-from fastgen.export.quantize import calibrate, follow, passage, recipe
+from fastgen.export.quantize import calibrate, follow, passage, recipe, values_apart
 from fastgen.export.quantize.kernels import products
 
 ROWS = [np.arange(5, 5 + length) % 90 for length in (24, 9, 17, 30)]
@@ -107,3 +107,17 @@ def test_bits_are_spent_on_matrices_and_no_more_than_there_are(tmp_path):
     assert wide and all("int8" in one["kernel"] for one in wide)
     bits = recipe.RECIPES["int4"].bits
     assert bits - 0.3 < report["weight_bits"] <= bits
+
+
+def test_values_have_a_product_of_their_own_that_says_the_same(directory, model):
+    seen = {}
+    for split in (False, True):
+        if split:
+            assert values_apart.split(model.graph) == 2
+        shapes = [product.shape for product in products(model.graph) if not product.is_head]
+        assert ((64, 32) in shapes) is split
+        with calibrate.shelf(directory) as kept:
+            seen[split] = [x.copy() for x in calibrate.logits(model, ROWS, directory, kept)]
+    for one, other in zip(*seen.values(), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
+    assert values_apart.split(model.graph) == 0

@@ -179,6 +179,7 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
             "calibrate gptq grid prefill_int8",
             "kernels",
             "activations rotate",
+            "values_apart",
             "rotate_values",
             "rotation",
             "parts",
