@@ -271,8 +271,14 @@ class Weights:
         work.open.enter_context(self.open)
         plan = recipe.planned(graph, precision, used, work.shown.part)
         self.plan = self.open.enter_context(plan)
+        if self.plan.has_bits and not work.options.quick:
+            self._sense()
+            self.plan.spend()
         work.graph_directory = work.directory_of("weights")
         return [*self.turned, *self._make(), work.corpus.summary()]
+
+    def _sense(self) -> None:
+        self.plan.sense(self.tuned, self.work.exact, self.work.shown.part)
 
     def _turn(self, directory: Path) -> tuple[onnx_ir.Model, list[str]]:
         """The graph at `directory` with what can be turned, if it still says the same then."""
@@ -316,13 +322,16 @@ class Weights:
         if measured <= target:
             return False
         if not self.plan.sensed:
-            self.plan.sense(self.tuned, self.work.exact, self.work.shown.part)
+            self._sense()
         return self.plan.aim(measured, target)
 
     def _told(self) -> list[str]:
         """Say what became of the matrices."""
         plan, kernels = self.plan, Counter(self.plan.kernels())
-        lines = [", ".join(f"{count} {kernel}" for kernel, count in kernels.most_common())]
+        lines = [
+            ", ".join(f"{count} {kernel}" for kernel, count in kernels.most_common()),
+            f"{plan.weight_bits:.2f} bits a weight of the layers",
+        ]
         lines += [f"{len(plan.smoothed)} smoothed"] if plan.smoothed else []
         if plan.reached:
             unreached = sum(len(mixture.unreached) for mixture in plan.reached)
@@ -340,6 +349,7 @@ class Weights:
         made = plan.made()
         report |= {
             "matrices": [asdict(matrix) for matrix in made],
+            "weight_bits": round(plan.weight_bits, 4),
             "wider": [matrix.name for matrix in made if matrix.wide],
             "smoothed": plan.smoothed,
             "turned": self.turned,

@@ -6,7 +6,7 @@ import math
 import os
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +39,7 @@ LOGITS = "logits"
 ALIGNED = 4096  # bytes: where an array begins in a file
 TOGETHER = 512  # tokens whose moments are made by one product
 SAMPLE = 512  # tokens of an input that are kept as they are, about
+DAMPING = (0.01, 1.0)  # of moments: least and most
 
 
 @dataclass
@@ -48,16 +49,23 @@ class Input:
     Attributes:
         sample: float32 [tokens, in], some of the tokens.
         moments: float32 [in, in], E[x^T x] of all.
+        tokens: of all.
     """
 
     sample: Floats
     moments: Floats
+    tokens: int
 
     def divide(self, scales: Floats) -> None:
         """Have each channel divided by its scale [in]."""
         self.sample /= scales
         self.moments /= scales
         self.moments /= scales[:, None]
+
+
+def damping(size: int, tokens: int) -> float:
+    """Of the moments of `size` inputs (see `gptq.factor`): what they owe to chance, about."""
+    return float(np.clip(2 * size / tokens, *DAMPING))
 
 
 @contextmanager
@@ -91,10 +99,10 @@ def inputs(
                 x = seen[value][:end]
                 square += x.T @ x
         del session  # and what memory its steps took
-        total = np.float32(sum(map(len, rows)))
+        total = sum(map(len, rows))
         for square in squares:
-            square /= total
-        yield {value: Input(samples[value], squares[i]) for i, value in enumerate(wanted)}
+            square /= np.float32(total)
+        yield {value: Input(samples[value], squares[i], total) for i, value in enumerate(wanted)}
 
 
 def _together(rows: Sequence[NDArray[np.int64]]) -> Iterator[list[NDArray[np.int64]]]:
@@ -287,6 +295,13 @@ def running(
     by_name = {value.name: value for node in part.graph for value in node.outputs}
     part.graph.outputs[:] = [by_name[name] for name in names]
     ir.passes.common.RemoveUnusedNodesPass()(part)
+    return opened(part, directory, kept)
+
+
+def opened(
+    part: ir.Model, directory: Path, kept: Shelf | None = None
+) -> onnxruntime.InferenceSession:
+    """A session of a graph, which is changed: see `running`."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     if kept is None:
@@ -317,7 +332,7 @@ def _spill(model: ir.Model, directory: Path, data: Path, kept: Shelf | None) -> 
             place = None if kept is None else kept.place(array)
             if kept is None or kept.path is None or place is None:
                 path, start = data, file.seek(-(-file.tell() // ALIGNED) * ALIGNED)
-                file.write(array.data.cast("B"))
+                file.write(array.reshape(-1).view(np.uint8).data)
             else:
                 path, start = kept.path, place[0]
             value.const_value = ir.ExternalTensor(
@@ -332,9 +347,16 @@ def _spill(model: ir.Model, directory: Path, data: Path, kept: Shelf | None) -> 
 
 
 def feeds(
-    session: onnxruntime.InferenceSession, row: NDArray[np.int64], start: int = 0
+    session: onnxruntime.InferenceSession,
+    row: NDArray[np.int64],
+    start: int = 0,
+    known: Container[str] = (),
 ) -> dict[str, NDArray[Any]]:
-    """Inputs of one row from scratch, its first token at position `start`, for all its logits."""
+    """Inputs of one row from scratch, its first token at position `start`, for all its logits.
+
+    Args:
+        known: names of inputs that are given besides.
+    """
     count = len(row)
     fed = fed_tokens(row[None], np.arange(count)[None]) | {READS_PROMPT.name: np.array(True)}
     fed["position_ids"] += start
@@ -342,6 +364,7 @@ def feeds(
     specs = [
         TensorSpec.declared(declared.name, declared.type, declared.shape)
         for declared in session.get_inputs()
+        if declared.name not in known
     ]
     nothing = {spec.name: spec.zeros(**sizes) for spec in specs if spec.name not in fed}
     return {spec.name: fed[spec.name] for spec in specs if spec.name in fed} | nothing

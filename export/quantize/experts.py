@@ -143,7 +143,7 @@ def _scales(matrix: Array, kernel: Kernel, x: Array) -> Array:
     whole = _whole(kernel, len(matrix))
     if kernel.bits == 8:
         return block_scales(matrix, whole)
-    return search_scales(matrix, whole, np.square(x).mean(axis=0))[0]
+    return search_scales(matrix, whole, np.square(x).mean(axis=0))
 
 
 def _output(x: Array, matrix: Array, kernel: Kernel, scales: Array) -> Array:

@@ -1,184 +1,246 @@
 """Codes that minimise the error of the output, not of the weights.
 
-Scales and zero points: for each block those of a grid that minimise the squared error of its
-weights, each weighed by the second moment of its input. Codes: GPTQ (Frantar et al. 2022, arXiv
-2210.17323): inputs are rounded one after the other, and the error of each is made good by those
-that follow. It is written as Babai's nearest plane, which it is (Chen et al. 2025, arXiv
-2507.18553): an input takes its share of all errors before it when its turn comes.
+GPTQ (Frantar et al. 2022, arXiv 2210.17323): inputs are rounded one after the other, and the error
+of each is made good by those that follow. It is written as Babai's nearest plane, which it is (Chen
+et al. 2025, arXiv 2507.18553): an input takes its share of all errors before it when its turn
+comes. What it is then rounded off by is what no other makes good any more, so the sum of its
+squares is the error of the output.
+
+A block's scale and zero point are found when its turn comes: of a few ranges the one whose codes
+add least to that sum. Then the scale is fitted to the codes, and they to it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
-from typing import Any
+from dataclasses import dataclass
+from functools import cached_property, partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastgen.export.quantize import parts
-from fastgen.export.quantize.kernels import LEVELS, Floats, Kernel, blocks
+from fastgen.export.quantize.kernels import LEVELS, Floats, Kernel, blocks, short
 
 GRID = np.linspace(0.7, 1.05, 15, dtype=np.float32)  # scales that are tried, of the largest weight
-RANGES = np.linspace(0.75, 1.05, 8, dtype=np.float32)  # of the range of a block with a zero point
+RANGES = {4: (0.8, 0.88, 0.96, 1.04), 8: (1.0,)}  # tried, of the range of what a block has to hold
+FITS = 2  # times that a scale is fitted to its codes
 TOGETHER = 32  # inputs that are rounded one by one before the others hear of it
-DAMPING = 0.01  # of the mean diagonal, as in the paper
 
 
-def search_scales(
-    weight: Floats, kernel: Kernel, second_moments: Floats
-) -> tuple[Floats, NDArray[np.uint8]]:
+def search_scales(weight: Floats, kernel: Kernel, second_moments: Floats) -> Floats:
     """Search the scales that minimise sum(E[x^2] (w - w')^2) within each block.
 
     Args:
         weight: float32 [in, out].
-        kernel: bits and block size, and whether blocks have zero points.
+        kernel: bits and block size; it has no zero points.
         second_moments: float32 [in], E[x^2] of each input.
 
     Returns:
-        Scales, float32 [out, blocks], and zero points, uint8 likewise: the middle code where the
-        kernel has none.
+        Scales, float32 [out, blocks].
     """
     moments = blocks(second_moments[:, None].astype(np.float32), kernel.block)  # [1, blocks, block]
     size, out = weight.shape
     scales = np.empty((out, moments.shape[1]), np.float32)
-    zeros = np.empty(scales.shape, np.uint8)
 
     def part(some: slice) -> None:
-        scales[some], zeros[some] = _search(blocks(weight[:, some], kernel.block), kernel, moments)
+        scales[some] = _search(blocks(weight[:, some], kernel.block), kernel, moments)
 
     parts.each(out, size, part)
-    return scales, zeros
+    return scales
 
 
-def _search(weights: Floats, kernel: Kernel, moments: Floats) -> tuple[Floats, Floats]:
+def _search(weights: Floats, kernel: Kernel, moments: Floats) -> Floats:
     """`search_scales` of weights [out, blocks, block], with moments [1, blocks, block]."""
-    last = np.float32(2 * kernel.middle - 1)
+    level = np.float32(LEVELS[kernel.bits])
+    largest = np.abs(weights).max(axis=-1) / level
+    largest[largest == 0] = 1
     best = np.ones(weights.shape[:2], np.float32)
-    zeros = np.zeros_like(best)
     least = np.full(best.shape, np.inf, np.float32)
-    for scales, zero in _grid(weights, kernel, last):
-        cost = _cost(weights, moments, scales, -zero[..., None], last - zero[..., None])
+    for share in GRID:
+        scales = largest * share
+        error = weights / scales[..., None]
+        np.clip(np.rint(error, out=error), -level - 1, level, out=error)
+        error *= scales[..., None]
+        np.square(np.subtract(weights, error, out=error), out=error)
+        error *= moments
+        cost = error.sum(axis=-1)
         better = cost < least
         best[better], least[better] = scales[better], cost[better]
-        zeros[better] = np.broadcast_to(zero, best.shape)[better]
-    return best, zeros
+    return best
 
 
-def _grid(weights: Floats, kernel: Kernel, last: np.float32) -> Iterator[tuple[Floats, Floats]]:
-    """Scales and zero points that are tried; a single one, the middle code, where there are none.
+@dataclass(frozen=True)
+class OnGrid:
+    """A matrix that codes can say.
+
+    Attributes:
+        values: float32 [in, out].
+        scales: float32 [out, blocks].
+        zeros: uint8 [out, blocks], zero points; None where the kernel has none.
+    """
+
+    values: Floats
+    scales: Floats
+    zeros: NDArray[np.uint8] | None
+
+
+def gptq(weight: Floats, kernel: Kernel, factor: Floats, scales: Floats | None = None) -> OnGrid:
+    """The matrix on a grid of `kernel` that is closest to a matrix [in, out] in its output.
+
+    Args:
+        weight: float32 [in, out].
+        kernel: bits and block size, and whether blocks have zero points.
+        factor: of the second moments of the inputs, see `factor`.
+        scales: [out], of a kernel per channel.
+    """
+    size, count = weight.shape
+    step = kernel.block or TOGETHER
+    starts = range(0, size, step)
+    diagonal: Floats = np.diag(factor)
+    values = np.empty((size, count), np.float32)
+    errors = np.empty((size, count), np.float32)
+    held = np.empty((count, len(starts)), np.float32)
+    zeros = np.full(held.shape, kernel.middle, np.uint8)
+
+    def part(at: int, rows: slice, shares: Floats, wanted: Floats, some: slice) -> None:
+        block = _Block(
+            weight[rows, some], wanted[:, some], shares[:, rows], np.square(diagonal[rows])
+        )
+        if scales is None:
+            found = block.searched(kernel)
+        else:
+            found = block.rounded(scales[some], zeros[some, at].astype(np.float32), kernel)
+        held[some, at], zeros[some, at] = found.scale, found.zero
+        np.multiply(found.codes, found.scale, out=values[rows, some])
+        np.subtract(weight[rows, some], values[rows, some], out=errors[rows, some])
+
+    for at, start in enumerate(starts):
+        rows = slice(start, min(start + step, size))
+        # What an input takes over of the error of each one before it.
+        shares = factor[rows, : rows.stop] / diagonal[rows, None]
+        wanted = np.asarray(weight[rows] + shares[:, :start] @ errors[:start], np.float32)
+        parts.each(count, len(RANGES[kernel.bits]) * step, partial(part, at, rows, shares, wanted))
+    return OnGrid(values, held, zeros if kernel.zero_points else None)
+
+
+@dataclass
+class _Codes:
+    """Codes of a block, zero being zero.
+
+    Attributes:
+        scale, zero: [out].
+        codes: [block, out].
+        cost: [out], what they add to the error of the output.
+    """
+
+    scale: Floats
+    zero: Floats
+    codes: Floats
+    cost: Floats
+
+    def take(self, other: _Codes) -> None:
+        """Take over what costs less in the other."""
+        less = other.cost < self.cost
+        for name in ("scale", "zero", "codes", "cost"):
+            np.copyto(getattr(self, name), getattr(other, name), where=less)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Inputs whose turn it is, of some outputs.
+
+    Attributes:
+        weight: [block, out].
+        wanted: [block, out], with the errors of earlier blocks made good.
+        shares: [block, block], what an input takes over of the error of another; ones for its own.
+        costs: [block], of the square of what an input is rounded off by.
+    """
+
+    weight: Floats
+    wanted: Floats
+    shares: Floats
+    costs: Floats
+
+    def rounded(self, scale: Floats, zero: Floats, kernel: Kernel) -> _Codes:
+        """The codes of one input after the other."""
+        low, high = -zero, np.float32(2 * kernel.middle - 1) - zero
+        rest = self.wanted.copy()
+        codes, change = np.empty_like(rest), np.empty_like(rest)
+        cost = np.zeros_like(scale)
+        for i in range(len(rest)):
+            code, left = codes[i], rest[i]
+            np.divide(left, scale, out=code)
+            np.clip(np.rint(code, out=code), low, high, out=code)
+            value = code * scale
+            np.multiply(self.shares[i + 1 :, i, None], self.weight[i] - value, out=change[i + 1 :])
+            rest[i + 1 :] += change[i + 1 :]
+            left -= value
+            cost += self.costs[i] * np.square(left)
+        return _Codes(scale, zero, codes, cost)
+
+    @cached_property
+    def _target(self) -> Floats:
+        """[block, out]: what `shares` times the values should be."""
+        return np.asarray(self.wanted - self.weight + self.shares @ self.weight)
+
+    def fitted(self, found: _Codes) -> _Codes:
+        """The same codes with the scale that costs least with them."""
+        mixed = self.shares @ found.codes
+        square = self.costs @ np.square(mixed)
+        scale = self.costs @ (mixed * self._target)
+        fits = (square > 0) & (scale > 0)
+        scale = short(np.divide(scale, square, out=found.scale.copy(), where=fits))
+        cost = self.costs @ np.square(self._target - mixed * scale)
+        return _Codes(scale, found.zero, found.codes, cost)
+
+    def searched(self, kernel: Kernel) -> _Codes:
+        """The codes of the best of some grids, whose scale is fitted to them."""
+        first, *others = _grid(self.wanted, kernel)
+        best = self.rounded(*first, kernel)
+        for grid in others:
+            best.take(self.rounded(*grid, kernel))
+        for again in range(FITS):
+            if again:
+                best.take(self.rounded(best.scale.copy(), best.zero, kernel))
+            best.take(self.fitted(best))
+        return best
+
+
+def _grid(wanted: Floats, kernel: Kernel) -> Iterator[tuple[Floats, Floats]]:
+    """Scales and zero points [out] that are tried; the middle code, where there are none.
 
     With zero points the middle code is the middle of a block's range. Zero is in every range, so
     that it is one of the codes.
     """
     if not kernel.zero_points:
-        largest = np.abs(weights).max(axis=-1) / np.float32(LEVELS[kernel.bits])
+        largest = np.abs(wanted).max(axis=0) / np.float32(LEVELS[kernel.bits])
         largest[largest == 0] = 1
-        for share in GRID:
-            yield largest * share, np.array(kernel.middle, np.float32)
+        zero = np.full_like(largest, kernel.middle)
+        for share in RANGES[kernel.bits]:
+            yield short(largest * np.float32(share)), zero
         return
-    high, low = weights.max(axis=-1).clip(0), weights.min(axis=-1).clip(None, 0)
+    last = np.float32(2 * kernel.middle - 1)
+    high, low = wanted.max(axis=0).clip(0), wanted.min(axis=0).clip(None, 0)
     whole = (high - low) / last
     whole[whole == 0] = 1
-    for share in RANGES:
-        scales = whole * share
-        yield scales, np.clip(np.rint((last - (high + low) / scales) / 2), 0, last)
+    for share in RANGES[kernel.bits]:
+        scale = short(whole * np.float32(share))
+        yield scale, np.clip(np.rint((last - (high + low) / scale) / 2), 0, last)
 
 
-def _cost(weights: Floats, moments: Floats, scales: Floats, low: Any, high: Any) -> Floats:
-    """[out, blocks]: the weighed squared error of weights rounded to codes from `low` to `high`."""
-    error = weights / scales[..., None]
-    np.clip(np.rint(error, out=error), low, high, out=error)
-    error *= scales[..., None]
-    np.square(np.subtract(weights, error, out=error), out=error)
-    error *= moments
-    return np.asarray(error.sum(axis=-1))
-
-
-def gptq(
-    weight: Floats,
-    kernel: Kernel,
-    scales: Floats,
-    factor: Floats,
-    zeros: NDArray[np.uint8] | None = None,
-) -> Floats:
-    """A matrix [in, out] whose weights lie on the grid of `scales`, closest in its output.
-
-    Args:
-        weight: float32 [in, out].
-        kernel: bits and block size.
-        scales: [out, blocks].
-        factor: of the second moments of the inputs, see `factor`.
-        zeros: [out, blocks], zero points, if the kernel has them.
-    """
-    level = np.full(scales.shape, LEVELS[kernel.bits], np.float32)
-    low = -level - 1 if zeros is None else -zeros.astype(np.float32)
-    high = level if zeros is None else low + (2 * kernel.middle - 1)
-    size, count = weight.shape
-    diagonal: Floats = np.diag(factor)
-    rounded = np.empty((size, count), np.float32)
-    errors = np.empty((size, count), np.float32)
-    for start in range(0, size, TOGETHER):
-        end = min(start + TOGETHER, size)
-        # What an input takes over of the error of each one before it.
-        shares = factor[start:end, :end] / diagonal[start:end, None]
-        wanted = np.asarray(weight[start:end] + shares[:, :start] @ errors[:start], np.float32)
-        block = start // (kernel.block or size)
-        part = partial(
-            _round,
-            weight[start:end],
-            wanted,
-            rounded[start:end],
-            errors[start:end],
-            shares[:, start:],
-            np.ascontiguousarray(scales[:, block]),
-            np.ascontiguousarray(low[:, block]),
-            np.ascontiguousarray(high[:, block]),
-        )
-        parts.each(count, end - start, part)
-    return rounded
-
-
-def _round(
-    weight: Floats,
-    wanted: Floats,
-    rounded: Floats,
-    errors: Floats,
-    shares: Floats,
-    scale: Floats,
-    low: Floats,
-    high: Floats,
-    some: slice,
-) -> None:
-    """The rows of a block, one after the other, of some outputs.
-
-    Args:
-        weight: [block, out].
-        wanted: [block, out], with the errors of earlier blocks made good.
-        rounded, errors: [block, out], to be filled.
-        shares: [block, block].
-        scale, low, high: [out]; codes reach from low to high.
-    """
-    rest, scale, low, high = wanted[:, some], scale[some], low[some], high[some]
-    change = np.empty_like(rest)
-    for i in range(len(rest)):
-        row, error = rounded[i, some], errors[i, some]
-        np.divide(rest[i], scale, out=row)
-        np.clip(np.rint(row, out=row), low, high, out=row)
-        row *= scale
-        np.subtract(weight[i, some], row, out=error)
-        np.multiply(shares[i + 1 :, i, None], error, out=change[i + 1 :])
-        rest[i + 1 :] += change[i + 1 :]
-
-
-def factor(moments: Floats) -> Floats:
+def factor(moments: Floats, damping: float) -> Floats:
     """Lower triangle G [in, in] with G^T G = the damped second moments E[x^T x] of the inputs.
 
     It is the inverse of the factor that the paper has, of the inverse of the moments: nothing has
-    to be inverted. Damping bounds the moments' condition by in / DAMPING, so that what float32
-    rounds is to them as if the damping were a few hundredths more or less.
+    to be inverted.
+
+    Args:
+        damping: of the mean diagonal, see `calibrate.damping`. Moments of few tokens say more of
+            these than of others. It also bounds the moments' condition, so that what float32
+            rounds is to them as if it were a few hundredths more or less.
     """
     backwards = np.ascontiguousarray(moments[::-1, ::-1])
     diagonal = np.einsum("ii->i", backwards)
-    diagonal += DAMPING * diagonal.mean(dtype=np.float64) + 1e-12
+    diagonal += damping * diagonal.mean(dtype=np.float64) + 1e-12
     return np.asarray(np.linalg.cholesky(backwards)[::-1, ::-1].T)

@@ -68,6 +68,12 @@ class Kernel:
         return f"int{self.bits}{shared}{', turned' if self.turned else ''}"
 
     @property
+    def weight_bits(self) -> float:
+        """Bits of a weight, with its share of a scale and a zero point; see `short`."""
+        shared = 16 + (self.bits if self.zero_points else 0)
+        return self.bits + (shared / self.block if self.block else 0)
+
+    @property
     def middle(self) -> int:
         """The code that is zero where there are no zero points."""
         return 1 << (self.bits - 1)
@@ -244,6 +250,33 @@ def block_scales(weight: Floats, kernel: Kernel) -> Floats:
     return scales
 
 
+def block_grid(weight: Floats, kernel: Kernel) -> tuple[Floats, NDArray[np.uint8] | None]:
+    """Scales and zero points [out, blocks] of the whole range of each block; see `gptq`."""
+    if not kernel.zero_points:
+        return block_scales(weight, kernel), None
+    size, out = weight.shape
+    scales = np.empty((out, -(-size // kernel.block)), np.float32)
+    zeros = np.empty(scales.shape, np.uint8)
+    last = np.float32(2 * kernel.middle - 1)
+
+    def part(some: slice) -> None:
+        held = blocks(weight[:, some], kernel.block)
+        high, low = held.max(axis=-1).clip(0), held.min(axis=-1).clip(None, 0)
+        whole = (high - low) / last
+        whole[whole == 0] = 1
+        scales[some] = whole
+        zeros[some] = np.clip(np.rint((last - (high + low) / whole) / 2), 0, last)
+
+    parts.each(out, size, part)
+    return scales, zeros
+
+
+def short(scales: Floats) -> Floats:
+    """Scales that the upper halves of their floats say: they are stored in two bytes (bfloat16)."""
+    bits = np.ascontiguousarray(scales, np.float32).view(np.uint32)
+    return ((bits + np.uint32(1 << 15)) & np.uint32(0xFFFF0000)).view(np.float32)
+
+
 def codes_shape(scales: Floats, kernel: Kernel) -> tuple[int, ...]:
     """The shape of block codes with scales [out, blocks]."""
     return *scales.shape, kernel.block * kernel.bits // 8
@@ -392,7 +425,7 @@ def _replace_nbits(graph: ir.Graph, product: Product, choice: Choice) -> None:
         codes = add_lazily(graph, name, make, codes_shape(scales, kernel), ir.DataType.UINT8)
     else:
         codes = add_initializer(graph, name, choice.codes)
-    scale = add_initializer(graph, f"{product.name}.scales", scales)
+    scale = _scales(graph, product, scales)
     zeros = [] if choice.zeros is None else [_zero_points(graph, product.name, choice.zeros)]
     attributes = {"K": size, "N": out, "bits": kernel.bits, "block_size": kernel.block}
     (result,) = insert(
@@ -409,6 +442,18 @@ def _replace_nbits(graph: ir.Graph, product: Product, choice: Choice) -> None:
             if use.node.op_type == "Gather":
                 assert not zeros, f"{product.name}: an embedding has no zero points"
                 _gather_codes(graph, use.node, codes, scale, kernel, size)
+
+
+def _scales(graph: ir.Graph, product: Product, scales: Floats) -> ir.Value:
+    """Scales float32 [out, blocks]: those of two bytes become so on loading, as constants do."""
+    name = f"{product.name}.scales"
+    if product.transposed or not np.array_equal(short(scales), scales):
+        return add_initializer(graph, name, scales)
+    halves = (scales.view(np.uint32) >> np.uint32(16)).astype(np.uint16)
+    held = add_initializer(graph, name, halves.view(ir.DataType.BFLOAT16.numpy()))
+    (scale,) = insert(product.node, "Cast", [held], {"to": int(ir.DataType.FLOAT)})
+    scale.shape, scale.dtype = held.shape, ir.DataType.FLOAT
+    return scale
 
 
 def _zero_points(graph: ir.Graph, name: str, zeros: NDArray[np.uint8]) -> ir.Value:

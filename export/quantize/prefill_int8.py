@@ -43,6 +43,7 @@ from fastgen.store.model_info import GRAPH, UNPACK
 
 PRODUCTS = ("MatMul", "FusedMatMul", "MatMulNBits")
 GIVEN = (".second.int8", ".second.channels")  # how names of constants end that a session is given
+SCALES = (ir.DataType.FLOAT, ir.DataType.BFLOAT16)
 GROUP = 512  # inputs that are rounded together in groups, at most
 HALVES = 8  # matrices of a kind from which on early and late ones are told apart
 
@@ -105,8 +106,8 @@ def memory(directory: Path) -> int:
     total = 0
     for node in either.attributes["then_branch"].as_graph().all_nodes():
         if node.op_type in (*PRODUCTS, "MatMulIntegerToFloat"):
-            held = [value for value in node.inputs[1:4] if value is not None and is_constant(value)]
-            total += sum(tensor_of(value).nbytes for value in held)
+            held = [_held(value) for value in node.inputs[1:4] if value is not None]
+            total += sum(tensor_of(value).nbytes for value in held if is_constant(value))
     return total
 
 
@@ -223,14 +224,22 @@ def _is_packed(node: ir.Node) -> bool:
 
 
 def _is_ours(node: ir.Node) -> bool:
-    """Tell if it has scales in float32, whole zero points or none, and nothing else."""
-    given = [value for value in node.inputs[2:] if value is not None]
-    held = [value.const_value for value in given]
-    kinds = [None if tensor is None else tensor.dtype for tensor in held]
-    return len(held) == len(node.inputs[2:]) and kinds in (
-        [ir.DataType.FLOAT],
-        [ir.DataType.FLOAT, ir.DataType.UINT8],
-    )
+    """Tell if it has scales in four or two bytes, whole zero points or none, and nothing else."""
+    given = [_held(value) for value in node.inputs[2:] if value is not None]
+    if len(given) != len(node.inputs[2:]) or not all(map(is_constant, given)):
+        return False
+    scales, *zeros = (tensor_of(value).dtype for value in given)
+    return scales in SCALES and zeros in ([], [ir.DataType.UINT8])
+
+
+def _held(value: ir.Value) -> ir.Value:
+    """The constant that becomes `value` on loading; itself, if it is one or is none."""
+    node = value.producer()
+    return input_of(node, 0) if node is not None and _makes_constant(node) else value
+
+
+def _makes_constant(node: ir.Node) -> bool:
+    return node.op_type == "Cast" and is_constant(node.inputs[0])
 
 
 def _heads(graph: ir.Graph) -> set[ir.Node]:
@@ -256,11 +265,18 @@ def _heads(graph: ir.Graph) -> set[ir.Node]:
 
 
 def _layers(graph: ir.Graph, replaced: Collection[str]) -> list[ir.Node]:
-    """The nodes that differ in both forms or follow one that does, but for what makes logits."""
+    """The nodes that differ in both forms or follow one that does, but for what makes logits; and
+    what makes their constants.
+    """
     after_head = _followed(graph, _heads(graph))
     changed = [node for node in graph if _name(node) in replaced]
-    follow = _followed(graph, changed)
-    return [node for node in graph if node in follow and node not in after_head]
+    inner = _followed(graph, changed) - after_head
+    inner |= {
+        node
+        for node in graph
+        if _makes_constant(node) and all(use.node in inner for use in node.outputs[0].uses())
+    }
+    return [node for node in graph if node in inner]
 
 
 def _followed(graph: ir.Graph, nodes: Iterable[ir.Node]) -> set[ir.Node]:
@@ -429,8 +445,11 @@ class _Unpacking:
         op, number = self._tape.op, self._number
         size, out, block = (node.attributes[key].as_int() for key in ("K", "N", "block_size"))
         bits, count = node.attributes.get_int("bits", 4), -(-size // block)
-        name, held = str(input_of(node, 1).name), input_of(node, 2)
-        scales = self._constant(str(held.name), _seen_as(held, ir.DataType.FLOAT, [out, count]))
+        name, held = str(input_of(node, 1).name), _held(input_of(node, 2))
+        kept = _seen_as(held, tensor_of(held).dtype, [out, count])
+        scales = self._constant(str(held.name), kept)
+        if kept.dtype != ir.DataType.FLOAT:
+            scales = op("Cast", [scales], attributes={"to": int(ir.DataType.FLOAT)})
         codes = self._constant(name, _codes(node, 1, [out, count, block], bits))
         values = op("Cast", [codes], attributes={"to": int(ir.DataType.FLOAT)})
         values = op("Sub", [values, self._zero_points(node, out, count, bits)])
@@ -528,5 +547,6 @@ def _seen_as(value: ir.Value, dtype: ir.DataType, shape: Sequence[int]) -> ir.Te
     raw = np.frombuffer(held.tobytes(), np.uint8)
     if dtype == ir.DataType.UINT4:
         raw = np.stack([raw & 15, raw >> 4], axis=-1)
-    array = raw.view(np.float32) if dtype == ir.DataType.FLOAT else raw
-    return ir.tensor(array.reshape(shape), dtype=dtype, name=str(value.name))
+    else:
+        raw = raw.view(dtype.numpy())
+    return ir.tensor(raw.reshape(shape), dtype=dtype, name=str(value.name))

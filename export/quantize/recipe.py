@@ -10,10 +10,10 @@ again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -22,23 +22,17 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from fastgen.export.quantize import calibrate, rotate, rotation, smooth
+from fastgen.export.quantize import calibrate, passage, rotate, smooth, values_apart
+from fastgen.export.quantize.codes import Codes, FollowedCodes
 from fastgen.export.quantize.divergence import beside
-from fastgen.export.quantize.gptq import factor, gptq, search_scales
 from fastgen.export.quantize.kernels import (
     W8A8,
     Choice,
     Floats,
     Kernel,
     Product,
-    block_codes,
-    block_scales,
-    channel_codes,
-    channel_scales,
-    codes_shape,
     products,
     quantize,
-    turned_matrix,
 )
 from fastgen.export.quantize.parts import side_by_side
 from fastgen.system.memory import trim
@@ -51,6 +45,8 @@ COLUMNS = 256  # of its outputs
 SENSED = 512  # tokens that kinds of matrices are measured on, about
 HALVES = 8  # matrices of a kind from which on early and late ones are told apart
 TOLD = 3  # matrices of a kind that tell what a rung leaves of its error
+SEEN = 1024  # tokens on which inputs are looked at, where codes follow each other, about
+FLOAT_BITS = 32
 TURNED = 128  # inputs that are turned together, at most
 TURNING = 0.8  # cost of a float32 weight of what turns them
 
@@ -83,12 +79,15 @@ class Recipe:
         head: of `lm_head`, and of the embedding that shares its matrix.
         experts: of the experts of a mixture.
         tokens: of calibration, about.
+        bits: of a weight of the decoder's matrices, that may be used whatever the target; None for
+            those of the first rung.
     """
 
     ladder: tuple[Rung, ...]
     head: Kernel
     experts: Kernel
     tokens: int
+    bits: float | None = None
 
 
 # What a kernel costs: see bench/README.md. In blocks of at most 64 (8 bits) or 32 (4 bits) it adds
@@ -116,6 +115,7 @@ RECIPES = {
         head=Kernel(8, 64),
         experts=Kernel(4, 128),
         tokens=8192,
+        bits=5.0,
     ),
 }
 
@@ -148,14 +148,6 @@ class Matrix:
     product: Product
     may_climb: bool
     rung: int = 0
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Second moments of an input: their diagonal [in], and their factor (see `gptq`)."""
-
-    diagonal: Floats
-    factor: Floats
 
 
 @dataclass(frozen=True)
@@ -193,6 +185,7 @@ class Plan:
         model: ir.Model,
         recipe: Recipe,
         inputs: Mapping[ir.Value, calibrate.Input],
+        codes: Codes,
         directory: Path,
         kept: calibrate.Shelf,
     ) -> None:
@@ -201,12 +194,11 @@ class Plan:
             directory: of the file that the graph's weights are in.
             kept: a shelf below it.
         """
-        self._model, self._recipe, self._inputs = model, recipe, inputs
+        self._model, self._recipe, self._inputs, self._codes = model, recipe, inputs, codes
         self._directory, self._kept = directory, kept
         self._experts = _experts(model.graph)
         self._mixed: dict[str, list[experts.Stored]] = {}
         self._products = products(model.graph)
-        self._choices: dict[tuple[str, Kernel], Choice] = {}
         self._matrices: dict[str, Matrix] = {}
         self.smoothed: list[str] = []
         self.reached: list[experts.Reached] = []
@@ -259,7 +251,7 @@ class Plan:
             return 0.0
         x = self._inputs[product.input].sample
         columns = slice(None, None, max(1, product.shape[1] // COLUMNS))
-        choice = self._choice(product, kernel).of_columns(columns)
+        choice = self._codes.of(product, kernel).of_columns(columns)
         weight = np.ascontiguousarray(product.weight[:, columns])
         return calibrate.output_error(x[:: max(1, len(x) // SAMPLE)], weight, choice)
 
@@ -325,6 +317,28 @@ class Plan:
 
     # --- what is decided -------------------------------------------------------------------------
 
+    @property
+    def has_bits(self) -> bool:
+        """True if a weight may have more bits than the kernel that its matrix begins with."""
+        climbs = any(matrix.may_climb for matrix in self._matrices.values())
+        return climbs and self._recipe.bits is not None
+
+    def spend(self) -> None:
+        """Send matrices up to the rung of more bits, as long as there are bits for them: those of
+        kinds first that save most for theirs.
+        """
+        bits = [_bits(rung.kernel) for rung in self._recipe.ladder]
+        wider = next(rung for rung, more in enumerate(bits) if more > bits[0])
+        kinds = self._kinds()
+        weights = {name: sum(map(_weights, members)) for name, members in kinds.items()}
+        assert self._recipe.bits is not None
+        left = (self._recipe.bits - bits[0]) * sum(weights.values())
+        for name in sorted(kinds, key=lambda kind: -self.sensed[kind] / weights[kind]):
+            for matrix in kinds[name]:
+                more = (bits[wider] - bits[0]) * _weights(matrix)
+                if more <= left:
+                    matrix.rung, left = wider, left - more
+
     def aim(self, measured: float, kl: float) -> bool:
         """Send kinds up until the whole, which costs `measured`, may cost as little as `kl`.
 
@@ -336,7 +350,7 @@ class Plan:
         """
         kinds = self._kinds()
         self._tell(kinds)
-        now = {name: self._expected(name, members[0].rung) for name, members in kinds.items()}
+        now = {name: self._expected(name, _lowest(members)) for name, members in kinds.items()}
         share = measured / max(sum(now.values()) + self.rest, 1e-12)
         hoped, moved = dict(now), False
         while share * (sum(hoped.values()) + self.rest) > kl or not moved:
@@ -347,7 +361,7 @@ class Plan:
             now[step.kind] -= step.saves
             hoped[step.kind] = 0.0
             for matrix in kinds[step.kind]:
-                matrix.rung, moved = step.rung, True
+                matrix.rung, moved = max(matrix.rung, step.rung), True
         return moved
 
     def _steps(
@@ -356,12 +370,12 @@ class Plan:
         """Every step up that is likely to save anything."""
         ladder = self._recipe.ladder
         for name, members in kinds.items():
-            first = members[0]
+            first = _lowest(members)
             costs = [sum(rung.cost_of(matrix.product) for matrix in members) for rung in ladder]
-            for rung in range(first.rung + 1, len(ladder)):
+            for rung in range(first + 1, len(ladder)):
                 saves = now[name] - self._expected(name, rung)
                 if saves > 0:
-                    yield Step(name, rung, saves, costs[rung] - costs[first.rung])
+                    yield Step(name, rung, saves, costs[rung] - costs[first])
 
     def _tell(self, kinds: Mapping[str, Sequence[Matrix]]) -> None:
         """Find out what each rung leaves of each kind's error, by its squares."""
@@ -392,11 +406,22 @@ class Plan:
 
     def make(self, shown: Callable[[int, int], None]) -> ir.Model:
         """The graph as it is decided."""
+        settled = {
+            one.product: self._kernel(one) for one in self._matrices.values() if one.may_climb
+        }
+        self._codes.settle({one: kernel for one, kernel in settled.items() if kernel}, shown)
         self._choose(shown)
         model = self._quantised(self._matrices.keys())
         if self._experts is not None:
             self._stored = list(self._experts.quantize(model, self._mixed))
         return model
+
+    @property
+    def weight_bits(self) -> float:
+        """Of the matrices on the ladder, scales and zero points included: on average."""
+        matrices = [matrix for matrix in self._matrices.values() if matrix.may_climb]
+        bits = sum(_weights(matrix) * _bits(self._kernel(matrix)) for matrix in matrices)
+        return bits / max(1, sum(map(_weights, matrices)))
 
     def kernels(self) -> list[str]:
         """The kernel of each matrix."""
@@ -426,7 +451,7 @@ class Plan:
             kernel = self._kernel(matrix)
             if kernel is None or product.name not in names:
                 return None
-            return self._choice(matrix.product, kernel)
+            return self._codes.of(matrix.product, kernel)
 
         quantize(model, choice)
         return model
@@ -439,74 +464,9 @@ class Plan:
         return None if kernel is None else fitting(kernel, product)
 
     def _choose(self, shown: Callable[[int, int], None]) -> None:
-        """Make the codes that are missing, side by side where matrices read different values."""
-        together: dict[tuple[ir.Value, int], list[tuple[Product, Kernel]]] = {}
-        for matrix in self._matrices.values():
-            product, kernel = matrix.product, self._kernel(matrix)
-            if kernel is None or (product.name, kernel) in self._choices:
-                continue
-            if product.is_head:  # the largest, on all cores
-                self._choice(product, kernel)
-            else:
-                key = product.input, kernel.turned
-                together.setdefault(key, []).append((product, kernel))
-        work = partial(self._best_of, together)
-        for done, made in enumerate(side_by_side(work, list(together))):
-            shown(done, len(together))
-            self._choices |= made
-
-    def _best_of(
-        self,
-        together: Mapping[tuple[ir.Value, int], Sequence[tuple[Product, Kernel]]],
-        key: tuple[ir.Value, int],
-    ) -> dict[tuple[str, Kernel], Choice]:
-        """Choices of matrices that read the same value, by its moments."""
-        moments = self._moments(*key)
-        return {
-            (product.name, kernel): self._best(product, kernel, moments)
-            for product, kernel in together[key]
-        }
-
-    def _choice(self, product: Product, kernel: Kernel) -> Choice:
-        """Scales and codes of a matrix, made once for a kernel."""
-        if (product.name, kernel) not in self._choices:
-            self._choices[product.name, kernel] = (
-                self._nearest(product, kernel)
-                if product.is_head
-                else self._best(product, kernel, self._moments(product.input, kernel.turned))
-            )
-        return self._choices[product.name, kernel]
-
-    def _nearest(self, product: Product, kernel: Kernel) -> Choice:
-        """The nearest codes of a head, whose matrix may be the embedding's: it is the largest."""
-        scales = block_scales(product.weight, kernel)
-        codes = self._kept.room(codes_shape(scales, kernel), np.uint8)
-        return Choice(kernel, scales, block_codes(product.weight, kernel, scales, out=codes))
-
-    def _best(self, product: Product, kernel: Kernel, moments: Moments) -> Choice:
-        """Scales and GPTQ's codes."""
-        weight = product.weight
-        if kernel.turned:
-            weight = turned_matrix(kernel.turned, False, weight)
-        weight = np.ascontiguousarray(weight)
-        if kernel.block == 0:
-            scales = channel_scales(weight)
-            on_grid = gptq(weight, kernel, scales[:, None], moments.factor)
-            return Choice(kernel, scales, self._kept(channel_codes(on_grid, scales)[0]))
-        if kernel.zero_points:
-            scales, zeros = search_scales(weight, kernel, moments.diagonal)
-        else:
-            scales, zeros = block_scales(weight, kernel), None
-        on_grid = gptq(weight, kernel, scales, moments.factor, zeros)
-        codes = self._kept(block_codes(on_grid, kernel, scales, zeros))
-        return Choice(kernel, scales, codes, zeros)
-
-    def _moments(self, value: ir.Value, turned: int) -> Moments:
-        """Of a product's input."""
-        moments = self._inputs[value].moments
-        if turned:
-            moments = rotation.turned(rotation.turned(moments, turned).T, turned)
-        return Moments(np.diag(moments), factor(moments))
+        """Make the codes that are missing."""
+        kernels = {one.product: self._kernel(one) for one in self._matrices.values()}
+        self._codes.make({one: kernel for one, kernel in kernels.items() if kernel}, shown)
 
 
 @contextmanager
@@ -527,12 +487,20 @@ def planned(
         rows: calibration ids.
         shown: called with the number of matrices done and their total, as they are.
     """
+    recipe = RECIPES[precision]
+    if recipe.bits is not None:
+        values_apart.split(model.graph)
+    follows = recipe.bits is not None and passage.can_be_cut(model.graph)
+    seen = rows[:: max(1, sum(map(len, rows)) // SEEN)] if follows else rows
     with (
-        calibrate.inputs(model, products(model.graph), rows) as inputs,
+        calibrate.inputs(model, products(model.graph), seen) as inputs,
         calibrate.weights_directory(model) as directory,
         calibrate.named_shelf(directory) as kept,
     ):
-        plan = Plan(model, RECIPES[precision], inputs, directory, kept)
+        codes = Codes(inputs, kept)
+        if follows:
+            codes = FollowedCodes(inputs, kept, model, rows, directory)
+        plan = Plan(model, recipe, inputs, codes, directory, kept)
         plan.prepare(rows, shown)
         trim()
         yield plan
@@ -545,6 +513,19 @@ def _experts(graph: ir.Graph) -> ModuleType | None:
     from fastgen.export.quantize import experts
 
     return experts
+
+
+def _bits(kernel: Kernel | None) -> float:
+    return FLOAT_BITS if kernel is None else kernel.weight_bits
+
+
+def _weights(matrix: Matrix) -> int:
+    return math.prod(matrix.product.shape)
+
+
+def _lowest(members: Sequence[Matrix]) -> int:
+    """The rung of a kind: some of it may be further up."""
+    return min(matrix.rung for matrix in members)
 
 
 def _is_turned(product: Product) -> bool:

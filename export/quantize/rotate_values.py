@@ -39,7 +39,7 @@ def turn_values(graph: ir.Graph, node: ir.Node) -> bool:
     if not reads or not _is_own_matrix(after.inputs[1]):
         return False
     count = node.attributes.get_int("kv_num_heads", 0) * size
-    written = _written_by(node, count)
+    written = written_by(node, count)
     if written is None:
         return False
     writers, start = written
@@ -54,7 +54,7 @@ def _is_own_matrix(value: ir.Value | None) -> bool:
     return only_use(value) and rank(value) == 2 and is_float(value)
 
 
-def _written_by(node: ir.Node, count: int) -> tuple[list[tuple[ir.Node, int]], int] | None:
+def written_by(node: ir.Node, count: int) -> tuple[list[tuple[ir.Node, int]], int] | None:
     """The product (and the bias) that makes a layer's values, and their first column in it."""
     value, start = node.inputs[2], 0
     if value is None:  # packed: queries, keys and values

@@ -76,7 +76,10 @@ def _notes(report: dict[str, Any]) -> list[str]:
         notes += report["turned"]
     if report.get("matrices"):
         kernels = Counter(one["kernel"] for one in report["matrices"]).most_common()
-        notes.append("matrices: " + "; ".join(f"{count} {kernel}" for kernel, count in kernels))
+        matrices = [f"{count} {kernel}" for kernel, count in kernels]
+        if "weight_bits" in report:
+            matrices.append(f"{report['weight_bits']:.2f} bits a weight of the layers")
+        notes.append(f"matrices: {'; '.join(matrices)}")
     if report.get("kinds"):
         costly = sorted(report["kinds"].items(), key=lambda one: -one[1])[:SHOWN]
         told = ", ".join(f"{name} {kl:.1e}" for name, kl in costly)

@@ -97,7 +97,9 @@ def test_zero_points_take_a_block_from_its_smallest_weight_to_its_largest():
     drawn = np.random.default_rng(1).standard_normal((96, 12)).astype(np.float32)
     weight, kernel = np.abs(drawn) + 0.5, Kernel(4, 32, zero_points=True)
     weight[:, 3], weight[:, 4] = 0, -weight[:, 4]
-    scales, zeros = gptq.search_scales(weight, kernel, np.ones(96, np.float32))
+    plain = gptq.factor(np.eye(96, dtype=np.float32), 0.01)
+    made = gptq.gptq(weight, kernel, plain)
+    scales, zeros = made.scales, made.zeros
     assert zeros.dtype == np.uint8 and zeros.max() == 15 and zeros.min() == 0
     codes = block_codes(weight, kernel, scales, zeros)
     values = codes_values(codes, kernel, scales, 96, zeros)
@@ -105,7 +107,7 @@ def test_zero_points_take_a_block_from_its_smallest_weight_to_its_largest():
     assert (np.abs(values - weight) <= step / 2 + np.abs(weight) / 4).all()
     assert not values[:, 3].any()
     symmetric = Choice(
-        Kernel(4, 32), gptq.search_scales(weight, Kernel(4, 32), np.ones(96, np.float32))[0]
+        Kernel(4, 32), gptq.search_scales(weight, Kernel(4, 32), np.ones(96, np.float32))
     )
     error = np.linalg.norm(values - weight)
     assert error < 0.6 * np.linalg.norm(calibrate.stored(weight, symmetric) - weight)
@@ -125,10 +127,10 @@ def test_searched_scales_and_gptq_each_lower_the_error_of_the_output(random, mat
     x = (matrix(600, 96) @ mixed) * np.exp(random.standard_normal(96)).astype(np.float32)
     weight, kernel = matrix(96, 40), Kernel(4, 32)
     plain = Choice(kernel)
-    scales, _ = gptq.search_scales(weight, kernel, np.einsum("ti,ti->i", x, x) / len(x))
+    scales = gptq.search_scales(weight, kernel, np.einsum("ti,ti->i", x, x) / len(x))
     searched = Choice(kernel, scales)
-    rounded = gptq.gptq(weight, kernel, scales, gptq.factor(x.T @ x / len(x)))
-    better = Choice(kernel, scales, block_codes(rounded, kernel, scales))
+    made = gptq.gptq(weight, kernel, gptq.factor(x.T @ x / len(x), 0.01))
+    better = Choice(kernel, made.scales, block_codes(made.values, kernel, made.scales))
 
     def error(choice):
         exact = x @ weight
@@ -137,7 +139,7 @@ def test_searched_scales_and_gptq_each_lower_the_error_of_the_output(random, mat
     assert error(searched) < error(plain)
     assert error(better) < 0.8 * error(searched)
     on_grid = calibrate.stored(weight, better)
-    np.testing.assert_allclose(on_grid, rounded, atol=1e-5)
+    np.testing.assert_allclose(on_grid, made.values, atol=1e-5)
 
 
 def test_a_row_does_not_feel_its_neighbours(quantized, random):
@@ -183,7 +185,8 @@ def test_the_report_says_what_was_kept_and_lost(quantized):
     assert report["precision"] == precision
     assert report["fp32"]["greedy"]["same"] == report["fp32"]["greedy"]["tokens"]
     turned = [one for one in report["matrices"] if one["kernel"] == "float32"]
-    assert len(report["matrices"]) == 2 * 4 + 1 + len(turned) and len(turned) == 1
+    layer = {"int8": 4, "int4": 5}[precision]  # in int4 values have a matrix of their own
+    assert len(report["matrices"]) == 2 * layer + 1 + len(turned) and len(turned) == 1
     assert all(0 < one["error"] < 0.3 for one in report["matrices"] if one not in turned)
     assert report["turned"] == ["turned: values of 2 layers, residual stream of 64"]
     quality = report["quality"]
@@ -260,19 +263,53 @@ def test_gptq_rounds_as_the_paper_does(tokens, matrix):
     For more outputs than are looked at at a time.
     """
     out = 2 * parts.PART // 80 + 50
-    weight, x, kernel = matrix(80, out), matrix(tokens, 80) @ matrix(80, 80), Kernel(4, 32)
+    weight, x = matrix(80, out), matrix(tokens, 80) @ matrix(80, 80)
     x[:, 3] *= 100  # an outlier
-    scales, _ = gptq.search_scales(weight, kernel, np.einsum("ti,ti->i", x, x) / len(x))
+    scales = np.abs(weight).max(axis=0) / 7
     moments = (x.T @ x).astype(np.float64) / len(x)
-    moments += np.eye(80) * (gptq.DAMPING * np.diag(moments).mean() + 1e-12)
+    moments += np.eye(80) * (0.01 * np.diag(moments).mean() + 1e-12)
     factor = np.linalg.cholesky(np.linalg.inv(moments)).T
     rest, expected = weight.astype(np.float64), np.empty_like(weight)
     for i in range(80):
-        scale = scales[:, i // 32]
-        expected[i] = np.clip(np.rint(rest[i] / scale), -8, 7) * scale
+        expected[i] = np.clip(np.rint(rest[i] / scales), -8, 7) * scales
         rest[i + 1 :] -= np.outer(factor[i, i + 1 :], (rest[i] - expected[i]) / factor[i, i])
-    found = gptq.gptq(weight, kernel, scales, gptq.factor(x.T @ x / len(x)))
-    assert (found == expected).mean() > 0.999
+    found = gptq.gptq(weight, Kernel(4), gptq.factor(x.T @ x / len(x), 0.01), scales)
+    assert (found.values == expected).mean() > 0.999
+
+
+def test_a_blocks_scale_leaves_the_least_that_nothing_makes_good(monkeypatch, matrix):
+    weight, x = matrix(96, 40), matrix(600, 96) @ matrix(96, 96)
+    kernel, factor = Kernel(4, 32, zero_points=True), gptq.factor(x.T @ x / len(x), 0.01)
+
+    def error(values):
+        return np.square(factor @ (values - weight)).sum(axis=0)
+
+    found = gptq.gptq(weight, kernel, factor)
+    for share in (0.98, 1.02):  # of the last block, which has the last word
+        other = found.values.copy()
+        other[64:] *= share
+        assert (error(other) > error(found.values)).all()
+    monkeypatch.setattr(gptq, "RANGES", {4: (1.0,)})
+    monkeypatch.setattr(gptq, "FITS", 0)
+    whole = gptq.gptq(weight, kernel, factor)
+    assert error(found.values).mean() < 0.95 * error(whole.values).mean()
+
+
+def test_scales_that_are_found_are_stored_in_two_bytes(tmp_path, matrix):
+    """And become four on loading; others, such as those of files, stay as they are."""
+    kernel, weight, x = Kernel(4, 32, zero_points=True), matrix(96, 40), matrix(3, 96)
+    made = gptq.gptq(weight, kernel, gptq.factor(np.eye(96, dtype=np.float32), 0.01))
+    codes = block_codes(made.values, kernel, made.scales, made.zeros)
+    for more, dtype in ((1, ir.DataType.BFLOAT16), (1.001, ir.DataType.FLOAT)):
+        scales = made.scales * np.float32(more)
+        choice = Choice(kernel, scales, codes, made.zeros)
+        said = _said(x, weight, choice, tmp_path / "one.onnx")
+        constants = ir.load(tmp_path / "one.onnx").graph.initializers
+        kept = constants["w.scales"].const_value
+        assert kept.dtype == dtype
+        np.testing.assert_array_equal(kept.numpy().astype(np.float32), scales)
+        expected = x @ codes_values(codes, kernel, scales, 96, made.zeros)
+        np.testing.assert_allclose(said, expected, atol=0.05 * np.abs(expected).max())
 
 
 def test_gptq_rounds_to_the_codes_that_zero_points_leave():
@@ -280,11 +317,10 @@ def test_gptq_rounds_to_the_codes_that_zero_points_leave():
     weight = np.abs(draws.standard_normal((96, 20))).astype(np.float32)
     x = (draws.standard_normal((300, 96)) @ draws.standard_normal((96, 96))).astype(np.float32)
     kernel = Kernel(4, 32, zero_points=True)
-    moments = x.T @ x / len(x)
-    scales, zeros = gptq.search_scales(weight, kernel, np.diag(moments))
-    rounded = gptq.gptq(weight, kernel, scales, gptq.factor(moments), zeros)
-    choice = Choice(kernel, scales, block_codes(rounded, kernel, scales, zeros), zeros)
-    np.testing.assert_allclose(calibrate.stored(weight, choice), rounded, atol=1e-5)
+    made = gptq.gptq(weight, kernel, gptq.factor(x.T @ x / len(x), 0.01))
+    scales, zeros = made.scales, made.zeros
+    choice = Choice(kernel, scales, block_codes(made.values, kernel, scales, zeros), zeros)
+    np.testing.assert_allclose(calibrate.stored(weight, choice), made.values, atol=1e-5)
     nearest = Choice(kernel, scales, None, zeros)
 
     def error(choice):
