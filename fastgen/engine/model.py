@@ -25,7 +25,6 @@ from fastgen.engine.kv_int8 import Codes
 from fastgen.engine.prefill_int8 import NEVER, offer, pays_from
 from fastgen.errors import ModelError
 from fastgen.inputs import validators
-from fastgen.store import model_info
 from fastgen.store.graph_io import (
     GRAIN,
     MANY_TOKENS,
@@ -93,13 +92,8 @@ class Model:
             self.tuning = replace(self.tuning, prefill_precision=prefill_precision)
         if self.tuning.prefill_precision != "same":
             self.info.check_prompts(directory)
-            if int8_overflows():  # and a branch's matrices cannot become uint8 on loading
-                raise ModelError(
-                    f'{directory} cannot be loaded with prefill_precision="int8" on this '
-                    "processor: it has no VNNI, without which products of 8 bits may overflow"
-                )
         two_forms = self.tuning.prefill_precision != "same"
-        graph = directory / (model_info.MANY_TOKENS if two_forms else GRAPH)
+        graph = directory / (self.info.many_tokens if two_forms else GRAPH)
         self.session = (_two_forms if two_forms else _session)(graph, self.tuning)
         if not UNPACKED.items() <= self.tuning.entries.items():  # else they are read there
             page_out(directory / WEIGHTS)
@@ -429,7 +423,7 @@ def _two_forms(path: Path, tuning: Tuning) -> Any:
     """Open a graph with two forms of its matrices; see `fastgen.engine.prefill_int8`."""
     options, unpack = session_options(tuning), path.parent / UNPACK
     try:
-        offered = offer(options, unpack, tuning.threads)
+        offered = offer(options, unpack, tuning.threads, unsigned=int8_overflows())
     except Exception as error:  # as below
         raise ModelError(f"onnxruntime cannot run {unpack}: {error}") from error
     session = _session(path, tuning, options)
