@@ -25,7 +25,6 @@ from fastgen.export.quantize import prefill_int8
 from fastgen.export.quantize.prefill_int8 import Form, Kind
 from fastgen.export.work import Report, Work
 from fastgen.store.tuning import Tuning
-from fastgen.system.cpu import int8_overflows
 from fastgen.system.memory import trim
 
 SENSED = 512  # tokens that kinds are measured on, about
@@ -55,8 +54,6 @@ class Second:
         kinds = prefill_int8.kinds(work.directory)
         forms = dict.fromkeys((kind.name for kind in kinds), Form.CHANNELS)
         why = self._written(kinds, forms)
-        if int8_overflows() and not work.options.quick:
-            why = why or "it could not be judged: the processor of the export has no VNNI"
         rows = [] if why else work.judged_on(quality.TOKENS)
         if why or not rows:
             return self._told(why, kinds, forms, None)

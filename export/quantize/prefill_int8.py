@@ -10,6 +10,8 @@ own weights file, for who has the memory (`fastgen.engine.prefill_int8`):
   they are, and with these matrices. The input `many_tokens` says which of them runs. The embedding
   and `lm_head` stand outside. The values of the second matrices are not in it: whoever opens it
   gives them.
+- `many_tokens.uint8.onnx` is the same with these matrices in uint8, whose zero is 128, for
+  processors on which products of uint8 and int8 overflow: the sums are the same, and exact there.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from fastgen.export.quantize.kernels import LEVELS, Kernel, integer_product
 from fastgen.export.rewrite import contract
 from fastgen.export.rewrite.edit import (
     MICROSOFT,
+    add_initializer,
     input_of,
     insert,
     is_constant,
@@ -113,7 +116,7 @@ def memory(directory: Path) -> int:
 
 def remove(directory: Path) -> None:
     """Remove both graphs, if they are there."""
-    for name in (model_info.MANY_TOKENS, UNPACK):
+    for name in (model_info.MANY_TOKENS, model_info.MANY_TOKENS_UINT8, UNPACK):
         (directory / name).unlink(missing_ok=True)
 
 
@@ -148,6 +151,8 @@ def write(directory: Path, forms: Mapping[str, Form] | None = None) -> str:
     onnx_ir.passes.common.RemoveUnusedNodesPass()(many)
     _join(few, many, inner)
     ir.save(few, directory / model_info.MANY_TOKENS)
+    _make_uint8(few.graph)
+    ir.save(few, directory / model_info.MANY_TOKENS_UINT8)
     ir.save(unpacking.model(), directory / UNPACK)
     return ""
 
@@ -350,6 +355,21 @@ def _join(few: ir.Model, many: ir.Model, inner: Sequence[ir.Node]) -> None:
         if str(value.name).endswith(GIVEN):
             del many.graph.initializers[str(value.name)]
             graph.register_initializer(value)
+
+
+def _make_uint8(graph: ir.Graph) -> None:
+    """Let the matrices that a session is given be of uint8, with 128 for zero."""
+    middle = add_initializer(graph, "second.middle", np.array(128, np.uint8))
+    for value in graph.initializers.values():
+        if not str(value.name).endswith(GIVEN[0]):
+            continue
+        tensor = tensor_of(value)
+        assert isinstance(tensor, ir.ExternalTensor)
+        value.const_value = _seen_as(value, ir.DataType.UINT8, tensor.shape.numpy())
+        value.dtype = ir.DataType.UINT8
+        for use in value.uses():
+            use.node.resize_inputs(6)
+            use.node.replace_input_with(5, middle)
 
 
 def _branch(

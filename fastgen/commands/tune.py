@@ -42,7 +42,8 @@ def tune(
     Given several exports of one model, say fp32, int8 and int4, the fastest is named whose report
     keeps the accuracy budget (--max-kl, --min-top1). With --prefill-precision int8, models are
     also tried with their matrices in int8 for many tokens, where they have that form: it takes
-    memory besides (`fastgen info`). From how many tokens it pays is measured too.
+    memory besides (`fastgen info`; up to a tenth of the model need not be asked for). From how
+    many tokens it pays is measured too.
     """
     from fastgen import first_use
     from fastgen.store import tuning
@@ -65,7 +66,7 @@ def tune(
             if not any(info.can_read_prompts for info in infos.values()):
                 infos[directories[0]].check_prompts(directories[0])
         every = {
-            directory: tune.candidates(directory, prefill_precision or "same")
+            directory: tune.candidates(directory, prefill_precision)
             for directory in dict.fromkeys(directories)
         }
         allowed = [directory for directory in every if tune.within(directory, max_kl, min_top1)]

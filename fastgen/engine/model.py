@@ -25,7 +25,6 @@ from fastgen.engine.kv_int8 import Codes
 from fastgen.engine.prefill_int8 import NEVER, offer, pays_from
 from fastgen.errors import ModelError
 from fastgen.inputs import validators
-from fastgen.store import model_info
 from fastgen.store.graph_io import (
     GRAIN,
     MANY_TOKENS,
@@ -93,13 +92,8 @@ class Model:
             self.tuning = replace(self.tuning, prefill_precision=prefill_precision)
         if self.tuning.prefill_precision != "same":
             self.info.check_prompts(directory)
-            if int8_overflows():  # and a branch's matrices cannot become uint8 on loading
-                raise ModelError(
-                    f'{directory} cannot be loaded with prefill_precision="int8" on this '
-                    "processor: it has no VNNI, without which products of 8 bits may overflow"
-                )
         two_forms = self.tuning.prefill_precision != "same"
-        graph = directory / (model_info.MANY_TOKENS if two_forms else GRAPH)
+        graph = directory / (self.info.many_tokens if two_forms else GRAPH)
         self.session = (_two_forms if two_forms else _session)(graph, self.tuning)
         if not UNPACKED.items() <= self.tuning.entries.items():  # else they are read there
             page_out(directory / WEIGHTS)
@@ -390,6 +384,8 @@ def session_options(tuning: Tuning) -> Any:
     options.add_session_config_entry("session.intra_op.spin_duration_us", SPIN_US)
     # Work is cut finer towards its end: where a core is shared, nobody waits long for the last.
     options.add_session_config_entry("session.dynamic_block_base", "4")
+    # Matrices are packed side by side: a third of a load of float32 or 4 bits.
+    options.add_session_config_entry("session.prepack.enable_parallel", "1")
     if int8_overflows():  # int8 weights become uint8 on loading: slower, and exact
         options.add_session_config_entry("session.x64quantprecision", "1")
     if not tuning.spinning:
@@ -429,7 +425,7 @@ def _two_forms(path: Path, tuning: Tuning) -> Any:
     """Open a graph with two forms of its matrices; see `fastgen.engine.prefill_int8`."""
     options, unpack = session_options(tuning), path.parent / UNPACK
     try:
-        offered = offer(options, unpack, tuning.threads)
+        offered = offer(options, unpack, tuning.threads, unsigned=int8_overflows())
     except Exception as error:  # as below
         raise ModelError(f"onnxruntime cannot run {unpack}: {error}") from error
     session = _session(path, tuning, options)

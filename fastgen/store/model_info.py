@@ -15,6 +15,7 @@ from fastgen.errors import ModelError
 from fastgen.store import jsonfile
 from fastgen.store.graph_io import first_shown
 from fastgen.store.jsonfile import is_count, is_text
+from fastgen.system.cpu import int8_overflows
 
 # The files of a model directory.
 INFO = "fastgen.json"
@@ -22,7 +23,9 @@ GRAPH = "model.onnx"
 WEIGHTS = GRAPH + ".data"
 SCALES = "cache_scales.npy"  # float32, flat: of each layer's keys, then values, by channel
 MANY_TOKENS = "many_tokens.onnx"
+MANY_TOKENS_UINT8 = "many_tokens.uint8.onnx"  # where products of uint8 and int8 overflow
 UNPACK = "unpack.onnx"
+SMALL = 0.1  # of a model: memory that need not be asked for
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 TOKENIZER = "tokenizer.json"
@@ -115,7 +118,18 @@ class ModelInfo:
     @property
     def can_read_prompts(self) -> bool:
         """True if the model has its matrices in a second form too (see `fastgen.load`)."""
-        return MANY_TOKENS in self.files and UNPACK in self.files
+        return self.many_tokens in self.files and UNPACK in self.files
+
+    @property
+    def second_form_is_small(self) -> bool:
+        """True if there is a second form, which takes a tenth of the model's size at most."""
+        size = sum(self.files.values())
+        return self.can_read_prompts and self.many_tokens_bytes <= SMALL * size
+
+    @property
+    def many_tokens(self) -> str:
+        """The graph with both forms that this processor takes."""
+        return MANY_TOKENS_UINT8 if int8_overflows() else MANY_TOKENS
 
     @staticmethod
     def parse(directory: Path) -> ModelInfo:

@@ -24,7 +24,7 @@ from fastgen.store import jsonfile
 from fastgen.store.jsonfile import is_number, is_object, take
 from fastgen.store.model_info import REPORT, ModelInfo
 from fastgen.store.tuning import Tuning, kernels
-from fastgen.system.cpu import int8_overflows, physical_cores, usable_cpus
+from fastgen.system.cpu import physical_cores, usable_cpus
 from fastgen.timing.rounds import in_rounds
 
 NEAR = 0.03  # of two that are as near as this, the one with fewer threads, or that sleeps, wins
@@ -72,12 +72,16 @@ class Candidate:
         return statistics.median(self.prefill) + new * statistics.median(self.decode)
 
 
-def candidates(directory: Path, prefill_precision: str = "same") -> list[Candidate]:
+def candidates(directory: Path, prefill_precision: str | None = None) -> list[Candidate]:
     """The settings that are tried with a model.
 
     Args:
-        prefill_precision: tried besides, where the model has it (see `fastgen.load`).
+        prefill_precision: tried besides, where the model has it (see `fastgen.load`). None for
+            int8 where that takes hardly more memory, and "same" where it does not.
     """
+    if prefill_precision is None:
+        small = ModelInfo.read(directory).second_form_is_small
+        prefill_precision = "int8" if small else "same"
     threads = {1, physical_cores(), len(usable_cpus())}
     count = physical_cores() // 2
     while count > 1:  # wide machines run out of memory bandwidth before they run out of cores
@@ -86,8 +90,7 @@ def candidates(directory: Path, prefill_precision: str = "same") -> list[Candida
     plain = [Tuning(threads=n) for n in sorted(threads)]
     sleeping = [Tuning(threads=n, spinning=False) for n in sorted(threads) if n > 1]
     others = [Tuning(threads=physical_cores(), entries=entries) for entries in kernels()]
-    other = prefill_precision != "same" and not int8_overflows()
-    if other and ModelInfo.read(directory).can_read_prompts:
+    if prefill_precision != "same" and ModelInfo.read(directory).can_read_prompts:
         others += [replace(tuning, prefill_precision=prefill_precision) for tuning in plain]
     return [Candidate(directory, tuning) for tuning in plain + sleeping + others]
 
@@ -186,7 +189,10 @@ def accuracy(directory: Path) -> tuple[float, float]:
 
 
 def table(tried: Sequence[Candidate], chosen: Sequence[Candidate], new: int) -> Iterator[str]:
-    """Lines that say what was measured, `*` for what is chosen for each model."""
+    """Lines that say what was measured, `*` for what is chosen for each model.
+
+    And what the second form takes, where it was tried.
+    """
     yield f"{'':2}{'model':<28}{'settings':<28}{'ms a token':>11}{'prompt ms':>11}{'KL':>9}"
     for candidate in tried:
         kl, _ = accuracy(candidate.directory)
@@ -196,3 +202,7 @@ def table(tried: Sequence[Candidate], chosen: Sequence[Candidate], new: int) -> 
             f"{1e3 * statistics.median(candidate.decode):>11.2f}"
             f"{1e3 * statistics.median(candidate.prefill):>11.1f}{kl + candidate.divergence:>9.1e}"
         )
+    second = [one.directory for one in tried if one.tuning.prefill_precision != "same"]
+    for directory in dict.fromkeys(second):
+        more = ModelInfo.read(directory).many_tokens_bytes / 1e6
+        yield f"many tokens in int8 take {more:,.1f} MB of memory more in {directory.name}"

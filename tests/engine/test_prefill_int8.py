@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -26,21 +27,18 @@ from fastgen.engine.prefill import prefill
 from fastgen.export import bundle, export, many_tokens
 from fastgen.export.prove import quality
 from fastgen.export.quantize import prefill_int8
-from fastgen.export.quantize.kernels import Choice, Kernel, codes_values, quantize
+from fastgen.export.quantize.kernels import Choice, Kernel, Product, codes_values, quantize
 from fastgen.export.quantize.prefill_int8 import Form, Kind
 from fastgen.export.rewrite import onnx_file
 from fastgen.export.rewrite.edit import add_initializer, constant, insert, take_place
-from fastgen.store import tuning
+from fastgen.store import model_info, tuning
 from fastgen.store.model_info import ModelInfo
 from fastgen.store.tuning import Tuning
-from fastgen.system.cpu import int8_overflows
 from fastgen.timing import tune
 from fastgen.timing.tune import Candidate, Workload
 
-pytestmark = pytest.mark.skipif(int8_overflows(), reason="x86 without VNNI is refused this form")
-
 LIMIT = 512
-FILES = ("many_tokens.onnx", "unpack.onnx")
+FILES = ("many_tokens.onnx", "many_tokens.uint8.onnx", "unpack.onnx")
 # The second matrix of a feed-forward part has two blocks, and the last one is not full.
 SHAPE = {"intermediate_size": 252, "max_position_embeddings": LIMIT, "tie_word_embeddings": True}
 
@@ -300,13 +298,84 @@ def test_matrices_live_as_long_as_they_are_read(made, two, ids):
     assert all(near(*pair, 1e-5) for pair in zip(found, expected, strict=True))
 
 
-def test_a_processor_whose_products_may_overflow_is_told(made, monkeypatch):
-    for module in (models, tune):
+def in_16_bits(codes: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """Sums of uint8 by int8 as x86 without VNNI makes them: pairs in 16 bits, which saturate."""
+    pairs = codes.astype(np.int64)[:, :, None] * matrix
+    pairs = pairs.reshape(len(codes), -1, 2, matrix.shape[1]).sum(axis=2)
+    return pairs.clip(-(2**15), 2**15 - 1).sum(axis=1)
+
+
+def test_sums_of_uint8_are_exact_where_those_of_int8_overflow():
+    codes = np.array([[255, 255, 0, 0], [255, 0, 255, 0], [128, 128, 1, 255]], np.uint8)
+    matrix = np.array([[127, -127], [127, -127], [127, 127], [-127, 127]], np.int8)
+    exact = (codes.astype(np.int64) - 128) @ matrix.astype(np.int64)
+    by_int8 = in_16_bits(codes, matrix) - 128 * matrix.sum(axis=0, dtype=np.int64)
+    assert not np.array_equal(by_int8, exact)
+    other = reading.from_128(matrix.copy())
+    pairs = codes.astype(np.int64) @ other.astype(np.int64)  # each two in 32 bits
+    corrected = pairs - 128 * codes.sum(axis=1, dtype=np.int64)[:, None]
+    corrected -= 128 * (other.astype(np.int64) - 128).sum(axis=0)
+    assert np.array_equal(corrected, exact)
+
+
+@pytest.fixture
+def overflows(monkeypatch):
+    """A processor whose products of uint8 and int8 overflow."""
+    for module in (model_info, models):
         monkeypatch.setattr(module, "int8_overflows", lambda: True)
-    with pytest.raises(fastgen.ModelError, match="it has no VNNI, without which products of 8"):
-        Model(made(), tuning=MANY)
+
+
+def integers(graph: ir.Graph, outside: dict[str, ir.DataType]) -> list[ir.DataType]:
+    """The types of the matrices of all products of integers, also in branches."""
+    known = outside | {str(name): value.dtype for name, value in graph.initializers.items()}
+    found = []
+    for node in graph:
+        if node.op_type.startswith("MatMulInteger"):
+            found.append(known[str(node.inputs[1].name)])
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.GRAPH:
+                found += integers(attribute.as_graph(), known)
+    return found
+
+
+@pytest.mark.parametrize("form", [Form.CHANNELS, Form.GROUPS])
+def test_where_products_overflow_all_matrices_are_uint8_and_nothing_else_changes(
+    ours, form, ids, monkeypatch, tmp_path, request
+):
+    """Matrices in blocks and others per channel, which are int8 in both branches of the file."""
+    monkeypatch.setattr(prefill_int8, "GROUP", 32)
+    kinds = itertools.cycle([Kernel(8, 32), Kernel(8)])
+    directory = in_other_kernels(ours, tmp_path / "mixed", lambda product: Choice(next(kinds)))
+    forms = {name: form for kind in prefill_int8.kinds(directory) for name in kind.members}
+    assert prefill_int8.write(directory, forms) == ""
+    prompt, rows = ids(60), list(ids(40).reshape(20, 2))
+    usual = Model(sealed(directory), tuning=MANY)
+    expected = read(usual, prompt)[0], all_logits(usual, rows, True), all_logits(usual, rows, False)
+    request.getfixturevalue("overflows")
+    opened, optimised = models.open_session, tmp_path / "optimised.onnx"
+
+    def kept(path: Path, options) -> onnxruntime.InferenceSession:
+        options.optimized_model_filepath = str(optimised)
+        return opened(path, options)
+
+    monkeypatch.setattr(models, "open_session", kept)
+    model = Model(directory, tuning=MANY)
+    found = read(model, prompt)[0], all_logits(model, rows, True), all_logits(model, rows, False)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert np.array_equal(mine, theirs)
+    assert {*integers(ir.load(optimised).graph, {})} == {ir.DataType.UINT8}
+
+
+def test_a_processor_whose_products_overflow_has_it_too(made, overflows, tmp_path):
+    assert Model(made(), tuning=MANY).many_from == FROM
     found = tune.candidates(made(), "int8")
-    assert {one.tuning.prefill_precision for one in found} == {"same"}
+    assert {one.tuning.prefill_precision for one in found} == {"same", "int8"}
+    copy = shutil.copytree(made(), tmp_path / "copy")
+    told = json.loads((copy / "fastgen.json").read_text())
+    del told["files"]["many_tokens.uint8.onnx"]
+    (copy / "fastgen.json").write_text(json.dumps(told))
+    with pytest.raises(fastgen.ModelError, match="an older fastgen exported it"):
+        fastgen.load(copy, prefill_precision="int8")
 
 
 def test_results_of_one_kind_are_not_taken_for_the_other(two):
@@ -396,6 +465,13 @@ def test_the_tuned_file_of_an_older_version_is_read(made, tmp_path):
 def test_tune_tries_it_only_where_the_memory_is_allowed(made, ours, tmp_path):
     copy = shutil.copytree(made(), tmp_path / "model")
     assert {one.tuning.prefill_precision for one in tune.candidates(copy)} == {"same"}
+    info = ModelInfo.read(copy)
+    tenth = sum(info.files.values()) // 10
+    for more, tried in ((tenth, {"same", "int8"}), (tenth + 1, {"same"})):
+        replace(info, many_tokens_bytes=more).write(copy)
+        assert {one.tuning.prefill_precision for one in tune.candidates(copy)} == tried
+    assert {one.tuning.prefill_precision for one in tune.candidates(copy, "same")} == {"same"}
+    info.write(copy)
     found = tune.candidates(copy, "int8")
     assert {one.tuning.prefill_precision for one in found} == {"same", "int8"}
     assert {one.tuning.prefill_precision for one in tune.candidates(ours.directory, "int8")} == {
@@ -407,6 +483,8 @@ def test_tune_tries_it_only_where_the_memory_is_allowed(made, ours, tmp_path):
     few[0].prefill, few[1].prefill = [2.0], [1.0]
     few[0].decode = few[1].decode = [0.1]
     assert tune.best(few, 2) is few[1]
+    *_, last = tune.table(few, few[1:], 2)
+    assert last == "many tokens in int8 take 0.1 MB of memory more in model"
     assert few[0].measured == few[0].tuning
     few[1].many_from = [8, 4, 16]
     assert few[1].measured.many_from == 8
@@ -424,9 +502,14 @@ def test_tune_tries_it_only_where_the_memory_is_allowed(made, ours, tmp_path):
 def eight(made, ours, tmp_path_factory) -> Path:
     """A float32 directory whose matrices are in blocks of 8 bits, with the second form."""
     directory = tmp_path_factory.mktemp("eight") / "model"
+    return in_other_kernels(ours, directory, lambda product: Choice(Kernel(8, 32)))
+
+
+def in_other_kernels(ours, directory: Path, choose: Callable[[Product], Choice]) -> Path:
+    """A copy of a float32 directory with matrices in the kernels that `choose` says."""
     shutil.copytree(ours.directory, directory)
     model = ir.load(ours.directory / "model.onnx")
-    quantize(model, lambda product: Choice(Kernel(8, 32)))
+    quantize(model, choose)
     for name in ("model.onnx", "model.onnx.data"):
         (directory / name).unlink()
     onnx_file.save(model, directory / "model.onnx")

@@ -30,6 +30,7 @@ def test_a_model_runs_as_it_was_tuned(directory, pair):
     options = model.model.session.get_session_options()
     assert options.intra_op_num_threads == 1
     assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+    assert options.get_session_config_entry("session.prepack.enable_parallel") == "1"
     assert fastgen.load(directory, threads=2).model.tuning == Tuning(threads=2, spinning=False)
     ids = [[5, 6, 7]]
     assert model.generate(ids, max_new_tokens=5) == pair("llama")[1].generate(ids, max_new_tokens=5)
