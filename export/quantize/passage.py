@@ -92,7 +92,7 @@ class Passage:
         self.at = end
 
     def _made(self, start: int, end: int) -> Iterator[ir.Value]:
-        """The values that some nodes make and others read."""
+        """Values that some nodes make and others read."""
         for node in self._nodes[start:end]:
             yield from (value for value in node.outputs if value in self._last)
 

@@ -11,8 +11,8 @@ from functools import partial
 
 import onnx_ir as ir
 
-from fastgen.export.quantize.kernels import Floats
 from fastgen.export.quantize.rotate_values import attention_nodes, written_by
+from fastgen.export.quantize.rotation import Floats
 from fastgen.export.rewrite.edit import (
     add_lazily,
     input_of,
