@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fastgen.engine.alike import parts, reason
 from fastgen.engine.model import Model
 from fastgen.engine.prefill import CALL, WHOLE, Chunks, Prefill
-from fastgen.engine.request import RUNNING, Request, Row, by_request, context
+from fastgen.engine.request import RUNNING, Request, Row
 from fastgen.engine.slots import Slots
 from fastgen.engine.step import Event
-from fastgen.sampling import sampler, stop
 
 FORCED = 64  # tokens of a row, at most, that are taken in a step because they must follow
 
@@ -65,14 +65,24 @@ class Batch:
     Args:
         model: computes the logits.
         chunks: tokens that are read at a time.
+
+    Attributes:
+        rows: those that run.
+        parts: which of them are alike.
+        joining: those whose prompts are being read.
     """
 
     def __init__(self, model: Model, chunks: Chunks = WHOLE) -> None:
         self.model, self.chunks = model, chunks
-        self.rows: list[Row] = []
+        self._run([])
         self.joining: list[Joining] = []
         self.cache = model.borrow_cache(rows=0, capacity=0)
         self._slots = Slots(self.cache)
+
+    def _run(self, rows: list[Row]) -> None:
+        """Let these be the rows that run, from the first slot on."""
+        self.rows, self.parts = rows, parts(rows)
+        self._forces = any(row.request.forces for row in rows)
 
     def add(self, request: Request) -> None:
         """Let the rows of `request` join at once: its prompts are prefilled, once each."""
@@ -131,7 +141,7 @@ class Batch:
             for row in rows:
                 row.logits = logits
                 row.begin()
-                self.rows.append(row)
+        self._run([*self.rows, *(row for rows in joining.rows for row in rows)])
         self.leave()
         self._clear()  # the slots that they were read into
 
@@ -147,45 +157,35 @@ class Batch:
         """
         logits = self._logits()
         events: list[Event] = []
-        for indices in self._alike():
-            # Without a copy where all rows are alike, as they are outside of a service.
-            mine = logits if len(indices) == len(self.rows) else logits[indices]
-            events += _advance([self.rows[i] for i in indices], mine)
+        for alike, _, places in self.parts:
+            events += alike.advance(logits[places])
         return events + self._end_step()
 
     def _end_step(self) -> list[Event]:
         """Append forced tokens, look at the clock, and let rows that have ended leave."""
-        events = append_forced(self.rows, self.chunks.step)
-        for request, _ in by_request(self.rows):
-            if request.deadline.passed():
-                request.end("time")
+        events = append_forced(self.rows, self.chunks.step) if self._forces else []
+        for alike, _, _ in self.parts:
+            for request in alike.requests:
+                if request.deadline.passed():
+                    request.end("time")
         self.cache.forget(0, len(self.rows))
         self.leave()
         return events
 
-    def _alike(self) -> list[list[int]]:
-        """The indices of the rows that share their processors and their way of sampling."""
-        groups: dict[tuple[int, bool, bool], list[int]] = {}
-        for index, row in enumerate(self.rows):
-            request = row.request
-            key = (id(request.chain), request.params.do_sample, request.of_model)
-            groups.setdefault(key, []).append(index)
-        return list(groups.values())
-
     def _logits(self) -> NDArray[np.float32]:
         """float32 [rows, vocab] for the next token: of the prefill, or of a step."""
-        running = [row for row in self.rows if row.logits is None]
         joined = [row for row in self.rows if row.logits is not None]  # always the last slots
-        parts: list[NDArray[np.float32]] = []
+        running = self.rows[: len(self.rows) - len(joined)]
+        made: list[NDArray[np.float32]] = []
         if running:
-            held = self.cache.lengths.tolist()
-            new = [row.unread(held[slot]) for slot, row in enumerate(running)]
-            parts.append(self.model.forward(new, self.cache)[:, 0])
+            held = self.cache.lengths[: len(running)].tolist()
+            new = [row.unread(count) for row, count in zip(running, held, strict=True)]
+            made.append(self.model.forward(new, self.cache)[:, 0])
         for row in joined:
             assert row.logits is not None
-            parts.append(row.logits[None])
+            made.append(row.logits[None])
             row.logits = None
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return made[0] if len(made) == 1 else np.concatenate(made)
 
     def leave(self) -> None:
         """Free the slots of rows that have ended; the rest move up, as few as possible."""
@@ -208,123 +208,12 @@ class Batch:
         # The prompts that are being read behind the rows stay where they are.
         end = max((joining.slots.stop for joining in self.joining), default=0)
         now = self._slots.close_gaps(held, end, in_order)
-        self.rows = [row for _, row in sorted(zip(now, stay, strict=True), key=lambda p: p[0])]
+        self._run([row for _, row in sorted(zip(now, stay, strict=True), key=lambda p: p[0])])
 
     def _clear(self) -> None:
         """Clear unused slots."""
         read = (slot for joining in self.joining for slot in joining.slots)
         self._slots.clear({*range(len(self.rows)), *read})
-
-
-def _advance(rows: Sequence[Row], logits: NDArray[np.float32]) -> list[Event]:
-    """A token for each of `rows`, which are alike; an error ends the request it is of."""
-    groups = by_request(rows)
-    try:
-        scores = _processed(rows, logits)
-    except Exception as error:  # whatever a caller's function raises
-        for request, _ in groups:
-            request.fail(error)
-        return []
-    if len(groups) > 1 and all(_plain(request) for request, _ in groups):
-        tokens = scores.argmax(axis=1)
-        if np.isfinite(scores[np.arange(len(rows)), tokens]).all():
-            return append_tokens(rows, logits, scores, tokens)
-    events: list[Event] = []
-    for request, indices in groups:
-        mine, part = [rows[i] for i in indices], _view(indices)
-        try:
-            tokens = _picked(mine, scores[part])
-            events += append_tokens(mine, logits[part], scores[part], tokens)
-        except Exception as error:
-            request.fail(error)
-    return events
-
-
-def _plain(request: Request) -> bool:
-    """True if its rows take the likeliest token, and nothing that can go wrong looks at it."""
-    looked_at = request.keeps or request.criteria or request.constraint
-    return not (looked_at or request.params.do_sample)
-
-
-def _view(indices: list[int]) -> slice | list[int]:
-    """The same places as a slice if they are neighbours: then nothing is copied."""
-    alike = indices == list(range(indices[0], indices[0] + len(indices)))
-    return slice(indices[0], indices[0] + len(indices)) if alike else indices
-
-
-def choose(
-    rows: Sequence[Row], logits: NDArray[np.float32]
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Processed scores [rows, vocab] and the next token [rows] of rows that are alike.
-
-    `logits` may be overwritten, but where the request keeps or shows them.
-
-    Raises:
-        ValueError: the scores hold nan, or rule out what would be drawn.
-    """
-    scores = _processed(rows, logits)
-    return scores, _picked(rows, scores)
-
-
-def _processed(rows: Sequence[Row], logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    request = rows[0].request
-    if request.chain is None:
-        return logits
-    spare = not (request.keeps_logits or request.of_model)
-    return np.asarray(request.chain(context(rows), logits, spare=spare))
-
-
-def _picked(rows: Sequence[Row], scores: NDArray[np.float32]) -> NDArray[np.int64]:
-    chain = rows[0].request.chain
-    if not rows[0].request.params.do_sample:
-        tokens = sampler.greedy(scores)
-        if any(row.request.constraint for row in rows):
-            _refuse_nothing(rows, scores, tokens)
-        return tokens
-    draws: list[sampler.Words] = [np.empty(0, np.uint64)] * len(rows)
-    for request, indices in by_request(rows):
-        mine = request.uniform([rows[i] for i in indices], scores.shape[1])
-        for i, draw in zip(indices, mine, strict=True):
-            draws[i] = draw
-    try:
-        return sampler.sample(scores, draws)
-    except sampler.NothingLeft as error:
-        if chain is None:
-            raise
-        raise sampler.NothingLeft(chain.ruling_out(context(rows), scores.shape[1])) from error
-
-
-def _refuse_nothing(
-    rows: Sequence[Row], scores: NDArray[np.float32], tokens: NDArray[np.int64]
-) -> None:
-    """Raise a ValueError if every token is ruled out, and so the likeliest is none."""
-    request = rows[0].request
-    if (scores[np.arange(len(tokens)), tokens] == -np.inf).any() and request.chain:
-        raise sampler.NothingLeft(request.chain.ruling_out(context(rows), scores.shape[1]))
-
-
-def append_tokens(
-    rows: Sequence[Row],
-    logits: NDArray[np.float32],
-    scores: NDArray[np.float32],
-    tokens: NDArray[np.int64],
-) -> list[Event]:
-    """Append one token to each of `rows`, keep what the request asks for, and end rows."""
-    logprobs = _logprobs(rows, logits if rows[0].request.of_model else scores, tokens)
-    groups = by_request(rows)
-    for request, indices in groups:
-        if request.keeps:
-            request.keep([rows[i] for i in indices], logits[indices], scores[indices])
-    events = []
-    for row, token, logprob in zip(rows, tokens.tolist(), logprobs, strict=True):
-        row.push(token)
-        top = row.request.top_logprobs[row.index]
-        events.append(Event(row, token, logprob, top[-1] if top else None))
-        row.end(_reason(row))
-    for request, indices in groups:
-        if request.criteria:
-            _ask([rows[i] for i in indices])
-    return events
 
 
 def append_forced(rows: Sequence[Row], most: int) -> list[Event]:
@@ -385,7 +274,7 @@ def _append(row: Row, tokens: Sequence[int]) -> list[Event]:
         if row.finish_reason is None:
             row.push(token)
             events.append(Event(row, token, 0.0 if row.request.logprobs else float("nan"), None))
-            row.end(_reason(row))
+            row.end(reason(row))
     return events
 
 
@@ -402,34 +291,3 @@ def _paying(counts: Sequence[int]) -> int:
         return tokens * (CALL + rows) / rows - (CALL + rows * width)
 
     return max(sorted({1, *counts}), key=saved)
-
-
-def _reason(row: Row) -> str | None:
-    """The reason that ends `row`, which has a new token; None if it goes on."""
-    request = row.request
-    if int(row.ids[row.length - 1]) in request.eos:
-        return "eos"
-    if request.stop_text is not None and request.stop_text(row.history):
-        return "stop_string"
-    full, form = row.length >= request.max_length, request.constraint
-    if form is not None and (full or not form.ends) and form.complete(row.generated):
-        return "grammar"
-    return "length" if full else None
-
-
-def _ask(rows: Sequence[Row]) -> None:
-    """End rows of one request, equally long, by its callers' criteria, which see all its rows."""
-    request, length = rows[0].request, rows[0].length
-    steps = length - request.prompt_length
-    scores = tuple(request.scores[:steps]) if request.keeps_scores else None
-    ended = stop.asked(request.criteria, request.padded_to(length), scores)
-    for row in rows:
-        row.end("criterion" if ended[row.index] else None)
-
-
-def _logprobs(
-    rows: Sequence[Row], scores: NDArray[np.float32], tokens: NDArray[np.int64]
-) -> list[float]:
-    if not any(row.request.logprobs for row in rows):
-        return [float("nan")] * len(rows)
-    return [float(value) for value in sampler.logprob_of(scores, tokens)]

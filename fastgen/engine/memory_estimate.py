@@ -13,6 +13,7 @@ FLOAT = 4  # bytes
 # Bytes of each row's each logit while a token is chosen: the model's logits, what processors make
 # of them and two steps of their sums; and the random words of a draw.
 CHOOSING, DRAWING = 4 * FLOAT, 8
+LITTLE = 32 << 20  # bytes that are there if a model is: the system is not asked each time
 PAIR = 100  # bytes of a token and its log-probability, as Python objects
 
 
@@ -66,7 +67,10 @@ def check(parts: Mapping[str, int], instead: str, memory: int | None = None) -> 
         instead: what the caller may do.
         memory: bytes that there are; None for those of this machine.
     """
-    needed, there = sum(parts.values()), memory_bytes() if memory is None else memory
+    needed = sum(parts.values())
+    if memory is None and needed < LITTLE:
+        return
+    there = memory_bytes() if memory is None else memory
     if there is not None and needed > there:
         each = ", ".join(f"{name} {size / 1e9:,.1f}" for name, size in parts.items() if size)
         raise ValueError(

@@ -216,26 +216,9 @@ class Model:
         held = cache.lengths[first : first + len(new)]
         for slot in np.flatnonzero(held == 0).tolist() if self.info.states else ():
             cache.begin(first + slot)
-        for row, ids in enumerate(new):
-            step.input_ids[row, : counts[row]] = ids
-            step.input_ids[row, counts[row] :] = 0
-        step.query_seqlens[:] = counts
-        np.add(held[:, None], np.arange(width), out=step.position_ids)
         for window in self.io.window_starts:
             step.show(window, first_shown(int(held.min()), window, self.grain))
-        if min(counts) < width:  # a padded position is never read; it only has to be a legal one
-            np.minimum(
-                step.position_ids,
-                held[:, None] + step.query_seqlens[:, None] - 1,
-                out=step.position_ids,
-            )
-        held += step.query_seqlens
-        step.seqlens_k[:] = held - 1
-        step.total_sequence_length[...] = max(int(held.max()), width)
-        if logits_positions is None:
-            np.maximum(step.query_seqlens - 1, 0, out=step.logits_positions[:, 0])
-        else:
-            step.logits_positions[:] = logits_positions
+        step.write(new, counts, held, logits_positions)
         self.session.run_with_iobinding(step.binding)
         return step.logits
 
@@ -269,6 +252,7 @@ class BoundStep:
 
     def __init__(self, model: Model, cache: Cache, shape: StepShape) -> None:
         io, dtype = model.io, cache.dtype.name
+        self._shape, self._new = shape, np.arange(shape.width)
         self.binding = model.session.io_binding()
         sizes = {"rows": shape.rows, "new": shape.width, "keep": shape.keep}
         (
@@ -302,6 +286,46 @@ class BoundStep:
             if other != dtype
             for pair in pairs
         ]
+
+    def write(
+        self,
+        new: Sequence[NDArray[np.int64]],
+        counts: Sequence[int],
+        held: NDArray[np.int64],
+        logits_positions: NDArray[np.int64] | None,
+    ) -> None:
+        """Write new tokens into the inputs.
+
+        Args:
+            counts: of each row.
+            held: int64 [rows], what the cache holds of each; gets what it holds then.
+            logits_positions: see `Model.forward`.
+        """
+        width = self._shape.width
+        np.add(held[:, None], self._new, out=self.position_ids)
+        if min(counts) == width:  # nothing is padded: a step of any rows
+            np.concatenate(new, out=self.input_ids.reshape(-1))
+            self.query_seqlens.fill(width)
+            self.logits_positions.fill(width - 1)
+            held += width
+        else:
+            self._write_padded(new, counts, held)
+        np.subtract(held, 1, out=self.seqlens_k, casting="same_kind")
+        self.total_sequence_length.fill(max(int(held.max()), width))
+        if logits_positions is not None:
+            self.logits_positions[:] = logits_positions
+
+    def _write_padded(
+        self, new: Sequence[NDArray[np.int64]], counts: Sequence[int], held: NDArray[np.int64]
+    ) -> None:
+        for row, (ids, count) in enumerate(zip(new, counts, strict=True)):
+            self.input_ids[row, :count] = ids
+            self.input_ids[row, count:] = 0
+        self.query_seqlens[:] = counts
+        held += self.query_seqlens
+        # A padded position is never read; it only has to be a legal one.
+        np.minimum(self.position_ids, held[:, None] - 1, out=self.position_ids)
+        np.maximum(self.query_seqlens[:, None] - 1, 0, out=self.logits_positions)
 
     def show(self, window: int, start: int) -> None:
         """Let the layers with a window begin with token `start`."""

@@ -7,6 +7,7 @@ allocated before that is known to be there. The processors need what they are to
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -204,7 +205,9 @@ def _inputs(
     prompts = read(loaded.model, params, ids, objects.attention_mask)
     if ids is None and objects.among_tensors:
         prompts = replace(prompts, kind="torch")
-    stops = resolve({}, None, {"stop_strings": list(stop_texts) or None}).stop_strings or ()
+    stops: tuple[str, ...] = ()
+    if stop_texts:
+        stops = resolve({}, None, {"stop_strings": list(stop_texts)}).stop_strings or ()
     tokenizer = _tokenizer(loaded, params, stops, objects.tokenizer)
     if params.token_healing and tokenizer is not None:
         rows = [
@@ -214,7 +217,7 @@ def _inputs(
         healed = read(loaded.model, params, rows)
         cautions = tuple(dict.fromkeys(prompts.cautions + healed.cautions))
         prompts = replace(healed, kind=prompts.kind, cautions=cautions)
-    return _Inputs(prompts, tokenizer, tuple(stops))
+    return _Inputs(prompts, tokenizer, stops)
 
 
 def read(model: Model, params: Params, ids: Any, attention_mask: Any = None) -> Prompts:
@@ -414,7 +417,7 @@ def _chain(
     callers = tensors.bridged("logits_processor", objects.logits_processor, as_tensors)
     own = bool(allowed or callers or unconditional or form)
     if not own and params.watermarking_config is None:  # which may be a dict
-        return loaded.chain(replace(params, **_OF_NO_CHAIN), loaded.model.info.vocab_size)
+        return loaded.chain(_of_a_chain(params), loaded.model.info.vocab_size)
     return processors.build(
         params,
         loaded.model.info.vocab_size,
@@ -423,6 +426,12 @@ def _chain(
         unconditional=unconditional,
         constraint=(form.name, form) if form else None,
     )
+
+
+@functools.lru_cache(maxsize=64)
+def _of_a_chain(params: Params) -> Params:
+    """The same knobs without those that no processor looks at."""
+    return replace(params, **_OF_NO_CHAIN)
 
 
 # Knobs that no processor looks at, and that calls differ in.

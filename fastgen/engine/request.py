@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -158,6 +159,7 @@ class Request:
 
     def __post_init__(self) -> None:
         params = self.params
+        self.prompt_length = int(self.padded.shape[1])
         self.error: Exception | None = None
         self.started: float | None = None
         self.cached_tokens = 0
@@ -181,10 +183,6 @@ class Request:
     def copies(self) -> int:
         """Rows of each prompt."""
         return self.params.num_return_sequences
-
-    @property
-    def prompt_length(self) -> int:
-        return int(self.padded.shape[1])
 
     @property
     def pad_token_id(self) -> int:
@@ -250,7 +248,7 @@ class Request:
         border = max((i + 1 for i, step in enumerate(steps) if step.name in names), default=0)
         return Chain(steps[:border]), Chain(steps[border:])
 
-    @property
+    @functools.cached_property
     def keeps(self) -> bool:
         """True if anything of a step is recorded besides its tokens."""
         return self.keeps_logits or self.keeps_scores or self.params.top_logprobs > 0
@@ -342,14 +340,6 @@ def streams(
     if len(seed) != rows:
         raise ValueError(f"seed has {len(seed)} values for {rows} rows: give one, or one a row")
     return [sampler.Stream(own) for own in seed]
-
-
-def by_request(rows: Sequence[Row]) -> list[tuple[Request, list[int]]]:
-    """The requests behind `rows`, each with the indices of its rows."""
-    groups: dict[int, tuple[Request, list[int]]] = {}
-    for index, row in enumerate(rows):
-        groups.setdefault(id(row.request), (row.request, []))[1].append(index)
-    return list(groups.values())
 
 
 def context(rows: Sequence[Row]) -> Context:

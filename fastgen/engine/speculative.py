@@ -22,7 +22,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgen.engine.batch import Batch, append_tokens, choose
+from fastgen.engine.alike import Alike
+from fastgen.engine.batch import Batch
 from fastgen.engine.model import Model
 from fastgen.engine.prefill import WHOLE, Chunks
 from fastgen.engine.request import Row
@@ -156,10 +157,8 @@ class Speculation(Batch):
         new = [np.append(*pair) for pair in zip(known, guesses, strict=True)]
         logits = self._verify(known, new)
         events: list[Event] = []
-        for indices in self._alike():
-            events += _accept(
-                [self.rows[i] for i in indices], [guesses[i] for i in indices], logits[indices]
-            )
+        for alike, indices, places in self.parts:
+            events += _accept(alike.rows, [guesses[i] for i in indices], logits[places])
         kept = [
             len(ids) - 1 + sum(event.row is row for event in events)
             for row, ids in zip(self.rows, known, strict=True)
@@ -216,13 +215,13 @@ def _accept(
         logits: float32 [rows, longest + 1, vocab], after the last token and each guessed one.
     """
     events: list[Event] = []
-    going = list(range(len(rows)))
+    going, alone = list(range(len(rows))), [Alike([row]) for row in rows]
     for position in range(logits.shape[1]):
         raw = logits[going, position]
-        scores, tokens = choose([rows[i] for i in going], raw)
+        scores, tokens = Alike([rows[i] for i in going]).choose(raw)
         for at, i in enumerate(going):
-            alone = slice(at, at + 1)
-            events += append_tokens([rows[i]], raw[alone], scores[alone], tokens[alone])
+            one = slice(at, at + 1)
+            events += alone[i].append(raw[one], scores[one], tokens[one])
         picked = dict(zip(going, tokens.tolist(), strict=True))
         going = [
             i
@@ -317,7 +316,7 @@ class Assistant:
             ahead = [row.after(guess) for row, guess in zip(rows, guesses, strict=True)]
             logits = self._read(ahead)
             try:
-                scores, tokens = choose(ahead, logits)
+                scores, tokens = Alike(ahead).choose(logits)
             except Exception:  # of a caller's function too: it may not know a text that never comes
                 break  # and if the text does come, the model asks again and its error counts
             sure = np.exp(sampler.logprob_of(scores, tokens)) >= self.confidence

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from fastgen.engine.request import Row
 
 
-@dataclass(frozen=True)
-class Event:
+class Event(NamedTuple):
     """One new token of one row."""
 
     row: Row

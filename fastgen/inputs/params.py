@@ -232,10 +232,10 @@ class Params:
     )
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for name, field in FIELDS.items():
+            value = getattr(self, name)
             if value is not field.default:  # which is right, and what most knobs are
-                object.__setattr__(self, field.name, checked(field, value))
+                object.__setattr__(self, name, checked(field, value))
         _check_together(self)
 
 
@@ -281,7 +281,8 @@ def _check_form(params: Params) -> None:
 
 
 FORMS = ("json_schema", "regex", "grammar")  # the knobs that give a text a form
-NAMES = frozenset(knob.name for knob in fields(Params))
+FIELDS = {knob.name: knob for knob in fields(Params)}
+NAMES = frozenset(FIELDS)
 
 
 def resolve(

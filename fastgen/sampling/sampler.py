@@ -137,7 +137,7 @@ def greedy(scores: Scores) -> NDArray[np.int64]:
 
 def refuse_nan(values: NDArray[Any]) -> None:
     """Raise a ValueError if there is one among the values [any shape] that were chosen."""
-    if np.isnan(values).any():
+    if np.isnan(values.max(initial=-np.inf)):  # which is nan if any is
         raise ValueError(
             "the scores hold nan, which says nothing of any token: the model's weights, a "
             "logits_processor or a knob made it; remove_invalid_values=True takes nan for 0"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from numpy_model import KINDS, NumpyLM
 from tiny import VOCAB, ragged
 
 import fastgen
+from fastgen.engine import memory_estimate
+from fastgen.engine.batch import Batch
 
 pytestmark = pytest.mark.core
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -276,3 +279,40 @@ def test_every_order_of_rows_is_the_same_rows(pair, kind):
             mine = expected[tuple(row)]
             assert found[9 - len(row) :][: len(mine)] == mine
     assert max(map(max, expected.values())) < VOCAB
+
+
+def calls_of(step) -> int:
+    """Calls of Python's functions, and of those in C, while it runs."""
+    calls = []
+    sys.setprofile(lambda frame, event, arg: calls.append(event) if "call" in event else None)
+    try:
+        step()
+    finally:
+        sys.setprofile(None)
+    return len(calls)
+
+
+def test_a_step_finds_out_nothing_that_a_request_says_once(pair):
+    """Python is a good part of a tiny model's step. It was 90 calls, and 25 for each more row."""
+    _, model = pair("llama")
+    count = {}
+    for rows in (1, 2, 9):
+        batch = Batch(model.model)
+        batch.add(model._call(ragged(4, (5,) * rows), knobs={"max_new_tokens": 9}).request)
+        batch.step()
+        model.model.forward = lambda new, *_: np.zeros((len(new), 1, VOCAB), np.float32)
+        count[rows] = calls_of(batch.step)
+        del model.model.forward
+    assert count[1] <= 54
+    assert (count[9] - count[1]) / 8 <= 9
+
+
+def test_a_small_call_does_not_ask_the_system_for_its_memory(pair, monkeypatch):
+    _, model = pair("llama")
+    asked = []
+    monkeypatch.setattr(memory_estimate, "memory_bytes", lambda: asked.append(1) or 1 << 20)
+    model.generate([5, 6], max_new_tokens=2)
+    assert not asked
+    with pytest.raises(ValueError, match="this needs up to"):
+        model.generate([[5, 6]] * 30_000, max_new_tokens=100)
+    assert asked

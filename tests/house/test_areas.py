@@ -220,7 +220,7 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
             "batch diverse plain",
             "search",
             "hypotheses",
-            "writer",
+            "alike writer",
             "slots step",
             "request score",
             "guidance memory_estimate",
