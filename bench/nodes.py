@@ -1,4 +1,4 @@
-"""What a step of one row runs: the nodes of a graph as onnxruntime has them, and their time.
+"""The nodes that a step of one row runs, as onnxruntime has them, and their time.
 
     python bench/nodes.py DIRECTORY [FOLDER]
 
