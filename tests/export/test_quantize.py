@@ -364,7 +364,8 @@ def test_outlier_channels_are_smoothed_into_the_weights(precision, tmp_path, mon
     smoothed, kl = made("smoothed")
     monkeypatch.setattr(smooth, "fold_target", lambda *args: None)
     plain, worse = made("plain")
-    assert (smoothed, plain) == (6, 0)
+    # In int4 values have a matrix of their own, which reads the same norm.
+    assert (smoothed, plain) == ({"int8": 6, "int4": 8}[precision], 0)
     assert kl < worse / 3
 
 
