@@ -12,6 +12,7 @@ directory at most. onnxruntime-genai's builder and llama.cpp's converter prove n
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -58,8 +59,10 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=[OURS])
     parser.add_argument("--json", type=Path, help="add a line for each export to this file")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        home = Home(args.home or Path(temporary))
+    with (
+        tempfile.TemporaryDirectory() as temporary,
+        contextlib.closing(Home(args.home or Path(temporary))) as home,
+    ):
         print(f"{shapes.machine(2)}\n")
         print(
             "| shape | precision | by | seconds | MB anonymous | of float32 | MB resident |"

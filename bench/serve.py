@@ -74,7 +74,7 @@ async def follow(
     ).encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
     head = (
-        "POST /v1/completions HTTP/1.1\r\nHost: it\r\nConnection: close\r\n"
+        "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n"
         f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     )
     writer.write(head.encode() + body)
@@ -296,7 +296,7 @@ def main() -> None:
     print(f"{shapes.machine(args.threads)}\n", flush=True)
     with contextlib.ExitStack() as kept:
         place = args.home or kept.enter_context(tempfile.TemporaryDirectory())
-        home = Home(Path(place))
+        home = kept.enter_context(contextlib.closing(Home(Path(place))))
         for part in args.parts:
             print(f"| | {part}: | {PARTS[part][1]} |\n|---|---|{'---|' * 4}")
             for shape in args.shapes:

@@ -135,7 +135,7 @@ class Client:
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port, limit=1 << 24)
         try:
             head = (
-                f"POST /v1/completions HTTP/1.1\r\nHost: it\r\nConnection: close\r\n"
+                f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n"
                 f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
             )
             with contextlib.suppress(ConnectionError):  # 413 may come before all is sent

@@ -69,7 +69,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     with contextlib.ExitStack() as stack:
-        home = Home(args.home or Path(stack.enter_context(tempfile.TemporaryDirectory())))
+        place = args.home or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        home = stack.enter_context(contextlib.closing(Home(place)))
         if args.speed:
             pairs = []
             for pair in speed.measure(home, args.shapes, args.cases, args.rounds, args.threads):

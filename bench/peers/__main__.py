@@ -152,7 +152,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     lines = Lines(args.json)
     with contextlib.ExitStack() as stack:
         path = args.home or stack.enter_context(tempfile.TemporaryDirectory())
-        home = Home(Path(path))
+        home = stack.enter_context(contextlib.closing(Home(Path(path))))
         lines.add(
             "machine",
             text=shapes.machine(args.threads),

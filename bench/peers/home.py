@@ -46,6 +46,11 @@ class Home:
         self.package = digest(package_text())
         self.exporter = digest(package_text(BESIDE))
 
+    def close(self) -> None:
+        """Let others have it."""
+        if self.lock is not None:
+            self.lock.close()
+
     def log(self, name: str) -> Path:
         """The file that a step or a worker writes its messages to."""
         path = self.path / "logs" / f"{name}.log"

@@ -150,13 +150,15 @@ def test_a_home_is_for_one_run_at_a_time(tmp_path: Path) -> None:
     first = Home(tmp_path)
     with pytest.raises(BlockingIOError, match="another run uses"):
         Home(tmp_path)
-    assert first.lock is not None
-    first.lock.close()
-    Home(tmp_path).lock.close()
+    first.close()
+    Home(tmp_path).close()
 
 
-def test_what_is_made_is_kept_until_its_source_changes(tmp_path: Path) -> None:
+def test_what_is_made_is_kept_until_its_source_changes(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     home, made = Home(tmp_path), []
+    request.addfinalizer(home.close)
 
     def make(path: Path) -> None:
         path.mkdir()

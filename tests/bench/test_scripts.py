@@ -85,6 +85,7 @@ def test_a_shape_is_measured(run, keep, script):
         ("ratio", ["--threads", "1", "--rounds", "1", "--steps", "1"]),
         ("loading", ["--rounds", "1"]),
         ("memory", ["--rounds", "1"]),
+        ("nodes", ["--threads", "1", "--steps", "2", "--past", "4"]),
     ],
 )
 def test_a_directory_is_measured(run, directory, script, arguments):
@@ -103,6 +104,13 @@ def test_the_demo_model_is_measured(run, tmp_path):
     with pytest.raises(SystemExit) as ended:  # it tells whether memory grew
         run("flat", "--calls", "80", "--longest", "9", "--allowed", "1e6")
     assert not ended.value.code
+
+
+def test_a_service_is_measured(run, tmp_path):
+    said = run("serve", "--home", tmp_path, "--requests", "1", "--alone", "1", *ONCE)
+    assert [line[1] for line in lines(said)[1:]].count("service") == 2
+    said = run("soak", "--warm", "150", "--requests", "30", "--clients", "4", "--growth", "200")
+    assert "none lost" in said
 
 
 def test_latents_are_measured(run):
@@ -175,5 +183,5 @@ def test_no_script_is_left_out():
     scripts = {path.stem for path in BENCH.glob("*.py")}
     scripts |= {path.parent.name for path in BENCH.glob("*/__main__.py")}
     alone = {"ratio", "versions", "loading", "memory", "startup", "structured", "held_out"}
-    alone |= {"flat", "latent", "quality", "rungs", "ablation", "tools"}
+    alone |= {"flat", "latent", "nodes", "quality", "rungs", "ablation", "tools"}
     assert scripts == {*SHAPED, *alone, *HELP, *MODULES}

@@ -7,6 +7,7 @@ The environments are gigabytes, and kept in FASTGEN_BENCH_HOME where that is set
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterator
@@ -48,10 +49,9 @@ EXPECTED: dict[tuple[str, str], dict[str, str]] = {
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
     kept = os.environ.get("FASTGEN_BENCH_HOME")
-    home = Home(Path(kept) if kept else tmp_path_factory.mktemp("folders"))
-    yield home
-    if home.lock is not None:
-        home.lock.close()
+    place = Path(kept) if kept else tmp_path_factory.mktemp("folders")
+    with contextlib.closing(Home(place)) as home:
+        yield home
 
 
 @pytest.mark.parametrize(("does", "kind"), EXPECTED, ids=["-".join(one) for one in EXPECTED])
