@@ -89,7 +89,8 @@ def profiled(engine: Any, place: Path) -> Iterator[None]:
 
 def of_folder(args: argparse.Namespace) -> Table:
     """The nodes of a folder's graph; keys and values stay in one buffer, as in its own runtime."""
-    config = json.loads((args.folder / "genai_config.json").read_text())["model"]["decoder"]
+    model = json.loads((args.folder / "genai_config.json").read_text())["model"]
+    config = model["decoder"]
     with tempfile.TemporaryDirectory() as place:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = args.threads
@@ -104,14 +105,10 @@ def of_folder(args: argparse.Namespace) -> Table:
             np.zeros((1, heads, CONTEXT, size), np.float32)
             for _ in range(2 * config["num_hidden_layers"])
         ]
-        logits = np.empty((1, 1, config_vocabulary(args.folder)), np.float32)
+        logits = np.empty((1, 1, model["vocab_size"]), np.float32)
         for step in range(args.steps):
             run(session, args.past + step, buffers, logits)
         return table(Path(session.end_profiling()), args.steps)
-
-
-def config_vocabulary(folder: Path) -> int:
-    return int(json.loads((folder / "genai_config.json").read_text())["model"]["vocab_size"])
 
 
 def run(session: Any, past: int, buffers: list[Any], logits: Any) -> None:

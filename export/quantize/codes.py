@@ -159,10 +159,12 @@ class FollowedCodes(Codes):
         wanted = {product.name: kernel for product, kernel in kernels.items()}
         if wanted == self._settled:
             return
-        self._settled, self._made = wanted, {}
+        self._settled = wanted
+        self._made = {key: made for key, made in self._made.items() if key[0] not in wanted}
+        others = len(self._made)  # heads, which do not follow: the largest, and made once
 
         def make(turn: Turn) -> Floats:
-            shown(len(self._made), len(kernels))
+            shown(len(self._made) - others, len(kernels))
             product, kernel = turn.product, kernels[turn.product]
             moments = self._factor_of(product.input, turn.moments, turn.tokens, kernel.turned)
             choice, values = self._best(turn.weight, kernel, moments)

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastgen.export.quantize import parts
-from fastgen.export.quantize.kernels import LEVELS, Floats, Kernel, blocks, short
+from fastgen.export.quantize.kernels import LEVELS, Floats, Kernel, Range, blocks, short
 
 GRID = np.linspace(0.7, 1.05, 15, dtype=np.float32)  # scales that are tried, of the largest weight
 RANGES = {4: (0.8, 0.88, 0.96, 1.04), 8: (1.0,)}  # tried, of the range of what a block has to hold
@@ -208,11 +208,7 @@ class _Block:
 
 
 def _grid(wanted: Floats, kernel: Kernel) -> Iterator[tuple[Floats, Floats]]:
-    """Scales and zero points [out] that are tried; the middle code, where there are none.
-
-    With zero points the middle code is the middle of a block's range. Zero is in every range, so
-    that it is one of the codes.
-    """
+    """Scales and zero points [out] that are tried; the middle code, where there are none."""
     if not kernel.zero_points:
         largest = np.abs(wanted).max(axis=0) / np.float32(LEVELS[kernel.bits])
         largest[largest == 0] = 1
@@ -220,13 +216,11 @@ def _grid(wanted: Floats, kernel: Kernel) -> Iterator[tuple[Floats, Floats]]:
         for share in RANGES[kernel.bits]:
             yield short(largest * np.float32(share)), zero
         return
-    last = np.float32(2 * kernel.middle - 1)
-    high, low = wanted.max(axis=0).clip(0), wanted.min(axis=0).clip(None, 0)
-    whole = (high - low) / last
-    whole[whole == 0] = 1
+    held = Range.of(wanted, kernel, axis=0)
+    whole = held.scale
     for share in RANGES[kernel.bits]:
         scale = short(whole * np.float32(share))
-        yield scale, np.clip(np.rint((last - (high + low) / scale) / 2), 0, last)
+        yield scale, held.zero_point(scale)
 
 
 def factor(moments: Floats, damping: float) -> Floats:

@@ -257,18 +257,47 @@ def block_grid(weight: Floats, kernel: Kernel) -> tuple[Floats, NDArray[np.uint8
     size, out = weight.shape
     scales = np.empty((out, -(-size // kernel.block)), np.float32)
     zeros = np.empty(scales.shape, np.uint8)
-    last = np.float32(2 * kernel.middle - 1)
 
     def part(some: slice) -> None:
-        held = blocks(weight[:, some], kernel.block)
-        high, low = held.max(axis=-1).clip(0), held.min(axis=-1).clip(None, 0)
-        whole = (high - low) / last
-        whole[whole == 0] = 1
-        scales[some] = whole
-        zeros[some] = np.clip(np.rint((last - (high + low) / whole) / 2), 0, last)
+        held = Range.of(blocks(weight[:, some], kernel.block), kernel, axis=-1)
+        scales[some], zeros[some] = held.scale, held.zero_point(held.scale)
 
     parts.each(out, size, part)
     return scales, zeros
+
+
+@dataclass(frozen=True)
+class Range:
+    """The range of some weights, for codes with a zero point.
+
+    Zero is in every range, so that it is one of the codes.
+
+    Attributes:
+        low, high: its ends.
+        last: the largest code; the smallest is 0.
+    """
+
+    low: Floats
+    high: Floats
+    last: np.float32
+
+    @classmethod
+    def of(cls, weights: Floats, kernel: Kernel, axis: int) -> Range:
+        """The range along an axis."""
+        low, high = weights.min(axis=axis).clip(None, 0), weights.max(axis=axis).clip(0)
+        return cls(low, high, np.float32(2 * kernel.middle - 1))
+
+    @property
+    def scale(self) -> Floats:
+        """The scale with which the codes reach from end to end; 1 where all weights are 0."""
+        whole = (self.high - self.low) / self.last
+        whole[whole == 0] = 1
+        return whole
+
+    def zero_point(self, scale: Floats) -> Floats:
+        """The zero point with which the middle code is the middle of the range."""
+        middle = (self.last - (self.high + self.low) / scale) / 2
+        return np.clip(np.rint(middle), 0, self.last)
 
 
 def short(scales: Floats) -> Floats:

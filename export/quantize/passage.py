@@ -81,7 +81,7 @@ class Passage:
         Args:
             replaced: matrices that take the place of products' own.
         """
-        kept = [value for value in self._made(0, end) if self._last[value] >= end]
+        kept = [value for value in self._made(end) if self._last[value] >= end]
         made = [value for value in kept if self._index[_producer(value)] >= self.at]
         if made:
             self._run(self._piece(end, made, replaced), made)
@@ -91,9 +91,9 @@ class Passage:
                 del state[name]
         self.at = end
 
-    def _made(self, start: int, end: int) -> Iterator[ir.Value]:
-        """Values that some nodes make and others read."""
-        for node in self._nodes[start:end]:
+    def _made(self, end: int) -> Iterator[ir.Value]:
+        """Values that nodes before `end` make and others read."""
+        for node in self._nodes[:end]:
             yield from (value for value in node.outputs if value in self._last)
 
     def _run(self, piece: ir.Model, made: Sequence[ir.Value]) -> None:
