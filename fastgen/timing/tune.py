@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from fastgen.engine.model import Model
 from fastgen.engine.prefill import prefill as read
 from fastgen.errors import ModelError
-from fastgen.sampling.softmax import log_softmax
+from fastgen.sampling.softmax import divergence, log_softmax
 from fastgen.store import jsonfile
 from fastgen.store.jsonfile import is_number, is_object, take
 from fastgen.store.model_info import REPORT, ModelInfo
@@ -119,8 +119,8 @@ def measure(
         if model.many_from is not None:
             candidate.many_from.append(model.many_from)
         expected = log_softmax(by_default.setdefault(candidate.directory, logits))
-        difference = np.exp(expected) * (expected - log_softmax(logits))
-        candidate.divergence = max(candidate.divergence, float(difference.sum(axis=-1).mean()))
+        lost = divergence(expected, log_softmax(logits)) / len(logits)
+        candidate.divergence = max(candidate.divergence, lost)
         shown()
 
     in_rounds({n: partial(once, candidate) for n, candidate in enumerate(tried)}, rounds, warm=0)
