@@ -21,8 +21,8 @@ TOLERANCES = {
     "fp32": Tolerance(),
     "int8": Tolerance.quantised(kl=0.006),
     "int4": Tolerance.quantised(kl=0.1),
-    # Weights on the grid of their file cost nothing: what is left is activations in 8 bits, and
-    # the nearest codes of types with a minimum.
+    # Weights on the grid of their file cost little: what is left is activations in 8 bits, and the
+    # nearest codes of types whose levels 8 bits do not have.
     "grid": Tolerance.quantised(kl=0.02),
 }
 

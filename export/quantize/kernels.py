@@ -455,7 +455,9 @@ def _replace_nbits(graph: ir.Graph, product: Product, choice: Choice) -> None:
     else:
         codes = add_initializer(graph, name, choice.codes)
     scale = _scales(graph, product, scales)
-    zeros = [] if choice.zeros is None else [_zero_points(graph, product.name, choice.zeros)]
+    zeros = []
+    if choice.zeros is not None:
+        zeros.append(_zero_points(graph, product.name, choice.zeros, kernel.bits))
     attributes = {"K": size, "N": out, "bits": kernel.bits, "block_size": kernel.block}
     (result,) = insert(
         node,
@@ -469,8 +471,7 @@ def _replace_nbits(graph: ir.Graph, product: Product, choice: Choice) -> None:
     if product.transposed:
         for use in list(weight.uses()):
             if use.node.op_type == "Gather":
-                assert not zeros, f"{product.name}: an embedding has no zero points"
-                _gather_codes(graph, use.node, codes, scale, kernel, size)
+                _gather_codes(graph, use.node, (codes, scale, *zeros), kernel, size)
 
 
 def _scales(graph: ir.Graph, product: Product, scales: Floats) -> ir.Value:
@@ -485,26 +486,35 @@ def _scales(graph: ir.Graph, product: Product, scales: Floats) -> ir.Value:
     return scale
 
 
-def _zero_points(graph: ir.Graph, name: str, zeros: NDArray[np.uint8]) -> ir.Value:
-    """Zero points [out, blocks] as the kernel of 4 bits has them: two of an output in a byte."""
+def _zero_points(graph: ir.Graph, name: str, zeros: NDArray[np.uint8], bits: int) -> ir.Value:
+    """Zero points [out, blocks] as the kernel has them: those of 4 bits two of an output a byte."""
+    if bits == 8:
+        return add_initializer(graph, f"{name}.zeros", zeros)
     even = np.zeros((len(zeros), zeros.shape[1] + zeros.shape[1] % 2), np.uint8)
     even[:, : zeros.shape[1]] = zeros
     return add_initializer(graph, f"{name}.zeros", packed(even))
 
 
 def _gather_codes(
-    graph: ir.Graph, gather: ir.Node, codes: ir.Value, scales: ir.Value, kernel: Kernel, size: int
+    graph: ir.Graph, gather: ir.Node, held: Sequence[ir.Value], kernel: Kernel, size: int
 ) -> None:
-    """The embedding from the codes of the product that shares its matrix."""
-    ids = gather.inputs[1]
-    (mine,) = insert(gather, "Gather", [codes, ids], {"axis": 0})  # [rows, new, blocks, block]
-    (scale,) = insert(gather, "Gather", [scales, ids], {"axis": 0})  # [rows, new, blocks]
+    """The embedding from the codes, scales and zero points of the product that shares its matrix.
+
+    Zero points are those of 8 bits, or none.
+    """
+    ids, last = gather.inputs[1], _integers(graph, "last_axis", [-1])
+    # [rows, new, blocks, block] and twice [rows, new, blocks]
+    mine, scale, *zeros = (insert(gather, "Gather", [one, ids], {"axis": 0})[0] for one in held)
     if kernel.bits == 4:
+        assert not zeros, "an embedding of 4 bits has no zero points"
         mine = _unpacked(graph, gather, mine)
     (mine,) = insert(gather, "Cast", [mine], {"to": int(ir.DataType.FLOAT)})
-    middle = np.array(kernel.middle, np.float32)
-    (mine,) = insert(gather, "Sub", [mine, add_initializer(graph, "middle_code", middle)])
-    (scale,) = insert(gather, "Unsqueeze", [scale, _integers(graph, "last_axis", [-1])])
+    middle = add_initializer(graph, "middle_code", np.array(kernel.middle, np.float32))
+    if zeros:
+        (middle,) = insert(gather, "Cast", zeros, {"to": int(ir.DataType.FLOAT)})
+        (middle,) = insert(gather, "Unsqueeze", [middle, last])
+    (mine,) = insert(gather, "Sub", [mine, middle])
+    (scale,) = insert(gather, "Unsqueeze", [scale, last])
     (mine,) = insert(gather, "Mul", [mine, scale])
     (mine,) = insert(gather, "Reshape", [mine, _integers(graph, "flat", [0, 0, -1])])
     if size % kernel.block:

@@ -341,6 +341,41 @@ def test_rows_of_several_types_are_held_exactly_in_8_bits():
     np.testing.assert_array_equal(codes_values(found.codes, found.kernel, found.scales, 64).T, held)
 
 
+@pytest.mark.parametrize("kind", [TYPES.Q4_1, TYPES.Q5_1], ids=lambda kind: kind.name)
+def test_the_levels_of_a_type_with_a_minimum_are_off_by_less_than_the_nearest_codes(kind):
+    rows = np.random.default_rng(3).standard_normal((96, 64)).astype(np.float32)
+    rows[:, 32:] += 10 * (np.arange(96) % 4 == 1)[:, None]  # far from zero: none of the kernel's
+    held = gguf.dequantize(gguf.quantize(rows, kind), kind)
+    found = grid.choice_of(np.ascontiguousarray(held.T))
+    assert found.kernel == grid.EIGHT_FROM_LOWEST and found.zeros is not None
+    error = codes_values(found.codes, found.kernel, found.scales, 64, found.zeros).T - held
+    nearest = np.abs(held).reshape(96, 2, 32).max(axis=-1) / 127 / np.sqrt(12)
+    off = np.sqrt(np.square(error).reshape(96, 2, 32).mean(axis=-1))
+    assert np.sqrt(np.square(off / nearest).mean()) < 0.7 and (off < 2 * nearest).all()
+    levels = found.zeros != grid.EIGHT.middle
+    assert levels.mean() > 0.7
+    spread = np.ptp(error.reshape(96, 2, 32), axis=-1)[levels]
+    assert (spread < 1e-5).all()  # all weights of a block by the same
+
+
+def test_an_embedding_whose_levels_have_a_lowest_one_is_read_as_it_is_multiplied(tmp_path):
+    model = tiny.build("llama", tie_word_embeddings=True)
+    path = gguf_files.write(model, tmp_path / "model.gguf", TYPES.Q4_1)
+    out = export(path, tmp_path / "out", quick=True, progress=None)
+    assert json.loads((out / "report.json").read_text())["kernels"].keys() == {
+        "int8, blocks of 32 with zero points"
+    }
+    held = onnx_ir.load(out / "model.onnx").graph.initializers
+    (codes,) = (name for name in held if "embed" in name and name.endswith(".codes"))
+    assert codes.replace(".codes", ".zeros") in held
+    exact = export(path, tmp_path / "exact", precision="fp32", progress=None)
+    row = np.array(tiny.ragged(1)[0])
+    expected, found = (
+        check.exported_logits(fastgen.load(one).model, [row])[0] for one in (exact, out)
+    )
+    assert np.abs(found - expected).max() < 0.04 * np.abs(expected).max()  # 0.026 of activations
+
+
 def test_other_numbers_get_the_nearest_codes_of_8_bits():
     rows = np.random.default_rng(2).standard_normal((32, 64)).astype(np.float32)
     rows[5] = 0
@@ -378,7 +413,8 @@ def test_it_stays_in_its_own_numbers(kind, precision, llama, tmp_path):
     assert fastgen.load(out).model.info.precision == precision
     report = json.loads((out / "report.json").read_text())
     bits = 4 if precision == "int4" else 8
-    assert report["kernels"].keys() == {f"int{bits}, blocks of 32"}
+    levels = " with zero points" if kind == TYPES.Q4_1 else ""
+    assert report["kernels"].keys() == {f"int{bits}, blocks of 32{levels}"}
     exact = export(path, tmp_path / "exact", precision="fp32", progress=None)
     held = onnx_ir.load(out / "model.onnx").graph.initializers
     for name, value in onnx_ir.load(exact / "model.onnx").graph.initializers.items():
