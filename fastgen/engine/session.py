@@ -24,6 +24,8 @@ from fastgen.system import memory
 from fastgen.system.cpu import int8_overflows
 
 SPIN_US = "2000"  # microseconds that threads spin for more work
+# Sum and norm in one node are slower than in two: it has no vector code (bench/README.md).
+NOT_FUSED = ["SkipLayerNormFusion"]
 # To run what is not run often: weights stay in the mapped file, and no packed copy is made of them.
 UNPACKED = {"session.disable_prepacking": "1"}
 # To write down the graph as it was optimised, with each matrix as it is and as it was packed.
@@ -51,12 +53,12 @@ def session_options(tuning: Tuning) -> Any:
     options.add_session_config_entry("session.prepack.enable_parallel", "1")
     if not tuning.spinning:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    for name, value in kernel_entries(tuning).items():
+    for name, value in _kernels(tuning).items():
         options.add_session_config_entry(name, value)
     return options
 
 
-def kernel_entries(tuning: Tuning) -> dict[str, str]:
+def _kernels(tuning: Tuning) -> dict[str, str]:
     """The entries that choose kernels: what is packed for some is not packed for others."""
     # int8 weights become uint8 on loading: slower, and exact
     exact = {"session.x64quantprecision": "1"} if int8_overflows() else {}
@@ -70,8 +72,7 @@ def open_session(path: Path, options: Any) -> Any:
         options,
         providers=["CPUExecutionProvider"],
         enable_fallback=False,
-        # Sum and norm in one node are slower than in two: it has no vector code (bench/README.md).
-        disabled_optimizers=["SkipLayerNormFusion"],
+        disabled_optimizers=NOT_FUSED,
     )
 
 
@@ -88,6 +89,15 @@ def open_graph(path: Path, tuning: Tuning) -> Any:
     return session
 
 
+def place(path: Path, info: ModelInfo, tuning: Tuning) -> Kept:
+    """The place of what is kept of a graph (see `open_kept`), which may be empty.
+
+    Raises:
+        ModelError: see `Kept.of`.
+    """
+    return Kept.of(info, path.name, {"entries": _kernels(tuning), "not fused": NOT_FUSED})
+
+
 def open_kept(path: Path, info: ModelInfo, tuning: Tuning) -> tuple[Any, list[str]]:
     """Open what is kept of a graph for this machine; make it first, where there is nothing right.
 
@@ -99,7 +109,7 @@ def open_kept(path: Path, info: ModelInfo, tuning: Tuning) -> tuple[Any, list[st
     """
     cautions: list[str] = []
     try:
-        kept = Kept.of(info, path.name, kernel_entries(tuning))
+        kept = place(path, info, tuning)
         try:
             return _opened(kept, tuning), []
         except ModelError as error:

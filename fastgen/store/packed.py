@@ -46,12 +46,12 @@ class Kept:
     key: dict[str, Any]
 
     @classmethod
-    def of(cls, info: ModelInfo, graph: str, entries: Mapping[str, str]) -> Kept:
+    def of(cls, info: ModelInfo, graph: str, optimised: Mapping[str, Any]) -> Kept:
         """The place for a graph of a model.
 
         Args:
             graph: the name of its file.
-            entries: session entries of onnxruntime that choose kernels.
+            optimised: what makes onnxruntime choose other nodes or kernels, as JSON can hold it.
 
         Raises:
             ModelError: `fastgen.json` has no digests: what is kept could be another model's.
@@ -60,7 +60,7 @@ class Kept:
         if not info.digests.keys() >= set(names):
             raise ModelError("an older fastgen exported it, without digests: export it again")
         made_of = {name: info.digests[name] for name in names}
-        return cls(home(info), {"files": made_of, "entries": dict(entries)} | here())
+        return cls(home(info), {"files": made_of, "optimised": dict(optimised)} | here())
 
     @property
     def directory(self) -> Path:

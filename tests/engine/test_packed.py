@@ -18,8 +18,8 @@ import pytest
 from scripts import run
 
 import fastgen
+from fastgen.engine import session
 from fastgen.engine.model import Model
-from fastgen.engine.session import kernel_entries
 from fastgen.store import files, packed
 from fastgen.store.hub import DEMO
 from fastgen.store.model_info import GRAPH, INFO, WEIGHTS, ModelInfo
@@ -201,6 +201,19 @@ def test_where_nothing_can_be_kept_the_model_runs_without(directory, cache, monk
     assert not model.is_packed and "has 0 MB left" in model.cautions[0]
 
 
+def test_each_choice_of_kernels_has_a_place(directory, monkeypatch):
+    """The graph is as it was optimised: with other fusions it would be another one."""
+    entries = {"mlas.enable_gemm_fastmath_arm64_bfloat16": "1"}
+    settings = [Tuning(), Tuning(threads=1), Tuning(entries=entries)]
+    info = ModelInfo.read(directory)
+    first, threads, others = (session.place(directory / GRAPH, info, one) for one in settings)
+    monkeypatch.setattr(session, "NOT_FUSED", [])
+    fused = session.place(directory / GRAPH, info, Tuning())
+    assert first.directory == threads.directory
+    assert len({one.directory for one in (first, others, fused)}) == 3
+    assert len({one.home for one in (first, others, fused)}) == 1
+
+
 def test_an_export_without_digests_is_not_packed(directory):
     told = json.loads((directory / INFO).read_text())
     told["files"] = {name: said["bytes"] for name, said in told["files"].items()}
@@ -233,8 +246,7 @@ def test_two_processes_make_it_once(directory, kept, tmp_path):
 
 
 def kept_lock(directory: Path) -> Path:
-    entries = kernel_entries(Tuning())
-    return packed.Kept.of(ModelInfo.read(directory), GRAPH, entries).lock
+    return session.place(directory / GRAPH, ModelInfo.read(directory), Tuning()).lock
 
 
 def test_info_shows_what_is_kept_and_removes_it(directory, kept):
