@@ -107,7 +107,7 @@ def loading(call: list[str]) -> Iterator[subprocess.Popen[str]]:
 
 
 def told(process: subprocess.Popen[str]) -> Any:
-    """What the process says next."""
+    """The next thing that the process says."""
     assert process.stdout is not None
     return json.loads(process.stdout.readline())
 

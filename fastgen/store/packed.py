@@ -1,4 +1,4 @@
-"""What onnxruntime makes of a model on loading, kept for this machine (see `engine.session`).
+"""Optimised graphs and packed weights, kept for this machine (see `engine.session`).
 
 `FASTGEN_CACHE/packed/MODEL/KEY` holds the graph as it was optimised, with a weights file that has
 each matrix as it was exported and as its kernel wants it, and `packed.json`, which says what that
@@ -121,7 +121,7 @@ class Kept:
 
 
 def here() -> dict[str, Any]:
-    """What packed weights hold for, besides their model: this processor and this onnxruntime."""
+    """The machine that packed weights hold for: this processor and this onnxruntime."""
     return {
         "layout": LAYOUT,
         "onnxruntime": f"{onnxruntime.__version__} ({onnxruntime.get_build_info()})",
@@ -168,7 +168,7 @@ def check(directory: Path, key: Mapping[str, Any] | None = None, whole: bool = F
 
 
 def fault(directory: Path, whole: bool = False) -> str | None:
-    """Why what is kept cannot be used on this machine (see `check`); None where it can."""
+    """The reason why what is kept cannot be used here (see `check`); None where it can."""
     try:
         check(directory, whole=whole)
     except ModelError as error:
@@ -190,7 +190,7 @@ def remove(info: ModelInfo) -> int:
 
 
 def _about(path: Path) -> dict[str, int]:
-    """What tells soon that a file is another one: its size, and the time of its last change."""
+    """A file's size and the time of its last change, which soon tell that it is another one."""
     said = path.stat()
     return {"bytes": said.st_size, "modified": said.st_mtime_ns}
 

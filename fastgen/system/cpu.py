@@ -36,7 +36,7 @@ def cpu_name() -> str:
 
 
 def cpu_features() -> str:
-    """What the first processor can do, in the system's words; "" where it does not say."""
+    """Features of the first processor, in the system's words; "" where it does not say."""
     with contextlib.suppress(OSError), Path("/proc/cpuinfo").open(encoding="utf-8") as about:
         for line in about:
             name, _, said = line.partition(":")
