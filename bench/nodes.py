@@ -61,7 +61,7 @@ def line(kind: str, cells: list[tuple[int, float]]) -> str:
 def of_directory(args: argparse.Namespace) -> Table:
     """The nodes of a model directory, opened as fastgen opens it."""
     import fastgen
-    from fastgen.engine import model as engine
+    from fastgen.engine import session as engine
 
     with tempfile.TemporaryDirectory() as place, profiled(engine, Path(place)):
         model = fastgen.load(args.directory, threads=args.threads)

@@ -1,10 +1,11 @@
 """Time model directories beside the first of them: calls of all take turns.
 
-    python bench/ratio.py OLD NEW NEW+int8 [...] --rounds 21
+    python bench/ratio.py OLD NEW NEW+int8 NEW+packed [...] --rounds 21
 
 What a busy or a slow minute does to one call it does to its neighbours too, so that ratios of
 medians are steadier here than times. Directories are of one model, in any precision; `+int8` behind
-one loads it with `prefill_precision="int8"`, and the last line says from how many tokens that pays.
+one loads it with `prefill_precision="int8"`, and the last line says from how many tokens that pays;
+`+packed` loads it from packed weights (see `fastgen.load`).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ PROMPTS, ROWS, PAST = (64, 512), (1, 8, 32), 64
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("directories", nargs="+", metavar="DIRECTORY[+int8]")
+    parser.add_argument("directories", nargs="+", metavar="DIRECTORY[+int8][+packed]")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=8, help="of decoding, in a call")
@@ -33,12 +34,17 @@ def main() -> None:
 
     import fastgen
 
-    given = [one.partition("+") for one in args.directories]
+    given = [one.split("+") for one in args.directories]
     models = [
-        fastgen.load(path, threads=args.threads, prefill_precision=form or "same").model
-        for path, _, form in given
+        fastgen.load(
+            path,
+            threads=args.threads,
+            prefill_precision="int8" if "int8" in how else "same",
+            packed="packed" in how,
+        ).model
+        for path, *how in given
     ]
-    names = [f"{Path(path).name}{plus}{form}" for path, plus, form in given]
+    names = [Path(one).name for one in args.directories]
     print(f"{shapes.machine(args.threads)}\n")
     print(f"| | {' | '.join(names)} |")
     print("|---|" + "---|" * len(models))

@@ -16,8 +16,8 @@ import onnx_ir
 from numpy.typing import NDArray
 
 import fastgen
-from fastgen.engine.model import UNPACKED
 from fastgen.engine.output import GenerateOutput
+from fastgen.engine.session import UNPACKED
 from fastgen.export import bundle, requirements
 from fastgen.export.progress import Cost, Step
 from fastgen.export.prove import check, quality

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
 
-from fastgen.engine.model import UNPACKED
+from fastgen.engine.session import UNPACKED
 from fastgen.export import bundle
 from fastgen.export.opening import Opening
 from fastgen.export.options import ExportOptions, Target

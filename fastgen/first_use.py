@@ -63,17 +63,11 @@ def exported(
     return out
 
 
-def cache_directory() -> Path:
-    """The place of exports on first use: FASTGEN_CACHE, or ~/.cache/fastgen."""
-    chosen = os.environ.get("FASTGEN_CACHE")
-    return Path(chosen) if chosen else Path.home() / ".cache" / "fastgen"
-
-
 def _place(model: Resolved, precisions: str) -> Path:
     """The directory in the cache that a model is exported to."""
     digest = hashlib.sha256(model.version.encode()).hexdigest()[:12]
     name = re.sub(r"[^\w.-]+", "--", model.name.strip("/"))[-60:]
-    return cache_directory() / f"{name}-{precisions}-{digest}"
+    return files.cache_directory() / f"{name}-{precisions}-{digest}"
 
 
 def _pipeline(model: Resolved) -> Any:

@@ -80,6 +80,7 @@ class CausalLM:
         tuning: how to run it; None for what `fastgen tune` found best on this machine.
         prefill_precision: see `load`.
         prompts: the old name of `prefill_precision`.
+        packed: see `load`.
 
     Attributes:
         config: the model's config.json.
@@ -100,11 +101,13 @@ class CausalLM:
         prefill_precision: str | None = None,
         *,
         prompts: str | None = None,
+        packed: bool = False,
     ) -> None:
         prefill_precision = renamed_prompts(prompts, prefill_precision)
         self.directory = Path(directory)
         self.name_or_path = str(directory)
-        self.model = Model(self.directory, threads, tuning, prefill_precision)
+        self.model = Model(self.directory, threads, tuning, prefill_precision, packed)
+        _warn(self.model.cautions)
         self.config = Settings(jsonfile.read(self.directory / CONFIG))
         self.generation_config = Settings(jsonfile.read(self.directory / GENERATION_CONFIG))
         self.has_tokenizer = (self.directory / TOKENIZER).is_file()
@@ -120,6 +123,7 @@ class CausalLM:
         prefill_precision: str | None = None,
         revision: str | None = None,
         prompts: str | None = None,
+        packed: bool = False,
     ) -> Self:
         """Load a fastgen directory, a transformers model, an ONNX folder that others exported, or
         a hub repository of any of these kinds.
@@ -137,6 +141,7 @@ class CausalLM:
             prefill_precision: see `load`.
             revision: a branch, tag or commit of the hub repository.
             prompts: the old name of `prefill_precision`.
+            packed: see `load`.
 
         Raises:
             ModelError: there is no such model, or not in that precision, or what is needed to make
@@ -145,7 +150,7 @@ class CausalLM:
         """
         prefill_precision = renamed_prompts(prompts, prefill_precision)
         directory = first_use.exported(name_or_path, precision, cache_precision, revision)
-        model = cls(directory, threads, prefill_precision=prefill_precision)
+        model = cls(directory, threads, prefill_precision=prefill_precision, packed=packed)
         model.name_or_path = str(name_or_path)
         return model
 
@@ -689,6 +694,7 @@ def load(
     threads: int | None = None,
     prefill_precision: str | None = None,
     prompts: str | None = None,
+    packed: bool = False,
 ) -> CausalLM:
     """Load a model by its name: a fastgen directory, an ONNX folder or a transformers model.
 
@@ -704,14 +710,28 @@ def load(
             rounds activations otherwise, so a row of many says nearly what it says alone. "same"
             has one form for all; None as `fastgen tune` left it, or "same".
         prompts: the old name of `prefill_precision`.
+        packed: whether to run from packed weights that are kept on the disk, and to keep them first
+            where there are none for this model, processor and onnxruntime: twice the model's size
+            or more, in the cache (`FASTGEN_CACHE`). Loading is faster, processes that run the same
+            model share most of its memory, and every logit is the same. `fastgen info` shows
+            what is kept, and removes it.
 
     Raises:
         ModelError: there is no usable model, or it cannot read prompts so; the message says what
             was found.
         ValueError: threads, prefill_precision.
+
+    Warns:
+        UserWarning: packed weights were damaged, and made again; or none can be kept, and the model
+            runs without.
     """
     prefill_precision = renamed_prompts(prompts, prefill_precision)
-    return CausalLM(first_use.directory(name_or_path), threads, prefill_precision=prefill_precision)
+    return CausalLM(
+        first_use.directory(name_or_path),
+        threads,
+        prefill_precision=prefill_precision,
+        packed=packed,
+    )
 
 
 def verify(name_or_path: str | os.PathLike[str] | None = None) -> None:

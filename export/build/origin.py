@@ -20,8 +20,8 @@ import onnx_ir as ir
 import tokenizers
 from numpy.typing import NDArray
 
-from fastgen.engine.model import UNPACKED
 from fastgen.engine.output import GenerateOutput
+from fastgen.engine.session import UNPACKED
 from fastgen.errors import ModelError, UnsupportedModel
 from fastgen.export.build import families, graph, unpacked, weights, writer
 from fastgen.export.build.decoder import Decoder

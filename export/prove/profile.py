@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from fastgen.engine.model import Model, open_session, session_options
+from fastgen.engine.model import Model
 from fastgen.engine.prefill import prefill
+from fastgen.engine.session import open_session, session_options
 from fastgen.store.model_info import GRAPH
 
 PROMPT = 128  # tokens of the prefill

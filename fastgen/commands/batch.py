@@ -38,6 +38,7 @@ def batch(
     model: str | None,
     threads: int | None,
     prefill_precision: str | None,
+    packed: bool,
     ids: bool,
     max_rows: int | None,
     **others: Any,
@@ -72,13 +73,17 @@ def batch(
             seed = validators.integer("--seed", seed)
         if flags["address"] is not None:
             arguments = {"model": model, "keep": keep, "seed": seed or 0, "ids": ids, **wanted}
-            arguments |= {"threads": threads, "prefill_precision": prefill_precision}
+            arguments |= {
+                "threads": threads,
+                "prefill_precision": prefill_precision,
+                "packed": packed,
+            }
             arguments |= {"max_rows": max_rows or MAX_ROWS, "created": int(time.time())}
             on_a_cluster("Generate", arguments, source, out, kind, restart, quiet, flags)
             return
         only_on_a_cluster(flags)
         rows = RowSource.of(source, kind)
-        loaded = load(model, threads, prefill_precision)
+        loaded = load(model, threads, prefill_precision, packed)
         params.resolve(loaded.generation_config.to_dict(), None, wanted)
         RowReader(loaded, wanted, keep).check(rows.columns() or ())
         settings = {

@@ -36,6 +36,7 @@ def chat(
     system: str | None,
     threads: int | None,
     prefill_precision: str | None,
+    packed: bool,
     **knobs: Any,
 ) -> None:
     """Talk with a model: MODEL is a directory or a hub id (default: the demo model).
@@ -54,7 +55,7 @@ def chat(
     tokens at most. An answer has 256. --max-new-tokens or --max-length change that.
     """
     with clear_errors():
-        loaded = load(model, threads, prefill_precision, "MODEL")
+        loaded = load(model, threads, prefill_precision, packed, "MODEL")
         conversation = Conversation(loaded, given(knobs), system)
         info = loaded.model.info
         name = info.name or loaded.directory.name

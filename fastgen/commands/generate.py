@@ -45,6 +45,7 @@ def generate(
     as_json: bool,
     threads: int | None,
     prefill_precision: str | None,
+    packed: bool,
     prefix_cache: Path | None,
     **knobs: Any,
 ) -> None:
@@ -52,7 +53,7 @@ def generate(
     with clear_errors():
         text = _prompt(prompt, file)
         with _kept(prefix_cache) as cache:
-            loaded = load(model, threads, prefill_precision)
+            loaded = load(model, threads, prefill_precision, packed)
             wanted = given(knobs)
             new = default_length("text", wanted)
             if new is not None:

@@ -10,6 +10,8 @@ import click
 from fastgen.commands.say import clear_errors, in_json
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from fastgen.store.model_info import ModelInfo
 
 
@@ -17,10 +19,11 @@ if TYPE_CHECKING:
 @click.argument("model", required=False)
 @click.option("--json", "as_json", is_flag=True, help="print JSON; null is what is not finite")
 @click.option("--verify", is_flag=True, help="compare every file, weights too, with its digest")
-def info(model: str | None, as_json: bool, verify: bool) -> None:
+@click.option("--remove-packed", is_flag=True, help="remove what --packed has kept of MODEL")
+def info(model: str | None, as_json: bool, verify: bool, remove_packed: bool) -> None:
     """Say what MODEL (default: the demo model) holds and what its export found."""
     from fastgen import first_use
-    from fastgen.store import jsonfile
+    from fastgen.store import jsonfile, packed
     from fastgen.store.model_info import INFO, REPORT, TOKENIZER, ModelInfo
     from fastgen.store.report import table
     from fastgen.store.tuning import Tuning, read
@@ -28,6 +31,9 @@ def info(model: str | None, as_json: bool, verify: bool) -> None:
     with clear_errors():
         directory = first_use.directory(model)
         model_info = ModelInfo.verify(directory) if verify else ModelInfo.read(directory)
+        if remove_packed:
+            click.echo(f"removed {packed.remove(model_info) / 1e6:,.1f} MB of packed weights")
+            return
         report = jsonfile.read(directory / REPORT)
         if as_json:
             click.echo(in_json(jsonfile.read(directory / INFO) | {"report": report}, indent=2))
@@ -56,7 +62,8 @@ def info(model: str | None, as_json: bool, verify: bool) -> None:
             lines["states"] = f"{len(model_info.states)} besides, {row}"
         if verify:
             lines["verified"] = "every file has the bytes that were exported"
-        for name, value in lines.items():
+        shown = [*lines.items(), *(("packed", _packed(p, verify)) for p in packed.kept(model_info))]
+        for name, value in shown:
             click.echo(f"{name:<12} {value}")
         click.echo(compared)
 
@@ -65,6 +72,15 @@ def _windows(model_info: ModelInfo) -> str:
     """Layers with a window, by its length: ", 15 of them with a window of 512 tokens"."""
     counts = Counter(window for window in model_info.windows if window is not None)
     return "".join(f", {n} of them with a window of {w:,} tokens" for w, n in counts.items())
+
+
+def _packed(kept: Path, verify: bool) -> str:
+    """The size and the place of packed weights, and why they are of no use if they are not."""
+    from fastgen.store import packed
+
+    size = sum(path.stat().st_size for path in kept.iterdir())
+    fault = packed.fault(kept, whole=verify)
+    return f"{size / 1e6:,.1f} MB in {kept}" + (f": {fault}" if fault else "")
 
 
 def _prompts(model_info: ModelInfo) -> str:

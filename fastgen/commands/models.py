@@ -20,6 +20,13 @@ threads_option = click.option(
     "--threads", type=int, help="threads of a step [default: physical cores]"
 )
 
+packed_option = click.option(
+    "--packed",
+    is_flag=True,
+    help="run from packed weights kept on the disk, and keep them first: loads sooner, and "
+    "processes share memory (see `fastgen info`)",
+)
+
 
 def prefill_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give `command` the flag --prefill-precision, and its old name --prompts."""
@@ -41,21 +48,22 @@ def prefill_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give `command` the flags of how a model runs: `load` takes them."""
-    return threads_option(prefill_option(command))
+    return threads_option(prefill_option(packed_option(command)))
 
 
 def load(
     model: str | None,
     threads: int | None,
     prefill_precision: str | None,
+    packed: bool,
     argument: str = "--model",
 ) -> fastgen.CausalLM:
     """Load the model of that name; without one the demo, and stderr says so.
 
     Args:
-        threads, prefill_precision: see `fastgen.load`.
+        threads, prefill_precision, packed: see `fastgen.load`.
         argument: how the command is told the name.
     """
     if model is None:
         say(f"fastgen: no {argument} given, using the embedded demo model")
-    return fastgen.load(model, threads=threads, prefill_precision=prefill_precision)
+    return fastgen.load(model, threads=threads, prefill_precision=prefill_precision, packed=packed)

@@ -27,6 +27,7 @@ def score(
     model: str | None,
     threads: int | None,
     prefill_precision: str | None,
+    packed: bool,
     each: bool,
     **flags: Any,
 ) -> None:
@@ -45,12 +46,12 @@ def score(
 
         if flags["address"] is not None:
             arguments = {"model": model, "keep": keep, "tokens": each, "threads": threads}
-            arguments |= {"prefill_precision": prefill_precision}
+            arguments |= {"prefill_precision": prefill_precision, "packed": packed}
             on_a_cluster("Score", arguments, source, out, kind, restart, quiet, flags)
             return
         only_on_a_cluster(flags)
         rows = RowSource.of(source, kind)
-        loaded = load(model, threads, prefill_precision)
+        loaded = load(model, threads, prefill_precision, packed)
         work = ScoringWork(loaded, keep, each)
         work.check(rows.columns() or ())
         settings = {

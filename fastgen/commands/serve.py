@@ -139,6 +139,7 @@ def serve(
     api_key: str | None,
     threads: int | None,
     prefill_precision: str | None,
+    packed: bool,
     name: str | None,
     default: str | None,
     unload_after: float | None,
@@ -217,6 +218,7 @@ def serve(
                 log=log,
                 threads=threads,
                 prefill_precision=prefill_precision,
+                packed=packed,
                 **given,
             )
             server = Server(

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from fastgen.engine.cache import Cache
 from fastgen.engine.kv_int8 import Codes
-from fastgen.engine.prefill_int8 import NEVER, offer, pays_from
-from fastgen.errors import ModelError
+from fastgen.engine.prefill_int8 import NEVER, pays_from
+from fastgen.engine.session import UNPACKED, open_graph, open_kept
 from fastgen.inputs import validators
 from fastgen.store.graph_io import (
     GRAIN,
@@ -34,19 +34,15 @@ from fastgen.store.graph_io import (
     TensorSpec,
     first_shown,
 )
-from fastgen.store.model_info import GRAPH, SCALES, UNPACK, WEIGHTS, ModelInfo, digest
+from fastgen.store.model_info import GRAPH, SCALES, WEIGHTS, ModelInfo, digest
 from fastgen.store.tuning import PREFILL_PRECISIONS, Tuning, read
-from fastgen.system.cpu import int8_overflows
 from fastgen.system.memory import page_out
 
 THREADS_A_CPU = 8  # that may be asked for; more than one gains nothing
-SPIN_US = "2000"  # microseconds that threads spin for more work
 KEPT_BINDINGS = 16  # shapes of call that stay bound to a cache
 SPARE_BYTES = 128 << 20  # of a cache that is kept for the next call, at most
 LONG = 32  # tokens of a prompt that is read in the second form, at most: a prefix cache's block
 SPARE_LOGITS = 16 << 20  # bytes of logits that stay bound to it
-# To run what is not run often: weights stay in the mapped file, and no packed copy is made of them.
-UNPACKED = {"session.disable_prepacking": "1"}
 
 
 class Model:
@@ -59,8 +55,11 @@ class Model:
             what was tuned, or the physical cores.
         tuning: how to run it; None for what `fastgen tune` found best on this machine.
         prefill_precision: see `fastgen.load`; None for what was tuned, or "same".
+        packed: see `fastgen.load`.
 
     Attributes:
+        is_packed: whether it runs from packed weights that are kept.
+        cautions: what whoever loads it should know.
         io: the inputs and outputs of its graph.
         many_from: new tokens of all rows from which a step takes the second form of the matrices
             (see `prefill_int8`); None where there is one form.
@@ -78,6 +77,7 @@ class Model:
         threads: int | None = None,
         tuning: Tuning | None = None,
         prefill_precision: str | None = None,
+        packed: bool = False,
     ) -> None:
         count = None if threads is None else _allowed(threads)
         if prefill_precision not in (None, *PREFILL_PRECISIONS):
@@ -94,8 +94,12 @@ class Model:
             self.info.check_prompts(directory)
         two_forms = self.tuning.prefill_precision != "same"
         graph = directory / (self.info.many_tokens if two_forms else GRAPH)
-        self.session = (_two_forms if two_forms else _session)(graph, self.tuning)
-        if not UNPACKED.items() <= self.tuning.entries.items():  # else they are read there
+        kept, self.cautions = open_kept(graph, self.info, self.tuning) if packed else (None, [])
+        self.is_packed = kept is not None
+        self.session = kept or open_graph(graph, self.tuning)
+        if (
+            not self.is_packed and not UNPACKED.items() <= self.tuning.entries.items()
+        ):  # else they are read there
             page_out(directory / WEIGHTS)
         self.codes: Codes | None = None
         if self.info.cache_dtype == "int8":
@@ -371,30 +375,6 @@ def _bind(bind: Any, name: str, array: NDArray[Any]) -> None:
     bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
 
-def session_options(tuning: Tuning) -> Any:
-    """The options of every session of fastgen; the comments say why."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = tuning.threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    # Shapes differ from call to call: a memory plan for each would be kept and never used again.
-    options.enable_mem_pattern = False
-    # Threads spin within a step, where they are needed again at once, and from step to step, but
-    # sleep soon after a call.
-    options.add_session_config_entry("session.intra_op.spin_duration_us", SPIN_US)
-    # Work is cut finer towards its end: where a core is shared, nobody waits long for the last.
-    options.add_session_config_entry("session.dynamic_block_base", "4")
-    # Matrices are packed side by side: a third of a load of float32 or 4 bits.
-    options.add_session_config_entry("session.prepack.enable_parallel", "1")
-    if int8_overflows():  # int8 weights become uint8 on loading: slower, and exact
-        options.add_session_config_entry("session.x64quantprecision", "1")
-    if not tuning.spinning:
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    for name, value in tuning.entries.items():
-        options.add_session_config_entry(name, value)
-    return options
-
-
 def _allowed(threads: Any) -> int:
     """Check a number of threads; raise a ValueError if this machine cannot be asked for it."""
     count = validators.integer("threads", threads)
@@ -407,34 +387,3 @@ def _allowed(threads: Any) -> int:
             f"machine's {cpus} CPUs, got {count}"
         )
     return count
-
-
-def open_session(path: Path, options: Any) -> Any:
-    """Open a session of the graph of a model directory, as for every model that runs."""
-    return onnxruntime.InferenceSession(
-        str(path),
-        options,
-        providers=["CPUExecutionProvider"],
-        enable_fallback=False,
-        # Sum and norm in one node are slower than in two: it has no vector code (bench/README.md).
-        disabled_optimizers=["SkipLayerNormFusion"],
-    )
-
-
-def _two_forms(path: Path, tuning: Tuning) -> Any:
-    """Open a graph with two forms of its matrices; see `fastgen.engine.prefill_int8`."""
-    options, unpack = session_options(tuning), path.parent / UNPACK
-    try:
-        offered = offer(options, unpack, tuning.threads, unsigned=int8_overflows())
-    except Exception as error:  # as below
-        raise ModelError(f"onnxruntime cannot run {unpack}: {error}") from error
-    session = _session(path, tuning, options)
-    offered.clear()
-    return session
-
-
-def _session(path: Path, tuning: Tuning, options: Any = None) -> Any:
-    try:
-        return open_session(path, options or session_options(tuning))
-    except Exception as error:  # onnxruntime raises classes of its own, derived from Exception
-        raise ModelError(f"onnxruntime cannot load {path}: {error}") from error

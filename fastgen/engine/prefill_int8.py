@@ -50,12 +50,16 @@ def pays_from(seconds: Callable[[int, bool], float]) -> int:
     return next((tokens for tokens in TRIED[at + 1 :] if pays(tokens)), NEVER)
 
 
-def offer(options: Any, unpack: Path, threads: int, unsigned: bool = False) -> list[Any]:
+def offer(
+    options: Any, unpack: Path, threads: int, unsigned: bool = False, saved: bool = False
+) -> list[Any]:
     """Make the matrices, and let the session that is opened with `options` have them.
 
     Args:
         unpack: the graph that makes them.
         unsigned: whether codes are to be uint8, whose zero is 128, instead of int8.
+        saved: whether that session saves its graph: it does so with what it knew before it
+            optimised, and with the shapes alone of what came later.
 
     Returns:
         What must stay until it is open. It packs a copy of each matrix, and with the last of these
@@ -79,7 +83,7 @@ def offer(options: Any, unpack: Path, threads: int, unsigned: bool = False) -> l
     made = dict(zip(names, map(onnxruntime.OrtValue.from_dlpack, arrays), strict=True))
     arrays.clear()
     # What is optimised on loading has to be known before, and then stays.
-    early = {n: one for n, one in made.items() if len(one.shape()) == 1}
+    early = {n: one for n, one in made.items() if saved or len(one.shape()) == 1}
     options.add_external_initializers(list(early), list(early.values()))
     for name, one in made.items():
         if name not in early:

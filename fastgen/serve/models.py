@@ -147,7 +147,7 @@ class Models:
         default: the name of the one that is meant where a request names none, and that is loaded
             at once; None for the first.
         unload_after: minutes without a request after which a model is unloaded; None for never.
-        threads, prefill_precision: of those that are loaded here (see `fastgen.load`).
+        threads, prefill_precision, packed: of those that are loaded here (see `fastgen.load`).
         limits: what one request may ask for; None for the defaults.
         grammars: what a new schema, regular expression or grammar may take until it is compiled.
         max_bytes: that the calls of all models may come to hold, an equal share of it each; None
@@ -171,6 +171,7 @@ class Models:
         unload_after: float | None = None,
         threads: int | None = None,
         prefill_precision: str | None = None,
+        packed: bool = False,
         limits: RequestLimits | None = None,
         grammars: trial.Limits | None = None,
         max_bytes: int | None = None,
@@ -186,7 +187,8 @@ class Models:
         self.stopping = False
         self._idle = None if unload_after is None else 60 * unload_after
         self._looking: asyncio.Task[None] | None = None
-        self._threads, self._prefill_precision = threads, prefill_precision
+        self._threads, self._packed = threads, packed
+        self._prefill_precision = prefill_precision
         most, buffers = memory_shares(len(sources), max_bytes)
         self._settings = {"max_bytes": most, "max_buffers": buffers, **settings}
         self._settings |= {"limits": self.limits, "grammars": grammars}
@@ -202,7 +204,12 @@ class Models:
         """Open a model: it is loaded, unless it is there already."""
         model = served.source
         if not isinstance(model, CausalLM):
-            model = CausalLM(model, self._threads, prefill_precision=self._prefill_precision)
+            model = CausalLM(
+                model,
+                self._threads,
+                prefill_precision=self._prefill_precision,
+                packed=self._packed,
+            )
         return Service(
             model,
             served.name,

@@ -76,9 +76,10 @@ def application(
         hosts: names that it may be asked by (`Host`), without a port; None for any. Without a key
             they keep the pages of strangers out of a service on one's own machine.
         log: takes the record of each request that is over; None for no log.
-        settings: `default`, `unload_after`, `threads`, `prefill_precision`, `limits`, `grammars`,
-            `max_bytes` (see `serve.models.Models`), `reasoning`, `plain_tools`, `free_calls` (see
-            `serve.service.Service`), `queue`, `max_rows`, `chunk` (see `serve.engine.Engine`).
+        settings: `default`, `unload_after`, `threads`, `prefill_precision`, `packed`, `limits`,
+            `grammars`, `max_bytes` (see `serve.models.Models`), `reasoning`, `plain_tools`,
+            `free_calls` (see `serve.service.Service`), `queue`, `max_rows`, `chunk` (see
+            `serve.engine.Engine`).
 
     Raises:
         ValueError: a setting that cannot be.

@@ -35,6 +35,12 @@ SWAP = 2  # RENAME_EXCHANGE of Linux, RENAME_SWAP of macOS
 AT_FDCWD = -100
 
 
+def cache_directory() -> Path:
+    """The place of what is made on first use: FASTGEN_CACHE, or ~/.cache/fastgen."""
+    chosen = os.environ.get("FASTGEN_CACHE")
+    return Path(chosen) if chosen else Path.home() / ".cache" / "fastgen"
+
+
 def check_writable(what: str, path: Path) -> None:
     """Raise a ValueError if a file cannot be written there, before the work that it is to hold.
 

@@ -35,6 +35,16 @@ def cpu_name() -> str:
     return names[0] if names else platform.machine()
 
 
+def cpu_features() -> str:
+    """Features of the first processor, in the system's words; "" where it does not say."""
+    with contextlib.suppress(OSError), Path("/proc/cpuinfo").open(encoding="utf-8") as about:
+        for line in about:
+            name, _, said = line.partition(":")
+            if name.strip() in ("flags", "Features"):  # of x86, of ARM
+                return said.strip()
+    return ""
+
+
 def _core_of(cpu: int) -> tuple[str, ...]:
     """A name for the core behind a logical CPU; the CPU itself where the system does not say."""
     topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")

@@ -21,9 +21,11 @@ import fastgen
 from fastgen.engine import model as models
 from fastgen.engine import prefill_int8 as reading
 from fastgen.engine import prefix_cache
+from fastgen.engine import session as sessions
 from fastgen.engine.cache import Cache
-from fastgen.engine.model import UNPACKED, Model
+from fastgen.engine.model import Model
 from fastgen.engine.prefill import prefill
+from fastgen.engine.session import UNPACKED
 from fastgen.export import bundle, export, many_tokens
 from fastgen.export.prove import quality
 from fastgen.export.quantize import prefill_int8
@@ -321,7 +323,7 @@ def test_sums_of_uint8_are_exact_where_those_of_int8_overflow():
 @pytest.fixture
 def overflows(monkeypatch):
     """A processor whose products of uint8 and int8 overflow."""
-    for module in (model_info, models):
+    for module in (model_info, sessions):
         monkeypatch.setattr(module, "int8_overflows", lambda: True)
 
 
@@ -352,13 +354,13 @@ def test_where_products_overflow_all_matrices_are_uint8_and_nothing_else_changes
     usual = Model(sealed(directory), tuning=MANY)
     expected = read(usual, prompt)[0], all_logits(usual, rows, True), all_logits(usual, rows, False)
     request.getfixturevalue("overflows")
-    opened, optimised = models.open_session, tmp_path / "optimised.onnx"
+    opened, optimised = sessions.open_session, tmp_path / "optimised.onnx"
 
     def kept(path: Path, options) -> onnxruntime.InferenceSession:
         options.optimized_model_filepath = str(optimised)
         return opened(path, options)
 
-    monkeypatch.setattr(models, "open_session", kept)
+    monkeypatch.setattr(sessions, "open_session", kept)
     model = Model(directory, tuning=MANY)
     found = read(model, prompt)[0], all_logits(model, rows, True), all_logits(model, rows, False)
     for mine, theirs in zip(found, expected, strict=True):
@@ -424,6 +426,34 @@ def other_scales(node: ir.Node) -> None:
     held = held_scales(node)
     held.const_value = ir.tensor(constant(held).astype(np.float16), name=held.name)
     held.dtype = ir.DataType.FLOAT16
+
+
+@pytest.mark.parametrize("unsigned", [False, True])
+def test_both_forms_are_kept_packed(made, ids, unsigned, tmp_path, monkeypatch, request):
+    """The same bits in either branch, where the second form is not made on loading any more."""
+    monkeypatch.setenv("FASTGEN_CACHE", str(tmp_path))
+    if unsigned:
+        request.getfixturevalue("overflows")
+    prompt, rows = ids(60), list(ids(6).reshape(3, 2))
+    plain = Model(made(), tuning=MANY)
+    expected = read(plain, prompt)[0], all_logits(plain, rows, True), all_logits(plain, rows, False)
+    for offers in (1, 0):
+        offered = []
+        monkeypatch.setattr(
+            sessions, "offer", lambda *a, o=offered: o.append(a) or reading.offer(*a)
+        )
+        model = Model(made(), tuning=MANY, packed=True)
+        assert model.is_packed and model.cautions == [] and len(offered) == offers
+        found = (
+            read(model, prompt)[0],
+            all_logits(model, rows, True),
+            all_logits(model, rows, False),
+        )
+        for mine, theirs in zip(found, expected, strict=True):
+            assert np.array_equal(mine, theirs)
+    one = Model(made(), prefill_precision="same", packed=True)  # has a place of its own
+    assert one.is_packed and one.many_from is None
+    assert np.array_equal(read(one, prompt)[0], read(Model(made()), prompt)[0])
 
 
 def test_the_commands_take_it(made):

@@ -229,6 +229,7 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
             "prefill",
             "prompt_reader",
             "model prefix_cache",
+            "session",
             "beam cache kv_int8 output plan prefill_int8",
         ),
     ),
@@ -251,7 +252,7 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         "system errors",
         (
             "resolve",
-            "hub report tuning",
+            "hub packed report tuning",
             "model_info",
             "files graph_io jsonfile onnx_folders",
         ),

@@ -100,6 +100,7 @@ class Generate(RowActor):
         prefill_precision: see `fastgen.load`.
         created: what OpenAI's answers say of when they were made (Unix seconds); None for now.
         prompts: the old name of `prefill_precision`.
+        packed: see `fastgen.load`: the actors of a node share the model's memory.
         knobs: the keywords of `generate`, for rows that say nothing else.
 
     Raises:
@@ -118,6 +119,7 @@ class Generate(RowActor):
         prefill_precision: str | None = None,
         created: int | None = None,
         prompts: str | None = None,
+        packed: bool = False,
         **knobs: Any,
     ) -> None:
         self.model = CausalLM(
@@ -125,6 +127,7 @@ class Generate(RowActor):
             threads or node.threads(),
             prefill_precision=prefill_precision,
             prompts=prompts,
+            packed=packed,
         )
         resolved = params.resolve(self.model.generation_config.to_dict(), None, knobs)
         reader = RowReader(self.model, knobs, keep, seed, ids, created)
@@ -141,7 +144,7 @@ class Score(RowActor):
     Called with a batch, it adds the columns "logprob", "tokens", "perplexity" and "error".
 
     Args:
-        model, keep, threads, prefill_precision, prompts: see `Generate`.
+        model, keep, threads, prefill_precision, prompts, packed: see `Generate`.
         tokens: whether there is a column "logprobs" of each token's.
     """
 
@@ -154,12 +157,14 @@ class Score(RowActor):
         threads: int | None = None,
         prefill_precision: str | None = None,
         prompts: str | None = None,
+        packed: bool = False,
     ) -> None:
         self.model = CausalLM(
             node.directory(model),
             threads or node.threads(),
             prefill_precision=prefill_precision,
             prompts=prompts,
+            packed=packed,
         )
         self.work = ScoringWork(self.model, keep, tokens)
         self.given = ["logprob", "tokens", "perplexity", *(["logprobs"] if tokens else [])]

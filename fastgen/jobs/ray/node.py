@@ -30,7 +30,7 @@ def directory(model: str | os.PathLike[str] | None) -> Path:
         return first_use.directory(model)
     name = re.sub(r"[^\w.-]+", "--", str(model).strip("/"))[-60:]
     key = hashlib.sha256(str(model).encode()).hexdigest()[:12]
-    target = first_use.cache_directory() / "fetched" / f"{name}-{key}"
+    target = files.cache_directory() / "fetched" / f"{name}-{key}"
     with files.locked(target.with_name(target.name + ".lock")):
         return _copied(str(model), target) if "://" in str(model) else first_use.directory(model)
 

@@ -21,6 +21,7 @@ def deployment(
     prefill_precision: str | None = None,
     options: dict[str, Any] | None = None,
     prompts: str | None = None,
+    packed: bool = False,
     **settings: Any,
 ) -> Any:
     """A Ray Serve application: `serve.run(deployment("SmolLM2-135M-Instruct-int8"))`.
@@ -37,6 +38,7 @@ def deployment(
         options: of `serve.deployment`, such as `{"num_replicas": 4, "ray_actor_options":
             {"num_cpus": 2}}`, besides `max_ongoing_requests=64`.
         prompts: the old name of `prefill_precision`.
+        packed: see `fastgen.load`: the replicas of a node share the model's memory.
         settings: of `fastgen.serve.app`, such as `name` or `api_key`.
 
     Raises:
@@ -66,7 +68,8 @@ def deployment(
             else node.directory(model)
         )
         run = {"threads": threads or node.threads(), "prefill_precision": prefill_precision}
-        return app(there, **{"max_bytes": node.memory(), **run, **settings})
+        run |= {"packed": packed, "max_bytes": node.memory()}
+        return app(there, **{**run, **settings})
 
     wanted = {"max_ongoing_requests": WAITING, **(options or {})}
     return serve.deployment(**wanted)(serve.ingress(made)(Replica)).bind()
