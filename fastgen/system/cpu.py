@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import platform
 from pathlib import Path
@@ -35,6 +36,7 @@ def cpu_name() -> str:
     return names[0] if names else platform.machine()
 
 
+@functools.cache
 def _core_of(cpu: int) -> tuple[str, ...]:
     """A name for the core behind a logical CPU; the CPU itself where the system does not say."""
     topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")

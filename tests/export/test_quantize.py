@@ -25,6 +25,7 @@ from fastgen.export.quantize import (
     rotate,
     rotation,
     smooth,
+    triangle,
 )
 from fastgen.export.quantize.kernels import (
     W8A8,
@@ -310,6 +311,22 @@ def test_scales_that_are_found_are_stored_in_two_bytes(tmp_path, matrix):
         np.testing.assert_array_equal(kept.numpy().astype(np.float32), scales)
         expected = x @ codes_values(codes, kernel, scales, 96, made.zeros)
         np.testing.assert_allclose(said, expected, atol=0.05 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("size", [5, triangle.BLOCK, 3 * triangle.WIDE + 10])
+def test_triangles_by_blocks_are_those_of_lapack(random, size):
+    """Factors of moments, also of one block, and what solves them."""
+    x = random.standard_normal((2 * size, size)).astype(np.float32)
+    moments = x.T @ x / len(x) + np.eye(size, dtype=np.float32)
+    lower = triangle.cholesky(moments)
+    np.testing.assert_allclose(lower, np.linalg.cholesky(moments), rtol=0, atol=1e-5)
+    assert not np.triu(lower, 1).any()
+    made = gptq.factor(moments, 0.0)
+    wanted = random.standard_normal((size, 7)).astype(np.float32)
+    right = np.linalg.solve(moments.astype(np.float64), wanted)
+    np.testing.assert_allclose(triangle.solved(made, wanted), right, rtol=0, atol=1e-5)
+    with pytest.raises(np.linalg.LinAlgError):
+        triangle.cholesky(-moments)
 
 
 def test_gptq_rounds_to_the_codes_that_zero_points_leave():

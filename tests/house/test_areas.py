@@ -182,7 +182,7 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
             "rotate_values",
             "divergence rotation",
             "parts",
-            "blas",
+            "blas triangle",
         ),
     ),
     "export/source": (
