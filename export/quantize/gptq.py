@@ -25,6 +25,7 @@ from fastgen.export.quantize.kernels import LEVELS, Floats, Kernel, Range, block
 GRID = np.linspace(0.7, 1.05, 15, dtype=np.float32)  # scales that are tried, of the largest weight
 RANGES = {4: (0.8, 0.88, 0.96, 1.04), 8: (1.0,)}  # tried, of the range of what a block has to hold
 FITS = 2  # times that a scale is fitted to its codes
+COPIES = 4  # arrays of a block that are worked on at once, for each range
 TOGETHER = 32  # inputs that are rounded one by one before the others hear of it
 
 
@@ -118,7 +119,7 @@ def gptq(weight: Floats, kernel: Kernel, factor: Floats, scales: Floats | None =
             np.multiply(found.codes, found.scale, out=values[rows, some])
             np.subtract(mine[rows], values[rows, some], out=errors[rows])
 
-    parts.each(count, len(RANGES[kernel.bits]) * step, part, spread=True)
+    parts.each(count, COPIES * len(RANGES[kernel.bits]) * step, part, spread=True)
     return OnGrid(values, held, zeros if kernel.zero_points else None)
 
 
@@ -136,6 +137,12 @@ class _Codes:
     zero: Floats
     codes: Floats
     cost: Floats
+
+    def split(self, count: int) -> list[_Codes]:
+        """Those of so many equal shares of the outputs."""
+        fields = (self.scale, self.zero, self.codes, self.cost)
+        shares = [np.split(field, count, axis=-1) for field in fields]
+        return [_Codes(*some) for some in zip(*shares, strict=True)]
 
     def take(self, other: _Codes) -> None:
         """Take over what costs less in the other."""
@@ -174,6 +181,11 @@ class _Block:
             np.subtract(self.weight[i], error, out=error)
         return _Codes(scale, zero, codes, self.costs @ np.square(rest, out=rest))
 
+    def _times(self, count: int) -> _Block:
+        """The same outputs so many times, side by side: rows of few numbers cost a call each."""
+        weight, wanted = (np.tile(matrix, (1, count)) for matrix in (self.weight, self.wanted))
+        return _Block(weight, wanted, self.shares, self.costs)
+
     @cached_property
     def _target(self) -> Floats:
         """[block, out]: what `shares` times the values should be."""
@@ -191,10 +203,14 @@ class _Block:
 
     def searched(self, kernel: Kernel) -> _Codes:
         """The codes of the best of some grids, whose scale is fitted to them."""
-        first, *others = _grid(self.wanted, kernel)
-        best = self.rounded(*first, kernel)
-        for grid in others:
-            best.take(self.rounded(*grid, kernel))
+        scales, zeros = zip(*_grid(self.wanted, kernel), strict=True)
+        best, *others = (
+            self._times(len(scales))
+            .rounded(np.concatenate(scales), np.concatenate(zeros), kernel)
+            .split(len(scales))
+        )
+        for other in others:
+            best.take(other)
         for again in range(FITS):
             if again:
                 best.take(self.rounded(best.scale.copy(), best.zero, kernel))

@@ -1,4 +1,4 @@
-"""Triangular factors of symmetric matrices, by blocks: nearly all of it is products.
+"""Triangular factors of symmetric matrices, by blocks: nearly all of it is products, on one core.
 
 LAPACK's, as numpy's wheels have it, takes two and a half times as long for 1,536 numbers a side,
 and numpy has no solver for triangles.
@@ -9,12 +9,15 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from fastgen.export.quantize import blas
+
 BLOCK = 64  # rows that LAPACK is asked for at a time
 WIDE = 256  # columns of what is left that are brought up to date at a time
 
 Floats = NDArray[np.float32]
 
 
+@blas.one_thread()  # many small products: several threads would wait for each other
 def cholesky(symmetric: Floats) -> Floats:
     """Lower triangle L with L L^T = a positive definite matrix.
 
@@ -32,6 +35,7 @@ def cholesky(symmetric: Floats) -> Floats:
     return np.tril(lower)
 
 
+@blas.one_thread()
 def solved(lower: Floats, wanted: Floats) -> Floats:
     """X with G^T G X = what is wanted, [size, columns], of a lower triangle G."""
     found = np.array(wanted, np.float32)

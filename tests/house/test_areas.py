@@ -181,8 +181,8 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
             "activations rotate",
             "rotate_values",
             "divergence rotation",
-            "parts",
-            "blas triangle",
+            "parts triangle",
+            "blas",
         ),
     ),
     "export/source": (
