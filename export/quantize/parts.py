@@ -38,10 +38,11 @@ def each(
     if spread:
         step = min(step, max(1, -(-count // cores)))
     parts = [slice(at, min(at + step, count)) for at in range(0, count, step)]
-    if min(cores, len(parts)) < 2:
-        return [work(part) for part in parts]
-    with blas.one_thread(), ThreadPoolExecutor(min(cores, len(parts))) as pool:
-        return list(pool.map(work, parts))
+    with blas.one_thread():
+        if min(cores, len(parts)) < 2:
+            return [work(part) for part in parts]
+        with ThreadPoolExecutor(min(cores, len(parts))) as pool:
+            return list(pool.map(work, parts))
 
 
 def side_by_side(

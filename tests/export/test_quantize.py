@@ -240,6 +240,24 @@ def test_things_are_worked_on_side_by_side_each_by_one_thread():
     assert get() == before
 
 
+def test_one_thread_is_given_back_by_the_last_of_several_that_asked_for_it():
+    """Two threads write a graph, and each has its matrices made by parts."""
+    functions = blas._functions()
+    if functions is None:
+        pytest.skip("numpy's BLAS is not found")
+    get, set_threads = functions
+    before = get()
+    set_threads(2)
+    first, second = blas.one_thread(), blas.one_thread()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert get() == 1
+    second.__exit__(None, None, None)
+    assert get() == 2
+    set_threads(before)
+
+
 def test_logits_beside_others_are_told_apart_as_by_their_logarithms(random):
     """For more positions than are looked at at a time, the likeliest token wrong in one."""
     expected = random.standard_normal((2 * parts.PART // 900, 900)).astype(np.float32) * 3 + 40
