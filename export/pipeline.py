@@ -162,7 +162,7 @@ def _many_tokens(work: Work) -> Step:
 def _profile(work: Work, spent: dict[str, dict[str, float]]) -> list[str]:
     """Complete the graphs, and measure where their time goes."""
     shutil.rmtree(work.working, ignore_errors=True)
-    spent |= profile.by_operator(work.directory)
+    spent |= profile.by_operator(work.directory, work.tuning)
     return [f"{step} {next(iter(shares))}" for step, shares in spent.items()]
 
 

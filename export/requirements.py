@@ -19,6 +19,7 @@ from fastgen.errors import ModelError
 from fastgen.export import bundle
 from fastgen.export.prove import quality
 from fastgen.export.quantize import calibrate
+from fastgen.export.quantize.recipe import RECIPES
 from fastgen.export.source import checkpoint
 from fastgen.system.cpu import memory_bytes
 
@@ -26,6 +27,7 @@ FLOAT = 4  # bytes
 LIBRARIES = 600 << 20  # of memory: torch, transformers, and what they hold of a graph
 COPIES = 10  # of a layer's largest matrix, while it is quantised; two may be packed into one
 MOMENTS = 4  # matrices [in, in] in float64, of its inputs
+FOLLOWED = 4  # arrays [calibration tokens, in], of what matrices that follow each other read
 LOGITS = 6  # arrays [row, vocabulary], while texts are compared
 ORIGINAL = "the original in float32"
 AT_HAND = 0.4  # of the machine's memory: float32 weights up to here are kept in a file of their own
@@ -122,10 +124,12 @@ def needs(
     quantised = precision != "fp32"
     moments = MOMENTS * 8 * size.widest**2 if quantised else 0
     working = FLOAT * (COPIES * size.largest + LOGITS * calibrate.ROW * size.vocabulary) + moments
+    tokens = RECIPES[precision].tokens if precision == "int4" else 0
     memory = {
         "libraries": LIBRARIES,
         "weights": max(cast, written),
         "work": working,
+        "text": FLOAT * FOLLOWED * tokens * size.widest,
     }
     disk = {
         ORIGINAL: cast,
@@ -135,6 +139,7 @@ def needs(
         "activations": FLOAT * SEEN * size.widths if quantised else 0,
         "moments": FLOAT * size.widest * size.widths // 2 if quantised else 0,
         "codes": written if quantised else 0,
+        "a copy that writes text": int(WRITTEN["int8"] * size.weights) if steps else 0,
         "logits": FLOAT * JUDGED * size.vocabulary if steps else 0,
         "what is written": written,
     }

@@ -154,8 +154,7 @@ class Comparison:
 
     def _logits(self) -> list[str]:
         work = self.work
-        tuning = None if work.graph_directory == work.directory else Tuning(entries=UNPACKED)
-        self.model = CausalLM(work.graph_directory, tuning=tuning)
+        self.model = CausalLM(work.graph_directory, tuning=work.tuning)
         self.model.model.grain = check.GRAIN
         rows, logits = work.original.rows, work.original.logits
         self.compared = check.compare_export(logits, self.model.model, rows)

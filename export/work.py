@@ -13,19 +13,22 @@ import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
 
+from fastgen.engine.model import Model
 from fastgen.engine.session import UNPACKED
 from fastgen.export import bundle
 from fastgen.export.opening import Opening
 from fastgen.export.options import ExportOptions, Target
 from fastgen.export.progress import Progress
 from fastgen.export.prove import check, corpus, quality
-from fastgen.export.quantize import calibrate
+from fastgen.export.quantize import calibrate, kernels
 from fastgen.export.rewrite import contract, onnx_file
 from fastgen.export.source.origin import Origin
 from fastgen.generator import CausalLM
 from fastgen.store.graph_io import GraphIO
 from fastgen.store.model_info import GRAPH, SCALES, ModelInfo
 from fastgen.store.tuning import Tuning
+
+WRITER = kernels.Kernel(8, 32)  # of the copy that writes the model's own text
 
 Rows = Sequence[NDArray[np.int64]]
 Report = dict[str, Any]
@@ -83,6 +86,16 @@ class Work:
         return self.directory if part == last else self.working / part
 
     @property
+    def tuning(self) -> Tuning | None:
+        """How the last graph that was written is run to be compared: one in float32 where it is
+        mapped, since packing its weights takes longer than it gives back; what is quantised as it
+        will be used, which None says.
+        """
+        quantised = {"weights", "grid"} & set(self.target.parts) or self.target.precision != "fp32"
+        is_last = self.graph_directory == self.directory
+        return None if is_last and quantised else Tuning(entries=UNPACKED)
+
+    @property
     def working(self) -> Path:
         """The directory of graphs that are not the last one."""
         return self.directory / "work"
@@ -102,9 +115,21 @@ class Work:
         return corpus.of(self.origin, self.info, self.options.texts, self._writer)
 
     def _writer(self) -> CausalLM:
-        """The graph in float32, which the model's own text is sampled from."""
+        """A copy of the proved graph in 8 bits, which the model's own text is sampled from: each
+        token reads all of it.
+        """
         assert self.proved is not None
-        return CausalLM(self.proved, tuning=Tuning(entries=UNPACKED))
+        copy, graph = self.working / "writer", onnx_ir.load(self.proved / GRAPH)
+        kernels.quantize(graph, lambda product: kernels.Choice(WRITER))
+        copy.mkdir(parents=True, exist_ok=True)
+        onnx_file.save(graph, copy / GRAPH)
+        bundle.seal(copy, ModelInfo.read(self.proved))
+        return CausalLM(copy)
+
+    def _proved(self) -> Model:
+        """The graph in float32, which rows are read by once."""
+        assert self.proved is not None
+        return Model(self.proved, tuning=Tuning(entries=UNPACKED))
 
     @cached_property
     def exact(self) -> quality.Exact:
@@ -113,7 +138,7 @@ class Work:
         """
         logits, vocab, room = self.origin.logits, self.info.vocab_size, self.kept.room
         if self.proved_equal:
-            return quality.Exact.of(lambda: self._writer().model, vocab, room)
+            return quality.Exact.of(self._proved, vocab, room)
         return quality.Exact(lambda: lambda row: iter([(0, logits(row))]), vocab, room)
 
     def rows(self, calibration: int) -> tuple[Rows, Rows]:

@@ -12,8 +12,9 @@ import numpy as np
 
 from fastgen.engine.model import Model
 from fastgen.engine.prefill import prefill
-from fastgen.engine.session import open_session, session_options
+from fastgen.engine.session import UNPACKED, open_session, session_options
 from fastgen.store.model_info import GRAPH
+from fastgen.store.tuning import Tuning
 
 PROMPT = 128  # tokens of the prefill
 STEPS = 8  # of decoding one row after it
@@ -21,22 +22,25 @@ WARM = 1  # run of each kind that is not counted
 AROUND = {"Loop", "If", "Scan"}  # operators whose time is that of the nodes in them
 
 
-def by_operator(directory: Path) -> dict[str, dict[str, float]]:
+def by_operator(directory: Path, tuning: Tuning | None = None) -> dict[str, dict[str, float]]:
     """Share of the time by operator, largest first, of a prefill and of decoding one row.
+
+    Args:
+        tuning: how the model is run; None for how it usually is.
 
     Returns:
         `{"prefill": {operator: share}, "decode": {operator: share}}`.
     """
-    model = Model(directory)
+    model = Model(directory, tuning=Tuning(entries=UNPACKED))
+    tuning = tuning or Tuning()
     length = min(PROMPT, (model.info.max_length or PROMPT + STEPS) - STEPS - WARM)
     if length < 1:
         return {}
     prompt = np.random.default_rng(0).integers(0, model.info.vocab_size, length)
     with tempfile.TemporaryDirectory() as temporary:
-        options = session_options(model.tuning)
+        options = session_options(tuning)
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(temporary) / "profile")
-        del model.session  # two would hold the weights twice
         model.session = open_session(directory / GRAPH, options)
         for _ in range(WARM + 1):
             cache = model.new_cache(1, length + STEPS + WARM)

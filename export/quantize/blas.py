@@ -7,6 +7,7 @@ two threads each than on one, and where others use the machine, tens of times so
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -35,6 +36,17 @@ def _functions() -> tuple[Callable[[], int], Callable[[int], None]] | None:
     return None
 
 
+class _Held:
+    """Who asked for one thread and has not ended yet, and the number that there was before.
+
+    Several ask at once, such as the threads that write a graph: the last to end gives it back.
+    """
+
+    lock = threading.Lock()
+    count = 0
+    before = 0
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Have products of numpy computed by the thread that asks for them, and by no other."""
@@ -42,9 +54,15 @@ def one_thread() -> Iterator[None]:
         yield
         return
     threads, set_threads = functions
-    before = threads()
-    set_threads(1)
+    with _Held.lock:
+        if _Held.count == 0:
+            _Held.before = threads()
+            set_threads(1)
+        _Held.count += 1
     try:
         yield
     finally:
-        set_threads(before)
+        with _Held.lock:
+            _Held.count -= 1
+            if _Held.count == 0:
+                set_threads(_Held.before)

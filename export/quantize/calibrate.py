@@ -6,7 +6,7 @@ import math
 import os
 import tempfile
 import threading
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +30,9 @@ from fastgen.export.quantize.kernels import (
     multiplied,
     turned_matrix,
 )
+from fastgen.export.quantize.parts import side_by_side
 from fastgen.export.rewrite import onnx_file
-from fastgen.store.graph_io import READS_PROMPT, TensorSpec, fed_tokens
+from fastgen.store.graph_io import READS_PROMPT, Declared, TensorSpec, fed_tokens
 
 ROW = 128  # tokens of a row, about
 TOKENS = 2048  # of calibration, at most
@@ -61,6 +62,43 @@ class Input:
         self.sample /= scales
         self.moments /= scales
         self.moments /= scales[:, None]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows that go through a graph together, right-padded.
+
+    Attributes:
+        ids: int64 [rows, new].
+        counts: int64 [rows], how many of them are real.
+    """
+
+    ids: NDArray[np.int64]
+    counts: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, rows: Sequence[NDArray[np.int64]]) -> Batch:
+        counts = np.array([len(row) for row in rows])
+        ids = np.zeros((len(rows), counts.max()), np.int64)
+        for padded, row in zip(ids, rows, strict=True):
+            padded[: len(row)] = row
+        return cls(ids, counts)
+
+    def real(self, array: Floats) -> Floats:
+        """[tokens, size] of what a graph made of the batch, [rows, new, size]: no padding."""
+        flat = array.reshape(self.ids.size, -1)
+        there = np.arange(self.ids.shape[1]) < self.counts[:, None]
+        return flat if there.all() else flat[there.reshape(-1)]
+
+
+def batches(rows: Sequence[NDArray[np.int64]], tokens: int) -> list[Batch]:
+    """Rows of about the same length together, so many tokens at most or one row: longest first."""
+    found: list[list[NDArray[np.int64]]] = []
+    for row in sorted(rows, key=len, reverse=True):
+        if not found or (len(found[-1]) + 1) * len(found[-1][0]) > tokens:
+            found.append([])
+        found[-1].append(row)
+    return [Batch.of(some) for some in found]
 
 
 def damping(size: int, tokens: int) -> float:
@@ -95,9 +133,12 @@ def inputs(
                 for value in wanted:
                     samples[value][sample] = seen[value][end : end + len(row) : every]
                 at, end = sample.stop, end + len(row)
-            for value, square in zip(wanted, squares, strict=True):
-                x = seen[value][:end]
-                square += x.T @ x
+
+            def add(pair: tuple[ir.Value, Floats], end: int = end) -> None:
+                x = seen[pair[0]][:end]
+                pair[1][...] += x.T @ x
+
+            list(side_by_side(add, list(zip(wanted, squares, strict=True))))
         del session  # and what memory its steps took
         total = sum(map(len, rows))
         for square in squares:
@@ -154,7 +195,7 @@ def _step(
 ) -> None:
     """Run a row; what is seen of it is written where it stays, from the token `at` on."""
     binding = session.io_binding()
-    for name, array in feeds(session, row).items():
+    for name, array in feeds(declared(session), Batch.of([row])).items():
         binding.bind_cpu_input(name, array)
     for value, out in seen.items():
         assert value.shape is not None
@@ -306,6 +347,7 @@ def opened(
     options.log_severity_level = 3
     if kept is None:
         options.add_session_config_entry("session.disable_prepacking", "1")
+    options.add_session_config_entry("session.prepack.enable_parallel", "1")
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     with tempfile.TemporaryDirectory(dir=directory) as own:
         path, data = directory / "calibration.onnx", Path(own) / "more.data"
@@ -346,26 +388,22 @@ def _spill(model: ir.Model, directory: Path, data: Path, kept: Shelf | None) -> 
             )
 
 
-def feeds(
-    session: onnxruntime.InferenceSession,
-    row: NDArray[np.int64],
-    start: int = 0,
-    known: Container[str] = (),
-) -> dict[str, NDArray[Any]]:
-    """Inputs of one row from scratch, its first token at position `start`, for all its logits.
+def declared(session: onnxruntime.InferenceSession) -> list[Declared]:
+    """The inputs of a session."""
+    return [(value.name, value.type, value.shape) for value in session.get_inputs()]
 
-    Args:
-        known: names of inputs that are given besides.
-    """
-    count = len(row)
-    fed = fed_tokens(row[None], np.arange(count)[None]) | {READS_PROMPT.name: np.array(True)}
+
+def feeds(inputs: Sequence[Declared], batch: Batch, start: int = 0) -> dict[str, NDArray[Any]]:
+    """Inputs of rows from scratch, their first tokens at position `start`, for all logits."""
+    rows, new = batch.ids.shape
+    every = np.broadcast_to(np.arange(new), batch.ids.shape).copy()
+    fed = fed_tokens(batch.ids, every) | {READS_PROMPT.name: np.array(True)}
+    fed["query_seqlens"][:] = batch.counts
+    fed["seqlens_k"][:] = batch.counts - 1
+    np.minimum(every, batch.counts[:, None] - 1, out=fed["position_ids"])
     fed["position_ids"] += start
-    sizes = {"rows": 1, "capacity": count, "prompt_rows": 1, "prompt_capacity": count}
-    specs = [
-        TensorSpec.declared(declared.name, declared.type, declared.shape)
-        for declared in session.get_inputs()
-        if declared.name not in known
-    ]
+    sizes = {"rows": rows, "capacity": new, "prompt_rows": rows, "prompt_capacity": new}
+    specs = [TensorSpec.declared(*one) for one in inputs]
     nothing = {spec.name: spec.zeros(**sizes) for spec in specs if spec.name not in fed}
     return {spec.name: fed[spec.name] for spec in specs if spec.name in fed} | nothing
 

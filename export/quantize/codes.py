@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -143,16 +142,14 @@ class FollowedCodes(Codes):
         kept: calibrate.Shelf,
         model: ir.Model,
         rows: Sequence[NDArray[np.int64]],
-        directory: Path,
     ) -> None:
         """
         Args:
             model: a graph that can be cut.
             rows: the calibration text.
-            directory: of the file that its weights are in.
         """
         super().__init__(inputs, kept)
-        self._model, self._rows, self._directory = model, rows, directory
+        self._model, self._rows = model, rows
         self._settled: dict[str, Kernel] = {}
 
     def settle(self, kernels: Mapping[Product, Kernel], shown: Callable[[int, int], None]) -> None:
@@ -166,13 +163,15 @@ class FollowedCodes(Codes):
         def make(turn: Turn) -> Floats:
             shown(len(self._made) - others, len(kernels))
             product, kernel = turn.product, kernels[turn.product]
-            moments = self._factor_of(product.input, turn.moments, turn.tokens, kernel.turned)
-            choice, values = self._best(turn.weight, kernel, moments)
+            lower = turn.factor
+            if kernel.turned:
+                lower = self._factor_of(product.input, turn.moments, turn.tokens, kernel.turned)
+            choice, values = self._best(turn.weight, kernel, lower)
             self._made[product.name, kernel] = choice
             return values
 
         self._last = threading.local()
-        follow(self._model, list(kernels), self._rows, self._directory, make)
+        follow(self._model, list(kernels), self._rows, make)
 
     def _first(self, product: Product, kernel: Kernel) -> Choice:
         return self._nearest(product, kernel)

@@ -10,18 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from fastgen.export.quantize import calibrate
+from fastgen.export.quantize import calibrate, triangle
+from fastgen.export.quantize.gptq import factor
 from fastgen.export.quantize.kernels import Floats, Product
+from fastgen.export.quantize.parts import side_by_side
 from fastgen.export.quantize.passage import Passage
 from fastgen.export.rewrite.edit import is_constant, rank, sizes_of
 
-ROWS = 8  # whose tokens are looked at together
+SHARES = 2  # of the text, whose sums are made side by side, each by one core
 
 Rows = Sequence[NDArray[np.int64]]
 
@@ -34,19 +35,20 @@ class Turn:
         weight: float32 [in, out], what it should be rounded to.
         moments: float32 [in, in], E[x^T x] of what it reads by then.
         tokens: that they are of.
+        factor: of the moments (see `gptq.factor`).
     """
 
     product: Product
     weight: Floats
     moments: Floats
     tokens: int
+    factor: Floats
 
 
 def follow(
     model: ir.Model,
     products: Sequence[Product],
     rows: Rows,
-    directory: Path,
     make: Callable[[Turn], Floats],
 ) -> None:
     """Have codes made of some products of a graph, in order.
@@ -54,11 +56,10 @@ def follow(
     Args:
         model: a graph that can be cut (see `passage.can_be_cut`).
         rows: of ids.
-        directory: of the file that its weights are in.
         make: gives the matrix [in, out] that codes stand for; it is asked for those that read the
             same value one after the other.
     """
-    exact = Passage(model, rows, directory)
+    exact = Passage(model, rows)
     ours: Passage | None = None
     replaced: dict[ir.Node, Floats] = {}
     for readers in _in_order(products, exact):
@@ -69,10 +70,9 @@ def follow(
         else:
             ours.run(end, replaced)
         replaced = {node: held for node, held in replaced.items() if exact.index(node) >= end}
-        with calibrate.shelf(directory) as kept:
-            for turn in _turns(readers, exact, ours, rows, kept):
-                values = make(turn)
-                replaced[turn.product.node] = values.T if turn.product.transposed else values
+        for turn in _turns(readers, exact, ours):
+            values = make(turn)
+            replaced[turn.product.node] = values.T if turn.product.transposed else values
 
 
 def _in_order(products: Sequence[Product], passage: Passage) -> list[list[Product]]:
@@ -83,46 +83,48 @@ def _in_order(products: Sequence[Product], passage: Passage) -> list[list[Produc
     return sorted(by_input.values(), key=lambda some: min(passage.index(one.node) for one in some))
 
 
-def _turns(
-    readers: Sequence[Product],
-    exact: Passage,
-    ours: Passage,
-    rows: Rows,
-    kept: calibrate.Shelf,
-) -> Iterator[Turn]:
+def _turns(readers: Sequence[Product], exact: Passage, ours: Passage) -> Iterator[Turn]:
     """Turns of products that read the same value.
 
-    Args:
-        kept: holds moments.
+    What the value has lost times W, and what is lost beside that product, are looked at together
+    where both are there: so the moments of what was lost are only made where nothing is beside.
     """
-    value, tokens = readers[0].input, sum(map(len, rows))
-    size = readers[0].shape[0]
-    moments, apart = (kept.room((size, size), np.float32) for _ in range(2))
+    value, size = readers[0].input, readers[0].shape[0]
+    weights = {one.name: np.ascontiguousarray(one.weight) for one in readers}
     beside = {one.name: _beside(one) for one in readers}
-    lost = {
-        one.name: kept.room(one.shape, np.float32)
-        for one in readers
-        if (added := beside[one.name]) is not None and exact.has(added)
-    }
-    for at in range(0, len(rows), ROWS):
-        some = slice(at, at + ROWS)
-        x = ours.seen(value, some)
-        moments += x.T @ x
-        apart += x.T @ (exact.seen(value, some) - x)
-        for name, sums in lost.items():
-            added = beside[name]
-            assert added is not None
-            sums += x.T @ (exact.seen(added, some) - ours.seen(added, some))
-    damping = calibrate.damping(size, tokens) * np.trace(moments) / size + 1e-12
+    added = {name: other for name, other in beside.items() if other and exact.has(other)}
+
+    def sums(batches: Sequence[int]) -> list[Floats]:
+        """Moments, those of what was lost, and what each of `added` should make good."""
+        moments = np.zeros((size, size), np.float32)
+        apart = np.zeros_like(moments if len(added) < len(readers) else moments[:0])
+        wanted = [np.zeros_like(weights[name]) for name in added]
+        for at in batches:
+            x = ours.seen(value, at)
+            lost = exact.seen(value, at) - x
+            moments += x.T @ x
+            for (name, other), good in zip(added.items(), wanted, strict=True):
+                left = lost @ weights[name]
+                left += exact.seen(other, at)
+                left -= ours.seen(other, at)
+                good += x.T @ left
+            if len(apart):
+                apart += x.T @ lost
+        return [moments, apart, *wanted]
+
+    every = range(len(exact.batches))
+    shares = [every[at::SHARES] for at in range(SHARES)]
+    moments, apart, *others = (sum(some) for some in zip(*side_by_side(sums, shares), strict=True))
+    wanted = dict(zip(added, others, strict=True))
+    tokens = sum(int(batch.counts.sum()) for batch in exact.batches)
+    moments /= tokens
+    lower = factor(moments, calibrate.damping(size, tokens))
     for product in readers:
-        weight = np.ascontiguousarray(product.weight)
-        wanted = apart @ weight
-        if product.name in lost:
-            wanted += lost[product.name]
-        if wanted.any():
-            damped = moments + np.diag(np.full(size, damping, np.float32))
-            weight = weight + np.linalg.solve(damped, wanted)
-        yield Turn(product, weight, np.asarray(moments / tokens, np.float32), tokens)
+        weight = weights[product.name]
+        better = wanted[product.name] if product.name in added else apart @ weight
+        if better.any():
+            weight = weight + triangle.solved(lower, better / tokens)
+        yield Turn(product, weight, moments, tokens, lower)
 
 
 def _beside(product: Product) -> ir.Value | None:

@@ -14,17 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgen.export.quantize import parts
+from fastgen.export.quantize import parts, triangle
 from fastgen.export.quantize.kernels import LEVELS, Floats, Kernel, Range, blocks, short
 
 GRID = np.linspace(0.7, 1.05, 15, dtype=np.float32)  # scales that are tried, of the largest weight
 RANGES = {4: (0.8, 0.88, 0.96, 1.04), 8: (1.0,)}  # tried, of the range of what a block has to hold
 FITS = 2  # times that a scale is fitted to its codes
+COPIES = 4  # arrays of a block that are worked on at once, for each range
 TOGETHER = 32  # inputs that are rounded one by one before the others hear of it
 
 
@@ -97,30 +98,28 @@ def gptq(weight: Floats, kernel: Kernel, factor: Floats, scales: Floats | None =
     size, count = weight.shape
     step = kernel.block or TOGETHER
     starts = range(0, size, step)
-    diagonal: Floats = np.diag(factor)
+    shares: Floats = factor / np.diag(factor)[:, None]  # of an error before it, that an input takes over
+    costs = np.square(np.diag(factor))
     values = np.empty((size, count), np.float32)
-    errors = np.empty((size, count), np.float32)
     held = np.empty((count, len(starts)), np.float32)
     zeros = np.full(held.shape, kernel.middle, np.uint8)
 
-    def part(at: int, rows: slice, shares: Floats, wanted: Floats, some: slice) -> None:
-        block = _Block(
-            weight[rows, some], wanted[:, some], shares[:, rows], np.square(diagonal[rows])
-        )
-        if scales is None:
-            found = block.searched(kernel)
-        else:
-            found = block.rounded(scales[some], zeros[some, at].astype(np.float32), kernel)
-        held[some, at], zeros[some, at] = found.scale, found.zero
-        np.multiply(found.codes, found.scale, out=values[rows, some])
-        np.subtract(weight[rows, some], values[rows, some], out=errors[rows, some])
+    def part(some: slice) -> None:
+        mine = np.ascontiguousarray(weight[:, some])
+        errors = np.empty_like(mine)
+        for at, start in enumerate(starts):
+            rows = slice(start, min(start + step, size))
+            wanted = mine[rows] + shares[rows, :start] @ errors[:start]
+            block = _Block(mine[rows], wanted, shares[rows, rows], costs[rows])
+            if scales is None:
+                found = block.searched(kernel)
+            else:
+                found = block.rounded(scales[some], zeros[some, at].astype(np.float32), kernel)
+            held[some, at], zeros[some, at] = found.scale, found.zero
+            np.multiply(found.codes, found.scale, out=values[rows, some])
+            np.subtract(mine[rows], values[rows, some], out=errors[rows])
 
-    for at, start in enumerate(starts):
-        rows = slice(start, min(start + step, size))
-        # What an input takes over of the error of each one before it.
-        shares = factor[rows, : rows.stop] / diagonal[rows, None]
-        wanted = np.asarray(weight[rows] + shares[:, :start] @ errors[:start], np.float32)
-        parts.each(count, len(RANGES[kernel.bits]) * step, partial(part, at, rows, shares, wanted))
+    parts.each(count, COPIES * len(RANGES[kernel.bits]) * step, part, spread=True)
     return OnGrid(values, held, zeros if kernel.zero_points else None)
 
 
@@ -138,6 +137,12 @@ class _Codes:
     zero: Floats
     codes: Floats
     cost: Floats
+
+    def split(self, count: int) -> list[_Codes]:
+        """Those of so many equal shares of the outputs."""
+        fields = (self.scale, self.zero, self.codes, self.cost)
+        shares = [np.split(field, count, axis=-1) for field in fields]
+        return [_Codes(*some) for some in zip(*shares, strict=True)]
 
     def take(self, other: _Codes) -> None:
         """Take over what costs less in the other."""
@@ -165,19 +170,21 @@ class _Block:
     def rounded(self, scale: Floats, zero: Floats, kernel: Kernel) -> _Codes:
         """The codes of one input after the other."""
         low, high = -zero, np.float32(2 * kernel.middle - 1) - zero
-        rest = self.wanted.copy()
-        codes, change = np.empty_like(rest), np.empty_like(rest)
-        cost = np.zeros_like(scale)
-        for i in range(len(rest)):
-            code, left = codes[i], rest[i]
-            np.divide(left, scale, out=code)
-            np.clip(np.rint(code, out=code), low, high, out=code)
-            value = code * scale
-            np.multiply(self.shares[i + 1 :, i, None], self.weight[i] - value, out=change[i + 1 :])
-            rest[i + 1 :] += change[i + 1 :]
-            left -= value
-            cost += self.costs[i] * np.square(left)
-        return _Codes(scale, zero, codes, cost)
+        codes, rest, errors = (np.empty_like(self.wanted) for _ in range(3))
+        for i, (code, left, error) in enumerate(zip(codes, rest, errors, strict=True)):
+            np.matmul(self.shares[i, :i], errors[:i], out=left)
+            left += self.wanted[i]
+            np.rint(np.divide(left, scale, out=code), out=code)
+            np.minimum(np.maximum(code, low, out=code), high, out=code)
+            np.multiply(code, scale, out=error)
+            left -= error
+            np.subtract(self.weight[i], error, out=error)
+        return _Codes(scale, zero, codes, self.costs @ np.square(rest, out=rest))
+
+    def _times(self, count: int) -> _Block:
+        """The same outputs so many times, side by side: rows of few numbers cost a call each."""
+        weight, wanted = (np.tile(matrix, (1, count)) for matrix in (self.weight, self.wanted))
+        return _Block(weight, wanted, self.shares, self.costs)
 
     @cached_property
     def _target(self) -> Floats:
@@ -196,10 +203,14 @@ class _Block:
 
     def searched(self, kernel: Kernel) -> _Codes:
         """The codes of the best of some grids, whose scale is fitted to them."""
-        first, *others = _grid(self.wanted, kernel)
-        best = self.rounded(*first, kernel)
-        for grid in others:
-            best.take(self.rounded(*grid, kernel))
+        scales, zeros = zip(*_grid(self.wanted, kernel), strict=True)
+        best, *others = (
+            self._times(len(scales))
+            .rounded(np.concatenate(scales), np.concatenate(zeros), kernel)
+            .split(len(scales))
+        )
+        for other in others:
+            best.take(other)
         for again in range(FITS):
             if again:
                 best.take(self.rounded(best.scale.copy(), best.zero, kernel))
@@ -237,4 +248,4 @@ def factor(moments: Floats, damping: float) -> Floats:
     backwards = np.ascontiguousarray(moments[::-1, ::-1])
     diagonal = np.einsum("ii->i", backwards)
     diagonal += damping * diagonal.mean(dtype=np.float64) + 1e-12
-    return np.asarray(np.linalg.cholesky(backwards)[::-1, ::-1].T)
+    return np.ascontiguousarray(triangle.cholesky(backwards)[::-1, ::-1].T)

@@ -57,7 +57,9 @@ def reach(
     with calibrate.weights_directory(positioned) as directory:
         session = calibrate.running(positioned, list(present.values()), directory)
         for row, start in zip(rows, np.linspace(0, last, len(rows)).astype(int), strict=True):
-            stored = session.run(list(present.values()), calibrate.feeds(session, row, int(start)))
+            batch = calibrate.Batch.of([row])
+            given = calibrate.feeds(calibrate.declared(session), batch, int(start))
+            stored = session.run(list(present.values()), given)
             for name, array in zip(present, stored, strict=True):
                 largest = np.abs(array).max(axis=(0, 2))
                 reached[name] = np.maximum(reached.get(name, 0), largest)

@@ -22,21 +22,27 @@ Result = TypeVar("Result")
 _thread = threading.local()  # `beside`: whether it is one of several that work side by side
 
 
-def each(count: int, size: int, work: Callable[[slice], Result]) -> list[Result]:
+def each(
+    count: int, size: int, work: Callable[[slice], Result], spread: bool = False
+) -> list[Result]:
     """Results of `work` for `count` things, a few neighbours at a time, in order.
 
     numpy lets other threads run while it computes, so the parts run side by side.
 
     Args:
         size: numbers that one thing has.
+        spread: whether each core has a part, also where all fit into one: `work` takes long.
     """
+    cores = 1 if getattr(_thread, "beside", False) else physical_cores()
     step = max(1, PART // max(1, size))
+    if spread:
+        step = min(step, max(1, -(-count // cores)))
     parts = [slice(at, min(at + step, count)) for at in range(0, count, step)]
-    threads = min(physical_cores(), len(parts))
-    if threads < 2 or getattr(_thread, "beside", False):
-        return [work(part) for part in parts]
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(work, parts))
+    with blas.one_thread():
+        if min(cores, len(parts)) < 2:
+            return [work(part) for part in parts]
+        with ThreadPoolExecutor(min(cores, len(parts))) as pool:
+            return list(pool.map(work, parts))
 
 
 def side_by_side(

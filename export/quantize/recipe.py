@@ -265,14 +265,16 @@ class Plan:
         less where the kind is in float32.
 
         All others are as they will be used, so this takes a third of the time of one kind among
-        products in float32.
+        products in float32; but for heads, which are on no ladder: at all positions of a text
+        theirs would be most of the time.
 
         Args:
             exact: gives the logits of a row, float32 [length, vocab], as they should be.
         """
         every = max(1, round(sum(map(len, rows)) / SENSED))
         rows = rows[::every]
-        kinds, names = self._kinds(), self._matrices.keys()
+        kinds = self._kinds()
+        names = {name for name, matrix in self._matrices.items() if not matrix.product.is_head}
         whole = self._lost(names, rows, exact)
         for done, (name, members) in enumerate(kinds.items()):
             shown(done, len(kinds))
@@ -499,7 +501,7 @@ def planned(
     ):
         codes = Codes(inputs, kept)
         if follows:
-            codes = FollowedCodes(inputs, kept, model, rows, directory)
+            codes = FollowedCodes(inputs, kept, model, rows)
         plan = Plan(model, recipe, inputs, codes, directory, kept)
         plan.prepare(rows, shown)
         trim()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import platform
 from pathlib import Path
@@ -45,6 +46,7 @@ def cpu_features() -> str:
     return ""
 
 
+@functools.cache
 def _core_of(cpu: int) -> tuple[str, ...]:
     """A name for the core behind a logical CPU; the CPU itself where the system does not say."""
     topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")

@@ -36,24 +36,44 @@ def layers(model):
 
 def test_a_passage_says_at_each_place_what_the_whole_graph_does(directory, model, layers):
     wanted = list(dict.fromkeys(product.input for product in layers))
-    way = passage.Passage(model, ROWS, directory)
-    with calibrate.values(model, wanted, ROWS) as seen:
+    way = passage.Passage(model, ROWS)
+    assert len(way.batches) == 1 and (way.batches[0].counts < len(ROWS[3])).any()  # padded
+    with calibrate.values(model, wanted, sorted(ROWS, key=len, reverse=True)) as seen:
         for value in wanted:
             first = next(one for one in layers if one.input is value)
             way.run(way.index(first.node), {})
-            found = way.seen(value, slice(None))
+            found = way.seen(value, 0)
             np.testing.assert_allclose(found, seen[value], rtol=0, atol=1e-5)
+
+
+def test_pieces_of_layers_that_are_alike_are_one_session(directory, model, layers, monkeypatch):
+    opened, asked = [], []
+    monkeypatch.setattr(
+        passage.onnxruntime,
+        "InferenceSession",
+        lambda content, *rest, make=passage.onnxruntime.InferenceSession, **more: (
+            opened.append(content) or make(content, *rest, **more)
+        ),
+    )
+    monkeypatch.setattr(
+        passage.Sessions,
+        "of",
+        lambda self, piece, of=passage.Sessions.of: asked.append(piece) or of(self, piece),
+    )
+    follow.follow(model, layers, ROWS, lambda turn: turn.weight)
+    assert len(layers) == 8 and len(asked) == 8 + 7  # the first for both
+    assert len(opened) == 6
 
 
 def test_a_passage_runs_with_other_matrices(directory, model, layers):
     first, second = layers[0], layers[1]
-    ways = [passage.Passage(model, ROWS, directory) for _ in range(2)]
+    ways = [passage.Passage(model, ROWS) for _ in range(2)]
     for way, replaced in zip(ways, ({}, {first.node: 0 * first.weight}), strict=True):
         way.run(way.index(first.node), {})
         assert way.copy().at == way.at
         way.run(way.index(second.node), replaced)
-    assert ways[0].seen(second.input, slice(0, 2)).any()
-    assert not ways[1].seen(second.input, slice(0, 2)).any()  # nothing to attend to
+    assert ways[0].seen(second.input, 0).any()
+    assert not ways[1].seen(second.input, 0).any()  # nothing to attend to
 
 
 def test_each_matrix_makes_good_what_those_before_it_lost(directory, model, layers):
@@ -76,14 +96,14 @@ def test_each_matrix_makes_good_what_those_before_it_lost(directory, model, laye
             kept[turn.product.node] = make(turn)
             return kept[turn.product.node]
 
-        follow.follow(model, layers, ROWS, directory, watched)
+        follow.follow(model, layers, ROWS, watched)
         assert turns == [product.name for product in layers]
-        ways = [passage.Passage(model, ROWS, directory) for _ in range(2)]
+        ways = [passage.Passage(model, ROWS) for _ in range(2)]
         head = next(one for one in products(model.graph) if one.is_head)
         end = ways[0].index(head.node)
         ways[0].run(end, {})
         ways[1].run(end, kept)
-        right, ours = (way.seen(head.input, slice(None)) for way in ways)
+        right, ours = (way.seen(head.input, 0) for way in ways)
         return np.square(ours - right).mean()
 
     assert lost(lambda turn: turn.weight) < 0.8 * lost(lambda turn: turn.product.weight)

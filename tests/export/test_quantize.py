@@ -25,6 +25,7 @@ from fastgen.export.quantize import (
     rotate,
     rotation,
     smooth,
+    triangle,
 )
 from fastgen.export.quantize.kernels import (
     W8A8,
@@ -239,6 +240,24 @@ def test_things_are_worked_on_side_by_side_each_by_one_thread():
     assert get() == before
 
 
+def test_one_thread_is_given_back_by_the_last_of_several_that_asked_for_it():
+    """Two threads write a graph, and each has its matrices made by parts."""
+    functions = blas._functions()
+    if functions is None:
+        pytest.skip("numpy's BLAS is not found")
+    get, set_threads = functions
+    before = get()
+    set_threads(2)
+    first, second = blas.one_thread(), blas.one_thread()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert get() == 1
+    second.__exit__(None, None, None)
+    assert get() == 2
+    set_threads(before)
+
+
 def test_logits_beside_others_are_told_apart_as_by_their_logarithms(random):
     """For more positions than are looked at at a time, the likeliest token wrong in one."""
     expected = random.standard_normal((2 * parts.PART // 900, 900)).astype(np.float32) * 3 + 40
@@ -310,6 +329,22 @@ def test_scales_that_are_found_are_stored_in_two_bytes(tmp_path, matrix):
         np.testing.assert_array_equal(kept.numpy().astype(np.float32), scales)
         expected = x @ codes_values(codes, kernel, scales, 96, made.zeros)
         np.testing.assert_allclose(said, expected, atol=0.05 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("size", [5, triangle.BLOCK, 3 * triangle.WIDE + 10])
+def test_triangles_by_blocks_are_those_of_lapack(random, size):
+    """Factors of moments, also of one block, and what solves them."""
+    x = random.standard_normal((2 * size, size)).astype(np.float32)
+    moments = x.T @ x / len(x) + np.eye(size, dtype=np.float32)
+    lower = triangle.cholesky(moments)
+    np.testing.assert_allclose(lower, np.linalg.cholesky(moments), rtol=0, atol=1e-5)
+    assert not np.triu(lower, 1).any()
+    made = gptq.factor(moments, 0.0)
+    wanted = random.standard_normal((size, 7)).astype(np.float32)
+    right = np.linalg.solve(moments.astype(np.float64), wanted)
+    np.testing.assert_allclose(triangle.solved(made, wanted), right, rtol=0, atol=1e-5)
+    with pytest.raises(np.linalg.LinAlgError):
+        triangle.cholesky(-moments)
 
 
 def test_gptq_rounds_to_the_codes_that_zero_points_leave():

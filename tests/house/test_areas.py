@@ -181,7 +181,7 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
             "activations rotate",
             "rotate_values",
             "divergence rotation",
-            "parts",
+            "parts triangle",
             "blas",
         ),
     ),
