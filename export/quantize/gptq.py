@@ -98,7 +98,8 @@ def gptq(weight: Floats, kernel: Kernel, factor: Floats, scales: Floats | None =
     size, count = weight.shape
     step = kernel.block or TOGETHER
     starts = range(0, size, step)
-    shares: Floats = factor / np.diag(factor)[:, None]  # of an error before it, that an input takes over
+    # Of an error before it, that an input takes over.
+    shares: Floats = factor / np.diag(factor)[:, None]
     costs = np.square(np.diag(factor))
     values = np.empty((size, count), np.float32)
     held = np.empty((count, len(starts)), np.float32)
