@@ -64,6 +64,17 @@ def alone(theirs: Any, row: list[int], **knobs: Any) -> Any:
     return theirs.generate(torch.tensor([row]), **{"do_sample": False, **GREEDY, **knobs})
 
 
+@pytest.mark.parametrize("kind", MOVED)
+def test_packed_weights_that_are_kept_say_the_same(stateful, kind, tmp_path, monkeypatch):
+    """Weights within the graphs of a scan are kept too."""
+    monkeypatch.setenv("FASTGEN_CACHE", str(tmp_path))
+    _, ours = stateful(kind)
+    packed = fastgen.load(ours.directory, packed=True)
+    assert packed.model.is_packed and packed.model.cautions == []
+    for row in ragged(1, LENGTHS):
+        np.testing.assert_array_equal(packed.score([row])[0], ours.score([row])[0])
+
+
 @pytest.mark.parametrize("kind", tiny.some(KINDS, QUICK))
 def test_ragged_rows_say_what_transformers_says_of_each(stateful, kind):
     theirs, ours = stateful(kind)
