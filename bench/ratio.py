@@ -22,6 +22,8 @@ import shapes
 from fastgen.timing.rounds import in_rounds, seconds
 
 PROMPTS, ROWS, PAST = (64, 512), (1, 8, 32), 64
+RAGGED = ((8, 128), (16, 512), (263, 263))  # tokens of the first and the last of eight prompts
+CHUNK = 256  # tokens for which a slot has room besides those of its row
 
 
 def main() -> None:
@@ -49,8 +51,12 @@ def main() -> None:
     print(f"| | {' | '.join(names)} |")
     print("|---|" + "---|" * len(models))
     for length in PROMPTS:
-        calls = [prompt(model, length) for model in models]
+        calls = [prompts(model, [length]) for model in models]
         print(line(f"prompt of {length}", calls, args.rounds, 1), flush=True)
+    for first, last in RAGGED:
+        lengths = np.linspace(first, last, 8).astype(int).tolist()
+        calls = [prompts(model, lengths) for model in models]
+        print(line(f"8 prompts of {first} to {last}", calls, args.rounds, 1), flush=True)
     for rows in ROWS:
         calls = [steps(model, rows, args.steps) for model in models]
         title = "a step of one row" if rows == 1 else f"a step of {rows} rows"
@@ -70,11 +76,12 @@ def line(title: str, calls: list[Callable[[], None]], rounds: int, parts: int) -
     return f"| {title} | {' | '.join(cells)} |"
 
 
-def prompt(model: Any, length: int) -> Callable[[], None]:
+def prompts(model: Any, lengths: list[int]) -> Callable[[], None]:
     from fastgen.engine.prefill import prefill
 
-    row = np.random.default_rng(0).integers(0, model.info.vocab_size, length)
-    return lambda: prefill(model, model.new_cache(1, length), [row], 0)
+    random = np.random.default_rng(0)
+    rows = [random.integers(0, model.info.vocab_size, length) for length in lengths]
+    return lambda: prefill(model, model.new_cache(len(rows), lengths[-1] + CHUNK), rows, 0)
 
 
 def steps(model: Any, rows: int, count: int) -> Callable[[], None]:

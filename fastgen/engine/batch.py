@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastgen.engine.alike import parts, reason
+from fastgen.engine.cuts import CALL
 from fastgen.engine.model import Model
-from fastgen.engine.prefill import CALL, WHOLE, Chunks, Prefill
+from fastgen.engine.prefill import WHOLE, Chunks, Prefill
 from fastgen.engine.request import RUNNING, Request, Row
 from fastgen.engine.slots import Slots
 from fastgen.engine.step import Event

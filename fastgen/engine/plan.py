@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
+from fastgen.engine.cuts import Cuts
+
 
 class Work(enum.Enum):
     """The ways in which a job runs."""
@@ -80,7 +82,7 @@ class Planner:
     Args:
         max_bytes: memory that the jobs that run may come to hold together.
         max_rows: rows that run together.
-        chunk: tokens that are read at a time.
+        cuts: how prompts are read together; no more tokens than a chunk has are begun together.
         max_tokens: tokens for which the cache of the rows may have room, in all slots together.
         margin: tokens for which each slot has room besides those of its row.
 
@@ -92,9 +94,9 @@ class Planner:
     """
 
     def __init__(
-        self, max_bytes: int, max_rows: int, chunk: int, max_tokens: int, margin: int
+        self, max_bytes: int, max_rows: int, cuts: Cuts, max_tokens: int, margin: int
     ) -> None:
-        self.max_bytes, self.max_rows, self.chunk = max_bytes, max_rows, chunk
+        self.max_bytes, self.max_rows, self.cuts = max_bytes, max_rows, cuts
         self.max_tokens, self.margin = max_tokens, margin
         self.waiting: deque[Entry] = deque()
         self.unread: list[Entry] = []
@@ -173,7 +175,7 @@ class Planner:
         return None, self._begin(short)
 
     def _begin(self, entries: Sequence[Entry]) -> list[Entry]:
-        """Begin with the first of these, and with others that fit into its only chunk."""
+        """Begin with the first of these, and with others that are read together with it."""
         if not entries:
             return []
         count = 1
@@ -185,11 +187,11 @@ class Planner:
         return begin
 
     def _fit(self, entries: Sequence[Entry]) -> bool:
-        """True if the prompts of these are read in one chunk together."""
-        prompts = sum(entry.prompts for entry in entries)
-        tokens = prompts * max(entry.prompt for entry in entries)
+        """True if the prompts of these have a chunk of tokens at most and are a group together."""
         same = all(entry.read_with is entries[0].read_with for entry in entries)
-        return same and tokens <= self.chunk
+        lengths = sorted(entry.prompt for entry in entries for _ in range(entry.prompts))
+        small = sum(lengths) <= self.cuts.chunk
+        return same and small and len(self.cuts.together(lengths)) == 1
 
 
 def _next(entries: deque[Entry]) -> Entry | None:

@@ -1,6 +1,7 @@
 """Prompts on their way into the cache: a chunk at a time, several rows together, known ones first.
 
-Where rows run meanwhile, one chunk is read, they step, and the next one is read.
+Where rows run meanwhile, one chunk is read, they step, and the next one is read. Which rows are
+read together and how far `cuts` says.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastgen.engine.cache import Cache
+from fastgen.engine.cuts import Cuts, groups
 from fastgen.engine.model import Model
 from fastgen.engine.prefix_cache import PrefixCache
 from fastgen.engine.prompt_reader import PromptReader
 
 CHUNK = 256  # tokens of one row that are read at a time
 TOGETHER = 512  # tokens of several rows that are read at a time
-CALL = 20  # tokens that take as long as a call without any: reading the weights, mostly
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class Chunks:
     """Tokens that are read at a time.
 
     Attributes:
-        row: of one prompt. Chunks end at its multiples, for every row; a multiple of
-            `prefix_cache.BLOCK` where a prefix cache is used.
+        row: of one prompt. Chunks end at its multiples, for every row, and maybe in between (see
+            `cuts`); a multiple of `prefix_cache.BLOCK` where a prefix cache is used.
         together: of several prompts, padding included.
         step: of rows that run, padding included, unless there are more rows: forced tokens and
             guesses.
@@ -79,7 +80,8 @@ class Prefill:
         chunks: Chunks = WHOLE,
     ) -> None:
         self.model, self.cache, self.prompts, self.first = model, cache, prompts, first
-        self.prefix_cache, self.chunk, self._most = prefix_cache, chunks.row, chunks.together
+        self.prefix_cache, self.chunk = prefix_cache, chunks.row
+        self._cuts = cuts_of(model, chunks)
         self.logits = np.empty((len(prompts), model.info.vocab_size), np.float32)
         self.reused = [0] * len(prompts)
         self.done = False
@@ -100,14 +102,20 @@ class Prefill:
     def _read_all(self) -> Iterator[None]:
         lengths = [len(prompt) for prompt in self.prompts]
         short = sum(not self.model.reads_as_many(length) for length in lengths)
-        groups = together(lengths[:short], self.chunk, self._most)
-        rest = together(lengths[short:], self.chunk, self._most)
-        groups += [(short + a, short + b) for a, b in rest]
-        for start, end in groups:
+        for start, end in [*self._groups(0, short), *self._groups(short, len(lengths))]:
             if start:
                 yield
             yield from self._read_group(start, end)
         self.done = True
+
+    def _groups(self, start: int, end: int) -> list[tuple[int, int]]:
+        """The first of prompts `start` to `end` that are read together, and the last + 1."""
+        prompts, known = self.prompts[start:end], None
+        if self.prefix_cache is not None:
+            model = self.model.fingerprint
+            known = self.prefix_cache.sharing(model, prompts, self.cache, self.chunk).known
+        found = self._cuts.together([len(prompt) for prompt in prompts], known)
+        return [(start + first, start + last) for first, last in found]
 
     def _read_group(self, start: int, end: int) -> Iterator[None]:
         """Read prompts `start` to `end`, but what the prefix cache knows of them."""
@@ -145,10 +153,10 @@ class Prefill:
             first = self.first + at
             prompts = texts[at - start :]
             held = self.cache.lengths[first : first + len(prompts)].copy()
-            stop = (held.min() // self.chunk + 1) * self.chunk
+            stop = self._cuts.stop([len(prompt) for prompt in prompts], int(held.min()))
             new = [prompt[done:stop] for prompt, done in zip(prompts, held, strict=True)]
             ended = sum(len(prompt) <= stop for prompt in prompts)
-            # Only a chunk in which a prompt ends needs logits.
+            # Only a call in which a prompt ends needs logits.
             positions = None if ended else np.zeros((len(new), 0), np.int64)
             logits = reader.forward(new, first, at - start, positions, many)
             if ended:
@@ -163,6 +171,13 @@ class Prefill:
             if at == end:
                 return
             yield
+
+
+def cuts_of(model: Model, chunks: Chunks) -> Cuts:
+    """The places where prompts of a model may be cut."""
+    # Keys in 8 bits are rounded between calls, and recurrences go through a chunk at a time.
+    between = model.codes is None and not model.info.states
+    return Cuts(chunks.row, chunks.together, between, groups(model.info.layers))
 
 
 def prefill(
@@ -185,47 +200,3 @@ def prefill(
     while not reading.done and not stopped():
         reading.read()
     return reading.logits
-
-
-def together(lengths: Sequence[int], chunk: int, most: int) -> list[tuple[int, int]]:
-    """The neighbours of rows that are read together: (first, last + 1) of each group.
-
-    Rows are padded to the longest of their group, and every call has a cost of its own; the
-    groups are those of the least sum.
-
-    Args:
-        lengths: of the prompts, in ascending order.
-        chunk: tokens of a row that go into a call.
-        most: tokens of several rows that go into a call, padding included.
-    """
-    least = [0.0] + [float("inf")] * len(lengths)  # cost of the first rows, by their number
-    starts = [0] * (len(lengths) + 1)
-    for end in range(1, len(lengths) + 1):
-        width = min(chunk, lengths[end - 1])
-        for start in range(end - 1, -1, -1):
-            if start < end - 1 and (end - start) * width > most:
-                break
-            cost = least[start] + cost_of(lengths[start:end], chunk)
-            if cost < least[end]:
-                least[end], starts[end] = cost, start
-    groups = []
-    end = len(lengths)
-    while end:
-        groups.append((starts[end], end))
-        end = starts[end]
-    return groups[::-1]
-
-
-def cost_of(lengths: Sequence[int], chunk: int) -> float:
-    """The cost of reading rows together: tokens, padding included, and CALL for each call.
-
-    Args:
-        lengths: of the prompts, in ascending order.
-        chunk: tokens of a row that go into a call.
-    """
-    cost, at = 0.0, 0
-    while at < lengths[-1]:
-        going = sum(length > at for length in lengths)
-        cost += CALL + going * min(chunk, lengths[-1] - at)
-        at += chunk
-    return cost

@@ -18,16 +18,18 @@ import math
 import os
 import threading
 import zipfile
+from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastgen.engine.cache import Cache
+from fastgen.engine.cuts import ends_alike, groups
 from fastgen.store import files, jsonfile
 from fastgen.store.graph_io import GRAIN
 
@@ -36,6 +38,22 @@ Block = tuple[int, tuple[NDArray[Any], ...]]  # how many tokens; keys, values an
 BLOCK = 32  # tokens; what is left of a prompt below a block is read again
 MAX_BYTES = 256 * 2**20
 FORMAT = 2  # of the file
+
+
+class Sharing(NamedTuple):
+    """The blocks of some prompts that are kept or begin several of them.
+
+    Attributes:
+        size: tokens of a block.
+        first: of each prompt and block, the first prompt that has it; -1 for one that is kept.
+    """
+
+    size: int
+    first: list[list[int]]
+
+    def known(self, prompt: int, before: int) -> int:
+        """The tokens of a prompt that are kept once the prompts before another were read."""
+        return self.size * bisect_left(self.first[prompt], before)
 
 
 class PrefixCache:
@@ -97,6 +115,29 @@ class PrefixCache:
             self._blocks.clear()
             self._nbytes = 0
 
+    def sharing(
+        self, model: str, prompts: Sequence[NDArray[np.int64]], cache: Cache, chunk: int
+    ) -> Sharing:
+        """Find out what `prompts` will find here: of what is kept, and of each other.
+
+        Args:
+            model, chunk: as `fetch` takes them.
+        """
+        size = _size(cache, chunk)
+        names = [_names(model, prompt, cache, size) for prompt in prompts]
+        with self._lock:
+            first = {name: -1 for mine in names for name in mine if name in self._blocks}
+        for index, mine in enumerate(names):
+            for name in mine:
+                first.setdefault(name, index)
+        return Sharing(
+            size,
+            [
+                [first[name] for name in mine[: (len(prompt) - 1) // size]]
+                for prompt, mine in zip(prompts, names, strict=True)
+            ],
+        )
+
     def fetch(
         self,
         model: str,
@@ -134,7 +175,7 @@ class PrefixCache:
                 np.array([size * len(blocks) for blocks in matches]),
                 size,
                 chunk,
-                {64, 128, 256, *(2 * dim for _, dim in cache.shapes)},
+                groups(cache.shapes),
             )
             self.hits += int((held > 0).sum())
             self.misses += int((held == 0).sum())
@@ -318,14 +359,16 @@ def _names(model: str, prompt: NDArray[np.int64], cache: Cache, size: int) -> li
 
 
 def _aligned(
-    lengths: NDArray[np.int64], held: NDArray[np.int64], block: int, chunk: int, sizes: set[int]
+    lengths: NDArray[np.int64],
+    held: NDArray[np.int64],
+    block: int,
+    chunk: int,
+    sizes: Collection[int],
 ) -> NDArray[np.int64]:
     """The tokens of each prompt to take over, so that the rest is computed as without that.
 
-    Several kernels treat one row apart: the last of an odd number of rows of a 4-bit product, or
-    of a group of queries in attention (of 2 * head_dim, or as the processor's cache suggests).
-    So prompts that are in one chunk start at one token, which is where the longest ends it anyway,
-    and a group of one row is the last of a prompt if, and only if, it is so in a fresh prefill.
+    So prompts that are in one chunk start at one token, and there end as in a fresh prefill (see
+    `cuts.ends_alike`).
 
     Args:
         lengths: int64 [rows], of the prompts, shortest first.
@@ -335,11 +378,9 @@ def _aligned(
     held = held.copy()
     for start in np.unique(held // chunk * chunk).tolist():
         active = (held < start + chunk) & (lengths > start)
-        ends = np.minimum(lengths[active], start + chunk)
+        ends = np.minimum(lengths[active], start + chunk).tolist()
         low = int(held[active].min())
-        while low > start and not all(
-            (((ends - start) % size == 1) == ((ends - low) % size == 1)).all() for size in sizes
-        ):
+        while low > start and not all(ends_alike(end, start, low, sizes) for end in ends):
             low -= block
         held[active] = np.minimum(held[active], max(low, start) // block * block)
     return held

@@ -25,7 +25,7 @@ from fastgen.engine.cache import Cache
 from fastgen.engine.call import Call
 from fastgen.engine.model import Model
 from fastgen.engine.plan import Entry, Planner, Work
-from fastgen.engine.prefill import CHUNK, WHOLE, Chunks
+from fastgen.engine.prefill import CHUNK, WHOLE, Chunks, cuts_of
 from fastgen.engine.prefix_cache import PrefixCache
 from fastgen.engine.request import Request
 from fastgen.engine.score import Choosing, Scoring
@@ -100,8 +100,11 @@ class Scheduler:
         self.chunk = chunk
         self._token = max(1, model.info.cache_bytes)
         max_tokens = max(max_bytes, max_buffers) // self._token
-        self.planner = Planner(max_bytes, max_rows, chunk, max_tokens, margin=WHOLE.margin)
-        self._batch = Batch(model, Chunks.of(chunk))
+        chunks = Chunks.of(chunk)
+        self.planner = Planner(
+            max_bytes, max_rows, cuts_of(model, chunks), max_tokens, margin=WHOLE.margin
+        )
+        self._batch = Batch(model, chunks)
         self._entries: dict[int, Entry] = {}  # of each job that is not over, by its id
         self._searches: dict[int, Generator[Step]] = {}
         self._scorings: dict[int, Iterator[None]] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 
 import numpy as np
@@ -194,29 +193,6 @@ def test_broken_bytes_come_out_as_they_decode(pair):
         stream = TextStream(tokenizer)
         shown = "".join([*(stream.push(i) for i in ids), stream.end()])
         assert shown == tokenizer.decode(ids)
-
-
-@pytest.mark.core
-def test_rows_are_read_together_where_that_costs_least():
-    """Beside every way to cut a few rows into groups."""
-    random = np.random.default_rng(0)
-    for _ in range(60):
-        lengths = sorted(random.integers(1, 40, int(random.integers(1, 8))).tolist())
-        count = len(lengths)
-
-        def cost(cuts: tuple[int, ...], lengths: list[int] = lengths) -> float:
-            groups = list(itertools.pairwise((0, *cuts, len(lengths))))
-            fits = all(b - a == 1 or (b - a) * min(16, lengths[b - 1]) <= 48 for a, b in groups)
-            if not fits:
-                return float("inf")
-            return sum(prefill.cost_of(lengths[a:b], 16) for a, b in groups)
-
-        every = [
-            cuts for size in range(count) for cuts in itertools.combinations(range(1, count), size)
-        ]
-        found = prefill.together(lengths, 16, 48)
-        assert [a for a, _ in found] == [0, *[b for _, b in found[:-1]]] and found[-1][1] == count
-        assert cost(tuple(b for _, b in found[:-1])) == min(map(cost, every))
 
 
 @pytest.mark.parametrize("kind", ["llama", *core(*numpy_model.KINDS)])

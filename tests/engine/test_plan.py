@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+from fastgen.engine.cuts import Cuts
 from fastgen.engine.plan import Entry, Plan, Planner, Work
 
 MANY = 1_000_000
@@ -16,8 +18,14 @@ class Reading:
     left: int
 
 
-def planner(**limits: int) -> Planner:
-    usual = {"max_bytes": MANY, "max_rows": 64, "chunk": 32, "max_tokens": MANY, "margin": 0}
+def planner(**limits: Any) -> Planner:
+    usual = {
+        "max_bytes": MANY,
+        "max_rows": 64,
+        "cuts": Cuts(32, 32, True),
+        "max_tokens": MANY,
+        "margin": 0,
+    }
     return Planner(**usual | limits)
 
 
@@ -77,6 +85,13 @@ def test_short_prompts_begin_together_if_one_chunk_holds_them():
     plan.waiting.extend(entry(name, prompt=10) for name in "abcd")
     assert shown(plan.plan([])) == ("a b c d", "a b c", None, None)
     assert jobs(plan.begun) == "a b c" and jobs(plan.unread) == "d"
+
+
+def test_prompts_begin_apart_if_they_would_be_read_one_after_the_other():
+    plan = planner(cuts=Cuts(256, 256, True))
+    prompts = {"a": 64, "b": 60, "c": 64, "d": 20, "e": 21}
+    plan.waiting.extend(entry(name, prompt=tokens) for name, tokens in prompts.items())
+    assert [jobs(plan.plan([]).begin) for _ in range(2)] == ["a b c", "d e"]
 
 
 def test_prompts_with_caches_of_their_own_begin_apart():

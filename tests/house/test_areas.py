@@ -231,6 +231,7 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
             "model prefix_cache",
             "session",
             "beam cache kv_int8 output plan prefill_int8",
+            "cuts",
         ),
     ),
     "sampling": (
