@@ -265,16 +265,14 @@ class Plan:
         less where the kind is in float32.
 
         All others are as they will be used, so this takes a third of the time of one kind among
-        products in float32; but for heads, which are on no ladder: at all positions of a text
-        theirs would be most of the time.
+        products in float32.
 
         Args:
             exact: gives the logits of a row, float32 [length, vocab], as they should be.
         """
         every = max(1, round(sum(map(len, rows)) / SENSED))
         rows = rows[::every]
-        kinds = self._kinds()
-        names = {name for name, matrix in self._matrices.items() if not matrix.product.is_head}
+        kinds, names = self._kinds(), self._matrices.keys()
         whole = self._lost(names, rows, exact)
         for done, (name, members) in enumerate(kinds.items()):
             shown(done, len(kinds))
