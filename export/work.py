@@ -87,7 +87,7 @@ class Work:
 
     @property
     def tuning(self) -> Tuning | None:
-        """How the last graph that was written is run to be compared: one in float32 where it is
+        """The way the last graph that was written runs to be compared: one in float32 where it is
         mapped, since packing its weights takes longer than it gives back; what is quantised as it
         will be used, which None says.
         """

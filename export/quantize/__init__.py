@@ -11,4 +11,5 @@ kv_int8    keys and values in int8           prefill_int8  a second form for man
 experts    mixtures of experts           parts         large matrices, a part at a time
 grid       numbers that lie on a grid    blas          numpy's products, on one thread
            already, as a GGUF file's     divergence    two sets of logits
+triangle   triangular factors
 """

@@ -37,7 +37,7 @@ def _functions() -> tuple[Callable[[], int], Callable[[int], None]] | None:
 
 
 class _Held:
-    """Who asked for one thread and has not ended yet, and the number that there was before.
+    """The number of those that asked for one thread and have not ended, and what there was before.
 
     Several ask at once, such as the threads that write a graph: the last to end gives it back.
     """
