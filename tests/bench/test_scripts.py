@@ -141,6 +141,11 @@ def test_what_precisions_cost_is_measured(run, trained):
     assert {"all", "own"} <= {line[1] for line in said} and said[-1][1] == "float32"
 
 
+def test_directories_are_compared_on_text_that_no_export_has_seen(run):
+    said = lines(run("beside", DEMO, DEMO, "--tokens", "300"))
+    assert float(said[-1][1].split()[0]) == 0 and said[-1][2] == "100.0%"
+
+
 def test_calls_of_tools_are_read(run, tmp_path):
     family = tmp_path / "qwen"
     family.mkdir()
@@ -183,5 +188,5 @@ def test_no_script_is_left_out():
     scripts = {path.stem for path in BENCH.glob("*.py")}
     scripts |= {path.parent.name for path in BENCH.glob("*/__main__.py")}
     alone = {"ratio", "versions", "loading", "memory", "startup", "structured", "held_out"}
-    alone |= {"flat", "latent", "nodes", "quality", "rungs", "ablation", "tools"}
+    alone |= {"flat", "latent", "nodes", "quality", "rungs", "ablation", "tools", "beside"}
     assert scripts == {*SHAPED, *alone, *HELP, *MODULES}

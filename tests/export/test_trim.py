@@ -8,7 +8,7 @@ import onnxruntime
 import pytest
 import tiny
 
-from fastgen.export.quantize.calibrate import feeds
+from fastgen.export.quantize.calibrate import Batch, declared, feeds
 from fastgen.export.rewrite import edit, trim
 from fastgen.export.trace import graph
 
@@ -39,7 +39,7 @@ def tmp_logits(model: ir.Model, directory) -> np.ndarray:
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(str(path), options)
     ids = np.random.default_rng(0).integers(3, tiny.VOCAB, 30)
-    return session.run(["logits"], feeds(session, ids))[0]
+    return session.run(["logits"], feeds(declared(session), Batch.of([ids])))[0]
 
 
 def test_rules_fire_and_keep_the_logits(converted, tmp_path):
