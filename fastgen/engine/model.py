@@ -97,9 +97,8 @@ class Model:
         kept, self.cautions = open_kept(graph, self.info, self.tuning) if packed else (None, [])
         self.is_packed = kept is not None
         self.session = kept or open_graph(graph, self.tuning)
-        if (
-            not self.is_packed and not UNPACKED.items() <= self.tuning.entries.items()
-        ):  # else they are read there
+        unpacked = UNPACKED.items() <= self.tuning.entries.items()  # weights are read in their file
+        if not self.is_packed and not unpacked:
             page_out(directory / WEIGHTS)
         self.codes: Codes | None = None
         if self.info.cache_dtype == "int8":
