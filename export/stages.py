@@ -163,7 +163,7 @@ class Comparison:
     def _greedy(self) -> list[str]:
         work = self.work
         assert self.model is not None
-        out = check.continued(self.model, work.original.rows)
+        out = check.continued(self.model, work.original.rows, self._count)
         greedy = check.compare_continuation(out, self._continuation(out))
         self.report = {
             "bytes": sum((work.graph_directory / name).stat().st_size for name in (GRAPH, WEIGHTS)),
@@ -175,11 +175,16 @@ class Comparison:
             self.report |= {"quick": True, "mismatch": []}
         return [greedy.summary()]
 
+    @property
+    def _count(self) -> int:
+        """Tokens of the greedy continuation of a row."""
+        return check.OWN_TOKENS if self.work.opening.asks_graph else check.NEW_TOKENS
+
     def _continuation(self, ours: GenerateOutput) -> list[NDArray[np.int64]]:
         """The original's, of each row; what the first graph writes is most likely the same."""
         origin, original = self.work.origin, self.work.original
         if not original.continuation:
-            guesses = [np.array(ids[-check.NEW_TOKENS :]) for ids in ours.sequences]
+            guesses = [np.array(ids[-self._count :]) for ids in ours.sequences]
             continuations = check.original_continuations(
                 origin.logits, origin.continuation, original.rows, guesses
             )
@@ -321,6 +326,8 @@ class Weights:
         if measured <= target:
             return False
         if not self.plan.sensed:
+            if self.plan.turn():
+                return True
             self._sense()
         return self.plan.aim(measured, target)
 

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from fastgen.engine.model import Model
 from fastgen.engine.output import GenerateOutput
 from fastgen.export.prove.quality import Quality
+from fastgen.export.quantize.divergence import beside
 from fastgen.export.quantize.parts import CHUNK, chunks
 from fastgen.export.source.origin import Tolerance
 from fastgen.generator import CausalLM
-from fastgen.sampling.softmax import divergence, log_softmax
 
 if TYPE_CHECKING:  # a folder is compared without torch
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -32,6 +32,7 @@ GRAIN = 8  # of what layers with windows are shown, so that a row just longer te
 DECODED = 8  # last tokens of each probe that are fed one at a time
 AT_ONCE = 128 << 20  # bytes of a prefill's logits that are asked at once
 NEW_TOKENS = 24  # of the greedy continuation
+OWN_TOKENS = 8  # of it, where the graph itself says what is right: only the loop is compared
 FIRST = 3  # of these, which the original's own `generate` writes of one row in any case
 TIE = 1e-4  # two best logits nearer than this times the largest are a tie: either may win
 
@@ -250,25 +251,21 @@ def compared(
     parts: Iterable[tuple[int, slice, NDArray[np.float32]]],
 ) -> Agreement:
     """Compare logits [length, vocab] of rows with those of parts of them."""
-    scale = (
-        max((float(np.abs(part).max()) for row in reference for part in chunks(row)), default=0.0)
-        or 1.0
-    )
+    peaks = (float(np.abs(part).max()) for row in reference for part in chunks(row))
+    scale = max(peaks, default=0.0) or 1.0
     positions = parted = ties = 0
     largest = mean = lost = 0.0
     for i, part, logits in parts:
-        for expected, actual in zip(chunks(reference[i][part]), chunks(logits), strict=True):
-            difference = np.abs(expected - actual)
-            largest = max(largest, float(difference.max()))
-            mean += float(difference.mean(dtype=np.float64)) * len(expected)
-            lost += divergence(log_softmax(expected), log_softmax(actual))
-            best, other = expected.argmax(1), actual.argmax(1)
-            at_each = np.arange(len(expected))
-            apart = best != other
-            tie = apart & (expected[at_each, best] - expected[at_each, other] <= TIE * scale)
-            positions += len(expected)
-            parted += int((apart & ~tie).sum())
-            ties += int(tie.sum())
+        expected = reference[i][part]
+        found = beside(expected, logits)
+        largest = max(largest, float(found.largest.max()))
+        mean, lost = mean + float(found.mean.sum()), lost + float(found.kl.sum())
+        apart = np.flatnonzero(~found.same)
+        best, other = expected[apart].argmax(1), logits[apart].argmax(1)
+        tie = expected[apart, best] - expected[apart, other] <= TIE * scale
+        positions += len(expected)
+        parted += int((~tie).sum())
+        ties += int(tie.sum())
     return Agreement(
         positions=positions,
         max_difference=largest / scale,
@@ -279,14 +276,16 @@ def compared(
     )
 
 
-def continued(model: CausalLM, rows: Sequence[NDArray[np.int64]]) -> GenerateOutput:
-    """Continue `rows` in one ragged batch through `CausalLM.generate`, greedily.
+def continued(
+    model: CausalLM, rows: Sequence[NDArray[np.int64]], count: int = NEW_TOKENS
+) -> GenerateOutput:
+    """Continue `rows` by `count` tokens in one ragged batch through `CausalLM.generate`, greedily.
 
     The model's own defaults do not count.
     """
     output: GenerateOutput = model.without_defaults().generate(
         [row.tolist() for row in rows],
-        max_new_tokens=NEW_TOKENS,
+        max_new_tokens=count,
         output_logits=True,
         return_dict_in_generate=True,
     )
@@ -329,7 +328,7 @@ def compare_continuation(
     assert out.logits is not None
     same = ties = 0
     for i, tokens in enumerate(expected):
-        generated = np.array(out.sequences[i][-NEW_TOKENS:])
+        generated = np.array(out.sequences[i][-len(tokens) :])
         parted = np.flatnonzero(generated != tokens)
         if not len(parted):
             same += len(tokens)
@@ -339,7 +338,7 @@ def compare_continuation(
         tie = logits[generated[step]] - logits[tokens[step]] <= TIE * np.abs(logits).max()
         ties += int(tie)
         same += len(tokens) if tie else step
-    return Continuation(tokens=NEW_TOKENS * len(expected), same=same, ties=ties)
+    return Continuation(tokens=sum(map(len, expected)), same=same, ties=ties)
 
 
 def judge(

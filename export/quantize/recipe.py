@@ -5,7 +5,8 @@ the whole is measured to cost more than it may, each kind of matrix is left in f
 the KL divergence at the model's output that this saves is what the kind costs (its own error says
 little of that). Then kinds go up, where most is likely to be saved for what a step costs, until the
 whole is expected to be within the target; whoever measures the whole says what it came to, and aims
-again.
+again. Before any of that is measured, kinds go up that lose most of their own error for next to
+nothing.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ COLUMNS = 256  # of its outputs
 SENSED = 512  # tokens that kinds of matrices are measured on, about
 HALVES = 8  # matrices of a kind from which on early and late ones are told apart
 TOLD = 3  # matrices of a kind that tell what a rung leaves of its error
+LITTLE = 0.2  # of a kind's squared error: a rung that leaves no more is taken where it costs
+ALIKE = 1.25  # times as much as the first, at most
 SEEN = 1024  # tokens on which inputs are looked at, where codes follow each other, about
 FLOAT_BITS = 32
 TURNED = 128  # inputs that are turned together, at most
@@ -274,11 +277,14 @@ class Plan:
         rows = rows[::every]
         kinds, names = self._kinds(), self._matrices.keys()
         whole = self._lost(names, rows, exact)
+        told = 0.0
         for done, (name, members) in enumerate(kinds.items()):
             shown(done, len(kinds))
             others = names - {matrix.product.name for matrix in members}
-            self.sensed[name] = max(0.0, whole - self._lost(others, rows, exact))
-        self.rest = max(0.0, whole - sum(self.sensed.values()))
+            cost = max(0.0, whole - self._lost(others, rows, exact))
+            self.sensed[name] = cost / self._share(name, _lowest(members))
+            told += cost
+        self.rest = max(0.0, whole - told)
 
     def _lost(
         self,
@@ -339,6 +345,35 @@ class Plan:
                 if more <= left:
                     matrix.rung, left = wider, left - more
 
+    def turn(self) -> bool:
+        """Send kinds up that lose most of their own error by a rung that costs about the same:
+        those that read a product of two activations, as a rule, which nothing else can mend.
+
+        Returns:
+            Whether any went up.
+        """
+        kinds, moved = self._kinds(), False
+        for rung in range(1, len(self._recipe.ladder)):
+            some = {
+                name: members
+                for name, members in kinds.items()
+                if _lowest(members) < rung and self._costs(members, rung) <= ALIKE
+            }
+            self._tell(some, [rung])
+            for name, members in some.items():
+                if self._share(name, rung) <= LITTLE * self._share(name, _lowest(members)):
+                    for matrix in members:
+                        matrix.rung, moved = max(matrix.rung, rung), True
+        return moved
+
+    def _costs(self, members: Sequence[Matrix], rung: int) -> float:
+        """The cost of a kind there, times that at the bottom."""
+        first, there = (
+            sum(self._recipe.ladder[one].cost_of(matrix.product) for matrix in members)
+            for one in (0, rung)
+        )
+        return there / first
+
     def aim(self, measured: float, kl: float) -> bool:
         """Send kinds up until the whole, which costs `measured`, may cost as little as `kl`.
 
@@ -349,7 +384,7 @@ class Plan:
             Whether any went up.
         """
         kinds = self._kinds()
-        self._tell(kinds)
+        self._tell(kinds, range(1, len(self._recipe.ladder)))
         now = {name: self._expected(name, _lowest(members)) for name, members in kinds.items()}
         share = measured / max(sum(now.values()) + self.rest, 1e-12)
         hoped, moved = dict(now), False
@@ -377,9 +412,8 @@ class Plan:
                 if saves > 0:
                     yield Step(name, rung, saves, costs[rung] - costs[first])
 
-    def _tell(self, kinds: Mapping[str, Sequence[Matrix]]) -> None:
-        """Find out what each rung leaves of each kind's error, by its squares."""
-        rungs = range(1, len(self._recipe.ladder))
+    def _tell(self, kinds: Mapping[str, Sequence[Matrix]], rungs: Sequence[int]) -> None:
+        """Find out what rungs leave of each kind's error, by its squares."""
         missing = [
             (name, rung) for name in kinds for rung in rungs if (name, rung) not in self._left
         ]
@@ -400,7 +434,11 @@ class Plan:
 
     def _expected(self, kind: str, rung: int) -> float:
         """The expected cost of a kind there."""
-        return self.sensed[kind] * (self._left[kind, rung] if rung else 1.0)
+        return self.sensed[kind] * self._share(kind, rung)
+
+    def _share(self, kind: str, rung: int) -> float:
+        """What a rung leaves of a kind's squared error at the bottom."""
+        return self._left[kind, rung] if rung else 1.0
 
     # --- what is made ----------------------------------------------------------------------------
 
