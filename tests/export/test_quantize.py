@@ -22,6 +22,7 @@ from fastgen.export.quantize import (
     divergence,
     gptq,
     parts,
+    recipe,
     rotate,
     rotation,
     smooth,
@@ -402,6 +403,30 @@ def test_outlier_channels_are_smoothed_into_the_weights(precision, tmp_path, mon
     # In int4 values have a matrix of their own, which reads the same norm.
     assert (smoothed, plain) == ({"int8": 6, "int4": 8}[precision], 0)
     assert kl < worse / 3
+
+
+def test_what_turning_mends_is_turned_before_kinds_are_measured(tmp_path, monkeypatch):
+    """Outliers in a product of two activations, which nothing is folded into here."""
+    model = tiny.build("llama", hidden_size=256, intermediate_size=64)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.up_proj.weight[:4] *= 60
+            layer.mlp.down_proj.weight[:, :4] /= 60
+    monkeypatch.setattr(rotate, "rotate", lambda model: [])
+    monkeypatch.setattr(smooth, "fold_target", lambda *args: None)
+
+    def report(name, kl):
+        path = export(model, tmp_path / name, precision="int8", max_kl=kl, progress=None)
+        return json.loads((path / "report.json").read_text())
+
+    plain = report("plain", 10)
+    assert plain["wider"] == []  # it is within its target as it is
+    monkeypatch.setattr(recipe.Plan, "sense", lambda *args: pytest.fail("kinds were measured"))
+    turned = report("turned", plain["quality"]["kl"] / 2)
+    wider = [one for one in turned["matrices"] if one["name"] in turned["wider"]]
+    assert [one["kernel"] for one in wider] == ["int8 per channel, turned"] * 2
+    errors = {one["name"]: one["error"] for one in plain["matrices"]}
+    assert all(one["error"] < errors[one["name"]] / 2 for one in wider) and turned["kinds"] == {}
 
 
 def test_the_last_step_up_is_the_cheapest_and_float32_goes_after_all_cheap_ones():
