@@ -209,6 +209,7 @@ class Plan:
         self.rest = 0.0
         self._stored: list[tuple[str, experts.Stored]] = []
         self._left: dict[tuple[str, int], float] = {}
+        self._aimed = False
 
     # --- what is measured ------------------------------------------------------------------------
 
@@ -377,8 +378,8 @@ class Plan:
     def aim(self, measured: float, kl: float) -> bool:
         """Send kinds up until the whole, which costs `measured`, may cost as little as `kl`.
 
-        What goes up is taken to cost nothing any more: it may save more than its errors say, and
-        where it does not, the next measurement shows it.
+        What goes up first is taken to cost nothing any more: it may save more than its errors say.
+        Where it did not, which the next measurement shows, its errors are believed.
 
         Returns:
             Whether any went up.
@@ -391,12 +392,13 @@ class Plan:
         while share * (sum(hoped.values()) + self.rest) > kl or not moved:
             steps = list(self._steps(kinds, now))
             if not steps:
-                return moved
+                break
             step = chosen(steps, sum(now.values()) + self.rest - kl / share)
             now[step.kind] -= step.saves
-            hoped[step.kind] = 0.0
+            hoped[step.kind] = now[step.kind] if self._aimed else 0.0
             for matrix in kinds[step.kind]:
                 matrix.rung, moved = max(matrix.rung, step.rung), True
+        self._aimed = True
         return moved
 
     def _steps(
