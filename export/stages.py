@@ -183,6 +183,9 @@ class Comparison:
     def _continuation(self, ours: GenerateOutput) -> list[NDArray[np.int64]]:
         """The original's, of each row; what the first graph writes is most likely the same."""
         origin, original = self.work.origin, self.work.original
+        if not original.continuation and self.work.opening.asks_graph:  # alone, not in a batch
+            rows = original.rows
+            original.continuation.extend(origin.continuation(row, self._count) for row in rows)
         if not original.continuation:
             guesses = [np.array(ids[-self._count :]) for ids in ours.sequences]
             continuations = check.original_continuations(
@@ -293,7 +296,8 @@ class Weights:
         work, turned = self.work, directory.with_name("turned")
         work.save(graph, turned)
         model = CausalLM(turned, tuning=Tuning(entries=UNPACKED)).model
-        agreement = check.compare_export(work.original.logits, model, work.original.rows)
+        rows, logits = work.original.shorter()
+        agreement = check.compare_export(logits, model, rows)
         del model, graph
         memory.trim()
         if check.judge(agreement, work.origin.tolerance):

@@ -93,6 +93,14 @@ class Reference:
     logits: Sequence[NDArray[np.float32]]
     continuation: list[NDArray[np.int64]] = field(default_factory=list)
 
+    def shorter(self) -> tuple[list[NDArray[np.int64]], list[NDArray[np.float32]]]:
+        """All rows but the longest, if there are others, and their logits: what takes less time
+        tells as well, where attention is what it was.
+        """
+        order = sorted(range(len(self.rows)), key=lambda index: len(self.rows[index]))
+        some = order[:-1] or order
+        return [self.rows[index] for index in some], [self.logits[index] for index in some]
+
 
 def probes(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast | None, layers: Sequence[Layer]

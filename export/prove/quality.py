@@ -15,7 +15,7 @@ from fastgen.export.quantize.divergence import Beside, beside
 from fastgen.export.quantize.parts import CHUNK
 
 TOKENS = 1024  # of a text that precisions are measured on, at most
-EXACT, MEASURED = 1 << 23, 1 << 23  # logits that a graph is asked for at once, about
+EXACT, MEASURED = 1 << 25, 1 << 24  # logits that a graph is asked for at once, about
 
 Logits = NDArray[np.float32]
 
