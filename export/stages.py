@@ -32,7 +32,7 @@ from fastgen.store.tuning import Tuning
 from fastgen.system import memory
 
 TUNED = 1024  # tokens that say whether a target is met: no code is made of them
-AGAIN = 2  # times that the text which decides sends matrices up the ladder
+EAGER = 0.9  # of the target is aimed at, the more often the text which decides is not content
 QUANTISING = {"int8": Cost(2, 7), "int4": Cost(6, 21)}  # GPTQ takes three times as long
 
 
@@ -333,7 +333,7 @@ class Weights:
             if self.plan.turn():
                 return True
             self._sense()
-        return self.plan.aim(measured, target)
+        return self.plan.aim(measured, target * EAGER**self.again)
 
     def _told(self) -> list[str]:
         """Say what became of the matrices."""
@@ -352,8 +352,8 @@ class Weights:
     def _judge(self, report: Report) -> None:
         work, plan = self.work, self.plan
         measured = report.get("quality", {}).get("kl", 0.0)
-        if self.again < AGAIN and self._climbs(measured):
-            self.again += 1
+        self.again += 1
+        if self._climbs(measured):
             work.shown.again(self._steps(self._make))
             return
         made = plan.made()

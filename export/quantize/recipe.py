@@ -46,6 +46,7 @@ COLUMNS = 256  # of its outputs
 SENSED = 512  # tokens that kinds of matrices are measured on, about
 HALVES = 8  # matrices of a kind from which on early and late ones are told apart
 TOLD = 3  # matrices of a kind that tell what a rung leaves of its error
+LEAST = 1e-9  # that a kind costs: what seems to cost nothing goes up last, and still may
 LITTLE = 0.2  # of a kind's squared error: a rung that leaves no more is taken where it costs
 ALIKE = 1.25  # times as much as the first, at most
 SEEN = 1024  # tokens on which inputs are looked at, where codes follow each other, about
@@ -282,7 +283,7 @@ class Plan:
         for done, (name, members) in enumerate(kinds.items()):
             shown(done, len(kinds))
             others = names - {matrix.product.name for matrix in members}
-            cost = max(0.0, whole - self._lost(others, rows, exact))
+            cost = max(LEAST, whole - self._lost(others, rows, exact))
             self.sensed[name] = cost / self._share(name, _lowest(members))
             told += cost
         self.rest = max(0.0, whole - told)
