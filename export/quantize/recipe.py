@@ -284,7 +284,7 @@ class Plan:
             shown(done, len(kinds))
             others = names - {matrix.product.name for matrix in members}
             cost = max(LEAST, whole - self._lost(others, rows, exact))
-            self.sensed[name] = cost / self._share(name, _lowest(members))
+            self.sensed[name] = cost / max(self._share(name, _lowest(members)), LEAST)
             told += cost
         self.rest = max(0.0, whole - told)
 
@@ -431,7 +431,7 @@ class Plan:
                 )
                 for kernel in (self._recipe.ladder[rung].kernel for rung in (0, kind[1]))
             )
-            return there / first if first else 0.0
+            return there / first if first else 1.0  # of no error nothing is saved
 
         self._left |= zip(missing, side_by_side(left, missing), strict=True)
 
