@@ -440,7 +440,7 @@ class Plan:
         return self.sensed[kind] * self._share(kind, rung)
 
     def _share(self, kind: str, rung: int) -> float:
-        """What a rung leaves of a kind's squared error at the bottom."""
+        """The part of a kind's squared error at the bottom that a rung leaves."""
         return self._left[kind, rung] if rung else 1.0
 
     # --- what is made ----------------------------------------------------------------------------

@@ -151,7 +151,7 @@ AREAS: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "export/prove": (
-        "export/trace export/quantize export/source generator engine sampling text store",
+        "export/trace export/quantize export/source generator engine text store",
         (
             "check",
             "corpus profile quality",
