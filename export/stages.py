@@ -32,7 +32,7 @@ from fastgen.store.tuning import Tuning
 from fastgen.system import memory
 
 TUNED = 1024  # tokens that say whether a target is met: no code is made of them
-EAGER = 0.9  # of the target is aimed at, the more often the text which decides is not content
+EAGER = 0.9  # the target is lowered to, each time that the text which decides is not content
 QUANTISING = {"int8": Cost(2, 7), "int4": Cost(6, 21)}  # GPTQ takes three times as long
 
 
@@ -183,15 +183,16 @@ class Comparison:
     def _continuation(self, ours: GenerateOutput) -> list[NDArray[np.int64]]:
         """The original's, of each row; what the first graph writes is most likely the same."""
         origin, original = self.work.origin, self.work.original
-        if not original.continuation and self.work.opening.asks_graph:  # alone, not in a batch
-            rows = original.rows
-            original.continuation.extend(origin.continuation(row, self._count) for row in rows)
-        if not original.continuation:
+        if original.continuation:
+            return original.continuation
+        if self.work.opening.asks_graph:  # which writes each row alone here, and not in a batch
+            found = [origin.continuation(row, self._count) for row in original.rows]
+        else:
             guesses = [np.array(ids[-self._count :]) for ids in ours.sequences]
-            continuations = check.original_continuations(
+            found = check.original_continuations(
                 origin.logits, origin.continuation, original.rows, guesses
             )
-            original.continuation.extend(continuations)
+        original.continuation.extend(found)
         return original.continuation
 
     def _text(self) -> list[str]:

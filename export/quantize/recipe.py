@@ -47,8 +47,8 @@ SENSED = 512  # tokens that kinds of matrices are measured on, about
 HALVES = 8  # matrices of a kind from which on early and late ones are told apart
 TOLD = 3  # matrices of a kind that tell what a rung leaves of its error
 LEAST = 1e-9  # that a kind costs: what seems to cost nothing goes up last, and still may
-LITTLE = 0.2  # of a kind's squared error: a rung that leaves no more is taken where it costs
-ALIKE = 1.25  # times as much as the first, at most
+LITTLE = 0.2  # of a kind's squared error at most is left by a rung that is taken at once
+ALIKE = 1.25  # times the cost of the first rung is the most that such a one may cost
 SEEN = 1024  # tokens on which inputs are looked at, where codes follow each other, about
 FLOAT_BITS = 32
 TURNED = 128  # inputs that are turned together, at most
@@ -359,7 +359,8 @@ class Plan:
             some = {
                 name: members
                 for name, members in kinds.items()
-                if _lowest(members) < rung and self._costs(members, rung) <= ALIKE
+                if _lowest(members) < rung
+                and (costs := self._costs(members))[rung] <= ALIKE * costs[0]
             }
             self._tell(some, [rung])
             for name, members in some.items():
@@ -368,13 +369,11 @@ class Plan:
                         matrix.rung, moved = max(matrix.rung, rung), True
         return moved
 
-    def _costs(self, members: Sequence[Matrix], rung: int) -> float:
-        """The cost of a kind there, times that at the bottom."""
-        first, there = (
-            sum(self._recipe.ladder[one].cost_of(matrix.product) for matrix in members)
-            for one in (0, rung)
-        )
-        return there / first
+    def _costs(self, members: Sequence[Matrix]) -> list[float]:
+        """The cost of a kind at each rung."""
+        return [
+            sum(rung.cost_of(matrix.product) for matrix in members) for rung in self._recipe.ladder
+        ]
 
     def aim(self, measured: float, kl: float) -> bool:
         """Send kinds up until the whole, which costs `measured`, may cost as little as `kl`.
@@ -406,11 +405,9 @@ class Plan:
         self, kinds: Mapping[str, Sequence[Matrix]], now: Mapping[str, float]
     ) -> Iterator[Step]:
         """Every step up that is likely to save anything."""
-        ladder = self._recipe.ladder
         for name, members in kinds.items():
-            first = _lowest(members)
-            costs = [sum(rung.cost_of(matrix.product) for matrix in members) for rung in ladder]
-            for rung in range(first + 1, len(ladder)):
+            first, costs = _lowest(members), self._costs(members)
+            for rung in range(first + 1, len(costs)):
                 saves = now[name] - self._expected(name, rung)
                 if saves > 0:
                     yield Step(name, rung, saves, costs[rung] - costs[first])

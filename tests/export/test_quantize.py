@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx_ir as ir
@@ -15,7 +16,7 @@ import tiny
 import torch
 
 import fastgen
-from fastgen.export import Mismatch, export
+from fastgen.export import Mismatch, export, stages
 from fastgen.export.quantize import (
     blas,
     calibrate,
@@ -427,6 +428,24 @@ def test_what_turning_mends_is_turned_before_kinds_are_measured(tmp_path, monkey
     assert [one["kernel"] for one in wider] == ["int8 per channel, turned"] * 2
     errors = {one["name"]: one["error"] for one in plain["matrices"]}
     assert all(one["error"] < errors[one["name"]] / 2 for one in wider) and turned["kinds"] == {}
+
+
+def test_the_text_that_decides_sends_matrices_up_until_it_is_content():
+    """However often that is, each time aiming lower; before, a third time was a refusal."""
+    again, aimed = [], []
+    work = SimpleNamespace(
+        shown=SimpleNamespace(again=again.append),
+        target=SimpleNamespace(precision="int8", tolerance=Tolerance(kl=0.005)),
+        options=SimpleNamespace(quick=False),
+    )
+    weights = stages.Weights(work)
+    weights.plan = SimpleNamespace(
+        sensed={"a kind": 0.001}, aim=lambda measured, kl: aimed.append(kl) or True
+    )
+    for times in range(1, 6):
+        weights._judge({"quality": {"kl": 0.0056}})
+        assert len(again) == times
+        assert aimed[-1] == pytest.approx(0.005 * stages.EAGER**times)
 
 
 def test_the_last_step_up_is_the_cheapest_and_float32_goes_after_all_cheap_ones():
