@@ -14,8 +14,6 @@ import json
 import statistics
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,30 +59,14 @@ def line(kind: str, cells: list[tuple[int, float]]) -> str:
 def of_directory(args: argparse.Namespace) -> Table:
     """The nodes of a model directory, opened as fastgen opens it."""
     import fastgen
-    from fastgen.engine import session as engine
+    from fastgen.engine.session import profiled
 
-    with tempfile.TemporaryDirectory() as place, profiled(engine, Path(place)):
-        model = fastgen.load(args.directory, threads=args.threads)
+    with tempfile.TemporaryDirectory() as place:
+        with profiled(Path(place)):
+            model = fastgen.load(args.directory, threads=args.threads)
         ids = np.random.default_rng(0).integers(0, model.model.info.vocab_size, (1, args.past))
         model.generate(ids, max_new_tokens=args.steps + 1, eos_token_id=None)
         return table(Path(model.model.session.end_profiling()), args.steps)
-
-
-@contextmanager
-def profiled(engine: Any, place: Path) -> Iterator[None]:
-    """Sessions that fastgen opens meanwhile have a profiler."""
-    plain: Callable[[Any], Any] = engine.session_options
-
-    def options(tuning: Any) -> Any:
-        made = plain(tuning)
-        made.enable_profiling, made.profile_file_prefix = True, str(place / "profile")
-        return made
-
-    engine.session_options = options
-    try:
-        yield
-    finally:
-        engine.session_options = plain
 
 
 def of_folder(args: argparse.Namespace) -> Table:

@@ -23,7 +23,6 @@ from fastgen.export.many_tokens import Second
 from fastgen.export.opening import Opening, opening
 from fastgen.export.options import PRECISIONS, ExportOptions, texts_of
 from fastgen.export.progress import Cost, Progress, Step
-from fastgen.export.prove import profile
 from fastgen.export.source.origin import Tolerance
 from fastgen.export.work import Work
 from fastgen.store import jsonfile
@@ -145,13 +144,11 @@ def _usual_place(opened: Opening, cache_precision: str) -> Path:
 
 def steps(work: Work) -> list[Step]:
     """All steps of an export, in order; some may be taken again."""
-    spent: dict[str, dict[str, float]] = {}
     return [
         *stages.Graph(work).steps(),
         *stages.quantised(work),
         *([] if work.target.precision == "fp32" else [_many_tokens(work)]),
-        Step("time by operator", Cost(1, 1), partial(_profile, work, spent)),
-        Step("bundle", Cost(0.2, 0.3), partial(_bundle, work, spent)),
+        Step("bundle", Cost(0.2, 0.3), partial(_bundle, work)),
     ]
 
 
@@ -159,29 +156,23 @@ def _many_tokens(work: Work) -> Step:
     return Step("form for many tokens", Cost(1, 4), Second(work).write)
 
 
-def _profile(work: Work, spent: dict[str, dict[str, float]]) -> list[str]:
-    """Complete the graphs, and measure where their time goes."""
-    shutil.rmtree(work.working, ignore_errors=True)
-    spent |= profile.by_operator(work.directory, work.tuning)
-    return [f"{step} {next(iter(shares))}" for step, shares in spent.items()]
-
-
-def _bundle(work: Work, spent: dict[str, dict[str, float]]) -> list[str]:
+def _bundle(work: Work) -> list[str]:
     """Write the other files of a model directory, and sign all."""
+    shutil.rmtree(work.working, ignore_errors=True)
     work.origin.write_configuration(work.directory)
-    jsonfile.write(work.directory / REPORT, work.report | _about(work, spent))
+    jsonfile.write(work.directory / REPORT, work.report | _about(work))
     bundle.seal(work.directory, work.info)
     bundle.sign(work.directory)
     size = sum(path.stat().st_size for path in work.directory.iterdir())
     return [f"{work.out}, {size / 1e6:,.1f} MB"]
 
 
-def _about(work: Work, spent: dict[str, dict[str, float]]) -> dict[str, Any]:
+def _about(work: Work) -> dict[str, Any]:
     """The report of the export as a whole."""
     origin, shown, target = work.origin, work.shown, work.target
     floats = requirements.FLOAT * origin.parameters
     return {
-        "time": spent,
+        "time": work.time,
         "precision": target.precision,
         "cache_precision": target.cache_precision,
         "model": origin.name,

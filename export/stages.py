@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -17,10 +18,10 @@ from numpy.typing import NDArray
 
 import fastgen
 from fastgen.engine.output import GenerateOutput
-from fastgen.engine.session import UNPACKED
+from fastgen.engine.session import UNPACKED, profiled
 from fastgen.export import bundle, requirements
 from fastgen.export.progress import Cost, Step
-from fastgen.export.prove import check, quality
+from fastgen.export.prove import check, profile, quality
 from fastgen.export.quantize import calibrate, grid, kv_int8, recipe, rotate
 from fastgen.export.requirements import Budget
 from fastgen.export.rewrite import contract, trim, window
@@ -44,19 +45,15 @@ class Graph:
         self.repeated = False  # not traced, or only a layer that others are like
 
     def steps(self) -> list[Step]:
-        asks_graph = self.work.opening.asks_graph
         load = Step("load", Cost(4, 0.5), self._load, self._begin)
-        if asks_graph:
-            ask = Step("logits of each row alone", Cost(0.5, 1.6), self._ask)
-            return [load, self._converting(), ask, *self._comparing()]
-        ask = Step("original logits", Cost(0.5, 1.6), self._ask, self._describe)
-        return [load, ask, self._converting(), *self._comparing()]
+        return [load, self._converting(), *self._comparing()]
 
     def _converting(self, whole: bool = False) -> Step:
         return Step("convert", Cost(5, 2), partial(self._convert, whole))
 
     def _comparing(self) -> list[Step]:
-        return Comparison(self.work, "ONNX", self._judge).steps()
+        asks = not self.work.original.is_known
+        return Comparison(self.work, "ONNX", self._judge, asks=asks).steps()
 
     def _load(self) -> list[str]:
         work = self.work
@@ -71,19 +68,7 @@ class Graph:
         work.shown.weights = requirements.FLOAT * work.origin.parameters
         work.open.enter_context(work.origin.evaluating())
         work.kept = work.open.enter_context(calibrate.shelf(bundle.parent(work.out)))
-        if work.opening.asks_graph:
-            self._describe()
-
-    def _ask(self) -> list[str]:
-        work = self.work
-        rows = work.origin.probes()
-        logits = [work.kept(work.origin.logits(row)) for row in rows]
-        work.original = check.Reference(rows, logits)
-        return [f"{len(rows)} rows of {', '.join(str(len(row)) for row in rows)} tokens"]
-
-    def _describe(self) -> None:
-        """Make the directory, now that it is known what it will hold."""
-        work = self.work
+        work.original = check.Reference(work.origin.probes())
         work.info = replace(
             work.origin.describe(),
             precision=work.target.precision,
@@ -129,6 +114,7 @@ class Comparison:
         name: of the graph, in the steps' names.
         judge: takes the report.
         rows: of ids on which it is compared too, where it was quantised: once they are known.
+        asks: whether the original was not asked before.
     """
 
     def __init__(
@@ -137,63 +123,68 @@ class Comparison:
         name: str,
         judge: Callable[[Report], None],
         rows: Callable[[], Rows] | None = None,
+        asks: bool = False,
     ) -> None:
         self.work, self.name = work, name
-        self.judge, self.rows = judge, rows
+        self.judge, self.rows, self.asks = judge, rows, asks
         self.model: CausalLM | None = None
+        self.written: GenerateOutput  # after the rows, greedily
         self.report: Report = {}
 
     def steps(self) -> list[Step]:
-        steps = [
-            Step(f"{self.name} logits compared", Cost(0.5, 1), self._logits),
-            Step(f"{self.name} greedy text compared", Cost(0.5, 2.5), self._greedy),
-        ]
+        steps = [Step(f"{self.name} greedy text", Cost(0.5, 1), self._greedy)]
+        if self.asks:
+            steps.append(Step(f"{self._original} asked", Cost(0.5, 2.5), self._ask))
+        steps.append(Step(f"{self.name} compared", Cost(0.5, 1), self._compare))
         if self.rows is not None and not self.work.options.quick:
             steps.append(Step(f"{self.name} text compared", Cost(1, 3.5), self._text))
         return [*steps[:-1], replace(steps[-1], then=self._end)]
 
-    def _logits(self) -> list[str]:
-        work = self.work
-        self.model = CausalLM(work.graph_directory, tuning=work.tuning)
-        self.model.model.grain = check.GRAIN
-        rows, logits = work.original.rows, work.original.logits
-        self.compared = check.compare_export(logits, self.model.model, rows)
-        return [self.compared.summary()]
-
-    def _greedy(self) -> list[str]:
-        work = self.work
-        assert self.model is not None
-        out = check.continued(self.model, work.original.rows, self._count)
-        greedy = check.compare_continuation(out, self._continuation(out))
-        self.report = {
-            "bytes": sum((work.graph_directory / name).stat().st_size for name in (GRAPH, WEIGHTS)),
-            "logits": asdict(self.compared),
-            "greedy": asdict(greedy),
-            "mismatch": check.judge(self.compared, work.origin.tolerance, greedy),
-        }
-        if self.rows is not None and work.options.quick:
-            self.report |= {"quick": True, "mismatch": []}
-        return [greedy.summary()]
+    @property
+    def _original(self) -> str:
+        return "each row alone" if self.work.opening.asks_graph else "original"
 
     @property
     def _count(self) -> int:
         """Tokens of the greedy continuation of a row."""
         return check.OWN_TOKENS if self.work.opening.asks_graph else check.NEW_TOKENS
 
-    def _continuation(self, ours: GenerateOutput) -> list[NDArray[np.int64]]:
-        """The original's, of each row; what the first graph writes is most likely the same."""
-        origin, original = self.work.origin, self.work.original
-        if original.continuation:
-            return original.continuation
-        if self.work.opening.asks_graph:  # which writes each row alone here, and not in a batch
-            found = [origin.continuation(row, self._count) for row in original.rows]
-        else:
-            guesses = [np.array(ids[-self._count :]) for ids in ours.sequences]
-            found = check.original_continuations(
-                origin.logits, origin.continuation, original.rows, guesses
-            )
-        original.continuation.extend(found)
-        return original.continuation
+    def _greedy(self) -> list[str]:
+        """Continue the probes, and see where the time of that goes."""
+        work, count = self.work, self._count
+        with tempfile.TemporaryDirectory() as place:
+            with profiled(Path(place)):
+                self.model = CausalLM(work.graph_directory, tuning=work.tuning)
+            self.model.model.grain = check.GRAIN
+            self.written = check.continued(self.model, work.original.rows, count)
+            events = Path(self.model.model.session.end_profiling())
+            work.time = profile.by_operator(events, count - 1)
+        return [f"{step} {next(iter(shares))}" for step, shares in work.time.items()]
+
+    def _ask(self) -> list[str]:
+        work, origin = self.work, self.work.origin
+        guesses = check.guessed(self.written, self._count)
+        check.ask(
+            work.original, lambda row: work.kept(origin.logits(row)), origin.continuation, guesses
+        )
+        rows = work.original.rows
+        return [f"{len(rows)} rows of {', '.join(str(len(row)) for row in rows)} tokens"]
+
+    def _compare(self) -> list[str]:
+        work = self.work
+        assert self.model is not None
+        original = work.original
+        agreement = check.compare_export(original.logits, self.model.model, original.rows)
+        greedy = check.compare_continuation(self.written, original.continuation)
+        self.report = {
+            "bytes": sum((work.graph_directory / name).stat().st_size for name in (GRAPH, WEIGHTS)),
+            "logits": asdict(agreement),
+            "greedy": asdict(greedy),
+            "mismatch": check.judge(agreement, work.origin.tolerance, greedy),
+        }
+        if self.rows is not None and work.options.quick:
+            self.report |= {"quick": True, "mismatch": []}
+        return [agreement.summary(), greedy.summary()]
 
     def _text(self) -> list[str]:
         """Measure what it costs on rows, and whether that is too much."""

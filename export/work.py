@@ -52,6 +52,7 @@ class Work:
         proved: the same of the graph in the origin's precision, once it was compared.
         proved_equal: whether it says what the original says.
         scales: of keys and values, once they are quantised.
+        time: of the last graph that was compared (see `profile.by_operator`).
         report: of the last graph, and of those before it.
     """
 
@@ -63,13 +64,14 @@ class Work:
     open: contextlib.ExitStack
     origin: Origin = field(init=False)
     kept: calibrate.Shelf = field(init=False)
-    original: check.Reference = field(default_factory=lambda: check.Reference([], []))
+    original: check.Reference = field(default_factory=lambda: check.Reference([]))
     info: ModelInfo = field(init=False)
     directory: Path = field(init=False)
     graph_directory: Path = field(init=False)
     proved: Path | None = None
     proved_equal: bool = False
     scales: NDArray[np.float32] | None = None
+    time: dict[str, dict[str, float]] = field(default_factory=dict)
     report: Report = field(default_factory=dict)
 
     def directory_of(self, part: str) -> Path:

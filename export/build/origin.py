@@ -147,7 +147,7 @@ class Built:
         self.weights, self.tokenizer, self.note = parts.weights, parts.tokenizer, parts.note
         self.directory: Path | None = None
         self.room: Room
-        # By the bytes of each probe, nats of its tokens, once it was asked.
+        # By the bytes of each probe, nats of its tokens, once a row was asked that begins with it.
         self.spent: dict[bytes, NDArray[np.float32] | None] = {}
 
     @property
@@ -194,8 +194,10 @@ class Built:
             logits[at : at + len(part)] = part
         if not all(np.isfinite(part).all() for part in chunks(logits)):
             raise check.Mismatch("its logits are not finite: the weights are damaged")
-        if self.spent.get(row.tobytes(), 0) is None:
-            self.spent[row.tobytes()] = _surprise(logits, row)
+        probes = (probe for probe, nats in self.spent.items() if nats is None)
+        for probe in [probe for probe in probes if row.tobytes().startswith(probe)]:
+            length = len(probe) // row.itemsize
+            self.spent[probe] = _surprise(logits[:length], row[:length])
         return logits
 
     def continuation(self, row: NDArray[np.int64], count: int) -> NDArray[np.int64]:

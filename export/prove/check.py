@@ -83,15 +83,20 @@ class Continuation:
 
 @dataclass(frozen=True)
 class Reference:
-    """Answers of the original: ids, its logits [length, vocab] and its greedy continuation.
+    """Rows of ids, and what the original answers, once it was asked (see `ask`).
 
     Attributes:
-        continuation: of each row, once it is known.
+        logits: [length, vocab] of each row.
+        continuation: of each row, greedily.
     """
 
     rows: Sequence[NDArray[np.int64]]
-    logits: Sequence[NDArray[np.float32]]
+    logits: list[NDArray[np.float32]] = field(default_factory=list)
     continuation: list[NDArray[np.int64]] = field(default_factory=list)
+
+    @property
+    def is_known(self) -> bool:
+        return bool(self.logits)
 
     def shorter(self) -> tuple[list[NDArray[np.int64]], list[NDArray[np.float32]]]:
         """All rows but the longest, if there are others, and their logits: what takes less time
@@ -300,33 +305,37 @@ def continued(
     return output
 
 
-def original_continuations(
+def guessed(out: GenerateOutput, count: int) -> list[NDArray[np.int64]]:
+    """The last tokens, so many, of each row that `continued` gave."""
+    return [np.array(ids[-count:], np.int64) for ids in out.sequences]
+
+
+def ask(
+    reference: Reference,
     logits: Callable[[NDArray[np.int64]], NDArray[np.float32]],
     generate: Callable[[NDArray[np.int64], int], NDArray[np.int64]],
-    rows: Sequence[NDArray[np.int64]],
     guesses: Sequence[NDArray[np.int64]],
-) -> list[NDArray[np.int64]]:
-    """The original's greedy continuations of rows, in few passes where the guesses are right.
+) -> None:
+    """Have the original answer, in one pass of a row where the guess is right.
 
-    Tokens of which each is the likeliest after those before it are the greedy continuation: one
-    pass over all of them tells. The first few of the shortest row are also asked of the original's
-    own `generate`, which goes another way; where anything differs it is asked for all.
+    Tokens of which each is the likeliest after those before it are the greedy continuation: the
+    pass tells. The first few of the shortest row are also asked of the original's own `generate`,
+    which goes another way; where anything differs it is asked for all.
 
     Args:
         logits: what the original says of a row, float32 [length, vocab].
         generate: the tokens, a number of them, that the original adds to a row.
-        guesses: of each row.
+        guesses: of each row's continuation.
     """
+    rows = reference.rows
     shortest = min(range(len(rows)), key=lambda index: len(rows[index]))
     first = generate(rows[shortest], FIRST)
     alike = np.array_equal(first, guesses[shortest][:FIRST])
-    continuations = []
     for row, guess in zip(rows, guesses, strict=True):
-        if alike:
-            predicted = logits(np.concatenate([row, guess[:-1]]))[len(row) - 1 :]
-        right = alike and np.array_equal(predicted.argmax(1), guess)
-        continuations.append(guess if right else generate(row, len(guess)))
-    return continuations
+        said = logits(np.concatenate([row, guess[:-1]]))
+        right = alike and np.array_equal(said[len(row) - 1 :].argmax(1), guess)
+        reference.logits.append(said[: len(row)])
+        reference.continuation.append(guess if right else generate(row, len(guess)))
 
 
 def compare_continuation(

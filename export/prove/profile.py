@@ -3,56 +3,27 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fastgen.engine.model import Model
-from fastgen.engine.prefill import prefill
-from fastgen.engine.session import UNPACKED, open_session, session_options
-from fastgen.store.model_info import GRAPH
-from fastgen.store.tuning import Tuning
-
-PROMPT = 128  # tokens of the prefill
-STEPS = 8  # of decoding one row after it
-WARM = 1  # run of each kind that is not counted
 AROUND = {"Loop", "If", "Scan"}  # operators whose time is that of the nodes in them
 
 
-def by_operator(directory: Path, tuning: Tuning | None = None) -> dict[str, dict[str, float]]:
-    """Share of the time by operator, largest first, of a prefill and of decoding one row.
+def by_operator(events: Path, steps: int) -> dict[str, dict[str, float]]:
+    """Share of the time by operator, largest first, of a prefill and of the steps after it.
 
     Args:
-        tuning: how the model is run; None for how it usually is.
+        events: a file of what a session that was profiled (`engine.session.profiled`) took for
+            each node: a prefill, in one call or several, and then `steps` of decoding.
 
     Returns:
         `{"prefill": {operator: share}, "decode": {operator: share}}`.
     """
-    model = Model(directory, tuning=Tuning(entries=UNPACKED))
-    tuning = tuning or Tuning()
-    length = min(PROMPT, (model.info.max_length or PROMPT + STEPS) - STEPS - WARM)
-    if length < 1:
-        return {}
-    prompt = np.random.default_rng(0).integers(0, model.info.vocab_size, length)
-    with tempfile.TemporaryDirectory() as temporary:
-        options = session_options(tuning)
-        options.enable_profiling = True
-        options.profile_file_prefix = str(Path(temporary) / "profile")
-        model.session = open_session(directory / GRAPH, options)
-        for _ in range(WARM + 1):
-            cache = model.new_cache(1, length + STEPS + WARM)
-            prefill(model, cache, [prompt], 0)
-        for _ in range(STEPS + WARM):
-            model.forward([prompt[-1:]], cache)
-        events = json.loads(Path(model.session.end_profiling()).read_text(encoding="utf-8"))
-    runs = _runs(events)
-    return {
-        "prefill": _shares(runs[WARM : WARM + 1]),
-        "decode": _shares(runs[2 * WARM + 1 :]),
-    }
+    runs = _runs(json.loads(events.read_text(encoding="utf-8")))
+    return {"prefill": _shares(runs[:-steps]), "decode": _shares(runs[-steps:])}
 
 
 def _runs(events: list[dict[str, Any]]) -> list[Counter[str]]:

@@ -8,7 +8,9 @@ matrix that its kernel would pack otherwise is an error, or is not taken.
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,21 @@ SAVED = {
     "session.save_external_prepacked_constant_initializers": "1",
 }
 
+# Where sessions that are opened now write what each node took; None for nowhere.
+_profiles: ContextVar[Path | None] = ContextVar("profiles", default=None)
+
+
+@contextmanager
+def profiled(place: Path) -> Iterator[None]:
+    """Have sessions that are opened meanwhile write what each of their nodes takes to a file in the
+    directory `place`. `session.end_profiling()` ends that, and gives the file's path.
+    """
+    token = _profiles.set(place)
+    try:
+        yield
+    finally:
+        _profiles.reset(token)
+
 
 def session_options(tuning: Tuning) -> Any:
     """The options of every session of fastgen; the comments say why."""
@@ -55,6 +72,9 @@ def session_options(tuning: Tuning) -> Any:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     for name, value in _kernels(tuning).items():
         options.add_session_config_entry(name, value)
+    place = _profiles.get()
+    if place is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(place / "profile")
     return options
 
 

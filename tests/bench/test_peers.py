@@ -26,7 +26,7 @@ from peers.engines import BASE, NAMES, OURS, PRECISIONS, Engine, adapter, left_p
 from peers.home import Home, Unavailable  # noqa: E402
 
 from fastgen.store import hub  # noqa: E402
-from fastgen.store.model_info import MANY_TOKENS, UNPACK, ModelInfo  # noqa: E402
+from fastgen.store.model_info import MANY_TOKENS, MANY_TOKENS_UINT8, UNPACK, ModelInfo  # noqa: E402
 
 
 class Counting(Engine):
@@ -274,7 +274,7 @@ def test_an_engine_has_no_line_of_a_model_without_what_it_runs(
             shutil.copytree(hub.DEMO, place, dirs_exist_ok=True)
             if precision == "int4":
                 info = ModelInfo.parse(place)
-                files = info.files | {MANY_TOKENS: 1, UNPACK: 1}
+                files = info.files | dict.fromkeys((MANY_TOKENS, MANY_TOKENS_UINT8, UNPACK), 1)
                 dataclasses.replace(info, files=files).write(place)
             return place
 

@@ -90,7 +90,7 @@ def read(model: Model, *rows: np.ndarray, **more) -> tuple[np.ndarray, Cache]:
     return prefill(model, cache, rows, 0, **more).copy(), cache
 
 
-def near(found: np.ndarray, expected: np.ndarray, share: float = 0.05) -> bool:
+def near(found: np.ndarray, expected: np.ndarray, share: float = 0.08) -> bool:
     return bool(np.abs(found - expected).max() < share * np.abs(expected).max())
 
 

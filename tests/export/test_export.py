@@ -38,7 +38,7 @@ from transformers import (
 import fastgen
 from fastgen import __main__
 from fastgen.export import Mismatch, UnsupportedModel, bundle, pipeline
-from fastgen.export.prove import check, profile
+from fastgen.export.prove import check
 from fastgen.export.torch_model import source
 from fastgen.export.trace import graph
 from fastgen.store import files, hub
@@ -431,11 +431,10 @@ def test_what_the_configuration_tells_is_refused_before_weights_are_read(config,
 
 STEPS = [
     "load",
-    "original logits",
     "convert",
-    "ONNX logits compared",
-    "ONNX greedy text compared",
-    "time by operator",
+    "ONNX greedy text",
+    "original asked",
+    "ONNX compared",
     "bundle",
 ]
 
@@ -494,16 +493,18 @@ def test_the_report_says_what_was_compared_and_found(pair):
     assert set(report["tolerance"]) == {"max_difference", "kl", "top1", "greedy"}
 
 
-def test_time_is_told_apart_by_kind_of_step(pair):
-    """Products take their share, and every operator of the graph is there."""
-    directory = pair("llama")[1].directory
-    spent = profile.by_operator(directory)
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_time_is_told_apart_by_kind_of_step(gpt2, tmp_path, precision):
+    """Products take their share, and every operator of the last graph is there."""
+    directory = export(gpt2, tmp_path / "out", precision=precision, progress=None)
+    spent = json.loads((directory / "report.json").read_text())["time"]
     assert list(spent) == ["prefill", "decode"]
     operators = {node.op_type for node in onnx.load(directory / "model.onnx").graph.node}
     for shares in spent.values():
         assert list(shares.values()) == sorted(shares.values(), reverse=True)
         # Some are folded or fused as the session is made.
         assert len(operators & set(shares)) > 4
+        assert ("MatMulNBits" in shares) == (precision == "int8")
 
 
 def test_int8_is_the_precision_where_none_is_asked_for(gpt2, tmp_path):
@@ -681,8 +682,11 @@ def test_the_originals_greedy_text_is_what_it_generates_whatever_was_guessed(gpt
     guesses = [ids.copy() for ids in truth]
     if wrong is not None:
         guesses[wrong[0]][wrong[1]] += 1
-    found = check.original_continuations(logits, generate, rows, guesses)
-    assert [ids.tolist() for ids in found] == [ids.tolist() for ids in truth]
+    found = check.Reference(rows)
+    check.ask(found, logits, generate, guesses)
+    assert [ids.tolist() for ids in found.continuation] == [ids.tolist() for ids in truth]
+    for row, said in zip(rows, found.logits, strict=True):
+        np.testing.assert_allclose(said, logits(row), atol=1e-5)
     whole = {None: [], (1, 0): [19, 9]}.get(wrong, [len(rows[wrong[0]])] if wrong else [])
     assert asked == [(9, check.FIRST), *((length, check.NEW_TOKENS) for length in whole)]
 
@@ -690,13 +694,14 @@ def test_the_originals_greedy_text_is_what_it_generates_whatever_was_guessed(gpt
 def test_a_model_that_generates_something_else_than_it_says_is_asked_to_generate(gpt2):
     rows = [np.arange(3, 12), np.arange(3, 22)]
     said = check.reference_continuation(gpt2, rows)
-    found = check.original_continuations(
+    found = check.Reference(rows)
+    check.ask(
+        found,
         lambda ids: check.reference_logits(gpt2, [ids])[0],
         lambda ids, count: said[len(ids) == 19][:count] + 1,
-        rows,
         said,
     )
-    assert [ids.tolist() for ids in found] == [(ids + 1).tolist() for ids in said]
+    assert [ids.tolist() for ids in found.continuation] == [(ids + 1).tolist() for ids in said]
 
 
 @pytest.fixture

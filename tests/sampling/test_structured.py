@@ -11,19 +11,23 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
+import tiny
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from llguidance import LLMatcher, LLTokenizer
 from tokenizers import Tokenizer
 from tokenizers_made import byte_level, llama, metaspace, prefixed, wordpiece
+from transformers import PreTrainedTokenizerFast
 
 import fastgen
 from fastgen import commands
 from fastgen.engine import batch, prepare
 from fastgen.engine.model import Model
 from fastgen.engine.schedule import Scheduler
+from fastgen.export import export
 from fastgen.sampling import constraint, trial_process
+from fastgen.store import hub
 from fastgen.text.tokenizer import TextStream
 
 PERSON: dict[str, Any] = {
@@ -230,12 +234,27 @@ def test_beams_of_several_prompts_are_those_alone(demo):
     assert together == [answers(demo, prompt, **knobs)[0] for prompt in PROMPTS]
 
 
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory) -> fastgen.CausalLM:
+    """A random model in float32 with the demo's tokenizer.
+
+    Several tokens of a row are rounded otherwise than one. In float32 that stays rounding; in int8
+    a code beside it changes, and one sampled token in some hundred with it.
+    """
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(hub.DEMO / "tokenizer.json"))
+    ids = fastgen.load().generation_config.to_dict()
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 512}
+    model = tiny.build("llama", **sizes, eos_token_id=ids["eos_token_id"])
+    place = tmp_path_factory.mktemp("exact") / "model"
+    return fastgen.load(export(model, place, tokenizer=tokenizer, precision="fp32", progress=None))
+
+
 @pytest.mark.parametrize("knobs", [{}, {"do_sample": True, "seed": 11, "top_k": 0}])
-def test_guesses_change_nothing(demo, always_guess, knobs):
+def test_guesses_change_nothing(exact, always_guess, knobs):
     for form in ({"json_schema": PERSON}, {"regex": "(abc, ){3,5}[a-z]+!"}, {"grammar": SUMS}):
-        plain = answers(demo, PROMPTS, **form, **knobs)
-        assert answers(demo, PROMPTS, **form, **knobs, prompt_lookup_num_tokens=5) == plain
-        assert answers(demo, PROMPTS, **form, **knobs, assistant_model=demo) == plain
+        plain = answers(exact, PROMPTS, **form, **knobs)
+        assert answers(exact, PROMPTS, **form, **knobs, prompt_lookup_num_tokens=5) == plain
+        assert answers(exact, PROMPTS, **form, **knobs, assistant_model=exact) == plain
 
 
 def test_calls_side_by_side_share_nothing(demo):
