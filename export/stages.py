@@ -174,7 +174,7 @@ class Comparison:
         work = self.work
         assert self.model is not None
         original = work.original
-        agreement = check.compare_export(original.logits, self.model.model, original.rows)
+        agreement = check.compare_export(original, self.model.model, self.written)
         greedy = check.compare_continuation(self.written, original.continuation)
         self.report = {
             "bytes": sum((work.graph_directory / name).stat().st_size for name in (GRAPH, WEIGHTS)),
@@ -288,8 +288,7 @@ class Weights:
         work, turned = self.work, directory.with_name("turned")
         work.save(graph, turned)
         model = CausalLM(turned, tuning=Tuning(entries=UNPACKED)).model
-        rows, logits = work.original.shorter()
-        agreement = check.compare_export(logits, model, rows)
+        agreement = check.compare_export(work.original.shorter(), model)
         del model, graph
         memory.trim()
         if check.judge(agreement, work.origin.tolerance):

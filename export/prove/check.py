@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -44,6 +44,10 @@ TEXTS = (
     "    for _ in range(max_new_tokens):\n        ids = ids + [pick(model(ids))]\n    return ids\n"
     "\nUnicode: na\u00efve caf\u00e9, \u4f60\u597d, \U0001f642. Numbers: 3.14159, 2,718, 1e-5.",
 )
+
+
+# A row's number, a part of it, and its logits [part, vocab].
+Part = tuple[int, slice, NDArray[np.float32]]
 
 
 class Mismatch(ValueError):
@@ -86,7 +90,7 @@ class Reference:
     """Rows of ids, and what the original answers, once it was asked (see `ask`).
 
     Attributes:
-        logits: [length, vocab] of each row.
+        logits: [length, vocab] of each row, and of its continuation where that was asked with it.
         continuation: of each row, greedily.
     """
 
@@ -98,13 +102,15 @@ class Reference:
     def is_known(self) -> bool:
         return bool(self.logits)
 
-    def shorter(self) -> tuple[list[NDArray[np.int64]], list[NDArray[np.float32]]]:
-        """All rows but the longest, if there are others, and their logits: what takes less time
-        tells as well, where attention is what it was.
+    def shorter(self) -> Reference:
+        """All rows but the longest, if there are others: what takes less time tells as well, where
+        attention is what it was.
         """
         order = sorted(range(len(self.rows)), key=lambda index: len(self.rows[index]))
         some = order[:-1] or order
-        return [self.rows[index] for index in some], [self.logits[index] for index in some]
+        return Reference(
+            [self.rows[index] for index in some], [self.logits[index] for index in some]
+        )
 
 
 def probes(
@@ -210,20 +216,24 @@ def exported_logits(
 
 
 def exported_parts(
-    model: Model, rows: Sequence[NDArray[np.int64]], at_once: int = AT_ONCE
-) -> Iterator[tuple[int, slice, NDArray[np.float32]]]:
+    model: Model,
+    rows: Sequence[NDArray[np.int64]],
+    at_once: int = AT_ONCE,
+    decoded: int = DECODED,
+) -> Iterator[Part]:
     """Logits of an export for rows together: a ragged prefill, then token by token.
 
     Where logits of all positions would take much memory, the prefill goes by parts.
 
     Args:
         at_once: bytes of its logits that are asked for at once.
+        decoded: the last tokens of each row, so many, are fed one at a time.
 
     Yields:
-        The row's number, a part of it, and its logits [part, vocab], which the next ones overwrite.
+        The parts, whose logits the next ones overwrite.
     """
     asked = max(CHUNK, at_once // (4 * model.info.vocab_size * len(rows)))
-    parts = [_parts(len(row), asked) for row in rows]
+    parts = [_parts(len(row), asked, decoded) for row in rows]
     cache = model.new_cache(len(rows), 2 * max(len(row) for row in rows))
     for step in range(max(map(len, parts))):
         # A row that is through repeats its last token: the others must not notice.
@@ -237,9 +247,9 @@ def exported_parts(
                 yield i, part, logits[i, : len(new[i])]
 
 
-def _parts(length: int, most: int) -> list[slice]:
+def _parts(length: int, most: int, decoded: int) -> list[slice]:
     """Split a row: a prefill of `most` tokens at a time, and its last tokens one at a time."""
-    head = max(1, length - DECODED)
+    head = max(1, length - decoded)
     ends = [*range(most, head, most), *range(head, length + 1)]
     return [slice(start, end) for start, end in pairwise([0, *ends])]
 
@@ -253,16 +263,44 @@ def compare(
 
 
 def compare_export(
-    reference: Sequence[NDArray[np.float32]], model: Model, rows: Sequence[NDArray[np.int64]]
+    reference: Reference, model: Model, written: GenerateOutput | None = None
 ) -> Agreement:
-    """Compare what an export says of rows with the original's logits, a part at a time."""
-    return compared(reference, exported_parts(model, rows))
+    """Compare what an export says of rows with the original's logits, a part at a time.
+
+    Args:
+        written: what `continued` gave of these rows. Where the original goes on as it does, these
+            are the steps that are compared, and the rows are read at once.
+    """
+    if written is None or not _goes_on_so(reference, written):
+        return compared(reference.logits, exported_parts(model, reference.rows))
+    read = exported_parts(model, reference.rows, decoded=0)
+    return compared(reference.logits, chain(read, _steps(reference.rows, written)))
 
 
-def compared(
-    reference: Sequence[NDArray[np.float32]],
-    parts: Iterable[tuple[int, slice, NDArray[np.float32]]],
-) -> Agreement:
+def _goes_on_so(reference: Reference, written: GenerateOutput) -> bool:
+    """True if the original was asked for these tokens with each row."""
+    count = len(reference.continuation[0])
+    return all(
+        len(said) == len(row) + count - 1 and np.array_equal(tokens, guess)
+        for row, said, tokens, guess in zip(
+            reference.rows,
+            reference.logits,
+            reference.continuation,
+            guessed(written, count),
+            strict=True,
+        )
+    )
+
+
+def _steps(rows: Sequence[NDArray[np.int64]], written: GenerateOutput) -> Iterator[Part]:
+    """The logits of each step after the first, which a prefill gives."""
+    assert written.logits is not None
+    for step, logits in enumerate(written.logits[1:]):
+        for i, row in enumerate(rows):
+            yield i, slice(len(row) + step, len(row) + step + 1), logits[i : i + 1]
+
+
+def compared(reference: Sequence[NDArray[np.float32]], parts: Iterable[Part]) -> Agreement:
     """Compare logits [length, vocab] of rows with those of parts of them."""
     peaks = (float(np.abs(part).max()) for row in reference for part in chunks(row))
     scale = max(peaks, default=0.0) or 1.0
@@ -334,7 +372,7 @@ def ask(
     for row, guess in zip(rows, guesses, strict=True):
         said = logits(np.concatenate([row, guess[:-1]]))
         right = alike and np.array_equal(said[len(row) - 1 :].argmax(1), guess)
-        reference.logits.append(said[: len(row)])
+        reference.logits.append(said if right else said[: len(row)])
         reference.continuation.append(guess if right else generate(row, len(guess)))
 
 
