@@ -171,16 +171,16 @@ class _Block:
     def rounded(self, scale: Floats, zero: Floats, kernel: Kernel) -> _Codes:
         """The codes of one input after the other."""
         low, high = -zero, np.float32(2 * kernel.middle - 1) - zero
-        codes, rest, errors = (np.empty_like(self.wanted) for _ in range(3))
+        weight, wanted = self.weight / scale, self.wanted / scale
+        codes, rest, errors = (np.empty_like(wanted) for _ in range(3))
         for i, (code, left, error) in enumerate(zip(codes, rest, errors, strict=True)):
             np.matmul(self.shares[i, :i], errors[:i], out=left)
-            left += self.wanted[i]
-            np.rint(np.divide(left, scale, out=code), out=code)
+            left += wanted[i]
+            np.rint(left, out=code)
             np.minimum(np.maximum(code, low, out=code), high, out=code)
-            np.multiply(code, scale, out=error)
-            left -= error
-            np.subtract(self.weight[i], error, out=error)
-        return _Codes(scale, zero, codes, self.costs @ np.square(rest, out=rest))
+            np.subtract(weight[i], code, out=error)
+        rest -= codes
+        return _Codes(scale, zero, codes, self.costs @ np.square(rest, out=rest) * scale**2)
 
     def _times(self, count: int) -> _Block:
         """The same outputs so many times, side by side: rows of few numbers cost a call each."""
