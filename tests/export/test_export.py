@@ -472,7 +472,7 @@ def test_a_step_is_shown_as_it_runs(gpt2, tmp_path, monkeypatch):
 
     monkeypatch.setattr(check, "compare_export", look)
     export(gpt2, tmp_path / "out", progress=shown)
-    assert "convert" in seen[0] and "greedy" not in seen[0]
+    assert "asked" in seen[0] and "compared" not in seen[0]
 
 
 def test_the_report_says_what_was_compared_and_found(pair):

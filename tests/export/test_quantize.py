@@ -333,7 +333,7 @@ def test_scales_that_are_found_are_stored_in_two_bytes(tmp_path, matrix):
         np.testing.assert_allclose(said, expected, atol=0.05 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("size", [5, triangle.BLOCK, 3 * triangle.WIDE + 10])
+@pytest.mark.parametrize("size", [5, triangle.BLOCK, 9 * triangle.BLOCK + 10])
 def test_triangles_by_blocks_are_those_of_lapack(random, size):
     """Factors of moments, also of one block, and what solves them."""
     x = random.standard_normal((2 * size, size)).astype(np.float32)
