@@ -236,15 +236,18 @@ def exported_parts(
     parts = [_parts(len(row), asked, decoded) for row in rows]
     cache = model.new_cache(len(rows), 2 * max(len(row) for row in rows))
     for step in range(max(map(len, parts))):
-        # A row that is through repeats its last token: the others must not notice.
-        now = [some[step] if step < len(some) else some[-1] for some in parts]
-        new = [row[part] for row, part in zip(rows, now, strict=True)]
+        left = [i for i, some in enumerate(parts) if step < len(some)]
+        # A row that is through between others repeats its last token: they must not notice.
+        now = {
+            i: parts[i][step] if step < len(parts[i]) else slice(len(rows[i]) - 1, len(rows[i]))
+            for i in range(left[0], left[-1] + 1)
+        }
+        new = [rows[i][part] for i, part in now.items()]
         last = np.array([[len(ids) - 1] for ids in new])
         positions = np.minimum(np.arange(int(last.max()) + 1), last)
-        logits = model.forward(new, cache, logits_positions=positions)
-        for i, part in enumerate(now):
-            if step < len(parts[i]):
-                yield i, part, logits[i, : len(new[i])]
+        logits = model.forward(new, cache, left[0], positions)
+        for i in left:
+            yield i, now[i], logits[i - left[0], : len(new[i - left[0]])]
 
 
 def _parts(length: int, most: int, decoded: int) -> list[slice]:
