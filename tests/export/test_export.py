@@ -705,6 +705,26 @@ def test_a_model_that_generates_something_else_than_it_says_is_asked_to_generate
     assert [ids.tolist() for ids in found.continuation] == [(ids + 1).tolist() for ids in said]
 
 
+def test_the_steps_that_were_written_are_compared_where_the_original_goes_on_so(pair):
+    reference, ours = pair("gpt2")
+    rows = [np.arange(3, 22), np.arange(5, 14)]
+    written = check.continued(ours, rows, 6)
+    known = check.Reference(rows)
+    check.ask(
+        known,
+        lambda ids: check.reference_logits(reference, [ids])[0],
+        lambda ids, count: check.reference_continuation(reference, [ids], count)[0],
+        check.guessed(written, 6),
+    )
+    found = check.compare_export(known, ours.model, written)
+    assert found.positions == 19 + 9 + 2 * 5 and found.max_difference < 1e-5
+    written.logits[3][1, 7] += 100  # in one step of one row
+    assert check.compare_export(known, ours.model, written).max_difference > 0.1
+    written.sequences[0][-1] += 1  # it goes on otherwise: then its steps say nothing
+    found = check.compare_export(known, ours.model, written)
+    assert found.positions == 19 + 9 and found.max_difference < 1e-5
+
+
 @pytest.fixture
 def demo(tmp_path) -> Path:
     """A model directory that may be replaced."""
