@@ -164,9 +164,11 @@ class Comparison:
     def _ask(self) -> list[str]:
         work, origin = self.work, self.work.origin
         guesses = check.guessed(self.written, self._count)
-        check.ask(
-            work.original, lambda row: work.kept(origin.logits(row)), origin.continuation, guesses
-        )
+
+        def logits(row: NDArray[np.int64], then: NDArray[np.int64]) -> NDArray[np.float32]:
+            return work.kept(origin.logits(row, then))
+
+        check.ask(work.original, logits, origin.continuation, guesses)
         rows = work.original.rows
         return [f"{len(rows)} rows of {', '.join(str(len(row)) for row in rows)} tokens"]
 

@@ -29,7 +29,7 @@ from fastgen.export.build.weights import Tensor
 from fastgen.export.prove import check, quality
 from fastgen.export.quantize.parts import CHUNK, chunks
 from fastgen.export.source import checkpoint, quantised, vocabulary
-from fastgen.export.source.origin import Room, Tolerance, name_of
+from fastgen.export.source.origin import NOTHING, Room, Tolerance, name_of
 from fastgen.generator import CausalLM
 from fastgen.sampling.softmax import log_softmax
 from fastgen.store import jsonfile
@@ -147,7 +147,7 @@ class Built:
         self.weights, self.tokenizer, self.note = parts.weights, parts.tokenizer, parts.note
         self.directory: Path | None = None
         self.room: Room
-        # By the bytes of each probe, nats of its tokens, once a row was asked that begins with it.
+        # By the bytes of each probe, nats of its tokens, once it was asked.
         self.spent: dict[bytes, NDArray[np.float32] | None] = {}
 
     @property
@@ -187,17 +187,18 @@ class Built:
         assert self.directory is not None
         return CausalLM(self.directory, tuning=Tuning(entries=UNPACKED))
 
-    def logits(self, row: NDArray[np.int64]) -> NDArray[np.float32]:
+    def logits(
+        self, row: NDArray[np.int64], then: NDArray[np.int64] = NOTHING
+    ) -> NDArray[np.float32]:
         """Of one row alone, read at once."""
-        logits = self.room((len(row), self.decoder.vocabulary), np.float32)
-        for at, part in quality.read(self.own.model, row, quality.EXACT // logits.shape[1]):
+        ids = np.concatenate([row, then])
+        logits = self.room((len(ids), self.decoder.vocabulary), np.float32)
+        for at, part in quality.read(self.own.model, ids, quality.EXACT // logits.shape[1]):
             logits[at : at + len(part)] = part
         if not all(np.isfinite(part).all() for part in chunks(logits)):
             raise check.Mismatch("its logits are not finite: the weights are damaged")
-        probes = (probe for probe, nats in self.spent.items() if nats is None)
-        for probe in [probe for probe in probes if row.tobytes().startswith(probe)]:
-            length = len(probe) // row.itemsize
-            self.spent[probe] = _surprise(logits[:length], row[:length])
+        if self.spent.get(row.tobytes(), 0) is None:
+            self.spent[row.tobytes()] = _surprise(logits[: len(row)], row)
         return logits
 
     def continuation(self, row: NDArray[np.int64], count: int) -> NDArray[np.int64]:

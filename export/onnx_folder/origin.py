@@ -22,7 +22,7 @@ from fastgen.export.onnx_folder.signature import POSITIONS
 from fastgen.export.prove import check
 from fastgen.export.rewrite.edit import constant, flag, sizes_of
 from fastgen.export.source import vocabulary
-from fastgen.export.source.origin import Room, Tolerance, name_of
+from fastgen.export.source.origin import NOTHING, Room, Tolerance, name_of
 from fastgen.store import jsonfile
 from fastgen.store.model_info import CONFIG, GENERATION_CONFIG, ModelInfo
 
@@ -131,8 +131,10 @@ class Folder:
         windows = [window for window in self.rewritten.windows if window is not None]
         return check.ragged(texts, self.vocab, self.limit or 1 << 20, windows)
 
-    def logits(self, row: NDArray[np.int64]) -> NDArray[np.float32]:
-        return self.plain.logits(row)
+    def logits(
+        self, row: NDArray[np.int64], then: NDArray[np.int64] = NOTHING
+    ) -> NDArray[np.float32]:
+        return self.plain.logits(row, then)
 
     def continuation(self, row: NDArray[np.int64], count: int) -> NDArray[np.int64]:
         return self.plain.continuation(row, count)

@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 
 from fastgen.errors import UnsupportedModel
 from fastgen.export.onnx_folder.signature import LOGITS, Signature
+from fastgen.export.source.origin import NOTHING
 
 # onnxruntime's: where the weights of a graph lie that does not come from a file.
 PLACE = "session.model_external_initializers_file_folder_path"
 LARGEST = 1 << 30  # bytes of weights within a graph; a file of protobuf has 2 GB at most
 # Operators that take one scale for all tokens of a step.
 QUANTISED_TOGETHER = {"DynamicQuantizeLinear", "DynamicQuantizeMatMul"}
-STEPS = 8  # last tokens of a row that are fed one at a time, as the engine is fed
 
 
 class Plain:
@@ -54,15 +54,19 @@ class Plain:
                 f"onnxruntime cannot run {path.name} on a CPU: {message}"
             ) from error
 
-    def logits(self, row: NDArray[np.int64]) -> NDArray[np.float32]:
-        """float32 [length, vocab] of a row: most of it at once, its last tokens one by one."""
-        head = max(1, len(row) - STEPS) if self.masks else 1
+    def logits(
+        self, row: NDArray[np.int64], then: NDArray[np.int64] = NOTHING
+    ) -> NDArray[np.float32]:
+        """float32 [length, vocab] of a row, at once, and of tokens that follow it, one by one, as
+        the engine is fed: kernels of few bits round one token otherwise than several.
+        """
+        head = len(row) if self.masks else 1
         logits, past = self._step(row[:head], self.signature.nothing(1))
         if len(logits) < head:  # of the last position only
             head = 1
             logits, past = self._step(row[:1], self.signature.nothing(1))
         parts = [logits]
-        for token in row[head:]:
+        for token in [*row[head:], *then]:
             logits, past = self._step(np.array([token]), past)
             parts.append(logits)
         return np.concatenate(parts)

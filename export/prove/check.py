@@ -20,7 +20,7 @@ from fastgen.engine.output import GenerateOutput
 from fastgen.export.prove.quality import Quality
 from fastgen.export.quantize.divergence import beside
 from fastgen.export.quantize.parts import CHUNK, chunks
-from fastgen.export.source.origin import Tolerance
+from fastgen.export.source.origin import NOTHING, Tolerance
 from fastgen.generator import CausalLM
 
 if TYPE_CHECKING:  # a folder is compared without torch
@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # a folder is compared without torch
     from fastgen.export.trace.attention import Layer
 
 GRAIN = 8  # of what layers with windows are shown, so that a row just longer tells (see `Model`)
-DECODED = 8  # last tokens of each probe that are fed one at a time
+DECODED = 8  # tokens that are fed one at a time, after each probe or at its end
 AT_ONCE = 128 << 20  # bytes of a prefill's logits that are asked at once
 NEW_TOKENS = 24  # of the greedy continuation
 OWN_TOKENS = 8  # of it, where the graph itself says what is right: only the loop is compared
@@ -90,11 +90,13 @@ class Reference:
     """Rows of ids, and what the original answers, once it was asked (see `ask`).
 
     Attributes:
-        logits: [length, vocab] of each row, and of its continuation where that was asked with it.
+        then: the tokens after each row with which it was asked.
+        logits: float32 [length, vocab] of each row and of these but the last.
         continuation: of each row, greedily.
     """
 
     rows: Sequence[NDArray[np.int64]]
+    then: list[NDArray[np.int64]] = field(default_factory=list)
     logits: list[NDArray[np.float32]] = field(default_factory=list)
     continuation: list[NDArray[np.int64]] = field(default_factory=list)
 
@@ -109,7 +111,9 @@ class Reference:
         order = sorted(range(len(self.rows)), key=lambda index: len(self.rows[index]))
         some = order[:-1] or order
         return Reference(
-            [self.rows[index] for index in some], [self.logits[index] for index in some]
+            rows=[self.rows[index] for index in some],
+            then=[self.then[index] for index in some],
+            logits=[self.logits[index] for index in some],
         )
 
 
@@ -196,8 +200,10 @@ class Asked:
 
     model: PreTrainedModel
 
-    def logits(self, row: NDArray[np.int64]) -> NDArray[np.float32]:
-        (logits,) = reference_logits(self.model, [row])
+    def logits(
+        self, row: NDArray[np.int64], then: NDArray[np.int64] = NOTHING
+    ) -> NDArray[np.float32]:
+        (logits,) = reference_logits(self.model, [np.concatenate([row, then])])
         return logits
 
     def continuation(self, row: NDArray[np.int64], count: int) -> NDArray[np.int64]:
@@ -271,36 +277,27 @@ def compare_export(
     """Compare what an export says of rows with the original's logits, a part at a time.
 
     Args:
-        written: what `continued` gave of these rows. Where the original goes on as it does, these
-            are the steps that are compared, and the rows are read at once.
+        written: what `continued` gave of these rows: its steps are compared as far as the original
+            was asked for the same tokens, and the rows are read at once. None to feed the last
+            tokens of the rows one at a time.
     """
-    if written is None or not _goes_on_so(reference, written):
+    if written is None:
         return compared(reference.logits, exported_parts(model, reference.rows))
     read = exported_parts(model, reference.rows, decoded=0)
-    return compared(reference.logits, chain(read, _steps(reference.rows, written)))
+    return compared(reference.logits, chain(read, _steps(reference, written)))
 
 
-def _goes_on_so(reference: Reference, written: GenerateOutput) -> bool:
-    """True if the original was asked for these tokens with each row."""
-    count = len(reference.continuation[0])
-    return all(
-        len(said) == len(row) + count - 1 and np.array_equal(tokens, guess)
-        for row, said, tokens, guess in zip(
-            reference.rows,
-            reference.logits,
-            reference.continuation,
-            guessed(written, count),
-            strict=True,
-        )
-    )
-
-
-def _steps(rows: Sequence[NDArray[np.int64]], written: GenerateOutput) -> Iterator[Part]:
-    """The logits of each step after the first, which a prefill gives."""
+def _steps(reference: Reference, written: GenerateOutput) -> Iterator[Part]:
+    """The logits of some steps after the first, which a prefill gives."""
     assert written.logits is not None
-    for step, logits in enumerate(written.logits[1:]):
-        for i, row in enumerate(rows):
-            yield i, slice(len(row) + step, len(row) + step + 1), logits[i : i + 1]
+    count = len(written.logits)
+    for i, (row, then) in enumerate(zip(reference.rows, reference.then, strict=True)):
+        same = guessed(written, count)[i][: len(then)] == then[:count]
+        for step in range(1, min(count, DECODED + 1)):
+            if not same[:step].all():
+                break
+            at = len(row) + step - 1
+            yield i, slice(at, at + 1), written.logits[step][i : i + 1]
 
 
 def compared(reference: Sequence[NDArray[np.float32]], parts: Iterable[Part]) -> Agreement:
@@ -353,7 +350,7 @@ def guessed(out: GenerateOutput, count: int) -> list[NDArray[np.int64]]:
 
 def ask(
     reference: Reference,
-    logits: Callable[[NDArray[np.int64]], NDArray[np.float32]],
+    logits: Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float32]],
     generate: Callable[[NDArray[np.int64], int], NDArray[np.int64]],
     guesses: Sequence[NDArray[np.int64]],
 ) -> None:
@@ -364,7 +361,7 @@ def ask(
     which goes another way; where anything differs it is asked for all.
 
     Args:
-        logits: what the original says of a row, float32 [length, vocab].
+        logits: what the original says of a row and tokens after it, float32 [length, vocab].
         generate: the tokens, a number of them, that the original adds to a row.
         guesses: of each row's continuation.
     """
@@ -373,9 +370,10 @@ def ask(
     first = generate(rows[shortest], FIRST)
     alike = np.array_equal(first, guesses[shortest][:FIRST])
     for row, guess in zip(rows, guesses, strict=True):
-        said = logits(np.concatenate([row, guess[:-1]]))
+        said = logits(row, guess[:-1])
         right = alike and np.array_equal(said[len(row) - 1 :].argmax(1), guess)
-        reference.logits.append(said if right else said[: len(row)])
+        reference.logits.append(said)
+        reference.then.append(guess)
         reference.continuation.append(guess if right else generate(row, len(guess)))
 
 

@@ -41,6 +41,8 @@ class Tolerance:
         return cls(max_difference=None, kl=kl, top1=None, greedy=False)
 
 
+NOTHING: NDArray[np.int64] = np.empty(0, np.int64)
+
 # Gives an array of a shape and type, in a file: logits of a large vocabulary need much room.
 Room = Callable[[tuple[int, int], DTypeLike], NDArray[Any]]
 
@@ -79,8 +81,12 @@ class Origin(Protocol):
     def probes(self) -> list[NDArray[np.int64]]:
         """Ragged rows of ids to compare on."""
 
-    def logits(self, row: NDArray[np.int64]) -> NDArray[np.float32]:
-        """The original's: float32 [length, vocab] of one row."""
+    def logits(
+        self, row: NDArray[np.int64], then: NDArray[np.int64] = NOTHING
+    ) -> NDArray[np.float32]:
+        """The original's: float32 [length, vocab] of one row and of tokens that follow it, which it
+        reads one at a time, if that makes a difference to it.
+        """
 
     def continuation(self, row: NDArray[np.int64], count: int) -> NDArray[np.int64]:
         """The tokens that the original adds to a row, greedily."""

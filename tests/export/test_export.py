@@ -39,6 +39,7 @@ import fastgen
 from fastgen import __main__
 from fastgen.export import Mismatch, UnsupportedModel, bundle, pipeline
 from fastgen.export.prove import check
+from fastgen.export.source.origin import NOTHING
 from fastgen.export.torch_model import source
 from fastgen.export.trace import graph
 from fastgen.store import files, hub
@@ -479,7 +480,7 @@ def test_the_report_says_what_was_compared_and_found(pair):
     directory = pair("gpt2")[1].directory
     report = json.loads((directory / "report.json").read_text())
     assert report["mismatch"] == [] and report["precision"] == "fp32"
-    continued = 23 * len(report["probe_tokens"])  # one step at a time; the first is the prefill's
+    continued = check.DECODED * len(report["probe_tokens"])  # a step each
     assert report["logits"]["positions"] == sum(report["probe_tokens"]) + continued > 100
     assert 0 < report["logits"]["max_difference"] < 1e-5 and report["logits"]["top1"] == 1
     assert (
@@ -676,8 +677,8 @@ def test_the_originals_greedy_text_is_what_it_generates_whatever_was_guessed(gpt
         asked.append((len(ids), count))
         return check.reference_continuation(gpt2, [ids], count)[0]
 
-    def logits(ids: Any) -> Any:
-        return check.reference_logits(gpt2, [ids])[0]
+    def logits(ids: Any, then: Any) -> Any:
+        return check.reference_logits(gpt2, [np.concatenate([ids, then])])[0]
 
     truth = check.reference_continuation(gpt2, rows)
     guesses = [ids.copy() for ids in truth]
@@ -687,7 +688,7 @@ def test_the_originals_greedy_text_is_what_it_generates_whatever_was_guessed(gpt
     check.ask(found, logits, generate, guesses)
     assert [ids.tolist() for ids in found.continuation] == [ids.tolist() for ids in truth]
     for row, said in zip(rows, found.logits, strict=True):
-        np.testing.assert_allclose(said[: len(row)], logits(row), atol=1e-5)
+        np.testing.assert_allclose(said[: len(row)], logits(row, NOTHING), atol=1e-5)
     whole = {None: [], (1, 0): [19, 9]}.get(wrong, [len(rows[wrong[0]])] if wrong else [])
     assert asked == [(9, check.FIRST), *((length, check.NEW_TOKENS) for length in whole)]
 
@@ -698,7 +699,7 @@ def test_a_model_that_generates_something_else_than_it_says_is_asked_to_generate
     found = check.Reference(rows)
     check.ask(
         found,
-        lambda ids: check.reference_logits(gpt2, [ids])[0],
+        lambda *ids: check.reference_logits(gpt2, [np.concatenate(ids)])[0],
         lambda ids, count: said[len(ids) == 19][:count] + 1,
         said,
     )
@@ -712,7 +713,7 @@ def test_the_steps_that_were_written_are_compared_where_the_original_goes_on_so(
     known = check.Reference(rows)
     check.ask(
         known,
-        lambda ids: check.reference_logits(reference, [ids])[0],
+        lambda *ids: check.reference_logits(reference, [np.concatenate(ids)])[0],
         lambda ids, count: check.reference_continuation(reference, [ids], count)[0],
         check.guessed(written, 6),
     )
@@ -720,9 +721,9 @@ def test_the_steps_that_were_written_are_compared_where_the_original_goes_on_so(
     assert found.positions == 19 + 9 + 2 * 5 and found.max_difference < 1e-5
     written.logits[3][1, 7] += 100  # in one step of one row
     assert check.compare_export(known, ours.model, written).max_difference > 0.1
-    written.sequences[0][-1] += 1  # it goes on otherwise: then its steps say nothing
+    written.sequences[1][-5] += 1  # it goes on otherwise from there on: what follows says nothing
     found = check.compare_export(known, ours.model, written)
-    assert found.positions == 19 + 9 and found.max_difference < 1e-5
+    assert found.positions == 19 + 9 + 5 + 1 and found.max_difference < 1e-5
 
 
 @pytest.fixture
