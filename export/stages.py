@@ -32,7 +32,7 @@ from fastgen.store.model_info import GRAPH, WEIGHTS
 from fastgen.store.tuning import Tuning
 from fastgen.system import memory
 
-TUNED = 512  # tokens that say whether a target is met: no code is made of them
+TUNED = 1024  # tokens that say whether a target is met: no code is made of them
 EAGER = 0.9  # the target is lowered to, each time that the text which decides is not content
 QUANTISING = {"int8": Cost(2, 7), "int4": Cost(6, 21)}  # GPTQ takes three times as long
 

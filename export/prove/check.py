@@ -332,11 +332,13 @@ def continued(
 ) -> GenerateOutput:
     """Continue `rows` by `count` tokens in one ragged batch through `CausalLM.generate`, greedily.
 
-    The model's own defaults do not count.
+    The model's own defaults do not count, and what is not finite ends nothing here: it is told when
+    logits are asked and compared.
     """
     output: GenerateOutput = model.without_defaults().generate(
         [row.tolist() for row in rows],
         max_new_tokens=count,
+        remove_invalid_values=True,
         output_logits=True,
         return_dict_in_generate=True,
     )
@@ -366,14 +368,13 @@ def ask(
         guesses: of each row's continuation.
     """
     rows = reference.rows
+    reference.then.extend(guesses)
+    reference.logits.extend(map(logits, rows, [guess[:-1] for guess in guesses]))
     shortest = min(range(len(rows)), key=lambda index: len(rows[index]))
     first = generate(rows[shortest], FIRST)
     alike = np.array_equal(first, guesses[shortest][:FIRST])
-    for row, guess in zip(rows, guesses, strict=True):
-        said = logits(row, guess[:-1])
+    for row, guess, said in zip(rows, guesses, reference.logits, strict=True):
         right = alike and np.array_equal(said[len(row) - 1 :].argmax(1), guess)
-        reference.logits.append(said)
-        reference.then.append(guess)
         reference.continuation.append(guess if right else generate(row, len(guess)))
 
 

@@ -26,7 +26,7 @@ import numpy as np
 import onnx_ir as ir
 
 from fastgen.export.quantize.rotate_values import attention_nodes, turn_values
-from fastgen.export.quantize.rotation import Floats, Rotation, by_columns, by_rows
+from fastgen.export.quantize.rotation import Floats, Rotation, by_rows
 from fastgen.export.rewrite.edit import (
     add_initializer,
     changed,
@@ -393,9 +393,9 @@ def _out_of(rotation: Rotation, weight: Floats | None, matrix: Floats) -> Floats
     """R^T diag(weight) matrix, of a matrix [size, out] that reads the stream."""
 
     def change(columns: Floats) -> Floats:
-        return rotation.before(columns if weight is None else columns * weight[:, None])
+        return rotation.forward(columns if weight is None else columns * weight)
 
-    return by_columns(change, matrix)
+    return by_rows(change, matrix.T).T
 
 
 def _products_of(value: ir.Value) -> list[ir.Node] | None:

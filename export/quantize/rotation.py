@@ -54,19 +54,12 @@ class Rotation:
         """x R^T [..., size]."""
         return self._mixed(x) * self._signs
 
-    def before(self, x: Floats) -> Floats:
-        """R^T x, of a matrix [size, columns]."""
-        return self._mixed(x * self._signs[:, None], x.shape[1])
-
-    def _mixed(self, x: Floats, columns: int = 1) -> Floats:
-        """x K, or K x of a matrix with so many columns; a factor at a time."""
-        shape, behind = x.shape, self.size * columns
+    def _mixed(self, x: Floats) -> Floats:
+        """x K, a factor at a time."""
+        shape, behind = x.shape, self.size
         for factor in self._factors:
             behind //= len(factor)
-            if behind == 1:  # one product, where numpy has a small one for each row
-                x = x.reshape(-1, len(factor)) @ factor
-            else:
-                x = factor @ x.reshape(-1, len(factor), behind)
+            x = factor @ x.reshape(-1, len(factor), behind)
         return np.ascontiguousarray(x.reshape(shape))
 
 
@@ -91,17 +84,6 @@ def _hartley(size: int) -> Floats:
     """Symmetric and orthogonal, no entry above sqrt(2 / size) (Bracewell 1983)."""
     angle = 2 * np.pi * np.outer(np.arange(size), np.arange(size)) / size
     return np.asarray((np.cos(angle) + np.sin(angle)) / np.sqrt(size), np.float32)
-
-
-def by_columns(change: Callable[[Floats], Floats], matrix: Floats) -> Floats:
-    """Apply `change` to the columns of a matrix [size, columns], some at a time."""
-    result = np.empty_like(matrix, order="C")
-
-    def part(some: slice) -> None:
-        result[:, some] = change(matrix[:, some])
-
-    parts.each(matrix.shape[1], len(matrix), part)
-    return result
 
 
 def by_rows(change: Callable[[Floats], Floats], matrix: Floats) -> Floats:
