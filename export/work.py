@@ -20,7 +20,7 @@ from fastgen.export.opening import Opening
 from fastgen.export.options import ExportOptions, Target
 from fastgen.export.progress import Progress
 from fastgen.export.prove import check, corpus, quality
-from fastgen.export.quantize import calibrate, kernels, recipe
+from fastgen.export.quantize import calibrate, kernels
 from fastgen.export.rewrite import contract, onnx_file
 from fastgen.export.source.origin import Origin
 from fastgen.generator import CausalLM
@@ -113,13 +113,8 @@ class Work:
 
     @cached_property
     def corpus(self) -> corpus.Corpus:
-        """Rows of ids to calibrate on, and others to measure on; of the model's own text only where
-        that earns something, or there is no other.
-        """
-        text = corpus.of(self.origin, self.info, self.options.texts, self._writer)
-        parts = self.target.parts
-        own = "weights" in parts and recipe.RECIPES[self.target.precision].own
-        return text if own or "cache" in parts else text.without_own()
+        """Rows of ids to calibrate on, and others to measure on."""
+        return corpus.of(self.origin, self.info, self.options.texts, self._writer)
 
     def _writer(self) -> CausalLM:
         """A copy of the proved graph in 8 bits, which the model's own text is sampled from: each

@@ -73,10 +73,6 @@ class Corpus:
         shelves = {name: shelf for name, shelf in self._shelves.items() if name in kinds}
         return Corpus(shelves, self._writer if OWN in kinds else None, self.notes)
 
-    def without_own(self) -> Corpus:
-        """The same text but for the model's own, where there is other."""
-        return Corpus(self._shelves, None, self.notes) if self._shelves else self
-
     def write(self, calibration: int, evaluation: int) -> None:
         """Have the model write its own text for both sides at once, which takes half the time."""
         if self._writer is not None:

@@ -83,7 +83,6 @@ class Recipe:
         head: of `lm_head`, and of the embedding that shares its matrix.
         experts: of the experts of a mixture.
         tokens: of calibration, about.
-        own: whether text that the model writes itself is worth its time, where there is other.
         bits: of a weight of the decoder's matrices, that may be used whatever the target; None for
             those of the first rung.
     """
@@ -92,7 +91,6 @@ class Recipe:
     head: Kernel
     experts: Kernel
     tokens: int
-    own: bool = False
     bits: float | None = None
 
 
@@ -121,7 +119,6 @@ RECIPES = {
         head=Kernel(8, 64),
         experts=Kernel(4, 128),
         tokens=8192,
-        own=True,
         bits=5.0,
     ),
 }
