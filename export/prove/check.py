@@ -291,8 +291,9 @@ def _steps(reference: Reference, written: GenerateOutput) -> Iterator[Part]:
     """The logits of some steps after the first, which a prefill gives."""
     assert written.logits is not None
     count = len(written.logits)
-    for i, (row, then) in enumerate(zip(reference.rows, reference.then, strict=True)):
-        same = guessed(written, count)[i][: len(then)] == then[:count]
+    every = zip(reference.rows, reference.then, guessed(written, count), strict=True)
+    for i, (row, then, tokens) in enumerate(every):
+        same = tokens == then
         for step in range(1, min(count, DECODED + 1)):
             if not same[:step].all():
                 break

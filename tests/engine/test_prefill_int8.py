@@ -90,7 +90,7 @@ def read(model: Model, *rows: np.ndarray, **more) -> tuple[np.ndarray, Cache]:
     return prefill(model, cache, rows, 0, **more).copy(), cache
 
 
-def near(found: np.ndarray, expected: np.ndarray, share: float = 0.08) -> bool:
+def near(found: np.ndarray, expected: np.ndarray, share: float = 0.05) -> bool:
     return bool(np.abs(found - expected).max() < share * np.abs(expected).max())
 
 
@@ -197,7 +197,8 @@ def test_so_many_tokens_of_all_rows_that_it_pays_take_the_second_form(two, ids):
             for model, choices in zip(two, ((None, True), (False, True, None)), strict=True)
         )
         assert np.array_equal(own, few) and np.array_equal(own, as_many)  # which has one form
-        assert np.array_equal(usual, many) and not np.array_equal(few, many) and near(few, many)
+        assert np.array_equal(usual, many) and not np.array_equal(few, many)
+        assert near(few, many, 0.08)  # both are off; codes differ a little from machine to machine
 
 
 def all_logits(model: Model, new: list[np.ndarray], many: bool | None) -> np.ndarray:
