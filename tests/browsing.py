@@ -20,6 +20,7 @@ from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 from fastgen.engine.schedule import Scheduler
 
 CHROMIUM = shutil.which("chromium")
+BEGUN = re.compile(r"\S[\s\S]*\S")  # some of an answer, whatever a model samples on this processor
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 COMPLETIONS, CHATS = "**/v1/completions", "**/v1/chat/completions"
 
