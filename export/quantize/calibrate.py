@@ -38,7 +38,7 @@ ROW = 128  # tokens of a row, about
 TOKENS = 2048  # of calibration, at most
 LOGITS = "logits"
 ALIGNED = 4096  # bytes: where an array begins in a file
-TOGETHER = 512  # tokens whose moments are made by one product
+TOGETHER = 512  # tokens whose moments are made by one product, where these are added up
 SAMPLE = 512  # tokens of an input that are kept as they are, about
 DAMPING = (0.01, 1.0)  # of moments: least and most
 
@@ -49,19 +49,33 @@ class Input:
 
     Attributes:
         sample: float32 [tokens, in], some of the tokens.
-        moments: float32 [in, in], E[x^T x] of all.
+        every: float32 [tokens, in], all of them; None where their squares are kept.
+        squares: float32 [in, in], E[x^T x] of all; None where these are kept.
         tokens: of all.
     """
 
     sample: Floats
-    moments: Floats
+    every: Floats | None
+    squares: Floats | None
     tokens: int
+
+    @property
+    def moments(self) -> Floats:
+        """float32 [in, in], E[x^T x] of all."""
+        if self.squares is not None:
+            return self.squares
+        assert self.every is not None
+        squares: Floats = self.every.T @ self.every
+        squares /= np.float32(self.tokens)
+        return squares
 
     def divide(self, scales: Floats) -> None:
         """Have each channel divided by its scale [in]."""
-        self.sample /= scales
-        self.moments /= scales
-        self.moments /= scales[:, None]
+        for held in (self.sample, self.every, self.squares):
+            if held is not None:
+                held /= scales
+        if self.squares is not None:
+            self.squares /= scales[:, None]
 
 
 @dataclass(frozen=True)
@@ -110,40 +124,50 @@ def damping(size: int, tokens: int) -> float:
 def inputs(
     model: ir.Model, products: Sequence[Product], rows: Sequence[NDArray[np.int64]]
 ) -> Iterator[dict[ir.Value, Input]]:
-    """Give each distinct input of `products` on `rows`, in files as `values` does."""
+    """Give each distinct input of `products` on `rows`, in files as `values` does.
+
+    Of a wide input all tokens are kept, which are less than their squares, else those.
+    """
     wanted = list(dict.fromkeys(product.input for product in products))
-    widths = [_width(value) for value in wanted]
-    every = max(1, sum(map(len, rows)) // SAMPLE)
+    total, every = sum(map(len, rows)), max(1, sum(map(len, rows)) // SAMPLE)
     sampled = sum(len(row[::every]) for row in rows)
     together = list(_together(rows))
     longest = max(sum(map(len, some)) for some in together)
+    wide = [value for value in wanted if total <= _width(value)]
+    others = [value for value in wanted if value not in wide]
     with (
         weights_directory(model) as directory,
-        _spool(directory, longest, wanted) as seen,
+        _spool(directory, total, wide) as kept,
+        _spool(directory, longest, others) as seen,
         _spool(directory, sampled, wanted) as samples,
-        _spooled(directory, [(width, width) for width in widths]) as squares,
+        _spooled(directory, [(_width(value), _width(value)) for value in others]) as squares,
     ):
         session = running(model, [str(value.name) for value in wanted], directory)
-        at = 0
+        at = begin = 0
         for some in together:
             end = 0
             for row in some:
-                _step(session, row, seen, end)
+                new = {value: kept[value][begin + end :] for value in wide}
+                new |= {value: seen[value][end:] for value in others}
+                _step(session, row, new)
                 sample = slice(at, at + len(row[::every]))
                 for value in wanted:
-                    samples[value][sample] = seen[value][end : end + len(row) : every]
+                    samples[value][sample] = new[value][: len(row) : every]
                 at, end = sample.stop, end + len(row)
+            begin += end
 
             def add(pair: tuple[ir.Value, Floats], end: int = end) -> None:
                 x = seen[pair[0]][:end]
                 pair[1][...] += x.T @ x
 
-            list(side_by_side(add, list(zip(wanted, squares, strict=True))))
+            list(side_by_side(add, list(zip(others, squares, strict=True))))
         del session  # and what memory its steps took
-        total = sum(map(len, rows))
         for square in squares:
             square /= np.float32(total)
-        yield {value: Input(samples[value], squares[i], total) for i, value in enumerate(wanted)}
+        of = dict(zip(others, squares, strict=True))
+        yield {
+            value: Input(samples[value], kept.get(value), of.get(value), total) for value in wanted
+        }
 
 
 def _together(rows: Sequence[NDArray[np.int64]]) -> Iterator[list[NDArray[np.int64]]]:
@@ -183,7 +207,7 @@ def _run(
     session = running(model, [str(value.name) for value in seen], directory)
     at = 0
     for row in rows:
-        _step(session, row, seen, at)
+        _step(session, row, {value: held[at:] for value, held in seen.items()})
         at += len(row)
 
 
@@ -191,17 +215,15 @@ def _step(
     session: onnxruntime.InferenceSession,
     row: NDArray[np.int64],
     seen: dict[ir.Value, Floats],
-    at: int,
 ) -> None:
-    """Run a row; what is seen of it is written where it stays, from the token `at` on."""
+    """Run a row; what is seen of it is written to where it stays, its first token first."""
     binding = session.io_binding()
     for name, array in feeds(declared(session), Batch.of([row])).items():
         binding.bind_cpu_input(name, array)
     for value, out in seen.items():
         assert value.shape is not None
         shape = [*[1] * (len(value.shape) - 2), len(row), out.shape[1]]
-        address = out[at:].ctypes.data
-        binding.bind_output(str(value.name), "cpu", 0, np.float32, shape, address)
+        binding.bind_output(str(value.name), "cpu", 0, np.float32, shape, out.ctypes.data)
     session.run_with_iobinding(binding)
 
 
@@ -294,7 +316,7 @@ def logits(
     session = running(model, [LOGITS], directory, kept)
     with _spool(directory, max(map(len, rows)), [value]) as held:
         for row in rows:
-            _step(session, row, held, 0)
+            _step(session, row, held)
             yield held[value][: len(row)]
 
 

@@ -127,7 +127,7 @@ class Codes:
         key, held = (value, turned), getattr(self._last, "factor", None)
         if held is None or held[0] != key:
             if turned:
-                moments = rotation.turned(rotation.turned(moments, turned).T, turned)
+                moments = rotation.turned(rotation.turned_columns(moments, turned), turned)
             held = key, factor(moments, calibrate.damping(len(moments), tokens))
             self._last.factor = held
         return np.asarray(held[1])

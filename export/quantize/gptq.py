@@ -98,9 +98,8 @@ def gptq(weight: Floats, kernel: Kernel, factor: Floats, scales: Floats | None =
     size, count = weight.shape
     step = kernel.block or TOGETHER
     starts = range(0, size, step)
-    # Of an error before it, that an input takes over.
-    shares: Floats = factor / np.diag(factor)[:, None]
-    costs = np.square(np.diag(factor))
+    diagonal = np.diag(factor)
+    costs = np.square(diagonal)
     values = np.empty((size, count), np.float32)
     held = np.empty((count, len(starts)), np.float32)
     zeros = np.full(held.shape, kernel.middle, np.uint8)
@@ -110,8 +109,10 @@ def gptq(weight: Floats, kernel: Kernel, factor: Floats, scales: Floats | None =
         errors = np.empty_like(mine)
         for at, start in enumerate(starts):
             rows = slice(start, min(start + step, size))
-            wanted = mine[rows] + shares[rows, :start] @ errors[:start]
-            block = _Block(mine[rows], wanted, shares[rows, rows], costs[rows])
+            # Of an error before it or among them, that an input takes over.
+            shares: Floats = np.divide(factor[rows, : rows.stop], diagonal[rows, None], order="C")
+            wanted = mine[rows] + shares[:, :start] @ errors[:start]
+            block = _Block(mine[rows], wanted, shares[:, start:], costs[rows])
             if scales is None:
                 found = block.searched(kernel)
             else:
@@ -246,7 +247,7 @@ def factor(moments: Floats, damping: float) -> Floats:
             these than of others. It also bounds the moments' condition, so that what float32
             rounds is to them as if it were a few hundredths more or less.
     """
-    backwards = np.ascontiguousarray(moments[::-1, ::-1])
-    diagonal = np.einsum("ii->i", backwards)
+    damped = np.array(moments, np.float32)
+    diagonal = np.einsum("ii->i", damped)
     diagonal += damping * diagonal.mean(dtype=np.float64) + 1e-12
-    return np.ascontiguousarray(triangle.cholesky(backwards)[::-1, ::-1].T)
+    return triangle.upper(damped).T

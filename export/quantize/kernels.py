@@ -425,7 +425,9 @@ def _turn(product: Product, size: int, activations: Activations) -> None:
 
 def turned_matrix(size: int, transposed: bool, matrix: Floats) -> Floats:
     """A matrix [in, out], or [out, in] if it is transposed, for inputs that are turned."""
-    return rotation.turned(matrix, size) if transposed else rotation.turned(matrix.T, size).T
+    if transposed:
+        return rotation.turned(matrix, size)
+    return rotation.by_columns(partial(rotation.turned_columns, size=size), matrix)
 
 
 def _channel_codes_of(

@@ -26,7 +26,7 @@ import numpy as np
 import onnx_ir as ir
 
 from fastgen.export.quantize.rotate_values import attention_nodes, turn_values
-from fastgen.export.quantize.rotation import Floats, Rotation, by_rows
+from fastgen.export.quantize.rotation import Floats, Rotation, by_columns, by_rows
 from fastgen.export.rewrite.edit import (
     add_initializer,
     changed,
@@ -257,7 +257,8 @@ class Stream:
     ) -> None:
         """Turn an embedding, and what is behind the heads that share its matrix."""
         readers = [node for node in self.tables if node.inputs[0] is table]
-        turned = changed(self.graph, table, rotation.forward if heads else into)
+        change = partial(by_rows, rotation.forward) if heads else into
+        turned = changed(self.graph, table, change)
         for node in readers:
             node.replace_input_with(0, turned)
             if heads and self._centred:  # the heads read its mean too
@@ -393,9 +394,9 @@ def _out_of(rotation: Rotation, weight: Floats | None, matrix: Floats) -> Floats
     """R^T diag(weight) matrix, of a matrix [size, out] that reads the stream."""
 
     def change(columns: Floats) -> Floats:
-        return rotation.forward(columns if weight is None else columns * weight)
+        return rotation.of_columns(columns if weight is None else columns * weight[:, None])
 
-    return by_rows(change, matrix.T).T
+    return by_columns(change, matrix)
 
 
 def _products_of(value: ir.Value) -> list[ir.Node] | None:

@@ -6,7 +6,7 @@ from functools import partial
 
 import onnx_ir as ir
 
-from fastgen.export.quantize.rotation import Floats, Rotation, by_rows
+from fastgen.export.quantize.rotation import Floats, Rotation, by_columns
 from fastgen.export.rewrite.edit import (
     constant,
     constant_input,
@@ -99,7 +99,7 @@ def _turned_rows(rotation: Rotation, matrix: Floats) -> Floats:
     """A matrix [heads * size, out] that reads what was turned by head."""
 
     def change(columns: Floats) -> Floats:
-        heads = columns.reshape(-1, rotation.size)
-        return rotation.forward(heads).reshape(columns.shape)
+        heads = columns.reshape(-1, rotation.size, columns.shape[1])
+        return rotation.of_columns(heads).reshape(columns.shape)
 
-    return by_rows(change, matrix.T).T
+    return by_columns(change, matrix)

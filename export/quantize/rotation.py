@@ -15,6 +15,7 @@ Floats = NDArray[np.float32]
 
 SEED = 0  # of the signs
 FACTOR = 64  # a Hadamard matrix of a size above is made of two of smaller ones
+COLUMNS = 256  # of a matrix that are changed by one product
 
 
 @dataclass(frozen=True)
@@ -48,19 +49,19 @@ class Rotation:
 
     def forward(self, x: Floats) -> Floats:
         """x R [..., size]."""
-        return self._mixed(x * self._signs)
+        rows = x.reshape(-1, self.size)
+        return self.of_columns(rows.T).T.reshape(x.shape)
 
-    def back(self, x: Floats) -> Floats:
-        """x R^T [..., size]."""
-        return self._mixed(x) * self._signs
-
-    def _mixed(self, x: Floats) -> Floats:
-        """x K, a factor at a time."""
-        shape, behind = x.shape, self.size
+    def of_columns(self, x: Floats) -> Floats:
+        """R^T x [..., size, columns], a factor of K at a time: fewer and larger products than for
+        rows, which are turned over for it.
+        """
+        shape, behind = x.shape, self.size * x.shape[-1]
+        x = x * self._signs[:, None]
         for factor in self._factors:
             behind //= len(factor)
             x = factor @ x.reshape(-1, len(factor), behind)
-        return np.ascontiguousarray(x.reshape(shape))
+        return x.reshape(shape)
 
 
 def turned(x: Floats, size: int) -> Floats:
@@ -70,6 +71,11 @@ def turned(x: Floats, size: int) -> Floats:
         size: a power of two that divides the channels.
     """
     return np.asarray((x.reshape(*x.shape[:-1], -1, size) @ hadamard(size)).reshape(x.shape))
+
+
+def turned_columns(x: Floats, size: int) -> Floats:
+    """x [in, columns] with each `size` channels multiplied by a Hadamard matrix."""
+    return np.asarray((hadamard(size) @ x.reshape(-1, size, x.shape[1])).reshape(x.shape))
 
 
 def hadamard(size: int) -> Floats:
@@ -86,12 +92,24 @@ def _hartley(size: int) -> Floats:
     return np.asarray((np.cos(angle) + np.sin(angle)) / np.sqrt(size), np.float32)
 
 
-def by_rows(change: Callable[[Floats], Floats], matrix: Floats) -> Floats:
-    """Apply `change` to the rows of a matrix [rows, size], some at a time; laid out as it is."""
+def by_columns(change: Callable[[Floats], Floats], matrix: Floats) -> Floats:
+    """Apply `change` to the columns of a matrix [size, columns]; laid out as it is.
+
+    The same columns are changed together however many parts there are: what a product rounds
+    depends on how many columns it has.
+    """
     result = np.empty_like(matrix)
+    starts = range(0, matrix.shape[1], COLUMNS)
 
     def part(some: slice) -> None:
-        result[some] = change(matrix[some])
+        for start in starts[some]:
+            columns = slice(start, start + COLUMNS)
+            result[:, columns] = change(matrix[:, columns])
 
-    parts.each(len(matrix), matrix[0].size, part)
+    parts.each(len(starts), len(matrix) * COLUMNS, part)
     return result
+
+
+def by_rows(change: Callable[[Floats], Floats], matrix: Floats) -> Floats:
+    """Apply `change` to the rows of a matrix [rows, size], as `by_columns` does."""
+    return by_columns(lambda columns: change(columns.T).T, matrix.T).T

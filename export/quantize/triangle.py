@@ -17,19 +17,21 @@ Floats = NDArray[np.float32]
 
 
 @blas.one_thread()  # many small products: several threads would wait for each other
-def cholesky(symmetric: Floats) -> Floats:
-    """Lower triangle L with L L^T = a positive definite matrix.
+def upper(symmetric: Floats) -> Floats:
+    """Upper triangle U with U U^T = a positive definite matrix, in whose place it is made.
 
     Raises:
-        numpy.linalg.LinAlgError: it is not positive definite.
+        numpy.linalg.LinAlgError: it is not positive definite; some of it is overwritten.
     """
-    lower, size = np.zeros_like(symmetric), len(symmetric)
-    for start in range(0, size, BLOCK):
-        end = min(start + BLOCK, size)
-        left = symmetric[start:, start:end] - lower[start:, :start] @ lower[start:end, :start].T
-        block = lower[start:end, start:end] = np.linalg.cholesky(left[: end - start])
-        lower[end:, start:end] = left[end - start :] @ np.linalg.inv(block).T
-    return lower
+    for end in range(len(symmetric), 0, -BLOCK):
+        start = max(0, end - BLOCK)
+        behind = symmetric[start:end, end:]
+        left = symmetric[:end, start:end] - symmetric[:end, end:] @ behind.T
+        block = np.linalg.cholesky(left[start:][::-1, ::-1])[::-1, ::-1]
+        symmetric[start:end, start:end] = block
+        symmetric[:start, start:end] = left[:start] @ np.linalg.inv(block).T
+        symmetric[end:, start:end] = 0
+    return symmetric
 
 
 @blas.one_thread()

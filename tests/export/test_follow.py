@@ -46,6 +46,32 @@ def test_a_passage_says_at_each_place_what_the_whole_graph_does(directory, model
             np.testing.assert_allclose(found, seen[value], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [ROWS[1:2], ROWS, 3 * ROWS], ids=["few", "some", "many"])
+def test_inputs_have_the_moments_of_all_tokens(directory, model, layers, rows, monkeypatch):
+    """Tokens are kept where they are fewer than the channels, else their squares are added up."""
+    monkeypatch.setattr(calibrate, "TOGETHER", 40)
+    monkeypatch.setattr(calibrate, "SAMPLE", 16)
+    wanted, tokens = list(dict.fromkeys(one.input for one in layers)), sum(map(len, rows))
+    with (
+        calibrate.inputs(model, layers, rows) as found,
+        calibrate.values(model, wanted, rows) as seen,
+    ):
+        assert {held.every is None for held in found.values()} == {
+            tokens > value.shape[-1] for value in wanted
+        }
+        for value, held in found.items():
+            x = seen[value]
+            every = max(1, tokens // 16)
+            ends = np.cumsum([len(row) for row in rows])
+            some = np.concatenate([part[::every] for part in np.split(x, ends[:-1])])
+            np.testing.assert_allclose(held.sample, some, rtol=0, atol=1e-5)
+            for scales in (1, np.linspace(0.5, 2, x.shape[1], dtype=np.float32)):
+                held.divide(np.ones(x.shape[1], np.float32) * scales)
+                squares = (x / scales).T @ (x / scales) / tokens
+                np.testing.assert_allclose(held.moments, squares, rtol=0, atol=1e-4)
+            np.testing.assert_allclose(held.sample, some / scales, rtol=0, atol=1e-5)
+
+
 def test_pieces_of_layers_that_are_alike_are_one_session(directory, model, layers, monkeypatch):
     opened, asked = [], []
     monkeypatch.setattr(
