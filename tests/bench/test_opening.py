@@ -167,7 +167,7 @@ def test_a_way_has_an_environment_of_its_own(
 ) -> None:
     """Made once; each of its programs gets the model and a place, and is timed."""
     programs = (
-        "import sys, little\nopen(sys.argv[2], 'w').write(sys.argv[1])",
+        "import sys, time, little\ntime.sleep(0.2)\nopen(sys.argv[2], 'w').write(sys.argv[1])",
         "import sys\nheld = b'x' * 50_000_000\n"
         "assert open(sys.argv[2]).read() == sys.argv[1] and PROMPT",
     )
@@ -183,7 +183,7 @@ def test_a_way_has_an_environment_of_its_own(
 
     title, kind, megabytes, packages, _, seconds, memory = line()
     assert (title, kind, megabytes, packages) == ("a way", "safetensors", "1", "1")
-    assert float(seconds) > 0 and float(memory.replace(",", "")) > 50
+    assert float(seconds) >= 0.2 and float(memory.replace(",", "")) > 50
     wheel.unlink()
     assert line()[:4] == [title, kind, megabytes, packages]
 
